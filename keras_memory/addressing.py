@@ -1,0 +1,135 @@
+"""Where to read and write: weightings over the slots of a memory.
+
+Pure functions without weights or state. Axes are always batch B, head H,
+slot N, width W. A weighting is non-negative and sums to at most one over N.
+"""
+
+from keras import ops
+
+# Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
+# large enough that its reciprocal, which the gradient meets, is finite too.
+SHARPENING_EPSILON = {"float32": 1e-12, "float64": 1e-20}
+
+# Norms below the root of this are those of an empty slot.
+NORM_EPSILON = {"float32": 1e-8, "float64": 1e-16}
+
+
+def cosine_similarity(memory, keys, norm_epsilon, product_epsilon=0.0):
+    """Compares each key with each slot by the angle between them.
+
+    Source: Graves et al. 2014, eq. 6.
+    Departure: `norm_epsilon` stands inside the root of each norm, so that an
+    all-zero slot or key has similarity 0 and finite gradients.
+
+    Args:
+        memory: (B, N, W) slot contents; any real value.
+        keys: (B, H, W) look-up vectors, one per head; any real value.
+        norm_epsilon: float, at least 0, added to each squared norm.
+        product_epsilon: float, at least 0, added to the product of norms.
+
+    Returns:
+        (B, H, N) similarities in [-1, 1].
+
+    Raises:
+        ValueError: the last axes of `memory` and `keys` differ.
+    """
+    if memory.shape[-1] != keys.shape[-1]:
+        raise ValueError(
+            "`memory` and `keys` must have the same width (their last axis) "
+            "to be compared. "
+            f"Received: memory.shape={tuple(memory.shape)}, "
+            f"keys.shape={tuple(keys.shape)}"
+        )
+    dot = ops.matmul(keys, ops.transpose(memory, (0, 2, 1)))
+    key_norm = ops.sqrt(ops.sum(keys * keys, axis=-1) + norm_epsilon)
+    slot_norm = ops.sqrt(ops.sum(memory * memory, axis=-1) + norm_epsilon)
+    norms = key_norm[:, :, None] * slot_norm[:, None, :]
+    return dot / (norms + product_epsilon)
+
+
+def content_weighting(
+    memory, keys, strengths, norm_epsilon, product_epsilon=0.0
+):
+    """Weighs slots by how closely they match each head's key.
+
+    Source: Graves et al. 2014, eqs. 5-6.
+
+    Args:
+        memory: (B, N, W) slot contents; any real value.
+        keys: (B, H, W) look-up vectors, one per head; any real value.
+        strengths: (B, H), at least 0, no unit; 0 gives uniform weighting.
+        norm_epsilon: see `cosine_similarity`.
+        product_epsilon: see `cosine_similarity`.
+
+    Returns:
+        (B, H, N) weighting: non-negative, sums to 1 over N.
+
+    Raises:
+        ValueError: the last axes of `memory` and `keys` differ.
+    """
+    similarity = cosine_similarity(memory, keys, norm_epsilon, product_epsilon)
+    return ops.softmax(strengths[:, :, None] * similarity, axis=-1)
+
+
+def interpolate(content_weighting, previous_weighting, interpolation_gate):
+    """Mixes the content weighting with the weighting of the step before.
+
+    Source: Graves et al. 2014, eq. 7.
+
+    Args:
+        content_weighting: (B, H, N) weighting.
+        previous_weighting: (B, H, N) weighting of the same heads at t - 1.
+        interpolation_gate: (B, H) in [0, 1]; 1 takes the content weighting.
+
+    Returns:
+        (B, H, N) weighting.
+    """
+    gate = interpolation_gate[:, :, None]
+    return gate * content_weighting + (1.0 - gate) * previous_weighting
+
+
+def shift(weighting, shifts):
+    """Moves the focus along the slots, around the end to the beginning.
+
+    Source: Graves et al. 2014, eq. 8.
+
+    Args:
+        weighting: (B, H, N) weighting.
+        shifts: (B, H, 2 S + 1) distribution over the offsets -S, ..., S; the
+            offset +1 moves the focus from slot i to slot i + 1.
+
+    Returns:
+        (B, H, N) weighting with the same sum.
+    """
+    shift_range = shifts.shape[-1] // 2
+    return sum(
+        shifts[:, :, index, None] * ops.roll(weighting, offset, axis=-1)
+        for index, offset in enumerate(range(-shift_range, shift_range + 1))
+    )
+
+
+def sharpen(weighting, sharpening):
+    """Raises a weighting to a power and normalises it.
+
+    Source: Graves et al. 2014, eq. 9.
+    Departure: written as a softmax of logarithms, with `SHARPENING_EPSILON`
+    inside, which neither underflows nor divides by zero.
+
+    Args:
+        weighting: (B, H, N) weighting.
+        sharpening: (B, H) powers, at least 1; 1 only normalises.
+
+    Returns:
+        (B, H, N) weighting: non-negative, sums to 1 over N.
+    """
+    epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
+    logits = sharpening[:, :, None] * ops.log(weighting + epsilon)
+    return ops.softmax(logits, axis=-1)
+
+
+def oneplus(x):
+    """1 + log(1 + exp(x)), at least 1.
+
+    Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
+    """
+    return 1.0 + ops.softplus(x)

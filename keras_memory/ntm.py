@@ -1,0 +1,471 @@
+"""The Neural Turing Machine (Graves, Wayne, Danihelka 2014, arXiv 1410.5401).
+
+Equation numbers are those of section 3 of the paper.
+"""
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_memory.access import erase_and_add
+from keras_memory.access import read
+from keras_memory.addressing import NORM_EPSILON
+from keras_memory.addressing import content_weighting
+from keras_memory.addressing import interpolate
+from keras_memory.addressing import oneplus
+from keras_memory.addressing import sharpen
+from keras_memory.addressing import shift
+from keras_memory.recurrent import Initial
+from keras_memory.recurrent import MemoryCell
+from keras_memory.recurrent import MemoryRNN
+from keras_memory.recurrent import check_clip
+from keras_memory.recurrent import check_size
+
+
+class NTMState(NamedTuple):
+    """What an NTM carries from step to step, with batch axis B in front.
+
+    Args:
+        reads: (B, R, W) read vectors of the last step.
+        memory: (B, N, W) slot contents.
+        read_weighting: (B, R, N), over the slots.
+        write_weighting: (B, H, N), over the slots.
+        controller: tuple with the controller's states, as it nests them.
+    """
+
+    reads: Any
+    memory: Any
+    read_weighting: Any
+    write_weighting: Any
+    controller: Any = ()
+
+
+class NTMInterface(NamedTuple):
+    """What the controller tells the heads; K = R + H heads, read heads first.
+
+    Args:
+        key: (B, K, W) look-up vectors, k.
+        strength: (B, K), above 0, beta.
+        interpolation_gate: (B, K) in (0, 1), g.
+        shift: (B, K, 2 shift_range + 1) distribution over offsets, s.
+        sharpening: (B, K), at least 1, gamma.
+        erase_vector: (B, H, W) in (0, 1), e.
+        add_vector: (B, H, W), a.
+    """
+
+    key: Any
+    strength: Any
+    interpolation_gate: Any
+    shift: Any
+    sharpening: Any
+    erase_vector: Any
+    add_vector: Any
+
+
+class NTMAccess:
+    """Addressing, reading and writing of the NTM; see `NTMCell`."""
+
+    def __init__(
+        self,
+        memory_slots,
+        slot_size,
+        read_heads,
+        write_heads,
+        head_order,
+        addressing,
+        shift_range,
+        erase,
+        interface_clip,
+        key_activation,
+        add_activation,
+        strength_activation,
+        norm_epsilon,
+        product_epsilon,
+        initial_memory,
+        initial_reads,
+        initial_weighting,
+    ):
+        self.interface_clip = interface_clip
+        self.key_activation = key_activation
+        self.add_activation = add_activation
+        self.strength_activation = strength_activation
+        self.norm_epsilon = norm_epsilon
+        self.product_epsilon = product_epsilon
+
+        heads = read_heads + write_heads
+        by_location = addressing == "content_and_location"
+        # Shape of each part of the interface; None where it is not used.
+        self.parts = NTMInterface(
+            key=(heads, slot_size),
+            strength=(heads,),
+            interpolation_gate=(heads,) if by_location else None,
+            shift=(heads, 2 * shift_range + 1) if by_location else None,
+            sharpening=(heads,) if by_location else None,
+            erase_vector=(write_heads, slot_size) if erase else None,
+            add_vector=(write_heads, slot_size),
+        )
+        self.interface_size = sum(
+            math.prod(shape) for shape in self.parts if shape is not None
+        )
+        self.read_size = read_heads * slot_size
+
+        def weighting(heads):
+            return Initial(
+                (heads, memory_slots),
+                # Content alone never looks at it, so there is nothing to learn.
+                initial_weighting if by_location else "constant",
+                constant=1.0 / memory_slots,
+                draw=keras.initializers.RandomNormal(stddev=1.0),
+                activation=keras.activations.softmax,
+            )
+
+        self.initial_state = NTMState(
+            reads=Initial(
+                (read_heads, slot_size),
+                initial_reads,
+                draw=keras.initializers.RandomNormal(stddev=0.05),
+            ),
+            memory=Initial(
+                (memory_slots, slot_size),
+                initial_memory,
+                constant=1e-6,
+                draw=keras.initializers.RandomUniform(
+                    -1.0 / math.sqrt(memory_slots + slot_size),
+                    1.0 / math.sqrt(memory_slots + slot_size),
+                ),
+            ),
+            read_weighting=weighting(read_heads),
+            write_weighting=weighting(write_heads),
+        )
+
+        # Heads that act at once: (their slice of all heads, how many of them
+        # read, their slice of the write heads). Groups act one after another.
+        if head_order == "parallel":
+            self.groups = [(slice(0, heads), read_heads, slice(0, write_heads))]
+        else:
+            nth = {"read": 0, "write": 0}
+            self.groups = []
+            for kind in head_order:
+                index = nth[kind]
+                nth[kind] += 1
+                if kind == "read":
+                    self.groups.append((slice(index, index + 1), 1, slice(0)))
+                else:
+                    head = read_heads + index
+                    self.groups.append(
+                        (slice(head, head + 1), 0, slice(index, index + 1))
+                    )
+
+    def split(self, interface):
+        """(B, interface_size) -> `NTMInterface`, with activations."""
+        if self.interface_clip is not None:
+            interface = ops.clip(
+                interface, -self.interface_clip, self.interface_clip
+            )
+        parts, end = [], 0
+        for shape in self.parts:
+            if shape is None:
+                parts.append(None)
+                continue
+            start, end = end, end + math.prod(shape)
+            parts.append(ops.reshape(interface[:, start:end], (-1, *shape)))
+        activations = NTMInterface(
+            key=self.key_activation,
+            strength=self.strength_activation,
+            interpolation_gate=ops.sigmoid,
+            shift=ops.softmax,
+            sharpening=lambda x: 1.0 + ops.softplus(x),
+            erase_vector=ops.sigmoid,
+            add_vector=self.add_activation,
+        )
+        return NTMInterface(
+            *(
+                None if part is None else activation(part)
+                for part, activation in zip(parts, activations)
+            )
+        )
+
+    def address(self, memory, previous, interface, heads):
+        """Content weighting and final weighting of a slice of the heads."""
+        epsilon = self.norm_epsilon
+        if epsilon is None:
+            epsilon = NORM_EPSILON[ops.dtype(memory)]
+        content = content_weighting(  # eqs. 5, 6
+            memory,
+            interface.key[:, heads],
+            interface.strength[:, heads],
+            epsilon,
+            self.product_epsilon,
+        )
+        if interface.shift is None:
+            return content, content
+        gated = interpolate(  # eq. 7
+            content,
+            previous[:, heads],
+            interface.interpolation_gate[:, heads],
+        )
+        shifted = shift(gated, interface.shift[:, heads])  # eq. 8
+        return content, sharpen(  # eq. 9
+            shifted, interface.sharpening[:, heads]
+        )
+
+    def step(self, interface, state):
+        interface = self.split(interface)
+        memory = state.memory
+        previous = ops.concatenate(
+            [state.read_weighting, state.write_weighting], axis=1
+        )
+        reads, reading, writing, content = [], [], [], []
+        for heads, read_heads, write_heads in self.groups:
+            by_content, weighting = self.address(
+                memory, previous, interface, heads
+            )
+            to_read = weighting[:, :read_heads]
+            to_write = weighting[:, read_heads:]
+            content.append((heads.start, by_content))
+            if to_read.shape[1]:
+                reading.append(to_read)
+                reads.append(read(memory, to_read))  # eq. 2
+            if to_write.shape[1]:
+                writing.append(to_write)
+                memory = erase_and_add(  # eqs. 3, 4
+                    memory,
+                    to_write,
+                    None
+                    if interface.erase_vector is None
+                    else interface.erase_vector[:, write_heads],
+                    interface.add_vector[:, write_heads],
+                )
+        state = state._replace(
+            reads=_join(reads),
+            memory=memory,
+            read_weighting=_join(reading),
+            write_weighting=_join(writing),
+        )
+        inside = {
+            name: part
+            for name, part in interface._asdict().items()
+            if part is not None
+        }
+        content.sort(key=lambda item: item[0])
+        inside["content_weighting"] = _join([part for _, part in content])
+        return state, inside
+
+
+def _join(heads):
+    return heads[0] if len(heads) == 1 else ops.concatenate(heads, axis=1)
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class NTMCell(MemoryCell):
+    """One step of a Neural Turing Machine.
+
+    A controller looks at the input and at what was read before, and tells
+    each head where to focus on a memory of N slots of width W, by content and
+    by location; read heads return what they see, write heads erase and add.
+
+    Equations: the controller's output is projected to an `NTMInterface`
+    (`NTMAccess.split`); content weighting, eqs. 5-6; interpolation, eq. 7;
+    shift, eq. 8; sharpening, eq. 9 (`NTMAccess.address`, and
+    `addressing.py`); reading, eq. 2; erasing and adding, eqs. 3-4
+    (`NTMAccess.step` and `access.py`).
+
+    State: an `NTMState`; reads start at `initial_reads`, memory at
+    `initial_memory`, weightings at `initial_weighting`; the heads update all
+    of them at every step.
+
+    Masking and dtype: as `MemoryCell`.
+
+    Departures: `norm_epsilon` in the norms and an epsilon in the sharpening
+    keep gradients finite where the paper's formulas divide zero by zero
+    (`test_ntm.py`, singular points).
+
+    Args:
+        units: int, at least 1, width of the output; or None for the features
+            concat(controller output, reads) as they are.
+        memory_slots: int N, at least 1. Default 128.
+        slot_size: int W, at least 1. Default 20.
+        read_heads: int R, at least 1. Default 1.
+        write_heads: int H, at least 1. Default 1.
+        controller: `"lstm"`, `"gru"`, `"rnn"`, `"dense"`, any Keras RNN cell
+            or a feed-forward layer. Default `"lstm"`.
+        controller_units: int, at least 1. Default 100.
+        controller_layers: int, at least 1. Default 1.
+        head_order: `"parallel"` (default): all heads address and read the
+            memory of the step before, then all write. Or a sequence such as
+            `("read", "write", "read", "write")`: the heads act one after the
+            other and see each other's writes; the i-th `"read"` is read head
+            i. The paper leaves the order open.
+        addressing: `"content_and_location"` (default), or `"content"`: the
+            content weighting as it is, without eqs. 7-9.
+        shift_range: int, at least 0, largest shift in slots. Default 1.
+        erase: bool. False leaves eq. 3 out: heads only add. Default True.
+        interface_clip: positive float or None (default); clips the interface
+            to +- this in front of its activations.
+        key_activation: Keras activation of keys. Default `"tanh"`.
+        add_activation: Keras activation of add vectors. Default `"tanh"`.
+        strength_activation: Keras activation of strengths, with values above
+            0; or `"oneplus"`. Default `"softplus"`.
+        initial_memory: `"learned"`, `"random"` (drawn once, from +- 1 /
+            sqrt(N + W), and kept), a number, or `"constant"` (default): 1e-6.
+        initial_reads: likewise; `"constant"` (default) is 0.
+        initial_weighting: likewise, of all heads; `"learned"` (default) and
+            `"random"` are a softmax of weights, `"constant"` is 1 / N.
+        norm_epsilon: float, at least 0, in the root of each norm. Default
+            None: 1e-8, in float64 1e-16.
+        product_epsilon: float, at least 0, added to the product of the norms
+            of key and slot. Default 0.
+        **kwargs: further arguments of `MemoryCell`, and of Keras's `Layer`.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+
+    >>> cell = keras_memory.NTMCell(3, memory_slots=16, slot_size=5)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+
+    References:
+        Graves, Wayne, Danihelka (2014), Neural Turing Machines,
+        https://arxiv.org/abs/1410.5401
+        Collier, Beel (2018), Implementing Neural Turing Machines (initial
+        memory), https://arxiv.org/abs/1807.08518
+    """
+
+    def __init__(
+        self,
+        units,
+        memory_slots=128,
+        slot_size=20,
+        read_heads=1,
+        write_heads=1,
+        controller="lstm",
+        controller_units=100,
+        controller_layers=1,
+        head_order="parallel",
+        addressing="content_and_location",
+        shift_range=1,
+        erase=True,
+        interface_clip=None,
+        key_activation="tanh",
+        add_activation="tanh",
+        strength_activation="softplus",
+        initial_memory="constant",
+        initial_reads="constant",
+        initial_weighting="learned",
+        norm_epsilon=None,
+        product_epsilon=0.0,
+        **kwargs,
+    ):
+        check_size("memory_slots", memory_slots)
+        check_size("slot_size", slot_size)
+        check_size("read_heads", read_heads)
+        check_size("write_heads", write_heads)
+        check_size("shift_range", shift_range, least=0)
+        check_clip("interface_clip", interface_clip)
+        if head_order != "parallel":
+            head_order = tuple(head_order)
+            if sorted(head_order) != (
+                ["read"] * read_heads + ["write"] * write_heads
+            ):
+                raise ValueError(
+                    '`head_order` must be "parallel", or name each head once: '
+                    f'{read_heads} times "read" and {write_heads} times '
+                    '"write", as `read_heads` and `write_heads` say. '
+                    f"Received: head_order={head_order!r}"
+                )
+        if addressing not in ("content_and_location", "content"):
+            raise ValueError(
+                '`addressing` must be "content_and_location" or "content". '
+                f"Received: addressing={addressing!r}"
+            )
+        if addressing != "content" and 2 * shift_range + 1 > memory_slots:
+            raise ValueError(
+                "`shift_range` must satisfy 2 * shift_range + 1 <= "
+                "memory_slots, or shifts overlap. Received: "
+                f"shift_range={shift_range}, memory_slots={memory_slots}"
+            )
+        for name, epsilon in (
+            ("norm_epsilon", norm_epsilon),
+            ("product_epsilon", product_epsilon),
+        ):
+            if epsilon is not None and not epsilon >= 0:
+                raise ValueError(
+                    f"`{name}` must be at least 0. Received: {name}={epsilon!r}"
+                )
+        ntm = NTMAccess(
+            memory_slots,
+            slot_size,
+            read_heads,
+            write_heads,
+            head_order,
+            addressing,
+            shift_range,
+            erase,
+            interface_clip,
+            keras.activations.get(key_activation),
+            keras.activations.get(add_activation),
+            oneplus
+            if strength_activation == "oneplus"
+            else keras.activations.get(strength_activation),
+            norm_epsilon,
+            product_epsilon,
+            Initial.check("initial_memory", initial_memory),
+            Initial.check("initial_reads", initial_reads),
+            Initial.check("initial_weighting", initial_weighting),
+        )
+        super().__init__(
+            units,
+            accesses=[ntm],
+            controller=controller,
+            controller_units=controller_units,
+            controller_layers=controller_layers,
+            **kwargs,
+        )
+        self.memory_slots = memory_slots
+        self.slot_size = slot_size
+        self.read_heads = read_heads
+        self.write_heads = write_heads
+        self.head_order = head_order
+        self.addressing = addressing
+        self.shift_range = shift_range
+        self.erase = erase
+        self.interface_clip = interface_clip
+        self.key_activation = key_activation
+        self.add_activation = add_activation
+        self.strength_activation = strength_activation
+        self.initial_memory = initial_memory
+        self.initial_reads = initial_reads
+        self.initial_weighting = initial_weighting
+        self.norm_epsilon = norm_epsilon
+        self.product_epsilon = product_epsilon
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class NTMLayer(MemoryRNN, cell=NTMCell):
+    """A Neural Turing Machine over sequences.
+
+    `NTMCell` documents the arguments, the equations and the state;
+    `MemoryRNN` what a layer adds: `return_sequences`, `return_state`,
+    `go_backwards`, `stateful`, `unroll`, `zero_output_for_mask`, the call
+    arguments and the errors.
+
+    Example:
+
+    >>> layer = keras_memory.NTMLayer(3, memory_slots=16, slot_size=5,
+    ...                               return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+    >>> inside = keras_memory.trace(layer, np.zeros((2, 7, 4), "float32"))
+    >>> inside["write_weighting"].shape
+    (2, 7, 1, 16)
+
+    References:
+        Graves, Wayne, Danihelka (2014), Neural Turing Machines,
+        https://arxiv.org/abs/1410.5401
+    """

@@ -1,0 +1,842 @@
+"""The shape that all recurrent memories share.
+
+A step is a list of blocks, and each block is controller + interface + access:
+
+    controller_in  = concat(x_t, previous reads)
+    controller_out = controller(controller_in)
+    interface      = controller_out @ interface_kernel + interface_bias
+    state          = access.step(interface, state)      no weights inside
+    features       = concat(controller_out, reads)
+
+The first block sees the input and the last block's reads of the step before,
+each further block sees the features of the block in front of it. The layer's
+output is a projection of the last block's features, outside the time loop.
+"""
+
+import dataclasses
+import inspect
+import typing
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+
+from keras_memory import controllers
+from keras_memory import scan
+
+
+class Access(typing.Protocol):
+    """What a block asks of its memory. An access holds no weights.
+
+    A user's own access is any object with these attributes; `NTMAccess` in
+    `ntm.py` is the one to read.
+    """
+
+    interface_size: int
+    """Width of the interface vector that `step` takes."""
+
+    read_size: int
+    """Width of all reads of one step, flattened."""
+
+    initial_state: typing.NamedTuple
+    """A record whose fields are `Initial`. The first is `reads`, the last is
+    `controller`, which is () here: the cell fills it in."""
+
+    def step(self, interface, state):
+        """Acts once on the memory.
+
+        Args:
+            interface: (B, interface_size), float32 or float64.
+            state: a record like `initial_state`, with arrays.
+
+        Returns:
+            The record after the step, with these reads in its first field,
+            and a dict of what else happened (weightings, gates: (B, ...)),
+            for `trace`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """How one state tensor starts.
+
+    Args:
+        shape: tuple of ints, without the batch axis.
+        start: `"learned"` (a trainable weight), `"random"` (a weight drawn
+            once and kept), `"constant"`, or a number, which is then the
+            constant.
+        constant: the number that `"constant"` fills the tensor with.
+        draw: Keras initializer of the weight, if it is one.
+        activation: function from the weight to the state, such as softmax
+            where the state is a weighting.
+    """
+
+    shape: tuple
+    start: str | float = "constant"
+    constant: float = 0.0
+    draw: typing.Any = "zeros"
+    activation: typing.Callable = keras.activations.linear
+
+    @property
+    def is_weight(self):
+        return self.start in ("learned", "random")
+
+    @property
+    def fill(self):
+        return self.constant if self.start == "constant" else self.start
+
+    @classmethod
+    def check(cls, name, value):
+        """Returns `value` if it is a valid one, or raises ValueError."""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value in ("learned", "random", "constant") or (
+            number and np.isfinite(value)
+        ):
+            return value
+        raise ValueError(
+            f'`{name}` must be "learned", "random", "constant" or a finite '
+            "number, which is then the constant. "
+            f"Received: {name}={value!r}"
+        )
+
+
+class MemoryCell(DropoutRNNCell, keras.layers.Layer):
+    """A recurrent cell with a memory: controller + interface + access.
+
+    The base of all recurrent architectures, and of a user's own: give it one
+    `Access` a block. It works in `MemoryRNN` and in `keras.layers.RNN`.
+
+    Equations: the head of `recurrent.py`.
+
+    State: flat tensors (B, size) outside, so that Keras's RNN machinery can
+    declare, hold and save them; `unpack_state` makes a named record of them.
+
+    Masking and dtype: under 16-bit policies the access, which addresses the
+    memory, computes in float32; states are kept in the compute dtype.
+
+    Args:
+        units: int, at least 1, width of the output; or None, for the features
+            concat(controller output, reads) as they are.
+        accesses: list with one `Access` a block. The same object twice is one
+            memory that two blocks act on, one after the other.
+        controller: `"lstm"`, `"gru"`, `"rnn"`, `"dense"`, any Keras RNN cell
+            (`StackedRNNCells` included), or a feed-forward layer. Further
+            blocks get a new controller of the same configuration.
+        controller_units: int, at least 1; width of a controller made by name.
+        controller_layers: int, at least 1; its number of layers.
+        controller_dropout: float in [0, 1), dropped share of its inputs.
+        controller_clip: positive float or None; clips its output to +- this.
+        controller_state_clip: positive float or None; clips its states.
+        initial_controller_state: `"learned"`, `"random"` (drawn once), a
+            number, or `"constant"`, the default: what the controller's own
+            `get_initial_state` says, zeros for those made by name.
+        activation: Keras activation of the output. Default: linear.
+        clip_value: positive float or None; clips the output to +- this, in
+            front of the activation.
+        kernel_initializer: Keras initializer of interface and output kernels.
+        bias_initializer: Keras initializer of interface and output biases.
+        seed: int or None, seed of the controller's dropout.
+        **kwargs: of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: a size, clip or initial value out of range.
+        TypeError: a controller that is neither a name nor a layer.
+    """
+
+    def __init__(
+        self,
+        units,
+        accesses,
+        controller="lstm",
+        controller_units=100,
+        controller_layers=1,
+        controller_dropout=0.0,
+        controller_clip=None,
+        controller_state_clip=None,
+        initial_controller_state="constant",
+        activation=None,
+        clip_value=None,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if units is not None:
+            check_size("units", units)
+        self.units = units
+        self.accesses = list(accesses)
+        if isinstance(controller, dict):
+            controller = keras.saving.deserialize_keras_object(controller)
+        self.controller = controller
+        self.controller_units = controller_units
+        self.controller_layers = controller_layers
+        self.controller_dropout = controller_dropout
+        self.controller_clip = check_clip("controller_clip", controller_clip)
+        self.controller_state_clip = check_clip(
+            "controller_state_clip", controller_state_clip
+        )
+        self.initial_controller_state = Initial.check(
+            "initial_controller_state", initial_controller_state
+        )
+        self.activation = keras.activations.get(activation)
+        self.clip_value = check_clip("clip_value", clip_value)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.seed = seed
+
+        made = controllers.get(
+            controller,
+            controller_units,
+            controller_layers,
+            controller_dropout,
+            seed,
+            self.dtype_policy,
+        )
+        self.block_controllers = [made] + [
+            made.__class__.from_config(
+                {**made.get_config(), "name": f"{made.name}_{block}"}
+            )
+            for block in range(1, len(self.accesses))
+        ]
+        # One memory for each distinct access, in order of appearance.
+        memories = list(
+            {id(access): access for access in self.accesses}.values()
+        )
+        self.memory_of_block = [memories.index(a) for a in self.accesses]
+        self.initial_records = tuple(
+            access.initial_state._replace(
+                controller=tuple(
+                    keras.tree.map_structure(
+                        lambda size: Initial(
+                            (size,),
+                            self.initial_controller_state,
+                            draw=keras.initializers.RandomNormal(stddev=0.05),
+                        ),
+                        controllers.state_structure(controller),
+                    )
+                    for controller, memory in zip(
+                        self.block_controllers, self.memory_of_block
+                    )
+                    if memory == index
+                )
+            )
+            for index, access in enumerate(memories)
+        )
+        initials = keras.tree.flatten(self.initial_records)
+        self.state_size = [int(np.prod(i.shape)) for i in initials]
+
+    @property
+    def features_size(self):
+        """Width of concat(controller output, reads) of the last block."""
+        size = controllers.output_size(
+            self.block_controllers[-1],
+            self._input_sizes[-1] if self.built else None,
+        )
+        return size + self.accesses[-1].read_size
+
+    @property
+    def output_size(self):
+        return self.features_size if self.units is None else self.units
+
+    def build(self, input_shape):
+        if input_shape[-1] is None:
+            raise ValueError(
+                "The width of the inputs (their last axis) must be known to "
+                f"build the weights. Received: input_shape={input_shape}"
+            )
+        size = input_shape[-1] + self.accesses[-1].read_size
+        self._input_sizes, self.interfaces = [], []
+        for block, access in enumerate(self.accesses):
+            controller = self.block_controllers[block]
+            if not controller.built:  # built already if reloaded or cloned
+                controller.build((None, size))
+            self._input_sizes.append(size)
+            size = controllers.output_size(controller, size)
+            self.interfaces.append(
+                self._add_projection(
+                    f"interface{_index(block)}", size, access.interface_size
+                )
+            )
+            size += access.read_size
+        if self.units is not None:
+            self.output_projection = self._add_projection(
+                "output", size, self.units
+            )
+        self.initial_weights = self._map_initials(self._add_initial_weight)
+
+    def _add_projection(self, name, inputs, outputs):
+        kernel = self.add_weight(
+            shape=(inputs, outputs),
+            initializer=self.kernel_initializer,
+            name=f"{name}_kernel",
+        )
+        bias = self.add_weight(
+            shape=(outputs,),
+            initializer=self.bias_initializer,
+            name=f"{name}_bias",
+        )
+        return kernel, bias
+
+    def _map_initials(self, function):
+        """[function(initial, name)] over all state tensors."""
+        results = []
+        for memory, record in enumerate(self.initial_records):
+            for field, value in record._asdict().items():
+                for index, initial in enumerate(keras.tree.flatten(value)):
+                    name = f"initial_{field}{_index(index)}{_index(memory)}"
+                    results.append(function(initial, name))
+        return results
+
+    def _add_initial_weight(self, initial, name):
+        if not initial.is_weight:
+            return None
+        return self.add_weight(
+            shape=initial.shape,
+            initializer=initial.draw,
+            trainable=initial.start == "learned",
+            name=name,
+        )
+
+    def get_initial_state(self, batch_size=None):
+        """The states before the first step: a list of (B, size)."""
+        if not self.built:
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r} must be built before "
+                "it can give its initial state, which may be learned: call "
+                "it on data or call `build(input_shape)` first."
+            )
+        states = []
+        initials = keras.tree.flatten(self.initial_records)
+        for initial, weight in zip(initials, self.initial_weights):
+            if weight is None:
+                value = ops.full(initial.shape, initial.fill)
+            else:
+                value = initial.activation(ops.convert_to_tensor(weight))
+            value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
+            shape = (batch_size, value.shape[-1])
+            states.append(ops.broadcast_to(value, shape))
+        if self.initial_controller_state == "constant":
+            states = self._flatten(
+                self._with_controller_states(
+                    self._unflatten(states), batch_size
+                )
+            )
+        return states
+
+    def _with_controller_states(self, records, batch_size):
+        """Puts in what a given controller itself says it starts with."""
+
+        def initial(controller, zeros):
+            if not hasattr(controller, "get_initial_state"):
+                return zeros
+            given = controller.get_initial_state(batch_size=batch_size)
+            return keras.tree.pack_sequence_as(zeros, keras.tree.flatten(given))
+
+        return tuple(
+            record._replace(
+                controller=tuple(
+                    initial(self.block_controllers[block], zeros)
+                    for block, zeros in zip(
+                        self._blocks_of_memory(memory), record.controller
+                    )
+                )
+            )
+            for memory, record in enumerate(records)
+        )
+
+    def _blocks_of_memory(self, memory):
+        return [b for b, m in enumerate(self.memory_of_block) if m == memory]
+
+    # States: flat tensors outside, named records inside.
+
+    def unpack_state(self, states):
+        """Names and shapes the flat states.
+
+        Args:
+            states: list of (B, size) tensors, as `get_initial_state`, the
+                layer's `return_state` or a cell's call give them.
+
+        Returns:
+            The record of the architecture (for the NTM an `NTMState`); a
+            tuple of records where the cell has several memories.
+
+        Raises:
+            ValueError: the number or the sizes of the states differ from
+                what the cell has.
+        """
+        states = list(states)
+        sizes = [state.shape[-1] for state in states]
+        if sizes != self.state_size:
+            raise ValueError(
+                f"{type(self).__name__} has {len(self.state_size)} states of "
+                f"shape (batch, size) with sizes {self.state_size}. Received: "
+                f"{len(sizes)} states of sizes {sizes}"
+            )
+        records = self._unflatten(states)
+        return records[0] if len(records) == 1 else records
+
+    def pack_state(self, record):
+        """Makes flat states of what `unpack_state` returns.
+
+        Args:
+            record: the record, or a tuple of records; its fields may be
+                arrays of any backend or NumPy.
+
+        Returns:
+            List of (B, size) tensors in the compute dtype.
+
+        Raises:
+            ValueError: a field is missing or its shape is wrong.
+        """
+        records = (record,) if len(self.initial_records) == 1 else record
+        given = keras.tree.flatten(records)
+        names = self._map_initials(lambda initial, name: name)
+        initials = keras.tree.flatten(self.initial_records)
+        if len(given) != len(initials):
+            raise ValueError(
+                f"The state has {len(initials)} tensors: {names}. "
+                f"Received: {len(given)} tensors"
+            )
+        for value, initial, name in zip(given, initials, names):
+            if tuple(value.shape[1:]) != initial.shape:
+                raise ValueError(
+                    f"`{name.removeprefix('initial_')}` must have shape "
+                    f"(batch, {', '.join(map(str, initial.shape))}). "
+                    f"Received: shape {tuple(value.shape)}"
+                )
+        return [
+            ops.cast(value, self.compute_dtype)
+            for value in self._flatten(records)
+        ]
+
+    def _unflatten(self, states):
+        initials = keras.tree.flatten(self.initial_records)
+        return keras.tree.pack_sequence_as(
+            self.initial_records,
+            [
+                ops.reshape(state, (-1, *initial.shape))
+                for state, initial in zip(states, initials)
+            ],
+        )
+
+    def _flatten(self, records):
+        return [
+            ops.reshape(value, (-1, int(np.prod(value.shape[1:]))))
+            for value in keras.tree.flatten(records)
+        ]
+
+    # One step.
+
+    def step(self, inputs, records, training=False):
+        """One step, up to the output projection.
+
+        Args:
+            inputs: (B, D).
+            records: tuple with one state record a memory.
+            training: bool.
+
+        Returns:
+            Features (B, F); the records after the step; and a list with one
+            dict a block of what happened inside, for `trace`.
+        """
+        records, details = list(records), []
+        inputs = ops.cast(inputs, self.compute_dtype)
+        reads = records[self.memory_of_block[-1]].reads
+        for block, access in enumerate(self.accesses):
+            memory = self.memory_of_block[block]
+            record = records[memory]
+            turn = self._blocks_of_memory(memory).index(block)
+            controller_states = list(record.controller)
+            output, states = controllers.step(
+                self.block_controllers[block],
+                ops.concatenate([inputs, _flat(reads)], axis=-1),
+                controller_states[turn],
+                training,
+            )
+            output = ops.cast(output, self.compute_dtype)
+            output = _clip(output, self.controller_clip)
+            controller_states[turn] = keras.tree.map_structure(
+                lambda state: _clip(
+                    ops.cast(state, self.compute_dtype),
+                    self.controller_state_clip,
+                ),
+                states,
+            )
+            interface = _project(output, *self.interfaces[block])
+            after, inside = access.step(
+                ops.cast(interface, self.access_dtype),
+                _cast(record._replace(controller=()), self.access_dtype),
+            )
+            records[memory] = _cast(after, self.compute_dtype)._replace(
+                controller=tuple(controller_states)
+            )
+            reads = records[memory].reads
+            inputs = output
+            details.append({"controller_output": output, **inside})
+        features = ops.concatenate([inputs, _flat(reads)], axis=-1)
+        return features, tuple(records), details
+
+    @property
+    def access_dtype(self):
+        """What addressing computes in: never in 16 bits."""
+        wide = self.compute_dtype == "float64"
+        return "float64" if wide else "float32"
+
+    def project(self, features):
+        """Makes the output of the features: (..., F) -> (..., units)."""
+        if self.units is not None:
+            features = _project(features, *self.output_projection)
+        return self.activation(_clip(features, self.clip_value))
+
+    def call(self, inputs, states, training=False):
+        features, records, _ = self.step(
+            inputs, self._unflatten(states), training
+        )
+        return self.project(features), self._flatten(records)
+
+    # Dropout: Keras's RNN asks any `DropoutRNNCell` for its masks in front
+    # of the time loop. The masks are those of the controllers inside.
+
+    def get_dropout_mask(self, step_input):
+        for cell, width in self._dropout_cells():
+            cell.get_dropout_mask(self._ones(step_input, width))
+
+    def get_recurrent_dropout_mask(self, state):
+        for cell, _ in self._dropout_cells():
+            width = (keras.tree.flatten(cell.state_size) or [1])[0]
+            cell.get_recurrent_dropout_mask(self._ones(state, width))
+
+    def reset_dropout_mask(self):
+        for cell, _ in self._dropout_cells():
+            cell.reset_dropout_mask()
+
+    def reset_recurrent_dropout_mask(self):
+        for cell, _ in self._dropout_cells():
+            cell.reset_recurrent_dropout_mask()
+
+    def _dropout_cells(self):
+        for controller, size in zip(self.block_controllers, self._input_sizes):
+            yield from controllers.dropout_cells(controller, size)
+
+    def _ones(self, like, width):
+        return ops.ones((ops.shape(like)[0], width), dtype=self.compute_dtype)
+
+    def get_config(self):
+        """Every argument of `__init__`, under its own name."""
+        arguments = [
+            name
+            for name in _parameters(type(self))
+            if name not in ("accesses", "name", "trainable", "dtype")
+        ]
+        own = {name: _serialize(getattr(self, name)) for name in arguments}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class MemoryRNN(keras.layers.RNN):
+    """Runs a memory cell over time; the base of all recurrent layers here.
+
+    `MemoryRNN(cell, ...)` runs any `MemoryCell`. A subclass
+    `class NTMLayer(MemoryRNN, cell=NTMCell)` makes its own: it takes the
+    cell's arguments, then those below.
+
+    It differs from `keras.layers.RNN` where that does not fit a memory:
+    `reset_state` restores the cell's initial state instead of zeros; masked
+    steps hold output and state on every backend; the states of a stateful
+    layer are non-trainable weights; the output projection happens once, after
+    the time loop.
+
+    Args:
+        *args: a `MemoryCell`, or the arguments of the subclass's cell.
+        return_sequences: bool, output of every step or of the last.
+        return_state: bool, also return the final states, flat: see
+            `MemoryCell.unpack_state`.
+        go_backwards: bool, from the last step to the first.
+        stateful: bool, go on from the states of the batch before. Needs a
+            fixed batch size. The states are non-trainable weights and saved
+            with the layer; `reset_state()` starts afresh.
+        unroll: bool, as in `keras.layers.RNN`.
+        zero_output_for_mask: bool, masked steps give 0 instead of the output
+            of the step before.
+        **kwargs: of the subclass's cell, and of `keras.layers.Layer`.
+
+    Call arguments:
+        sequences: (B, T, D). For further batch axes reshape first:
+            `keras.ops.reshape(x, (-1, *x.shape[-2:]))`.
+        initial_state: list of (B, size), as `return_state` gives it. Default:
+            the cell's own.
+        mask: (B, T) bool; False holds a row at that step.
+        training: bool.
+
+    Raises:
+        ValueError: inputs that are not (B, T, D), no time steps, or initial
+            states that the cell does not have.
+    """
+
+    cell_class = None
+
+    def __init_subclass__(cls, cell=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cell is not None:
+            cls.cell_class = cell
+            parameters = {**_parameters(cell), **_parameters(MemoryRNN)}
+            parameters.pop("accesses", None)
+            cls.__signature__ = inspect.Signature(
+                sorted(parameters.values(), key=lambda p: p.kind)
+            )
+
+    def __init__(
+        self,
+        *args,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        zero_output_for_mask=False,
+        **kwargs,
+    ):
+        of_layer = {
+            key: kwargs.pop(key)
+            for key in ("name", "trainable", "activity_regularizer")
+            if key in kwargs
+        }
+        dtype = kwargs.pop("dtype", None)
+        if self.cell_class is not None:
+            cell = self.cell_class(*args, dtype=dtype, **kwargs)
+            args, kwargs = (cell,), {}
+        super().__init__(
+            *args,
+            return_sequences=return_sequences,
+            return_state=return_state,
+            go_backwards=go_backwards,
+            stateful=stateful,
+            unroll=unroll,
+            zero_output_for_mask=zero_output_for_mask,
+            dtype=dtype,
+            **of_layer,
+            **kwargs,
+        )
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        if len(sequences.shape) != 3 or sequences.shape[1] == 0:
+            raise ValueError(
+                f"{type(self).__name__} takes sequences of shape (batch, "
+                "time, width) with at least one time step. For further batch "
+                "axes reshape to three axes first: "
+                "`keras.ops.reshape(x, (-1, *x.shape[-2:]))`. Received: "
+                f"shape {tuple(sequences.shape)}"
+            )
+        if initial_state is not None:
+            self.cell.unpack_state(initial_state)  # raises if it does not fit
+        return super().call(sequences, initial_state, mask, training)
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        features, records = scan.run(
+            self.cell,
+            sequences,
+            self.cell._unflatten(initial_state),
+            mask=mask,
+            training=training,
+            go_backwards=self.go_backwards,
+            unroll=self.unroll,
+            all_outputs=self.return_sequences,
+        )
+        outputs = self.cell.project(features)
+        if mask is not None:
+            outputs = self._masked_outputs(outputs, mask)
+        last = outputs[:, -1] if self.return_sequences else outputs
+        return last, outputs, self.cell._flatten(records)
+
+    def _masked_outputs(self, outputs, mask):
+        """Zeroes masked outputs, or those in front of the first valid step,
+        which have no output to hold."""
+        if len(mask.shape) == 3:
+            mask = mask[:, :, 0]
+        mask = ops.cast(mask, "int32")
+        if self.go_backwards:
+            mask = ops.flip(mask, axis=1)
+        if not self.zero_output_for_mask:
+            mask = ops.cumsum(mask, axis=1)
+        shown = mask > 0
+        shown = shown[:, :, None] if self.return_sequences else shown[:, -1:]
+        return ops.where(shown, outputs, ops.zeros_like(outputs))
+
+    def _create_state_variables(self, batch_size):
+        self.states = [
+            self.add_weight(
+                shape=tuple(value.shape),
+                initializer=lambda shape, dtype, value=value: ops.cast(
+                    value, dtype
+                ),
+                trainable=False,
+                name=f"state{_index(index)}",
+            )
+            for index, value in enumerate(self.get_initial_state(batch_size))
+        ]
+
+    def reset_state(self):
+        """Puts the states of a stateful layer back to the initial state."""
+        if self.states is not None:
+            batch_size = self.states[0].shape[0]
+            for state, initial in zip(
+                self.states, self.get_initial_state(batch_size)
+            ):
+                state.assign(ops.cast(initial, state.dtype))
+
+    def get_config(self):
+        config = super().get_config()
+        if self.cell_class is not None:
+            config.pop("cell")
+            config = {**self.cell.get_config(), **config}
+        return config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        if cls.cell_class is None:
+            return super().from_config(config, custom_objects)
+        return cls(**config)
+
+
+def trace(layer, inputs, initial_state=None, mask=None, training=False):
+    """Records what happens inside a recurrent layer of this library.
+
+    Runs the layer's cell step by step, outside of any graph.
+
+    Args:
+        layer: a `MemoryRNN`, such as `NTMLayer`.
+        inputs: (B, T, D) array.
+        initial_state: list of (B, size), or None for the layer's own.
+        mask: (B, T) bool or None; a masked step repeats the step before.
+        training: bool.
+
+    Returns:
+        Dict of NumPy arrays (B, T, ...), in the order in which the steps were
+        taken: `"output"`, every field of the state record after the step
+        except the controller's states (for the NTM `"reads"`, `"memory"`,
+        `"read_weighting"`, `"write_weighting"`), `"controller_output"`, and
+        what the architecture adds (keys, gates, ...). Where a cell has
+        several blocks, names start with `"block0/"`, `"block1/"`, ...
+
+    Raises:
+        TypeError: not a recurrent layer of this library.
+    """
+    if not isinstance(layer, MemoryRNN):
+        raise TypeError(
+            "`trace` takes a recurrent layer of keras_memory, such as "
+            f"`NTMLayer`. Received: {layer!r}"
+        )
+    inputs = ops.convert_to_tensor(inputs)
+    if not layer.built:
+        layer.build(tuple(inputs.shape))
+    cell = layer.cell
+    if initial_state is None:
+        initial_state = (
+            [ops.convert_to_tensor(state) for state in layer.states]
+            if layer.stateful
+            else cell.get_initial_state(batch_size=inputs.shape[0])
+        )
+    cell.unpack_state(initial_state)  # raises if it does not fit
+    records = cell._unflatten(
+        [ops.cast(state, cell.compute_dtype) for state in initial_state]
+    )
+    steps, held = [], None
+    times = range(inputs.shape[1])
+    for time in reversed(times) if layer.go_backwards else times:
+        features, after, details = cell.step(inputs[:, time], records, training)
+        now = {"output": cell.project(features)}
+        for block, inside in enumerate(details):
+            prefix = f"block{block}/" if len(details) > 1 else ""
+            record = after[cell.memory_of_block[block]]._asdict()
+            del record["controller"]
+            for name, value in {**record, **inside}.items():
+                now[prefix + name] = value
+        if mask is not None:
+            keep = ops.convert_to_tensor(mask, dtype="bool")[:, time]
+            held = held or keras.tree.map_structure(ops.zeros_like, now)
+            hold = lambda new, old: ops.where(  # noqa: E731
+                ops.reshape(keep, (-1,) + (1,) * (len(new.shape) - 1)), new, old
+            )
+            now = keras.tree.map_structure(hold, now, held)
+            after = keras.tree.map_structure(hold, after, records)
+        steps.append(keras.tree.map_structure(ops.convert_to_numpy, now))
+        records, held = after, now
+    return {
+        name: np.stack([step[name] for step in steps], axis=1)
+        for name in steps[0]
+    }
+
+
+def check_size(name, value, least=1):
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. "
+            f"Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_clip(name, value):
+    """Raises ValueError unless `value` is None or a positive number."""
+    if value is not None and not value > 0:
+        raise ValueError(
+            f"`{name}` is the bound of +-{name} and must be positive, or None "
+            f"for no clipping. Received: {name}={value!r}"
+        )
+    return value
+
+
+def _parameters(cls):
+    """Parameters of a class's `__init__`, by name, with those that its
+    `**kwargs` hands to the base, up to `MemoryCell` or `MemoryRNN`."""
+    parameters = {}
+    for base in cls.__mro__:
+        if base in (DropoutRNNCell, keras.layers.RNN):
+            break
+        for name, parameter in inspect.signature(
+            base.__init__
+        ).parameters.items():
+            if parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
+            ):
+                parameters.setdefault(name, parameter)
+    parameters.pop("self")
+    return parameters
+
+
+def _serialize(value):
+    if isinstance(value, keras.initializers.Initializer):
+        return keras.initializers.serialize(value)
+    if isinstance(value, keras.layers.Layer):
+        return keras.saving.serialize_keras_object(value)
+    if callable(value):
+        return keras.activations.serialize(value)
+    return value
+
+
+def _index(index):
+    """Ending of a weight's name: none for the first of its kind."""
+    return f"_{index}" if index else ""
+
+
+def _flat(reads):
+    return ops.reshape(reads, (-1, int(np.prod(reads.shape[1:]))))
+
+
+def _project(inputs, kernel, bias):
+    dtype = inputs.dtype
+    return ops.matmul(inputs, ops.cast(kernel, dtype)) + ops.cast(bias, dtype)
+
+
+def _clip(value, bound):
+    return value if bound is None else ops.clip(value, -bound, bound)
+
+
+def _cast(record, dtype):
+    return keras.tree.map_structure(
+        lambda value: ops.cast(value, dtype), record
+    )

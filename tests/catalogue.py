@@ -1,0 +1,118 @@
+"""One entry for each public layer and for each option worth a run of its own.
+
+`harness.py` runs every entry through everything that a layer must do. Sizes
+are different primes, so that a transposed axis cannot pass.
+"""
+
+import dataclasses
+
+import keras
+import toy
+
+import keras_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer to test.
+
+    Args:
+        name: str, the test's name.
+        layer: class of the layer.
+        kwargs: dict of its arguments; a callable value is called for each
+            new layer, where it must not be shared.
+        input_shape: (B, T, D).
+        output_size: width of the output.
+    """
+
+    name: str
+    layer: type
+    kwargs: dict
+    input_shape: tuple = (2, 7, 5)
+    output_size: int = 3
+
+    def make(self, **more):
+        kwargs = {
+            key: value() if callable(value) else value
+            for key, value in self.kwargs.items()
+        }
+        return self.layer(**{"return_sequences": True, **kwargs, **more})
+
+
+def ntm(name, output_size=3, **kwargs):
+    sizes = {
+        "units": 3,
+        "memory_slots": 11,
+        "slot_size": 5,
+        "controller_units": 13,
+    }
+    return Case(
+        f"ntm-{name}",
+        keras_memory.NTMLayer,
+        {**sizes, **kwargs},
+        output_size=output_size,
+    )
+
+
+CASES = [
+    ntm("default"),
+    ntm("heads", read_heads=2, write_heads=3),
+    ntm(
+        "in-turn",
+        read_heads=2,
+        write_heads=2,
+        head_order=("read", "write", "read", "write"),
+        shift_range=2,
+    ),
+    ntm("content", addressing="content", erase=False),
+    ntm(
+        "learned-start",
+        initial_memory="learned",
+        initial_reads="learned",
+        initial_controller_state="learned",
+    ),
+    ntm(
+        "random-start",
+        initial_memory="random",
+        initial_reads="random",
+        initial_weighting="random",
+        initial_controller_state="random",
+    ),
+    ntm(
+        "clips",
+        interface_clip=2.0,
+        clip_value=1.0,
+        controller_clip=0.7,
+        controller_state_clip=0.9,
+        activation="sigmoid",
+        key_activation="linear",
+        add_activation="linear",
+        strength_activation="oneplus",
+        product_epsilon=1e-6,
+        norm_epsilon=1e-4,
+    ),
+    ntm("unprojected", units=None, output_size=18),
+    ntm("gru", controller="gru"),
+    ntm("rnn-two-layers", controller="rnn", controller_layers=2),
+    ntm("dense-two-layers", controller="dense", controller_layers=2),
+    ntm("dropout", controller_layers=2, controller_dropout=0.3),
+    ntm("own-cell", controller=lambda: toy.PlainCell(13)),
+    ntm(
+        "stacked-cells",
+        controller=lambda: keras.layers.StackedRNNCells(
+            [keras.layers.GRUCell(7), keras.layers.LSTMCell(13)]
+        ),
+    ),
+    ntm("feed-forward", controller=lambda: toy.feed_forward(13)),
+    Case(
+        "memory-rnn",
+        keras_memory.MemoryRNN,
+        {"cell": lambda: keras_memory.NTMCell(3, 11, 5, controller_units=13)},
+    ),
+    Case("two-blocks", toy.ToyLayer, {"units": 3, "controller_units": 7}),
+    Case(
+        "two-blocks-one-memory",
+        toy.ToyLayer,
+        {"units": 3, "controller_units": 7, "share_memory": True},
+    ),
+]

@@ -1,0 +1,282 @@
+"""What every recurrent layer must do. Each check takes a catalogue case."""
+
+import json
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_memory
+
+TOLERANCE = 2e-6
+
+
+def inputs_of(case, seed=3):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=case.input_shape).astype("float32")
+
+
+def built(case, **more):
+    """A layer with all weights away from their initial values."""
+    layer = case.make(**more)
+    layer.build(case.input_shape)
+    rng = np.random.default_rng(5)
+    for weight in layer.cell.weights:
+        weight.assign(
+            ops.convert_to_numpy(weight)
+            + rng.normal(size=weight.shape, scale=0.3)
+        )
+    return layer
+
+
+def like(layer, case, **more):
+    """A second layer with other arguments and the same weights."""
+    other = case.make(**more)
+    other.build(case.input_shape)
+    other.cell.set_weights(layer.cell.get_weights())
+    return other
+
+
+def model_of(layer, case):
+    inputs = keras.Input((None, case.input_shape[-1]))
+    return keras.Model(inputs, layer(inputs))
+
+
+def close(actual, expected, tolerance=TOLERANCE):
+    actual, expected = map(ops.convert_to_numpy, (actual, expected))
+    assert actual.shape == expected.shape
+    assert np.isfinite(actual).all() and np.isfinite(expected).all()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+def config_round_trip(case):
+    layer = case.make()
+    text = json.dumps(layer.get_config())
+    copy = type(layer).from_config(json.loads(text))
+    assert json.dumps(copy.get_config()) == text
+    config = json.loads(text)
+    assert copy.dtype_policy == layer.dtype_policy
+    arguments = set(case.kwargs) - {"cell"}
+    assert arguments <= set(config), arguments - set(config)
+
+
+def file_round_trip(case, folder):
+    layer = built(case)
+    model = model_of(layer, case)
+    x = inputs_of(case)
+    path = folder / "model.keras"
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    close(loaded(x), model(x), tolerance=0)
+    weights = folder / "model.weights.h5"
+    model.save_weights(weights)
+    fresh = model_of(case.make(), case)
+    fresh.load_weights(weights)
+    close(fresh(x), model(x), tolerance=0)
+
+
+def clone(case):
+    model = model_of(built(case), case)
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    x = inputs_of(case)
+    close(copy(x), model(x), tolerance=0)
+
+
+def shapes(case):
+    batch, time, width = case.input_shape
+    x = inputs_of(case)
+    for sequences in (True, False):
+        layer = case.make(return_sequences=sequences, return_state=True)
+        symbolic = layer(keras.Input((None, width)))
+        eager = layer(x)
+        declared = layer.compute_output_shape((batch, time, width))
+        assert len(symbolic) == len(eager) == len(declared)
+        for a, b, c in zip(symbolic, eager, declared):
+            assert tuple(b.shape) == tuple(c)
+            assert len(a.shape) == len(b.shape)
+            assert all(n in (None, m) for n, m in zip(a.shape, b.shape))
+            assert a.dtype == ops.dtype(b)
+        expected = (batch, time) if sequences else (batch,)
+        assert tuple(eager[0].shape) == (*expected, case.output_size)
+        assert symbolic[0].shape[-1] == case.output_size
+
+
+def training_step(case, jit_compile):
+    layer = built(case)
+    model = model_of(layer, case)
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    x = inputs_of(case)
+    y = np.ones((*case.input_shape[:2], case.output_size), "float32")
+    before = {w.path: ops.convert_to_numpy(w) for w in model.weights}
+    loss = model.fit(x, y, epochs=2, verbose=0).history["loss"]
+    assert np.isfinite(loss).all()
+    for weight in model.weights:
+        after = ops.convert_to_numpy(weight)
+        assert np.isfinite(after).all(), weight.path
+        moved = np.abs(after - before[weight.path]).max() > 0
+        is_state = "seed" in weight.path
+        assert moved == weight.trainable or is_state, weight.path
+
+
+def mask_is_truncation(case):
+    x = inputs_of(case)
+    batch, time, _ = x.shape
+    length = 4
+    padded = np.arange(time)[None] < np.array([[length]] * batch)
+    layer = built(case, return_state=True)
+    whole, *states = layer(x, mask=padded)
+    cut, *cut_states = layer(x[:, :length])
+    close(whole[:, :length], cut)
+    for held in range(length, time):  # the last output is held
+        close(whole[:, held], cut[:, -1])
+    for state, cut_state in zip(states, cut_states):
+        close(state, cut_state)
+    last = like(layer, case, return_sequences=False)
+    close(last(x, mask=padded), cut[:, -1])
+    # Whatever a masked step contains does not matter.
+    poisoned = np.where(padded[:, :, None], x, 1e3).astype("float32")
+    close(layer(poisoned, mask=padded)[0], whole)
+    # Holes: the same as leaving the steps out; in front: nothing to hold.
+    kept = [1, 2, 5]
+    holes = np.isin(np.arange(time), kept)[None].repeat(batch, 0)
+    with_holes, *states = layer(x, mask=holes)
+    without, *expected = layer(x[:, kept])
+    close(ops.convert_to_numpy(with_holes)[:, kept], without)
+    close(with_holes[:, 0], np.zeros_like(with_holes[:, 0]))
+    close(with_holes[:, 4], without[:, 1])
+    for state, other in zip(states, expected):
+        close(state, other)
+    zeroing = like(layer, case, zero_output_for_mask=True)
+    zeroed = ops.convert_to_numpy(zeroing(x, mask=holes))
+    close(zeroed[:, kept], without)
+    assert (zeroed[:, ~holes[0]] == 0).all()
+    # Rows do not see each other's masks.
+    rows = np.ones((batch, time), bool)
+    rows[0, length:] = False
+    mixed = layer(x, mask=rows)[0]
+    close(mixed[0], whole[0])
+    close(mixed[1:], layer(x)[0][1:])
+    # In a Functional model the mask comes from the layer in front.
+    marked = np.where(padded[:, :, None], x, 0.0).astype("float32")
+    entry = keras.Input((None, x.shape[-1]))
+    masked = keras.layers.Masking()(entry)
+    model = keras.Model(entry, like(layer, case)(masked))
+    close(model.predict(marked, verbose=0), whole)
+
+
+def state_in_and_out(case):
+    x = inputs_of(case)
+    layer = built(case, return_state=True)
+    whole, *final = layer(x)
+    first, *states = layer(x[:, :3])
+    second, *states = layer(x[:, 3:], initial_state=states)
+    close(np.concatenate([first, second], axis=1), whole)
+    for state, other in zip(states, final):
+        close(state, other)
+    cell = layer.cell
+    packed = cell.pack_state(cell.unpack_state(final))
+    for state, other in zip(packed, final):
+        close(state, other, tolerance=0)
+    # Symbolic states, in a Functional model.
+    entry = keras.Input((None, x.shape[-1]))
+    entries = [keras.Input((size,)) for size in cell.state_size]
+    model = keras.Model([entry, *entries], layer(entry, initial_state=entries))
+    given = cell.get_initial_state(batch_size=len(x))
+    close(model([ops.convert_to_tensor(x), *given])[0], whole)
+
+
+def stateful_is_one_sequence(case):
+    x = inputs_of(case)
+    layer = built(case)
+    whole = layer(x)
+    stateful = like(layer, case, stateful=True)
+    stateful.reset_state()
+    chunks = [stateful(x[:, :3]), stateful(x[:, 3:])]
+    close(np.concatenate(chunks, axis=1), whole)
+    stateful.reset_state()
+    close(stateful(x), whole)
+    assert all(not state.trainable for state in stateful.states)
+    assert all(
+        any(state is weight for weight in stateful.non_trainable_weights)
+        for state in stateful.states
+    )
+
+
+def backwards(case):
+    x = inputs_of(case)
+    layer = built(case)
+    reverse = like(layer, case, go_backwards=True)
+    close(reverse(x), layer(x[:, ::-1]))
+    mask = np.arange(x.shape[1])[None].repeat(len(x), 0) < 4
+    close(reverse(x, mask=mask)[:, 3:], layer(x[:, 3::-1]))
+    close(reverse(x, mask=mask)[:, :3], np.zeros((len(x), 3, case.output_size)))
+
+
+def in_models(case):
+    """Stacked, under `Bidirectional`, in a subclassed model, unrolled."""
+    batch, time, width = case.input_shape
+    x = inputs_of(case)
+    model = keras.Sequential(
+        [
+            keras.Input((None, width)),
+            keras.layers.Bidirectional(case.make()),
+            case.make(return_sequences=False),
+            keras.layers.Dense(2),
+        ]
+    )
+    assert model(x).shape == (batch, 2)
+    copy = keras.Sequential.from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    close(copy(x), model(x), tolerance=0)
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.memory = case.make()
+
+        def call(self, inputs):
+            return self.memory(inputs)
+
+    assert Own()(x).shape == (batch, time, case.output_size)
+    layer = built(case)
+    close(like(layer, case, unroll=True)(x), layer(x))
+
+
+def mixed_precision(case, policy):
+    layer = built(case, dtype=policy) if "cell" not in case.kwargs else None
+    if layer is None:  # a given cell brings its own policy
+        keras.config.set_dtype_policy(policy)
+        layer = built(case)
+    assert layer.compute_dtype in policy
+    model = model_of(layer, case)
+    model.compile("sgd", "mse")
+    x = inputs_of(case)
+    output = model(x)
+    assert ops.dtype(output) == layer.compute_dtype
+    y = np.zeros(output.shape, "float32")
+    history = model.fit(x, y, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    for weight in model.weights:
+        value = ops.convert_to_numpy(ops.cast(weight, "float32"))
+        assert np.isfinite(value).all(), weight.path
+
+
+def trace_is_what_happens(case):
+    x = inputs_of(case)
+    layer = built(case, return_state=True)
+    output, *states = layer(x)
+    inside = keras_memory.trace(layer, x)
+    close(inside["output"], output)
+    assert all(value.shape[:2] == x.shape[:2] for value in inside.values())
+    record = layer.cell.unpack_state(states)
+    if hasattr(record, "_asdict"):
+        for name, value in record._asdict().items():
+            found = [k for k in inside if k.split("/")[-1] == name]
+            if name != "controller":
+                close(inside[found[-1]][:, -1], value)
+    mask = np.arange(x.shape[1])[None].repeat(len(x), 0) % 3 != 0
+    close(
+        keras_memory.trace(layer, x, mask=mask)["output"],
+        layer(x, mask=mask)[0],
+    )

@@ -1,0 +1,90 @@
+"""The package's shape: who imports whom, and what an import costs."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
+
+# Each module may import modules of the lines above its own, and of its own
+# line where that says so.
+LAYERS = [
+    ["addressing", "access", "geometry", "visualization"],
+    ["controllers", "retrieval"],
+    ["scan"],
+    ["recurrent"],
+    ["ntm", "dnc", "sam", "sdnc", "esm", "memory_wrap"],
+    ["memorizing_transformer"],
+    ["tasks", "losses"],
+    ["config"],
+    ["callbacks", "export", "convert"],
+    ["training"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imported_by(source):
+    """Modules of keras_memory that a source text imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield "a relative import"
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "keras_memory":
+                if len(parts) > 1:
+                    yield parts[1]
+                else:
+                    yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("keras_memory"):
+                    yield (alias.name.split(".") + ["the package itself"])[1]
+
+
+def misplaced(module, source):
+    """What `module` imports although it stands above it or beside it."""
+    return [
+        name
+        for name in imported_by(source)
+        if RANK.get(name, len(LAYERS)) >= RANK[module]
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in PACKAGE.glob("*.py") if p.stem != "__init__"],
+    ids=lambda path: path.stem,
+)
+def test_imports_point_downward(path):
+    assert path.stem in RANK, f"give {path.stem} its place in LAYERS"
+    assert misplaced(path.stem, path.read_text()) == []
+
+
+def test_the_check_sees_upward_and_sideways_imports():
+    assert misplaced("ntm", "from keras_memory import cli") == ["cli"]
+    assert misplaced("ntm", "from keras_memory.dnc import DNCCell") == ["dnc"]
+    assert misplaced("ntm", "import keras_memory.training as t") == ["training"]
+    assert misplaced("ntm", "from .recurrent import trace") != []
+    assert misplaced("ntm", "from keras_memory import NTMLayer") != []
+    assert misplaced("ntm", "from keras_memory.recurrent import trace") == []
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_import_is_light():
+    """Beyond what `import keras` brings: nothing but our own modules."""
+    new = run_python(
+        "import sys, keras; before = set(sys.modules); import keras_memory\n"
+        "print(*sorted({m.partition('.')[0] for m in"
+        " set(sys.modules) - before} - {'keras_memory', 'keras'}))"
+    ).split()
+    heavy = {"scann", "tensorboard", "PIL", "tensorflow_serving", "grpc"}
+    assert not heavy & set(new)
