@@ -1,0 +1,267 @@
+"""Training configurations: plain dataclasses, and presets by name.
+
+A new task or architecture fits in as one more dataclass: a task goes into
+`tasks.TASKS`, an architecture into `MODELS`, a combination worth a name into
+`PRESETS`.
+"""
+
+import ast
+import dataclasses
+import json
+
+from keras_memory import tasks
+from keras_memory.ntm import NTMLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class NTM:
+    """The arguments of `NTMLayer` that a training can set.
+
+    Args: as of `NTMCell`.
+    """
+
+    memory_slots: int = 128
+    slot_size: int = 20
+    read_heads: int = 1
+    write_heads: int = 1
+    controller: str = "lstm"
+    controller_units: int = 100
+    controller_layers: int = 1
+    head_order: str | tuple = "parallel"
+    shift_range: int = 1
+    initial_memory: str | float = "constant"
+    initial_reads: str | float = "constant"
+    initial_weighting: str | float = "learned"
+    initial_controller_state: str | float = "constant"
+
+    def layer(self, units, **kwargs):
+        """Makes the layer, with `units` outputs."""
+        return NTMLayer(units, **dataclasses.asdict(self), **kwargs)
+
+
+MODELS = {"ntm": NTM}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Everything that determines a training run.
+
+    Args:
+        task: a task of `tasks.py`.
+        model: an architecture of this module.
+        steps: int, at least 1, most training steps (batches).
+        batch_size: int, at least 1, sequences a step.
+        optimizer: name of a Keras optimizer. Default `"adam"`.
+        learning_rate: float above 0.
+        momentum: float in [0, 1), for an optimizer that has it.
+        clipnorm: float above 0, largest norm of a weight's gradient, or None.
+        curriculum: tuple of lengths, growing. Training starts with sequences
+            up to the first and goes on to the next, at last to the task's
+            own, when less than `curriculum_wrong` of the bits are wrong. ()
+            trains on the task's own lengths from the start.
+        curriculum_wrong: float in (0, 1), that share of wrong bits.
+        stop_wrong_bits: float, at least 0; training ends as soon as fewer
+            bits a sequence are wrong, over one report, at the task's full
+            lengths. 0 runs all steps.
+        report_every: int, at least 1, steps between reports, which are what
+            Keras calls an epoch: progress, TensorBoard, checkpoint, picture.
+        jit_compile: bool, compile with XLA.
+        seed: int, at least 0, of weights and data.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    task: tasks.Copy
+    model: NTM
+    steps: int = 10_000
+    batch_size: int = 16
+    optimizer: str = "adam"
+    learning_rate: float = 3e-3
+    momentum: float = 0.0
+    clipnorm: float | None = 10.0
+    curriculum: tuple = ()
+    curriculum_wrong: float = 0.02
+    stop_wrong_bits: float = 0.0
+    report_every: int = 100
+    jit_compile: bool = True
+    seed: int = 1
+
+    def __post_init__(self):
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("report_every", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"`{name}` must be an integer of at least {least}. "
+                    f"Received: {name}={value!r}"
+                )
+        if not self.learning_rate > 0:
+            raise ValueError(
+                "`learning_rate` must be above 0. "
+                f"Received: learning_rate={self.learning_rate!r}"
+            )
+        if self.clipnorm is not None and not self.clipnorm > 0:
+            raise ValueError(
+                "`clipnorm` must be above 0, or None for no clipping. "
+                f"Received: clipnorm={self.clipnorm!r}"
+            )
+        lengths = (
+            self.task.min_length,
+            *self.curriculum,
+            self.task.max_length,
+        )
+        if list(lengths) != sorted(lengths):
+            raise ValueError(
+                "`curriculum` must grow, from at least the task's min_length "
+                "to at most its max_length. Received: "
+                f"curriculum={self.curriculum}, "
+                f"min_length={self.task.min_length}, "
+                f"max_length={self.task.max_length}"
+            )
+
+
+PRESETS = {
+    "copy": Training(
+        task=tasks.Copy(),
+        model=NTM(controller="dense"),
+        steps=10_000,
+        optimizer="rmsprop",
+        learning_rate=1e-3,
+        momentum=0.9,
+        curriculum=(5, 10),
+        curriculum_wrong=0.04,
+        stop_wrong_bits=0.05,
+    ),
+}
+
+
+def to_json(config):
+    """Text of a configuration, from which `from_json` makes it again."""
+    document = dataclasses.asdict(config)
+    for part, registry in _PARTS.items():
+        value = getattr(config, part)
+        document[part]["name"] = _name_of(registry, value)
+    return json.dumps(document, indent=2) + "\n"
+
+
+def from_json(text):
+    """Makes a configuration of what `to_json` wrote.
+
+    Raises:
+        ValueError: unknown names, or values out of their range.
+    """
+    document = json.loads(text)
+    for part, registry in _PARTS.items():
+        arguments = document[part]
+        name = arguments.pop("name")
+        if name not in registry:
+            raise ValueError(
+                f"`{part}` must be one of {sorted(registry)}. "
+                f"Received: {part}={name!r}"
+            )
+        document[part] = _make(registry[name], arguments)
+    return _make(Training, document)
+
+
+def override(config, settings):
+    """Changes values of a configuration by name.
+
+    Args:
+        config: a `Training`.
+        settings: sequence of `"name=value"`, where `name` is a field of the
+            configuration, its task or its model, and `value` a Python
+            literal; a text needs no quotes.
+
+    Returns:
+        A new `Training`.
+
+    Raises:
+        ValueError: an unknown name, or a value out of its range.
+    """
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        owner = next(
+            (
+                part
+                for part in (None, *_PARTS)
+                if name in _fields(_part(config, part)) and name not in _PARTS
+            ),
+            "nobody",
+        )
+        if not equals or owner == "nobody":
+            names = [
+                field
+                for part in (None, *_PARTS)
+                for field in _fields(_part(config, part))
+                if field not in _PARTS
+            ]
+            raise ValueError(
+                "A setting has the form name=value, with one of these names: "
+                f"{', '.join(names)}. Received: {setting!r}"
+            )
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        changed = _make(
+            type(_part(config, owner)),
+            {**_fields(_part(config, owner)), name: value},
+        )
+        config = (
+            changed
+            if owner is None
+            else dataclasses.replace(config, **{owner: changed})
+        )
+    return config
+
+
+_PARTS = {"task": tasks.TASKS, "model": MODELS}
+
+
+def _part(config, part):
+    return config if part is None else getattr(config, part)
+
+
+def _fields(value):
+    """Fields of a dataclass and their values, without going deeper."""
+    return {
+        field.name: getattr(value, field.name)
+        for field in dataclasses.fields(value)
+    }
+
+
+def _name_of(registry, value):
+    return next(name for name, cls in registry.items() if cls is type(value))
+
+
+def _make(cls, arguments):
+    """An instance of a dataclass, after a look at the types of its values."""
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    made = {}
+    for name, value in arguments.items():
+        if name not in fields:
+            raise ValueError(
+                f"{cls.__name__} has no {name!r}; it has: {', '.join(fields)}"
+            )
+        wanted = fields[name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if wanted is float or (
+            wanted == float | None and isinstance(value, int)
+        ):
+            value = float(value) if type(value) is int else value
+        if not isinstance(value, wanted) or (
+            isinstance(value, bool) and wanted is not bool
+        ):
+            raise ValueError(
+                f"`{name}` must be of type "
+                f"{getattr(wanted, '__name__', wanted)}. "
+                f"Received: {name}={value!r}"
+            )
+        made[name] = value
+    return cls(**made)

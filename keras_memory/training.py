@@ -1,0 +1,265 @@
+"""From a configuration to a trained, drawn, exported model in a run folder."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import keras
+import numpy as np
+
+from keras_memory import config as configuration
+from keras_memory import tasks
+from keras_memory.callbacks import ProbePictures
+from keras_memory.export import export_for_serving
+from keras_memory.losses import BitsPerSequence
+from keras_memory.losses import WrongBitsPerSequence
+from keras_memory.visualization import encode_png
+
+PROBE_LENGTH = 20
+EVALUATED_SEQUENCES = 320
+
+
+def build(config):
+    """Makes the compiled Keras model of a configuration.
+
+    Args:
+        config: a `config.Training`.
+
+    Returns:
+        `keras.Model` from (B, T, task.input_size) to probabilities
+        (B, T, task.output_size), compiled for `fit` on `tasks.dataset`.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or an unknown optimizer.
+    """
+    inputs = keras.Input((None, config.task.input_size), name="inputs")
+    outputs = config.model.layer(
+        config.task.output_size, activation="sigmoid", return_sequences=True
+    )(inputs)
+    model = keras.Model(inputs, outputs, name=config.task.name)
+    settings = {
+        "learning_rate": config.learning_rate,
+        "clipnorm": config.clipnorm,
+    }
+    if config.momentum:
+        settings["momentum"] = config.momentum
+    optimizer = keras.optimizers.get(
+        {"class_name": config.optimizer, "config": settings}
+    )
+    model.compile(
+        optimizer,
+        keras.losses.BinaryCrossentropy(reduction="mean_with_sample_weight"),
+        weighted_metrics=[
+            BitsPerSequence(),
+            WrongBitsPerSequence(),
+            keras.metrics.BinaryAccuracy(name="accuracy"),
+        ],
+        jit_compile=config.jit_compile,
+    )
+    return model
+
+
+def train(config, folder, show=print):
+    """Trains a model and leaves everything about it in a run folder.
+
+    The folder gets `config.json`, `checkpoint.keras` (after every report),
+    `history.csv`, `logs/` for TensorBoard, `pictures/`, at the end
+    `model.keras`, `results.json` and `export/1/`, a SavedModel that has been
+    loaded and compared with the model.
+
+    Args:
+        config: a `config.Training`.
+        folder: path of the run folder, absent or empty.
+        show: function that takes a line of text for the user.
+
+    Returns:
+        Dict of results: steps, sequences, seconds, and wrong bits a sequence
+        on fresh sequences.
+
+    Raises:
+        ValueError: sizes that do not fit, or a folder with files in it.
+        OSError: the folder cannot be made or written.
+    """
+    keras.utils.set_random_seed(config.seed)
+    model = build(config)
+    folder = make_run_folder(folder)
+    (folder / "config.json").write_text(configuration.to_json(config))
+
+    probe = config.task.sample(
+        np.random.default_rng([config.seed, 1]), 1, length=PROBE_LENGTH
+    )
+    curriculum = Curriculum(config)
+    progress = Progress(config, curriculum, show)
+    pictures = ProbePictures(
+        model.layers[1],
+        probe,
+        folder / "pictures",
+        folder / "logs",
+        every=5,
+        title=lambda epoch: (
+            f"{config.task.name}: step {epoch * config.report_every}"
+        ),
+    )
+    start = time.perf_counter()
+    model.fit(
+        tasks.dataset(curriculum, config.batch_size, config.seed),
+        epochs=-(-config.steps // config.report_every),
+        steps_per_epoch=min(config.report_every, config.steps),
+        shuffle=False,
+        verbose=0,
+        callbacks=[
+            curriculum,
+            keras.callbacks.TensorBoard(folder / "logs", write_graph=False),
+            keras.callbacks.CSVLogger(folder / "history.csv"),
+            Checkpoint(folder / "checkpoint.keras"),
+            pictures,
+            progress,
+        ],
+    )
+    seconds = time.perf_counter() - start
+    save(model, folder / "model.keras")
+    steps = int(model.optimizer.iterations)
+    results = {
+        "steps": steps,
+        "sequences": steps * config.batch_size,
+        "seconds": round(seconds, 1),
+        **evaluate(config, model),
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    title = f"{config.task.name}: after {steps} steps"
+    (folder / "pictures" / "trained.png").write_bytes(
+        encode_png(pictures.picture(title, memory=True))
+    )
+    export_for_serving(model, folder / "export", name=config.task.name)
+    return results
+
+
+def evaluate(config, model):
+    """Wrong bits a sequence on fresh sequences, also on longer ones."""
+    rng = np.random.default_rng([config.seed, 2])
+    longest = config.task.max_length
+    samples = {
+        f"wrong_bits_up_to_{longest}": {},
+        f"wrong_bits_at_{longest}": {"length": longest},
+        f"wrong_bits_at_{2 * longest}": {"length": 2 * longest},
+    }
+    results = {}
+    for name, arguments in samples.items():
+        metric = WrongBitsPerSequence()
+        for _ in range(10):
+            inputs, targets, mask = config.task.sample(
+                rng, EVALUATED_SEQUENCES // 10, **arguments
+            )
+            metric.update_state(targets, model(inputs, training=False), mask)
+        results[name] = round(float(metric.result()), 4)
+    return results
+
+
+def make_run_folder(folder):
+    """Makes a run folder, or takes an empty one, and returns its path."""
+    folder = pathlib.Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            "A run needs a folder of its own, so that nothing of an earlier "
+            f"run is lost. Received: {folder}, which has files in it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"No permission to write to {folder}")
+    return folder
+
+
+def save(model, path):
+    """Saves a model so that `path` is always whole: written aside, renamed."""
+    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
+    model.save(aside)
+    os.replace(aside, path)
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Saves the model after every epoch, in place of the one before."""
+
+    def __init__(self, path, every=10):
+        super().__init__()
+        self.path = path
+        self.every = every
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every == 0:
+            save(self.model, self.path)
+
+
+class Curriculum(keras.callbacks.Callback):
+    """A task that grows with the model, and ends the training at its goal.
+
+    It stands in for the task in `tasks.dataset`, and looks at the results of
+    each report.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.longest = [*config.curriculum, config.task.max_length]
+        self.input_size = config.task.input_size
+        self.output_size = config.task.output_size
+
+    def sample(self, rng, batch_size):
+        task = self.config.task
+        return task.sample(rng, batch_size, longest=self.longest[0])
+
+    def on_epoch_end(self, epoch, logs=None):
+        if len(self.longest) > 1:
+            if 1.0 - logs["accuracy"] < self.config.curriculum_wrong:
+                self.longest.pop(0)
+        elif logs["wrong_bits_per_sequence"] < self.config.stop_wrong_bits:
+            self.model.stop_training = True
+
+
+class Progress(keras.callbacks.Callback):
+    """One line: loss, bits, wrong bits, sequences a second, time left.
+
+    On a terminal the line is written anew, elsewhere it is a new line each
+    tenth time.
+    """
+
+    def __init__(self, config, curriculum, show):
+        super().__init__()
+        self.config = config
+        self.curriculum = curriculum
+        self.show = show
+        self.in_place = show is print and sys.stdout.isatty()
+
+    def on_train_begin(self, logs=None):
+        self.show("compiling: the first steps take some seconds")
+        self.started = time.perf_counter()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.longest = self.curriculum.longest[0]
+        self.epoch_started = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        now = time.perf_counter()
+        config = self.config
+        step = min((epoch + 1) * config.report_every, config.steps)
+        rate = config.report_every * config.batch_size
+        rate /= now - self.epoch_started
+        left = (now - self.started) / step * (config.steps - step)
+        line = (
+            f"step {step:6,} of {config.steps:,}"
+            f"  length to {self.longest:3}"
+            f"  loss {logs['loss']:.4f}"
+            f"  bits {logs['bits_per_sequence']:6.2f}"
+            f"  wrong bits {logs['wrong_bits_per_sequence']:6.2f}"
+            f"  {rate:6,.0f} sequences/s"
+            f"  at most {left // 60:.0f}:{left % 60:02.0f} left"
+        )
+        if self.in_place:
+            print("\r" + line, end="", flush=True)
+        elif (epoch + 1) % 10 == 0 or step == config.steps:
+            self.show(line)
+
+    def on_train_end(self, logs=None):
+        if self.in_place:
+            print()
