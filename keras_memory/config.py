@@ -31,7 +31,7 @@ class NTM:
     shift_range: int = 1
     initial_memory: str | float = "constant"
     initial_reads: str | float = "constant"
-    initial_weighting: str | float = "learned"
+    initial_weighting: str | float = "constant"
     initial_controller_state: str | float = "constant"
 
     def layer(self, units, **kwargs):
@@ -53,6 +53,8 @@ class Training:
         batch_size: int, at least 1, sequences a step.
         optimizer: name of a Keras optimizer. Default `"adam"`.
         learning_rate: float above 0.
+        learning_rate_decay: bool, along a cosine from `learning_rate` at the
+            first step to 0 at the last.
         momentum: float in [0, 1), for an optimizer that has it.
         clipnorm: float above 0, largest norm of a weight's gradient, or None.
         curriculum: tuple of lengths, growing. Training starts with sequences
@@ -77,9 +79,10 @@ class Training:
     steps: int = 10_000
     batch_size: int = 16
     optimizer: str = "adam"
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
+    learning_rate_decay: bool = False
     momentum: float = 0.0
-    clipnorm: float | None = 10.0
+    clipnorm: float | None = 1.0
     curriculum: tuple = ()
     curriculum_wrong: float = 0.02
     stop_wrong_bits: float = 0.0
@@ -129,13 +132,12 @@ PRESETS = {
     "copy": Training(
         task=tasks.Copy(),
         model=NTM(controller="dense"),
-        steps=10_000,
-        optimizer="rmsprop",
-        learning_rate=1e-3,
-        momentum=0.9,
+        steps=2_000,
+        learning_rate=1e-2,
+        learning_rate_decay=True,
         curriculum=(5, 10),
         curriculum_wrong=0.04,
-        stop_wrong_bits=0.05,
+        stop_wrong_bits=0.02,
     ),
 }
 

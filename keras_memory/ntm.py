@@ -8,6 +8,7 @@ from typing import Any
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_memory.access import erase_and_add
@@ -117,7 +118,7 @@ class NTMAccess:
                 (heads, memory_slots),
                 # Content alone never looks at it, so there is nothing to learn.
                 initial_weighting if by_location else "constant",
-                constant=1.0 / memory_slots,
+                constant=np.eye(memory_slots)[0],
                 draw=keras.initializers.RandomNormal(stddev=1.0),
                 activation=keras.activations.softmax,
             )
@@ -312,8 +313,9 @@ class NTMCell(MemoryCell):
         initial_memory: `"learned"`, `"random"` (drawn once, from +- 1 /
             sqrt(N + W), and kept), a number, or `"constant"` (default): 1e-6.
         initial_reads: likewise; `"constant"` (default) is 0.
-        initial_weighting: likewise, of all heads; `"learned"` (default) and
-            `"random"` are a softmax of weights, `"constant"` is 1 / N.
+        initial_weighting: likewise, of all heads; `"constant"` (default) is
+            1 on the first slot and 0 elsewhere, `"learned"` and `"random"`
+            are a softmax of weights.
         norm_epsilon: float, at least 0, in the root of each norm. Default
             None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
@@ -357,7 +359,7 @@ class NTMCell(MemoryCell):
         strength_activation="softplus",
         initial_memory="constant",
         initial_reads="constant",
-        initial_weighting="learned",
+        initial_weighting="constant",
         norm_epsilon=None,
         product_epsilon=0.0,
         **kwargs,

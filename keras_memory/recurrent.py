@@ -66,7 +66,8 @@ class Initial:
         start: `"learned"` (a trainable weight), `"random"` (a weight drawn
             once and kept), `"constant"`, or a number, which is then the
             constant.
-        constant: the number that `"constant"` fills the tensor with.
+        constant: what `"constant"` fills the tensor with: a number, or an
+            array that broadcasts to `shape`.
         draw: Keras initializer of the weight, if it is one.
         activation: function from the weight to the state, such as softmax
             where the state is a weighting.
@@ -74,7 +75,7 @@ class Initial:
 
     shape: tuple
     start: str | float = "constant"
-    constant: float = 0.0
+    constant: typing.Any = 0.0
     draw: typing.Any = "zeros"
     activation: typing.Callable = keras.activations.linear
 
@@ -264,7 +265,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             self.output_projection = self._add_projection(
                 "output", size, self.units
             )
-        self.initial_weights = self._map_initials(self._add_initial_weight)
+        self.start_weights = self._map_initials(self._add_initial_weight)
 
     def _add_projection(self, name, inputs, outputs):
         kernel = self.add_weight(
@@ -285,7 +286,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         for memory, record in enumerate(self.initial_records):
             for field, value in record._asdict().items():
                 for index, initial in enumerate(keras.tree.flatten(value)):
-                    name = f"initial_{field}{_index(index)}{_index(memory)}"
+                    name = f"initial{_index(memory)}_{field}{_index(index)}"
                     results.append(function(initial, name))
         return results
 
@@ -309,9 +310,11 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             )
         states = []
         initials = keras.tree.flatten(self.initial_records)
-        for initial, weight in zip(initials, self.initial_weights):
+        for initial, weight in zip(initials, self.start_weights):
             if weight is None:
-                value = ops.full(initial.shape, initial.fill)
+                value = ops.convert_to_tensor(
+                    np.broadcast_to(initial.fill, initial.shape)
+                )
             else:
                 value = initial.activation(ops.convert_to_tensor(weight))
             value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)

@@ -43,6 +43,10 @@ def build(config):
         "learning_rate": config.learning_rate,
         "clipnorm": config.clipnorm,
     }
+    if config.learning_rate_decay:
+        settings["learning_rate"] = keras.optimizers.schedules.CosineDecay(
+            config.learning_rate, config.steps
+        )
     if config.momentum:
         settings["momentum"] = config.momentum
     optimizer = keras.optimizers.get(

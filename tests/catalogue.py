@@ -69,6 +69,7 @@ CASES = [
         "learned-start",
         initial_memory="learned",
         initial_reads="learned",
+        initial_weighting="learned",
         initial_controller_state="learned",
     ),
     ntm(

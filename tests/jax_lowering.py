@@ -1,0 +1,89 @@
+"""Lowers every catalogue case for other devices, on the JAX backend.
+
+Run as a program with KERAS_BACKEND=jax; prints one JSON line a case:
+{"name", "forward", "train", "difference"}, and one for each control.
+`jax.export` lowers for a platform without having one: what calls back to the
+host, or has no kernel there, fails.
+"""
+
+import json
+import sys
+
+import jax
+import keras
+import numpy as np
+from catalogue import CASES
+from jax import export
+
+PLATFORMS = ("tpu", "cuda", "cpu")
+
+
+def lower(function, *arguments):
+    return export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+
+
+def lower_case(case):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((None, case.input_shape[-1]))
+    model = keras.Model(inputs, case.make()(inputs))
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(model.trainable_variables)
+    x = np.random.default_rng(3).normal(size=case.input_shape)
+    x = x.astype("float32")
+    trainable = [v.value for v in model.trainable_variables]
+    other = [v.value for v in model.non_trainable_variables]
+    state = [v.value for v in optimizer.variables]
+
+    def forward(trainable, other, x):
+        return model.stateless_call(trainable, other, x)[0]
+
+    def train(trainable, other, state, x):
+        def loss(trainable):
+            outputs, after = model.stateless_call(
+                trainable, other, x, training=True
+            )
+            return (outputs**2).mean(), after
+
+        (value, after), gradients = jax.value_and_grad(loss, has_aux=True)(
+            trainable
+        )
+        return value, after, optimizer.stateless_apply(
+            state, gradients, trainable
+        )
+
+    b, t = export.symbolic_shape("b, t")
+    free = jax.ShapeDtypeStruct((b, t, case.input_shape[-1]), "float32")
+    exported = lower(forward, trainable, other, free)
+    trained = lower(train, trainable, other, state, x)
+    difference = np.abs(exported.call(trainable, other, x) - model(x)).max()
+    return {
+        "forward": list(exported.platforms),
+        "train": list(trained.platforms),
+        "difference": float(difference),
+    }
+
+
+def control(name, function):
+    """A function that must not lower: says what it failed with, or None."""
+    try:
+        lower(function, np.ones((3, 3), "float32"))
+    except Exception as error:
+        return {"name": name, "error": str(error)}
+    return {"name": name, "error": None}
+
+
+def call_back(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(np.asarray, shape, x)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        print(json.dumps({"name": case.name, **lower_case(case)}), flush=True)
+    controls = {
+        "control-callback": call_back,
+        "control-eigenvalues": lambda x: jax.numpy.linalg.eig(x)[0],
+    }
+    for name, function in controls.items():
+        print(json.dumps(control(name, function)), flush=True)
+    sys.exit(0)

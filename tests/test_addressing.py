@@ -1,0 +1,359 @@
+"""Where to read and write: the functions of `addressing.py`."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+from keras import ops
+
+from keras_memory import addressing
+
+BATCH, HEADS, SLOTS, WIDTH = 2, 3, 7, 5
+
+needs_float64 = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="compares in float64, which the TensorFlow backend computes in",
+)
+needs_gradients = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="takes gradients with TensorFlow's GradientTape",
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def weightings(rng, heads=HEADS, slots=SLOTS):
+    return reference.softmax(2 * rng.normal(size=(BATCH, heads, slots)))
+
+
+def loop(function, *arrays):
+    """Applies an oracle to each batch item and head, and stacks."""
+    return np.array(
+        [
+            [
+                function(*(a[item, head] for a in arrays))
+                for head in range(arrays[0].shape[1])
+            ]
+            for item in range(arrays[0].shape[0])
+        ]
+    )
+
+
+def close(actual, expected, tolerance):
+    actual = ops.convert_to_numpy(actual)
+    assert actual.shape == np.shape(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+def is_weighting(value, tolerance=1e-6):
+    value = ops.convert_to_numpy(value)
+    assert np.isfinite(value).all() and (value >= 0).all()
+    close(value.sum(-1), np.ones(value.shape[:-1]), tolerance)
+
+
+# Against the oracle, in float64.
+
+
+@needs_float64
+@pytest.mark.parametrize(
+    ("norm_epsilon", "product_epsilon"),
+    [(0.0, 0.0), (1e-16, 0.0), (0.7, 0.0), (0.0, 0.3), (0.7, 0.3)],
+)
+def test_content_weighting_equals_the_oracle(
+    rng, norm_epsilon, product_epsilon
+):
+    memory = rng.normal(size=(BATCH, SLOTS, WIDTH))
+    keys = rng.normal(size=(BATCH, HEADS, WIDTH))
+    strengths = rng.uniform(0.1, 9.0, size=(BATCH, HEADS))
+    epsilons = (norm_epsilon, product_epsilon)
+    similarity = addressing.cosine_similarity(memory, keys, *epsilons)
+    weighting = addressing.content_weighting(
+        memory, keys, strengths, *epsilons
+    )
+    for item in range(BATCH):
+        for head in range(HEADS):
+            key = keys[item, head]
+            close(
+                similarity[item, head],
+                [
+                    reference.cosine_similarity(key, slot, *epsilons)
+                    for slot in memory[item]
+                ],
+                1e-12,
+            )
+            close(
+                weighting[item, head],
+                reference.content_weighting(
+                    memory[item], key, strengths[item, head], *epsilons
+                ),
+                1e-12,
+            )
+
+
+@needs_float64
+def test_interpolate_equals_the_oracle(rng):
+    content, previous = weightings(rng), weightings(rng)
+    gate = rng.uniform(size=(BATCH, HEADS))
+    close(
+        addressing.interpolate(content, previous, gate),
+        loop(reference.interpolate, content, previous, gate),
+        1e-12,
+    )
+
+
+@needs_float64
+@pytest.mark.parametrize("shift_range", [0, 1, 2, 3])
+def test_shift_equals_the_oracle(rng, shift_range):
+    weighting = weightings(rng)
+    shifts = weightings(rng, slots=2 * shift_range + 1)
+    close(
+        addressing.shift(weighting, shifts),
+        loop(reference.circular_shift, weighting, shifts),
+        1e-12,
+    )
+
+
+@needs_float64
+def test_sharpen_equals_the_oracle(rng):
+    weighting = weightings(rng)
+    weighting[0, 0, :3] = 0.0
+    sharpening = rng.uniform(1.0, 5.0, size=(BATCH, HEADS))
+    close(
+        addressing.sharpen(weighting, sharpening),
+        loop(
+            lambda w, gamma: reference.sharpen(
+                w, gamma, addressing.SHARPENING_EPSILON["float64"]
+            ),
+            weighting,
+            sharpening,
+        ),
+        1e-12,
+    )
+
+
+def test_oneplus():
+    x = np.array([-800.0, -1.0, 0.0, 1.0, 800.0], "float32")
+    close(addressing.oneplus(x), reference.oneplus(x.astype("float64")), 1e-4)
+    assert (ops.convert_to_numpy(addressing.oneplus(x)) >= 1).all()
+    close(addressing.oneplus(0.0 * x), np.full(5, 1.0 + np.log(2.0)), 1e-6)
+
+
+# Two slots, by hand.
+
+
+def test_two_slots_by_hand():
+    memory = np.array([[[2.0, 0.0], [0.0, 3.0]]], "float32")
+    key = np.array([[[5.0, 0.0]]], "float32")
+    strength = np.array([[np.log(3.0)]], "float32")
+    # The angles are 0 and a quarter turn: similarities 1 and 0.
+    similarity = addressing.cosine_similarity(memory, key, 0.0)
+    close(similarity, [[[1.0, 0.0]]], 1e-6)
+    # exp(ln 3 * 1) : exp(ln 3 * 0) = 3 : 1.
+    content = addressing.content_weighting(memory, key, strength, 0.0)
+    close(content, [[[3 / 4, 1 / 4]]], 1e-6)
+    # A third of that, two thirds of the previous (0, 1).
+    gate = np.array([[1 / 3]], "float32")
+    previous = np.array([[[0.0, 1.0]]], "float32")
+    gated = addressing.interpolate(content, previous, gate)
+    close(gated, [[[1 / 4, 3 / 4]]], 1e-6)
+    # A fifth of it moves on by one slot, which with two slots is a swap.
+    shifts = np.array([[[0.0, 4 / 5, 1 / 5]]], "float32")
+    shifted = addressing.shift(gated, shifts)
+    close(shifted, [[[7 / 20, 13 / 20]]], 1e-6)
+    # 7 ** 2 : 13 ** 2 = 49 : 169.
+    sharpened = addressing.sharpen(shifted, np.array([[2.0]], "float32"))
+    close(sharpened, [[[49 / 218, 169 / 218]]], 1e-6)
+
+
+def test_epsilons_of_the_similarity_by_hand():
+    memory = np.array([[[3.0, 4.0]]], "float32")
+    key = np.array([[[1.0, 0.0]]], "float32")
+    # 3 / (1 * 5) without epsilons.
+    close(addressing.cosine_similarity(memory, key, 0.0), [[[0.6]]], 1e-6)
+    # Added to the squares: sqrt(25 + 11) = 6 and sqrt(1 + 11).
+    expected = 3 / (6 * np.sqrt(12))
+    close(addressing.cosine_similarity(memory, key, 11.0), [[[expected]]], 1e-6)
+    # Added to the product: 3 / (1 * 5 + 5).
+    close(addressing.cosine_similarity(memory, key, 0.0, 5.0), [[[0.3]]], 1e-6)
+
+
+# Invariants.
+
+
+def test_content_weighting_is_one(rng):
+    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
+    for strength in (0.0, 1.0, 1e4):
+        strengths = np.full((BATCH, HEADS), strength, "float32")
+        is_weighting(
+            addressing.content_weighting(memory, keys, strengths, 1e-8)
+        )
+
+
+def test_permuted_slots_permute_the_content_weighting(rng):
+    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
+    strengths = rng.uniform(1, 5, size=(BATCH, HEADS)).astype("float32")
+    order = rng.permutation(SLOTS)
+    before = addressing.content_weighting(memory, keys, strengths, 1e-8)
+    after = addressing.content_weighting(memory[:, order], keys, strengths, 0.0)
+    close(after, ops.convert_to_numpy(before)[:, :, order], 1e-6)
+    assert np.abs(ops.convert_to_numpy(after - before)).max() > 0.1
+
+
+def test_the_length_of_keys_and_slots_does_not_matter(rng):
+    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
+    close(
+        addressing.cosine_similarity(37 * memory, 0.1 * keys, 0.0),
+        ops.convert_to_numpy(addressing.cosine_similarity(memory, keys, 0.0)),
+        1e-5,
+    )
+
+
+def test_strength_0_is_uniform(rng):
+    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
+    weighting = addressing.content_weighting(
+        memory, keys, np.zeros((BATCH, HEADS), "float32"), 1e-8
+    )
+    close(weighting, np.full((BATCH, HEADS, SLOTS), 1 / SLOTS), 1e-6)
+
+
+def test_large_strength_finds_the_stored_vector(rng):
+    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    keys = memory[:, [4, 0, 6]]
+    weighting = addressing.content_weighting(
+        memory, keys, np.full((BATCH, HEADS), 1e3, "float32"), 1e-8
+    )
+    close(weighting, np.stack([np.eye(SLOTS)[[4, 0, 6]]] * BATCH), 1e-5)
+
+
+def test_gates_0_and_1(rng):
+    content, previous = weightings(rng), weightings(rng)
+    gate = np.zeros((BATCH, HEADS))
+    close(addressing.interpolate(content, previous, gate), previous, 0)
+    close(addressing.interpolate(content, previous, gate + 1), content, 0)
+
+
+@pytest.mark.parametrize("slot", [0, 3, SLOTS - 1])
+@pytest.mark.parametrize("offset", [-2, -1, 0, 1, 2])
+def test_shift_moves_slot_i_to_slot_i_plus_the_offset(slot, offset):
+    weighting = np.eye(SLOTS)[None, None, slot]
+    shifts = np.eye(5)[None, None, offset + 2]
+    close(
+        addressing.shift(weighting, shifts),
+        np.eye(SLOTS)[None, None, (slot + offset) % SLOTS],
+        0,
+    )
+
+
+def test_shift_preserves_the_sum(rng):
+    weighting = 0.3 * weightings(rng)
+    shifted = addressing.shift(weighting, weightings(rng, slots=5))
+    close(
+        ops.convert_to_numpy(shifted).sum(-1), np.full((BATCH, HEADS), 0.3), 1e-6
+    )
+
+
+def test_each_head_has_its_own_shift(rng):
+    weighting = weightings(rng, heads=1).repeat(HEADS, axis=1)
+    shifts = np.stack([np.eye(HEADS)] * BATCH)
+    shifted = addressing.shift(weighting, shifts)
+    for head, offset in enumerate((-1, 0, 1)):
+        close(shifted[:, head], np.roll(weighting[:, 0], offset, axis=-1), 1e-7)
+
+
+def test_sharpening_1_only_normalises(rng):
+    weighting = 0.3 * weightings(rng)
+    sharpened = addressing.sharpen(
+        weighting.astype("float32"), np.ones((BATCH, HEADS), "float32")
+    )
+    close(sharpened, weighting / 0.3, 1e-6)
+
+
+def test_large_sharpening_picks_the_maximum(rng):
+    weighting = weightings(rng).astype("float32")
+    sharpened = addressing.sharpen(
+        weighting, np.full((BATCH, HEADS), 1e3, "float32")
+    )
+    close(sharpened, np.eye(SLOTS)[weighting.argmax(-1)], 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sharpen_where_powers_underflow_or_nothing_is_left(dtype):
+    uniform = np.full((1, 1, 128), 1 / 128, dtype)
+    power = np.array([[60.0]], dtype)  # 128 ** -60 is 0 in float32
+    close(addressing.sharpen(uniform, power), uniform, 1e-6)
+    close(addressing.sharpen(0 * uniform, power), uniform, 1e-6)
+    one_hot = np.eye(128, dtype=dtype)[None, :1]
+    for gamma in (1.0, 60.0):
+        sharpened = addressing.sharpen(one_hot, np.array([[gamma]], dtype))
+        close(sharpened, one_hot, 1e-6)
+        is_weighting(sharpened)
+
+
+def test_results_keep_the_dtype(rng):
+    for dtype in ("float32", "float64"):
+        weighting = ops.convert_to_tensor(weightings(rng), dtype=dtype)
+        power = ops.ones((BATCH, HEADS), dtype=dtype)
+        expected = weighting.dtype  # JAX may not have float64
+        assert addressing.sharpen(weighting, power).dtype == expected
+        assert addressing.shift(weighting, weighting).dtype == expected
+
+
+# Errors and singular points.
+
+
+def test_widths_differ():
+    memory, keys = np.zeros((2, 7, 5)), np.zeros((2, 3, 4))
+    message = r"same width.*\(2, 7, 5\).*\(2, 3, 4\)"
+    with pytest.raises(ValueError, match=message):
+        addressing.cosine_similarity(memory, keys, 1e-8)
+    with pytest.raises(ValueError, match=message):
+        addressing.content_weighting(memory, keys, np.zeros((2, 3)), 1e-8)
+
+
+@needs_gradients
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("slots", "key"), [(0, 0), (0, 1), (1, 0)])
+def test_gradients_at_zero_memory_and_zero_key(dtype, slots, key):
+    import tensorflow as tf
+
+    memory = tf.fill((1, 3, 2), tf.cast(slots, dtype))
+    keys = tf.fill((1, 1, 2), tf.cast(key, dtype))
+    strengths = tf.ones((1, 1), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch([memory, keys, strengths])
+        weighting = addressing.content_weighting(
+            memory, keys, strengths, addressing.NORM_EPSILON[dtype]
+        )
+        loss = tf.reduce_sum(weighting * [0.0, 2.0, 3.0])
+    is_weighting(weighting)
+    for gradient in tape.gradient(loss, [memory, keys, strengths]):
+        assert np.isfinite(gradient).all()
+        # The slope of the cosine at 0 is 1 / root of the epsilon.
+        assert np.abs(gradient).max() <= 2 / np.sqrt(
+            addressing.NORM_EPSILON[dtype]
+        )
+
+
+@needs_gradients
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("power", [1.0, 2.0, 61.0])
+def test_gradients_of_sharpening_a_one_hot_weighting(dtype, power):
+    import tensorflow as tf
+
+    weighting = tf.constant([[[0.0, 1.0, 0.0]]], dtype)
+    sharpening = tf.constant([[power]], dtype)
+    with tf.GradientTape() as tape:
+        tape.watch([weighting, sharpening])
+        sharpened = addressing.sharpen(weighting, sharpening)
+        loss = tf.reduce_sum(sharpened * [1.0, 2.0, 3.0])
+    is_weighting(sharpened)
+    for gradient in tape.gradient(loss, [weighting, sharpening]):
+        assert np.isfinite(gradient).all()
+        assert np.abs(gradient).max() < 100

@@ -1,0 +1,652 @@
+"""What is served is the model: whole, step by step, and without Python."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import harness
+import keras
+import numpy as np
+import pytest
+from catalogue import CASES
+from harness import close
+
+import keras_memory
+from keras_memory import export
+from keras_memory.export import export_for_serving
+
+tf = pytest.importorskip("tensorflow")
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("exports need the TensorFlow backend", allow_module_level=True)
+
+PROGRAM = pathlib.Path(__file__).with_name("saved_model_c_api.py")
+SIGNATURES = {"serving_default", "step", "initial_state"}
+
+
+def random(*shape, seed=7):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=shape).astype("float32")
+
+
+def load(path):
+    return tf.saved_model.load(str(path)).signatures
+
+
+def run(signature, **inputs):
+    inputs = {name: tf.constant(value) for name, value in inputs.items()}
+    return {name: value.numpy() for name, value in signature(**inputs).items()}
+
+
+def stream(signatures, x):
+    """Outputs of the steps, and the states at the end."""
+    states = run(signatures["initial_state"], inputs=x[:, 0])
+    outputs = []
+    for time in range(x.shape[1]):
+        states = run(signatures["step"], inputs=x[:, time], **states)
+        outputs.append(states.pop("outputs"))
+    return outputs, states
+
+
+def ntm(**kwargs):
+    return keras_memory.NTMLayer(
+        3,
+        memory_slots=11,
+        slot_size=5,
+        controller_units=13,
+        **{"return_sequences": True, **kwargs},
+    )
+
+
+def sequential(*layers, shape=(None, 5), **kwargs):
+    return keras.Sequential([keras.Input(shape, **kwargs), *layers])
+
+
+def tiny():
+    """The quickest model that can be streamed."""
+    return sequential(keras.layers.SimpleRNN(2, return_sequences=True))
+
+
+# The catalogue.
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def exported(request, tmp_path_factory):
+    case = request.param
+    layer = harness.built(case)
+    folder = tmp_path_factory.mktemp("export") / "layer"
+    path = export_for_serving(layer, folder, warm_up=())
+    return types.SimpleNamespace(case=case, layer=layer, path=path)
+
+
+def test_every_case_is_served(exported):
+    signatures = load(exported.path)
+    assert set(signatures) == SIGNATURES
+    width = exported.case.input_shape[-1]
+    for batch, time in [(1, 1), (2, 7), (5, 3)]:
+        x = random(batch, time, width)
+        whole = exported.layer(x)
+        served = run(signatures["serving_default"], inputs=x)
+        assert set(served) == {"outputs"}
+        close(served["outputs"], whole, tolerance=1e-5)
+    outputs, states = stream(signatures, x)
+    close(np.stack(outputs, axis=1), whole, tolerance=1e-6)
+    # The states are those of `return_state`, in its order.
+    stateful = harness.like(exported.layer, exported.case, return_state=True)
+    _, *expected = stateful(x)
+    assert set(states) == {f"state_{i}" for i in range(len(expected))}
+    for index, state in enumerate(expected):
+        close(states[f"state_{index}"], state, tolerance=1e-6)
+    initial = run(signatures["initial_state"], inputs=x[:, 0])
+    given = exported.layer.get_initial_state(batch_size=len(x))
+    for index, state in enumerate(given):
+        close(initial[f"state_{index}"], state, tolerance=0)
+
+
+def test_only_stock_operations(exported):
+    ops = operations(exported.path)
+    assert {op for op in ops if not hasattr(tf.raw_ops, op)} == set()
+    assert not {op for op in ops if "PyFunc" in op or "Random" in op}
+
+
+def graph_def(path):
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    data = (path / "saved_model.pb").read_bytes()
+    (meta_graph,) = saved_model_pb2.SavedModel.FromString(data).meta_graphs
+    return meta_graph.graph_def
+
+
+def operations(path):
+    graph = graph_def(path)
+    functions = {function.signature.name for function in graph.library.function}
+    nodes = [*graph.node]
+    for function in graph.library.function:
+        nodes += function.node_def
+    return {node.op for node in nodes} - functions
+
+
+# A trained model of several layers.
+
+STATE_SIZES = [5, 55, 11, 11, 13, 13, 7, 7]  # NTM's six, LSTM's two
+
+
+class Compiled(keras.layers.Layer):
+    """Asks for XLA, which a server may not have."""
+
+    def build(self, input_shape):
+        self.function = tf.function(tf.tanh, jit_compile=True)
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    model = sequential(
+        layers.Dense(5),
+        Compiled(),
+        ntm(controller_dropout=0.2),
+        layers.LayerNormalization(),
+        layers.LSTM(7, return_sequences=True, dropout=0.2),
+        layers.Dropout(0.3),
+        layers.BatchNormalization(),
+        layers.Dense(2, activation="sigmoid"),
+    )
+    model.compile("sgd", "mse", jit_compile=True)
+    model.fit(random(4, 3, 5), np.ones((4, 3, 2)), epochs=2, verbose=0)
+    folder = tmp_path_factory.mktemp("export") / "mixed"
+    path = export_for_serving(model, folder, warm_up=[(1, 1), (2, 3)])
+    return types.SimpleNamespace(model=model, path=path)
+
+
+def test_names_and_shapes(trained):
+    assert trained.path.name == "1" and isinstance(trained.path, pathlib.Path)
+    signatures = load(trained.path)
+    states = {f"state_{i}": (None, n) for i, n in enumerate(STATE_SIZES)}
+
+    def shapes(specs):
+        return {name: tuple(spec.shape) for name, spec in specs.items()}
+
+    def takes(name):
+        return shapes(signatures[name].structured_input_signature[1])
+
+    def gives(name):
+        return shapes(signatures[name].structured_outputs)
+
+    assert takes("serving_default") == {"inputs": (None, None, 5)}
+    assert gives("serving_default") == {"outputs": (None, None, 2)}
+    assert takes("step") == {"inputs": (None, 5), **states}
+    assert gives("step") == {"outputs": (None, 2), **states}
+    assert takes("initial_state") == {"inputs": (None, 5)}
+    assert gives("initial_state") == states
+
+
+def test_a_trained_model_is_served_and_streamed(trained):
+    signatures = load(trained.path)
+    for batch, time in [(1, 1), (3, 11)]:
+        x = random(batch, time, 5)
+        whole = trained.model(x, training=False)
+        served = run(signatures["serving_default"], inputs=x)["outputs"]
+        close(served, whole, tolerance=1e-5)
+        outputs, _ = stream(signatures, x)
+        close(np.stack(outputs, axis=1), whole, tolerance=1e-6)
+
+
+def test_a_server_needs_neither_xla_nor_random_numbers(trained):
+    graph = graph_def(trained.path)
+    functions = graph.library.function
+    holders = [*functions, *(node for f in functions for node in f.node_def)]
+    assert not any(h.attr["_XlaMustCompile"].b for h in holders)
+    assert not {op for op in operations(trained.path) if "Random" in op}
+
+
+def test_c_api_without_python_code(trained, tmp_path):
+    """All signatures, and a stream, in a process without Keras."""
+    x = random(3, 5, 5)
+    np.savez(tmp_path / "x.npz", inputs=x)
+    calls = ["serving_default", "x.npz", "y.npz"]
+    calls += ["initial_state", "x0.npz", "s0.npz"]
+    for time in range(5):
+        np.savez(tmp_path / f"x{time}.npz", inputs=x[:, time])
+        files = f"x{time}.npz,s{time}.npz"
+        calls += ["step", files, f"s{time + 1}.npz"]
+    done = subprocess.run(
+        [sys.executable, "-I", PROGRAM, trained.path, *calls],
+        cwd=tmp_path,
+        env={"TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = {p.stem: np.load(p) for p in tmp_path.glob("[ys]*.npz")}
+    whole = trained.model(x, training=False)
+    close(results["y"]["outputs"], whole, tolerance=1e-5)
+    steps = [results[f"s{time + 1}"]["outputs"] for time in range(5)]
+    close(np.stack(steps, axis=1), whole, tolerance=1e-6)
+    signatures = load(trained.path)
+    initial = run(signatures["initial_state"], inputs=x[:, 0])
+    assert set(results["s0"]) == set(initial)
+    for name, state in initial.items():
+        close(results["s0"][name], state, tolerance=1e-6)
+    _, final = stream(signatures, x)
+    for name, state in final.items():
+        close(results["s5"][name], state, tolerance=1e-6)
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    model = tiny()
+    before = [dict(vars(layer)) for layer in (model, *model.layers)]
+    export_for_serving(model, tmp_path / "model", warm_up=())
+    for layer, attributes in zip((model, *model.layers), before):
+        assert set(vars(layer)) == set(attributes)
+        for name, value in attributes.items():
+            assert vars(layer)[name] is value, name
+
+
+def test_warm_up_requests_run(trained):
+    prediction_log = pytest.importorskip(
+        "tensorflow_serving.apis.prediction_log_pb2"
+    )
+    signatures = load(trained.path)
+    path = trained.path / "assets.extra" / "tf_serving_warmup_requests"
+    sizes = []
+    for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        log = prediction_log.PredictionLog.FromString(record)
+        request = log.predict_log.request
+        assert request.model_spec.name == "mixed"
+        name = request.model_spec.signature_name
+        inputs = {
+            key: tf.make_ndarray(value) for key, value in request.inputs.items()
+        }
+        assert all(
+            np.isfinite(value).all()
+            for value in run(signatures[name], **inputs).values()
+        )
+        sizes.append((name, inputs["inputs"].shape))
+    assert sorted(sizes) == sorted(
+        [
+            ("serving_default", (1, 1, 5)),
+            ("serving_default", (2, 3, 5)),
+            ("step", (1, 5)),
+            ("step", (2, 5)),
+            ("initial_state", (1, 5)),
+            ("initial_state", (2, 5)),
+        ]
+    )
+
+
+def test_models_config(trained):
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    config = pytest.importorskip(
+        "tensorflow_serving.config.model_server_config_pb2"
+    ).ModelServerConfig()
+    text = (trained.path.parent / "models.config").read_text()
+    (model,) = text_format.Parse(text, config).model_config_list.config
+    assert model.name == "mixed"
+    assert model.base_path == "/models/mixed"
+    assert model.model_platform == "tensorflow"
+
+
+# What can be streamed.
+
+
+def check(model, path, x):
+    """Served and streamed outputs are the model's."""
+    signatures = load(path)
+    whole = run(signatures["serving_default"], inputs=x)["outputs"]
+    close(whole, model(x, training=False), tolerance=1e-5)
+    outputs, _ = stream(signatures, x)
+    joined = np.stack(outputs, axis=1) if whole.ndim == 3 else outputs[-1]
+    close(joined, whole, tolerance=1e-6)
+
+
+def test_only_the_last_output(tmp_path):
+    model = sequential(
+        ntm(),
+        keras.layers.GRU(2, return_sequences=True),
+        ntm(return_sequences=False),
+        keras.layers.Dense(2),
+    )
+    path = export_for_serving(model, tmp_path, name="last", warm_up=())
+    check(model, path, random(2, 3, 5))
+
+
+def test_a_functional_model_with_a_branch_and_a_model_inside(tmp_path):
+    inside = sequential(
+        keras.layers.RNN(
+            [keras.layers.LSTMCell(2), keras.layers.GRUCell(3)],
+            return_sequences=True,
+        ),
+        shape=(4, 5),
+    )
+    inputs = keras.Input((4, 5))
+    shared = keras.layers.GRU(3, return_sequences=True)
+    outputs = keras.layers.Add()(
+        [inside(inputs), shared(inputs), shared(keras.ops.tanh(inputs))]
+    )
+    model = keras.Model(inputs, outputs)
+    path = export_for_serving(model, tmp_path / "model", warm_up=())
+    check(model, path, random(2, 4, 5))
+    # Other numbers of time steps than the model declares.
+    served = run(load(path)["serving_default"], inputs=random(3, 7, 5))
+    assert served["outputs"].shape == (3, 7, 3)
+
+
+def test_a_subclassed_model(tmp_path):
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.memory = keras.layers.SimpleRNN(3, return_sequences=True)
+            self.out = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.out(self.memory(inputs))
+
+    model = Own()
+    x = random(2, 3, 5)
+    model(x)
+    check(model, export_for_serving(model, tmp_path / "own"), x)
+
+
+def test_tokens(tmp_path):
+    model = sequential(
+        keras.layers.Embedding(7, 3),
+        keras.layers.SimpleRNN(2, return_sequences=True),
+        shape=(None,),
+        dtype="int32",
+    )
+    path = export_for_serving(model, tmp_path / "tokens")
+    check(model, path, np.array([[3, 0, 6], [1, 0, 0]], "int32"))
+
+
+def test_a_stateful_layer_is_served_without_its_state(tmp_path):
+    model = sequential(ntm(stateful=True), batch_shape=(2, None, 5), shape=None)
+    x = random(2, 3, 5)
+    first = model(x).numpy()
+    held = [state.numpy() for state in model.layers[0].states]
+    path = export_for_serving(model, tmp_path / "stateful")
+    for state, before in zip(model.layers[0].states, held):
+        close(state, before, tolerance=0)
+    signatures = load(path)
+    for _ in range(2):
+        served = run(signatures["serving_default"], inputs=x)["outputs"]
+        close(served, first, tolerance=1e-5)
+    more = random(5, 4, 5)
+    whole = run(signatures["serving_default"], inputs=more)["outputs"]
+    close(np.stack(stream(signatures, more)[0], 1), whole, tolerance=1e-6)
+
+
+def test_kernels_that_only_a_gpu_has_are_avoided(tmp_path, monkeypatch):
+    def cudnn(*args, **kwargs):
+        raise RuntimeError("a cuDNN kernel was asked for")
+
+    model = sequential(keras.layers.LSTM(2))
+    monkeypatch.setattr(keras.src.backend, "lstm", cudnn)
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        model(random(2, 3, 5))
+    export_for_serving(model, tmp_path / "model", warm_up=())
+
+
+def test_mixed_precision(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    model = sequential(ntm(), keras.layers.Dense(2, dtype="float32"))
+    signatures = load(export_for_serving(model, tmp_path / "half"))
+    _, specs = signatures["step"].structured_input_signature
+    assert specs.pop("inputs").dtype == "float32"
+    assert {spec.dtype.name for spec in specs.values()} == {"float16"}
+    x = random(2, 3, 5)
+    outputs, _ = stream(signatures, x)
+    close(np.stack(outputs, 1), model(x, training=False), tolerance=1e-2)
+
+
+def attention(inputs):
+    return keras.layers.MultiHeadAttention(1, 3, name="looks")(inputs, inputs)
+
+
+@pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("looks", lambda: keras.layers.Bidirectional(ntm(), name="looks")),
+        ("looks", lambda: ntm(go_backwards=True, name="looks")),
+        ("looks", lambda: attention),
+        (
+            "looks",
+            lambda: keras.layers.Conv1D(3, 2, padding="causal", name="looks"),
+        ),
+        ("looks", lambda: keras.layers.GlobalMaxPooling1D(name="looks")),
+        ("held", lambda: keras.layers.Masking()),
+        ("held", lambda: keras.layers.Masking(-2.0)),
+    ],
+    ids=[
+        "bidirectional",
+        "backwards",
+        "attention",
+        "convolution",
+        "pooling",
+        "mask",
+        "mask-of-2",
+    ],
+)
+def test_what_cannot_be_streamed(name, layers, tmp_path):
+    inputs = keras.Input((None, 5))
+    layer = layers()
+    memory = keras.layers.SimpleRNN(3, return_sequences=True, name="held")
+    before = name == "held"
+    outputs = memory(layer(inputs)) if before else layer(memory(inputs))
+    model = keras.Model(inputs, outputs)
+    with pytest.warns(UserWarning, match=f"`step`.*{name!r}"):
+        path = export_for_serving(model, tmp_path / "model")
+    signatures = load(path)
+    assert set(signatures) == {"serving_default"}
+    for batch, time in [(2, 3), (1, 7)]:
+        x = random(batch, time, 5)
+        x[0, -1] = 0.0
+        served = run(signatures["serving_default"], inputs=x)["outputs"]
+        close(served, model(x, training=False), tolerance=1e-5)
+
+
+def test_masked_steps_that_hold_nothing_can_be_streamed(tmp_path):
+    model = sequential(
+        keras.layers.Masking(),
+        keras.layers.SimpleRNN(
+            3, return_sequences=True, zero_output_for_mask=True
+        ),
+    )
+    x = random(2, 5, 5)
+    x[0, 2] = 0.0
+    check(model, export_for_serving(model, tmp_path / "model"), x)
+
+
+def test_several_inputs_and_outputs(tmp_path):
+    first, second = (
+        keras.Input((None, 5), name="a"),
+        keras.Input((3,), name="b"),
+    )
+    outputs = keras.layers.SimpleRNN(3, return_sequences=True)(first)
+    model = keras.Model(
+        {"a": first, "b": second}, [outputs, keras.layers.Dense(2)(second)]
+    )
+    with pytest.warns(UserWarning, match="one input.*'a', 'b'"):
+        path = export_for_serving(model, tmp_path / "model")
+    x = {"a": random(2, 3, 5), "b": random(2, 3)}
+    served = run(load(path)["serving_default"], **x)
+    expected = model(x, training=False)
+    close(served["outputs_0"], expected[0], tolerance=1e-5)
+    close(served["outputs_1"], expected[1], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        (lambda: sequential(keras.layers.Dense(2)), "no recurrent layer"),
+        (lambda: sequential(ntm(), shape=(1, 5)), "one time step"),
+        (
+            lambda: sequential(
+                ntm(),
+                keras.layers.Flatten(),
+                keras.layers.Dense(2, name="wide"),
+                shape=(3, 5),
+            ),
+            "fails on a single time step.*'wide'",
+        ),
+    ],
+    ids=["no-states", "one-step", "flattened"],
+)
+def test_what_has_no_steps(model, reason, tmp_path):
+    model = model()
+    with pytest.warns(UserWarning, match=reason):
+        path = export_for_serving(model, tmp_path / "model")
+    signatures = load(path)
+    assert set(signatures) == {"serving_default"}
+    x = random(2, model.input_shape[1] or 3, 5)
+    served = run(signatures["serving_default"], inputs=x)["outputs"]
+    close(served, model(x), tolerance=1e-5)
+
+
+# Files.
+
+
+def test_versions_live_side_by_side(tmp_path):
+    folder = tmp_path / "new" / "model"
+    first = export_for_serving(tiny(), folder)
+    before = {path: path.stat() for path in first.rglob("*")}
+    with pytest.raises(ValueError, match="`version` must be a new one"):
+        export_for_serving(tiny(), folder)
+    assert {path: path.stat() for path in first.rglob("*")} == before
+    second = export_for_serving(tiny(), folder, version=2, name="other")
+    assert {path.name for path in folder.iterdir()} == {
+        "1",
+        "2",
+        "models.config",
+    }
+    assert 'name: "other"' in (folder / "models.config").read_text()
+    assert {path: path.stat() for path in first.rglob("*")} == before
+    # A server under another user may read it.
+    (tmp_path / "usual").mkdir()
+    assert second.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_without_tensorflow_serving(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving", None)
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.warns(UserWarning, match="pip install.*2.20.0") as caught:
+        path = export_for_serving(tiny(), tmp_path / "model")
+    assert len([w for w in caught if "warm-up" in str(w.message)]) == 1
+    assert set(load(path)) == SIGNATURES
+    assert not (path / "assets.extra").exists()
+    assert (tmp_path / "model" / "models.config").exists()
+
+
+def wrong_weights(save):
+    def save_wrong(module, *args, **kwargs):
+        for variable in module.all_variables[0]:
+            variable.assign_add(tf.ones_like(variable))
+        return save(module, *args, **kwargs)
+
+    return save_wrong
+
+
+def failing(*args, **kwargs):
+    raise OSError("no space left")
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "place, name, replacement, error",
+    [
+        (tf.saved_model, "save", lambda save: failing, OSError),
+        (tf.saved_model, "save", wrong_weights, RuntimeError),
+        (tf.saved_model, "load", lambda load: interrupted, KeyboardInterrupt),
+        (export, "_check_signatures", lambda check: failing, OSError),
+        (export, "_write_warm_up", lambda write: failing, OSError),
+        (os, "fsync", lambda fsync: failing, OSError),
+        (pathlib.Path, "rename", lambda rename: failing, OSError),
+    ],
+    ids="save mismatch interrupt check warm-up fsync rename".split(),
+)
+def test_a_failure_leaves_nothing(
+    place, name, replacement, error, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(place, name, replacement(getattr(place, name)))
+    with pytest.raises(error):
+        export_for_serving(tiny(), tmp_path / "model")
+    left = {path.name for path in (tmp_path / "model").iterdir()}
+    assert left <= {"models.config"}
+
+
+def test_a_difference_in_streaming_is_found(tmp_path, monkeypatch):
+    initial = export._initial_states
+
+    def shifted(calls, batch):
+        states = initial(calls, batch)
+        traced = tf.is_symbolic_tensor(batch)
+        return {k: state + traced * 1.0 for k, state in states.items()}
+
+    monkeypatch.setattr(export, "_initial_states", shifted)
+    with pytest.raises(RuntimeError, match="signature `step`.*difference of"):
+        export_for_serving(tiny(), tmp_path / "model")
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_take_apart", failing)  # no work before
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for folder in (file, file / "below"):
+        with pytest.raises(OSError, match="`folder` must be .*file"):
+            export_for_serving(tiny(), folder)
+    assert file.read_text() == "in the way"
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", denied)
+    with pytest.raises(OSError, match="`folder` must be .*Permission denied"):
+        export_for_serving(tiny(), tmp_path / "model")
+
+
+@pytest.mark.parametrize("version", [0, -1, 1.5, "1", None])
+def test_versions_are_positive_integers(version, tmp_path):
+    with pytest.raises(ValueError, match="`version` must be an integer"):
+        export_for_serving(tiny(), tmp_path, version=version)
+
+
+def test_arguments_are_checked_before_any_work(tmp_path, monkeypatch):
+    def refused(error, match, model=None, folder=tmp_path / "model", **kwargs):
+        with pytest.raises(error, match=match):
+            export_for_serving(model or tiny(), folder, **kwargs)
+
+    refused(TypeError, "`model` must be a Keras model", model=len)
+    refused(ValueError, "must be built", model=ntm())
+    refused(ValueError, "must be built", model=keras.Sequential([ntm()]))
+    refused(ValueError, "`name` must be letters", name='a"b')
+    refused(ValueError, "`name` must be letters", folder=tmp_path / "a b")
+    refused(ValueError, "`warm_up` must have at most", warm_up=[(1, 1)] * 334)
+    refused(ValueError, "warm_up batch size", warm_up=[(0, 1)])
+    refused(ValueError, "warm_up time steps", warm_up=[(1, 0.5)])
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    refused(RuntimeError, "KERAS_BACKEND=tensorflow.*KERAS_BACKEND=jax")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_unknown_input_shape(tmp_path):
+    class Two(keras.Model):
+        def build(self, shapes):
+            self.out = keras.layers.Dense(2)
+            self.out.build(shapes[0])
+
+        def call(self, inputs):
+            return self.out(inputs[0]) + self.out(inputs[1])
+
+    model = Two()
+    model([random(2, 5), random(2, 5)])
+    with pytest.raises(ValueError, match="one input of known shape"):
+        export_for_serving(model, tmp_path / "two")
+    assert not list((tmp_path / "two").iterdir())

@@ -1,0 +1,38 @@
+"""Every layer lowers for TPU and CUDA, on the JAX backend, on any machine."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from catalogue import CASES
+
+pytest.importorskip("jax")
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    folder = pathlib.Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, folder / "jax_lowering.py"],
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = map(json.loads, result.stdout.splitlines())
+    return {line["name"]: line for line in lines}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_and_training_step(case, lowered):
+    line = lowered[case.name]
+    assert line["forward"] == line["train"] == ["tpu", "cuda", "cpu"]
+    assert line["difference"] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["callback", "eigenvalues"])
+def test_what_cannot_lower_is_noticed(name, lowered):
+    assert lowered[f"control-{name}"]["error"]

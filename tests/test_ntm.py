@@ -1,0 +1,956 @@
+"""The Neural Turing Machine against its oracle, the reference
+implementations, finite differences, and where mathematics is singular."""
+
+import itertools
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import reference
+from keras import ops
+
+import keras_memory
+from keras_memory import addressing
+
+BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
+SIZES = {"memory_slots": 11, "slot_size": 5, "controller_units": 7}
+IN_TURN = ("read", "write", "write", "read", "write")
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+NAN = float("nan")
+
+needs_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="computes in float64, or takes gradients with GradientTape",
+)
+
+
+def ntm(**kwargs):
+    fixed = {"units": UNITS, **SIZES, "return_sequences": True}
+    return keras_memory.NTMLayer(**{**fixed, **kwargs})
+
+
+def randomised(seed=5, scale=1.0, **kwargs):
+    """A layer whose weights are all drawn anew."""
+    layer = ntm(**kwargs)
+    layer.build((BATCH, TIME, WIDTH))
+    rng = np.random.default_rng(seed)
+    for weight in layer.cell.weights:
+        weight.assign(rng.normal(size=weight.shape, scale=scale))
+    return layer
+
+
+def like(layer, **kwargs):
+    """A layer of other arguments with the weights of `layer`."""
+    other = ntm(**kwargs)
+    other.build((BATCH, TIME, WIDTH))
+    other.cell.set_weights(layer.cell.get_weights())
+    return other
+
+
+def initial_weights(layer):
+    weights = layer.cell.weights
+    return {w.name: w for w in weights if w.name.startswith("initial_")}
+
+
+def numbers(seed=7, shape=(BATCH, TIME, WIDTH)):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def close(actual, expected, tolerance=1e-6):
+    actual = ops.convert_to_numpy(actual)
+    assert actual.shape == np.shape(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+# Against the oracle.
+
+BY_NAME = {
+    "linear": reference.identity,
+    "tanh": np.tanh,
+    "sigmoid": reference.sigmoid,
+}
+
+
+def oracle(layer, x):
+    """What `reference.ntm_sequence` says that the layer does."""
+    cell, config = layer.cell, layer.cell.get_config()
+    controller = cell.block_controllers[0]
+    weights = {
+        "controller_kernel": controller.kernel,
+        "controller_bias": controller.bias,
+        "interface_kernel": cell.interfaces[0][0],
+        "interface_bias": cell.interfaces[0][1],
+        "output_kernel": cell.output_projection[0],
+        "output_bias": cell.output_projection[1],
+    }
+    if config["controller"] != "dense":
+        weights["controller_recurrent_kernel"] = controller.recurrent_kernel
+    start = cell.unpack_state(cell.get_initial_state(batch_size=1))
+    initial = {
+        name: ops.convert_to_numpy(value)[0]
+        for name, value in start._asdict().items()
+        if name != "controller"
+    }
+    states = keras.tree.flatten(start.controller)
+    states = [ops.convert_to_numpy(state)[0] for state in states]
+    initial |= dict(zip(("h", "c"), states))
+    same = (
+        "memory_slots slot_size read_heads write_heads controller head_order "
+        "addressing shift_range erase interface_clip clip_value product_epsilon"
+    )
+    norm_epsilon = config["norm_epsilon"]
+    if norm_epsilon is None:
+        norm_epsilon = addressing.NORM_EPSILON[layer.compute_dtype]
+    return reference.ntm_sequence(
+        x,
+        {name: ops.convert_to_numpy(w) for name, w in weights.items()},
+        initial=initial,
+        norm_epsilon=norm_epsilon,
+        sharpening_epsilon=addressing.SHARPENING_EPSILON[layer.compute_dtype],
+        strength=config["strength_activation"],
+        key_activation=BY_NAME[config["key_activation"]],
+        add_activation=BY_NAME[config["add_activation"]],
+        activation=BY_NAME[config["activation"]],
+        **{name: config[name] for name in same.split()},
+    )
+
+
+def equals_the_oracle(layer, x, tolerance=1e-11):
+    expected = oracle(layer, x)
+    inside = keras_memory.trace(layer, x)
+    assert set(inside) == set(expected)
+    for name, value in expected.items():
+        close(inside[name], value, tolerance)
+    close(layer(x), expected["output"], tolerance)
+    return expected
+
+
+@pytest.mark.parametrize("controller", ["lstm", "gru", "rnn", "dense"])
+@pytest.mark.parametrize("erase", [True, False])
+@pytest.mark.parametrize("addressing", ["content_and_location", "content"])
+@pytest.mark.parametrize("head_order", ["parallel", IN_TURN])
+@needs_tensorflow
+def test_equals_the_oracle(head_order, addressing, erase, controller):
+    layer = randomised(
+        head_order=head_order,
+        addressing=addressing,
+        erase=erase,
+        controller=controller,
+        read_heads=2,
+        write_heads=3,
+        shift_range=2,
+        initial_memory="random",
+        initial_reads="learned",
+        initial_controller_state="learned",
+        dtype="float64",
+    )
+    equals_the_oracle(layer, numbers())
+
+
+# With what the option is compared, to see that it does something.
+OPTIONS = {
+    "interface_clip": 0.4,
+    "clip_value": 0.3,
+    "activation": "sigmoid",
+    "key_activation": "linear",
+    "add_activation": "linear",
+    "strength_activation": "oneplus",
+    "norm_epsilon": 0.3,
+    "product_epsilon": 0.2,
+    "shift_range": 0,
+    "initial_memory": 0.2,
+    "initial_reads": 0.4,
+    "initial_weighting": 0.3,
+    "initial_controller_state": 0.4,
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@needs_tensorflow
+def test_each_option_equals_the_oracle_and_does_something(option):
+    fixed = {
+        "read_heads": 2,
+        "write_heads": 2,
+        "initial_memory": -0.3,
+        "initial_weighting": "constant",
+        "dtype": "float64",
+    }
+    layer = randomised(**{**fixed, option: OPTIONS[option]})
+    x = numbers()
+    output = equals_the_oracle(layer, x)["output"]
+    if option != "shift_range":  # which has other weights
+        without = ops.convert_to_numpy(like(layer, **fixed)(x))
+        assert np.abs(output - without).max() > 1e-3
+    if option == "clip_value":
+        assert np.isclose(np.abs(output), 0.3).any()
+
+
+@needs_tensorflow
+def test_clip_value_acts_in_front_of_the_activation():
+    layer = randomised(
+        clip_value=0.3, activation="sigmoid", dtype="float64"
+    )
+    output = equals_the_oracle(layer, numbers())["output"]
+    edge = reference.sigmoid(np.array([-0.3, 0.3]))
+    assert output.min() == edge[0] and output.max() == edge[1]
+
+
+def test_float32_equals_the_oracle():
+    layer = randomised(
+        scale=0.5, read_heads=2, write_heads=2, initial_memory="random"
+    )
+    equals_the_oracle(layer, numbers().astype("float32"), 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, WIDTH), (1, TIME, WIDTH), (2, 1, 3)])
+@needs_tensorflow
+def test_one_item_and_one_step_equal_the_oracle(shape):
+    layer = randomised(initial_memory="random", dtype="float64")
+    equals_the_oracle(layer, numbers(shape=shape))
+
+
+# Against the reference implementations: their weights into our layout.
+
+
+def batch_first(array):
+    return np.swapaxes(array, 0, 1)
+
+
+def interface_of(heads, writes, slot_size, shifts):
+    """Joins the heads' own projections into one.
+
+    heads: list of (U + 1, P), read heads first, whose columns are key,
+    strength, gate, shift, sharpening and, for a write head, erase and add.
+    shifts: which of the reference's shifts is -1, 0, +1.
+    """
+    sizes = np.cumsum([slot_size, 1, 1, 3, 1, slot_size, slot_size])
+    parts = [np.split(head, sizes[:-1], axis=1) for head in heads]
+    for part in parts:
+        part[3] = part[3][:, shifts]
+    joined = np.concatenate(
+        [
+            part[section]
+            for section in range(7)
+            for part in (parts if section < 5 else parts[-writes:])
+        ],
+        axis=1,
+    )
+    return joined[:-1], joined[-1]
+
+
+def assign(layer, values, start):
+    """values: controller's kernel, recurrent kernel and bias, interface
+    kernel and bias, output kernel and bias. start: name -> array."""
+    cell = layer.cell
+    weights = [
+        *cell.block_controllers[0].weights,
+        *cell.interfaces[0],
+        *cell.output_projection,
+    ]
+    for weight, value in zip(weights, values, strict=True):
+        weight.assign(value)
+    initials = initial_weights(layer)
+    assert set(initials) == set(start)
+    for name, value in start.items():
+        initials[name].assign(np.reshape(value, initials[name].shape))
+
+
+def pytorch_ntm(file, meta):
+    """Layer, weighting (B, T, K, N) by head, and the gradients by weight."""
+    kinds = meta["head_kinds_in_call_order"]
+    reads, writes = kinds.count("R"), kinds.count("W")
+    slots, width = file["w.mem_bias"].shape
+    order = [i for kind in "RW" for i, k in enumerate(kinds) if k == kind]
+    layer = keras_memory.NTMLayer(
+        meta["num_outputs"],
+        slots,
+        width,
+        reads,
+        writes,
+        controller_units=meta["controller_size"],
+        head_order=[{"R": "read", "W": "write"}[kind] for kind in kinds],
+        key_activation="linear",
+        add_activation="linear",
+        activation="sigmoid",
+        initial_memory="learned",
+        initial_reads="learned",
+        initial_weighting=0.0,
+        initial_controller_state="learned",
+        norm_epsilon=0.0,
+        return_sequences=True,
+        dtype="float64",
+    )
+    layer.build((None, None, meta["num_inputs"]))
+    heads = []
+    for i in order:
+        name = f"w.ntm.heads.{i}.fc_{'read' if kinds[i] == 'R' else 'write'}."
+        weight, bias = file[name + "weight"], file[name + "bias"]
+        heads.append(np.concatenate([weight.T, bias[None]]))
+    lstm = "w.ntm.controller.lstm"
+    bias = file[f"{lstm}.bias_ih_l0"] + file[f"{lstm}.bias_hh_l0"]
+    assign(
+        layer,
+        [
+            file[f"{lstm}.weight_ih_l0"].T,
+            file[f"{lstm}.weight_hh_l0"].T,
+            bias,
+            *interface_of(heads, writes, width, [2, 1, 0]),
+            file["w.ntm.fc.weight"].T,
+            file["w.ntm.fc.bias"],
+        ],
+        {
+            "initial_memory": file["w.mem_bias"],
+            "initial_reads": [file[f"w.read{i}_bias"] for i in range(reads)],
+            "initial_controller": file[f"{lstm}_h_bias"],
+            "initial_controller_1": file[f"{lstm}_c_bias"],
+        },
+    )
+    weighting = np.stack([file[f"head{i}.w"] for i in order], axis=2)
+    gradients = {
+        "initial_memory": file["grad.mem_bias"],
+        "initial_reads": np.stack(
+            [file[f"grad.read{i}_bias"] for i in range(reads)]
+        ),
+        "initial_controller": file["grad.ntm.controller.lstm_h_bias"],
+        "initial_controller_1": file["grad.ntm.controller.lstm_c_bias"],
+        "kernel": file["grad.ntm.controller.lstm.weight_ih_l0"].T,
+        "recurrent_kernel": file["grad.ntm.controller.lstm.weight_hh_l0"].T,
+        "bias": file["grad.ntm.controller.lstm.bias_ih_l0"],
+        "output_kernel": file["grad.ntm.fc.weight"].T,
+        "output_bias": file["grad.ntm.fc.bias"],
+    }
+    return layer, file["memory"], file["reads"], weighting, gradients
+
+
+def collier_ntm(file, meta):
+    reads, writes = meta["read_heads"], meta["write_heads"]
+    slots, width = meta["memory_size"], meta["memory_vector_dim"]
+    units = meta["controller_units"]
+    layer = keras_memory.NTMLayer(
+        meta["output"],
+        slots,
+        width,
+        reads,
+        writes,
+        controller_units=units,
+        interface_clip=20.0,
+        clip_value=20.0,
+        initial_memory="random",
+        initial_reads="random",
+        norm_epsilon=0.0,
+        product_epsilon=1e-8,
+        return_sequences=True,
+        dtype="float64",
+    )
+    layer.build((None, None, meta["input"]))
+    projection, bias = (
+        file[f"w.ntm/o2p/fully_connected/{name}"]
+        for name in ("weights", "biases")
+    )
+    columns = np.concatenate([projection, bias[None]])
+    ends = np.cumsum([width + 6] * (reads + writes) + [width] * (2 * writes))
+    parts = np.split(columns, ends[:-1], axis=1)
+    heads = parts[: reads + writes]
+    for head in range(writes):
+        at = reads + writes + 2 * head
+        heads[reads + head] = np.concatenate(
+            [heads[reads + head], *parts[at : at + 2]], axis=1
+        )
+
+    def start(i):
+        return file[f"w.ntm/init/learned_init_{i}/fully_connected/weights"]
+
+    lstm = "w.ntm/controller/multi_rnn_cell/cell_0/basic_lstm_cell/"
+
+    def gates(array):  # i, candidate, f, o -> i, f, candidate, o
+        i, candidate, f, o = np.split(array, 4, axis=-1)
+        return np.concatenate([i, f, candidate, o], axis=-1)
+
+    kernel, bias = gates(file[lstm + "kernel"]), gates(file[lstm + "bias"])
+    bias[units : 2 * units] += 1.0
+    weightings = [start(reads + i) for i in range(reads + writes)]
+    assign(
+        layer,
+        [
+            kernel[:-units],
+            kernel[-units:],
+            bias,
+            *interface_of(heads, writes, width, [2, 0, 1]),
+            file["w.ntm/o2o/fully_connected/weights"],
+            file["w.ntm/o2o/fully_connected/biases"],
+        ],
+        {
+            "initial_memory": np.tanh(start(2 * reads + writes)),
+            "initial_reads": np.tanh([start(i) for i in range(reads)]),
+            "initial_read_weighting": weightings[:reads],
+            "initial_write_weighting": weightings[reads:],
+        },
+    )
+    kernel = gates(file["grad." + lstm[2:] + "kernel"])
+    of_start = "grad.ntm/init/learned_init_{}/fully_connected/weights"
+    gradients = {
+        "initial_read_weighting": file[of_start.format(reads)],
+        "initial_write_weighting": file[of_start.format(reads + 1)],
+        "kernel": kernel[:-units],
+        "recurrent_kernel": kernel[-units:],
+        "bias": gates(file["grad." + lstm[2:] + "bias"]),
+        "output_kernel": file["grad.ntm/o2o/fully_connected/weights"],
+        "output_bias": file["grad.ntm/o2o/fully_connected/biases"],
+    }
+    memory, read_vectors = file["step.memory"], file["step.reads"]
+    return layer, memory, read_vectors, file["step.w"], gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "convert"),
+    [
+        ("pytorch_ntm__1r1w_a", pytorch_ntm),
+        ("pytorch_ntm__2r2w_b", pytorch_ntm),
+        ("collier_ntm__a", collier_ntm),
+    ],
+)
+@needs_tensorflow
+def test_reproduces_the_reference_implementation(name, convert):
+    import tensorflow as tf
+
+    file = dict(np.load(GOLDENS / f"{name}.npz"))
+    meta = json.loads(str(file["__meta__"]))
+    meta = meta.get("settings", meta)
+    layer, memory, reads, weighting, gradients = convert(file, meta)
+    x = tf.constant(batch_first(file["x"]))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        output = layer(x)
+        loss = tf.reduce_sum(output**2)
+    close(output, batch_first(file["output"]), 1e-9)
+    close(loss, file["loss"], 1e-9)
+    inside = keras_memory.trace(layer, x)
+    close(inside["memory"], batch_first(memory), 1e-9)
+    close(inside["reads"], batch_first(reads), 1e-9)
+    heads = [inside["read_weighting"], inside["write_weighting"]]
+    close(np.concatenate(heads, axis=2), batch_first(weighting), 1e-9)
+    weights = {w.name: w for w in layer.trainable_weights if w.name in gradients}
+    assert set(weights) == set(gradients)
+    of_x, of_weights = tape.gradient(loss, [x, weights])
+    close(of_x, batch_first(file["grad.x"]), 1e-7)
+    for name, expected in gradients.items():
+        close(of_weights[name], np.reshape(expected, weights[name].shape), 1e-7)
+
+
+# Gradients against finite differences.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"read_heads": 2, "write_heads": 3, "shift_range": 2},
+        {
+            "write_heads": 2,
+            "head_order": ("write", "read", "write"),
+            "controller": "gru",
+            "strength_activation": "oneplus",
+            "product_epsilon": 0.2,
+        },
+        {
+            "addressing": "content",
+            "erase": False,
+            "controller": "dense",
+            "controller_layers": 2,
+            "activation": "tanh",
+        },
+        {
+            "controller": "rnn",
+            "interface_clip": 1.5,
+            "norm_epsilon": 0.1,
+            "units": None,
+        },
+    ],
+    ids=["heads", "in turn", "content", "unprojected"],
+)
+@needs_tensorflow
+def test_gradients_equal_finite_differences(options):
+    import tensorflow as tf
+
+    layer = randomised(
+        scale=0.6,
+        initial_memory="learned",
+        initial_reads="learned",
+        initial_controller_state="learned",
+        dtype="float64",
+        **options,
+    )
+    rng = np.random.default_rng(11)
+    x = tf.Variable(numbers())
+    states = [
+        tf.Variable(state * (1.0 + 0.3 * rng.uniform(size=state.shape)))
+        for state in layer.cell.get_initial_state(batch_size=BATCH)
+    ]
+    mask = np.ones((BATCH, TIME), bool)
+    mask[1, 3:5] = False
+    projection = rng.normal(size=(BATCH, TIME, layer.cell.output_size))
+
+    def loss_from_own_start():
+        return tf.reduce_sum(projection * layer(x, mask=mask))
+
+    def loss_from_states():
+        output = layer(x, initial_state=states, mask=mask)
+        return tf.reduce_sum(projection * output)
+
+    without_gradient = []
+    for loss, variables in (
+        (loss_from_own_start, [x, *layer.trainable_weights]),
+        (loss_from_states, [x, *states]),
+    ):
+        with tf.GradientTape() as tape:
+            value = loss()
+        gradients = tape.gradient(value, variables)
+        loss = tf.function(loss)
+        for index, variable in enumerate(variables):
+            if gradients[index] is None:
+                without_gradient.append(index)
+                continue
+            gradient = ops.convert_to_numpy(gradients[index])
+            start = ops.convert_to_numpy(variable).copy()
+            direction = rng.normal(size=start.shape)
+            values = []
+            for step in (1e-5, -1e-5):
+                variable.assign(start + step * direction)
+                values.append(float(loss()))
+            variable.assign(start)
+            slope = (values[0] - values[1]) / 2e-5
+            length = np.linalg.norm(gradient)
+            if length == 0:
+                without_gradient.append(index)
+            error = abs(np.sum(gradient * direction) - slope)
+            assert error <= 1e-6 * length, (index, variable.shape)
+    # By content alone, nothing depends on the weightings of the step before.
+    by_content = options.get("addressing") == "content"
+    assert without_gradient == ([3, 4] if by_content else [])
+
+
+# Where mathematics is singular.
+
+
+def set_interface_bias(layer, **values):
+    """Fills the named parts of the interface's bias, the others with 0."""
+    filled, (_, bias) = [], layer.cell.interfaces[0]
+    for name, shape in layer.cell.accesses[0].parts._asdict().items():
+        if shape is not None:
+            part = np.broadcast_to(values.pop(name, 0.0), shape)
+            filled.append(part.ravel())
+    assert not values
+    bias.assign(np.concatenate(filled))
+
+
+def largest_gradients(layer, x, only_weights=False):
+    """Largest absolute gradients of sum(output ** 2) with respect to inputs
+    and weights, and to the initial states; all must be finite."""
+    import tensorflow as tf
+
+    x = tf.cast(x, layer.compute_dtype)
+    layer(x)
+    start = layer.cell.get_initial_state(batch_size=x.shape[0])
+    start = [tf.identity(state) for state in start]
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, *start])
+        output = layer(x)
+        from_states = layer(x, initial_state=start)
+        loss = tf.reduce_sum(tf.cast(output, "float32") ** 2)
+        of_states = tf.reduce_sum(tf.cast(from_states, "float32") ** 2)
+    assert np.isfinite(ops.convert_to_numpy(output).astype("float32")).all()
+    inside = keras_memory.trace(layer, x)
+    for name, value in inside.items():
+        value = value.astype("float32")
+        assert np.isfinite(value).all(), name
+        if "weighting" in name:
+            assert (value >= 0).all(), name
+            close(value.sum(-1), np.ones(value.shape[:-1]), 2e-2)
+
+    def largest(loss, variables):
+        sizes = [0.0]
+        for index, gradient in enumerate(tape.gradient(loss, variables)):
+            if gradient is not None:
+                value = ops.convert_to_numpy(tf.cast(gradient, "float64"))
+                assert np.isfinite(value).all(), variables[index]
+                sizes.append(np.abs(value).max())
+        return max(sizes)
+
+    return (
+        largest(loss, [x, *layer.trainable_weights]),
+        0.0 if only_weights else largest(of_states, start),
+    )
+
+
+SATURATED = {
+    f"{part} {value:+}": {part: value}
+    for part in (
+        "key",
+        "strength",
+        "interpolation_gate",
+        "sharpening",
+        "erase_vector",
+        "add_vector",
+    )
+    for value in (60, -60)
+}
+SATURATED |= {
+    "shift back": {"shift": [60, 0, 0]},
+    "shift on": {"shift": [0, 0, 60]},
+    "no shift": {"shift": [0, 60, 0]},
+    "sharp on one slot": {"shift": [0, 60, 0], "sharpening": 60},
+    "sharp by content": {
+        "interpolation_gate": 60,
+        "strength": 60,
+        "sharpening": 60,
+    },
+    "sharp on the past": {
+        "interpolation_gate": -60,
+        "shift": [0, 60, 0],
+        "sharpening": 60,
+    },
+    "all on": dict.fromkeys(
+        ("strength", "interpolation_gate", "sharpening", "erase_vector"), 60
+    ),
+    "all off": dict.fromkeys(
+        ("strength", "interpolation_gate", "sharpening", "erase_vector"), -60
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("name", SATURATED)
+@needs_tensorflow
+def test_saturated_gates(name, dtype):
+    layer = ntm(read_heads=2, dtype=dtype)
+    layer.build((BATCH, TIME, WIDTH))
+    set_interface_bias(layer, **SATURATED[name])
+    of_weights, of_states = largest_gradients(layer, numbers())
+    assert 0 < of_weights < 1e3
+    assert of_states < 1e5
+
+
+SINGULAR = {
+    "default": ({}, {}),
+    "one slot": ({"memory_slots": 1, "shift_range": 0}, {}),
+    "one slot by content": ({"memory_slots": 1, "addressing": "content"}, {}),
+    "zero memory": ({"initial_memory": 0.0}, {}),
+    "zero memory, added only": ({"initial_memory": 0.0, "erase": False}, {}),
+    "equal slots": ({"initial_memory": 0.5}, {}),
+    "tiny memory": ({"initial_memory": 1e-30}, {}),
+    "one-hot start": (
+        {"initial_weighting": "constant", "initial_memory": "random"},
+        {"interpolation_gate": -60, "shift": [0, 60, 0]},
+    ),
+    "one-hot start, sharp": (
+        {"initial_weighting": "constant", "initial_memory": "random"},
+        {"interpolation_gate": -60, "shift": [0, 60, 0], "sharpening": 60},
+    ),
+    "nowhere at the start": ({"initial_weighting": 0.0}, {}),
+    "nowhere, gate nearly shut": (
+        {"initial_weighting": 0.0, "initial_memory": "random"},
+        {"interpolation_gate": -15},
+    ),
+    "nowhere, gate shut": (
+        {"initial_weighting": 0.0, "initial_memory": "random"},
+        {"interpolation_gate": -60},
+    ),
+    "in turn": (
+        {"read_heads": 2, "write_heads": 3, "head_order": IN_TURN},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
+@pytest.mark.parametrize("name", SINGULAR)
+@needs_tensorflow
+def test_singular_points(name, dtype):
+    options, bias = SINGULAR[name]
+    layer = ntm(dtype=dtype, **options)
+    layer.build((BATCH, TIME, WIDTH))
+    set_interface_bias(layer, **bias)
+    # A weighting that is zero everywhere is a number, nothing learns it, and
+    # the slope of sharpening there is that of the logarithm at its epsilon.
+    no_weighting = options.get("initial_weighting") == 0.0
+    of_weights, of_states = largest_gradients(
+        layer, numbers(), only_weights=no_weighting
+    )
+    assert 0 < of_weights < 1e2
+    assert of_states < 1e5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
+@needs_tensorflow
+def test_zero_memory_zero_keys_and_zero_inputs(dtype):
+    layer = ntm(
+        dtype=dtype, initial_memory=0.0, kernel_initializer="zeros"
+    )
+    of_weights, of_states = largest_gradients(layer, 0 * numbers())
+    assert of_weights == of_states == 0
+    set_interface_bias(layer, add_vector=0.5)
+    layer.cell.output_projection[0].assign(np.ones((12, UNITS)))
+    of_weights, of_states = largest_gradients(layer, 0 * numbers())
+    assert 0 < of_weights < 1e4
+    assert of_states < 1e5
+
+
+@pytest.mark.parametrize("shape", [(1, TIME, WIDTH), (2, 1, WIDTH), (1, 1, 1)])
+@needs_tensorflow
+def test_one_item_and_one_step_are_finite(shape):
+    layer = ntm()
+    of_weights, of_states = largest_gradients(layer, numbers(shape=shape))
+    assert 0 < of_weights < 1e2
+    assert of_states < 1e5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
+@pytest.mark.parametrize("controller", ["lstm", "dense"])
+@needs_tensorflow
+def test_huge_inputs(controller, dtype):
+    layer = ntm(controller=controller, dtype=dtype)
+    of_weights, of_states = largest_gradients(layer, 1e4 * numbers())
+    assert 0 < of_weights < 1e6
+    assert of_states < 1e6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@needs_tensorflow
+def test_huge_interface(dtype):
+    layer = randomised(controller="dense", dtype=dtype)
+    kernel = layer.cell.interfaces[0][0]
+    kernel.assign(1e4 * numbers(shape=kernel.shape))
+    of_weights, of_states = largest_gradients(layer, numbers())
+    assert 0 < of_weights and of_states < 1e6
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "mixed_float16", "mixed_bfloat16"]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"initial_memory": 0.0},
+        {"addressing": "content"},
+        {"head_order": ("write", "read")},
+    ],
+    ids=str,
+)
+@needs_tensorflow
+def test_16_bits(options, dtype):
+    # A dense controller: TensorFlow has no orthogonal matrices in bfloat16,
+    # which Keras draws for recurrent kernels.
+    layer = ntm(dtype=dtype, controller="dense", **options)
+    of_weights, of_states = largest_gradients(layer, numbers())
+    assert 0 < of_weights < 1e2
+    assert of_states < 1e5
+    # Close to the same in 32 bits.
+    wide = like(layer, dtype="float32", controller="dense", **options)
+    difference = ops.convert_to_numpy(
+        ops.cast(layer(numbers()), "float32") - wide(numbers())
+    )
+    assert np.abs(difference).max() < 0.03
+
+
+# What the layer starts with.
+
+
+def test_constant_initial_values():
+    layer = ntm(
+        read_heads=2, initial_weighting="constant", controller="gru"
+    )
+    layer.build((BATCH, TIME, WIDTH))
+    assert not initial_weights(layer)
+    state = layer.cell.unpack_state(layer.cell.get_initial_state(BATCH))
+    close(state.reads, np.zeros((BATCH, 2, 5)), 0)
+    close(state.memory, np.full((BATCH, 11, 5), 1e-6), 1e-12)
+    on_the_first = np.eye(11)[:1]
+    close(state.read_weighting, np.tile(on_the_first, (BATCH, 2, 1)), 0)
+    close(state.write_weighting, np.tile(on_the_first, (BATCH, 1, 1)), 0)
+    (hidden,) = keras.tree.flatten(state.controller)
+    close(hidden, np.zeros((BATCH, 7)), 0)
+
+
+@pytest.mark.parametrize("start", ["learned", "random"])
+def test_initial_values_that_are_weights(start):
+    layer = ntm(
+        read_heads=2,
+        initial_memory=start,
+        initial_reads=start,
+        initial_weighting=start,
+        initial_controller_state=start,
+    )
+    layer.build((BATCH, TIME, WIDTH))
+    shapes = {
+        "initial_reads": (2, 5),
+        "initial_memory": (11, 5),
+        "initial_read_weighting": (2, 11),
+        "initial_write_weighting": (1, 11),
+        "initial_controller": (7,),
+        "initial_controller_1": (7,),
+    }
+    weights = initial_weights(layer)
+    values = {name: ops.convert_to_numpy(w) for name, w in weights.items()}
+    assert {name: value.shape for name, value in values.items()} == shapes
+    for name, weight in weights.items():
+        assert weight.trainable == (start == "learned")
+        assert values[name].std() > 0.01, "the slots must differ at the start"
+    bound = 1 / np.sqrt(11 + 5)
+    assert 0.8 * bound < np.abs(values["initial_memory"]).max() <= bound
+    state = layer.cell.unpack_state(layer.cell.get_initial_state(BATCH))
+    for item in range(BATCH):
+        close(state.reads[item], values["initial_reads"])
+        close(state.memory[item], values["initial_memory"])
+        for name in ("read_weighting", "write_weighting"):
+            close(
+                getattr(state, name)[item],
+                reference.softmax(values[f"initial_{name}"]),
+            )
+        hidden, cell = keras.tree.flatten(state.controller)
+        close(hidden[item], values["initial_controller"])
+        close(cell[item], values["initial_controller_1"])
+
+
+def test_by_content_there_is_no_initial_weighting_to_learn():
+    layer = ntm(addressing="content")
+    layer.build((BATCH, TIME, WIDTH))
+    assert not initial_weights(layer)
+
+
+# Invariants of the whole.
+
+
+@pytest.mark.parametrize("head_order", ["parallel", IN_TURN])
+def test_weightings_are_weightings_at_every_step(head_order):
+    layer = randomised(read_heads=2, write_heads=3, head_order=head_order)
+    inside = keras_memory.trace(layer, 3 * numbers())
+    names = [name for name in inside if "weighting" in name] + ["shift"]
+    assert len(names) == 4
+    for name in names:
+        assert (inside[name] >= 0).all()
+        close(inside[name].sum(-1), np.ones(inside[name].shape[:-1]))
+    assert (inside["strength"] > 0).all() and (inside["sharpening"] >= 1).all()
+    for name in ("interpolation_gate", "erase_vector"):
+        assert (inside[name] >= 0).all() and (inside[name] <= 1).all()
+
+
+@pytest.mark.parametrize("addressing", ["content", "content_and_location"])
+def test_slots_have_no_order_but_that_of_the_shifts(addressing):
+    """Permuting the slots permutes memory and weightings and leaves the
+    output as it is; with shifts, turning them does."""
+    layer = randomised(
+        initial_memory="random",
+        initial_weighting="random",
+        addressing=addressing,
+        scale=0.5,
+    )
+    x = numbers()
+    before = keras_memory.trace(layer, x)
+    order = np.roll(np.arange(11), 4)
+    if addressing == "content":
+        order = np.random.default_rng(3).permutation(11)
+    for name, weight in initial_weights(layer).items():
+        value = ops.convert_to_numpy(weight)
+        axis = 0 if name == "initial_memory" else 1
+        weight.assign(np.take(value, order, axis=axis))
+    after = keras_memory.trace(layer, x)
+    close(after["output"], before["output"], 1e-4)
+    close(after["memory"], before["memory"][:, :, order], 1e-4)
+    for name in ("read_weighting", "write_weighting", "content_weighting"):
+        close(after[name], before[name][..., order], 1e-4)
+        assert np.abs(after[name] - before[name]).max() > 1e-2
+
+
+def test_parallel_heads_see_the_memory_of_the_step_before():
+    """In parallel a read head never sees the write of its own step; in turn
+    it does if it comes after it."""
+    shape = (BATCH, 1, WIDTH)
+    x = numbers(shape=shape)
+    outputs = {}
+    for order in ("parallel", ("read", "write"), ("write", "read")):
+        layer = randomised(head_order=order, initial_memory=0.0)
+        outputs[order] = keras_memory.trace(layer, x)
+    close(outputs["parallel"]["reads"], np.zeros((BATCH, 1, 1, 5)), 0)
+    close(outputs[("read", "write")]["reads"], np.zeros((BATCH, 1, 1, 5)), 0)
+    assert np.abs(outputs[("write", "read")]["reads"]).min() > 1e-4
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *itertools.product(
+            ("memory_slots", "slot_size", "read_heads", "write_heads"),
+            (0, -1, 2.0, "2", None, True),
+        ),
+        *(("units", value) for value in (0, 2.0)),
+        *(("shift_range", value) for value in (-1, 1.0, True, None)),
+        *(("interface_clip", value) for value in (0, -1.0, NAN, "1")),
+        *itertools.product(
+            ("norm_epsilon", "product_epsilon"), (-1e-9, NAN, "0")
+        ),
+        ("product_epsilon", None),
+        *itertools.product(
+            ("initial_memory", "initial_reads", "initial_weighting"),
+            ("zeros", None, True, NAN, float("inf"), [0.0]),
+        ),
+        *(("addressing", value) for value in ("location", None, True)),
+        ("head_order", ("read", "read")),
+        ("head_order", ("read",)),
+        ("head_order", ("read", "write", "write")),
+        ("head_order", ("read", "wirte")),
+    ],
+)
+def test_arguments_that_are_refused(name, value):
+    with pytest.raises(ValueError) as error:
+        ntm(**{name: value})
+    assert f"`{name}`" in str(error.value)
+    assert f"Received: {name}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["serial", 5, None])
+def test_head_orders_that_are_no_list(value):
+    with pytest.raises(ValueError, match="`head_order`.*once") as error:
+        ntm(head_order=value)
+    assert f"Received: head_order={value!r}" in str(error.value)
+
+
+def test_a_negative_weighting_is_none():
+    with pytest.raises(ValueError, match="`initial_weighting`.*-0.5"):
+        ntm(initial_weighting=-0.5)
+
+
+@pytest.mark.parametrize(
+    ("shift_range", "memory_slots"), [(1, 2), (3, 6), (1, 1)]
+)
+def test_shifts_that_overlap(shift_range, memory_slots):
+    sizes = {"shift_range": shift_range, "memory_slots": memory_slots}
+    message = f"shift_range={shift_range}, memory_slots={memory_slots}"
+    with pytest.raises(ValueError, match="2 \\* shift_range.*" + message):
+        ntm(**sizes)
+    # By content there are no shifts.
+    assert ntm(addressing="content", **sizes)(numbers()).shape[-1] == UNITS
+
+
+def test_as_many_shifts_as_slots():
+    assert ntm(shift_range=5)(numbers()).shape[-1] == UNITS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "key_activation",
+        "add_activation",
+        "strength_activation",
+        "activation",
+        "kernel_initializer",
+        "bias_initializer",
+    ],
+)
+def test_names_that_keras_does_not_know(name):
+    with pytest.raises(ValueError, match="tahn"):
+        ntm(**{name: "tahn"})

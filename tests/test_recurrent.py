@@ -1,0 +1,1132 @@
+"""What all recurrent memories share: `recurrent.py` and `scan.py`.
+
+`test_catalogue.py` runs every layer through what Keras asks of it. Here: that
+each thing that `MemoryRNN` does differently from `keras.layers.RNN` is needed
+and works, what is refused, and that Keras still has the private hooks that
+all of this hangs on.
+"""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import ops
+from keras.src import backend
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+
+import keras_memory
+from keras_memory import controllers
+from keras_memory.recurrent import Initial
+
+BATCH, TIME, WIDTH = 2, 7, 5
+SIZES = {
+    "memory_slots": 11,
+    "slot_size": 3,
+    "controller_units": 13,
+    "initial_memory": "random",
+    "bias_initializer": "random_normal",
+}
+
+NAN = float("nan")
+
+needs_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="uses tf.function"
+)
+
+
+def close(actual, expected, tolerance=1e-6):
+    actual, expected = map(ops.convert_to_numpy, (actual, expected))
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+def differ(one, other):
+    one, other = map(ops.convert_to_numpy, (one, other))
+    assert one.shape == other.shape
+    return np.abs(one - other).max() > 1e-4
+
+
+@pytest.fixture
+def x():
+    rng = np.random.default_rng(7)
+    return rng.normal(size=(BATCH, TIME, WIDTH)).astype("float32")
+
+
+def ntm(**kwargs):
+    return keras_memory.NTMLayer(
+        2, **{**SIZES, "return_sequences": True, **kwargs}
+    )
+
+
+def ntm_cell(**kwargs):
+    return keras_memory.NTMCell(2, **{**SIZES, **kwargs})
+
+
+def holes():
+    """A mask with a masked first step, holes, and an unmasked row."""
+    mask = np.ones((BATCH, TIME), bool)
+    mask[0, [0, 3, 4, 6]] = False
+    return mask
+
+
+class Silent:
+    """An access that reads zeros whatever happens: with constant inputs, a
+    feed-forward controller sees the same thing at every step."""
+
+    interface_size = 1
+    read_size = 2
+
+    def __init__(self):
+        self.initial_state = toy.ToyState(
+            reads=Initial((1, 2)), total=Initial((1,))
+        )
+
+    def step(self, interface, state):
+        return state, {}
+
+
+# reset_state, and the states of a stateful layer.
+
+
+def test_reset_state_restores_the_initial_state_instead_of_zeros(x):
+    cell = ntm_cell(initial_memory="learned", initial_reads=0.5)
+    plain = keras.layers.RNN(cell, stateful=True)
+    plain(x)
+    plain.reset_state()
+    assert all(not ops.convert_to_numpy(state).any() for state in plain.states)
+    ours = keras_memory.MemoryRNN(cell, stateful=True)
+    ours(x)
+    # Also after training has changed it.
+    memory = cell.initial_weights[1]
+    memory.assign(ops.convert_to_numpy(memory) + 2.0)
+    ours.reset_state()
+    initial = cell.get_initial_state(batch_size=BATCH)
+    for state, expected in zip(ours.states, initial):
+        close(state, expected, 0)
+    record = cell.unpack_state(ours.states)
+    close(record.reads, np.full((BATCH, 1, 3), 0.5), 0)
+    assert ops.convert_to_numpy(record.memory).mean() > 1.5
+    ours.reset_states()  # Keras's alias
+    close(ours.states[0], initial[0], 0)
+
+
+def test_reset_state_before_the_first_call_does_nothing():
+    layer = ntm(stateful=True)
+    layer.reset_state()
+    assert layer.states is None
+
+
+def test_states_are_weights_of_the_layer(x):
+    plain = keras.layers.RNN(ntm_cell(), stateful=True)
+    plain(x)
+    ours = ntm(stateful=True)
+    ours(x)
+
+    def tracked(layer):
+        return [
+            any(state is weight for weight in layer.non_trainable_weights)
+            for state in layer.states
+        ]
+
+    assert not any(tracked(plain))
+    assert all(tracked(ours))
+    assert not any(state.trainable for state in ours.states)
+    assert len({state.path for state in ours.states}) == len(ours.states)
+
+
+def test_a_saved_stateful_layer_goes_on_where_it_was(x, tmp_path):
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(BATCH, 3, WIDTH)), ntm(stateful=True)]
+    )
+    model(x[:, :3])
+    model.save(tmp_path / "model.keras")
+    expected = model(x[:, 3:6])
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    close(loaded(x[:, 3:6]), expected, 0)
+    model.layers[0].reset_state()
+    assert differ(model(x[:, 3:6]), expected)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_stateful_layer_in_a_subclassed_model(x, jit_compile):
+    """Built within `predict`, where the initial state is symbolic."""
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.memory = ntm(stateful=True, initial_memory="learned")
+
+        def call(self, inputs):
+            return self.memory(inputs)
+
+    model = Own()
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    first = model.predict(x, batch_size=BATCH, verbose=0)
+    second = model.predict(x, batch_size=BATCH, verbose=0)
+    model.memory.reset_state()
+    close(model.predict(x, batch_size=BATCH, verbose=0), first)
+    assert differ(first, second)
+
+
+def test_given_initial_states_go_into_a_stateful_layer(x):
+    layer = ntm(stateful=True)
+    states = [
+        np.full((BATCH, size), 0.3, "float32")
+        for size in [3, 33, 11, 11, 13, 13]
+    ]
+    given = layer(x, initial_state=states)
+    layer.reset_state()
+    assert differ(layer(x), given)
+    layer(x[:, :4], initial_state=states)
+    close(layer(x[:, 4:]), given[:, 4:])
+
+
+# One projection, outside of the loop, with the cell's own numbers.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": "sigmoid", "clip_value": 0.1},
+        {
+            "read_heads": 2,
+            "controller": "gru",
+            "head_order": ("write", "read", "read"),
+        },
+    ],
+)
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_a_cell_in_keras_own_rnn_gives_the_same(x, options, return_sequences):
+    layer = ntm(
+        return_sequences=return_sequences, return_state=True, **options
+    )
+    output, *states = layer(x)
+    plain = keras.layers.RNN(
+        ntm_cell(**options), return_sequences=return_sequences, return_state=True
+    )
+    plain.build(x.shape)
+    plain.cell.set_weights(layer.cell.get_weights())
+    expected, *expected_states = plain(x)
+    close(output, expected)
+    assert len(states) == len(expected_states) > 0
+    for state, expected in zip(states, expected_states):
+        close(state, expected)
+
+
+def test_stacked_cells_in_keras_own_rnn_are_stacked_layers(x):
+    first, second = ntm(), ntm()
+    expected = second(first(x))
+    stack = keras.layers.RNN(
+        keras.layers.StackedRNNCells([ntm_cell(), ntm_cell()]),
+        return_sequences=True,
+    )
+    stack.build(x.shape)
+    for cell, layer in zip(stack.cell.cells, (first, second)):
+        cell.set_weights(layer.cell.get_weights())
+    close(stack(x), expected)
+
+
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_the_output_is_projected_once(x, return_sequences):
+    layer = ntm(return_sequences=return_sequences)
+    layer.build(x.shape)
+    shapes, project = [], layer.cell.project
+
+    def watched(features):
+        shapes.append(tuple(features.shape))
+        return project(features)
+
+    layer.cell.project = watched
+    layer(x)
+    size = layer.cell.features_size
+    shape = (BATCH, TIME, size) if return_sequences else (BATCH, size)
+    assert shapes == [shape]
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("zero_output_for_mask", [False, True])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("return_sequences", [False, True])
+@needs_tensorflow  # where Keras's own masking is right
+def test_masking_is_that_of_keras_own_rnn(
+    x, zero_output_for_mask, go_backwards, return_sequences
+):
+    arguments = {
+        "zero_output_for_mask": zero_output_for_mask,
+        "go_backwards": go_backwards,
+        "return_sequences": return_sequences,
+        "return_state": True,
+    }
+    cell = ntm_cell()
+    plain = keras.layers.RNN(cell, **arguments)
+    ours = keras_memory.MemoryRNN(cell, **arguments)
+    expected, *expected_states = plain(x, mask=holes())
+    output, *states = ours(x, mask=holes())
+    close(output, expected)
+    for state, expected_state in zip(states, expected_states):
+        close(state, expected_state)
+
+
+def test_a_row_without_any_valid_step_keeps_its_initial_state(x):
+    mask = np.ones((BATCH, TIME), bool)
+    mask[1] = False
+    layer = ntm(return_state=True)
+    output, *states = layer(x, mask=mask)
+    close(output[0], layer(x)[0][0])
+    close(output[1], np.zeros((TIME, 2)), 0)
+    for state, initial in zip(states, layer.cell.get_initial_state(BATCH)):
+        close(state[1], initial[1], 0)
+        assert differ(state[0], initial[0])
+    last = ntm(return_sequences=False)
+    last.build(x.shape)
+    last.cell.set_weights(layer.cell.get_weights())
+    close(last(x, mask=mask)[0], output[0, -1])
+    close(last(x, mask=mask)[1], np.zeros(2), 0)
+
+
+def test_masks_of_other_types_and_shapes(x):
+    layer = ntm()
+    expected = layer(x, mask=holes())
+    assert differ(expected, layer(x))
+    close(layer(x, mask=ops.convert_to_tensor(holes())), expected, 0)
+    close(layer(x, mask=holes()[:, :, None]), expected, 0)
+    close(layer(x, mask=holes().astype("int32")), expected, 0)
+    close(layer(x, mask=holes().astype("float32")), expected, 0)
+
+
+def test_not_a_number_in_a_masked_step_stays_there(x):
+    layer = ntm()
+    poisoned = np.where(holes()[:, :, None], x, np.nan).astype("float32")
+    close(layer(poisoned, mask=holes()), layer(x, mask=holes()), 0)
+
+
+@needs_tensorflow
+def test_no_gradient_flows_into_masked_steps(x):
+    import tensorflow as tf
+
+    layer = ntm()
+    inputs = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        loss = tf.reduce_sum(layer(inputs, mask=tf.constant(holes())) ** 2)
+    gradient = ops.convert_to_numpy(tape.gradient(loss, inputs))
+    seen = np.abs(gradient).max(-1) > 0
+    assert (seen == holes()).all()
+
+
+# Nested controllers.
+
+
+def test_a_controller_that_was_built_before_keeps_its_weights(x):
+    controller = keras.layers.LSTMCell(13)
+    controller.build((None, WIDTH + 3))
+    before = list(controller.weights)
+    values = controller.get_weights()
+    layer = ntm(controller=controller)
+    layer(x)
+    assert layer.cell.block_controllers[0] is controller
+    assert len(controller.weights) == len(before)
+    for weight, other in zip(controller.weights, before):
+        assert weight is other
+    for value, other in zip(controller.get_weights(), values):
+        close(value, other, 0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.layers.GRUCell(13, recurrent_dropout=0.25),
+        lambda: keras.layers.StackedRNNCells(
+            [keras.layers.LSTMCell(7), controllers.DenseCell(13)]
+        ),
+        lambda: ntm_cell(controller="rnn"),
+    ],
+    ids=["cell", "stack", "memory"],
+)
+def test_a_file_with_a_given_controller(make, x, tmp_path):
+    model = keras.Sequential(
+        [keras.Input((None, WIDTH)), ntm(controller=make())]
+    )
+    model.set_weights([0.9 * w + 0.1 for w in model.get_weights()])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len(loaded.weights) == len(model.weights)
+    close(loaded(x), model(x), 0)
+
+
+def test_constant_controller_states_are_what_the_controller_says(x):
+    class Warm(toy.PlainCell):
+        def get_initial_state(self, batch_size=None):
+            return ops.full((batch_size, self.units), 0.75)
+
+    for start, expected in (("constant", 0.75), (0.25, 0.25)):
+        layer = ntm(controller=Warm(13), initial_controller_state=start)
+        layer.build(x.shape)
+        state = layer.cell.get_initial_state(batch_size=BATCH)[-1]
+        close(state, np.full((BATCH, 13), expected), 0)
+    stack = keras.layers.StackedRNNCells([keras.layers.LSTMCell(3), Warm(13)])
+    layer = ntm(controller=stack)
+    layer.build(x.shape)
+    states = layer.cell.get_initial_state(batch_size=BATCH)
+    assert [state.shape[-1] for state in states[-3:]] == [3, 3, 13]
+    close(states[-1], np.full((BATCH, 13), 0.75), 0)
+    close(states[-2], np.zeros((BATCH, 3)), 0)
+
+
+def test_clips_of_the_controller(x):
+    options = {"controller": "lstm", "return_state": True}
+    free = ntm(**options)
+    one = x[:, :1]
+    *_, h, c = free(one)
+    bound, state_bound = 0.05, 0.02
+    assert np.abs(ops.convert_to_numpy(h)).max() > bound
+    clipped = ntm(
+        controller_clip=bound, controller_state_clip=state_bound, **options
+    )
+    clipped.build(x.shape)
+    clipped.cell.set_weights(free.cell.get_weights())
+    inside = keras_memory.trace(clipped, one)
+    close(inside["controller_output"][:, 0], ops.clip(h, -bound, bound))
+    *_, clipped_h, clipped_c = clipped(one)
+    close(clipped_h, ops.clip(h, -state_bound, state_bound))
+    close(clipped_c, ops.clip(c, -state_bound, state_bound))
+
+
+# Dropout: one mask a sequence.
+
+
+def silent_cell(**kwargs):
+    return keras_memory.MemoryCell(
+        accesses=[Silent()],
+        **{
+            "units": None,
+            "controller": "dense",
+            "controller_units": 13,
+            "controller_layers": 2,
+            "controller_dropout": 0.5,
+            "seed": 3,
+            **kwargs,
+        },
+    )
+
+
+def in_memory_rnn():
+    return keras_memory.MemoryRNN(silent_cell(), return_sequences=True)
+
+
+def in_keras_rnn():
+    return keras.layers.RNN(silent_cell(), return_sequences=True)
+
+
+def in_a_stack():
+    return keras.layers.RNN(
+        keras.layers.StackedRNNCells(
+            [silent_cell(), silent_cell(units=7, seed=5)]
+        ),
+        return_sequences=True,
+    )
+
+
+def in_a_controller():
+    return keras_memory.MemoryRNN(
+        silent_cell(controller=silent_cell(units=7)), return_sequences=True
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [in_memory_rnn, in_keras_rnn, in_a_stack, in_a_controller]
+)
+@pytest.mark.parametrize("how", ["eager", "graph", "jit"])
+@needs_tensorflow
+def test_one_dropout_mask_for_all_steps(make, how):
+    import tensorflow as tf
+
+    layer = make()
+    constant = np.ones((BATCH, TIME, WIDTH), "float32")
+    layer.build(constant.shape)
+    for weight in layer.trainable_weights:
+        weight.assign(ops.convert_to_numpy(weight) + 0.1)
+
+    def call(training):
+        return layer(constant, training=training)
+
+    if how != "eager":
+        call = tf.function(call, jit_compile=how == "jit")
+    still, first, second = call(False), call(True), call(True)
+    for output in (still, first, second):
+        for time in range(1, TIME):
+            close(output[:, time], output[:, 0])
+    assert differ(first, second), "the same mask for two sequences"
+    assert differ(first, still)
+    assert differ(first[0], first[1]), "the same mask for two rows"
+    close(call(False), still, 0)
+    close(still[0], still[1], 1e-6)
+
+
+@pytest.mark.parametrize("implementation", [1, 2])
+def test_dropout_is_that_of_a_loop_over_the_cell(x, implementation):
+    def make():
+        controller = keras.layers.LSTMCell(
+            13,
+            dropout=0.3,
+            recurrent_dropout=0.5,
+            seed=3,
+            implementation=implementation,
+        )
+        layer = ntm(controller=controller, kernel_initializer="ones")
+        layer.build(x.shape)
+        layer.cell.set_weights([0.1 + 0 * w for w in layer.cell.get_weights()])
+        return layer
+
+    output = make()(x, training=True)
+    cell = make().cell
+    states = cell.get_initial_state(batch_size=BATCH)
+    cell.get_dropout_mask(x[:, 0])
+    cell.get_recurrent_dropout_mask(states[0])
+    for time in range(TIME):
+        expected, states = cell(x[:, time], states, training=True)
+        close(output[:, time], expected)
+    assert differ(output, make()(x))
+
+
+def test_masks_do_not_outlive_the_sequence(x):
+    layer = ntm(controller_dropout=0.5, controller_layers=2)
+    layer(x, training=True)
+    for cell in layer.cell.block_controllers[0].cells:
+        assert cell._dropout_mask is None
+    other_batch = np.concatenate([x, x, x])
+    assert layer(other_batch, training=True).shape == (6, TIME, 2)
+
+
+def test_trace_draws_masks_of_its_own(x):
+    layer = ntm(controller_dropout=0.5)
+    first = keras_memory.trace(layer, x, training=True)
+    second = keras_memory.trace(layer, x, training=True)
+    assert differ(first["output"], second["output"])
+    # And leaves none behind.
+    other_batch = np.concatenate([x, x, x])
+    assert layer(other_batch, training=True).shape == (6, TIME, 2)
+
+
+# Steps without side effects: TensorFlow runs the first one twice.
+
+
+def test_a_call_changes_nothing(x):
+    layer = ntm(controller_layers=2, read_heads=2)
+    layer.build(x.shape)
+    access = layer.cell.accesses[0]
+    names = set(vars(layer.cell))
+    attributes = dict(vars(access))
+    weights = layer.cell.get_weights()
+    first = layer(x)
+    layer(x[:, :3], mask=np.ones((BATCH, 3), bool))
+    close(layer(x), first, 0)
+    assert set(vars(layer.cell)) == names
+    assert vars(access).keys() == attributes.keys()
+    assert all(vars(access)[name] is attributes[name] for name in attributes)
+    for value, before in zip(layer.cell.get_weights(), weights):
+        close(value, before, 0)
+
+
+# dtype
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16", "float64"])
+def test_sublayers_and_states_have_the_policy(x, policy):
+    layer = ntm(
+        controller="gru",
+        controller_layers=2,
+        stateful=True,
+        return_state=True,
+        dtype=policy,
+    )
+    output, *states = layer(x)
+    for sublayer in layer._flatten_layers():
+        assert sublayer.dtype_policy.name == policy, sublayer
+    two_blocks = toy.ToyLayer(3, controller_units=7, dtype=policy)
+    for controller in two_blocks.cell.block_controllers:
+        assert controller.dtype_policy.name == policy
+    for value in (output, *states):
+        assert backend.standardize_dtype(value.dtype) == layer.compute_dtype
+    for state in layer.states:
+        assert backend.standardize_dtype(state.dtype) == layer.variable_dtype
+    initial = layer.cell.get_initial_state(batch_size=BATCH)
+    for state in initial:
+        assert backend.standardize_dtype(state.dtype) == layer.compute_dtype
+
+
+@pytest.mark.parametrize(
+    ("policy", "wide"),
+    [
+        ("mixed_bfloat16", "float32"),
+        ("mixed_float16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    ],
+)
+def test_the_access_never_computes_in_16_bits(x, policy, wide):
+    layer = ntm(dtype=policy)
+    layer.build(x.shape)
+    seen = set()
+    access = layer.cell.accesses[0]
+    step = access.step
+
+    def watched(interface, state):
+        for value in keras.tree.flatten((interface, state)):
+            seen.add(backend.standardize_dtype(value.dtype))
+        return step(interface, state)
+
+    access.step = watched
+    layer(x)
+    assert seen == {wide}
+
+
+def test_numbers_have_the_precision_of_the_dtype(x):
+    layer = ntm(
+        dtype="float64",
+        initial_memory=0.1,
+        initial_reads=0.2,
+        initial_weighting=0.3,
+        initial_controller_state=0.4,
+    )
+    layer.build(x.shape)
+    record = layer.cell.unpack_state(layer.cell.get_initial_state(1))
+    for value, number in zip(
+        keras.tree.flatten(record), [0.2, 0.1, 0.3, 0.3, 0.4, 0.4]
+    ):
+        close(value, np.full(value.shape, number), 0)
+
+
+# States: flat outside, named inside.
+
+
+def test_pack_state_is_the_reverse_of_unpack_state(x):
+    layer = ntm(read_heads=2, return_state=True)
+    _, *states = layer(x)
+    record = layer.cell.unpack_state(states)
+    assert type(record) is keras_memory.NTMState
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in record._asdict().items()
+        if name != "controller"
+    }
+    assert shapes == {
+        "reads": (BATCH, 2, 3),
+        "memory": (BATCH, 11, 3),
+        "read_weighting": (BATCH, 2, 11),
+        "write_weighting": (BATCH, 1, 11),
+    }
+    as_numpy = keras.tree.map_structure(ops.convert_to_numpy, record)
+    for state, other in zip(layer.cell.pack_state(as_numpy), states):
+        close(state, other, 0)
+    packed = layer.cell.pack_state(
+        keras.tree.map_structure(lambda value: value.astype("int32"), as_numpy)
+    )
+    assert all(
+        backend.standardize_dtype(state.dtype) == "float32" for state in packed
+    )
+    # Slots are rows of the flat memory.
+    close(record.memory[:, 1], states[1][:, 3:6], 0)
+
+
+def test_states_that_do_not_fit(x):
+    layer = ntm(return_state=True)
+    _, *states = layer(x)
+    sizes = r"6 states.*\[3, 33, 11, 11, 13, 13\]"
+    wrong = {
+        f"{sizes}.*Received: 5 states": states[:-1],
+        f"{sizes}.*Received: 0 states": [],
+        f"{sizes}.*Received: 7 states": [*states, states[0]],
+        sizes + r".*Received.*\[13, 13, 11, 11, 33, 3\]": states[::-1],
+    }
+    for message, bad in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            layer.cell.unpack_state(bad)
+        with pytest.raises(ValueError, match=message):
+            layer(x, initial_state=bad)
+        with pytest.raises(ValueError, match=message):
+            keras_memory.trace(layer, x, initial_state=bad)
+
+
+@pytest.mark.parametrize(
+    "bend",
+    [
+        lambda state: state[0],
+        lambda state: state[None],
+        lambda state: state[:1],
+        lambda state: np.concatenate([state, state]),
+    ],
+    ids=["no batch axis", "one axis more", "batch too small", "too large"],
+)
+def test_initial_states_of_another_batch_or_rank(x, bend):
+    layer = ntm(return_state=True)
+    _, *states = layer(x)
+    bad = [bend(ops.convert_to_numpy(state)) for state in states]
+    with pytest.raises(ValueError, match="states.*Received: "):
+        layer(x, initial_state=bad)
+
+
+def test_records_that_do_not_fit(x):
+    layer = ntm(return_state=True)
+    _, *states = layer(x)
+    cell = layer.cell
+    record = cell.unpack_state(states)
+    short = record._replace(reads=np.zeros((BATCH, 1, 4)))
+    with pytest.raises(ValueError, match=r"`reads`.*1, 3\).*\(2, 1, 4\)"):
+        cell.pack_state(short)
+    hidden = record.controller[0][1]
+    bent = record._replace(controller=([hidden, hidden[:, :5]],))
+    with pytest.raises(ValueError, match=r"`controller_1`.*13\).*\(2, 5\)"):
+        cell.pack_state(bent)
+    with pytest.raises(ValueError, match="6 tensors.*Received: 4 tensors"):
+        cell.pack_state(record._replace(controller=()))
+
+
+# What is refused.
+
+
+NOT_SEQUENCES = pytest.mark.parametrize(
+    "shape", [(2, 5), (2, 3, 7, 5), (2, 0, 5)], ids=["2D", "4D", "no steps"]
+)
+WHAT_SEQUENCES_ARE = r"\(batch, time, width\).*reshape.*Received"
+
+
+@NOT_SEQUENCES
+def test_inputs_that_are_not_sequences(shape):
+    with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
+        ntm()(np.zeros(shape, "float32"))
+    layer = ntm()
+    layer(np.zeros((2, 3, 5), "float32"))
+    with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
+        layer(np.zeros(shape, "float32"))
+
+
+@NOT_SEQUENCES
+def test_symbolic_inputs_that_are_not_sequences(shape):
+    with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
+        ntm()(keras.Input(shape[1:]))
+
+
+def test_unknown_width():
+    with pytest.raises(ValueError, match=r"width.*known.*\(None, None\)"):
+        ntm()(keras.Input((None, None)))
+
+
+def test_initial_state_of_a_cell_that_is_not_built():
+    cell = ntm_cell(name="bare")
+    with pytest.raises(ValueError, match="NTMCell 'bare' must be built"):
+        cell.get_initial_state(batch_size=BATCH)
+
+
+@pytest.mark.parametrize("cell", [keras.layers.LSTMCell(3), "lstm"])
+def test_memory_rnn_of_something_else(cell, x):
+    with pytest.raises((TypeError, ValueError), match="`?cell`? .*Received"):
+        keras_memory.MemoryRNN(cell)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("units", value) for value in (0, -1, 2.0, "3", True)),
+        *(("controller_clip", value) for value in (0, -1.0, NAN, "1")),
+        *(("controller_state_clip", value) for value in (0.0, NAN)),
+        *(("clip_value", value) for value in (0, -2, NAN)),
+        *(("controller_units", value) for value in (0, 2.0)),
+        *(("controller_layers", value) for value in (0, 1.0)),
+        *(("controller_dropout", value) for value in (1.0, -0.5, NAN)),
+        *(
+            ("initial_controller_state", value)
+            for value in ("zeros", None, True, NAN, float("inf"), [0.0])
+        ),
+    ],
+)
+def test_arguments_of_a_memory_cell_that_are_refused(name, value):
+    arguments = {"units": 3, "accesses": [Silent()], name: value}
+    with pytest.raises(ValueError) as error:
+        keras_memory.MemoryCell(**arguments)
+    assert f"`{name}`" in str(error.value)
+    assert f"Received: {name}={value!r}" in str(error.value)
+
+
+def test_a_keyword_that_nobody_knows():
+    with pytest.raises(ValueError, match="read_head"):
+        ntm(read_head=2)
+    with pytest.raises(ValueError, match="memory_slots"):
+        keras_memory.MemoryRNN(ntm_cell(), memory_slots=3)
+
+
+def test_integers_of_numpy_are_integers(x):
+    sizes = {
+        "memory_slots": np.int64(11),
+        "slot_size": np.int64(3),
+        "read_heads": np.int64(2),
+        "controller_units": np.int64(13),
+    }
+    model = keras.Sequential([keras.Input((TIME, WIDTH)), ntm(**sizes)])
+    copy = keras.models.model_from_json(model.to_json())
+    assert copy.layers[0].get_config() == model.layers[0].get_config()
+
+
+# trace
+
+
+def test_trace_of_a_layer_that_is_not_built(x):
+    inside = keras_memory.trace(ntm(), x)
+    assert inside["output"].shape == (BATCH, TIME, 2)
+    assert all(type(value) is np.ndarray for value in inside.values())
+
+
+def test_trace_takes_states_and_leaves_those_of_the_layer_alone(x):
+    layer = ntm(stateful=True, return_state=True)
+    _, *states = layer(x[:, :4])
+    rest = keras_memory.trace(layer, x[:, 4:])
+    for state, before in zip(layer.states, states):
+        close(state, before, 0)
+    output, *final = layer(x[:, 4:])
+    close(rest["output"], output)
+    layer.reset_state()
+    whole = keras_memory.trace(layer, x)
+    close(whole["output"][:, 4:], output)
+    given = keras_memory.trace(layer, x[:, 4:], initial_state=states)
+    close(given["output"], output)
+    close(given["memory"][:, -1], layer.cell.unpack_state(final).memory)
+
+
+def test_trace_goes_backwards_and_holds_masked_steps(x):
+    layer = ntm(go_backwards=True)
+    close(keras_memory.trace(layer, x)["output"], layer(x))
+    inside = keras_memory.trace(layer, x, mask=holes())
+    close(inside["output"], layer(x, mask=holes()))
+    # Row 0 from its end: steps 6, 3 and 4 of it are masked.
+    memory = inside["memory"][0]
+    close(memory[0], np.zeros_like(memory[0]), 0)
+    close(memory[2], memory[1], 0)
+    close(memory[3], memory[1], 0)
+    assert differ(memory[4], memory[3])
+
+
+def test_trace_of_something_else(x):
+    for layer in (keras.layers.LSTM(3), ntm_cell(), keras.Sequential([ntm()])):
+        with pytest.raises(TypeError, match="`NTMLayer`. Received: <"):
+            keras_memory.trace(layer, x)
+
+
+# Further batch axes.
+
+
+def test_further_batch_axes_by_the_documented_reshape():
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(1, 2, 3, 32)).astype("float32")
+    layer = ntm()
+    output = layer(keras.ops.reshape(x, (-1, *x.shape[-2:])))
+    assert output.shape == (2, 3, 2)
+    output = ops.reshape(output, (*x.shape[:-1], 2))
+    for item in range(2):
+        close(output[:, item], layer(x[:, item]))
+    close(keras.layers.TimeDistributed(layer)(x), output)
+
+
+# Two blocks.
+
+
+@pytest.mark.parametrize("share_memory", [False, True])
+def test_two_blocks_by_hand(share_memory):
+    """The controllers add up what they see, the interface is that times
+    (1, 2, 3), and an access adds the interface to its total and reads it."""
+    layer = toy.ToyLayer(
+        None,
+        share_memory=share_memory,
+        controller=keras.layers.Dense(
+            1, use_bias=False, kernel_initializer="ones"
+        ),
+        return_sequences=True,
+    )
+    layer.build((1, 2, 1))
+    for kernel, _ in layer.cell.interfaces:
+        kernel.assign([[1.0, 2.0, 3.0]])
+    start = np.array([[5.0, 0.0, 0.0], [7.0, 0.0, 0.0]])
+    weights = [w for w in layer.cell.initial_weights if w is not None]
+    assert len(weights) == (1 if share_memory else 2)
+    for weight, value in zip(weights, start):
+        weight.assign(value)
+    features = ops.convert_to_numpy(layer(np.array([[[1.0], [2.0]]])))[0]
+    inside = keras_memory.trace(layer, np.array([[[1.0], [2.0]]]))
+
+    def controller_output(block, time):
+        return inside[f"block{block}/controller_output"][0, time]
+
+    key = np.array([1.0, 2.0, 3.0])
+    # First step. No reads yet: the first block sees 1.
+    seen = 1
+    close(controller_output(0, 0), [1.0])
+    total = start[0] + seen * key  # 6 2 3
+    # The second sees the first's output and its reads of this step.
+    seen = 1 + 6 + 2 + 3
+    close(controller_output(1, 0), [12.0])
+    other = (total if share_memory else start[1]) + seen * key
+    close(features[0], [seen, *other])
+    # Second step. The first block sees 2 and the second's reads of before.
+    seen = 2 + other.sum()
+    close(controller_output(0, 1), [seen])
+    total = (other if share_memory else total) + seen * key
+    seen = seen + total.sum()
+    close(controller_output(1, 1), [seen])
+    other = (total if share_memory else other) + seen * key
+    close(features[1], [seen, *other])
+    # Written twice a step where there is one memory.
+    assert len(layer.cell.state_size) == (2 if share_memory else 4)
+
+
+@pytest.mark.parametrize("share_memory", [False, True])
+def test_trace_shows_what_each_block_read(share_memory, x):
+    layer = toy.ToyLayer(3, share_memory=share_memory, controller_units=7)
+    inside = keras_memory.trace(layer, x)
+    start = ops.convert_to_numpy(layer.cell.get_initial_state(BATCH)[1])
+    first, second = (
+        {name: inside[f"block{block}/{name}"] for name in ("added", "reads")}
+        for block in (0, 1)
+    )
+    close(first["reads"][:, 0, 0], start + first["added"][:, 0])
+    before = first["reads"][:, 0, 0] if share_memory else start
+    close(second["reads"][:, 0, 0], before + second["added"][:, 0])
+
+
+def test_blocks_start_with_weights_of_their_own():
+    layer = toy.ToyLayer(3, controller_units=7)
+    layer.build((BATCH, TIME, WIDTH))
+    first, second = (kernel for kernel, _ in layer.cell.interfaces)
+    assert first.shape == second.shape
+    assert differ(first, second), "two blocks drew the same kernel"
+
+
+# The signature is spelled out for people and tools.
+
+
+def test_the_signature_lists_the_arguments_of_cell_and_layer():
+    parameters = inspect.signature(keras_memory.NTMLayer).parameters
+    names = list(parameters)
+    assert names[:5] == [
+        "units",
+        "memory_slots",
+        "slot_size",
+        "read_heads",
+        "write_heads",
+    ]
+    of_cell = inspect.signature(keras_memory.NTMCell.__init__).parameters
+    of_base = inspect.signature(keras_memory.MemoryCell.__init__).parameters
+    of_rnn = inspect.signature(keras_memory.MemoryRNN.__init__).parameters
+    expected = {*of_cell, *of_base, *of_rnn} - {"self", "args", "kwargs"}
+    assert set(names) == expected - {"accesses"}
+    assert len(names) == len(set(names)) and len(names) > 30
+    for name, parameter in of_cell.items():
+        if name in names:
+            assert parameters[name].default == parameter.default
+    for name in ("return_sequences", "stateful"):
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_positional_arguments():
+    layer = keras_memory.NTMLayer(3, 11, 5)
+    cell = layer.cell
+    assert (cell.units, cell.memory_slots, cell.slot_size) == (3, 11, 5)
+    layer = keras_memory.NTMLayer(3, 11, 5, 2, 4, "gru", 7, 1, "parallel")
+    config = layer.get_config()
+    assert (config["read_heads"], config["write_heads"]) == (2, 4)
+    assert (config["controller"], config["controller_units"]) == ("gru", 7)
+
+
+# Canaries: the private hooks of Keras that this library hangs on.
+
+
+class Recorder(DropoutRNNCell, keras.layers.Layer):
+    """Writes down what `keras.layers.RNN` calls on a cell with dropout."""
+
+    state_size = 3
+    output_size = 3
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = lambda entry: log.append(entry)
+
+    def call(self, inputs, states):
+        self.log("step")
+        return states[0], states
+
+    def get_dropout_mask(self, step_input):
+        self.log(("mask", tuple(step_input.shape)))
+
+    def get_recurrent_dropout_mask(self, step_input):
+        self.log(("recurrent mask", tuple(step_input.shape)))
+
+    def reset_dropout_mask(self):
+        self.log("reset")
+
+    def reset_recurrent_dropout_mask(self):
+        self.log("recurrent reset")
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_canary_dropout_masks(x, stacked):
+    log = []
+    cell = Recorder(log)
+    if stacked:
+        cell = keras.layers.StackedRNNCells([cell])
+    keras.layers.RNN(cell)(x)
+    assert log[:2] == [("mask", (BATCH, WIDTH)), ("recurrent mask", (BATCH, 3))]
+    assert log[-2:] == ["reset", "recurrent reset"], (
+        "keras.layers.RNN no longer asks every DropoutRNNCell for its masks "
+        "in front of the time loop, with the first inputs and the first "
+        "state, and no longer resets them after it (RNN."
+        "_maybe_config_dropout_masks and _maybe_reset_dropout_masks). "
+        "MemoryCell overrides those four methods to make the masks of the "
+        f"controllers inside. RNN called: {log}"
+    )
+    assert set(log[2:-2]) == {"step"}
+
+
+def test_canary_keras_cells_with_dropout_are_dropout_cells():
+    for cell in (
+        keras.layers.LSTMCell,
+        keras.layers.GRUCell,
+        keras.layers.SimpleRNNCell,
+    ):
+        assert issubclass(cell, DropoutRNNCell), (
+            f"keras.layers.{cell.__name__} no longer derives from the private "
+            "DropoutRNNCell. `controllers.dropout_cells` finds the cells "
+            "whose masks are made outside of the time loop by that class."
+        )
+
+
+def test_canary_a_dropout_cell_caches_its_mask():
+    cell = keras.layers.LSTMCell(3, dropout=0.5, recurrent_dropout=0.5)
+    ones = np.ones((BATCH, 97), "float32")
+    for make, reset in (
+        (cell.get_dropout_mask, cell.reset_dropout_mask),
+        (cell.get_recurrent_dropout_mask, cell.reset_recurrent_dropout_mask),
+    ):
+        first = make(ones)
+        again = make(ones)
+        reset()
+        other = make(ones)
+        assert first is again and differ(first, other), (
+            "A Keras RNN cell no longer keeps the dropout mask that "
+            "`get_dropout_mask` made until `reset_dropout_mask`. MemoryCell "
+            "makes the masks of its controllers through these two, in front "
+            "of the time loop."
+        )
+
+
+def test_canary_inner_loop(x):
+    seen = []
+
+    class Probe(keras.layers.RNN):
+        def inner_loop(self, *args, **kwargs):
+            seen.append((args, kwargs))
+            sequences = kwargs["sequences"]
+            features = ops.repeat(sequences[:, :, :1], 3, axis=-1)
+            states = [ops.ones((BATCH, 3))]
+            return features[:, 0] + 1, features, states
+
+    cell = toy.PlainCell(3)
+    output, state = Probe(cell, return_sequences=True, return_state=True)(
+        x, mask=holes(), training=True
+    )
+    last = Probe(cell)(x)
+    parameters = list(inspect.signature(keras.layers.RNN.inner_loop).parameters)
+    message = (
+        "keras.layers.RNN.call no longer hands the whole time loop to "
+        "`self.inner_loop(sequences=, initial_state=, mask=, training=)` and "
+        "takes (last output, outputs, states) back. MemoryRNN.inner_loop "
+        "overrides it to run `scan.run` and to project the output once."
+    )
+    expected = ["sequences", "initial_state", "mask", "training"]
+    assert parameters == ["self", *expected], message
+    for args, kwargs in seen:
+        assert args == () and set(kwargs) == set(expected), message
+    assert isinstance(seen[0][1]["initial_state"], list), message
+    assert seen[0][1]["mask"] is not None, message
+    assert seen[0][1]["training"] is True, message
+    assert seen[1][1]["mask"] is None, message
+    close(output, x[:, :, :1].repeat(3, axis=-1), 0)
+    close(state, np.ones((BATCH, 3)), 0)
+    close(last, x[:, 0, :1].repeat(3, axis=-1) + 1, 0)
+
+
+def test_canary_state_variables(x):
+    batches = []
+
+    class Probe(keras.layers.RNN):
+        def _create_state_variables(self, batch_size):
+            batches.append(batch_size)
+            super()._create_state_variables(batch_size)
+
+    stateful = Probe(toy.PlainCell(3), stateful=True)
+    stateful(x)
+    stateful(x)
+    Probe(toy.PlainCell(3))(x)
+    message = (
+        "keras.layers.RNN.build no longer makes the states of a stateful "
+        "layer, once, by `self._create_state_variables(batch_size)` and keeps "
+        "them in `self.states`. MemoryRNN overrides it to make them "
+        "non-trainable weights that start at the cell's initial state."
+    )
+    assert batches == [BATCH], message
+    assert stateful.states is not None, message
+    assert stateful._expected_batch_size == BATCH, message
+    with pytest.raises(ValueError, match="batch size"):
+        stateful(x[:1])
+
+
+def test_canary_backend_rnn(x):
+    message = (
+        "`keras.src.backend.rnn`, the private time loop of Keras, no longer "
+        "has the arguments or the results that `scan.run` uses."
+    )
+    parameters = list(inspect.signature(backend.rnn).parameters)
+    assert parameters[:3] == ["step_function", "inputs", "initial_states"], (
+        message
+    )
+    used = {"go_backwards", "unroll", "input_length", "return_all_outputs"}
+    assert used <= set(parameters), message
+
+    def step(inputs, states):
+        total = states[0] + inputs[:, :3]
+        return total, [total, states[1] + 1]
+
+    start = [ops.zeros((BATCH, 3)), ops.zeros((BATCH, 2, 3))]
+    inputs = ops.convert_to_tensor(x)
+    totals = np.cumsum(x[:, :, :3], axis=1)
+    for all_outputs in (False, True):
+        last, outputs, states = backend.rnn(
+            step,
+            inputs,
+            start,
+            go_backwards=False,
+            unroll=False,
+            input_length=TIME,
+            return_all_outputs=all_outputs,
+        )
+        close(last, totals[:, -1], 1e-5)
+        if all_outputs:
+            close(outputs, totals, 1e-5)
+        # States of more than two axes come through as they are.
+        close(states[0], totals[:, -1], 1e-5)
+        close(states[1], np.full((BATCH, 2, 3), TIME), 0)
+    _, outputs, _ = backend.rnn(
+        step, inputs, start, go_backwards=True, return_all_outputs=True
+    )
+    close(outputs, np.cumsum(x[:, ::-1, :3], axis=1), 1e-5)
+
+
+def test_canary_call_has_training_arg():
+    assert keras.layers.Dropout(0.5)._call_has_training_arg is True
+    assert keras.layers.LSTMCell(3)._call_has_training_arg is True
+    assert toy.PlainCell(3)._call_has_training_arg is False, (
+        "A Keras layer no longer tells in `_call_has_training_arg` whether "
+        "its call takes `training`. `controllers.step` asks it that."
+    )
