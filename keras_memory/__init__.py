@@ -1,11 +1,16 @@
 """Neural memory as Keras layers."""
 
-from keras_memory import controllers
-from keras_memory.ntm import NTMCell
-from keras_memory.ntm import NTMLayer
-from keras_memory.ntm import NTMState
-from keras_memory.recurrent import MemoryCell
-from keras_memory.recurrent import MemoryRNN
-from keras_memory.recurrent import trace
+from keras_memory import callbacks as callbacks
+from keras_memory import controllers as controllers
+from keras_memory import export as export
+from keras_memory import losses as losses
+from keras_memory import tasks as tasks
+from keras_memory import visualization as visualization
+from keras_memory.ntm import NTMCell as NTMCell
+from keras_memory.ntm import NTMLayer as NTMLayer
+from keras_memory.ntm import NTMState as NTMState
+from keras_memory.recurrent import MemoryCell as MemoryCell
+from keras_memory.recurrent import MemoryRNN as MemoryRNN
+from keras_memory.recurrent import trace as trace
 
 __version__ = "0.1.0"

@@ -23,7 +23,7 @@ class ProbePictures(keras.callbacks.Callback):
         probe: `tasks.Batch`, whose first sequence is drawn.
         folder: folder for the files; it is made if absent.
         log_dir: TensorBoard's folder, or None.
-        every: int, at least 1, epochs from picture to picture.
+        every: int, at least 0, epochs from picture to picture; 0 for none.
         title: function from the epoch's number, from 1, to the headline.
     """
 
@@ -64,11 +64,11 @@ class ProbePictures(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._last_epoch = epoch
-        if (epoch + 1) % self.every == 0:
+        if self.every and (epoch + 1) % self.every == 0:
             self._draw(epoch)
 
     def on_train_end(self, logs=None):
-        if self._last_epoch >= 0 and (self._last_epoch + 1) % self.every:
+        if self.every and (self._last_epoch + 1) % self.every:
             self._draw(self._last_epoch)
         if self.frames:
             gif = visualization.encode_gif(self.frames, milliseconds=300)

@@ -59,14 +59,19 @@ class Training:
         clipnorm: float above 0, largest norm of a weight's gradient, or None.
         curriculum: tuple of lengths, growing. Training starts with sequences
             up to the first and goes on to the next, at last to the task's
-            own, when less than `curriculum_wrong` of the bits are wrong. ()
-            trains on the task's own lengths from the start.
+            own, when less than `curriculum_wrong` of the bits are wrong.
+            Lengths from the task's own on are left out, and () trains on the
+            task's own lengths from the start.
         curriculum_wrong: float in (0, 1), that share of wrong bits.
         stop_wrong_bits: float, at least 0; training ends as soon as fewer
             bits a sequence are wrong, over one report, at the task's full
             lengths. 0 runs all steps.
         report_every: int, at least 1, steps between reports, which are what
-            Keras calls an epoch: progress, TensorBoard, checkpoint, picture.
+            Keras calls an epoch: progress, history, TensorBoard.
+        checkpoint_every: int, at least 0, steps between checkpoints, rounded
+            up to whole reports; 0 for none.
+        picture_every: int, at least 0, likewise, between pictures of the
+            probe.
         jit_compile: bool, compile with XLA.
         seed: int, at least 0, of weights and data.
 
@@ -87,6 +92,8 @@ class Training:
     curriculum_wrong: float = 0.02
     stop_wrong_bits: float = 0.0
     report_every: int = 100
+    checkpoint_every: int = 500
+    picture_every: int = 200
     jit_compile: bool = True
     seed: int = 1
 
@@ -95,6 +102,8 @@ class Training:
             ("steps", 1),
             ("batch_size", 1),
             ("report_every", 1),
+            ("checkpoint_every", 0),
+            ("picture_every", 0),
             ("seed", 0),
         ):
             value = getattr(self, name)
@@ -113,18 +122,10 @@ class Training:
                 "`clipnorm` must be above 0, or None for no clipping. "
                 f"Received: clipnorm={self.clipnorm!r}"
             )
-        lengths = (
-            self.task.min_length,
-            *self.curriculum,
-            self.task.max_length,
-        )
-        if list(lengths) != sorted(lengths):
+        if list(self.curriculum) != sorted(self.curriculum):
             raise ValueError(
-                "`curriculum` must grow, from at least the task's min_length "
-                "to at most its max_length. Received: "
-                f"curriculum={self.curriculum}, "
-                f"min_length={self.task.min_length}, "
-                f"max_length={self.task.max_length}"
+                "`curriculum` must be lengths that grow. "
+                f"Received: curriculum={self.curriculum}"
             )
 
 
@@ -185,23 +186,12 @@ def override(config, settings):
     Raises:
         ValueError: an unknown name, or a value out of its range.
     """
+    fields = {part: _fields(getattr(config, part)) for part in _PARTS}
+    fields[None] = _fields(config)
+    names = [n for part in fields.values() for n in part if n not in _PARTS]
     for setting in settings:
         name, equals, text = setting.partition("=")
-        owner = next(
-            (
-                part
-                for part in (None, *_PARTS)
-                if name in _fields(_part(config, part)) and name not in _PARTS
-            ),
-            "nobody",
-        )
-        if not equals or owner == "nobody":
-            names = [
-                field
-                for part in (None, *_PARTS)
-                for field in _fields(_part(config, part))
-                if field not in _PARTS
-            ]
+        if not equals or name not in names:
             raise ValueError(
                 "A setting has the form name=value, with one of these names: "
                 f"{', '.join(names)}. Received: {setting!r}"
@@ -210,23 +200,14 @@ def override(config, settings):
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        changed = _make(
-            type(_part(config, owner)),
-            {**_fields(_part(config, owner)), name: value},
-        )
-        config = (
-            changed
-            if owner is None
-            else dataclasses.replace(config, **{owner: changed})
-        )
-    return config
+        next(part for part in fields.values() if name in part)[name] = value
+    for part in _PARTS:
+        cls = type(getattr(config, part))
+        fields[None][part] = _make(cls, fields[part])
+    return _make(Training, fields[None])
 
 
 _PARTS = {"task": tasks.TASKS, "model": MODELS}
-
-
-def _part(config, part):
-    return config if part is None else getattr(config, part)
 
 
 def _fields(value):
@@ -253,13 +234,10 @@ def _make(cls, arguments):
         wanted = fields[name]
         if isinstance(value, list):
             value = tuple(value)
-        if wanted is float or (
-            wanted == float | None and isinstance(value, int)
-        ):
-            value = float(value) if type(value) is int else value
-        if not isinstance(value, wanted) or (
-            isinstance(value, bool) and wanted is not bool
-        ):
+        if type(value) is int and wanted in (float, float | None):
+            value = float(value)
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, wanted) or is_bool != (wanted is bool):
             raise ValueError(
                 f"`{name}` must be of type "
                 f"{getattr(wanted, '__name__', wanted)}. "

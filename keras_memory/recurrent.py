@@ -14,6 +14,7 @@ output is a projection of the last block's features, outside the time loop.
 """
 
 import dataclasses
+import functools
 import inspect
 import typing
 
@@ -759,11 +760,9 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
         if mask is not None:
             keep = ops.convert_to_tensor(mask, dtype="bool")[:, time]
             held = held or keras.tree.map_structure(ops.zeros_like, now)
-            hold = lambda new, old: ops.where(  # noqa: E731
-                ops.reshape(keep, (-1,) + (1,) * (len(new.shape) - 1)), new, old
-            )
-            now = keras.tree.map_structure(hold, now, held)
-            after = keras.tree.map_structure(hold, after, records)
+            hold = functools.partial(scan.hold, keep)
+            now = keras.tree.map_structure(hold, held, now)
+            after = keras.tree.map_structure(hold, records, after)
         steps.append(keras.tree.map_structure(ops.convert_to_numpy, now))
         records, held = after, now
     return {

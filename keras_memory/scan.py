@@ -60,8 +60,7 @@ def run(
         features, after = step(inputs[:, :-1], states[1:])
         keep = inputs[:, -1] > 0
         after = [
-            ops.where(_align(keep, new), new, old)
-            for old, new in zip(states, [features, *after])
+            hold(keep, old, new) for old, new in zip(states, [features, *after])
         ]
         return after[0], after
 
@@ -80,6 +79,7 @@ def run(
     return (features if all_outputs else last), records
 
 
-def _align(keep, value):
-    """(B,) -> (B, 1, ..., 1) with as many axes as `value`."""
-    return ops.reshape(keep, (-1,) + (1,) * (len(value.shape) - 1))
+def hold(keep, old, new):
+    """Takes `new` in the rows where `keep` (B,) is True, else `old`."""
+    keep = ops.reshape(keep, (-1,) + (1,) * (len(new.shape) - 1))
+    return ops.where(keep, new, old)

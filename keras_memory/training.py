@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 
@@ -95,13 +96,12 @@ def train(config, folder, show=print):
         np.random.default_rng([config.seed, 1]), 1, length=PROBE_LENGTH
     )
     curriculum = Curriculum(config)
-    progress = Progress(config, curriculum, show)
     pictures = ProbePictures(
         model.layers[1],
         probe,
         folder / "pictures",
         folder / "logs",
-        every=5,
+        every=_in_reports(config.picture_every, config),
         title=lambda epoch: (
             f"{config.task.name}: step {epoch * config.report_every}"
         ),
@@ -117,9 +117,12 @@ def train(config, folder, show=print):
             curriculum,
             keras.callbacks.TensorBoard(folder / "logs", write_graph=False),
             keras.callbacks.CSVLogger(folder / "history.csv"),
-            Checkpoint(folder / "checkpoint.keras"),
+            Checkpoint(
+                folder / "checkpoint.keras",
+                _in_reports(config.checkpoint_every, config),
+            ),
             pictures,
-            progress,
+            Progress(config, curriculum, show),
         ],
     )
     seconds = time.perf_counter() - start
@@ -182,16 +185,26 @@ def save(model, path):
     os.replace(aside, path)
 
 
-class Checkpoint(keras.callbacks.Callback):
-    """Saves the model after every epoch, in place of the one before."""
+def _in_reports(steps, config):
+    """Steps in reports, rounded up."""
+    return -(-steps // config.report_every)
 
-    def __init__(self, path, every=10):
+
+class Checkpoint(keras.callbacks.Callback):
+    """Saves the model after every `every`-th epoch, in place of the last.
+
+    Args:
+        path: path of the `.keras` file.
+        every: int, at least 0, in epochs; 0 saves none.
+    """
+
+    def __init__(self, path, every):
         super().__init__()
         self.path = path
         self.every = every
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.every == 0:
+        if self.every and (epoch + 1) % self.every == 0:
             save(self.model, self.path)
 
 
@@ -205,7 +218,9 @@ class Curriculum(keras.callbacks.Callback):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.longest = [*config.curriculum, config.task.max_length]
+        longest = config.task.max_length
+        self.longest = [n for n in config.curriculum if n < longest]
+        self.longest.append(longest)
         self.input_size = config.task.input_size
         self.output_size = config.task.output_size
 
@@ -224,8 +239,7 @@ class Curriculum(keras.callbacks.Callback):
 class Progress(keras.callbacks.Callback):
     """One line: loss, bits, wrong bits, sequences a second, time left.
 
-    On a terminal the line is written anew, elsewhere it is a new line each
-    tenth time.
+    On a terminal the line is written over, elsewhere each is a new one.
     """
 
     def __init__(self, config, curriculum, show):
@@ -236,7 +250,7 @@ class Progress(keras.callbacks.Callback):
         self.in_place = show is print and sys.stdout.isatty()
 
     def on_train_begin(self, logs=None):
-        self.show("compiling: the first steps take some seconds")
+        self.show("compiling for each length: the first steps take a while")
         self.started = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -245,23 +259,22 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         now = time.perf_counter()
-        config = self.config
-        step = min((epoch + 1) * config.report_every, config.steps)
-        rate = config.report_every * config.batch_size
-        rate /= now - self.epoch_started
-        left = (now - self.started) / step * (config.steps - step)
+        steps, size = self.config.steps, self.config.report_every
+        step = min((epoch + 1) * size, steps)
+        rate = size * self.config.batch_size / (now - self.epoch_started)
+        left = (now - self.started) / step * (steps - step)
         line = (
-            f"step {step:6,} of {config.steps:,}"
-            f"  length to {self.longest:3}"
+            f"step {step:,}/{steps:,}  length<={self.longest}"
             f"  loss {logs['loss']:.4f}"
-            f"  bits {logs['bits_per_sequence']:6.2f}"
-            f"  wrong bits {logs['wrong_bits_per_sequence']:6.2f}"
-            f"  {rate:6,.0f} sequences/s"
-            f"  at most {left // 60:.0f}:{left % 60:02.0f} left"
+            f"  bits {logs['bits_per_sequence']:.2f}"
+            f"  wrong bits {logs['wrong_bits_per_sequence']:.2f}"
+            f"  {rate:,.0f} sequences/s"
+            f"  <{left // 60:.0f}:{left % 60:02.0f} left"
         )
         if self.in_place:
-            print("\r" + line, end="", flush=True)
-        elif (epoch + 1) % 10 == 0 or step == config.steps:
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", flush=True)
+        else:
             self.show(line)
 
     def on_train_end(self, logs=None):

@@ -47,8 +47,10 @@ def lower_case(case):
         (value, after), gradients = jax.value_and_grad(loss, has_aux=True)(
             trainable
         )
-        return value, after, optimizer.stateless_apply(
-            state, gradients, trainable
+        return (
+            value,
+            after,
+            optimizer.stateless_apply(state, gradients, trainable),
         )
 
     b, t = export.symbolic_shape("b, t")

@@ -70,9 +70,7 @@ def test_content_weighting_equals_the_oracle(
     strengths = rng.uniform(0.1, 9.0, size=(BATCH, HEADS))
     epsilons = (norm_epsilon, product_epsilon)
     similarity = addressing.cosine_similarity(memory, keys, *epsilons)
-    weighting = addressing.content_weighting(
-        memory, keys, strengths, *epsilons
-    )
+    weighting = addressing.content_weighting(memory, keys, strengths, *epsilons)
     for item in range(BATCH):
         for head in range(HEADS):
             key = keys[item, head]
@@ -239,23 +237,24 @@ def test_gates_0_and_1(rng):
     close(addressing.interpolate(content, previous, gate + 1), content, 0)
 
 
-@pytest.mark.parametrize("slot", [0, 3, SLOTS - 1])
 @pytest.mark.parametrize("offset", [-2, -1, 0, 1, 2])
-def test_shift_moves_slot_i_to_slot_i_plus_the_offset(slot, offset):
-    weighting = np.eye(SLOTS)[None, None, slot]
+def test_shift_moves_slot_i_to_slot_i_plus_the_offset(offset):
     shifts = np.eye(5)[None, None, offset + 2]
-    close(
-        addressing.shift(weighting, shifts),
-        np.eye(SLOTS)[None, None, (slot + offset) % SLOTS],
-        0,
-    )
+    for slot in (0, 3, SLOTS - 1):
+        close(
+            addressing.shift(np.eye(SLOTS)[None, None, slot], shifts),
+            np.eye(SLOTS)[None, None, (slot + offset) % SLOTS],
+            0,
+        )
 
 
 def test_shift_preserves_the_sum(rng):
     weighting = 0.3 * weightings(rng)
     shifted = addressing.shift(weighting, weightings(rng, slots=5))
     close(
-        ops.convert_to_numpy(shifted).sum(-1), np.full((BATCH, HEADS), 0.3), 1e-6
+        ops.convert_to_numpy(shifted).sum(-1),
+        np.full((BATCH, HEADS), 0.3),
+        1e-6,
     )
 
 

@@ -165,9 +165,7 @@ def test_dense_cell_keeps_its_mask_until_it_is_reset(x):
     close(cell(x, [])[0], ops.convert_to_numpy(plain), 0)
     no_dropout = made("dense")
     no_dropout.set_weights(cell.get_weights())
-    close(
-        no_dropout(x, [], training=True)[0], ops.convert_to_numpy(plain), 0
-    )
+    close(no_dropout(x, [], training=True)[0], ops.convert_to_numpy(plain), 0)
 
 
 # What a cell asks of its controller.

@@ -143,6 +143,7 @@ def test_equals_the_oracle(head_order, addressing, erase, controller):
         shift_range=2,
         initial_memory="random",
         initial_reads="learned",
+        initial_weighting="learned",
         initial_controller_state="learned",
         dtype="float64",
     )
@@ -189,9 +190,7 @@ def test_each_option_equals_the_oracle_and_does_something(option):
 
 @needs_tensorflow
 def test_clip_value_acts_in_front_of_the_activation():
-    layer = randomised(
-        clip_value=0.3, activation="sigmoid", dtype="float64"
-    )
+    layer = randomised(clip_value=0.3, activation="sigmoid", dtype="float64")
     output = equals_the_oracle(layer, numbers())["output"]
     edge = reference.sigmoid(np.array([-0.3, 0.3]))
     assert output.min() == edge[0] and output.max() == edge[1]
@@ -339,6 +338,7 @@ def collier_ntm(file, meta):
         clip_value=20.0,
         initial_memory="random",
         initial_reads="random",
+        initial_weighting="learned",
         norm_epsilon=0.0,
         product_epsilon=1e-8,
         return_sequences=True,
@@ -431,7 +431,9 @@ def test_reproduces_the_reference_implementation(name, convert):
     close(inside["reads"], batch_first(reads), 1e-9)
     heads = [inside["read_weighting"], inside["write_weighting"]]
     close(np.concatenate(heads, axis=2), batch_first(weighting), 1e-9)
-    weights = {w.name: w for w in layer.trainable_weights if w.name in gradients}
+    weights = {
+        w.name: w for w in layer.trainable_weights if w.name in gradients
+    }
     assert set(weights) == set(gradients)
     of_x, of_weights = tape.gradient(loss, [x, weights])
     close(of_x, batch_first(file["grad.x"]), 1e-7)
@@ -477,6 +479,7 @@ def test_gradients_equal_finite_differences(options):
         scale=0.6,
         initial_memory="learned",
         initial_reads="learned",
+        initial_weighting="learned",
         initial_controller_state="learned",
         dtype="float64",
         **options,
@@ -550,15 +553,13 @@ def largest_gradients(layer, x, only_weights=False):
     import tensorflow as tf
 
     x = tf.cast(x, layer.compute_dtype)
-    layer(x)
-    start = layer.cell.get_initial_state(batch_size=x.shape[0])
-    start = [tf.identity(state) for state in start]
-    with tf.GradientTape(persistent=True) as tape:
-        tape.watch([x, *start])
-        output = layer(x)
-        from_states = layer(x, initial_state=start)
+    layer.build(x.shape)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        start = layer.cell.get_initial_state(batch_size=x.shape[0])
+        tape.watch(start)
+        output = layer(x, initial_state=start)
         loss = tf.reduce_sum(tf.cast(output, "float32") ** 2)
-        of_states = tf.reduce_sum(tf.cast(from_states, "float32") ** 2)
     assert np.isfinite(ops.convert_to_numpy(output).astype("float32")).all()
     inside = keras_memory.trace(layer, x)
     for name, value in inside.items():
@@ -568,19 +569,17 @@ def largest_gradients(layer, x, only_weights=False):
             assert (value >= 0).all(), name
             close(value.sum(-1), np.ones(value.shape[:-1]), 2e-2)
 
-    def largest(loss, variables):
-        sizes = [0.0]
-        for index, gradient in enumerate(tape.gradient(loss, variables)):
-            if gradient is not None:
-                value = ops.convert_to_numpy(tf.cast(gradient, "float64"))
-                assert np.isfinite(value).all(), variables[index]
-                sizes.append(np.abs(value).max())
-        return max(sizes)
-
-    return (
-        largest(loss, [x, *layer.trainable_weights]),
-        0.0 if only_weights else largest(of_states, start),
-    )
+    variables = [x, *layer.trainable_weights, *start]
+    sizes = []
+    for gradient in tape.gradient(loss, variables):
+        sizes.append(0.0)
+        if gradient is not None:
+            value = ops.convert_to_numpy(tf.cast(gradient, "float64"))
+            sizes[-1] = np.abs(value).max()
+    of_weights = np.max(sizes[: -len(start)])
+    of_states = 0.0 if only_weights else np.max(sizes[-len(start) :])
+    assert np.isfinite(of_weights) and np.isfinite(of_states)
+    return of_weights, of_states
 
 
 SATURATED = {
@@ -619,15 +618,26 @@ SATURATED |= {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
 @pytest.mark.parametrize("name", SATURATED)
 @needs_tensorflow
-def test_saturated_gates(name, dtype):
-    layer = ntm(read_heads=2, dtype=dtype)
+def test_saturated_gates(name):
+    layer = ntm(read_heads=2)
     layer.build((BATCH, TIME, WIDTH))
     set_interface_bias(layer, **SATURATED[name])
     of_weights, of_states = largest_gradients(layer, numbers())
-    assert 0 < of_weights < 1e3
+    assert 0 < of_weights < 1e2
+    assert of_states < 1e5
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", ["all on", "all off", "sharp on one slot"])
+@needs_tensorflow
+def test_saturated_gates_in_16_bits(name, dtype):
+    layer = ntm(dtype=dtype)
+    layer.build((BATCH, TIME, WIDTH))
+    set_interface_bias(layer, **SATURATED[name])
+    of_weights, of_states = largest_gradients(layer, numbers())
+    assert 0 < of_weights < 1e2
     assert of_states < 1e5
 
 
@@ -656,15 +666,20 @@ SINGULAR = {
         {"initial_weighting": 0.0, "initial_memory": "random"},
         {"interpolation_gate": -60},
     ),
-    "in turn": (
-        {"read_heads": 2, "write_heads": 3, "head_order": IN_TURN},
-        {},
-    ),
+    "in turn": ({"head_order": ("write", "read")}, {}),
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
-@pytest.mark.parametrize("name", SINGULAR)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(SINGULAR, ["float32"]),
+        *itertools.product(
+            ["default", "one slot", "zero memory", "nowhere, gate shut"],
+            ["float64", "mixed_float16"],
+        ),
+    ],
+)
 @needs_tensorflow
 def test_singular_points(name, dtype):
     options, bias = SINGULAR[name]
@@ -684,9 +699,7 @@ def test_singular_points(name, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
 @needs_tensorflow
 def test_zero_memory_zero_keys_and_zero_inputs(dtype):
-    layer = ntm(
-        dtype=dtype, initial_memory=0.0, kernel_initializer="zeros"
-    )
+    layer = ntm(dtype=dtype, initial_memory=0.0, kernel_initializer="zeros")
     of_weights, of_states = largest_gradients(layer, 0 * numbers())
     assert of_weights == of_states == 0
     set_interface_bias(layer, add_vector=0.5)
@@ -721,8 +734,8 @@ def test_huge_interface(dtype):
     layer = randomised(controller="dense", dtype=dtype)
     kernel = layer.cell.interfaces[0][0]
     kernel.assign(1e4 * numbers(shape=kernel.shape))
-    of_weights, of_states = largest_gradients(layer, numbers())
-    assert 0 < of_weights and of_states < 1e6
+    of_weights, _ = largest_gradients(layer, numbers())
+    assert of_weights > 0
 
 
 @pytest.mark.parametrize(
@@ -730,13 +743,8 @@ def test_huge_interface(dtype):
 )
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"initial_memory": 0.0},
-        {"addressing": "content"},
-        {"head_order": ("write", "read")},
-    ],
-    ids=str,
+    [{"initial_memory": 0.0}, {"addressing": "content"}],
+    ids=["zero memory", "content"],
 )
 @needs_tensorflow
 def test_16_bits(options, dtype):
@@ -758,9 +766,7 @@ def test_16_bits(options, dtype):
 
 
 def test_constant_initial_values():
-    layer = ntm(
-        read_heads=2, initial_weighting="constant", controller="gru"
-    )
+    layer = ntm(read_heads=2, initial_weighting="constant", controller="gru")
     layer.build((BATCH, TIME, WIDTH))
     assert not initial_weights(layer)
     state = layer.cell.unpack_state(layer.cell.get_initial_state(BATCH))
@@ -814,7 +820,7 @@ def test_initial_values_that_are_weights(start):
 
 
 def test_by_content_there_is_no_initial_weighting_to_learn():
-    layer = ntm(addressing="content")
+    layer = ntm(addressing="content", initial_weighting="learned")
     layer.build((BATCH, TIME, WIDTH))
     assert not initial_weights(layer)
 
@@ -880,36 +886,52 @@ def test_parallel_heads_see_the_memory_of_the_step_before():
 # What is refused.
 
 
+STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "values"),
     [
-        *itertools.product(
-            ("memory_slots", "slot_size", "read_heads", "write_heads"),
-            (0, -1, 2.0, "2", None, True),
+        ("units", [0, 2.0]),
+        ("memory_slots", [0, -1, 2.0, "2", None]),
+        ("slot_size", [0, -1, 2.0, "2", None]),
+        ("read_heads", [0, -1, 2.0, "2", None]),
+        ("write_heads", [0, -1, 2.0, "2", None]),
+        ("shift_range", [-1, 1.0, None]),
+        ("interface_clip", [0, -1.0, NAN]),
+        ("norm_epsilon", [-1e-9, NAN]),
+        ("product_epsilon", [-1e-9, NAN]),
+        ("initial_memory", STARTS),
+        ("initial_reads", STARTS),
+        ("initial_weighting", STARTS),
+        ("addressing", ["location", None, True]),
+        (
+            "head_order",
+            [
+                ("read", "read"),
+                ("read",),
+                ("read", "write", "write"),
+                ("read", "wirte"),
+            ],
         ),
-        *(("units", value) for value in (0, 2.0)),
-        *(("shift_range", value) for value in (-1, 1.0, True, None)),
-        *(("interface_clip", value) for value in (0, -1.0, NAN, "1")),
-        *itertools.product(
-            ("norm_epsilon", "product_epsilon"), (-1e-9, NAN, "0")
-        ),
-        ("product_epsilon", None),
-        *itertools.product(
-            ("initial_memory", "initial_reads", "initial_weighting"),
-            ("zeros", None, True, NAN, float("inf"), [0.0]),
-        ),
-        *(("addressing", value) for value in ("location", None, True)),
-        ("head_order", ("read", "read")),
-        ("head_order", ("read",)),
-        ("head_order", ("read", "write", "write")),
-        ("head_order", ("read", "wirte")),
+        # Neither a bool is a number nor a text.
+        ("memory_slots", [True]),
+        ("slot_size", [True]),
+        ("read_heads", [True]),
+        ("write_heads", [True]),
+        ("shift_range", [True]),
+        ("interface_clip", ["1"]),
+        ("norm_epsilon", ["0"]),
+        ("product_epsilon", ["0", None]),
     ],
+    ids=str,
 )
-def test_arguments_that_are_refused(name, value):
-    with pytest.raises(ValueError) as error:
-        ntm(**{name: value})
-    assert f"`{name}`" in str(error.value)
-    assert f"Received: {name}={value!r}" in str(error.value)
+def test_arguments_that_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError) as error:
+            ntm(**{name: value})
+        assert f"`{name}`" in str(error.value)
+        assert f"Received: {name}={value!r}" in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["serial", 5, None])

@@ -27,6 +27,8 @@ SMALL = [
     "controller_units=13",
     "batch_size=2",
     "report_every=5",
+    "checkpoint_every=50",
+    "picture_every=25",
     "curriculum=()",
     "jit_compile=False",
 ]
@@ -143,7 +145,9 @@ def test_the_picture_shows_the_probe(tmp_path):
     settings = small()
     model = training.build(settings)
     probe = settings.task.sample(np.random.default_rng(1), 1, length=4)
-    pictures = callbacks.ProbePictures(model.layers[1], probe, tmp_path, every=2)
+    pictures = callbacks.ProbePictures(
+        model.layers[1], probe, tmp_path, every=2
+    )
     pictures.set_model(model)
     for epoch in range(3):
         pictures.on_epoch_end(epoch)
@@ -205,9 +209,7 @@ def test_presets_are_of_known_parts(name):
     ],
     ids=lambda arguments: " ".join(arguments[1:]),
 )
-def test_bad_input_is_one_line_and_nothing_is_left(
-    arguments, tmp_path, capsys
-):
+def test_bad_input_is_one_line_and_nothing_is_left(arguments, tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main([*arguments, "--out", str(out)]) == 2
     text = capsys.readouterr()

@@ -1,0 +1,53 @@
+"""Examples in docstrings and in README run, and public names have docs."""
+
+import doctest
+import importlib
+import inspect
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_memory
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = sorted(
+    path.stem
+    for path in (ROOT / "keras_memory").glob("*.py")
+    if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"keras_memory.{name}")
+    known = {"keras": keras, "keras_memory": keras_memory, "np": np}
+    result = doctest.testmod(
+        module, extraglobs=known, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_public_is_documented(name):
+    module = importlib.import_module(f"keras_memory.{name}")
+    assert module.__doc__
+    for key, value in vars(module).items():
+        own = getattr(value, "__module__", None) == module.__name__
+        if own and not key.startswith("_") and callable(value):
+            assert inspect.getdoc(value), key
+
+
+def test_readme_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    names = {"x": np.zeros((2, 7, 9), "float32")}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(block, names)
+    assert names["inside"]["write_weighting"].shape == (2, 7, 1, 128)
+    assert names["state"].memory.shape == (2, 128, 20)
+    assert (tmp_path / "served/copy/1/saved_model.pb").exists()
