@@ -3,7 +3,9 @@
 Equation numbers are those of section 3 of the paper.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -66,99 +68,148 @@ class NTMInterface(NamedTuple):
     add_vector: Any
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class NTMAccess:
-    """Addressing, reading and writing of the NTM; see `NTMCell`."""
+    """Addressing, reading and writing; `NTMCell` documents the arguments."""
 
-    def __init__(
-        self,
-        memory_slots,
-        slot_size,
-        read_heads,
-        write_heads,
-        head_order,
-        addressing,
-        shift_range,
-        erase,
-        interface_clip,
-        key_activation,
-        add_activation,
-        strength_activation,
-        norm_epsilon,
-        product_epsilon,
-        initial_memory,
-        initial_reads,
-        initial_weighting,
-    ):
-        self.interface_clip = interface_clip
-        self.key_activation = key_activation
-        self.add_activation = add_activation
-        self.strength_activation = strength_activation
-        self.norm_epsilon = norm_epsilon
-        self.product_epsilon = product_epsilon
+    memory_slots: int
+    slot_size: int
+    read_heads: int
+    write_heads: int
+    head_order: str | tuple
+    addressing: str
+    shift_range: int
+    erase: bool
+    interface_clip: float | None
+    key_activation: Callable
+    add_activation: Callable
+    strength_activation: Callable
+    initial_memory: str | float
+    initial_reads: str | float
+    initial_weighting: str | float
+    norm_epsilon: float | None
+    product_epsilon: float
 
-        heads = read_heads + write_heads
-        by_location = addressing == "content_and_location"
-        # Shape of each part of the interface; None where it is not used.
-        self.parts = NTMInterface(
-            key=(heads, slot_size),
+    def __post_init__(self):
+        for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
+            check_size(name, getattr(self, name))
+        check_size("shift_range", self.shift_range, least=0)
+        check_clip("interface_clip", self.interface_clip)
+        for name in ("initial_memory", "initial_reads", "initial_weighting"):
+            Initial.check(name, getattr(self, name))
+        for name in ("norm_epsilon", "product_epsilon"):
+            epsilon = getattr(self, name)
+            if epsilon is not None and not 0 <= epsilon < math.inf:
+                raise ValueError(
+                    f"`{name}` must be at least 0. Received: {name}={epsilon!r}"
+                )
+        every_head = ["read"] * self.read_heads + ["write"] * self.write_heads
+        if self.head_order != "parallel" and (
+            sorted(self.head_order) != every_head
+        ):
+            raise ValueError(
+                '`head_order` must be "parallel", or name each head once: '
+                f'{self.read_heads} times "read" and {self.write_heads} times '
+                '"write", as `read_heads` and `write_heads` say. '
+                f"Received: head_order={self.head_order!r}"
+            )
+        if self.addressing not in ("content_and_location", "content"):
+            raise ValueError(
+                '`addressing` must be "content_and_location" or "content". '
+                f"Received: addressing={self.addressing!r}"
+            )
+        if self.by_location and 2 * self.shift_range + 1 > self.memory_slots:
+            raise ValueError(
+                "`shift_range` must satisfy 2 * shift_range + 1 <= "
+                "memory_slots, or shifts overlap. Received: "
+                f"shift_range={self.shift_range}, "
+                f"memory_slots={self.memory_slots}"
+            )
+
+    @property
+    def by_location(self):
+        return self.addressing == "content_and_location"
+
+    @property
+    def parts(self):
+        """Shape of each part of the interface; None where it is not used."""
+        heads = self.read_heads + self.write_heads
+        shifts = 2 * self.shift_range + 1
+        return NTMInterface(
+            key=(heads, self.slot_size),
             strength=(heads,),
-            interpolation_gate=(heads,) if by_location else None,
-            shift=(heads, 2 * shift_range + 1) if by_location else None,
-            sharpening=(heads,) if by_location else None,
-            erase_vector=(write_heads, slot_size) if erase else None,
-            add_vector=(write_heads, slot_size),
+            interpolation_gate=(heads,) if self.by_location else None,
+            shift=(heads, shifts) if self.by_location else None,
+            sharpening=(heads,) if self.by_location else None,
+            erase_vector=(
+                (self.write_heads, self.slot_size) if self.erase else None
+            ),
+            add_vector=(self.write_heads, self.slot_size),
         )
-        self.interface_size = sum(
-            math.prod(shape) for shape in self.parts if shape is not None
-        )
-        self.read_size = read_heads * slot_size
 
+    @property
+    def interface_size(self):
+        return sum(math.prod(shape) for shape in self.parts if shape)
+
+    @property
+    def read_size(self):
+        return self.read_heads * self.slot_size
+
+    @property
+    def initial_state(self):
         def weighting(heads):
             return Initial(
-                (heads, memory_slots),
-                # Content alone never looks at it, so there is nothing to learn.
-                initial_weighting if by_location else "constant",
-                constant=np.eye(memory_slots)[0],
+                (heads, self.memory_slots),
+                # Content alone never looks at it: there is nothing to learn.
+                self.initial_weighting if self.by_location else "constant",
+                constant=np.eye(self.memory_slots)[0],
                 draw=keras.initializers.RandomNormal(stddev=1.0),
                 activation=keras.activations.softmax,
             )
 
-        self.initial_state = NTMState(
+        reach = 1.0 / math.sqrt(self.memory_slots + self.slot_size)
+        return NTMState(
             reads=Initial(
-                (read_heads, slot_size),
-                initial_reads,
+                (self.read_heads, self.slot_size),
+                self.initial_reads,
                 draw=keras.initializers.RandomNormal(stddev=0.05),
             ),
             memory=Initial(
-                (memory_slots, slot_size),
-                initial_memory,
+                (self.memory_slots, self.slot_size),
+                self.initial_memory,
                 constant=1e-6,
-                draw=keras.initializers.RandomUniform(
-                    -1.0 / math.sqrt(memory_slots + slot_size),
-                    1.0 / math.sqrt(memory_slots + slot_size),
-                ),
+                draw=keras.initializers.RandomUniform(-reach, reach),
             ),
-            read_weighting=weighting(read_heads),
-            write_weighting=weighting(write_heads),
+            read_weighting=weighting(self.read_heads),
+            write_weighting=weighting(self.write_heads),
         )
 
-        # Heads that act at once: (their slice of all heads, how many of them
-        # read, their slice of the write heads). Groups act one after another.
-        if head_order == "parallel":
-            self.groups = [(slice(0, heads), read_heads, slice(0, write_heads))]
+    @property
+    def turns(self):
+        """Groups of heads that act at once; the groups act one after another.
+
+        Each is (slice of all heads, how many of them read, slice of the write
+        heads). Read heads come before write heads.
+        """
+        first = {"read": 0, "write": self.read_heads}
+        if self.head_order == "parallel":
+            groups = [(0, self.read_heads + self.write_heads)]
         else:
-            nth = {"read": 0, "write": 0}
-            self.groups = []
-            for kind in head_order:
-                index = nth[kind]
-                nth[kind] += 1
-                if kind == "read":
-                    self.groups.append((slice(index, index + 1), 1, slice(0)))
-                else:
-                    head = read_heads + index
-                    self.groups.append(
-                        (slice(head, head + 1), 0, slice(index, index + 1))
-                    )
+            groups = []
+            for kind in self.head_order:
+                groups.append((first[kind], first[kind] + 1))
+                first[kind] += 1
+        return [
+            (
+                slice(start, stop),
+                max(0, min(stop, self.read_heads) - start),
+                slice(
+                    max(0, start - self.read_heads),
+                    max(0, stop - self.read_heads),
+                ),
+            )
+            for start, stop in groups
+        ]
 
     def split(self, interface):
         """(B, interface_size) -> `NTMInterface`, with activations."""
@@ -166,30 +217,26 @@ class NTMAccess:
             interface = ops.clip(
                 interface, -self.interface_clip, self.interface_clip
             )
-        parts, end = [], 0
-        for shape in self.parts:
-            if shape is None:
-                parts.append(None)
-                continue
-            start, end = end, end + math.prod(shape)
-            parts.append(ops.reshape(interface[:, start:end], (-1, *shape)))
         activations = NTMInterface(
             key=self.key_activation,
             strength=self.strength_activation,
             interpolation_gate=ops.sigmoid,
             shift=ops.softmax,
-            sharpening=lambda x: 1.0 + ops.softplus(x),
+            sharpening=oneplus,
             erase_vector=ops.sigmoid,
             add_vector=self.add_activation,
         )
-        return NTMInterface(
-            *(
-                None if part is None else activation(part)
-                for part, activation in zip(parts, activations)
-            )
-        )
+        parts, end = [], 0
+        for shape, activation in zip(self.parts, activations):
+            part = None
+            if shape:
+                start, end = end, end + math.prod(shape)
+                part = ops.reshape(interface[:, start:end], (-1, *shape))
+                part = activation(part)
+            parts.append(part)
+        return NTMInterface(*parts)
 
-    def address(self, memory, previous, interface, heads):
+    def address(self, memory, interface, previous, heads):
         """Content weighting and final weighting of a slice of the heads."""
         epsilon = self.norm_epsilon
         if epsilon is None:
@@ -201,17 +248,16 @@ class NTMAccess:
             epsilon,
             self.product_epsilon,
         )
-        if interface.shift is None:
+        if not self.by_location:
             return content, content
-        gated = interpolate(  # eq. 7
+        weighting = interpolate(  # eq. 7
             content,
             previous[:, heads],
             interface.interpolation_gate[:, heads],
         )
-        shifted = shift(gated, interface.shift[:, heads])  # eq. 8
-        return content, sharpen(  # eq. 9
-            shifted, interface.sharpening[:, heads]
-        )
+        weighting = shift(weighting, interface.shift[:, heads])  # eq. 8
+        weighting = sharpen(weighting, interface.sharpening[:, heads])  # eq. 9
+        return content, weighting
 
     def step(self, interface, state):
         interface = self.split(interface)
@@ -219,26 +265,22 @@ class NTMAccess:
         previous = ops.concatenate(
             [state.read_weighting, state.write_weighting], axis=1
         )
-        reads, reading, writing, content = [], [], [], []
-        for heads, read_heads, write_heads in self.groups:
-            by_content, weighting = self.address(
-                memory, previous, interface, heads
+        reads, reading, writing, contents = [], [], [], {}
+        for heads, readers, writers in self.turns:
+            content, weighting = self.address(
+                memory, interface, previous, heads
             )
-            to_read = weighting[:, :read_heads]
-            to_write = weighting[:, read_heads:]
-            content.append((heads.start, by_content))
-            if to_read.shape[1]:
-                reading.append(to_read)
-                reads.append(read(memory, to_read))  # eq. 2
-            if to_write.shape[1]:
-                writing.append(to_write)
+            contents[heads.start] = content
+            if readers:
+                reading.append(weighting[:, :readers])
+                reads.append(read(memory, reading[-1]))  # eq. 2
+            if writers.stop > writers.start:
+                writing.append(weighting[:, readers:])
                 memory = erase_and_add(  # eqs. 3, 4
                     memory,
-                    to_write,
-                    None
-                    if interface.erase_vector is None
-                    else interface.erase_vector[:, write_heads],
-                    interface.add_vector[:, write_heads],
+                    writing[-1],
+                    interface.erase_vector[:, writers] if self.erase else None,
+                    interface.add_vector[:, writers],
                 )
         state = state._replace(
             reads=_join(reads),
@@ -247,12 +289,11 @@ class NTMAccess:
             write_weighting=_join(writing),
         )
         inside = {
-            name: part
-            for name, part in interface._asdict().items()
-            if part is not None
+            "content_weighting": _join([contents[h] for h in sorted(contents)])
         }
-        content.sort(key=lambda item: item[0])
-        inside["content_weighting"] = _join([part for _, part in content])
+        for name, part in interface._asdict().items():
+            if part is not None:
+                inside[name] = part
         return state, inside
 
 
@@ -364,62 +405,29 @@ class NTMCell(MemoryCell):
         product_epsilon=0.0,
         **kwargs,
     ):
-        check_size("memory_slots", memory_slots)
-        check_size("slot_size", slot_size)
-        check_size("read_heads", read_heads)
-        check_size("write_heads", write_heads)
-        check_size("shift_range", shift_range, least=0)
-        check_clip("interface_clip", interface_clip)
         if head_order != "parallel":
             head_order = tuple(head_order)
-            if sorted(head_order) != (
-                ["read"] * read_heads + ["write"] * write_heads
-            ):
-                raise ValueError(
-                    '`head_order` must be "parallel", or name each head once: '
-                    f'{read_heads} times "read" and {write_heads} times '
-                    '"write", as `read_heads` and `write_heads` say. '
-                    f"Received: head_order={head_order!r}"
-                )
-        if addressing not in ("content_and_location", "content"):
-            raise ValueError(
-                '`addressing` must be "content_and_location" or "content". '
-                f"Received: addressing={addressing!r}"
-            )
-        if addressing != "content" and 2 * shift_range + 1 > memory_slots:
-            raise ValueError(
-                "`shift_range` must satisfy 2 * shift_range + 1 <= "
-                "memory_slots, or shifts overlap. Received: "
-                f"shift_range={shift_range}, memory_slots={memory_slots}"
-            )
-        for name, epsilon in (
-            ("norm_epsilon", norm_epsilon),
-            ("product_epsilon", product_epsilon),
-        ):
-            if epsilon is not None and not epsilon >= 0:
-                raise ValueError(
-                    f"`{name}` must be at least 0. Received: {name}={epsilon!r}"
-                )
+        strength = strength_activation
+        if strength == "oneplus":
+            strength = oneplus
         ntm = NTMAccess(
-            memory_slots,
-            slot_size,
-            read_heads,
-            write_heads,
-            head_order,
-            addressing,
-            shift_range,
-            erase,
-            interface_clip,
-            keras.activations.get(key_activation),
-            keras.activations.get(add_activation),
-            oneplus
-            if strength_activation == "oneplus"
-            else keras.activations.get(strength_activation),
-            norm_epsilon,
-            product_epsilon,
-            Initial.check("initial_memory", initial_memory),
-            Initial.check("initial_reads", initial_reads),
-            Initial.check("initial_weighting", initial_weighting),
+            memory_slots=memory_slots,
+            slot_size=slot_size,
+            read_heads=read_heads,
+            write_heads=write_heads,
+            head_order=head_order,
+            addressing=addressing,
+            shift_range=shift_range,
+            erase=erase,
+            interface_clip=interface_clip,
+            key_activation=keras.activations.get(key_activation),
+            add_activation=keras.activations.get(add_activation),
+            strength_activation=keras.activations.get(strength),
+            initial_memory=initial_memory,
+            initial_reads=initial_reads,
+            initial_weighting=initial_weighting,
+            norm_epsilon=norm_epsilon,
+            product_epsilon=product_epsilon,
         )
         super().__init__(
             units,
