@@ -10,6 +10,7 @@ import dataclasses
 import json
 
 from keras_memory import tasks
+from keras_memory.checks import check_size
 from keras_memory.ntm import NTMLayer
 
 
@@ -106,12 +107,7 @@ class Training:
             ("picture_every", 0),
             ("seed", 0),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"`{name}` must be an integer of at least {least}. "
-                    f"Received: {name}={value!r}"
-                )
+            check_size(name, getattr(self, name), least)
         if not self.learning_rate > 0:
             raise ValueError(
                 "`learning_rate` must be above 0. "
@@ -133,9 +129,10 @@ PRESETS = {
     "copy": Training(
         task=tasks.Copy(),
         model=NTM(controller="dense"),
-        steps=2_000,
+        steps=4_000,
         learning_rate=1e-2,
         learning_rate_decay=True,
+        clipnorm=0.2,
         curriculum=(5, 10),
         curriculum_wrong=0.04,
         stop_wrong_bits=0.02,

@@ -8,6 +8,8 @@ import keras
 from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory.checks import check_size
+
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class DenseCell(DropoutRNNCell, keras.layers.Layer):
@@ -134,15 +136,8 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
             "cell, or a feed-forward layer. "
             f"Received: controller={controller!r}"
         )
-    for name, value in (
-        ("controller_units", units),
-        ("controller_layers", layers),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"`{name}` must be an integer of at least 1. "
-                f"Received: {name}={value!r}"
-            )
+    check_size("controller_units", units)
+    check_size("controller_layers", layers)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(
             "`controller_dropout` is the dropped share of the inputs and must "

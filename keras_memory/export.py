@@ -19,7 +19,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_memory.recurrent import check_size
+from keras_memory.checks import check_size
 
 MOST_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses a model with more
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-1}  # else 1e-5, as for float32

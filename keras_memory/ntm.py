@@ -21,11 +21,11 @@ from keras_memory.addressing import interpolate
 from keras_memory.addressing import oneplus
 from keras_memory.addressing import sharpen
 from keras_memory.addressing import shift
+from keras_memory.checks import check_clip
+from keras_memory.checks import check_size
 from keras_memory.recurrent import Initial
 from keras_memory.recurrent import MemoryCell
 from keras_memory.recurrent import MemoryRNN
-from keras_memory.recurrent import check_clip
-from keras_memory.recurrent import check_size
 
 
 class NTMState(NamedTuple):
@@ -221,7 +221,7 @@ class NTMAccess:
             key=self.key_activation,
             strength=self.strength_activation,
             interpolation_gate=ops.sigmoid,
-            shift=ops.softmax,
+            shift=keras.activations.softmax,  # no warning at shift_range=0
             sharpening=oneplus,
             erase_vector=ops.sigmoid,
             add_vector=self.add_activation,

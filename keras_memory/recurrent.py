@@ -25,6 +25,8 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory import controllers
 from keras_memory import scan
+from keras_memory.checks import check_clip
+from keras_memory.checks import check_size
 
 
 class Access(typing.Protocol):
@@ -769,26 +771,6 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
         name: np.stack([step[name] for step in steps], axis=1)
         for name in steps[0]
     }
-
-
-def check_size(name, value, least=1):
-    """Raises ValueError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
-            f"Received: {name}={value!r}"
-        )
-    return value
-
-
-def check_clip(name, value):
-    """Raises ValueError unless `value` is None or a positive number."""
-    if value is not None and not value > 0:
-        raise ValueError(
-            f"`{name}` is the bound of +-{name} and must be positive, or None "
-            f"for no clipping. Received: {name}={value!r}"
-        )
-    return value
 
 
 def _parameters(cls):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_memory.checks import check_size
+
 
 class Batch(NamedTuple):
     """A batch of sequences, in the order that Keras's `fit` takes.
@@ -67,12 +69,7 @@ class Copy:
 
     def __post_init__(self):
         for name in ("bits", "min_length", "max_length", "buckets"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"`{name}` of the copy task must be an integer of at "
-                    f"least 1. Received: {name}={value!r}"
-                )
+            check_size(name, getattr(self, name))
         if self.max_length < self.min_length:
             raise ValueError(
                 "`max_length` of the copy task must be at least `min_length`. "

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # Each module may import modules of the lines above its own, and of its own
 # line where that says so.
 LAYERS = [
-    ["addressing", "access", "geometry", "visualization"],
+    ["checks", "addressing", "access", "geometry", "visualization"],
     ["controllers", "retrieval"],
     ["scan"],
     ["recurrent"],

@@ -272,6 +272,21 @@ def test_masking_is_that_of_keras_own_rnn(
         close(state, expected_state)
 
 
+@pytest.mark.parametrize("go_backwards", [False, True])
+def test_masks_in_an_unrolled_loop(x, go_backwards):
+    cell = ntm_cell()
+    expected, output = (
+        keras_memory.MemoryRNN(
+            cell,
+            return_sequences=True,
+            go_backwards=go_backwards,
+            unroll=unroll,
+        )(x, mask=holes())
+        for unroll in (False, True)
+    )
+    close(output, expected)
+
+
 def test_a_row_without_any_valid_step_keeps_its_initial_state(x):
     mask = np.ones((BATCH, TIME), bool)
     mask[1] = False
@@ -570,18 +585,16 @@ def test_sublayers_and_states_have_the_policy(x, policy):
     ],
 )
 def test_the_access_never_computes_in_16_bits(x, policy, wide):
-    layer = ntm(dtype=policy)
-    layer.build(x.shape)
     seen = set()
-    access = layer.cell.accesses[0]
-    step = access.step
 
-    def watched(interface, state):
-        for value in keras.tree.flatten((interface, state)):
-            seen.add(backend.standardize_dtype(value.dtype))
-        return step(interface, state)
+    class Watched(Silent):
+        def step(self, interface, state):
+            for value in keras.tree.flatten((interface, state)):
+                seen.add(backend.standardize_dtype(value.dtype))
+            return super().step(interface, state)
 
-    access.step = watched
+    cell = keras_memory.MemoryCell(3, accesses=[Watched()], dtype=policy)
+    layer = keras_memory.MemoryRNN(cell, dtype=policy)
     layer(x)
     assert seen == {wide}
 

@@ -1,0 +1,24 @@
+"""Checks of arguments: what was wanted, why, what arrived."""
+
+import numpy as np
+
+
+def check_size(name, value, least=1):
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    whole = isinstance(value, (int, np.integer)) and type(value) is not bool
+    if not whole or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. "
+            f"Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_clip(name, value):
+    """Raises ValueError unless `value` is None or a positive number."""
+    if value is not None and not value > 0:
+        raise ValueError(
+            f"`{name}` is the bound of +-{name} and must be positive, or None "
+            f"for no clipping. Received: {name}={value!r}"
+        )
+    return value
