@@ -39,6 +39,20 @@ class Case:
         return self.layer(**{"return_sequences": True, **kwargs, **more})
 
 
+def own_cell():
+    return toy.PlainCell(13)
+
+
+def stacked_cells():
+    return keras.layers.StackedRNNCells(
+        [keras.layers.GRUCell(7), keras.layers.LSTMCell(13)]
+    )
+
+
+def feed_forward():
+    return toy.feed_forward(13)
+
+
 def ntm(name, output_size=3, **kwargs):
     sizes = {
         "units": 3,
@@ -56,31 +70,39 @@ def ntm(name, output_size=3, **kwargs):
 
 CASES = [
     ntm("default"),
-    ntm("heads", read_heads=2, write_heads=3),
     ntm(
-        "in-turn",
+        "parallel-heads-learned-start",
         read_heads=2,
-        write_heads=2,
-        head_order=("read", "write", "read", "write"),
-        shift_range=2,
-    ),
-    ntm("content", addressing="content", erase=False),
-    ntm(
-        "learned-start",
+        write_heads=3,
+        controller="gru",
         initial_memory="learned",
         initial_reads="learned",
         initial_weighting="learned",
         initial_controller_state="learned",
     ),
     ntm(
-        "random-start",
+        "heads-in-turn-random-start",
+        read_heads=2,
+        write_heads=2,
+        head_order=("read", "write", "read", "write"),
+        shift_range=2,
         initial_memory="random",
         initial_reads="random",
         initial_weighting="random",
         initial_controller_state="random",
     ),
     ntm(
-        "clips",
+        "content-dense",
+        addressing="content",
+        erase=False,
+        controller="dense",
+        controller_layers=2,
+    ),
+    ntm(
+        "clips-dropout",
+        controller="rnn",
+        controller_layers=2,
+        controller_dropout=0.3,
         interface_clip=2.0,
         clip_value=1.0,
         controller_clip=0.7,
@@ -92,19 +114,9 @@ CASES = [
         product_epsilon=1e-6,
         norm_epsilon=1e-4,
     ),
-    ntm("unprojected", units=None, output_size=18),
-    ntm("gru", controller="gru"),
-    ntm("rnn-two-layers", controller="rnn", controller_layers=2),
-    ntm("dense-two-layers", controller="dense", controller_layers=2),
-    ntm("dropout", controller_layers=2, controller_dropout=0.3),
-    ntm("own-cell", controller=lambda: toy.PlainCell(13)),
-    ntm(
-        "stacked-cells",
-        controller=lambda: keras.layers.StackedRNNCells(
-            [keras.layers.GRUCell(7), keras.layers.LSTMCell(13)]
-        ),
-    ),
-    ntm("feed-forward", controller=lambda: toy.feed_forward(13)),
+    ntm("unprojected-own-cell", 18, units=None, controller=own_cell),
+    ntm("stacked-cells", controller=stacked_cells),
+    ntm("feed-forward", controller=feed_forward),
     Case(
         "memory-rnn",
         keras_memory.MemoryRNN,

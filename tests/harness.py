@@ -250,7 +250,7 @@ def mixed_precision(case, policy):
         layer = built(case)
     assert layer.compute_dtype in policy
     model = model_of(layer, case)
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     x = inputs_of(case)
     output = model(x)
     assert ops.dtype(output) == layer.compute_dtype
