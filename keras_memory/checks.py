@@ -14,9 +14,15 @@ def check_size(name, value, least=1):
     return value
 
 
+def is_number(value):
+    """True for finite numbers; False for bools, texts and all else."""
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    return number and type(value) is not bool and bool(np.isfinite(value))
+
+
 def check_clip(name, value):
     """Raises ValueError unless `value` is None or a positive number."""
-    if value is not None and not value > 0:
+    if value is not None and not (is_number(value) and value > 0):
         raise ValueError(
             f"`{name}` is the bound of +-{name} and must be positive, or None "
             f"for no clipping. Received: {name}={value!r}"

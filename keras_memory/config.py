@@ -128,7 +128,7 @@ class Training:
 PRESETS = {
     "copy": Training(
         task=tasks.Copy(),
-        model=NTM(controller="dense"),
+        model=NTM(),
         steps=4_000,
         learning_rate=1e-2,
         learning_rate_decay=True,

@@ -9,6 +9,7 @@ from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory.checks import check_size
+from keras_memory.checks import is_number
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
@@ -138,14 +139,19 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
         )
     check_size("controller_units", units)
     check_size("controller_layers", layers)
-    if not 0.0 <= dropout < 1.0:
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ValueError(
             "`controller_dropout` is the dropped share of the inputs and must "
             f"be in [0, 1). Received: controller_dropout={dropout!r}"
         )
     cells = [
-        CELLS[controller](units, dropout=dropout, seed=seed, dtype=dtype)
-        for _ in range(layers)
+        CELLS[controller](
+            units,
+            dropout=dropout,
+            seed=None if seed is None else seed + layer,
+            dtype=dtype,
+        )
+        for layer in range(layers)
     ]
     if layers == 1:
         return cells[0]

@@ -23,6 +23,7 @@ from keras_memory.addressing import sharpen
 from keras_memory.addressing import shift
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
+from keras_memory.checks import is_number
 from keras_memory.recurrent import Initial
 from keras_memory.recurrent import MemoryCell
 from keras_memory.recurrent import MemoryRNN
@@ -99,13 +100,20 @@ class NTMAccess:
             Initial.check(name, getattr(self, name))
         for name in ("norm_epsilon", "product_epsilon"):
             epsilon = getattr(self, name)
-            if epsilon is not None and not 0 <= epsilon < math.inf:
+            by_default = epsilon is None and name == "norm_epsilon"
+            if not by_default and not (is_number(epsilon) and epsilon >= 0):
                 raise ValueError(
                     f"`{name}` must be at least 0. Received: {name}={epsilon!r}"
                 )
+        if is_number(self.initial_weighting) and self.initial_weighting < 0:
+            raise ValueError(
+                "`initial_weighting` must be at least 0, as a weighting is. "
+                f"Received: initial_weighting={self.initial_weighting!r}"
+            )
         every_head = ["read"] * self.read_heads + ["write"] * self.write_heads
         if self.head_order != "parallel" and (
-            sorted(self.head_order) != every_head
+            not isinstance(self.head_order, tuple)
+            or sorted(map(str, self.head_order)) != every_head
         ):
             raise ValueError(
                 '`head_order` must be "parallel", or name each head once: '
@@ -405,7 +413,7 @@ class NTMCell(MemoryCell):
         product_epsilon=0.0,
         **kwargs,
     ):
-        if head_order != "parallel":
+        if isinstance(head_order, list):
             head_order = tuple(head_order)
         strength = strength_activation
         if strength == "oneplus":

@@ -27,6 +27,7 @@ from keras_memory import controllers
 from keras_memory import scan
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
+from keras_memory.checks import is_number
 
 
 class Access(typing.Protocol):
@@ -93,10 +94,12 @@ class Initial:
     @classmethod
     def check(cls, name, value):
         """Returns `value` if it is a valid one, or raises ValueError."""
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value in ("learned", "random", "constant") or (
-            number and np.isfinite(value)
-        ):
+        by_name = isinstance(value, str) and value in (
+            "learned",
+            "random",
+            "constant",
+        )
+        if by_name or is_number(value):
             return value
         raise ValueError(
             f'`{name}` must be "learned", "random", "constant" or a finite '
@@ -273,15 +276,23 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
     def _add_projection(self, name, inputs, outputs):
         kernel = self.add_weight(
             shape=(inputs, outputs),
-            initializer=self.kernel_initializer,
+            initializer=self._fresh(self.kernel_initializer),
             name=f"{name}_kernel",
         )
         bias = self.add_weight(
             shape=(outputs,),
-            initializer=self.bias_initializer,
+            initializer=self._fresh(self.bias_initializer),
             name=f"{name}_bias",
         )
         return kernel, bias
+
+    @staticmethod
+    def _fresh(initializer):
+        """Without a seed, one that draws other numbers: an initializer draws
+        the same ones each time."""
+        if isinstance(initializer, keras.initializers.Initializer):
+            return initializer.clone()
+        return initializer
 
     def _map_initials(self, function):
         """[function(initial, name)] over all state tensors."""
@@ -373,12 +384,12 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 what the cell has.
         """
         states = list(states)
-        sizes = [state.shape[-1] for state in states]
-        if sizes != self.state_size:
+        shapes = [tuple(state.shape) for state in states]
+        if [shape[1:] for shape in shapes] != [(n,) for n in self.state_size]:
             raise ValueError(
                 f"{type(self).__name__} has {len(self.state_size)} states of "
                 f"shape (batch, size) with sizes {self.state_size}. Received: "
-                f"{len(sizes)} states of sizes {sizes}"
+                f"{len(shapes)} states of shapes {shapes}"
             )
         records = self._unflatten(states)
         return records[0] if len(records) == 1 else records
@@ -445,7 +456,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
 
         Returns:
             Features (B, F); the records after the step; and a list with one
-            dict a block of what happened inside, for `trace`.
+            dict a block of what happened inside and the memory's record after
+            it, for `trace`.
         """
         records, details = list(records), []
         inputs = ops.cast(inputs, self.compute_dtype)
@@ -480,7 +492,9 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             )
             reads = records[memory].reads
             inputs = output
-            details.append({"controller_output": output, **inside})
+            after = records[memory]._asdict()
+            del after["controller"]
+            details.append({"controller_output": output, **after, **inside})
         features = ops.concatenate([inputs, _flat(reads)], axis=-1)
         return features, tuple(records), details
 
@@ -611,8 +625,15 @@ class MemoryRNN(keras.layers.RNN):
         }
         dtype = kwargs.pop("dtype", None)
         if self.cell_class is not None:
-            cell = self.cell_class(*args, dtype=dtype, **kwargs)
-            args, kwargs = (cell,), {}
+            args = (self.cell_class(*args, dtype=dtype, **kwargs),)
+            kwargs = {}
+        elif not args:
+            args = (kwargs.pop("cell", None),)
+        if not isinstance(args[0], MemoryCell):
+            raise TypeError(
+                "`cell` must be a `MemoryCell`; `keras.layers.RNN` runs any "
+                f"other. Received: cell={args[0]!r}"
+            )
         super().__init__(
             *args,
             return_sequences=return_sequences,
@@ -626,18 +647,35 @@ class MemoryRNN(keras.layers.RNN):
             **kwargs,
         )
 
+    def build(self, sequences_shape, initial_state_shape=None):
+        self._check_sequences(sequences_shape)
+        super().build(sequences_shape, initial_state_shape)
+
     def call(self, sequences, initial_state=None, mask=None, training=False):
-        if len(sequences.shape) != 3 or sequences.shape[1] == 0:
+        self._check_sequences(sequences.shape)
+        if initial_state is not None:
+            self._check_initial_state(initial_state, sequences.shape[0])
+        return super().call(sequences, initial_state, mask, training)
+
+    def _check_sequences(self, shape):
+        if len(shape) != 3 or shape[1] == 0:
             raise ValueError(
                 f"{type(self).__name__} takes sequences of shape (batch, "
                 "time, width) with at least one time step. For further batch "
                 "axes reshape to three axes first: "
                 "`keras.ops.reshape(x, (-1, *x.shape[-2:]))`. Received: "
-                f"shape {tuple(sequences.shape)}"
+                f"shape {tuple(shape)}"
             )
-        if initial_state is not None:
-            self.cell.unpack_state(initial_state)  # raises if it does not fit
-        return super().call(sequences, initial_state, mask, training)
+
+    def _check_initial_state(self, states, batch_size):
+        self.cell.unpack_state(states)  # raises if the sizes do not fit
+        batch_sizes = {batch_size, *(state.shape[0] for state in states)}
+        if len(batch_sizes - {None}) > 1:
+            raise ValueError(
+                "Initial states must have the batch size of the sequences. "
+                f"Received: sequences of batch size {batch_size}, states of "
+                f"shapes {[tuple(state.shape) for state in states]}"
+            )
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         features, records = scan.run(
@@ -671,16 +709,19 @@ class MemoryRNN(keras.layers.RNN):
         return ops.where(shown, outputs, ops.zeros_like(outputs))
 
     def _create_state_variables(self, batch_size):
+        def initial(index, shape, dtype):
+            # Here and not around: where the layer is built within a graph,
+            # TensorFlow lifts initializers out of it.
+            return ops.cast(self.get_initial_state(batch_size)[index], dtype)
+
         self.states = [
             self.add_weight(
-                shape=tuple(value.shape),
-                initializer=lambda shape, dtype, value=value: ops.cast(
-                    value, dtype
-                ),
+                shape=(batch_size, size),
+                initializer=functools.partial(initial, index),
                 trainable=False,
                 name=f"state{_index(index)}",
             )
-            for index, value in enumerate(self.get_initial_state(batch_size))
+            for index, size in enumerate(self.cell.state_size)
         ]
 
     def reset_state(self):
@@ -738,13 +779,16 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
     if not layer.built:
         layer.build(tuple(inputs.shape))
     cell = layer.cell
-    if initial_state is None:
+    if initial_state is not None:
+        layer._check_initial_state(initial_state, inputs.shape[0])
+    else:
         initial_state = (
             [ops.convert_to_tensor(state) for state in layer.states]
             if layer.stateful
             else cell.get_initial_state(batch_size=inputs.shape[0])
         )
-    cell.unpack_state(initial_state)  # raises if it does not fit
+    cell.get_dropout_mask(inputs)
+    cell.get_recurrent_dropout_mask(inputs)
     records = cell._unflatten(
         [ops.cast(state, cell.compute_dtype) for state in initial_state]
     )
@@ -755,9 +799,7 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
         now = {"output": cell.project(features)}
         for block, inside in enumerate(details):
             prefix = f"block{block}/" if len(details) > 1 else ""
-            record = after[cell.memory_of_block[block]]._asdict()
-            del record["controller"]
-            for name, value in {**record, **inside}.items():
+            for name, value in inside.items():
                 now[prefix + name] = value
         if mask is not None:
             keep = ops.convert_to_tensor(mask, dtype="bool")[:, time]
@@ -767,6 +809,8 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
             after = keras.tree.map_structure(hold, records, after)
         steps.append(keras.tree.map_structure(ops.convert_to_numpy, now))
         records, held = after, now
+    cell.reset_dropout_mask()
+    cell.reset_recurrent_dropout_mask()
     return {
         name: np.stack([step[name] for step in steps], axis=1)
         for name in steps[0]
