@@ -94,7 +94,7 @@ class Training:
     stop_wrong_bits: float = 0.0
     report_every: int = 100
     checkpoint_every: int = 500
-    picture_every: int = 200
+    picture_every: int = 100
     jit_compile: bool = True
     seed: int = 1
 

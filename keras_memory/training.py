@@ -269,7 +269,7 @@ class Progress(keras.callbacks.Callback):
             f"  bits {logs['bits_per_sequence']:.2f}"
             f"  wrong bits {logs['wrong_bits_per_sequence']:.2f}"
             f"  {rate:,.0f} sequences/s"
-            f"  <{left // 60:.0f}:{left % 60:02.0f} left"
+            f"  <{left // 60:.0f}:{int(left % 60):02} left"
         )
         if self.in_place:
             width = shutil.get_terminal_size().columns - 1

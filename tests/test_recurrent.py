@@ -246,6 +246,20 @@ def test_the_output_is_projected_once(x, return_sequences):
     assert shapes == [shape]
 
 
+@needs_tensorflow
+def test_unroll_leaves_no_loop(x):
+    import tensorflow as tf
+
+    def loops(**arguments):
+        layer = ntm(**arguments)
+        layer.build(x.shape)
+        call = tf.function(layer.__call__).get_concrete_function(x)
+        kinds = {operation.type for operation in call.graph.get_operations()}
+        return [kind for kind in kinds if "While" in kind]
+
+    assert loops() != [] and loops(unroll=True) == []
+
+
 # Masks.
 
 
@@ -456,11 +470,15 @@ def in_a_controller():
 @pytest.mark.parametrize(
     "make", [in_memory_rnn, in_keras_rnn, in_a_stack, in_a_controller]
 )
-@pytest.mark.parametrize("how", ["eager", "graph", "jit"])
-@needs_tensorflow
+@pytest.mark.parametrize(
+    "how",
+    [
+        "eager",
+        pytest.param("graph", marks=needs_tensorflow),
+        pytest.param("jit", marks=needs_tensorflow),
+    ],
+)
 def test_one_dropout_mask_for_all_steps(make, how):
-    import tensorflow as tf
-
     layer = make()
     constant = np.ones((BATCH, TIME, WIDTH), "float32")
     layer.build(constant.shape)
@@ -471,6 +489,8 @@ def test_one_dropout_mask_for_all_steps(make, how):
         return layer(constant, training=training)
 
     if how != "eager":
+        import tensorflow as tf
+
         call = tf.function(call, jit_compile=how == "jit")
     still, first, second = call(False), call(True), call(True)
     for output in (still, first, second):
@@ -507,6 +527,38 @@ def test_dropout_is_that_of_a_loop_over_the_cell(x, implementation):
         expected, states = cell(x[:, time], states, training=True)
         close(output[:, time], expected)
     assert differ(output, make()(x))
+
+
+def test_a_cell_makes_the_masks_of_all_its_controllers(x):
+    both = keras.layers.SimpleRNNCell(7, dropout=0.5, recurrent_dropout=0.25)
+    dense = controllers.DenseCell(11, dropout=0.5)
+    last = keras.layers.SimpleRNNCell(13, recurrent_dropout=0.25)
+    stack = keras.layers.StackedRNNCells([both, dense, last])
+    layer = ntm(controller=stack, slot_size=3, read_heads=2)
+    layer.build(x.shape)
+    cell = layer.cell
+    cell.get_dropout_mask(x[:, 0])
+    cell.get_recurrent_dropout_mask(np.zeros((BATCH, 6), "float32"))
+    assert both._dropout_mask.shape == (BATCH, WIDTH + 6)
+    assert dense._dropout_mask.shape == (BATCH, 7)
+    assert last._dropout_mask is None
+    assert both._recurrent_dropout_mask.shape == (BATCH, 7)
+    assert last._recurrent_dropout_mask.shape == (BATCH, 13)
+    cell.reset_dropout_mask()
+    assert both._dropout_mask is None and dense._dropout_mask is None
+    assert both._recurrent_dropout_mask is not None
+    cell.reset_recurrent_dropout_mask()
+    assert both._recurrent_dropout_mask is None
+    assert last._recurrent_dropout_mask is None
+
+
+def test_two_blocks_have_masks_of_their_own(x):
+    layer = toy.ToyLayer(3, controller_units=7, controller_dropout=0.5)
+    layer.build(x.shape)
+    layer.cell.get_dropout_mask(x[:, 0])
+    first, second = layer.cell.block_controllers
+    assert first._dropout_mask.shape == (BATCH, WIDTH + 3)
+    assert second._dropout_mask.shape == (BATCH, 7 + 3)
 
 
 def test_masks_do_not_outlive_the_sequence(x):
@@ -898,6 +950,25 @@ def test_two_blocks_by_hand(share_memory):
     close(features[1], [seen, *other])
     # Written twice a step where there is one memory.
     assert len(layer.cell.state_size) == (2 if share_memory else 4)
+
+
+@pytest.mark.parametrize("share_memory", [False, True])
+def test_each_block_has_controller_states_of_its_own(share_memory, x):
+    layer = toy.ToyLayer(
+        3,
+        share_memory=share_memory,
+        controller="rnn",
+        controller_units=7,
+        return_state=True,
+    )
+    _, *states = layer(x)
+    inside = keras_memory.trace(layer, x)
+    # The state of a simple recurrent cell is its output.
+    after = [state for state in states if state.shape[-1] == 7]
+    assert len(after) == 2
+    for block, state in enumerate(after):
+        close(state, inside[f"block{block}/controller_output"][:, -1])
+    assert differ(*after)
 
 
 @pytest.mark.parametrize("share_memory", [False, True])
