@@ -10,12 +10,9 @@ from keras_memory import training
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("controller", ["lstm", "dense"])
 @pytest.mark.parametrize("seed", [1, 10, 100])
-def test_copy_preset(seed, controller, tmp_path):
-    preset = config.override(
-        config.PRESETS["copy"], [f"seed={seed}", f"controller={controller}"]
-    )
+def test_copy_preset(seed, tmp_path):
+    preset = config.override(config.PRESETS["copy"], [f"seed={seed}"])
     results = training.train(preset, tmp_path / "run", lambda line: None)
     assert results["steps"] < preset.steps
     assert results["wrong_bits_up_to_20"] < 0.1

@@ -772,6 +772,14 @@ def test_inputs_that_are_not_sequences(shape):
 
 
 @NOT_SEQUENCES
+def test_trace_of_inputs_that_are_not_sequences(shape):
+    layer = ntm()
+    layer(np.zeros((2, 3, 5), "float32"))
+    with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
+        keras_memory.trace(layer, np.zeros(shape, "float32"))
+
+
+@NOT_SEQUENCES
 def test_symbolic_inputs_that_are_not_sequences(shape):
     with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
         ntm()(keras.Input(shape[1:]))
@@ -829,14 +837,17 @@ def test_a_keyword_that_nobody_knows():
         keras_memory.MemoryRNN(ntm_cell(), memory_slots=3)
 
 
-def test_integers_of_numpy_are_integers(x):
-    sizes = {
+def test_numbers_of_numpy_are_numbers(x):
+    arguments = {
+        "clip_value": np.float32(0.5),
+        "norm_epsilon": np.float64(0.25),
+        "initial_memory": np.float32(0.5),
         "memory_slots": np.int64(11),
         "slot_size": np.int64(3),
         "read_heads": np.int64(2),
         "controller_units": np.int64(13),
     }
-    model = keras.Sequential([keras.Input((TIME, WIDTH)), ntm(**sizes)])
+    model = keras.Sequential([keras.Input((TIME, WIDTH)), ntm(**arguments)])
     copy = keras.models.model_from_json(model.to_json())
     assert copy.layers[0].get_config() == model.layers[0].get_config()
 
@@ -991,6 +1002,28 @@ def test_blocks_start_with_weights_of_their_own():
     first, second = (kernel for kernel, _ in layer.cell.interfaces)
     assert first.shape == second.shape
     assert differ(first, second), "two blocks drew the same kernel"
+
+
+def test_blocks_with_a_seed_drop_different_units():
+    layer = toy.ToyLayer(3, controller_units=97, controller_dropout=0.5, seed=3)
+    layer.build((BATCH, TIME, 97))
+    layer.cell.get_dropout_mask(np.ones((BATCH, 97), "float32"))
+    first, second = layer.cell.block_controllers
+    assert differ(first._dropout_mask, second._dropout_mask)
+
+
+def test_an_initializer_that_has_no_config(x):
+    class Constant(keras.initializers.Initializer):
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, shape, dtype=None):
+            return ops.full(shape, self.value, dtype=dtype)
+
+    layer = ntm(kernel_initializer=Constant(0.25))
+    layer.build(x.shape)
+    kernel = layer.cell.interfaces[0][0]
+    close(kernel, np.full(kernel.shape, 0.25), 0)
 
 
 # The signature is spelled out for people and tools.
