@@ -8,10 +8,20 @@ from keras import ops
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
 # large enough that its reciprocal, which the gradient meets, is finite too.
-SHARPENING_EPSILON = {"float32": 1e-12, "float64": 1e-20}
+SHARPENING_EPSILON = {
+    "float16": 1e-4,
+    "bfloat16": 1e-12,
+    "float32": 1e-12,
+    "float64": 1e-20,
+}
 
 # Norms below the root of this are those of an empty slot.
-NORM_EPSILON = {"float32": 1e-8, "float64": 1e-16}
+NORM_EPSILON = {
+    "float16": 1e-4,
+    "bfloat16": 1e-8,
+    "float32": 1e-8,
+    "float64": 1e-16,
+}
 
 
 def cosine_similarity(memory, keys, norm_epsilon, product_epsilon=0.0):

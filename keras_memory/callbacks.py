@@ -12,8 +12,8 @@ from keras_memory import visualization
 class ProbePictures(keras.callbacks.Callback):
     """Draws what a model does with one fixed sequence, as it learns it.
 
-    Writes into `folder`, after every `every`-th epoch and at the end of the
-    training, `latest.png` (inputs, targets, outputs, weightings over time)
+    Writes into `folder`, before the training, after every `every`-th epoch and
+    at the end, `latest.png` (inputs, targets, outputs, weightings over time)
     and, at the end, `training.gif` of all pictures; with `log_dir` also each
     picture to TensorBoard's image page.
 
@@ -24,7 +24,10 @@ class ProbePictures(keras.callbacks.Callback):
         folder: folder for the files; it is made if absent.
         log_dir: TensorBoard's folder, or None.
         every: int, at least 0, epochs from picture to picture; 0 for none.
-        title: function from the epoch's number, from 1, to the headline.
+        title: function from the number of epochs done to the headline.
+
+    Raises:
+        ValueError: a stateful layer.
     """
 
     def __init__(
@@ -43,9 +46,19 @@ class ProbePictures(keras.callbacks.Callback):
         self.log_dir = log_dir
         self.every = every
         self.title = title
+        if layer.stateful:
+            raise ValueError(
+                "`layer` must not be stateful, as drawing the probe would "
+                f"change its states. Received: {layer.name!r} with stateful="
+                "True"
+            )
+
+    def on_train_begin(self, logs=None):
         self.frames = []
         self._last_epoch = -1
         self._writer = None
+        if self.every:
+            self._draw(-1)
 
     def picture(self, title, memory=False):
         """The picture as an image (H, W, 3), with the memory if asked."""
@@ -71,7 +84,8 @@ class ProbePictures(keras.callbacks.Callback):
         if self.every and (self._last_epoch + 1) % self.every:
             self._draw(self._last_epoch)
         if self.frames:
-            gif = visualization.encode_gif(self.frames, milliseconds=300)
+            held = [self.frames[-1]] * 5
+            gif = visualization.encode_gif(self.frames + held, milliseconds=400)
             (self.folder / "training.gif").write_bytes(gif)
         if self._writer is not None:
             self._writer.close()
@@ -91,6 +105,6 @@ class ProbePictures(keras.callbacks.Callback):
         if self._writer is None:
             folder = str(pathlib.Path(self.log_dir) / "probe")
             self._writer = tf.summary.create_file_writer(folder)
-        with self._writer.as_default(step=epoch):
+        with self._writer.as_default(step=epoch + 1):
             tf.summary.image("probe", frame[None])
         self._writer.flush()

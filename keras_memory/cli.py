@@ -12,12 +12,16 @@ def main(arguments=None):
         arguments: list of str; None takes those of the command line.
 
     Returns:
-        Exit code: 0, or 2 after a line that says what was wrong.
+        Exit code: 0; 2 after a line that says what was wrong; 130 if it was
+        interrupted, and the run folder has the last checkpoint.
     """
     parsed = parser().parse_args(arguments)
     try:
         parsed.run(parsed)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print("keras-memory: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
         reason = " ".join(str(error).split())
         print(f"keras-memory: error: {reason}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import json
 
 from keras_memory import tasks
 from keras_memory.checks import check_size
+from keras_memory.checks import is_number
 from keras_memory.ntm import NTMLayer
 
 
@@ -108,7 +109,7 @@ class Training:
             ("seed", 0),
         ):
             check_size(name, getattr(self, name), least)
-        if not self.learning_rate > 0:
+        if not (is_number(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(
                 "`learning_rate` must be above 0. "
                 f"Received: learning_rate={self.learning_rate!r}"
@@ -118,11 +119,23 @@ class Training:
                 "`clipnorm` must be above 0, or None for no clipping. "
                 f"Received: clipnorm={self.clipnorm!r}"
             )
+        for length in self.curriculum:
+            check_size("curriculum", length, least=self.task.min_length)
         if list(self.curriculum) != sorted(self.curriculum):
             raise ValueError(
                 "`curriculum` must be lengths that grow. "
                 f"Received: curriculum={self.curriculum}"
             )
+        for name, most in (
+            ("momentum", 1.0),
+            ("curriculum_wrong", 1.0),
+            ("stop_wrong_bits", float("inf")),
+        ):
+            if not 0.0 <= getattr(self, name) < most:
+                raise ValueError(
+                    f"`{name}` must be at least 0 and less than {most}. "
+                    f"Received: {name}={getattr(self, name)!r}"
+                )
 
 
 PRESETS = {
@@ -195,7 +208,7 @@ def override(config, settings):
             )
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError):
             value = text
         next(part for part in fields.values() if name in part)[name] = value
     for part in _PARTS:
@@ -231,7 +244,7 @@ def _make(cls, arguments):
         wanted = fields[name]
         if isinstance(value, list):
             value = tuple(value)
-        if type(value) is int and wanted in (float, float | None):
+        if type(value) is int and not isinstance(value, wanted):
             value = float(value)
         is_bool = isinstance(value, bool)
         if not isinstance(value, wanted) or is_bool != (wanted is bool):

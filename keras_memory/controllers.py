@@ -124,6 +124,12 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
         ValueError: an unknown name, or sizes out of range.
         TypeError: neither a name nor a Keras layer.
     """
+    if isinstance(controller, keras.layers.RNN):
+        raise TypeError(
+            "`controller` must be an RNN cell, which makes one step, and not "
+            "a layer that runs over time: `LSTMCell` instead of `LSTM`. "
+            f"Received: controller={controller!r}"
+        )
     if isinstance(controller, keras.layers.Layer):
         return controller
     if not isinstance(controller, str):

@@ -18,6 +18,7 @@ import warnings
 
 import keras
 import numpy as np
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory.checks import check_size
 
@@ -387,8 +388,13 @@ def _run(model, inputs, states=None, unroll=False):
                     unroll=unroll,
                     stateful=False,
                     use_cudnn=False,  # the server may have no GPU
-                    # It draws random numbers even where none are used.
-                    _maybe_config_dropout_masks=lambda *_: None,
+                )
+            if isinstance(layer, DropoutRNNCell):
+                # They draw random numbers even where none are used.
+                change(
+                    layer,
+                    get_dropout_mask=lambda *_: None,
+                    get_recurrent_dropout_mask=lambda *_: None,
                 )
         values = _call(model, inputs)
     return [*outputs, (model, _named("outputs", values))], calls

@@ -96,6 +96,10 @@ class NTMAccess:
             check_size(name, getattr(self, name))
         check_size("shift_range", self.shift_range, least=0)
         check_clip("interface_clip", self.interface_clip)
+        if not isinstance(self.erase, bool):
+            raise ValueError(
+                f"`erase` must be True or False. Received: erase={self.erase!r}"
+            )
         for name in ("initial_memory", "initial_reads", "initial_weighting"):
             Initial.check(name, getattr(self, name))
         for name in ("norm_epsilon", "product_epsilon"):
@@ -165,12 +169,15 @@ class NTMAccess:
 
     @property
     def initial_state(self):
+        first_slot = np.zeros(self.memory_slots)
+        first_slot[0] = 1.0
+
         def weighting(heads):
             return Initial(
                 (heads, self.memory_slots),
                 # Content alone never looks at it: there is nothing to learn.
                 self.initial_weighting if self.by_location else "constant",
-                constant=np.eye(self.memory_slots)[0],
+                constant=first_slot,
                 draw=keras.initializers.RandomNormal(stddev=1.0),
                 activation=keras.activations.softmax,
             )
@@ -468,10 +475,21 @@ class NTMCell(MemoryCell):
 class NTMLayer(MemoryRNN, cell=NTMCell):
     """A Neural Turing Machine over sequences.
 
-    `NTMCell` documents the arguments, the equations and the state;
-    `MemoryRNN` what a layer adds: `return_sequences`, `return_state`,
-    `go_backwards`, `stateful`, `unroll`, `zero_output_for_mask`, the call
-    arguments and the errors.
+    Args:
+        units: int, width of the output, or None for the features.
+        memory_slots: int N. Default 128.
+        slot_size: int W. Default 20.
+        read_heads: int R. Default 1.
+        write_heads: int H. Default 1.
+        controller: `"lstm"` (default), `"gru"`, `"rnn"`, `"dense"`, any Keras
+            RNN cell or a feed-forward layer.
+        controller_units: int. Default 100.
+        controller_layers: int. Default 1.
+        **kwargs: the other arguments of `NTMCell`, which documents them all,
+            with the equations and the state; and those of `MemoryRNN`, which
+            documents the call and the errors: `return_sequences`,
+            `return_state`, `go_backwards`, `stateful`, `unroll`,
+            `zero_output_for_mask`.
 
     Example:
 

@@ -131,6 +131,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             (`StackedRNNCells` included), or a feed-forward layer. Further
             blocks get a new controller of the same configuration.
         controller_units: int, at least 1; width of a controller made by name.
+            This and the next two do nothing to one that is given.
         controller_layers: int, at least 1; its number of layers.
         controller_dropout: float in [0, 1), dropped share of its inputs.
         controller_clip: positive float or None; clips its output to +- this.
@@ -174,6 +175,11 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             check_size("units", units)
         self.units = units
         self.accesses = list(accesses)
+        if not self.accesses:
+            raise ValueError(
+                "`accesses` must have one access for each block, at least "
+                f"one. Received: accesses={accesses!r}"
+            )
         if isinstance(controller, dict):
             controller = keras.saving.deserialize_keras_object(controller)
         self.controller = controller
@@ -193,19 +199,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed = seed
 
-        made = controllers.get(
-            controller,
-            controller_units,
-            controller_layers,
-            controller_dropout,
-            seed,
-            self.dtype_policy,
-        )
-        self.block_controllers = [made] + [
-            made.__class__.from_config(
-                {**made.get_config(), "name": f"{made.name}_{block}"}
-            )
-            for block in range(1, len(self.accesses))
+        self.block_controllers = [
+            self._make_controller(block) for block in range(len(self.accesses))
         ]
         # One memory for each distinct access, in order of appearance.
         memories = list(
@@ -233,6 +228,25 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         )
         initials = keras.tree.flatten(self.initial_records)
         self.state_size = [int(np.prod(i.shape)) for i in initials]
+
+    def _make_controller(self, block):
+        """The controller of a block, a copy where one was given for all."""
+        given = self.controller
+        if block and isinstance(given, keras.layers.Layer):
+            config = given.get_config()
+            config["name"] = f"{given.name}_{block}"
+            return type(given).from_config(config)
+        seed = self.seed
+        if seed is not None:
+            seed += block * self.controller_layers
+        return controllers.get(
+            given,
+            self.controller_units,
+            self.controller_layers,
+            self.controller_dropout,
+            seed,
+            self.dtype_policy,
+        )
 
     @property
     def features_size(self):
@@ -274,25 +288,17 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self.start_weights = self._map_initials(self._add_initial_weight)
 
     def _add_projection(self, name, inputs, outputs):
-        kernel = self.add_weight(
-            shape=(inputs, outputs),
-            initializer=self._fresh(self.kernel_initializer),
-            name=f"{name}_kernel",
-        )
-        bias = self.add_weight(
-            shape=(outputs,),
-            initializer=self._fresh(self.bias_initializer),
-            name=f"{name}_bias",
-        )
-        return kernel, bias
+        def add(kind, shape, initializer):
+            # An initializer draws the same numbers each time, which two
+            # blocks must not have.
+            if name.startswith("interface_") and hasattr(initializer, "clone"):
+                initializer = initializer.clone()
+            return self.add_weight(
+                shape=shape, initializer=initializer, name=f"{name}_{kind}"
+            )
 
-    @staticmethod
-    def _fresh(initializer):
-        """Without a seed, one that draws other numbers: an initializer draws
-        the same ones each time."""
-        if isinstance(initializer, keras.initializers.Initializer):
-            return initializer.clone()
-        return initializer
+        kernel = add("kernel", (inputs, outputs), self.kernel_initializer)
+        return kernel, add("bias", (outputs,), self.bias_initializer)
 
     def _map_initials(self, function):
         """[function(initial, name)] over all state tensors."""
@@ -492,11 +498,27 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             )
             reads = records[memory].reads
             inputs = output
-            after = records[memory]._asdict()
-            del after["controller"]
-            details.append({"controller_output": output, **after, **inside})
+            fields = self._state_fields(records)[block]
+            details.append({"controller_output": output, **fields, **inside})
         features = ops.concatenate([inputs, _flat(reads)], axis=-1)
         return features, tuple(records), details
+
+    def _state_fields(self, records):
+        """The record behind each block, as a dict without the controller."""
+        fields = [records[memory]._asdict() for memory in self.memory_of_block]
+        for block in fields:
+            del block["controller"]
+        return fields
+
+    def _named(self, details):
+        """One dict for all blocks, with their numbers if there are several."""
+        if len(details) == 1:
+            return details[0]
+        return {
+            f"block{block}/{name}": value
+            for block, inside in enumerate(details)
+            for name, value in inside.items()
+        }
 
     @property
     def access_dtype(self):
@@ -545,6 +567,14 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
 
     def get_config(self):
         """Every argument of `__init__`, under its own name."""
+        if "accesses" in inspect.signature(type(self).__init__).parameters:
+            raise NotImplementedError(
+                "An access cannot be saved, but a class that makes its own "
+                "can: subclass `MemoryCell`, register it with "
+                "`keras.saving.register_keras_serializable`, and make the "
+                "accesses in its `__init__`, as `NTMCell` does. "
+                f"Received: {type(self).__name__} {self.name!r}"
+            )
         arguments = [
             name
             for name in _parameters(type(self))
@@ -606,6 +636,8 @@ class MemoryRNN(keras.layers.RNN):
             cls.__signature__ = inspect.Signature(
                 sorted(parameters.values(), key=lambda p: p.kind)
             )
+        elif "__init__" in vars(cls):
+            cls.__signature__ = None  # not that of the base
 
     def __init__(
         self,
@@ -769,6 +801,7 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
 
     Raises:
         TypeError: not a recurrent layer of this library.
+        ValueError: inputs or states that the layer would refuse.
     """
     if not isinstance(layer, MemoryRNN):
         raise TypeError(
@@ -778,6 +811,7 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
     inputs = ops.convert_to_tensor(inputs)
     if not layer.built:
         layer.build(tuple(inputs.shape))
+    layer._check_sequences(inputs.shape)
     cell = layer.cell
     if initial_state is not None:
         layer._check_initial_state(initial_state, inputs.shape[0])
@@ -787,30 +821,37 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
             if layer.stateful
             else cell.get_initial_state(batch_size=inputs.shape[0])
         )
-    cell.get_dropout_mask(inputs)
-    cell.get_recurrent_dropout_mask(inputs)
     records = cell._unflatten(
         [ops.cast(state, cell.compute_dtype) for state in initial_state]
     )
     steps, held = [], None
     times = range(inputs.shape[1])
-    for time in reversed(times) if layer.go_backwards else times:
-        features, after, details = cell.step(inputs[:, time], records, training)
-        now = {"output": cell.project(features)}
-        for block, inside in enumerate(details):
-            prefix = f"block{block}/" if len(details) > 1 else ""
-            for name, value in inside.items():
-                now[prefix + name] = value
-        if mask is not None:
-            keep = ops.convert_to_tensor(mask, dtype="bool")[:, time]
-            held = held or keras.tree.map_structure(ops.zeros_like, now)
-            hold = functools.partial(scan.hold, keep)
-            now = keras.tree.map_structure(hold, held, now)
-            after = keras.tree.map_structure(hold, records, after)
-        steps.append(keras.tree.map_structure(ops.convert_to_numpy, now))
-        records, held = after, now
-    cell.reset_dropout_mask()
-    cell.reset_recurrent_dropout_mask()
+    cell.get_dropout_mask(inputs)
+    cell.get_recurrent_dropout_mask(inputs)
+    try:
+        for time in reversed(times) if layer.go_backwards else times:
+            features, after, details = cell.step(
+                inputs[:, time], records, training
+            )
+            now = {"output": cell.project(features), **cell._named(details)}
+            if mask is not None:
+                keep = ops.convert_to_tensor(mask, dtype="bool")[:, time]
+                hold = functools.partial(scan.hold, keep)
+                if held is None:  # nothing happened yet, but a state there is
+                    held = keras.tree.map_structure(ops.zeros_like, now)
+                    held.update(cell._named(cell._state_fields(records)))
+                now = keras.tree.map_structure(hold, held, now)
+                after = keras.tree.map_structure(hold, records, after)
+            shown = keras.tree.map_structure(ops.convert_to_numpy, now)
+            if mask is not None and layer.zero_output_for_mask:
+                shown["output"] = (
+                    shown["output"] * (ops.convert_to_numpy(keep)[:, None])
+                )
+            steps.append(shown)
+            records, held = after, now
+    finally:
+        cell.reset_dropout_mask()
+        cell.reset_recurrent_dropout_mask()
     return {
         name: np.stack([step[name] for step in steps], axis=1)
         for name in steps[0]

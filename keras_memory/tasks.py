@@ -107,7 +107,7 @@ class Copy:
         """
         padded = length
         if length is None:
-            longest = longest or self.max_length
+            longest = self.max_length if longest is None else longest
             length = int(rng.integers(self.min_length, longest + 1))
             padded = next(n for n in self.padded_lengths if n >= length)
         time = 2 * padded + 1
@@ -158,4 +158,4 @@ def dataset(task, batch_size, seed=1, first_step=0):
             spec(task.output_size),
             spec(),
         ),
-    ).prefetch(2)
+    )

@@ -18,7 +18,6 @@ from keras_memory.losses import BitsPerSequence
 from keras_memory.losses import WrongBitsPerSequence
 from keras_memory.visualization import encode_png
 
-PROBE_LENGTH = 20
 EVALUATED_SEQUENCES = 320
 
 
@@ -40,6 +39,7 @@ def build(config):
         config.task.output_size, activation="sigmoid", return_sequences=True
     )(inputs)
     model = keras.Model(inputs, outputs, name=config.task.name)
+    keras.optimizers.get(config.optimizer)  # raises if there is none
     settings = {
         "learning_rate": config.learning_rate,
         "clipnorm": config.clipnorm,
@@ -69,10 +69,10 @@ def build(config):
 def train(config, folder, show=print):
     """Trains a model and leaves everything about it in a run folder.
 
-    The folder gets `config.json`, `checkpoint.keras` (after every report),
-    `history.csv`, `logs/` for TensorBoard, `pictures/`, at the end
-    `model.keras`, `results.json` and `export/1/`, a SavedModel that has been
-    loaded and compared with the model.
+    The folder gets `config.json`, `checkpoint.keras` (every
+    `checkpoint_every` steps), `history.csv`, `logs/` for TensorBoard,
+    `pictures/`, at the end `model.keras`, `results.json` and `export/1/`, a
+    SavedModel that has been loaded and compared with the model.
 
     Args:
         config: a `config.Training`.
@@ -93,7 +93,9 @@ def train(config, folder, show=print):
     (folder / "config.json").write_text(configuration.to_json(config))
 
     probe = config.task.sample(
-        np.random.default_rng([config.seed, 1]), 1, length=PROBE_LENGTH
+        np.random.default_rng([config.seed, 1]),
+        1,
+        length=config.task.max_length,
     )
     curriculum = Curriculum(config)
     pictures = ProbePictures(
@@ -110,7 +112,7 @@ def train(config, folder, show=print):
     model.fit(
         tasks.dataset(curriculum, config.batch_size, config.seed),
         epochs=-(-config.steps // config.report_every),
-        steps_per_epoch=min(config.report_every, config.steps),
+        steps_per_epoch=config.report_every,
         shuffle=False,
         verbose=0,
         callbacks=[
@@ -135,11 +137,12 @@ def train(config, folder, show=print):
         **evaluate(config, model),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    export_for_serving(model, folder / "export", name=config.task.name)
     title = f"{config.task.name}: after {steps} steps"
+    (folder / "pictures").mkdir(exist_ok=True)
     (folder / "pictures" / "trained.png").write_bytes(
         encode_png(pictures.picture(title, memory=True))
     )
-    export_for_serving(model, folder / "export", name=config.task.name)
     return results
 
 
@@ -209,7 +212,8 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class Curriculum(keras.callbacks.Callback):
-    """A task that grows with the model, and ends the training at its goal.
+    """A task that grows with the model, and ends the training at its goal or
+    at the last of its steps.
 
     It stands in for the task in `tasks.dataset`, and looks at the results of
     each report.
@@ -227,6 +231,10 @@ class Curriculum(keras.callbacks.Callback):
     def sample(self, rng, batch_size):
         task = self.config.task
         return task.sample(rng, batch_size, longest=self.longest[0])
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) >= self.config.steps:
+            self.model.stop_training = True
 
     def on_epoch_end(self, epoch, logs=None):
         if len(self.longest) > 1:
@@ -261,7 +269,8 @@ class Progress(keras.callbacks.Callback):
         now = time.perf_counter()
         steps, size = self.config.steps, self.config.report_every
         step = min((epoch + 1) * size, steps)
-        rate = size * self.config.batch_size / (now - self.epoch_started)
+        rate = (step - epoch * size) * self.config.batch_size
+        rate /= now - self.epoch_started
         left = (now - self.started) / step * (steps - step)
         line = (
             f"step {step:,}/{steps:,}  length<={self.longest}"

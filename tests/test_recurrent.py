@@ -884,7 +884,8 @@ def test_trace_goes_backwards_and_holds_masked_steps(x):
     close(inside["output"], layer(x, mask=holes()))
     # Row 0 from its end: steps 6, 3 and 4 of it are masked.
     memory = inside["memory"][0]
-    close(memory[0], np.zeros_like(memory[0]), 0)
+    start = layer.cell.get_initial_state(batch_size=len(x))
+    close(memory[0], layer.cell.unpack_state(start).memory[0], 0)
     close(memory[2], memory[1], 0)
     close(memory[3], memory[1], 0)
     assert differ(memory[4], memory[3])

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+import keras_memory
 from keras_memory import callbacks
 from keras_memory import cli
 from keras_memory import config
@@ -63,7 +64,7 @@ def test_a_run_leaves_everything(run):
     with Image.open(folder / "pictures" / "trained.png") as png:
         assert png.format == "PNG"
     with Image.open(folder / "pictures" / "training.gif") as gif:
-        assert gif.n_frames == 2
+        assert gif.n_frames == 3  # before, after 25 and after 50 steps
     assert "wrong bits" in shown[-1]
     assert "sequences/s" in shown[-1]
     assert not list(folder.rglob("*writing*"))
@@ -90,6 +91,20 @@ def test_same_seed_same_run(run, tmp_path):
 
 class Results:
     stop_training = False
+
+
+def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
+    settings = small("steps=7", "picture_every=0", "checkpoint_every=0")
+    results = training.train(settings, tmp_path / "run", lambda line: None)
+    assert results["steps"] == 7
+    assert (tmp_path / "run" / "pictures" / "trained.png").exists()
+    assert not (tmp_path / "run" / "checkpoint.keras").exists()
+
+
+def test_a_stateful_layer_has_no_probe(tmp_path):
+    layer = keras_memory.NTMLayer(3, stateful=True)
+    with pytest.raises(ValueError, match="stateful"):
+        callbacks.ProbePictures(layer, None, tmp_path)
 
 
 def curriculum_of(*settings):
@@ -149,11 +164,14 @@ def test_the_picture_shows_the_probe(tmp_path):
         model.layers[1], probe, tmp_path, every=2
     )
     pictures.set_model(model)
-    for epoch in range(3):
-        pictures.on_epoch_end(epoch)
-    assert len(pictures.frames) == 1
-    pictures.on_train_end()
-    assert len(pictures.frames) == 2
+    for _ in range(2):  # also in a second `fit`
+        pictures.on_train_begin()
+        assert len(pictures.frames) == 1
+        for epoch in range(3):
+            pictures.on_epoch_end(epoch)
+        assert len(pictures.frames) == 2
+        pictures.on_train_end()
+        assert len(pictures.frames) == 3
     with Image.open(tmp_path / "latest.png") as png:
         assert np.array_equal(np.asarray(png), pictures.frames[-1])
 
@@ -202,6 +220,10 @@ def test_presets_are_of_known_parts(name):
         ["train", "copy", "--set", "clipnorm=0"],
         ["train", "copy", "--set", "curriculum=(9, 5)"],
         ["train", "copy", "--set", "curriculum=5"],
+        ["train", "copy", "--set", "curriculum=('a',)"],
+        ["train", "copy", "--set", "min_length=15"],
+        ["train", "copy", "--set", "stop_wrong_bits=-1"],
+        ["train", "copy", "--set", "steps={[]: 1}"],
         ["train", "copy", "--set", "jit_compile=1"],
         ["train", "copy", "--set", "head_order=('read',)"],
         ["train", "copy", "--steps", "0"],
