@@ -91,6 +91,92 @@ class NTMAccess:
     norm_epsilon: float | None
     product_epsilon: float
 
+    def split(self, interface):
+        """(B, interface_size) -> `NTMInterface`, with activations."""
+        if self.interface_clip is not None:
+            interface = ops.clip(
+                interface, -self.interface_clip, self.interface_clip
+            )
+        activations = NTMInterface(
+            key=self.key_activation,
+            strength=self.strength_activation,
+            interpolation_gate=ops.sigmoid,
+            shift=keras.activations.softmax,  # no warning at shift_range=0
+            sharpening=oneplus,
+            erase_vector=ops.sigmoid,
+            add_vector=self.add_activation,
+        )
+        parts, end = [], 0
+        for shape, activation in zip(self.parts, activations):
+            part = None
+            if shape:
+                start, end = end, end + math.prod(shape)
+                part = ops.reshape(interface[:, start:end], (-1, *shape))
+                part = activation(part)
+            parts.append(part)
+        return NTMInterface(*parts)
+
+    def address(self, memory, interface, previous, heads):
+        """Content weighting and final weighting of a slice of the heads."""
+        epsilon = self.norm_epsilon
+        if epsilon is None:
+            epsilon = NORM_EPSILON[ops.dtype(memory)]
+        content = content_weighting(  # eqs. 5, 6
+            memory,
+            interface.key[:, heads],
+            interface.strength[:, heads],
+            epsilon,
+            self.product_epsilon,
+        )
+        if not self.by_location:
+            return content, content
+        weighting = interpolate(  # eq. 7
+            content,
+            previous[:, heads],
+            interface.interpolation_gate[:, heads],
+        )
+        weighting = shift(weighting, interface.shift[:, heads])  # eq. 8
+        weighting = sharpen(weighting, interface.sharpening[:, heads])  # eq. 9
+        return content, weighting
+
+    def step(self, interface, state):
+        """All heads address the memory, and read it or write to it."""
+        interface = self.split(interface)
+        memory = state.memory
+        previous = ops.concatenate(
+            [state.read_weighting, state.write_weighting], axis=1
+        )
+        reads, reading, writing, contents = [], [], [], {}
+        for heads, readers, writers in self.turns:
+            content, weighting = self.address(
+                memory, interface, previous, heads
+            )
+            contents[heads.start] = content
+            if readers:
+                reading.append(weighting[:, :readers])
+                reads.append(read(memory, reading[-1]))  # eq. 2
+            if writers.stop > writers.start:
+                writing.append(weighting[:, readers:])
+                memory = erase_and_add(  # eqs. 3, 4
+                    memory,
+                    writing[-1],
+                    interface.erase_vector[:, writers] if self.erase else None,
+                    interface.add_vector[:, writers],
+                )
+        state = state._replace(
+            reads=_join(reads),
+            memory=memory,
+            read_weighting=_join(reading),
+            write_weighting=_join(writing),
+        )
+        inside = {
+            "content_weighting": _join([contents[h] for h in sorted(contents)])
+        }
+        for name, part in interface._asdict().items():
+            if part is not None:
+                inside[name] = part
+        return state, inside
+
     def __post_init__(self):
         for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
             check_size(name, getattr(self, name))
@@ -225,91 +311,6 @@ class NTMAccess:
             )
             for start, stop in groups
         ]
-
-    def split(self, interface):
-        """(B, interface_size) -> `NTMInterface`, with activations."""
-        if self.interface_clip is not None:
-            interface = ops.clip(
-                interface, -self.interface_clip, self.interface_clip
-            )
-        activations = NTMInterface(
-            key=self.key_activation,
-            strength=self.strength_activation,
-            interpolation_gate=ops.sigmoid,
-            shift=keras.activations.softmax,  # no warning at shift_range=0
-            sharpening=oneplus,
-            erase_vector=ops.sigmoid,
-            add_vector=self.add_activation,
-        )
-        parts, end = [], 0
-        for shape, activation in zip(self.parts, activations):
-            part = None
-            if shape:
-                start, end = end, end + math.prod(shape)
-                part = ops.reshape(interface[:, start:end], (-1, *shape))
-                part = activation(part)
-            parts.append(part)
-        return NTMInterface(*parts)
-
-    def address(self, memory, interface, previous, heads):
-        """Content weighting and final weighting of a slice of the heads."""
-        epsilon = self.norm_epsilon
-        if epsilon is None:
-            epsilon = NORM_EPSILON[ops.dtype(memory)]
-        content = content_weighting(  # eqs. 5, 6
-            memory,
-            interface.key[:, heads],
-            interface.strength[:, heads],
-            epsilon,
-            self.product_epsilon,
-        )
-        if not self.by_location:
-            return content, content
-        weighting = interpolate(  # eq. 7
-            content,
-            previous[:, heads],
-            interface.interpolation_gate[:, heads],
-        )
-        weighting = shift(weighting, interface.shift[:, heads])  # eq. 8
-        weighting = sharpen(weighting, interface.sharpening[:, heads])  # eq. 9
-        return content, weighting
-
-    def step(self, interface, state):
-        interface = self.split(interface)
-        memory = state.memory
-        previous = ops.concatenate(
-            [state.read_weighting, state.write_weighting], axis=1
-        )
-        reads, reading, writing, contents = [], [], [], {}
-        for heads, readers, writers in self.turns:
-            content, weighting = self.address(
-                memory, interface, previous, heads
-            )
-            contents[heads.start] = content
-            if readers:
-                reading.append(weighting[:, :readers])
-                reads.append(read(memory, reading[-1]))  # eq. 2
-            if writers.stop > writers.start:
-                writing.append(weighting[:, readers:])
-                memory = erase_and_add(  # eqs. 3, 4
-                    memory,
-                    writing[-1],
-                    interface.erase_vector[:, writers] if self.erase else None,
-                    interface.add_vector[:, writers],
-                )
-        state = state._replace(
-            reads=_join(reads),
-            memory=memory,
-            read_weighting=_join(reading),
-            write_weighting=_join(writing),
-        )
-        inside = {
-            "content_weighting": _join([contents[h] for h in sorted(contents)])
-        }
-        for name, part in interface._asdict().items():
-            if part is not None:
-                inside[name] = part
-        return state, inside
 
 
 def _join(heads):
