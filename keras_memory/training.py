@@ -258,7 +258,11 @@ class Progress(keras.callbacks.Callback):
         self.in_place = show is print and sys.stdout.isatty()
 
     def on_train_begin(self, logs=None):
-        self.show("compiling for each length: the first steps take a while")
+        self.show(
+            "step  longest sequence  loss  bits and wrong bits a sequence  "
+            "sequences/s  most time left\n"
+            "(each length is compiled once: the first steps take a while)"
+        )
         self.started = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -273,12 +277,12 @@ class Progress(keras.callbacks.Callback):
         rate /= now - self.epoch_started
         left = (now - self.started) / step * (steps - step)
         line = (
-            f"step {step:,}/{steps:,}  length<={self.longest}"
+            f"{step:,}/{steps:,}  <={self.longest}"
             f"  loss {logs['loss']:.4f}"
             f"  bits {logs['bits_per_sequence']:.2f}"
-            f"  wrong bits {logs['wrong_bits_per_sequence']:.2f}"
-            f"  {rate:,.0f} sequences/s"
-            f"  <{left // 60:.0f}:{int(left % 60):02} left"
+            f"  wrong {logs['wrong_bits_per_sequence']:.2f}"
+            f"  {rate:,.0f} seq/s"
+            f"  {left // 60:.0f}:{int(left % 60):02} left"
         )
         if self.in_place:
             width = shutil.get_terminal_size().columns - 1

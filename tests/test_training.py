@@ -65,8 +65,10 @@ def test_a_run_leaves_everything(run):
         assert png.format == "PNG"
     with Image.open(folder / "pictures" / "training.gif") as gif:
         assert gif.n_frames == 3  # before, after 25 and after 50 steps
-    assert "wrong bits" in shown[-1]
-    assert "sequences/s" in shown[-1]
+    assert "wrong bits" in shown[0]
+    assert "50/50" in shown[-1]
+    for name in ("loss", "bits", "wrong", "seq/s", "left"):
+        assert name in shown[-1]
     assert not list(folder.rglob("*writing*"))
 
 
