@@ -2,10 +2,12 @@
 
 from keras_memory import callbacks as callbacks
 from keras_memory import controllers as controllers
+from keras_memory import convert as convert
 from keras_memory import export as export
 from keras_memory import losses as losses
 from keras_memory import tasks as tasks
 from keras_memory import visualization as visualization
+from keras_memory.ntm import MERLINState as MERLINState
 from keras_memory.ntm import NTMCell as NTMCell
 from keras_memory.ntm import NTMLayer as NTMLayer
 from keras_memory.ntm import NTMState as NTMState

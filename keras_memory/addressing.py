@@ -4,6 +4,7 @@ Pure functions without weights or state. Axes are always batch B, head H,
 slot N, width W. A weighting is non-negative and sums to at most one over N.
 """
 
+import keras
 from keras import ops
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
@@ -137,9 +138,95 @@ def sharpen(weighting, sharpening):
     return ops.softmax(logits, axis=-1)
 
 
+def least_used(usage):
+    """Points at the slot of lowest usage, the first of several.
+
+    Source: Wayne et al. 2018, of the row that is written.
+
+    Args:
+        usage: (B, N); any real value.
+
+    Returns:
+        (B, 1, N) weighting: 1 at one slot, 0 at the others; no gradient.
+    """
+    slot = ops.argmin(usage, axis=-1)
+    weighting = ops.one_hot(slot, usage.shape[-1], dtype=ops.dtype(usage))
+    return weighting[:, None]
+
+
+def mark_used(usage, write_weighting):
+    """Usage after a write: slots written for the first time go from -1 to 0.
+
+    Source: Wayne et al. 2018; -1 is our mark of a slot that was never
+    written, so that no counter of steps is needed.
+
+    Args:
+        usage: (B, N), -1 or at least 0.
+        write_weighting: (B, 1, N) weighting, 1 at one slot.
+
+    Returns:
+        (B, N) usage.
+    """
+    return ops.maximum(usage, write_weighting[:, 0] - 1.0)
+
+
+def add_usage(usage, read_weighting):
+    """Usage after a read: a slot's usage is how much it was read so far.
+
+    Source: Wayne et al. 2018. Reading a slot that was never written (-1) is
+    no use of it.
+
+    Args:
+        usage: (B, N), -1 or at least 0.
+        read_weighting: (B, R, N) weighting.
+
+    Returns:
+        (B, N) usage.
+    """
+    read = ops.sum(read_weighting, axis=1)
+    return ops.where(usage < 0, usage, usage + read)
+
+
 def oneplus(x):
     """1 + log(1 + exp(x)), at least 1.
 
     Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
     """
     return 1.0 + ops.softplus(x)
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+def sparsemax(logits, axis=-1):
+    """Projects logits onto the probability simplex: a softmax with zeros.
+
+    Source: Martins & Astudillo 2016 (arXiv 1602.02068), Algorithm 1.
+    Departure: the maximum is subtracted first, which changes nothing but the
+    rounding; 16-bit logits are computed in float32.
+
+    `keras.ops.sparsemax` of Keras 3.15 does not sum to 1 where more than one
+    entry is positive (Keras issue 23425).
+
+    Args:
+        logits: float array of any shape; any real value. -inf gives 0.
+        axis: int, the axis to sum to 1 over.
+
+    Returns:
+        Array like `logits`: non-negative, sums to 1 over `axis`; all NaN where
+        there is a NaN or +inf, or -inf only, along `axis`.
+    """
+    logits = ops.convert_to_tensor(logits)
+    dtype = "float64" if ops.dtype(logits) == "float64" else "float32"
+    z = ops.cast(logits, dtype)
+    z = z - ops.stop_gradient(ops.max(z, axis=axis, keepdims=True))
+    ranked = ops.flip(ops.sort(z, axis=axis), axis=axis)
+    rank = ops.cumsum(ops.ones_like(z), axis=axis, dtype=dtype)
+    sums = ops.cumsum(ranked, axis=axis, dtype=dtype)
+    support = 1.0 + rank * ranked > sums
+
+    def total(x):
+        return ops.sum(x, axis=axis, keepdims=True)
+
+    inside = ops.where(support, ranked, ops.zeros_like(ranked))
+    threshold = (total(inside) - 1.0) / total(ops.cast(support, dtype))
+    threshold = ops.where(ops.isnan(total(z)), total(z), threshold)
+    return ops.cast(ops.relu(z - threshold), logits.dtype)

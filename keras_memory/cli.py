@@ -21,7 +21,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("keras-memory: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ImportError) as error:
         reason = " ".join(str(error).split())
         print(f"keras-memory: error: {reason}", file=sys.stderr)
         return 2
@@ -60,6 +60,24 @@ def parser():
         help="run folder, absent or empty (default: runs/<task>-1, -2, ...)",
     )
     command.set_defaults(run=train)
+
+    command = commands.add_parser(
+        "convert",
+        help="make a Keras model of another implementation's weights",
+        description="Makes a Keras model of a trained model of another "
+        "implementation. Nothing in the checkpoint is executed.",
+        epilog="Example: keras-memory convert pytorch-ntm "
+        "copy-task-10-batch-50000.model copy.keras",
+    )
+    command.add_argument(
+        "implementation", choices=["pytorch-ntm"], help="where it is from"
+    )
+    command.add_argument(
+        "checkpoint",
+        help="its state dict as torch.save wrote it (needs torch), or an .npz",
+    )
+    command.add_argument("out", help="the .keras file to write, not there yet")
+    command.set_defaults(run=convert)
     return top
 
 
@@ -93,6 +111,34 @@ def train(parsed):
     print(f"picture:     {folder}/pictures/trained.png, training.gif")
     print(f"SavedModel:  {folder}/export/1 (loaded and checked)")
     print(f"TensorBoard: tensorboard --logdir {folder}/logs")
+
+
+def convert(parsed):
+    """The command `convert`."""
+    out = pathlib.Path(parsed.out)
+    if out.suffix != ".keras" or out.exists() or not out.parent.is_dir():
+        raise ValueError(
+            "the output must be a new .keras file in a folder that exists. "
+            f"Received: {out}"
+        )
+
+    import keras
+
+    from keras_memory import convert as converters
+    from keras_memory import training
+
+    layer = converters.from_pytorch_ntm(
+        converters.read_pytorch_checkpoint(parsed.checkpoint)
+    )
+    cell = layer.cell
+    inputs = keras.Input((None, cell.input_size), name="inputs")
+    training.save(keras.Model(inputs, layer(inputs), name="ntm"), out)
+    print(
+        f"NTM from {cell.input_size} inputs to {cell.units} outputs: "
+        f"{cell.memory_slots} slots of {cell.slot_size}, heads "
+        f"{', '.join(cell.head_order)}, LSTM of {cell.controller_units}"
+    )
+    print(f"model: {out}")
 
 
 def _next_folder(task):

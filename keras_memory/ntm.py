@@ -1,6 +1,7 @@
-"""The Neural Turing Machine (Graves, Wayne, Danihelka 2014, arXiv 1410.5401).
+"""The Neural Turing Machine (Graves, Wayne, Danihelka 2014, arXiv 1410.5401),
+also with MERLIN's way of writing (Wayne et al. 2018, arXiv 1803.10760).
 
-Equation numbers are those of section 3 of the paper.
+Equation numbers are those of section 3 of the first paper.
 """
 
 import dataclasses
@@ -16,8 +17,11 @@ from keras import ops
 from keras_memory.access import erase_and_add
 from keras_memory.access import read
 from keras_memory.addressing import NORM_EPSILON
+from keras_memory.addressing import add_usage
 from keras_memory.addressing import content_weighting
 from keras_memory.addressing import interpolate
+from keras_memory.addressing import least_used
+from keras_memory.addressing import mark_used
 from keras_memory.addressing import oneplus
 from keras_memory.addressing import sharpen
 from keras_memory.addressing import shift
@@ -47,8 +51,32 @@ class NTMState(NamedTuple):
     controller: Any = ()
 
 
+class MERLINState(NamedTuple):
+    """What an NTM with sequential writing carries from step to step.
+
+    Args:
+        reads, memory, read_weighting, controller: as in `NTMState`.
+        write_weighting: (B, 1, N), 1 on the slot that was written.
+        retroactive_weighting: (B, 1, N), where the second halves of slots are
+            written; 0 without retroactive writing.
+        usage: (B, N), -1 until a slot is first written, then the sum of the
+            read weightings it had since.
+    """
+
+    reads: Any
+    memory: Any
+    read_weighting: Any
+    write_weighting: Any
+    retroactive_weighting: Any
+    usage: Any
+    controller: Any = ()
+
+
 class NTMInterface(NamedTuple):
-    """What the controller tells the heads; K = R + H heads, read heads first.
+    """What the controller tells the heads.
+
+    K heads address the memory, read heads first: R + H, or R where writing is
+    sequential. Parts that a layer does without are None.
 
     Args:
         key: (B, K, W) look-up vectors, k.
@@ -57,7 +85,7 @@ class NTMInterface(NamedTuple):
         shift: (B, K, 2 shift_range + 1) distribution over offsets, s.
         sharpening: (B, K), at least 1, gamma.
         erase_vector: (B, H, W) in (0, 1), e.
-        add_vector: (B, H, W), a.
+        add_vector: (B, H, W), a; (B, 1, W / 2) in retroactive writing.
     """
 
     key: Any
@@ -81,6 +109,8 @@ class NTMAccess:
     addressing: str
     shift_range: int
     erase: bool
+    writing: str
+    retroactive_discount: float | None
     interface_clip: float | None
     key_activation: Callable
     add_activation: Callable
@@ -142,30 +172,36 @@ class NTMAccess:
     def step(self, interface, state):
         """All heads address the memory, and read it or write to it."""
         interface = self.split(interface)
-        memory = state.memory
-        previous = ops.concatenate(
-            [state.read_weighting, state.write_weighting], axis=1
-        )
+        previous = state.read_weighting
+        if not self.sequential:
+            previous = ops.concatenate(
+                [previous, state.write_weighting], axis=1
+            )
         reads, reading, writing, contents = [], [], [], {}
         for heads, readers, writers in self.turns:
-            content, weighting = self.address(
-                memory, interface, previous, heads
-            )
-            contents[heads.start] = content
+            if heads.stop > heads.start:
+                content, weighting = self.address(
+                    state.memory, interface, previous, heads
+                )
+                contents[heads.start] = content
             if readers:
                 reading.append(weighting[:, :readers])
-                reads.append(read(memory, reading[-1]))  # eq. 2
+                reads.append(read(state.memory, reading[-1]))  # eq. 2
+                if self.sequential:
+                    usage = add_usage(state.usage, reading[-1])
+                    state = state._replace(usage=usage)
             if writers.stop > writers.start:
-                writing.append(weighting[:, readers:])
-                memory = erase_and_add(  # eqs. 3, 4
-                    memory,
-                    writing[-1],
-                    interface.erase_vector[:, writers] if self.erase else None,
-                    interface.add_vector[:, writers],
-                )
+                if self.sequential:
+                    state = self.write_next(state, interface.add_vector)
+                    writing.append(state.write_weighting)
+                else:
+                    writing.append(weighting[:, readers:])
+                    memory = self.write(
+                        state.memory, interface, writing[-1], writers
+                    )
+                    state = state._replace(memory=memory)
         state = state._replace(
             reads=_join(reads),
-            memory=memory,
             read_weighting=_join(reading),
             write_weighting=_join(writing),
         )
@@ -176,6 +212,49 @@ class NTMAccess:
             if part is not None:
                 inside[name] = part
         return state, inside
+
+    def write(self, memory, interface, weighting, heads):
+        """The memory after a slice of the write heads has written to it."""
+        erase = interface.erase_vector
+        groups = [slice(None)]  # of the heads in `weighting`
+        if self.head_order == "writes_in_turn":
+            groups = [slice(h, h + 1) for h in range(self.write_heads)]
+        for group in groups:
+            memory = erase_and_add(  # eqs. 3, 4
+                memory,
+                weighting[:, group],
+                erase[:, heads][:, group] if self.erase else None,
+                interface.add_vector[:, heads][:, group],
+            )
+        return memory
+
+    def write_next(self, state, add_vector):
+        """Writes to the first slot that is not written yet, and to the one
+        that was read least when there is none (MERLIN)."""
+        weighting = least_used(state.usage)
+        state = state._replace(usage=mark_used(state.usage, weighting))
+        discount = self.retroactive_discount
+        if discount is not None:
+            later = (
+                discount * state.retroactive_weighting
+                + (1.0 - discount) * state.write_weighting  # of t - 1
+            )
+            if self.erase:  # what is overwritten has no future
+                later = later * (1.0 - weighting)
+            nothing = ops.zeros_like(add_vector)
+            memory = erase_and_add(
+                state.memory,
+                later,
+                None,
+                ops.concatenate([nothing, add_vector], axis=-1),
+            )
+            state = state._replace(memory=memory, retroactive_weighting=later)
+            add_vector = ops.concatenate([add_vector, nothing], axis=-1)
+        erase = ops.ones_like(add_vector) if self.erase else None
+        return state._replace(
+            memory=erase_and_add(state.memory, weighting, erase, add_vector),
+            write_weighting=weighting,
+        )
 
     def __post_init__(self):
         for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
@@ -200,13 +279,15 @@ class NTMAccess:
                 "`initial_weighting` must be at least 0, as a weighting is. "
                 f"Received: initial_weighting={self.initial_weighting!r}"
             )
+        self._check_writing()
         every_head = ["read"] * self.read_heads + ["write"] * self.write_heads
-        if self.head_order != "parallel" and (
+        if self.head_order not in ("parallel", "writes_in_turn") and (
             not isinstance(self.head_order, tuple)
             or sorted(map(str, self.head_order)) != every_head
         ):
             raise ValueError(
-                '`head_order` must be "parallel", or name each head once: '
+                '`head_order` must be "parallel", "writes_in_turn", or name '
+                "each head once: "
                 f'{self.read_heads} times "read" and {self.write_heads} times '
                 '"write", as `read_heads` and `write_heads` say. '
                 f"Received: head_order={self.head_order!r}"
@@ -224,6 +305,39 @@ class NTMAccess:
                 f"memory_slots={self.memory_slots}"
             )
 
+    def _check_writing(self):
+        if self.writing not in ("addressed", "sequential"):
+            raise ValueError(
+                '`writing` must be "addressed" or "sequential". '
+                f"Received: writing={self.writing!r}"
+            )
+        if self.sequential and self.write_heads != 1:
+            raise ValueError(
+                'writing="sequential" writes one slot a step and needs '
+                "`write_heads=1`. "
+                f"Received: write_heads={self.write_heads!r}"
+            )
+        discount = self.retroactive_discount
+        if discount is None:
+            return
+        if not (is_number(discount) and 0.0 <= discount < 1.0):
+            raise ValueError(
+                "`retroactive_discount` must be in [0, 1), or None for no "
+                "retroactive writing. "
+                f"Received: retroactive_discount={discount!r}"
+            )
+        if not self.sequential or self.slot_size % 2:
+            raise ValueError(
+                "`retroactive_discount` fills the second half of a slot with "
+                'what comes after its first: it needs writing="sequential" '
+                "and an even `slot_size`. Received: "
+                f"writing={self.writing!r}, slot_size={self.slot_size!r}"
+            )
+
+    @property
+    def sequential(self):
+        return self.writing == "sequential"
+
     @property
     def by_location(self):
         return self.addressing == "content_and_location"
@@ -231,8 +345,10 @@ class NTMAccess:
     @property
     def parts(self):
         """Shape of each part of the interface; None where it is not used."""
-        heads = self.read_heads + self.write_heads
+        heads = self.read_heads + (0 if self.sequential else self.write_heads)
         shifts = 2 * self.shift_range + 1
+        halves = 1 if self.retroactive_discount is None else 2
+        learns_erase = self.erase and not self.sequential
         return NTMInterface(
             key=(heads, self.slot_size),
             strength=(heads,),
@@ -240,9 +356,9 @@ class NTMAccess:
             shift=(heads, shifts) if self.by_location else None,
             sharpening=(heads,) if self.by_location else None,
             erase_vector=(
-                (self.write_heads, self.slot_size) if self.erase else None
+                (self.write_heads, self.slot_size) if learns_erase else None
             ),
-            add_vector=(self.write_heads, self.slot_size),
+            add_vector=(self.write_heads, self.slot_size // halves),
         )
 
     @property
@@ -269,7 +385,7 @@ class NTMAccess:
             )
 
         reach = 1.0 / math.sqrt(self.memory_slots + self.slot_size)
-        return NTMState(
+        state = NTMState(
             reads=Initial(
                 (self.read_heads, self.slot_size),
                 self.initial_reads,
@@ -284,25 +400,35 @@ class NTMAccess:
             read_weighting=weighting(self.read_heads),
             write_weighting=weighting(self.write_heads),
         )
+        if not self.sequential:
+            return state
+        nowhere = Initial((1, self.memory_slots))
+        fields = {**state._asdict(), "write_weighting": nowhere}
+        return MERLINState(
+            **fields,
+            retroactive_weighting=nowhere,
+            usage=Initial((self.memory_slots,), constant=-1.0),
+        )
 
     @property
     def turns(self):
         """Groups of heads that act at once; the groups act one after another.
 
-        Each is (slice of all heads, how many of them read, slice of the write
-        heads). Read heads come before write heads.
+        Each is (slice of the heads that address, how many of them read, slice
+        of the write heads). Read heads come before write heads.
         """
         first = {"read": 0, "write": self.read_heads}
-        if self.head_order == "parallel":
+        if isinstance(self.head_order, str):
             groups = [(0, self.read_heads + self.write_heads)]
         else:
             groups = []
             for kind in self.head_order:
                 groups.append((first[kind], first[kind] + 1))
                 first[kind] += 1
+        heads, _ = self.parts.key
         return [
             (
-                slice(start, stop),
+                slice(start, min(stop, heads)),
                 max(0, min(stop, self.read_heads) - start),
                 slice(
                     max(0, start - self.read_heads),
@@ -329,17 +455,21 @@ class NTMCell(MemoryCell):
     (`NTMAccess.split`); content weighting, eqs. 5-6; interpolation, eq. 7;
     shift, eq. 8; sharpening, eq. 9 (`NTMAccess.address`, and
     `addressing.py`); reading, eq. 2; erasing and adding, eqs. 3-4
-    (`NTMAccess.step` and `access.py`).
+    (`NTMAccess.step` and `access.py`); MERLIN's sequential and retroactive
+    writing, Wayne et al. 2018, Methods (`NTMAccess.write_next`).
 
-    State: an `NTMState`; reads start at `initial_reads`, memory at
-    `initial_memory`, weightings at `initial_weighting`; the heads update all
-    of them at every step.
+    State: an `NTMState`, or a `MERLINState`; reads start at `initial_reads`,
+    memory at `initial_memory`, weightings at `initial_weighting`; the heads
+    update all of them at every step. A `MERLINState` starts with write
+    weightings of 0 and usages of -1, which marks a slot never written.
 
     Masking and dtype: as `MemoryCell`.
 
     Departures: `norm_epsilon` in the norms and an epsilon in the sharpening
     keep gradients finite where the paper's formulas divide zero by zero
-    (`test_ntm.py`, singular points).
+    (`test_ntm.py`, singular points). MERLIN adds to the slot that it
+    overwrites; here it is cleared first, together with its retroactive
+    weighting, unless `erase=False` (`test_ntm.py`, sequential writing).
 
     Args:
         units: int, at least 1, width of the output; or None for the features
@@ -353,14 +483,28 @@ class NTMCell(MemoryCell):
         controller_units: int, at least 1. Default 100.
         controller_layers: int, at least 1. Default 1.
         head_order: `"parallel"` (default): all heads address and read the
-            memory of the step before, then all write. Or a sequence such as
-            `("read", "write", "read", "write")`: the heads act one after the
-            other and see each other's writes; the i-th `"read"` is read head
-            i. The paper leaves the order open.
+            memory of the step before, then all erase, then all add.
+            `"writes_in_turn"`: likewise, but each write head also erases what
+            those before it have added (Collier & Beel 2018). Or a sequence
+            such as `("read", "write", "read", "write")`: the heads act one
+            after the other and see each other's writes; the i-th `"read"` is
+            read head i. The paper leaves the order open.
         addressing: `"content_and_location"` (default), or `"content"`: the
             content weighting as it is, without eqs. 7-9.
         shift_range: int, at least 0, largest shift in slots. Default 1.
         erase: bool. False leaves eq. 3 out: heads only add. Default True.
+        writing: `"addressed"` (default): write heads address the memory as
+            read heads do. `"sequential"`: as in MERLIN, the t-th step writes
+            to slot t, and after N steps to the slot that was read least since
+            it was first written. The slot is overwritten whole; with
+            `erase=False` what it held stays and the new is added. Needs
+            `write_heads=1`, which then has no key, strength and so on, and no
+            erase vector.
+        retroactive_discount: float in [0, 1) or None (default), gamma of
+            MERLIN's retroactive writing, which needs sequential writing and
+            an even W: add vectors are W / 2 wide, are written to the first
+            half of their slot, and to the second half of the slots written
+            before: to that of n steps ago times (1 - gamma) gamma^(n - 1).
         interface_clip: positive float or None (default); clips the interface
             to +- this in front of its activations.
         key_activation: Keras activation of keys. Default `"tanh"`.
@@ -394,6 +538,8 @@ class NTMCell(MemoryCell):
         https://arxiv.org/abs/1410.5401
         Collier, Beel (2018), Implementing Neural Turing Machines (initial
         memory), https://arxiv.org/abs/1807.08518
+        Wayne et al. (2018), Unsupervised Predictive Memory in a Goal-Directed
+        Agent (MERLIN), https://arxiv.org/abs/1803.10760
     """
 
     def __init__(
@@ -410,6 +556,8 @@ class NTMCell(MemoryCell):
         addressing="content_and_location",
         shift_range=1,
         erase=True,
+        writing="addressed",
+        retroactive_discount=None,
         interface_clip=None,
         key_activation="tanh",
         add_activation="tanh",
@@ -435,6 +583,8 @@ class NTMCell(MemoryCell):
             addressing=addressing,
             shift_range=shift_range,
             erase=erase,
+            writing=writing,
+            retroactive_discount=retroactive_discount,
             interface_clip=interface_clip,
             key_activation=keras.activations.get(key_activation),
             add_activation=keras.activations.get(add_activation),
@@ -461,6 +611,8 @@ class NTMCell(MemoryCell):
         self.addressing = addressing
         self.shift_range = shift_range
         self.erase = erase
+        self.writing = writing
+        self.retroactive_discount = retroactive_discount
         self.interface_clip = interface_clip
         self.key_activation = key_activation
         self.add_activation = add_activation

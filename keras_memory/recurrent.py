@@ -267,7 +267,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 "The width of the inputs (their last axis) must be known to "
                 f"build the weights. Received: input_shape={input_shape}"
             )
-        size = input_shape[-1] + self.accesses[-1].read_size
+        self.input_size = input_shape[-1]
+        size = self.input_size + self.accesses[-1].read_size
         self._input_sizes, self.interfaces = [], []
         for block, access in enumerate(self.accesses):
             controller = self.block_controllers[block]

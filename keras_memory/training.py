@@ -184,8 +184,11 @@ def make_run_folder(folder):
 def save(model, path):
     """Saves a model so that `path` is always whole: written aside, renamed."""
     aside = path.with_name(f".{path.stem}.writing{path.suffix}")
-    model.save(aside)
-    os.replace(aside, path)
+    try:
+        model.save(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _in_reports(steps, config):

@@ -71,9 +71,10 @@ def ntm(name, output_size=3, **kwargs):
 CASES = [
     ntm("default"),
     ntm(
-        "parallel-heads-learned-start",
+        "writes-in-turn-learned-start",
         read_heads=2,
         write_heads=3,
+        head_order="writes_in_turn",
         controller="gru",
         initial_memory="learned",
         initial_reads="learned",
@@ -113,6 +114,16 @@ CASES = [
         strength_activation="oneplus",
         product_epsilon=1e-6,
         norm_epsilon=1e-4,
+    ),
+    ntm(
+        "merlin",
+        slot_size=6,
+        memory_slots=5,  # fewer than steps: slots are overwritten
+        read_heads=2,
+        addressing="content",
+        writing="sequential",
+        retroactive_discount=0.7,
+        initial_memory=0.0,
     ),
     ntm("unprojected-own-cell", 18, units=None, controller=own_cell),
     ntm("stacked-cells", controller=stacked_cells),

@@ -891,6 +891,14 @@ def test_trace_goes_backwards_and_holds_masked_steps(x):
     assert differ(memory[4], memory[3])
 
 
+def test_trace_zeroes_masked_outputs_where_the_layer_does(x):
+    layer = ntm(zero_output_for_mask=True)
+    inside = keras_memory.trace(layer, x, mask=holes())
+    close(inside["output"], layer(x, mask=holes()))
+    assert not inside["output"][~holes()].any()
+    assert inside["memory"][~holes()].any()
+
+
 def test_trace_of_something_else(x):
     for layer in (keras.layers.LSTM(3), ntm_cell(), keras.Sequential([ntm()])):
         with pytest.raises(TypeError, match="`NTMLayer`. Received: <"):
