@@ -79,7 +79,7 @@ def content_weighting(
         ValueError: the last axes of `memory` and `keys` differ.
     """
     similarity = cosine_similarity(memory, keys, norm_epsilon, product_epsilon)
-    return ops.softmax(strengths[:, :, None] * similarity, axis=-1)
+    return softmax(strengths[:, :, None] * similarity)
 
 
 def interpolate(content_weighting, previous_weighting, interpolation_gate):
@@ -135,7 +135,7 @@ def sharpen(weighting, sharpening):
     """
     epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
     logits = sharpening[:, :, None] * ops.log(weighting + epsilon)
-    return ops.softmax(logits, axis=-1)
+    return softmax(logits)
 
 
 def least_used(usage):
@@ -187,6 +187,14 @@ def add_usage(usage, read_weighting):
     return ops.where(usage < 0, usage, usage + read)
 
 
+def softmax(logits):
+    """Softmax over the last axis, without Keras's warning where that has one
+    entry: there may be one slot, or one shift."""
+    if logits.shape[-1] == 1:
+        return ops.ones_like(logits)
+    return ops.softmax(logits, axis=-1)
+
+
 def oneplus(x):
     """1 + log(1 + exp(x)), at least 1.
 
@@ -195,6 +203,7 @@ def oneplus(x):
     return 1.0 + ops.softplus(x)
 
 
+# Registered, or a saved model would come back with Keras's own sparsemax.
 @keras.saving.register_keras_serializable(package="keras_memory")
 def sparsemax(logits, axis=-1):
     """Projects logits onto the probability simplex: a softmax with zeros.
@@ -207,7 +216,8 @@ def sparsemax(logits, axis=-1):
     entry is positive (Keras issue 23425).
 
     Args:
-        logits: float array of any shape; any real value. -inf gives 0.
+        logits: array of any shape; any real value. -inf gives 0. Integers
+            become float32.
         axis: int, the axis to sum to 1 over.
 
     Returns:
@@ -215,6 +225,8 @@ def sparsemax(logits, axis=-1):
         there is a NaN or +inf, or -inf only, along `axis`.
     """
     logits = ops.convert_to_tensor(logits)
+    if "float" not in ops.dtype(logits):
+        logits = ops.cast(logits, "float32")
     dtype = "float64" if ops.dtype(logits) == "float64" else "float32"
     z = ops.cast(logits, dtype)
     z = z - ops.stop_gradient(ops.max(z, axis=axis, keepdims=True))
@@ -228,5 +240,6 @@ def sparsemax(logits, axis=-1):
 
     inside = ops.where(support, ranked, ops.zeros_like(ranked))
     threshold = (total(inside) - 1.0) / total(ops.cast(support, dtype))
+    # XLA's maximum passes over NaN, but the sum does not.
     threshold = ops.where(ops.isnan(total(z)), total(z), threshold)
     return ops.cast(ops.relu(z - threshold), logits.dtype)

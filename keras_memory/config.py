@@ -30,7 +30,11 @@ class NTM:
     controller_units: int = 100
     controller_layers: int = 1
     head_order: str | tuple = "parallel"
+    addressing: str = "content_and_location"
     shift_range: int = 1
+    erase: bool = True
+    writing: str = "addressed"
+    retroactive_discount: float | None = None
     initial_memory: str | float = "constant"
     initial_reads: str | float = "constant"
     initial_weighting: str | float = "constant"

@@ -17,7 +17,9 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
     """A dense layer in the form of an RNN cell that has no state.
 
     It lets a feed-forward controller be stacked, and gives it one dropout
-    mask for all steps of a sequence, as recurrent controllers have.
+    mask for all steps of a sequence, as recurrent controllers have. Without a
+    state it is for `MemoryCell` and `StackedRNNCells`, not for
+    `keras.layers.RNN` alone.
 
     Args:
         units: int, at least 1; output width.
@@ -27,6 +29,9 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         dropout: float in [0, 1), dropped share of the inputs.
         seed: int or None, seed of the dropout.
         **kwargs: of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: a size or share out of range.
 
     Example:
 
@@ -49,11 +54,11 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.units = units
+        self.units = check_size("units", units)
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.dropout = dropout
+        self.dropout = _check_share("dropout", dropout)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.state_size = []
@@ -72,8 +77,7 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         )
 
     def call(self, inputs, states, training=False):
-        if training and self.dropout > 0:
-            inputs = inputs * self.get_dropout_mask(inputs)
+        inputs, _ = _drop(self, inputs, None, training)
         output = ops.matmul(inputs, self.kernel) + self.bias
         return self.activation(output), states
 
@@ -96,11 +100,503 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         }
 
 
+class _OneMask:
+    """In front of a Keras cell: refuses what that would clamp, and has one
+    dropout mask for all gates."""
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        *,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        **kwargs,
+    ):
+        check_size("units", units)
+        _check_share("dropout", dropout)
+        _check_share("recurrent_dropout", recurrent_dropout)
+        super().__init__(
+            units,
+            activation,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+            **kwargs,
+        )
+        self.dropout_mask_count = None  # LSTMCell may want one for each gate
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
+    """LSTM whose products and cell state are layer-normalised.
+
+    Equal in numbers and in the order of its weights to
+    `tfa.rnn.LayerNormLSTMCell` of tensorflow-addons 0.23.
+
+    Equations (Ba et al. 2016, supplementary material): LN subtracts the mean
+    of a vector, divides by its deviation, scales by gamma and adds beta, each
+    LN with a gamma and a beta of its own; s is `recurrent_activation`.
+
+        i, f, g, o = split(LN(x_t W) + LN(h_{t-1} U) + b)
+        c_t = LN(s(f) c_{t-1} + s(i) activation(g))
+        h_t = s(o) activation(c_t)
+
+    Departure: c_t itself is carried to the next step, as in
+    tensorflow-addons, whose numbers these are
+    (`test_steps_equal_tensorflow_addons`); the paper carries the sum inside
+    its LN and normalises for h_t only.
+
+    State: h, c: (B, units) each, 0 at first.
+
+    Masking and dtype: normalises in float32 at least. While inputs and states
+    are exactly 0, each step multiplies gradients by up to 1 / `norm_epsilon`,
+    which overflows within 20 steps: mask padding in front of a sequence.
+
+    Args:
+        units: int, at least 1; output width.
+        activation: Keras activation. Default `"tanh"`.
+        norm_gamma_initializer: Keras initializer of the three gammas.
+        norm_beta_initializer: Keras initializer of the three betas.
+        norm_epsilon: positive float, added to each variance.
+        **kwargs: of `keras.layers.LSTMCell`, with its defaults. `dropout` and
+            `recurrent_dropout`, in [0, 1), are the dropped shares of x_t and
+            h_{t-1}; the same units are dropped for all gates and all steps.
+
+    Raises:
+        ValueError: a size, share or epsilon out of range.
+
+    Example:
+
+    >>> cell = keras_memory.controllers.LayerNormLSTMCell(3)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.ones((2, 7, 5), "float32")).shape
+    TensorShape([2, 7, 3])
+
+    References:
+        Ba, Kiros, Hinton 2016, "Layer Normalization",
+        https://arxiv.org/abs/1607.06450
+    """
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        *,
+        norm_gamma_initializer="ones",
+        norm_beta_initializer="zeros",
+        norm_epsilon=1e-3,
+        **kwargs,
+    ):
+        super().__init__(units, activation, **kwargs)
+        _check_epsilon("norm_epsilon", norm_epsilon)
+        self.kernel_norm, self.recurrent_norm, self.state_norm = (
+            keras.layers.LayerNormalization(
+                epsilon=norm_epsilon,
+                gamma_initializer=_fresh(norm_gamma_initializer),
+                beta_initializer=_fresh(norm_beta_initializer),
+                dtype=self.dtype_policy,
+                name=name,
+            )
+            for name in ("kernel_norm", "recurrent_norm", "state_norm")
+        )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.kernel_norm.build((None, 4 * self.units))
+        self.recurrent_norm.build((None, 4 * self.units))
+        self.state_norm.build((None, self.units))
+
+    def call(self, inputs, states, training=False):
+        h, c = states
+        x, h = _drop(self, inputs, h, training)
+        z = self.kernel_norm(ops.matmul(x, self.kernel))
+        z = z + self.recurrent_norm(ops.matmul(h, self.recurrent_kernel))
+        if self.use_bias:
+            z = z + self.bias
+        i, f, g, o = ops.split(z, 4, axis=-1)
+        i, f, o = map(self.recurrent_activation, (i, f, o))
+        c = self.state_norm(f * c + i * self.activation(g))
+        h = o * self.activation(c)
+        return h, [h, c]
+
+    def get_config(self):
+        norm = self.state_norm.get_config()
+        return {
+            **super().get_config(),
+            "norm_gamma_initializer": norm["gamma_initializer"],
+            "norm_beta_initializer": norm["beta_initializer"],
+            "norm_epsilon": norm["epsilon"],
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
+    """Simple RNN whose summed products are layer-normalised.
+
+    Equal in numbers and in the order of its weights to
+    `tfa.rnn.LayerNormSimpleRNNCell` of tensorflow-addons 0.23.
+
+    Equations (Ba et al. 2016, eq. 4): LN subtracts the mean of a vector,
+    divides by its deviation and scales by gamma.
+
+        h_t = activation(LN(x_t W + h_{t-1} U) + b)
+
+    State: h: (B, units), 0 at first.
+
+    Masking and dtype: normalises in float32 at least. While inputs and state
+    are exactly 0, each step multiplies gradients by up to the root of
+    1 / `layernorm_epsilon`, which overflows within 20 steps: mask padding in
+    front of a sequence.
+
+    Args:
+        units: int, at least 1; output width.
+        activation: Keras activation. Default `"tanh"`.
+        layernorm_epsilon: positive float, added to the variance.
+        gamma_initializer: Keras initializer of gamma.
+        gamma_regularizer: Keras regularizer of gamma.
+        gamma_constraint: Keras constraint of gamma.
+        **kwargs: of `keras.layers.SimpleRNNCell`, with its defaults.
+            `dropout` and `recurrent_dropout`, in [0, 1), are the dropped
+            shares of x_t and h_{t-1}, the same for all steps.
+
+    Raises:
+        ValueError: a size, share or epsilon out of range.
+
+    Example:
+
+    >>> cell = keras_memory.controllers.LayerNormSimpleRNNCell(3)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.ones((2, 7, 5), "float32")).shape
+    TensorShape([2, 7, 3])
+
+    References:
+        Ba, Kiros, Hinton 2016, "Layer Normalization",
+        https://arxiv.org/abs/1607.06450
+    """
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        *,
+        layernorm_epsilon=1e-5,
+        gamma_initializer="ones",
+        gamma_regularizer=None,
+        gamma_constraint=None,
+        **kwargs,
+    ):
+        super().__init__(units, activation, **kwargs)
+        _check_epsilon("layernorm_epsilon", layernorm_epsilon)
+        self.layernorm = keras.layers.LayerNormalization(
+            epsilon=layernorm_epsilon,
+            center=False,  # `bias` does that
+            gamma_initializer=gamma_initializer,
+            gamma_regularizer=gamma_regularizer,
+            gamma_constraint=gamma_constraint,
+            dtype=self.dtype_policy,
+            name="layernorm",
+        )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.layernorm.build((None, self.units))
+
+    def call(self, inputs, states, training=False):
+        (h,) = states
+        x, h = _drop(self, inputs, h, training)
+        z = ops.matmul(x, self.kernel) + ops.matmul(h, self.recurrent_kernel)
+        z = self.layernorm(z)
+        if self.use_bias:
+            z = z + self.bias
+        h = self.activation(z)
+        return h, [h]
+
+    def get_config(self):
+        norm = self.layernorm.get_config()
+        return {
+            **super().get_config(),
+            "layernorm_epsilon": norm["epsilon"],
+            "gamma_initializer": norm["gamma_initializer"],
+            "gamma_regularizer": norm["gamma_regularizer"],
+            "gamma_constraint": norm["gamma_constraint"],
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
+    """LSTM whose gates see the cell state.
+
+    Equal in numbers and in the order of its weights to
+    `tfa.rnn.PeepholeLSTMCell` of tensorflow-addons 0.23.
+
+    Equations (Gers et al. 2002; in this form Sak et al. 2014, eqs. 1-5):
+    p_i, p_f and p_o are the peephole weights, one for each unit; s is
+    `recurrent_activation`.
+
+        i, f, g, o = split(x_t W + h_{t-1} U + b)
+        c_t = s(f + p_f c_{t-1}) c_{t-1} + s(i + p_i c_{t-1}) activation(g)
+        h_t = s(o + p_o c_t) activation(c_t)
+
+    Departure: where h_{t-1} is dropped, the same units are dropped for all
+    gates; tensorflow-addons draws four masks.
+
+    State: h, c: (B, units) each, 0 at first.
+
+    Args:
+        units: int, at least 1; output width.
+        activation: Keras activation. Default `"tanh"`.
+        **kwargs: of `keras.layers.LSTMCell`, with its defaults. `dropout` and
+            `recurrent_dropout`, in [0, 1), are the dropped shares of x_t and
+            h_{t-1}, the same for all steps. `kernel_initializer` also draws
+            the peephole weights.
+
+    Raises:
+        ValueError: a size or share out of range.
+
+    Example:
+
+    >>> cell = keras_memory.controllers.PeepholeLSTMCell(3)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.ones((2, 7, 5), "float32")).shape
+    TensorShape([2, 7, 3])
+
+    References:
+        Gers, Schraudolph, Schmidhuber 2002, "Learning Precise Timing with
+        LSTM Recurrent Networks", JMLR 3,
+        https://www.jmlr.org/papers/volume3/gers02a/gers02a.pdf
+        Sak, Senior, Beaufays 2014, "Long Short-Term Memory Recurrent Neural
+        Network Architectures for Large Scale Acoustic Modeling",
+        https://research.google.com/pubs/archive/43905.pdf
+    """
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.peepholes = [
+            self.add_weight(
+                shape=(self.units,),
+                initializer=_fresh(self.kernel_initializer),
+                name=f"{gate}_gate_peephole_weights",
+            )
+            for gate in ("input", "forget", "output")
+        ]
+
+    def call(self, inputs, states, training=False):
+        h, c = states
+        x, h = _drop(self, inputs, h, training)
+        z = ops.matmul(x, self.kernel) + ops.matmul(h, self.recurrent_kernel)
+        if self.use_bias:
+            z = z + self.bias
+        i, f, g, o = ops.split(z, 4, axis=-1)
+        p_i, p_f, p_o = self.peepholes
+        i = self.recurrent_activation(i + p_i * c)
+        f = self.recurrent_activation(f + p_f * c)
+        c = f * c + i * self.activation(g)
+        o = self.recurrent_activation(o + p_o * c)
+        h = o * self.activation(c)
+        return h, [h, c]
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class NASCell(DropoutRNNCell, keras.layers.Layer):
+    """The recurrent cell that a search over architectures found.
+
+    Equal in numbers and in the order of its weights to `tfa.rnn.NASCell` of
+    tensorflow-addons 0.23.
+
+    Equations (Zoph & Le 2017, the cell of section 4.2): s is the sigmoid.
+
+        x_0, ..., x_7 = split(x_t W)
+        h_0, ..., h_7 = split(m_{t-1} U + b)
+        z_k = x_k + h_k
+        c_t = tanh(tanh(s(z_0) relu(z_1)) + c_{t-1})
+              tanh(s(z_2) + relu(x_3 h_3))
+        m_t = tanh(c_t tanh(tanh(tanh(z_4) s(z_5)) + s(tanh(z_6) + s(z_7)))) P
+
+    State: c: (B, units), in [-1, 1]; m, the output: (B, projection), or
+    (B, units) without P; 0 at first.
+
+    Masking and dtype: at masked steps `keras.layers.RNN` repeats the first
+    state, which is c here, instead of the output, on the JAX and NumPy
+    backends; this library's layers repeat the output.
+
+    Args:
+        units: int, at least 1; width of c.
+        projection: int, at least 1, width of the output, which P makes; or
+            None for no P, and the width `units`.
+        use_bias: bool, adds b.
+        kernel_initializer: Keras initializer of W.
+        recurrent_initializer: Keras initializer of U.
+        projection_initializer: Keras initializer of P.
+        bias_initializer: Keras initializer of b.
+        dropout: float in [0, 1), dropped share of x_t, the same for all
+            steps.
+        seed: int or None, seed of the dropout.
+        **kwargs: of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: a size or share out of range.
+
+    Example:
+
+    >>> cell = keras_memory.controllers.NASCell(11, projection=3)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.ones((2, 7, 5), "float32")).shape
+    TensorShape([2, 7, 3])
+
+    References:
+        Zoph, Le 2017, "Neural Architecture Search with Reinforcement
+        Learning", https://arxiv.org/abs/1611.01578
+    """
+
+    recurrent_dropout = 0.0
+
+    def __init__(
+        self,
+        units,
+        projection=None,
+        use_bias=False,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="glorot_uniform",
+        projection_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        dropout=0.0,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.units = check_size("units", units)
+        if projection is not None:
+            check_size("projection", projection)
+        self.projection = projection
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.recurrent_initializer = keras.initializers.get(
+            recurrent_initializer
+        )
+        self.projection_initializer = keras.initializers.get(
+            projection_initializer
+        )
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.dropout = _check_share("dropout", dropout)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.output_size = units if projection is None else projection
+        self.state_size = [units, self.output_size]
+
+    def build(self, input_shape):
+        self.recurrent_kernel = self.add_weight(
+            shape=(self.output_size, 8 * self.units),
+            initializer=self.recurrent_initializer,
+            name="recurrent_kernel",
+        )
+        self.kernel = self.add_weight(
+            shape=(input_shape[-1], 8 * self.units),
+            initializer=self.kernel_initializer,
+            name="kernel",
+        )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                shape=(8 * self.units,),
+                initializer=self.bias_initializer,
+                name="bias",
+            )
+        if self.projection is not None:
+            self.projection_weights = self.add_weight(
+                shape=(self.units, self.projection),
+                initializer=self.projection_initializer,
+                name="projection_weights",
+            )
+
+    def call(self, inputs, states, training=False):
+        c, m = states
+        inputs, m = _drop(self, inputs, m, training)
+        x = ops.matmul(inputs, self.kernel)
+        h = ops.matmul(m, self.recurrent_kernel)
+        if self.use_bias:
+            h = h + self.bias
+        third = slice(3 * self.units, 4 * self.units)
+        product = x[:, third] * h[:, third]
+        z = ops.split(x + h, 8, axis=-1)
+        tanh, sigmoid, relu = ops.tanh, ops.sigmoid, ops.relu
+        c = tanh(tanh(sigmoid(z[0]) * relu(z[1])) + c)
+        c = c * tanh(sigmoid(z[2]) + relu(product))
+        left = tanh(tanh(z[4]) * sigmoid(z[5]))
+        right = sigmoid(tanh(z[6]) + sigmoid(z[7]))
+        m = tanh(c * tanh(left + right))
+        if self.projection is not None:
+            m = ops.matmul(m, self.projection_weights)
+        return m, [c, m]
+
+    def get_initial_state(self, batch_size=None):
+        return [
+            ops.zeros((batch_size, size), dtype=self.compute_dtype)
+            for size in self.state_size
+        ]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "projection": self.projection,
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "recurrent_initializer": keras.initializers.serialize(
+                self.recurrent_initializer
+            ),
+            "projection_initializer": keras.initializers.serialize(
+                self.projection_initializer
+            ),
+            "bias_initializer": keras.initializers.serialize(
+                self.bias_initializer
+            ),
+            "dropout": self.dropout,
+            "seed": self.seed,
+        }
+
+
+def _drop(cell, inputs, hidden, training):
+    """Inputs and hidden state under the dropout masks of `cell`."""
+    if training and cell.dropout > 0:
+        inputs = inputs * cell.get_dropout_mask(inputs)
+    if training and cell.recurrent_dropout > 0:
+        hidden = hidden * cell.get_recurrent_dropout_mask(hidden)
+    return inputs, hidden
+
+
+def _fresh(initializer):
+    """A copy, because an initializer draws the same numbers each time."""
+    initializer = keras.initializers.get(initializer)
+    return initializer.clone() if hasattr(initializer, "clone") else initializer
+
+
+def _check_share(name, value):
+    if not is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"`{name}` is a dropped share and must be in [0, 1), since "
+            f"nothing is left of all. Received: {name}={value!r}"
+        )
+    return value
+
+
+def _check_epsilon(name, value):
+    if not is_number(value) or value <= 0:
+        raise ValueError(
+            f"`{name}` keeps the normalisation of equal numbers from dividing "
+            f"by zero and must be positive. Received: {name}={value!r}"
+        )
+
+
 CELLS = {
     "lstm": keras.layers.LSTMCell,
     "gru": keras.layers.GRUCell,
     "rnn": keras.layers.SimpleRNNCell,
     "dense": DenseCell,
+    "layer_norm_lstm": LayerNormLSTMCell,
+    "layer_norm_rnn": LayerNormSimpleRNNCell,
+    "peephole_lstm": PeepholeLSTMCell,
+    "nas": NASCell,
 }
 
 
@@ -108,8 +604,10 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
     """Makes a controller from its name, or checks one that was given.
 
     Args:
-        controller: `"lstm"`, `"gru"`, `"rnn"`, `"dense"`, or any Keras RNN
-            cell or feed-forward layer, which is returned as it is.
+        controller: a name of `CELLS` (`"lstm"`, `"gru"`, `"rnn"`, `"dense"`,
+            `"layer_norm_lstm"`, `"layer_norm_rnn"`, `"peephole_lstm"`,
+            `"nas"`), or any Keras RNN cell or feed-forward layer, which is
+            returned as it is.
         units: int, at least 1; width of each layer. By name only.
         layers: int, at least 1; more than one are stacked. By name only.
         dropout: float in [0, 1), dropped share of each layer's inputs. By
@@ -145,11 +643,7 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
         )
     check_size("controller_units", units)
     check_size("controller_layers", layers)
-    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
-        raise ValueError(
-            "`controller_dropout` is the dropped share of the inputs and must "
-            f"be in [0, 1). Received: controller_dropout={dropout!r}"
-        )
+    _check_share("controller_dropout", dropout)
     cells = [
         CELLS[controller](
             units,

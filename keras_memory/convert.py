@@ -35,12 +35,14 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
 
     Returns:
         A built `NTMLayer`. Its read heads are numbered in the order in which
-        they come in the list, and so are its write heads.
+        they come in the list, and so are its write heads. Of a stateful one
+        the cell is built, and the states come with the first batch.
 
     Raises:
         ValueError: arrays are missing, too many or misshapen, or hold
             anything but finite numbers; `head_order` is not that of the
-            weights; an argument is one that the weights determine.
+            weights; an argument is one that the weights determine; there are
+            fewer than 3 slots, which a shift by one goes around.
 
     Example:
 
@@ -57,15 +59,21 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
     for name in weights:
         if match := re.fullmatch(r"heads\.(\d+)\.fc_(\w+)\.\w+", name):
             heads[int(match[1])] = match[2]
+    if not heads:
+        raise ValueError(
+            "`weights` must have heads, such as 'heads.0.fc_read.weight'. "
+            f"Received: {sorted(weights)}"
+        )
     in_weights = tuple(heads[index] for index in sorted(heads))
     if head_order is None:
         head_order = in_weights
-    head_order = tuple(head_order)
+    if isinstance(head_order, list):
+        head_order = tuple(head_order)
     if head_order != in_weights or set(head_order) != {"read", "write"}:
         raise ValueError(
             "`head_order` must have read and write heads, and be that of the "
             f"weights, whose names say {in_weights}. "
-            f"Received: head_order={head_order}"
+            f"Received: head_order={head_order!r}"
         )
     readers = [i for i, kind in enumerate(head_order) if kind == "read"]
     writers = [i for i, kind in enumerate(head_order) if kind == "write"]
@@ -73,9 +81,10 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
     layers = sum(name.startswith(f"{lstm}.weight_ih_l") for name in weights)
 
     sizes = _Sizes(weights)
-    slots, width = sizes.of("mem_bias", 2)
+    slots, _ = sizes.of("mem_bias", 2)
+    _, width = sizes.of("read0_bias", 2)
     (outputs,) = sizes.of("fc.bias", 1)
-    _, controller_units = sizes.of(f"{lstm}.weight_hh_l0", 2)
+    *_, controller_units = sizes.of(f"{lstm}_h_bias", 3)
     reads_size = len(readers) * width
     gates = 4 * controller_units
     inputs = sizes.rest(f"{lstm}.weight_ih_l0", 1, reads_size)
@@ -99,7 +108,7 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
         name = f"heads.{index}.fc_{kind}"
         shapes[f"{name}.weight"] = (size, controller_units)
         shapes[f"{name}.bias"] = (size,)
-    _check_shapes(weights, shapes)
+    _check_shapes(weights, shapes, sizes)
 
     def linear(name):
         """(U + 1, P): the kernel, and the bias as its last row."""
@@ -189,7 +198,8 @@ def from_collier_ntm(
     The layer computes what the reference's `NTMCell` computes (Collier & Beel
     2018). Where that trains a weight behind a tanh (initial reads, and the
     initial memory unless `init_mode="constant"`), the layer trains the value
-    itself.
+    itself. Departure: `shift_range=0` is no shift; the reference, whose list
+    of shifts then goes wrong, moves by one and by two slots.
 
     Args:
         weights: dict of arrays with the names of a TensorFlow 1 checkpoint
@@ -200,13 +210,16 @@ def from_collier_ntm(
         shift_range: int, at least 0, as the reference was made with.
         init_mode: `"learned"`, `"constant"` or `"random"`, likewise.
         addressing_mode: `"content_and_location"` or `"content"`, likewise.
+            The weights cannot tell if this, or "random" for "constant", is
+            wrong.
         **layer_kwargs: arguments of `NTMLayer` that the weights leave open:
             `dtype`, `name`, `stateful`, ... By default `return_sequences` is
             True, and `interface_clip` and `clip_value` are 20, the default of
             the reference's `clip_value`.
 
     Returns:
-        A built `NTMLayer`.
+        A built `NTMLayer`; of a stateful one the cell is built, and the states
+        come with the first batch.
 
     Raises:
         ValueError: arrays are missing, too many or misshapen, or hold
@@ -283,7 +296,7 @@ def from_collier_ntm(
             4 * controller_units,
         )
         shapes[cell.format(layer, "bias")] = (4 * controller_units,)
-    _check_shapes(weights, shapes)
+    _check_shapes(weights, shapes, sizes)
 
     def linear(name):
         kernel = weights[f"{name}/fully_connected/weights"]
@@ -388,16 +401,15 @@ def read_pytorch_checkpoint(path):
         ImportError: torch is not installed.
     """
     path = pathlib.Path(path)
-    with path.open("rb"):
-        pass  # an error of its own if that cannot be
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except Exception as error:
-            raise ValueError(
-                f"An .npz file must be an archive of arrays. {path}: {error}"
-            ) from error
+    with path.open("rb") as file:  # an error of its own if that cannot be
+        if path.suffix == ".npz":
+            try:
+                return dict(np.load(file, allow_pickle=False))
+            except Exception as error:
+                raise ValueError(
+                    "An .npz file must be an archive of arrays. "
+                    f"{path}: {error}"
+                ) from error
     try:
         import torch
     except ImportError as error:
@@ -407,9 +419,6 @@ def read_pytorch_checkpoint(path):
         ) from error
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-        return {
-            name: tensor.double().numpy() for name, tensor in document.items()
-        }
     except pickle.UnpicklingError as error:
         raise ValueError(
             "A checkpoint must have tensors only, and no objects that would "
@@ -418,8 +427,24 @@ def read_pytorch_checkpoint(path):
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(
             f"A checkpoint must be a state dict saved by `torch.save`. {path} "
-            f"is none: {error}"
+            f"is empty, damaged or something else: {error!r}"
         ) from error
+    tensors = document if isinstance(document, dict) else {"": document}
+    wrong = [
+        name
+        for name, t in tensors.items()
+        if not torch.is_tensor(t)
+        or t.layout != torch.strided
+        or t.device.type != "cpu"
+        or t.is_quantized
+        or t.is_complex()
+    ]
+    if wrong:
+        raise ValueError(
+            "A checkpoint must be a state dict: names and dense tensors of "
+            f"real numbers. Received: {path}, where these are none: {wrong}"
+        )
+    return {name: t.detach().double().numpy() for name, t in tensors.items()}
 
 
 # The references have no epsilon in their norms, which gives NaN for a zero
@@ -428,34 +453,43 @@ _NORM_EPSILON = 1e-30
 
 
 def _pytorch_name(name):
-    name = name.removeprefix("ntm.")
+    name = name.removeprefix("module.").removeprefix("ntm.")
     return re.sub(r"^(heads\.\d+\.)?memory\.mem_bias$", "mem_bias", name)
 
 
 def _collier_name(name):
     name = name.removesuffix(":0")
-    match = re.search(r"(^|/)((init|controller|o2p|o2o)/.*)$", name)
+    match = re.match(r"(?:.*/)?((?:init|controller|o2p|o2o)/.*)", name)
     if match is None:
         return name
     # TensorFlow numbers the layers of one scope: no number, _1, _2, ...
     return re.sub(
         r"^init/fully_connected(?:_(\d+))?/",
         lambda found: f"init/learned_init_{found[1] or 0}/fully_connected/",
-        match[2],
+        match[1],
     )
 
 
 def _arrays(weights, canonical_name):
     """The arrays as float64, by their canonical names."""
+    if not isinstance(weights, dict):
+        raise ValueError(
+            "`weights` must be a dict of names and arrays. "
+            f"Received: {type(weights).__name__}"
+        )
     arrays = {}
     for name, value in weights.items():
         try:
-            array = np.asarray(value, "float64")
-        except (TypeError, ValueError) as error:
+            array = np.asarray(value)
+        except Exception:  # a tensor that has a gradient, rows of two lengths
+            array = np.asarray(None)
+        if not isinstance(name, str) or array.dtype.kind not in "fiu":
             raise ValueError(
-                f"`weights` must hold arrays of numbers. Received: {name!r} "
-                f"of type {type(value).__name__}"
-            ) from error
+                "`weights` must have names and NumPy arrays of real numbers. "
+                f"Received: {name!r} with {type(value).__name__} of type "
+                f"{getattr(value, 'dtype', None)}"
+            )
+        array = array.astype("float64")
         if not np.isfinite(array).all():
             raise ValueError(
                 f"`weights` must be finite. Received: {name!r} with NaN or "
@@ -475,8 +509,10 @@ class _Sizes:
 
     def __init__(self, weights):
         self.weights = weights
+        self.sources = []
 
     def of(self, name, axes):
+        self.sources.append(name)
         if name not in self.weights:
             raise ValueError(
                 f"`weights` must have {name!r}. "
@@ -495,14 +531,17 @@ class _Sizes:
         shape = self.of(name, 2)
         if shape[axis] <= known:
             raise ValueError(
-                f"Axis {axis} of {name!r} must have the inputs, at least one, "
-                f"and {known} more. Received: shape {shape}"
+                f"Axis {axis} of {name!r} must hold the inputs, at least one, "
+                f"beside the reads and the controller's own: {known} by the "
+                f"number of read heads and the sizes of {self.sources}. "
+                f"Received: shape {shape}"
             )
         return shape[axis] - known
 
 
-def _check_shapes(weights, shapes):
-    """Raises ValueError unless `weights` has these names and shapes."""
+def _check_shapes(weights, shapes, sizes):
+    """Raises ValueError unless `weights` has these names and shapes, which
+    follow from `sizes`."""
     missing = sorted(set(shapes) - set(weights))
     extra = sorted(set(weights) - set(shapes))
     if missing or extra:
@@ -516,7 +555,9 @@ def _check_shapes(weights, shapes):
         if weights[name].shape != shape
     ]
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise ValueError(
+            f"{'; '.join(wrong)}. The sizes are those of {sizes.sources}"
+        )
 
 
 def _split(columns, *sizes):
@@ -549,9 +590,8 @@ def _interface(heads):
 def _layer(layer_kwargs, determined, start):
     """The layer, after a look at what the user may set."""
     for name, value in layer_kwargs.items():
-        if name in determined or (
-            name in start and value not in ("learned", "random")
-        ):
+        is_weight = isinstance(value, str) and value in ("learned", "random")
+        if name in determined or (name in start and not is_weight):
             wanted = determined.get(name, '"learned" or "random"')
             raise ValueError(
                 f"`{name}` is determined by the weights and must be {wanted}. "
@@ -574,8 +614,11 @@ def _assign(layer, inputs, controller, interface, output, start):
         start: list with one array for each state tensor; those of states that
             are not weights are not looked at.
     """
-    layer.build((None, None, inputs))
     cell = layer.cell
+    if layer.stateful:  # the states need a batch size
+        cell.build((None, inputs))
+    else:
+        layer.build((None, None, inputs))
     cell.block_controllers[0].set_weights(controller)
     for (kernel, bias), array in (
         (cell.interfaces[0], interface),

@@ -25,6 +25,7 @@ from keras_memory.addressing import mark_used
 from keras_memory.addressing import oneplus
 from keras_memory.addressing import sharpen
 from keras_memory.addressing import shift
+from keras_memory.addressing import softmax
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
@@ -131,7 +132,7 @@ class NTMAccess:
             key=self.key_activation,
             strength=self.strength_activation,
             interpolation_gate=ops.sigmoid,
-            shift=keras.activations.softmax,  # no warning at shift_range=0
+            shift=softmax,
             sharpening=oneplus,
             erase_vector=ops.sigmoid,
             add_vector=self.add_activation,
@@ -381,7 +382,7 @@ class NTMAccess:
                 self.initial_weighting if self.by_location else "constant",
                 constant=first_slot,
                 draw=keras.initializers.RandomNormal(stddev=1.0),
-                activation=keras.activations.softmax,
+                activation=softmax,
             )
 
         reach = 1.0 / math.sqrt(self.memory_slots + self.slot_size)
@@ -461,7 +462,9 @@ class NTMCell(MemoryCell):
     State: an `NTMState`, or a `MERLINState`; reads start at `initial_reads`,
     memory at `initial_memory`, weightings at `initial_weighting`; the heads
     update all of them at every step. A `MERLINState` starts with write
-    weightings of 0 and usages of -1, which marks a slot never written.
+    weightings of 0 and usages of -1, which marks a slot never written. In 16
+    bits the order of first writes is exact, and usage rounds: it stops at
+    some 4 to 8 reads, after which the first of several slots is overwritten.
 
     Masking and dtype: as `MemoryCell`.
 
@@ -478,8 +481,8 @@ class NTMCell(MemoryCell):
         slot_size: int W, at least 1. Default 20.
         read_heads: int R, at least 1. Default 1.
         write_heads: int H, at least 1. Default 1.
-        controller: `"lstm"`, `"gru"`, `"rnn"`, `"dense"`, any Keras RNN cell
-            or a feed-forward layer. Default `"lstm"`.
+        controller: a name as in `MemoryCell`, any Keras RNN cell or a
+            feed-forward layer. Default `"lstm"`.
         controller_units: int, at least 1. Default 100.
         controller_layers: int, at least 1. Default 1.
         head_order: `"parallel"` (default): all heads address and read the
@@ -496,7 +499,8 @@ class NTMCell(MemoryCell):
         writing: `"addressed"` (default): write heads address the memory as
             read heads do. `"sequential"`: as in MERLIN, the t-th step writes
             to slot t, and after N steps to the slot that was read least since
-            it was first written. The slot is overwritten whole; with
+            it was first written, which is often the newest: N should be at
+            least the number of steps. The slot is overwritten whole; with
             `erase=False` what it held stays and the new is added. Needs
             `write_heads=1`, which then has no key, strength and so on, and no
             erase vector.
@@ -516,7 +520,8 @@ class NTMCell(MemoryCell):
         initial_reads: likewise; `"constant"` (default) is 0.
         initial_weighting: likewise, of all heads; `"constant"` (default) is
             1 on the first slot and 0 elsewhere, `"learned"` and `"random"`
-            are a softmax of weights.
+            are a softmax of weights. Not used by content alone, nor by a
+            write head that writes sequentially.
         norm_epsilon: float, at least 0, in the root of each norm. Default
             None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
@@ -634,8 +639,8 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
         slot_size: int W. Default 20.
         read_heads: int R. Default 1.
         write_heads: int H. Default 1.
-        controller: `"lstm"` (default), `"gru"`, `"rnn"`, `"dense"`, any Keras
-            RNN cell or a feed-forward layer.
+        controller: a name as in `MemoryCell`, any Keras RNN cell or a
+            feed-forward layer. Default `"lstm"`.
         controller_units: int. Default 100.
         controller_layers: int. Default 1.
         **kwargs: the other arguments of `NTMCell`, which documents them all,

@@ -127,9 +127,12 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             concat(controller output, reads) as they are.
         accesses: list with one `Access` a block. The same object twice is one
             memory that two blocks act on, one after the other.
-        controller: `"lstm"`, `"gru"`, `"rnn"`, `"dense"`, any Keras RNN cell
-            (`StackedRNNCells` included), or a feed-forward layer. Further
-            blocks get a new controller of the same configuration.
+        controller: `"lstm"`, `"gru"`, `"rnn"`, `"dense"`,
+            `"layer_norm_lstm"`, `"layer_norm_rnn"`, `"peephole_lstm"`,
+            `"nas"`, any Keras RNN cell (`StackedRNNCells` included), or a
+            feed-forward layer. Further blocks get a new controller of the
+            same configuration. A layer norm multiplies gradients at steps
+            where all it sees is 0: mask zeros at the start of a sequence.
         controller_units: int, at least 1; width of a controller made by name.
             This and the next two do nothing to one that is given.
         controller_layers: int, at least 1; its number of layers.
@@ -334,13 +337,16 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         for initial, weight in zip(initials, self.start_weights):
             if weight is None:
                 value = ops.convert_to_tensor(
-                    np.broadcast_to(initial.fill, initial.shape)
+                    np.broadcast_to(initial.fill, initial.shape),
+                    dtype=self.compute_dtype,
                 )
             else:
                 value = initial.activation(ops.convert_to_tensor(weight))
             value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
             shape = (batch_size, value.shape[-1])
-            states.append(ops.broadcast_to(value, shape))
+            # A copy: on PyTorch this is a view, of the weight if there is one,
+            # and a stateful layer would write into it.
+            states.append(ops.copy(ops.broadcast_to(value, shape)))
         if self.initial_controller_state == "constant":
             states = self._flatten(
                 self._with_controller_states(
@@ -711,6 +717,10 @@ class MemoryRNN(keras.layers.RNN):
             )
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
+        if self.stateful:
+            # PyTorch writes the next states into the memory of these, which
+            # the gradient still needs.
+            initial_state = [ops.copy(state) for state in initial_state]
         features, records = scan.run(
             self.cell,
             sequences,
@@ -885,6 +895,8 @@ def _serialize(value):
         return keras.saving.serialize_keras_object(value)
     if callable(value):
         return keras.activations.serialize(value)
+    if isinstance(value, np.generic):  # Keras's NumPy backend mistakes it
+        return value.item()
     return value
 
 

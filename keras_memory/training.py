@@ -84,9 +84,16 @@ def train(config, folder, show=print):
         on fresh sequences.
 
     Raises:
-        ValueError: sizes that do not fit, or a folder with files in it.
+        ValueError: sizes that do not fit, a folder with files in it, or a
+            backend other than TensorFlow.
         OSError: the folder cannot be made or written.
     """
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "A training run ends with a SavedModel, which needs the "
+            "TensorFlow backend: unset KERAS_BACKEND. "
+            f"Received: KERAS_BACKEND={keras.backend.backend()}"
+        )
     keras.utils.set_random_seed(config.seed)
     model = build(config)
     folder = make_run_folder(folder)

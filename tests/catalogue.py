@@ -10,6 +10,7 @@ import keras
 import toy
 
 import keras_memory
+from keras_memory import controllers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,11 @@ def own_cell():
 
 def stacked_cells():
     return keras.layers.StackedRNNCells(
-        [keras.layers.GRUCell(7), keras.layers.LSTMCell(13)]
+        [
+            keras.layers.GRUCell(7),
+            controllers.PeepholeLSTMCell(3),
+            controllers.NASCell(5, projection=13),
+        ]
     )
 
 
@@ -101,7 +106,7 @@ CASES = [
     ),
     ntm(
         "clips-dropout",
-        controller="rnn",
+        controller="layer_norm_rnn",
         controller_layers=2,
         controller_dropout=0.3,
         interface_clip=2.0,
@@ -117,6 +122,7 @@ CASES = [
     ),
     ntm(
         "merlin",
+        controller="layer_norm_lstm",
         slot_size=6,
         memory_slots=5,  # fewer than steps: slots are overwritten
         read_heads=2,

@@ -155,6 +155,61 @@ def write(memory, weightings, erase_vectors, add_vectors):
     return memory
 
 
+class SequentialWriter:
+    """Where MERLIN writes, from a diary of all writes of one batch item.
+
+    erase: whether a slot that is written anew loses what it held, and what
+    was still to come for it.
+    discount: gamma of the retroactive writing, or None for none.
+    """
+
+    def __init__(self, slots, erase, discount):
+        self.erase, self.discount = erase, discount
+        self.time = 0
+        self.written_at = [[] for _ in range(slots)]  # times that still count
+        self.seen = np.zeros(slots)  # sum of read weightings since the first
+        self.retroactive = np.zeros(slots)
+
+    def see(self, weightings):
+        """Counts read weightings (R, N) of slots that were written before."""
+        for weighting in weightings:
+            for slot, times in enumerate(self.written_at):
+                if times:
+                    self.seen[slot] += weighting[slot]
+
+    def write(self, memory, add_vector):
+        """memory (N, W) -> the memory after the step's write, one-hot (N,)."""
+        memory, slots = np.array(memory), len(memory)
+        unwritten = [s for s in range(slots) if not self.written_at[s]]
+        slot = unwritten[0] if unwritten else int(np.argmin(self.seen))
+        if self.erase:
+            memory[slot] = 0.0
+            self.written_at[slot] = []
+        first = slice(0, len(add_vector))
+        memory[slot, first] += add_vector
+        if self.discount is not None:
+            second = slice(len(add_vector), None)
+            for s, times in enumerate(self.written_at):
+                ages = [self.time - time for time in times]
+                self.retroactive[s] = (1.0 - self.discount) * sum(
+                    self.discount ** (age - 1) for age in ages
+                )
+                memory[s, second] += self.retroactive[s] * add_vector
+        self.written_at[slot].append(self.time)
+        self.time += 1
+        return memory, np.eye(slots)[slot]
+
+    @property
+    def usage(self):
+        """(N,): -1 where nothing was written yet."""
+        written = [bool(times) for times in self.written_at]
+        return np.where(written, self.seen, -1.0)
+
+    @property
+    def retroactive_weighting(self):
+        return np.array(self.retroactive)[None]
+
+
 def interface_terms(interface, sections):
     """(I,) -> dict of its consecutive sections, each in its range.
 
@@ -193,6 +248,8 @@ def ntm_sequence(
     strength="softplus",
     activation=identity,
     clip_value=None,
+    writing="addressed",
+    retroactive_discount=None,
 ):
     """Runs a Neural Turing Machine over x (B, T, D); heads: reads first.
 
@@ -202,8 +259,12 @@ def ntm_sequence(
     initial: reads (R, W), memory (N, W), read_weighting (R, N),
     write_weighting (H, N); h, c (U,) where the controller has them.
     head_order: "parallel", all heads address the memory of the step before,
-    then the writes happen together; or a tuple as ("read", "write"), heads
-    act in turn, each on the memory that the one before it left.
+    then the writes happen together; "writes_in_turn", the same, but a write
+    head erases and adds before the next one does; or a tuple as
+    ("read", "write"), heads act in turn, each on the memory that the one
+    before it left.
+    writing: "sequential", as MERLIN (Wayne et al. 2018, arXiv 1803.10760),
+    with `SequentialWriter`, instead of write heads that address the memory.
 
     Returns a dict of arrays (B, T, ...), without the interface sections that
     the options leave out.
@@ -211,23 +272,26 @@ def ntm_sequence(
     x = np.asarray(x, "float64")
     weights = {k: np.asarray(v, "float64") for k, v in weights.items()}
     initial = {k: np.asarray(v, "float64") for k, v in initial.items()}
+    sequential = writing == "sequential"
     heads, shifts = read_heads + write_heads, 2 * shift_range + 1
+    addressers = read_heads if sequential else heads
     strength = {"softplus": softplus, "oneplus": oneplus}[strength]
     location = {"content": False, "content_and_location": True}[addressing]
     sections = {
-        "key": ((heads, slot_size), key_activation),
-        "strength": ((heads,), strength),
+        "key": ((addressers, slot_size), key_activation),
+        "strength": ((addressers,), strength),
     }
     if location:
-        sections["interpolation_gate"] = ((heads,), sigmoid)
-        sections["shift"] = ((heads, shifts), softmax)
-        sections["sharpening"] = ((heads,), oneplus)
-    if erase:
+        sections["interpolation_gate"] = ((addressers,), sigmoid)
+        sections["shift"] = ((addressers, shifts), softmax)
+        sections["sharpening"] = ((addressers,), oneplus)
+    if erase and not sequential:
         sections["erase_vector"] = ((write_heads, slot_size), sigmoid)
-    sections["add_vector"] = ((write_heads, slot_size), add_activation)
+    add_size = slot_size if retroactive_discount is None else slot_size // 2
+    sections["add_vector"] = ((write_heads, add_size), add_activation)
 
     readers, writers = list(range(read_heads)), list(range(read_heads, heads))
-    if head_order == "parallel":
+    if isinstance(head_order, str):
         turns = [(readers, writers)]
     else:
         i, j = iter(readers), iter(writers)
@@ -238,15 +302,15 @@ def ntm_sequence(
         if len(turns) != heads:
             raise ValueError(f"{heads} heads need a turn, not {head_order}.")
 
-    def access(terms, memory, weighting):
+    def access(terms, memory, weighting, writer):
         """memory (N, W), weighting (K, N) of the step before -> the new."""
         reads = np.zeros((read_heads, slot_size))
-        content = np.zeros((heads, memory_slots))
+        content = np.zeros((addressers, memory_slots))
         weighting = np.array(weighting)
         erases = terms.get("erase_vector", np.zeros((write_heads, slot_size)))
         adds = terms["add_vector"]
         for reading, writing in turns:
-            for k in reading + writing:
+            for k in reading + ([] if sequential else writing):
                 key, beta = terms["key"][k], terms["strength"][k]
                 w = content[k] = content_weighting(
                     memory, key, beta, norm_epsilon, product_epsilon
@@ -260,8 +324,17 @@ def ntm_sequence(
                 weighting[k] = w
             for k in reading:
                 reads[k] = read(memory, weighting[k])
-            h = [k - read_heads for k in writing]
-            memory = write(memory, weighting[writing], erases[h], adds[h])
+            if sequential:
+                writer.see(weighting[reading])
+                for k in writing:
+                    memory, weighting[k] = writer.write(memory, adds[0])
+                continue
+            groups = [[k] for k in writing]
+            if head_order == "parallel":
+                groups = [writing]
+            for group in groups:
+                h = [k - read_heads for k in group]
+                memory = write(memory, weighting[group], erases[h], adds[h])
         return reads, memory, weighting, content
 
     trace = []
@@ -272,6 +345,7 @@ def ntm_sequence(
             [initial["read_weighting"], initial["write_weighting"]]
         )
         h, c = initial.get("h"), initial.get("c")
+        writer = SequentialWriter(memory_slots, erase, retroactive_discount)
         for x_t in sequence:
             controller_in = np.concatenate([x_t, np.ravel(reads)])
             controller_out, h, c = controller_step(
@@ -282,7 +356,9 @@ def ntm_sequence(
             if interface_clip is not None:
                 interface = np.clip(interface, -interface_clip, interface_clip)
             terms = interface_terms(interface, sections)
-            reads, memory, weighting, content = access(terms, memory, weighting)
+            reads, memory, weighting, content = access(
+                terms, memory, weighting, writer
+            )
             output = np.concatenate([controller_out, np.ravel(reads)])
             output = output @ weights["output_kernel"] + weights["output_bias"]
             if clip_value is not None:
@@ -296,8 +372,215 @@ def ntm_sequence(
                 "content_weighting": content,
                 "controller_output": controller_out,
             }
+            if sequential:
+                values["usage"] = writer.usage
+                values["retroactive_weighting"] = writer.retroactive_weighting
             trace[-1].append(values | terms)
+    return stacked(trace)
+
+
+def stacked(trace):
+    """List over B of lists over T of dicts -> dict of arrays (B, T, ...)."""
     return {
         name: np.array([[step[name] for step in item] for item in trace])
         for name in trace[0][0]
     }
+
+
+# Other implementations, in their own names, layouts and conventions, time
+# first: x (T, B, D) -> dict of arrays (T, B, ...). Their layers' arrays are
+# named as they name them; what they call M is W here.
+
+
+def time_first(trace):
+    return {k: np.swapaxes(v, 0, 1) for k, v in stacked(trace).items()}
+
+
+def pytorch_ntm(weights, x, kinds):
+    """loudinthecloud/pytorch-ntm.
+
+    weights: the state dict of its `NTM`, `memory.mem_bias` as `mem_bias`.
+    kinds: "R" or "W" for each head, in the order of its list.
+    """
+    weights = {k: np.asarray(v, "float64") for k, v in weights.items()}
+    memory_0 = weights["mem_bias"]
+    slots, width = memory_0.shape
+    ends = np.cumsum([width, 1, 1, 3, 1, width])
+
+    def linear(name, values):
+        return weights[f"{name}.weight"] @ values + weights[f"{name}.bias"]
+
+    def cosine(a, b):
+        norms = [max(np.sqrt(v @ v), 1e-8) for v in (a, b)]
+        return a @ b / np.prod(norms)
+
+    trace = []
+    for b in range(x.shape[1]):
+        trace.append([])
+        memory = memory_0
+        reads = [weights[f"read{i}_bias"][0] for i in range(kinds.count("R"))]
+        h, c = (
+            [layer[0] for layer in weights[f"controller.lstm_{state}_bias"]]
+            for state in "hc"
+        )
+        w_prev = [np.zeros(slots) for _ in kinds]
+        for x_t in np.asarray(x, "float64")[:, b]:
+            out = np.concatenate([x_t, *reads])
+            for k in range(len(h)):
+                gates = sum(
+                    weights[f"controller.lstm.weight_{kind}_l{k}"] @ values
+                    + weights[f"controller.lstm.bias_{kind}_l{k}"]
+                    for kind, values in (("ih", out), ("hh", h[k]))
+                )
+                i, f, g, o = np.split(gates, 4)
+                c[k] = sigmoid(f) * c[k] + sigmoid(i) * np.tanh(g)
+                out = h[k] = sigmoid(o) * np.tanh(c[k])
+            reads, values = [], {}
+            for index, kind in enumerate(kinds):
+                fc = {"R": "read", "W": "write"}[kind]
+                key, beta, gate, shift, gamma, e, a = np.split(
+                    linear(f"heads.{index}.fc_{fc}", out), ends
+                )
+                beta, gate = softplus(beta), sigmoid(gate)
+                shift, gamma = softmax(shift), 1.0 + softplus(gamma)
+                w = w_content = softmax(
+                    beta
+                    * np.array(
+                        [cosine(slot + 1e-16, key + 1e-16) for slot in memory]
+                    )
+                )
+                w = gate * w + (1.0 - gate) * w_prev[index]
+                w = np.array(
+                    [
+                        shift[0] * w[i - 1]
+                        + shift[1] * w[i]
+                        + shift[2] * w[(i + 1) % slots]
+                        for i in range(slots)
+                    ]
+                )
+                w = w**gamma / (np.sum(w**gamma) + 1e-16)
+                w_prev[index] = w
+                head = {
+                    "key": key,
+                    "beta": beta,
+                    "gate": gate,
+                    "shift": shift,
+                    "gamma": gamma,
+                    "w_content": w_content,
+                    "w": w,
+                }
+                if kind == "R":
+                    reads.append(w @ memory)
+                else:
+                    head["erase"], head["add"] = sigmoid(e), a
+                    memory = memory * (1.0 - np.outer(w, sigmoid(e)))
+                    memory = memory + np.outer(w, a)
+                for name, value in head.items():
+                    values[f"head{index}.{name}"] = value
+            output = sigmoid(linear("fc", np.concatenate([out, *reads])))
+            values |= {"output": output, "memory": memory, "reads": reads}
+            trace[-1].append(values)
+    return time_first(trace)
+
+
+def collier_ntm(
+    weights,
+    x,
+    read_heads,
+    write_heads,
+    shift_range=1,
+    init_mode="learned",
+    addressing_mode="content_and_location",
+    clip_value=20.0,
+):
+    """MarkPKCollier/NeuralTuringMachine.
+
+    Except for shift_range=0, where its code moves the focus by one slot and
+    by two, and this by none.
+
+    weights: by the names that follow the scope of its cell.
+    """
+    weights = {k: np.asarray(v, "float64") for k, v in weights.items()}
+    heads, shifts = read_heads + write_heads, 2 * shift_range + 1
+    cell = "controller/multi_rnn_cell/cell_{}/basic_lstm_cell/{}"
+    layers = sum(name.endswith("cell/kernel") for name in weights)
+
+    def learned_init(index):
+        return weights[f"init/learned_init_{index}/fully_connected/weights"][0]
+
+    def linear(name, values):
+        values = values @ weights[f"{name}/fully_connected/weights"]
+        values = values + weights[f"{name}/fully_connected/biases"]
+        return np.clip(values, -clip_value, clip_value)
+
+    width, slots = len(learned_init(0)), len(learned_init(read_heads))
+    if init_mode == "learned":
+        m = np.tanh(learned_init(read_heads + heads).reshape(slots, width))
+    else:
+        m = weights["init/init_M"]
+        m = np.tanh(m) if init_mode == "random" else m
+    ends = np.cumsum([width, 1, 1, shifts])
+    per_head = width + 1 + 1 + shifts + 1
+
+    def address(parameters, prev_m, prev_w):
+        k, beta, g, s, gamma = np.split(parameters, ends)
+        k, beta, g, s = np.tanh(k), softplus(beta), sigmoid(g), softmax(s)
+        gamma = 1.0 + softplus(gamma)
+        similarity = [
+            k @ row / (np.sqrt(k @ k) * np.sqrt(row @ row) + 1e-8)
+            for row in prev_m
+        ]
+        w = w_content = softmax(beta * np.array(similarity))
+        if addressing_mode == "content_and_location":
+            w_g = g * w + (1.0 - g) * prev_w
+            w = np.zeros(slots)
+            for j in range(-shift_range, shift_range + 1):
+                for i in range(slots):
+                    w[i] += s[j] * w_g[(i - j) % slots]  # s[-1] is shift -1
+            w = w**gamma / np.sum(w**gamma)
+        terms = {"key": k, "beta": beta[0], "w_content": w_content, "w": w}
+        if addressing_mode == "content_and_location":
+            terms |= {"gate": g[0], "shift": s, "gamma": gamma[0]}
+        return terms
+
+    trace = []
+    for b in range(x.shape[1]):
+        trace.append([])
+        memory = m
+        reads = [np.tanh(learned_init(i)) for i in range(read_heads)]
+        w_list = [softmax(learned_init(read_heads + i)) for i in range(heads)]
+        units = len(weights[cell.format(0, "bias")]) // 4
+        h = [np.zeros(units) for _ in range(layers)]
+        c = [np.zeros(units) for _ in range(layers)]
+        for x_t in np.asarray(x, "float64")[:, b]:
+            out = np.concatenate([x_t, *reads])
+            for layer in range(layers):
+                gates = np.concatenate([out, h[layer]])
+                gates = gates @ weights[cell.format(layer, "kernel")]
+                gates = gates + weights[cell.format(layer, "bias")]
+                i, j, f, o = np.split(gates, 4)
+                kept = sigmoid(f + 1.0) * c[layer]
+                c[layer] = kept + sigmoid(i) * np.tanh(j)
+                out = h[layer] = sigmoid(o) * np.tanh(c[layer])
+            parameters = linear("o2p", out)
+            of_heads = np.split(parameters[: heads * per_head], heads)
+            erase_add = np.split(
+                parameters[heads * per_head :], 2 * write_heads
+            )
+            values, before = {}, memory
+            for k in range(heads):
+                head = address(of_heads[k], before, w_list[k])
+                w_list[k] = head["w"]
+                if k >= read_heads:
+                    e, a = erase_add[2 * (k - read_heads) :][:2]
+                    head["erase"], head["add"] = sigmoid(e), np.tanh(a)
+                    w = head["w"]
+                    memory = memory * (1.0 - np.outer(w, head["erase"]))
+                    memory = memory + np.outer(w, head["add"])
+                for name, value in head.items():
+                    values[f"step.head{k}.{name}"] = value
+            reads = [w_list[k] @ before for k in range(read_heads)]
+            output = linear("o2o", np.concatenate([out, *reads]))
+            values |= {"output": output, "step.memory": memory}
+            trace[-1].append(values | {"step.reads": reads})
+    return time_first(trace)

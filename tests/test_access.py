@@ -2,14 +2,16 @@
 
 import itertools
 
+import harness
 import keras
 import numpy as np
 import pytest
 import reference
 from keras import ops
 
-from keras_memory import access
+from keras_memory import access as on_tensors
 
+access = harness.on_arrays(on_tensors)
 BATCH, HEADS, SLOTS, WIDTH = 2, 3, 7, 5
 
 needs_float64 = pytest.mark.skipif(

@@ -1,13 +1,17 @@
 """Where to read and write: the functions of `addressing.py`."""
 
+import pathlib
+
+import harness
 import keras
 import numpy as np
 import pytest
 import reference
 from keras import ops
 
-from keras_memory import addressing
+from keras_memory import addressing as on_tensors
 
+addressing = harness.on_arrays(on_tensors)
 BATCH, HEADS, SLOTS, WIDTH = 2, 3, 7, 5
 
 needs_float64 = pytest.mark.skipif(
@@ -356,3 +360,88 @@ def test_gradients_of_sharpening_a_one_hot_weighting(dtype, power):
     for gradient in tape.gradient(loss, [weighting, sharpening]):
         assert np.isfinite(gradient).all()
         assert np.abs(gradient).max() < 100
+
+
+# Sparsemax, against tensorflow-addons.
+
+
+def sparsemax_golden(name, case):
+    folder = pathlib.Path(__file__).parent / "goldens"
+    file = np.load(folder / f"tfa__sparsemax_{name}.npz")
+    prefix = f"{case}."
+    return {
+        key.removeprefix(prefix): file[key]
+        for key in file.files
+        if key.startswith(prefix)
+    }
+
+
+def gradient_of_sum_of_squares(function, z):
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        z = tf.constant(z)
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            loss = tf.reduce_sum(function(z) ** 2)
+        return tape.gradient(loss, z)
+    if backend == "torch":
+        import torch
+
+        z = torch.tensor(z, requires_grad=True)
+        (function(z) ** 2).sum().backward()
+        return z.grad
+    if backend == "numpy":
+        pytest.skip("Keras has no gradients on NumPy")
+    import jax
+
+    return jax.grad(lambda z: (function(z) ** 2).sum())(z)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("case", ["case0", "case1", "ties", "large"])
+def test_sparsemax_equals_tensorflow_addons(name, case):
+    golden = sparsemax_golden(name, case)
+    z = golden["z"]
+    if ops.dtype(ops.convert_to_tensor(z)) == "float64":
+        tolerances = 1e-9, 1e-7
+    elif case == "large":
+        pytest.skip("these logits have no exact float32, all that JAX has")
+    else:
+        tolerances = 1e-6, 1e-6
+    for axis, suffix in ((-1, ""), (0, "_axis0")):
+
+        def project(logits, axis=axis):
+            return addressing.sparsemax(logits, axis)
+
+        p, gradient = golden["p" + suffix], golden["grad_of_sum_p2" + suffix]
+        close(project(z), p, tolerances[0])
+        close(gradient_of_sum_of_squares(project, z), gradient, tolerances[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_sparsemax_of_infinities_and_nan(name):
+    golden = sparsemax_golden(name, "nan_ok_inf")
+    close(addressing.sparsemax(golden["z"]), golden["p"], 0)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        compiled = tf.function(addressing.sparsemax, jit_compile=True)
+        close(compiled(golden["z"]), golden["p"], 0)
+
+
+def test_sparsemax_in_16_bits():
+    for dtype in ("float16", "bfloat16"):
+        z = ops.convert_to_tensor([[0.25, -1000.0] * 300], dtype=dtype)
+        p = addressing.sparsemax(z)
+        assert ops.dtype(p) == dtype
+        p = ops.convert_to_numpy(ops.cast(p, "float32"))
+        close(p, [[1 / 300, 0] * 300], 1e-5)
+
+
+def test_a_saved_model_keeps_this_sparsemax():
+    dense = keras.layers.Dense(3, activation=on_tensors.sparsemax)
+    copy = keras.layers.Dense.from_config(dense.get_config())
+    assert copy.activation is on_tensors.sparsemax

@@ -1,7 +1,15 @@
 """Every public layer passes the harness."""
 
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+
+import backends
 import harness
 import keras
+import numpy as np
 import pytest
 from catalogue import CASES
 
@@ -52,7 +60,15 @@ def test_shapes(case):
 
 
 @each_case
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.slow if harness.BACKEND == "torch" else ()
+        ),
+    ],
+)
 def test_training_step(case, jit_compile):
     harness.training_step(case, jit_compile)
 
@@ -93,3 +109,43 @@ def test_mixed_precision(case, policy):
 @each_case
 def test_trace(case):
     harness.trace_is_what_happens(case)
+
+
+@pytest.fixture(scope="session")
+def of_tensorflow(tmp_path_factory):
+    """What `backends.numbers` gives for all cases on TensorFlow."""
+    because = "not applicable: what the others are compared with"
+    harness.skip_on("tensorflow", because=because)
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed")
+    path = tmp_path_factory.mktemp("numbers") / "tensorflow.npz"
+    subprocess.run(
+        [sys.executable, backends.__file__, "numbers", path],
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+        check=True,
+    )
+    return np.load(path)
+
+
+@each_case
+def test_same_numbers(case, of_tensorflow):
+    for name, value in backends.numbers(case).items():
+        expected = of_tensorflow[f"{case.name}/{name}"]
+        size = np.abs(expected).max() or 1.0
+        harness.close(value / size, expected / size, tolerance=1e-5)
+
+
+def test_readme_tells_of_every_check_and_backend():
+    tests = {
+        name.removeprefix("test_")
+        for name, value in globals().items()
+        if name.startswith("test_")
+        and "case" in inspect.signature(value).parameters
+    }
+    assert {name.partition("[")[0] for name in backends.CHECKS} == tests
+    _, _, rest = (
+        (backends.ROOT / "README.md").read_text().partition(backends.START)
+    )
+    table, _, _ = rest.partition(backends.END)
+    for words in (*backends.CHECKS.values(), *backends.BACKENDS.values()):
+        assert f"| {words} " in table, words

@@ -1,5 +1,9 @@
 """Controllers by name, and what a memory cell asks of any controller."""
 
+import ast
+import json
+import pathlib
+
 import keras
 import numpy as np
 import pytest
@@ -7,9 +11,25 @@ import reference
 import toy
 from keras import ops
 
+import keras_memory
 from keras_memory import controllers
 
 BATCH, WIDTH, UNITS = 2, 5, 7
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+
+needs_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="Keras computes in float64 with TensorFlow only, or the test takes "
+    "gradients with GradientTape",
+)
+
+# As in tensorflow-addons.
+ADDONS = {
+    "layer_norm_lstm": controllers.LayerNormLSTMCell,
+    "layer_norm_rnn": controllers.LayerNormSimpleRNNCell,
+    "peephole_lstm": controllers.PeepholeLSTMCell,
+    "nas": controllers.NASCell,
+}
 
 
 def close(actual, expected, tolerance=1e-6):
@@ -44,6 +64,7 @@ def zeros(structure):
         ("gru", keras.layers.GRUCell),
         ("rnn", keras.layers.SimpleRNNCell),
         ("dense", controllers.DenseCell),
+        *ADDONS.items(),
     ],
 )
 def test_get_by_name(name, cls):
@@ -75,7 +96,7 @@ def test_get_returns_a_layer_as_it_is(make):
 @pytest.mark.parametrize(
     ("name", "units", "layers", "dropout", "message"),
     [
-        ("ltsm", 7, 1, 0, r"one of \['dense', 'gru', 'lstm'.*'ltsm'"),
+        ("ltsm", 7, 1, 0, r"one of \['dense', 'gru', 'layer_norm.*'ltsm'"),
         ("lstm", 0, 1, 0, "`controller_units`.*at least 1.*controller_units=0"),
         ("lstm", 7.0, 1, 0, "`controller_units`.*integer.*units=7.0"),
         ("lstm", True, 1, 0, "`controller_units`.*integer.*units=True"),
@@ -171,10 +192,10 @@ def test_dense_cell_keeps_its_mask_until_it_is_reset(x):
 # What a cell asks of its controller.
 
 CONTROLLERS = {
-    "lstm": lambda: controllers.get("lstm", UNITS, 1),
-    "gru": lambda: controllers.get("gru", UNITS, 1),
-    "rnn": lambda: controllers.get("rnn", UNITS, 1),
-    "dense": lambda: controllers.get("dense", UNITS, 1),
+    **{
+        name: lambda name=name: controllers.get(name, UNITS, 1)
+        for name in controllers.CELLS
+    },
     "three lstm": lambda: controllers.get("lstm", UNITS, 3),
     "two dense": lambda: controllers.get("dense", UNITS, 2),
     "state size is an int": lambda: toy.PlainCell(UNITS),
@@ -188,6 +209,8 @@ CONTROLLERS = {
         [
             controllers.DenseCell(3),
             keras.layers.LSTMCell(11),
+            controllers.NASCell(13, projection=3),
+            controllers.LayerNormSimpleRNNCell(5),
             keras.layers.GRUCell(UNITS),
         ]
     ),
@@ -264,3 +287,419 @@ def test_dropout_cells_come_with_the_width_of_their_inputs():
     ]
     assert list(controllers.dropout_cells(first, WIDTH)) == [(first, WIDTH)]
     assert not list(controllers.dropout_cells(keras.layers.Dense(3), WIDTH))
+
+
+# The cells of tensorflow-addons.
+
+
+def randomised(name, **kwargs):
+    """A cell whose weights are all drawn anew."""
+    cell = ADDONS[name](UNITS, **kwargs)
+    cell.build((None, WIDTH))
+    rng = np.random.default_rng(5)
+    cell.set_weights(
+        [rng.normal(size=w.shape, scale=0.5) for w in cell.get_weights()]
+    )
+    return cell
+
+
+def random_states(cell):
+    rng = np.random.default_rng(3)
+    return [
+        rng.normal(size=state.shape).astype("float32")
+        for state in cell.get_initial_state(batch_size=BATCH)
+    ]
+
+
+def steps_close(ours, theirs, tolerance=1e-6):
+    """Compares two (output, states)."""
+    for a, b in zip(keras.tree.flatten(ours), keras.tree.flatten(theirs)):
+        close(a, ops.convert_to_numpy(b), tolerance)
+
+
+def literal(text):
+    try:
+        return ast.literal_eval(text)
+    except ValueError:
+        return text
+
+
+def from_golden(name, dtype):
+    """A layer with the weights of a golden, its states, and the golden."""
+    file = dict(np.load(GOLDENS / f"tfa__{name}.npz"))
+    settings = json.loads(str(file["__meta__"]))
+    options = {key: literal(v) for key, v in settings["options"].items()}
+    cls = getattr(controllers, settings["cell"])
+    cell = cls(settings["units"], dtype=dtype, **options)
+    layer = keras.layers.RNN(cell, return_sequences=True, dtype=dtype)
+    layer.build(file["x"].shape)
+    names = settings["weights_in_order"]
+    cell.set_weights([file[f"w.{weight}"] for weight in names])
+    states = [file[key] for key in sorted(file) if key.startswith("init.")]
+    return layer, states, names, file
+
+
+each_golden = pytest.mark.parametrize(
+    "name",
+    [f"{cls.__name__}_{run}" for cls in ADDONS.values() for run in "ab"],
+)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param("float64", 1e-9, marks=needs_tensorflow),
+        ("float32", 1e-5),
+    ],
+)
+@each_golden
+def test_steps_equal_tensorflow_addons(name, dtype, tolerance):
+    layer, states, _, file = from_golden(name, dtype)
+    x = file["x"].astype(dtype)
+    states = [state.astype(dtype) for state in states]
+    close(layer(x), file["output_from_zero_state"], tolerance)
+    for time in range(x.shape[1]):
+        output, states = layer.cell(x[:, time], states)
+        close(output, file["output"][:, time], tolerance)
+        for index, state in enumerate(states):
+            close(state, file[f"step.state{index}"][:, time], tolerance)
+
+
+@each_golden
+@needs_tensorflow
+def test_gradients_equal_tensorflow_addons(name):
+    import tensorflow as tf
+
+    layer, states, names, file = from_golden(name, "float64")
+    x, states = tf.constant(file["x"]), [tf.constant(s) for s in states]
+    with tf.GradientTape() as tape:
+        tape.watch([x, states])
+        loss = tf.reduce_sum(layer(x, initial_state=states) ** 2)
+    close(loss, file["loss"], 1e-9)
+    of_x, of_states, of_weights = tape.gradient(
+        loss, [x, states, layer.cell.trainable_weights]
+    )
+    close(of_x, file["grad.x"], 1e-7)
+    for index, gradient in enumerate(of_states):
+        close(gradient, file[f"grad.init.state{index}"], 1e-7)
+    assert len(of_weights) == len(names)
+    for weight, gradient in zip(names, of_weights):
+        close(gradient, file[f"grad.{weight}"], 1e-7)
+
+
+# What the goldens leave open.
+
+
+def hard_sigmoid(x):
+    return np.clip(x / 6 + 0.5, 0, 1)
+
+
+def layer_norm(x, gamma, beta, epsilon):
+    deviation = np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    return (x - x.mean(-1, keepdims=True)) / deviation * gamma + beta
+
+
+def test_lstm_options_by_hand(x):
+    options = {
+        "activation": "relu",
+        "recurrent_activation": "hard_sigmoid",
+        "use_bias": False,
+    }
+    cell = randomised("peephole_lstm", **options)
+    states = h, c = random_states(cell)
+    kernel, recurrent_kernel, p_i, p_f, p_o = cell.get_weights()
+    i, f, g, o = np.split(x @ kernel + h @ recurrent_kernel, 4, axis=-1)
+    c = hard_sigmoid(f + p_f * c) * c
+    c = c + hard_sigmoid(i + p_i * states[1]) * np.maximum(g, 0)
+    h = hard_sigmoid(o + p_o * c) * np.maximum(c, 0)
+    steps_close(cell(x, states), (h, [h, c]), 1e-5)
+
+    cell = randomised("layer_norm_lstm", norm_epsilon=0.5, **options)
+    states = h, c = random_states(cell)
+    kernel, recurrent_kernel, *norms = cell.get_weights()
+    z = layer_norm(x @ kernel, *norms[:2], 0.5)
+    z = z + layer_norm(h @ recurrent_kernel, *norms[2:4], 0.5)
+    i, f, g, o = np.split(z, 4, axis=-1)
+    c = hard_sigmoid(f) * c + hard_sigmoid(i) * np.maximum(g, 0)
+    c = layer_norm(c, *norms[4:], 0.5)
+    h = hard_sigmoid(o) * np.maximum(c, 0)
+    steps_close(cell(x, states), (h, [h, c]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["layer_norm_rnn", "nas"])
+def test_no_bias_is_a_bias_of_zero(name, x):
+    cell = randomised(name, use_bias=True)
+    without = randomised(name, use_bias=False)
+    weights = without.get_weights()
+    weights.insert(2, np.zeros(cell.bias.shape))
+    cell.set_weights(weights)
+    states = random_states(cell)
+    steps_close(cell(x, states), without(x, states))
+
+
+def test_nas_projects_its_output(x):
+    cell = randomised("nas", projection=3)
+    plain = randomised("nas")
+    recurrent_kernel, kernel, projection = cell.get_weights()
+    assert projection.shape == (UNITS, 3)
+    c, m = random_states(cell)
+    assert m.shape == (BATCH, 3)
+    # The plain cell sees the same m_{t-1}, filled up with zeros.
+    fill = np.zeros((UNITS - 3, 8 * UNITS))
+    plain.set_weights([np.concatenate([recurrent_kernel, fill]), kernel])
+    wide_m = np.pad(m, [(0, 0), (0, UNITS - 3)])
+    output, (wide_c, _) = plain(x, [c, wide_m])
+    projected = ops.convert_to_numpy(output) @ projection
+    steps_close(cell(x, [c, m]), (projected, [wide_c, projected]))
+
+
+def test_initial_weights():
+    for name in ("layer_norm_lstm", "peephole_lstm"):
+        for unit_forget_bias in (True, False):
+            cell = ADDONS[name](UNITS, unit_forget_bias=unit_forget_bias)
+            cell.build((None, WIDTH))
+            bias = np.split(ops.convert_to_numpy(cell.bias), 4)
+            close(bias, np.outer([0, unit_forget_bias, 0, 0], [1] * UNITS), 0)
+    cell = controllers.LayerNormLSTMCell(
+        UNITS, norm_gamma_initializer="zeros", norm_beta_initializer="ones"
+    )
+    cell.build((None, WIDTH))
+    gammas_and_betas = cell.get_weights()[3:]
+    assert [w.mean() for w in gammas_and_betas] == [0, 1] * 3
+    # An initializer draws the same numbers each time.
+    draw = keras.initializers.RandomNormal()
+    peephole = controllers.PeepholeLSTMCell(UNITS, kernel_initializer=draw)
+    norm = controllers.LayerNormLSTMCell(UNITS, norm_gamma_initializer=draw)
+    for cell, first, second in ((peephole, 3, 4), (norm, 3, 5)):
+        cell.build((None, WIDTH))
+        weights = cell.get_weights()
+        assert (weights[first] != weights[second]).all()
+
+
+each_name = pytest.mark.parametrize("name", ADDONS)
+
+
+@each_name
+def test_one_dropout_mask_for_all_gates_and_all_steps(name, x):
+    shares = {"dropout": 0.5, "seed": 11}
+    if name != "nas":
+        shares["recurrent_dropout"] = 0.4
+    cell, twin = randomised(name, **shares), randomised(name, **shares)
+    plain = randomised(name)
+    x = np.stack([x, 2 * x, -x], axis=1)
+    layer = keras.layers.RNN(cell, return_sequences=True)
+    output = ops.convert_to_numpy(layer(x, training=True))
+    # The twin draws what the layer has drawn.
+    mask = ops.convert_to_numpy(twin.get_dropout_mask(x[:, 0]))
+    states = [np.zeros((BATCH, UNITS), "float32") for _ in random_states(cell)]
+    recurrent_mask = np.ones((BATCH, UNITS), "float32")
+    if name != "nas":
+        recurrent_mask = ops.convert_to_numpy(
+            twin.get_recurrent_dropout_mask(states[0])
+        )
+        assert recurrent_mask.shape == (BATCH, UNITS)
+        assert set(recurrent_mask.ravel()) == {0, np.float32(1 / 0.6)}
+    assert mask.shape == (BATCH, WIDTH)
+    assert set(mask.ravel()) == {0, 2}
+    for time in range(3):
+        states[0] = states[0] * recurrent_mask  # h, of which only U sees
+        after = plain(x[:, time] * mask, states)
+        expected, states = keras.tree.map_structure(ops.convert_to_numpy, after)
+        close(output[:, time], expected)
+    others = ops.convert_to_numpy(layer(x, training=True))
+    assert np.abs(others - output).max() > 1e-3
+    without = keras.layers.RNN(plain, return_sequences=True)(x, training=True)
+    close(layer(x), ops.convert_to_numpy(without))
+
+
+@each_name
+def test_masked_steps_hold_output_and_states(name):
+    if name == "nas" and keras.backend.backend() in ("jax", "numpy"):
+        pytest.skip("Keras holds the first state there, not the output")
+    layer = keras.layers.RNN(randomised(name), return_state=True)
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(BATCH, 7, WIDTH)).astype("float32")
+    mask = np.ones((BATCH, 7), bool)
+    mask[:, 4:] = False
+    steps_close(layer(x, mask=mask), layer(x[:, :4]))
+
+
+def test_a_stack_trains_when_compiled_and_is_saved(tmp_path):
+    shares = {"dropout": 0.25, "recurrent_dropout": 0.25}
+    *cells, nas = ADDONS.values()
+    stack = [cell(UNITS, **shares) for cell in cells]
+    stack.append(nas(UNITS, projection=3, use_bias=True, dropout=0.25))
+    layer = keras.layers.RNN(keras.layers.StackedRNNCells(stack))
+    model = keras.Sequential([keras.Input((None, WIDTH)), layer])
+    x = np.random.default_rng(7).normal(size=(BATCH, 3, WIDTH))
+    backend = keras.backend.backend()
+    if backend != "numpy":  # which does not train
+        model.compile("sgd", "mse", jit_compile=backend != "torch")
+        before = model.get_weights()
+        model.fit(x, np.ones((BATCH, 3)), epochs=2, verbose=0)
+        for weight, old in zip(model.weights, before):
+            new = ops.convert_to_numpy(weight)
+            assert np.isfinite(new).all() and (new != old).any(), weight.path
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    close(loaded(x), ops.convert_to_numpy(model(x)), 0)
+
+
+@each_name
+def test_as_controllers_of_a_saved_memory(name, tmp_path):
+    sizes = {"memory_slots": 11, "slot_size": 3, "return_sequences": True}
+    model = keras.Sequential(
+        [
+            keras.Input((None, WIDTH)),
+            keras_memory.NTMLayer(3, controller=ADDONS[name](UNITS), **sizes),
+            keras_memory.NTMLayer(
+                3,
+                controller=name,
+                controller_units=UNITS,
+                controller_layers=2,
+                **sizes,
+            ),
+        ]
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x = np.random.default_rng(7).normal(size=(BATCH, 3, WIDTH))
+    close(loaded(x), ops.convert_to_numpy(model(x)), 0)
+    assert type(loaded.layers[0].cell.controller) is ADDONS[name]
+
+
+CELL = {
+    "units": 3,
+    "use_bias": False,
+    "kernel_initializer": "ones",
+    "recurrent_initializer": "ones",
+    "bias_initializer": "ones",
+    "dropout": 0.25,
+    "seed": 11,
+    "dtype": "mixed_bfloat16",
+    "name": "mine",
+}
+RNN_CELL = {
+    **CELL,
+    "activation": "relu",
+    "recurrent_dropout": 0.5,
+    "kernel_regularizer": "l2",
+    "recurrent_regularizer": "l2",
+    "bias_regularizer": "l2",
+    "kernel_constraint": "non_neg",
+    "recurrent_constraint": "non_neg",
+    "bias_constraint": "non_neg",
+}
+LSTM_CELL = {
+    **RNN_CELL,
+    "recurrent_activation": "hard_sigmoid",
+    "unit_forget_bias": False,
+}
+# All arguments of tensorflow-addons, and `seed`.
+ARGUMENTS = {
+    "layer_norm_lstm": {
+        **LSTM_CELL,
+        "norm_gamma_initializer": "zeros",
+        "norm_beta_initializer": "ones",
+        "norm_epsilon": 0.5,
+    },
+    "layer_norm_rnn": {
+        **RNN_CELL,
+        "layernorm_epsilon": 0.5,
+        "gamma_initializer": "zeros",
+        "gamma_regularizer": "l2",
+        "gamma_constraint": "non_neg",
+    },
+    "peephole_lstm": LSTM_CELL,
+    "nas": {
+        **CELL,
+        "use_bias": True,
+        "projection": 2,
+        "projection_initializer": "ones",
+    },
+}
+
+
+@each_name
+def test_every_argument_is_kept(name):
+    cell = ADDONS[name](**ARGUMENTS[name])
+    text = json.dumps(cell.get_config())
+    default = ADDONS[name](7).get_config()
+    for key in ARGUMENTS[name]:
+        assert json.loads(text)[key] != default[key], key
+    copy = ADDONS[name].from_config(json.loads(text))
+    assert json.dumps(copy.get_config()) == text
+    for layer in (cell, copy):
+        layer.build((None, WIDTH))
+    assert json.dumps(copy.get_config()) == text
+    for ours, theirs in zip(copy.get_weights(), cell.get_weights()):
+        close(ours, theirs, 0)
+    for layer in vars(copy).values():
+        if isinstance(layer, keras.layers.LayerNormalization):
+            assert layer.dtype_policy == copy.dtype_policy
+
+
+REFUSED = [
+    ({"units": 0}, "`units`.*at least 1.*Received: units=0"),
+    ({"units": "7"}, "`units`.*integer.*Received: units='7'"),
+    ({"dropout": 1.0}, r"`dropout`.*\[0, 1\).*Received: dropout=1.0"),
+    ({"dropout": -0.1}, "`dropout`.*Received: dropout=-0.1"),
+]
+RECURRENT = [({"recurrent_dropout": 1.5}, "Received: recurrent_dropout=1.5")]
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("dense", []),
+        (
+            "layer_norm_lstm",
+            [*RECURRENT, ({"norm_epsilon": 0}, "`norm_epsilon`.*positive")],
+        ),
+        (
+            "layer_norm_rnn",
+            [*RECURRENT, ({"layernorm_epsilon": None}, "epsilon=None")],
+        ),
+        ("peephole_lstm", RECURRENT),
+        ("nas", [({"projection": 0}, "`projection`.*least 1.*projection=0")]),
+    ],
+)
+def test_cells_refuse(name, refused):
+    for arguments, message in REFUSED + refused:
+        with pytest.raises(ValueError, match=message):
+            controllers.CELLS[name](**{"units": UNITS, **arguments})
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(1, 0.0), (3, 1e3)])
+@each_name
+@needs_tensorflow
+def test_zero_and_saturation(name, steps, scale):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(7)
+    x = tf.constant(scale * rng.normal(size=(BATCH, steps, WIDTH)), "float32")
+    of_output = tf.constant(rng.normal(size=(BATCH, UNITS)), "float32")
+    for dtype in ("float32", "float16", "mixed_float16", "mixed_bfloat16"):
+        layer = keras.layers.RNN(ADDONS[name](UNITS, dtype=dtype), dtype=dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = tf.cast(layer(x), "float32")
+            loss = tf.reduce_sum(output * of_output)
+        assert np.isfinite(output).all()
+        for gradient in tape.gradient(loss, [x, *layer.trainable_weights]):
+            assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["layer_norm_lstm", "layer_norm_rnn"])
+@needs_tensorflow
+def test_masked_leading_zeros_have_finite_gradients(name):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(BATCH, 40, WIDTH)).astype("float32")
+    x[:, :35] = 0
+    layer = keras.layers.RNN(ADDONS[name](UNITS))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(x, mask=(x != 0).any(-1)) ** 2)
+    for gradient in tape.gradient(loss, layer.trainable_weights):
+        assert np.isfinite(gradient).all()

@@ -1,6 +1,8 @@
 """The package's shape: who imports whom, and what an import costs."""
 
 import ast
+import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -73,9 +75,13 @@ def test_the_check_sees_upward_and_sideways_imports():
     assert misplaced("ntm", "from keras_memory.recurrent import trace") == []
 
 
-def run_python(code):
+def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
 
@@ -88,3 +94,20 @@ def test_import_is_light():
     ).split()
     heavy = {"scann", "tensorboard", "PIL", "tensorflow_serving", "grpc"}
     assert not heavy & set(new)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_one_backend_is_enough(backend):
+    """Without TensorFlow, and without what only some functions need."""
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    absent = {"tensorflow", "jax", "torch"} - {backend}
+    absent |= {"tensorboard", "tensorflow_serving", "PIL", "scann"}
+    output = run_python(
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "import keras_memory, numpy as np\n"
+        "layer = keras_memory.NTMLayer(3, memory_slots=7, slot_size=5)\n"
+        "print(tuple(layer(np.ones((2, 5, 4), 'float32')).shape))",
+        KERAS_BACKEND=backend,
+    )
+    assert output == "(2, 3)\n"

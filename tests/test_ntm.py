@@ -1,9 +1,7 @@
-"""The Neural Turing Machine against its oracle, the reference
-implementations, finite differences, and where mathematics is singular."""
+"""The Neural Turing Machine against its oracle, finite differences, cases
+solved by hand, and where mathematics is singular."""
 
 import itertools
-import json
-import pathlib
 
 import keras
 import numpy as np
@@ -17,7 +15,6 @@ from keras_memory import addressing
 BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
 SIZES = {"memory_slots": 11, "slot_size": 5, "controller_units": 7}
 IN_TURN = ("read", "write", "write", "read", "write")
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 NAN = float("nan")
 
 needs_tensorflow = pytest.mark.skipif(
@@ -91,14 +88,15 @@ def oracle(layer, x):
     initial = {
         name: ops.convert_to_numpy(value)[0]
         for name, value in start._asdict().items()
-        if name != "controller"
+        if not isinstance(value, tuple)
     }
     states = keras.tree.flatten(start.controller)
     states = [ops.convert_to_numpy(state)[0] for state in states]
     initial |= dict(zip(("h", "c"), states))
     same = (
         "memory_slots slot_size read_heads write_heads controller head_order "
-        "addressing shift_range erase interface_clip clip_value product_epsilon"
+        "addressing shift_range erase interface_clip clip_value "
+        "product_epsilon writing retroactive_discount"
     )
     norm_epsilon = config["norm_epsilon"]
     if norm_epsilon is None:
@@ -127,10 +125,17 @@ def equals_the_oracle(layer, x, tolerance=1e-11):
     return expected
 
 
-@pytest.mark.parametrize("controller", ["lstm", "gru", "rnn", "dense"])
 @pytest.mark.parametrize("erase", [True, False])
 @pytest.mark.parametrize("addressing", ["content_and_location", "content"])
-@pytest.mark.parametrize("head_order", ["parallel", IN_TURN])
+@pytest.mark.parametrize(
+    ("head_order", "controller"),
+    [
+        *itertools.product(
+            ["parallel", IN_TURN], ["lstm", "gru", "rnn", "dense"]
+        ),
+        ("writes_in_turn", "lstm"),
+    ],
+)
 @needs_tensorflow
 def test_equals_the_oracle(head_order, addressing, erase, controller):
     layer = randomised(
@@ -203,242 +208,170 @@ def test_float32_equals_the_oracle():
     equals_the_oracle(layer, numbers().astype("float32"), 1e-4)
 
 
+@pytest.mark.parametrize("writing", ["addressed", "sequential"])
 @pytest.mark.parametrize("shape", [(1, 1, WIDTH), (1, TIME, WIDTH), (2, 1, 3)])
 @needs_tensorflow
-def test_one_item_and_one_step_equal_the_oracle(shape):
-    layer = randomised(initial_memory="random", dtype="float64")
+def test_one_item_and_one_step_equal_the_oracle(shape, writing):
+    layer = randomised(
+        initial_memory="random", writing=writing, dtype="float64"
+    )
     equals_the_oracle(layer, numbers(shape=shape))
 
 
-# Against the reference implementations: their weights into our layout.
+# MERLIN's writing.
 
 
-def batch_first(array):
-    return np.swapaxes(array, 0, 1)
-
-
-def interface_of(heads, writes, slot_size, shifts):
-    """Joins the heads' own projections into one.
-
-    heads: list of (U + 1, P), read heads first, whose columns are key,
-    strength, gate, shift, sharpening and, for a write head, erase and add.
-    shifts: which of the reference's shifts is -1, 0, +1.
-    """
-    sizes = np.cumsum([slot_size, 1, 1, 3, 1, slot_size, slot_size])
-    parts = [np.split(head, sizes[:-1], axis=1) for head in heads]
-    for part in parts:
-        part[3] = part[3][:, shifts]
-    joined = np.concatenate(
-        [
-            part[section]
-            for section in range(7)
-            for part in (parts if section < 5 else parts[-writes:])
-        ],
-        axis=1,
-    )
-    return joined[:-1], joined[-1]
-
-
-def assign(layer, values, start):
-    """values: controller's kernel, recurrent kernel and bias, interface
-    kernel and bias, output kernel and bias. start: name -> array."""
-    cell = layer.cell
-    weights = [
-        *cell.block_controllers[0].weights,
-        *cell.interfaces[0],
-        *cell.output_projection,
-    ]
-    for weight, value in zip(weights, values, strict=True):
-        weight.assign(value)
-    initials = initial_weights(layer)
-    assert set(initials) == set(start)
-    for name, value in start.items():
-        initials[name].assign(np.reshape(value, initials[name].shape))
-
-
-def pytorch_ntm(file, meta):
-    """Layer, weighting (B, T, K, N) by head, and the gradients by weight."""
-    kinds = meta["head_kinds_in_call_order"]
-    reads, writes = kinds.count("R"), kinds.count("W")
-    slots, width = file["w.mem_bias"].shape
-    order = [i for kind in "RW" for i, k in enumerate(kinds) if k == kind]
-    layer = keras_memory.NTMLayer(
-        meta["num_outputs"],
-        slots,
-        width,
-        reads,
-        writes,
-        controller_units=meta["controller_size"],
-        head_order=[{"R": "read", "W": "write"}[kind] for kind in kinds],
-        key_activation="linear",
-        add_activation="linear",
-        activation="sigmoid",
-        initial_memory="learned",
-        initial_reads="learned",
-        initial_weighting=0.0,
-        initial_controller_state="learned",
-        norm_epsilon=0.0,
-        return_sequences=True,
-        dtype="float64",
-    )
-    layer.build((None, None, meta["num_inputs"]))
-    heads = []
-    for i in order:
-        name = f"w.ntm.heads.{i}.fc_{'read' if kinds[i] == 'R' else 'write'}."
-        weight, bias = file[name + "weight"], file[name + "bias"]
-        heads.append(np.concatenate([weight.T, bias[None]]))
-    lstm = "w.ntm.controller.lstm"
-    bias = file[f"{lstm}.bias_ih_l0"] + file[f"{lstm}.bias_hh_l0"]
-    assign(
-        layer,
-        [
-            file[f"{lstm}.weight_ih_l0"].T,
-            file[f"{lstm}.weight_hh_l0"].T,
-            bias,
-            *interface_of(heads, writes, width, [2, 1, 0]),
-            file["w.ntm.fc.weight"].T,
-            file["w.ntm.fc.bias"],
-        ],
-        {
-            "initial_memory": file["w.mem_bias"],
-            "initial_reads": [file[f"w.read{i}_bias"] for i in range(reads)],
-            "initial_controller": file[f"{lstm}_h_bias"],
-            "initial_controller_1": file[f"{lstm}_c_bias"],
-        },
-    )
-    weighting = np.stack([file[f"head{i}.w"] for i in order], axis=2)
-    gradients = {
-        "initial_memory": file["grad.mem_bias"],
-        "initial_reads": np.stack(
-            [file[f"grad.read{i}_bias"] for i in range(reads)]
-        ),
-        "initial_controller": file["grad.ntm.controller.lstm_h_bias"],
-        "initial_controller_1": file["grad.ntm.controller.lstm_c_bias"],
-        "kernel": file["grad.ntm.controller.lstm.weight_ih_l0"].T,
-        "recurrent_kernel": file["grad.ntm.controller.lstm.weight_hh_l0"].T,
-        "bias": file["grad.ntm.controller.lstm.bias_ih_l0"],
-        "output_kernel": file["grad.ntm.fc.weight"].T,
-        "output_bias": file["grad.ntm.fc.bias"],
+def written(**kwargs):
+    """A layer that overwrites: it has fewer slots than a sequence steps."""
+    fixed = {
+        "writing": "sequential",
+        "memory_slots": 5,
+        "slot_size": 4,
+        "read_heads": 2,
+        "initial_memory": "random",
+        "initial_reads": "learned",
+        "initial_weighting": "learned",
+        "dtype": "float64",
     }
-    return layer, file["memory"], file["reads"], weighting, gradients
+    return randomised(**{**fixed, **kwargs})
 
 
-def collier_ntm(file, meta):
-    reads, writes = meta["read_heads"], meta["write_heads"]
-    slots, width = meta["memory_size"], meta["memory_vector_dim"]
-    units = meta["controller_units"]
-    layer = keras_memory.NTMLayer(
-        meta["output"],
-        slots,
-        width,
-        reads,
-        writes,
-        controller_units=units,
-        interface_clip=20.0,
-        clip_value=20.0,
-        initial_memory="random",
-        initial_reads="random",
-        initial_weighting="learned",
-        norm_epsilon=0.0,
-        product_epsilon=1e-8,
-        return_sequences=True,
-        dtype="float64",
+LONG = (BATCH, 13, WIDTH)
+
+
+@pytest.mark.parametrize("erase", [True, False])
+@pytest.mark.parametrize("discount", [None, 0.7])
+@pytest.mark.parametrize(
+    "head_order",
+    ["parallel", ("write", "read", "read"), ("read", "write", "read")],
+)
+@needs_tensorflow
+def test_sequential_writing_equals_the_oracle(head_order, discount, erase):
+    layer = written(
+        head_order=head_order, retroactive_discount=discount, erase=erase
     )
-    layer.build((None, None, meta["input"]))
-    projection, bias = (
-        file[f"w.ntm/o2p/fully_connected/{name}"]
-        for name in ("weights", "biases")
-    )
-    columns = np.concatenate([projection, bias[None]])
-    ends = np.cumsum([width + 6] * (reads + writes) + [width] * (2 * writes))
-    parts = np.split(columns, ends[:-1], axis=1)
-    heads = parts[: reads + writes]
-    for head in range(writes):
-        at = reads + writes + 2 * head
-        heads[reads + head] = np.concatenate(
-            [heads[reads + head], *parts[at : at + 2]], axis=1
-        )
-
-    def start(i):
-        return file[f"w.ntm/init/learned_init_{i}/fully_connected/weights"]
-
-    lstm = "w.ntm/controller/multi_rnn_cell/cell_0/basic_lstm_cell/"
-
-    def gates(array):  # i, candidate, f, o -> i, f, candidate, o
-        i, candidate, f, o = np.split(array, 4, axis=-1)
-        return np.concatenate([i, f, candidate, o], axis=-1)
-
-    kernel, bias = gates(file[lstm + "kernel"]), gates(file[lstm + "bias"])
-    bias[units : 2 * units] += 1.0
-    weightings = [start(reads + i) for i in range(reads + writes)]
-    assign(
-        layer,
-        [
-            kernel[:-units],
-            kernel[-units:],
-            bias,
-            *interface_of(heads, writes, width, [2, 0, 1]),
-            file["w.ntm/o2o/fully_connected/weights"],
-            file["w.ntm/o2o/fully_connected/biases"],
-        ],
-        {
-            "initial_memory": np.tanh(start(2 * reads + writes)),
-            "initial_reads": np.tanh([start(i) for i in range(reads)]),
-            "initial_read_weighting": weightings[:reads],
-            "initial_write_weighting": weightings[reads:],
-        },
-    )
-    kernel = gates(file["grad." + lstm[2:] + "kernel"])
-    of_start = "grad.ntm/init/learned_init_{}/fully_connected/weights"
-    gradients = {
-        "initial_read_weighting": file[of_start.format(reads)],
-        "initial_write_weighting": file[of_start.format(reads + 1)],
-        "kernel": kernel[:-units],
-        "recurrent_kernel": kernel[-units:],
-        "bias": gates(file["grad." + lstm[2:] + "bias"]),
-        "output_kernel": file["grad.ntm/o2o/fully_connected/weights"],
-        "output_bias": file["grad.ntm/o2o/fully_connected/biases"],
-    }
-    memory, read_vectors = file["step.memory"], file["step.reads"]
-    return layer, memory, read_vectors, file["step.w"], gradients
+    equals_the_oracle(layer, numbers(shape=LONG))
 
 
 @pytest.mark.parametrize(
-    ("name", "convert"),
+    "options",
     [
-        ("pytorch_ntm__1r1w_a", pytorch_ntm),
-        ("pytorch_ntm__2r2w_b", pytorch_ntm),
-        ("collier_ntm__a", collier_ntm),
+        {"memory_slots": 13},
+        {"memory_slots": 17},
+        {"addressing": "content"},
+        {"memory_slots": 1, "shift_range": 0},
+        {"retroactive_discount": 0.0},
     ],
+    ids=str,
 )
 @needs_tensorflow
-def test_reproduces_the_reference_implementation(name, convert):
-    import tensorflow as tf
+def test_sequential_writing_in_other_sizes_equals_the_oracle(options):
+    layer = written(**{"retroactive_discount": 0.9, **options})
+    inside = equals_the_oracle(layer, numbers(shape=LONG))
+    slots = inside["write_weighting"][:, :, 0].argmax(-1)
+    first = slots[:, : layer.cell.memory_slots]
+    assert (first == np.arange(first.shape[1])).all()
 
-    file = dict(np.load(GOLDENS / f"{name}.npz"))
-    meta = json.loads(str(file["__meta__"]))
-    meta = meta.get("settings", meta)
-    layer, memory, reads, weighting, gradients = convert(file, meta)
-    x = tf.constant(batch_first(file["x"]))
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        output = layer(x)
-        loss = tf.reduce_sum(output**2)
-    close(output, batch_first(file["output"]), 1e-9)
-    close(loss, file["loss"], 1e-9)
-    inside = keras_memory.trace(layer, x)
-    close(inside["memory"], batch_first(memory), 1e-9)
-    close(inside["reads"], batch_first(reads), 1e-9)
-    heads = [inside["read_weighting"], inside["write_weighting"]]
-    close(np.concatenate(heads, axis=2), batch_first(weighting), 1e-9)
-    weights = {
-        w.name: w for w in layer.trainable_weights if w.name in gradients
-    }
-    assert set(weights) == set(gradients)
-    of_x, of_weights = tape.gradient(loss, [x, weights])
-    close(of_x, batch_first(file["grad.x"]), 1e-7)
-    for name, expected in gradients.items():
-        close(of_weights[name], np.reshape(expected, weights[name].shape), 1e-7)
+
+@needs_tensorflow
+def test_sequential_writing_does_not_count_masked_steps():
+    layer = written(retroactive_discount=0.7)
+    x = numbers(shape=LONG)
+    mask = np.ones(LONG[:2], bool)
+    mask[0, [0, 4, 5, 9]] = mask[1, [3, 12]] = False
+    output = ops.convert_to_numpy(layer(x, mask=mask))
+    inside = keras_memory.trace(layer, x, mask=mask)
+    for row, kept in enumerate(mask):
+        expected = oracle(layer, x[row : row + 1, kept])
+        close(output[row, kept], expected["output"][0], 1e-11)
+        for name, value in expected.items():
+            close(inside[name][row, kept], value[0], 1e-11)
+    assert (inside["usage"][0, 0] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("erase", "memory"),
+    [
+        (True, [[1, 0, 0, 0], [1, 1, 2, 0], [1, 2, 4, 0], [1, 3, 8, 0]]),
+        (False, [[1, 0, 0, 0], [1, 1, 2, 0], [1, 2, 6, 2], [1, 3, 14, 8]]),
+    ],
+)
+def test_sequential_writing_by_hand(erase, memory):
+    """Two slots, read evenly, take 1, 2, 4 and 8 in their first half."""
+    layer = ntm(
+        memory_slots=2,
+        slot_size=2,
+        controller=keras.layers.Dense(1, kernel_initializer="ones"),
+        addressing="content",
+        writing="sequential",
+        retroactive_discount=0.5,
+        erase=erase,
+        add_activation="linear",
+        initial_memory=0.0,
+        kernel_initializer="zeros",
+    )
+    layer.build((1, 4, 1))
+    controller = layer.cell.block_controllers[0]
+    controller.kernel.assign([[1.0], [0.0], [0.0]])
+    layer.cell.interfaces[0][0].assign([[0.0, 0.0, 0.0, 1.0]])
+    start = layer.cell.unpack_state(layer.cell.get_initial_state(1))
+    close(start.usage, [[-1, -1]], 0)
+    close(start.write_weighting, [[[0, 0]]], 0)
+    close(start.retroactive_weighting, [[[0, 0]]], 0)
+    inside = keras_memory.trace(layer, np.reshape([1.0, 2, 4, 8], (1, 4, 1)))
+    close(inside["read_weighting"][0, :, 0], np.full((4, 2), 0.5))
+    close(inside["memory"][0], np.reshape(memory, (4, 2, 2)))
+    slots = inside["write_weighting"][0, :, 0]
+    close(slots, [[1, 0], [0, 1], [0, 1], [0, 1]], 0)
+    close(inside["usage"][0], [[0, -1], [0.5, 0], [1, 0.5], [1.5, 1]])
+    later = [[0, 0], [0.5, 0], [0.25, 0], [0.125, 0]]
+    if not erase:
+        later[2:] = [[0.25, 0.5], [0.125, 0.75]]
+    close(inside["retroactive_weighting"][0, :, 0], later)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@needs_tensorflow
+def test_sequential_writing_in_16_bits(dtype):
+    """Every slot is written before any is again, and then the least used."""
+    layer = randomised(
+        memory_slots=300,
+        slot_size=2,
+        controller="dense",
+        controller_units=3,
+        writing="sequential",
+        retroactive_discount=0.9,
+        dtype=dtype,
+    )
+    inside = keras_memory.trace(layer, numbers(shape=(1, 310, WIDTH)))
+    for name, value in inside.items():
+        assert np.isfinite(value.astype("float32")).all(), name
+    slots = inside["write_weighting"][0, :, 0].argmax(-1)
+    assert slots[:300].tolist() == list(range(300))
+    usage = inside["usage"][0].astype("float32")
+    for step in range(300, 310):
+        assert usage[step, slots[step]] == usage[step].min()
+
+
+def test_writes_in_turn_by_hand():
+    """Two heads write 2 and 3 to the only slot and erase what is in it."""
+    for head_order, expected in (("parallel", 5), ("writes_in_turn", 3)):
+        layer = ntm(
+            memory_slots=1,
+            write_heads=2,
+            head_order=head_order,
+            addressing="content",
+            add_activation="linear",
+            initial_memory=0.5,
+            kernel_initializer="zeros",
+        )
+        layer.build((1, 1, WIDTH))
+        set_interface_bias(
+            layer, erase_vector=60.0, add_vector=[[2.0] * 5, [3.0] * 5]
+        )
+        inside = keras_memory.trace(layer, numbers(shape=(1, 1, WIDTH)))
+        close(inside["memory"], np.full((1, 1, 1, 5), expected))
+        close(inside["reads"], np.full((1, 1, 1, 5), 0.5))
 
 
 # Gradients against finite differences.
@@ -448,6 +381,7 @@ def test_reproduces_the_reference_implementation(name, convert):
     "options",
     [
         {"read_heads": 2, "write_heads": 3, "shift_range": 2},
+        {"write_heads": 3, "head_order": "writes_in_turn"},
         {
             "write_heads": 2,
             "head_order": ("write", "read", "write"),
@@ -468,8 +402,30 @@ def test_reproduces_the_reference_implementation(name, convert):
             "norm_epsilon": 0.1,
             "units": None,
         },
+        {
+            "read_heads": 2,
+            "slot_size": 4,
+            "memory_slots": 3,
+            "writing": "sequential",
+            "retroactive_discount": 0.7,
+        },
+        {
+            "memory_slots": 3,
+            "writing": "sequential",
+            "addressing": "content",
+            "head_order": ("write", "read"),
+            "erase": False,
+        },
     ],
-    ids=["heads", "in turn", "content", "unprojected"],
+    ids=[
+        "heads",
+        "writes in turn",
+        "in turn",
+        "content",
+        "unprojected",
+        "sequential",
+        "sequential, content",
+    ],
 )
 @needs_tensorflow
 def test_gradients_equal_finite_differences(options):
@@ -528,9 +484,16 @@ def test_gradients_equal_finite_differences(options):
                 without_gradient.append(index)
             error = abs(np.sum(gradient * direction) - slope)
             assert error <= 1e-6 * length, (index, variable.shape)
-    # By content alone, nothing depends on the weightings of the step before.
-    by_content = options.get("addressing") == "content"
-    assert without_gradient == ([3, 4] if by_content else [])
+    # By content alone, nothing depends on the weightings of the step before,
+    # and usage only chooses a slot.
+    states = layer.cell.initial_records[0]._fields
+    used = {"read_weighting", "write_weighting"}
+    if options.get("addressing") == "content":
+        used = set()
+    if "retroactive_discount" in options:
+        used |= {"write_weighting", "retroactive_weighting"}
+    unused = {n for n in states if "weighting" in n or n == "usage"} - used
+    assert {states[index - 1] for index in without_gradient} == unused
 
 
 # Where mathematics is singular.
@@ -905,6 +868,9 @@ STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
         ("initial_reads", STARTS),
         ("initial_weighting", STARTS),
         ("addressing", ["location", None, True]),
+        ("writing", ["serial", None, True]),
+        ("retroactive_discount", [-0.1, 1.0, 1, NAN, "0.5", True]),
+        ("erase", [None, 1, "yes"]),
         (
             "head_order",
             [
@@ -939,6 +905,26 @@ def test_head_orders_that_are_no_list(value):
     with pytest.raises(ValueError, match="`head_order`.*once") as error:
         ntm(head_order=value)
     assert f"Received: head_order={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "received"),
+    [
+        ({"write_heads": 2}, "write_heads=2"),
+        ({"retroactive_discount": 0.5}, "slot_size=5"),
+        (
+            {
+                "writing": "addressed",
+                "retroactive_discount": 0.5,
+                "slot_size": 4,
+            },
+            "writing='addressed'",
+        ),
+    ],
+)
+def test_what_sequential_writing_needs(options, received):
+    with pytest.raises(ValueError, match=f"sequential.*{received}"):
+        ntm(**{"writing": "sequential", **options})
 
 
 def test_a_negative_weighting_is_none():

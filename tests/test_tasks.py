@@ -5,8 +5,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_memory import losses
+from keras_memory import losses as on_tensors
 from keras_memory import tasks
+
+losses = harness.on_arrays(on_tensors)
 
 
 def sample(length=None, longest=None, seed=3, **arguments):
@@ -110,15 +112,19 @@ def test_wrong_bits_are_counted_where_the_mask_says():
 
 
 @pytest.mark.parametrize(
-    "metric", [losses.BitsPerSequence(), losses.WrongBitsPerSequence()]
+    ("metric", "function"),
+    [
+        (losses.BitsPerSequence(), losses.bits_per_sequence),
+        (losses.WrongBitsPerSequence(), losses.wrong_bits_per_sequence),
+    ],
 )
-def test_metrics_are_means_over_sequences(metric):
+def test_metrics_are_means_over_sequences(metric, function):
     outputs = np.random.default_rng(3).uniform(size=TARGETS.shape)
     metric.reset_state()
     metric.update_state(TARGETS, outputs, MASK)
     metric.update_state(TARGETS[:1], outputs[:1], MASK[:1])
     each = keras.ops.convert_to_numpy(
-        type(metric).function(TARGETS, outputs.astype("f4"), MASK)
+        function(TARGETS, outputs.astype("f4"), MASK)
     )
     harness.close(metric.result(), (each.sum() + each[0]) / 3)
     config = keras.metrics.serialize(metric)

@@ -1,0 +1,238 @@
+"""What each backend of Keras can do, and that all compute the same numbers.
+
+    KERAS_BACKEND=torch python tests/backends.py numbers FILE.npz
+    python tests/backends.py table [--results FOLDER] [--write]
+
+`numbers` writes what every catalogue case computes from weights that NumPy
+draws. `table` runs the catalogue on every backend and prints the table of
+README's section "Backends"; `--write` puts it there. `--results` keeps the
+runs' JUnit files, and uses those that are there already.
+"""
+
+import argparse
+import collections
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import harness
+import keras
+import numpy as np
+from catalogue import CASES
+from keras import ops
+
+ROOT = pathlib.Path(__file__).parents[1]
+START, END = "<!-- backends: start -->\n", "<!-- backends: end -->\n"
+
+BACKENDS = {
+    "tensorflow": "TensorFlow",
+    "jax": "JAX",
+    "torch": "PyTorch",
+    "numpy": "NumPy",
+}
+
+# The checks of `test_catalogue.py`, in the words of README's table.
+CHECKS = {
+    "config_round_trip": "`get_config`, `from_config`",
+    "file_round_trip": "`.keras` and `.weights.h5` files",
+    "clone": "`clone_model`",
+    "shapes": "symbolic and actual shapes are those declared",
+    "training_step[False]": "`fit`",
+    "training_step[True]": "`fit` with `jit_compile=True`",
+    "mask_is_truncation": "masks",
+    "state_in_and_out": "`initial_state`, `return_state`",
+    "stateful_is_one_sequence": "`stateful`",
+    "backwards": "`go_backwards`",
+    "in_models": "`Bidirectional`, stacked, subclassed, `unroll`",
+    "mixed_precision[mixed_float16]": "`mixed_float16`",
+    "mixed_precision[mixed_bfloat16]": "`mixed_bfloat16`",
+    "mixed_precision[float16]": "`float16`",
+    "trace": "`trace`",
+    "same_numbers": (
+        "outputs, states, loss and gradients, also with masks, as on "
+        "TensorFlow to 1e-5"
+    ),
+}
+
+
+class Gradient(keras.optimizers.Optimizer):
+    """Puts the gradients in the place of the weights."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(variable, gradient)
+
+
+class SumOfSquares(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return ops.sum(y_pred**2, axis=-1)
+
+
+def numbers(case):
+    """Dict of arrays: outputs, final states, loss and gradients of a case.
+
+    All weights and inputs come from NumPy, as initializers draw other numbers
+    on each backend; so does dropout, which is left out.
+    """
+    rng = np.random.default_rng(5)
+    dropout = {n: 0.0 for n in case.kwargs if n == "controller_dropout"}
+    layer = case.make(return_state=True, **dropout)
+    layer.build(case.input_shape)
+    for weight in layer.weights:
+        weight.assign(rng.normal(size=weight.shape, scale=0.3))
+    x = rng.normal(size=case.input_shape).astype("float32")
+    mask = rng.uniform(size=x.shape[:2]) < 0.7
+    results = {}
+    for name, values in (
+        ("plain", layer(x)),
+        ("masked", layer(x, mask=mask)),
+    ):
+        for index, value in enumerate(values):
+            results[f"{name} {index or 'output'}"] = value
+    if harness.TRAINS:
+        entries = [
+            keras.Input(x.shape[1:]),
+            keras.Input(mask.shape[1:], dtype="bool"),
+        ]
+        outputs, *_ = layer(entries[0], mask=entries[1])
+        model = keras.Model(entries, outputs)
+        model.compile(
+            Gradient(1.0),
+            SumOfSquares("sum"),
+            # Where tracing takes longest.
+            run_eagerly=keras.backend.backend() == "tensorflow",
+        )
+        nothing = np.zeros((len(x), *outputs.shape[1:]))
+        loss = model.train_on_batch([x, mask], nothing)
+        results["loss"] = np.array(loss)
+        for index, weight in enumerate(layer.trainable_weights):
+            results[f"gradient {index} {weight.name}"] = weight
+    return {n: ops.convert_to_numpy(value) for n, value in results.items()}
+
+
+def write_numbers(path):
+    np.savez(
+        path,
+        **{
+            f"{case.name}/{name}": value
+            for case in CASES
+            for name, value in numbers(case).items()
+        },
+    )
+
+
+def run_catalogue(backend, path):
+    """Runs the catalogue on a backend, and writes a JUnit file."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-m", "", "--dist=load"),
+            f"--junitxml={path}",
+            ROOT / "tests" / "test_catalogue.py",
+        ],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        cwd=ROOT,
+    )
+
+
+def outcomes(path):
+    """Check -> Counter of what became of it in the cases of a JUnit file:
+    "yes", "fails", or why it was skipped."""
+    found = collections.defaultdict(collections.Counter)
+    for test in xml.etree.ElementTree.parse(path).iter("testcase"):
+        check, _, parameters = test.get("name").partition("[")
+        for case in CASES:  # the last parameter
+            parameters = parameters.removesuffix(f"{case.name}]")
+        check = check.removeprefix("test_")
+        if parameters:
+            check += f"[{parameters.removesuffix('-')}]"
+        outcome = "yes"
+        for result in test:
+            if result.tag in ("failure", "error"):
+                outcome = "fails"
+            elif result.tag == "skipped":
+                outcome = result.get("message")
+        found[check][outcome] += 1
+    return found
+
+
+def cell(found):
+    """A field of the table, from a Counter of `outcomes`."""
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(
+        f"{outcome} ({number} of {found.total()} cases)"
+        for outcome, number in found.most_common()
+    )
+
+
+def table(folder):
+    """The table in Markdown, from one JUnit file a backend."""
+    columns = [outcomes(folder / f"{name}.xml") for name in BACKENDS]
+    titles = [
+        f"{title} {importlib.metadata.version(name)}"
+        for name, title in BACKENDS.items()
+    ]
+    rows = [
+        ["", *titles],
+        ["---"] * (1 + len(titles)),
+        *(
+            [words, *(cell(column[check]) for column in columns)]
+            for check, words in CHECKS.items()
+        ),
+    ]
+    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
+    day = datetime.date.fromtimestamp(
+        max((folder / f"{name}.xml").stat().st_mtime for name in BACKENDS)
+    )
+    return "\n".join(
+        [
+            f"{len(CASES)} layers and options, Keras {keras.__version__}, "
+            f"Python {platform.python_version()}, CPU, {day}:",
+            "",
+            *lines,
+            "",
+        ]
+    )
+
+
+def write_table(text):
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    path.write_text(before + START + text + END + after)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser("numbers").add_argument("file")
+    of_table = commands.add_parser("table")
+    of_table.add_argument("--results", type=pathlib.Path)
+    of_table.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.command == "numbers":
+        write_numbers(arguments.file)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.results or pathlib.Path(temporary)
+        for backend in BACKENDS:
+            path = folder / f"{backend}.xml"
+            if not path.exists():
+                run_catalogue(backend, path)
+            if not path.exists():
+                parser.exit(1, f"The run on {backend} crashed.\n")
+        text = table(folder)
+    print(text)
+    if arguments.write:
+        write_table(text)
+
+
+if __name__ == "__main__":
+    main()
