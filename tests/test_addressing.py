@@ -432,6 +432,12 @@ def test_sparsemax_of_infinities_and_nan(name):
         close(compiled(golden["z"]), golden["p"], 0)
 
 
+def test_sparsemax_of_integers():
+    weights = addressing.sparsemax(np.array([[0, 0], [3, 1]]))
+    close(weights, [[0.5, 0.5], [1.0, 0.0]], 1e-7)
+    assert ops.dtype(weights) == "float32"
+
+
 def test_sparsemax_in_16_bits():
     for dtype in ("float16", "bfloat16"):
         z = ops.convert_to_tensor([[0.25, -1000.0] * 300], dtype=dtype)

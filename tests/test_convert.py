@@ -459,6 +459,13 @@ def test_names_of_a_state_dict(encapsulated):
         close(same, ops.convert_to_numpy(weight), 0)
 
 
+def test_names_of_a_model_that_was_trained_in_parallel():
+    weights = pytorch_weights("RW")
+    named = {f"module.{n}": w for n, w in state_dict(weights).items()}
+    layer = convert.from_pytorch_ntm(named)
+    close(layer.cell.output_projection[1], weights["fc.bias"], 1e-7)
+
+
 def test_heads_come_in_the_order_of_their_numbers():
     kinds = "RWRWRWRWRWWR"  # 10 and 11 are no 2 and 3
     weights = dict(sorted(pytorch_weights(kinds).items()))
@@ -862,6 +869,8 @@ def test_command_on_what_is_no_state_dict(tmp_path, capsys):
         (list(weights.values()), "checkpoint.model"),
         ({"epoch": 3, **weights}, "checkpoint.model"),
         ({"model": weights}, "checkpoint.model"),
+        ({**weights, "a": weights["ntm.fc.bias"] * 1j}, "these are none: ['a'"),
+        ({**weights, "b": weights["ntm.fc.bias"].to_sparse()}, "['b']"),
         ({**weights, "ntm.fc.bias": weights["ntm.fc.bias"][:1]}, "fc.weight"),
     ):
         checkpoint = save(tmp_path / "checkpoint.model", document)

@@ -84,6 +84,13 @@ def test_a_run_can_be_loaded_and_served(run):
     assert int(kept.optimizer.iterations) == 50
 
 
+def test_a_backend_that_cannot_export_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    with pytest.raises(ValueError, match="TensorFlow backend.*=torch"):
+        training.train(config.PRESETS["copy"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_same_seed_same_run(run, tmp_path):
     folder, _, _ = run
     training.train(small("steps=50"), tmp_path / "two", lambda line: None)
