@@ -563,7 +563,7 @@ def test_stateful_layer_goes_on(converter):
     whole = converter()(x)
     layer = converter(stateful=True)
     chunks = [layer(x[:, :2]), layer(x[:, 2:])]
-    close(np.concatenate(chunks, axis=1), ops.convert_to_numpy(whole), 1e-6)
+    close(ops.concatenate(chunks, axis=1), ops.convert_to_numpy(whole), 1e-6)
 
 
 @each_converter
