@@ -16,6 +16,12 @@ import keras_memory
 TOLERANCE = 2e-6
 BACKEND = keras.backend.backend()
 TRAINS = BACKEND != "numpy"
+OTHERS = ("jax", "torch", "numpy")  # than TensorFlow
+
+needs_tensorflow = pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="computes in float64, or takes gradients with GradientTape",
+)
 
 
 def skip_on(*backends, because):
@@ -304,7 +310,7 @@ def mixed_precision(case, policy):
         options = {}
     if draws_orthogonal_in_float16(case.make(**options)):
         skip_on(
-            *("jax", "torch", "numpy"),
+            *OTHERS,
             because="no: Keras cannot draw orthogonal weights in float16 here",
         )
     layer = built(case, **options)

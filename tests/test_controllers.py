@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import toy
+from harness import needs_tensorflow
 from keras import ops
 
 import keras_memory
@@ -16,12 +17,6 @@ from keras_memory import controllers
 
 BATCH, WIDTH, UNITS = 2, 5, 7
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-
-needs_tensorflow = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow",
-    reason="Keras computes in float64 with TensorFlow only, or the test takes "
-    "gradients with GradientTape",
-)
 
 # As in tensorflow-addons.
 ADDONS = {

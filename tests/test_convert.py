@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from harness import needs_tensorflow
 from keras import ops
 
 import keras_memory
@@ -20,11 +21,6 @@ COLLIER = ["collier_ntm__a", "collier_ntm__b"]
 IVY = ["ivy_ntm__a", "ivy_ntm__b"]
 CELL = "controller/multi_rnn_cell/cell_{}/basic_lstm_cell/{}"
 START = "init/learned_init_{}/fully_connected/weights"
-
-needs_tensorflow = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow",
-    reason="computes in float64, or takes gradients with GradientTape",
-)
 
 
 def golden(name):

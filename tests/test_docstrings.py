@@ -23,9 +23,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
-    harness.skip_on(
-        *("jax", "torch", "numpy"), because="shapes print as TensorFlow's do"
-    )
+    harness.skip_on(*harness.OTHERS, because="shapes print as TensorFlow's do")
     module = importlib.import_module(f"keras_memory.{name}")
     known = {"keras": keras, "keras_memory": keras_memory, "np": np}
     result = doctest.testmod(
@@ -45,7 +43,7 @@ def test_what_is_public_is_documented(name):
 
 
 def test_readme_examples(tmp_path, monkeypatch):
-    harness.skip_on(*("jax", "torch", "numpy"), because="exports a SavedModel")
+    harness.skip_on(*harness.OTHERS, because="exports a SavedModel")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text()
     names = {"x": np.zeros((2, 7, 9), "float32")}

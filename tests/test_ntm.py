@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from harness import needs_tensorflow
 from keras import ops
 
 import keras_memory
@@ -16,11 +17,6 @@ BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
 SIZES = {"memory_slots": 11, "slot_size": 5, "controller_units": 7}
 IN_TURN = ("read", "write", "write", "read", "write")
 NAN = float("nan")
-
-needs_tensorflow = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow",
-    reason="computes in float64, or takes gradients with GradientTape",
-)
 
 
 def ntm(**kwargs):
@@ -670,6 +666,14 @@ def test_zero_memory_zero_keys_and_zero_inputs(dtype):
     of_weights, of_states = largest_gradients(layer, 0 * numbers())
     assert 0 < of_weights < 1e4
     assert of_states < 1e5
+
+
+def test_one_slot_and_no_shift_give_no_warnings(recwarn):
+    for start in ("constant", "learned"):
+        layer = ntm(memory_slots=1, shift_range=0, initial_weighting=start)
+        layer(numbers().astype("float32"))
+    warnings = [warning for warning in recwarn if "axis" in str(warning)]
+    assert not warnings
 
 
 @pytest.mark.parametrize("shape", [(1, TIME, WIDTH), (2, 1, WIDTH), (1, 1, 1)])

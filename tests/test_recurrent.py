@@ -42,7 +42,7 @@ def skip_where_the_dtype_is_missing(dtype):
         harness.skip_on("jax", because="JAX has no float64 unless told")
     if dtype == "float16":
         harness.skip_on(
-            *("jax", "torch", "numpy"),
+            *harness.OTHERS,
             because="test_canary_orthogonal_weights_in_float16",
         )
 
