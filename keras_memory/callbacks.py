@@ -1,110 +1,361 @@
 """Keras callbacks that show a memory while it learns."""
 
 import pathlib
+import time
+from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_memory import recurrent
 from keras_memory import visualization
+from keras_memory.checks import check_size
+from keras_memory.files import written_aside
+
+
+class Seen(NamedTuple):
+    """What a model did with a probe, as NumPy arrays.
+
+    Args:
+        inputs: (B, T, ...).
+        targets: likewise, or None.
+        outputs: what the model gave.
+        mask: (B, T) or None.
+        traces: dict from layer names to what `trace` gives.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray | None
+    outputs: np.ndarray
+    mask: np.ndarray | None
+    traces: dict
+
+
+class Probe:
+    """A fixed batch, and what goes on inside of a model that is given it.
+
+    On TensorFlow the way through the model is compiled at the first look.
+
+    Args:
+        batch: inputs, or a tuple (inputs, targets) or (inputs, targets,
+            mask), such as a `tasks.Batch`.
+
+    Raises:
+        ValueError: another tuple.
+    """
+
+    def __init__(self, batch):
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        if not 1 <= len(parts) <= 3:
+            raise ValueError(
+                "A probe is inputs, (inputs, targets) or (inputs, targets, "
+                f"mask). Received: {len(parts)} parts"
+            )
+        parts = [part if part is None else np.asarray(part) for part in parts]
+        self.inputs, self.targets, self.mask = (*parts, None, None)[:3]
+        self._model = self._run = None
+
+    def look(self, model):
+        """Shows the batch to a model, whose states stay as they are.
+
+        Returns:
+            What was `Seen`.
+        """
+        if model is not self._model:
+            self._model = model
+            self._run = self._compiled(model)
+        states = [
+            (variable, ops.convert_to_numpy(variable))
+            for layer in model._flatten_layers()
+            if getattr(layer, "stateful", False)
+            for variable in layer.non_trainable_variables
+        ]
+        try:
+            seen = self._run(ops.convert_to_tensor(self.inputs))
+        finally:
+            for variable, value in states:
+                variable.assign(value)
+        outputs, traces = keras.tree.map_structure(ops.convert_to_numpy, seen)
+        return Seen(self.inputs, self.targets, outputs, self.mask, traces)
+
+    def _compiled(self, model):
+        def run(inputs):
+            return recurrent.trace_model(model, inputs)
+
+        if keras.backend.backend() != "tensorflow":
+            return run
+        import tensorflow as tf
+
+        return tf.function(run)
+
+
+def probe_picture(seen, title, memory=False):
+    """Draws the first sequence of a probe.
+
+    Args:
+        seen: `Seen`, with targets.
+        title: str, the headline.
+        memory: bool, with a film strip of the memory.
+
+    Returns:
+        (H, W, 3) uint8 image.
+    """
+    inside = {}
+    for layer, trace in seen.traces.items():
+        prefix = f"{layer}/" if len(seen.traces) > 1 else ""
+        for name, values in trace.items():
+            if name.endswith("_weighting") or (memory and name == "memory"):
+                inside[prefix + name] = values[0]
+    return visualization.task_picture(
+        seen.inputs[0],
+        seen.targets[0],
+        seen.outputs[0],
+        None if seen.mask is None else seen.mask[0],
+        inside,
+        title,
+        high=max(1.0, float(seen.targets[0].max())),
+    )
 
 
 class ProbePictures(keras.callbacks.Callback):
     """Draws what a model does with one fixed sequence, as it learns it.
 
     Writes into `folder`, before the training, after every `every`-th epoch and
-    at the end, `latest.png` (inputs, targets, outputs, weightings over time)
-    and, at the end, `training.gif` of all pictures; with `log_dir` also each
-    picture to TensorBoard's image page.
+    at the end, a picture of inputs, targets, outputs and weightings over time,
+    named by the number of epochs done; `animation` makes a GIF of them.
 
     Args:
-        layer: the `MemoryRNN` of the model whose weightings are drawn; it is
-            the model's first layer, so that the model's inputs are its own.
-        probe: `tasks.Batch`, whose first sequence is drawn.
+        probe_batch: `tasks.Batch`, whose first sequence is drawn.
         folder: folder for the files; it is made if absent.
-        log_dir: TensorBoard's folder, or None.
         every: int, at least 0, epochs from picture to picture; 0 for none.
         title: function from the number of epochs done to the headline.
-
-    Raises:
-        ValueError: a stateful layer.
     """
 
-    def __init__(
-        self,
-        layer,
-        probe,
-        folder,
-        log_dir=None,
-        every=1,
-        title="epoch {}".format,
-    ):
+    def __init__(self, probe_batch, folder, every=1, title="epoch {}".format):
         super().__init__()
-        self.layer = layer
-        self.probe = probe
+        self.probe = Probe(tuple(part[:1] for part in probe_batch))
         self.folder = pathlib.Path(folder)
-        self.log_dir = log_dir
-        self.every = every
+        self.every = check_size("every", every, least=0)
         self.title = title
-        if layer.stateful:
-            raise ValueError(
-                "`layer` must not be stateful, as drawing the probe would "
-                f"change its states. Received: {layer.name!r} with stateful="
-                "True"
-            )
 
     def on_train_begin(self, logs=None):
-        self.frames = []
-        self._last_epoch = -1
-        self._writer = None
-        if self.every:
-            self._draw(-1)
+        self._done = None
 
-    def picture(self, title, memory=False):
-        """The picture as an image (H, W, 3), with the memory if asked."""
-        inputs, targets, mask = (part[:1] for part in self.probe)
-        outputs = ops.convert_to_numpy(self.model(inputs, training=False))
-        inside = recurrent.trace(self.layer, inputs)
-        shown = ["read_weighting", "write_weighting"] + ["memory"] * memory
-        return visualization.task_picture(
-            inputs[0],
-            targets[0],
-            outputs[0],
-            mask[0],
-            {name: inside[name][0] for name in shown},
-            title,
-        )
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._done is None and self.every:
+            self._done = epoch
+            if epoch == 0:
+                self._draw()
+            for path in pictures(self.folder):  # of a training that broke off
+                number = int(path.stem)
+                if number > epoch or number % self.every:
+                    path.unlink()
 
     def on_epoch_end(self, epoch, logs=None):
-        self._last_epoch = epoch
-        if self.every and (epoch + 1) % self.every == 0:
-            self._draw(epoch)
+        self._done = epoch + 1
+        if self.every and self._done % self.every == 0:
+            self._draw()
 
     def on_train_end(self, logs=None):
-        if self.every and (self._last_epoch + 1) % self.every:
-            self._draw(self._last_epoch)
-        if self.frames:
-            held = [self.frames[-1]] * 5
-            gif = visualization.encode_gif(self.frames + held, milliseconds=400)
-            (self.folder / "training.gif").write_bytes(gif)
+        if self.every and self._done is not None and self._done % self.every:
+            self._draw()
+
+    def _draw(self):
+        picture = probe_picture(
+            self.probe.look(self.model), self.title(self._done)
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_aside(self.folder / f"{self._done:08}.png") as path:
+            path.write_bytes(visualization.encode_png(picture))
+
+
+def pictures(folder):
+    """Paths of what `ProbePictures` left in a folder, from first to last."""
+    return sorted(pathlib.Path(folder).glob("[0-9]*.png"))
+
+
+def animation(folder, milliseconds=400):
+    """Joins the pictures that `ProbePictures` left in a folder.
+
+    Args:
+        folder: path of the folder.
+        milliseconds: how long a picture is shown.
+
+    Returns:
+        Bytes of a GIF file.
+
+    Raises:
+        FileNotFoundError: no pictures.
+    """
+    frames = [
+        visualization.decode_png(path.read_bytes()) for path in pictures(folder)
+    ]
+    if not frames:
+        raise FileNotFoundError(
+            "An animation needs the pictures of a training, which `picture_"
+            f"every` asks for. Received: {folder}, which has none"
+        )
+    return visualization.encode_gif(frames + frames[-1:] * 5, milliseconds)
+
+
+class MemoryTensorBoard(keras.callbacks.Callback):
+    """Shows in TensorBoard what a memory does with one fixed batch.
+
+    For any model with recurrent layers of this library, also several, and
+    also a subclassed one. For each layer TensorBoard gets
+
+    - images of the first sequence: each weighting (slots over time, on the
+      fixed scale 0 to 1), the memory at some moments, and an animation of the
+      sequence; inputs, targets and outputs on one time axis;
+    - scalars: entropy of each weighting in bits (0 where a head looks at one
+      slot, log2 of the number of slots where at all alike), the root mean
+      square of the memory, the mean of gates, strengths and all else;
+    - histograms of all of it.
+
+    The layers' states stay as they are. Losses and metrics are left to
+    `keras.callbacks.TensorBoard`, which can write into the same folder.
+
+    Args:
+        log_dir: TensorBoard's folder; the files go to `memory` in it.
+        probe_batch: inputs, or (inputs, targets) or (inputs, targets, mask),
+            such as a `tasks.Batch`; inputs (B, T, D), of which the first is
+            drawn. Targets are drawn if the model's outputs are of their shape.
+        every: int, at least 1, epochs from one look to the next; None
+            (default) looks as often as it can in 4 % of the training's time,
+            and once at the end.
+
+    Raises:
+        ValueError: `every` out of its range, or another tuple.
+        TypeError: at the first look, a model without such a layer.
+
+    Example:
+
+    >>> import os, tempfile
+    >>> layer = keras_memory.NTMLayer(3, memory_slots=5, slot_size=2,
+    ...     return_sequences=True)
+    >>> model = keras.Sequential([layer])
+    >>> model.compile("adam", "mse")
+    >>> x = np.ones((2, 7, 3), "float32")
+    >>> log_dir = tempfile.mkdtemp()
+    >>> board = keras_memory.callbacks.MemoryTensorBoard(log_dir, (x, x))
+    >>> history = model.fit(x, x, verbose=0, callbacks=[board])
+    >>> os.listdir(log_dir)
+    ['memory']
+    """
+
+    SHARE = 0.04  # of the training's time, where `every` is None
+
+    def __init__(self, log_dir, probe_batch, every=None):
+        super().__init__()
+        self.folder = pathlib.Path(log_dir) / "memory"
+        self.probe = Probe(probe_batch)
+        self.every = every if every is None else check_size("every", every)
+
+    def on_train_begin(self, logs=None):
+        self._writer = None
+        self._done = self._written = 0
+        self._started = time.perf_counter()
+        self._spent = self._last = 0.0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._done = epoch + 1
+        if self.every is None:
+            elapsed = time.perf_counter() - self._started - self._spent
+            due = self._spent + self._last <= self.SHARE * elapsed
+        else:
+            due = self._done % self.every == 0
+        if due:
+            self._write()
+
+    def on_train_end(self, logs=None):
+        if self._written != self._done:
+            self._write()
         if self._writer is not None:
             self._writer.close()
 
-    def _draw(self, epoch):
-        frame = self.picture(self.title(epoch + 1))
-        self.frames.append(frame)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        png = visualization.encode_png(frame)
-        (self.folder / "latest.png").write_bytes(png)
-        if self.log_dir is not None:
-            self._log(epoch, frame)
-
-    def _log(self, epoch, frame):
+    def _write(self):
+        begun = time.perf_counter()
         import tensorflow as tf
 
+        seen = self.probe.look(self.model)
+        if not seen.traces:
+            raise TypeError(
+                "`MemoryTensorBoard` shows recurrent layers of keras_memory, "
+                f"such as `NTMLayer`. Received: {self.model.name!r}, which "
+                f"has only {[layer.name for layer in self.model.layers]}"
+            )
         if self._writer is None:
-            folder = str(pathlib.Path(self.log_dir) / "probe")
-            self._writer = tf.summary.create_file_writer(folder)
-        with self._writer.as_default(step=epoch + 1):
-            tf.summary.image("probe", frame[None])
+            self._writer = tf.summary.create_file_writer(str(self.folder))
+        with self._writer.as_default(step=self._done):
+            for tag, (encoded, image) in self._images(seen).items():
+                _write_image(tag, encoded, image)
+            for layer, trace in seen.traces.items():
+                for name, values in trace.items():
+                    tag = f"{layer}/{name}"
+                    # A tag of its own each: TensorBoard mixes kinds up.
+                    tf.summary.histogram(f"{tag}/values", values)
+                    tf.summary.scalar(*_number(tag, values))
         self._writer.flush()
+        self._written = self._done
+        self._last = time.perf_counter() - begun
+        self._spent += self._last
+
+    def _images(self, seen):
+        """Tag -> (encoded image, the image or its first frame)."""
+        images, animations = {}, {}
+        targets = seen.targets
+        if targets is not None and targets.shape == np.shape(seen.outputs):
+            images["probe"] = probe_picture(
+                seen._replace(traces={}), f"After {self._done} epochs"
+            )
+        for layer, trace in seen.traces.items():
+            ways = {
+                name: values[0]
+                for name, values in trace.items()
+                if name.endswith("_weighting")
+            }
+            for name, values in ways.items():
+                title = name.replace("_", " ").capitalize()
+                images[f"{layer}/{name}"] = visualization.weightings(
+                    values, title
+                )
+            for name in [name for name in trace if name.endswith("memory")]:
+                memory = trace[name][0]
+                images[f"{layer}/{name}"] = visualization.memory_film_strip(
+                    memory
+                )
+                animations[f"{layer}/{name}_over_time"] = (
+                    visualization.sequence_frames(memory, ways, layer)
+                )
+        written = {
+            tag: (visualization.encode_png(image), image)
+            for tag, image in images.items()
+        }
+        for tag, frames in animations.items():
+            written[tag] = visualization.encode_gif(frames), frames[0]
+        return written
+
+
+def _number(tag, values):
+    """Tag and value of the one number that says most of a quantity."""
+    if tag.endswith("_weighting"):
+        return f"{tag}/entropy_bits", visualization.entropy(values).mean()
+    if tag.endswith("memory"):
+        return f"{tag}/root_mean_square", np.sqrt(np.square(values).mean())
+    return f"{tag}/mean", values.mean()
+
+
+def _write_image(tag, encoded, image):
+    """Writes an encoded image as it is: TensorBoard animates a GIF."""
+    import tensorflow as tf
+    from tensorboard.plugins.image import metadata
+
+    height, width, _ = image.shape
+    tf.summary.write(
+        tag,
+        tf.constant([str(width).encode(), str(height).encode(), encoded]),
+        metadata=metadata.create_summary_metadata(
+            display_name=None, description=None, converted_to_tensor=True
+        ),
+    )

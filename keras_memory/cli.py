@@ -4,6 +4,18 @@ import argparse
 import pathlib
 import sys
 
+EXAMPLES = """examples:
+  keras-memory train copy                     learn to copy, in two minutes
+  keras-memory train copy --show              all values that --set can change
+  keras-memory train repeat-copy --set read_heads=2 --seed 7 --out runs/x
+  keras-memory train --resume runs/x          go on after Ctrl-C or a crash
+  keras-memory evaluate runs/x --length 20 120
+  keras-memory plot runs/x                    pictures of what it does
+  keras-memory compare runs/a runs/b runs/c   several seeds, mean and band
+  keras-memory export runs/x served/x         for TensorFlow Serving
+
+`keras-memory COMMAND --help` tells more."""
+
 
 def main(arguments=None):
     """Runs the command.
@@ -13,7 +25,7 @@ def main(arguments=None):
 
     Returns:
         Exit code: 0; 2 after a line that says what was wrong; 130 if it was
-        interrupted, and the run folder has the last checkpoint.
+        interrupted, and the run folder has a checkpoint to go on from.
     """
     parsed = parser().parse_args(arguments)
     try:
@@ -21,7 +33,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("keras-memory: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         reason = " ".join(str(error).split())
         print(f"keras-memory: error: {reason}", file=sys.stderr)
         return 2
@@ -33,18 +45,41 @@ def parser():
     top = argparse.ArgumentParser(
         prog="keras-memory",
         description="Neural memory as Keras layers: train, see, serve.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(required=True, metavar="command")
-    command = commands.add_parser(
-        "train",
-        help="train a model on a task and export it",
-        description="Trains a model on a task. Leaves configuration, "
-        "checkpoints, TensorBoard logs, pictures and an exported SavedModel "
-        "in a run folder.",
-        epilog="Example: keras-memory train copy --set memory_slots=64 "
-        "--seed 7 --out runs/small",
+
+    def add(function, help, description, example):
+        command = commands.add_parser(
+            function.__name__,
+            help=help,
+            description=description,
+            epilog=f"Example: keras-memory {function.__name__} {example}",
+        )
+        command.set_defaults(run=function)
+        return command
+
+    command = add(
+        train,
+        "train a model on a task and export it",
+        "Trains a model on a task. Leaves configuration, checkpoints, "
+        "TensorBoard logs, pictures, results and an exported SavedModel in a "
+        "run folder. Ctrl-C ends it with a checkpoint, --resume goes on.",
+        "copy --set memory_slots=64 --seed 7 --out runs/small",
     )
-    command.add_argument("task", help="what to learn: copy")
+    command.add_argument(
+        "task",
+        nargs="?",
+        help="what to learn: copy, repeat-copy, associative-recall, n-grams, "
+        "priority-sort, adding, argmax",
+    )
+    command.add_argument(
+        "--preset",
+        default="default",
+        help="named configuration to start from: default, paper (Graves et "
+        "al. 2014), pytorch-ntm, lstm; not every task has each",
+    )
     command.add_argument(
         "--set",
         action="append",
@@ -52,22 +87,103 @@ def parser():
         metavar="NAME=VALUE",
         help="change a value of the configuration; may be repeated",
     )
-    command.add_argument("--seed", type=int, help="seed of weights and data")
-    command.add_argument("--steps", type=int, help="most training steps")
+    for name, text in (
+        ("seed", "seed of weights and data"),
+        ("steps", "most training steps (batches)"),
+        ("report-every", "steps between reports"),
+        ("checkpoint-every", "steps between checkpoints; 0 for none"),
+    ):
+        command.add_argument(f"--{name}", type=int, help=text)
     command.add_argument(
         "--out",
         metavar="FOLDER",
         help="run folder, absent or empty (default: runs/<task>-1, -2, ...)",
     )
-    command.set_defaults(run=train)
+    command.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="go on with the run in this folder from its last checkpoint",
+    )
+    command.add_argument(
+        "--show",
+        action="store_true",
+        help="print the configuration, with all names that --set can change, "
+        "and do not train",
+    )
 
-    command = commands.add_parser(
-        "convert",
-        help="make a Keras model of another implementation's weights",
-        description="Makes a Keras model of a trained model of another "
-        "implementation. Nothing in the checkpoint is executed.",
-        epilog="Example: keras-memory convert pytorch-ntm "
-        "copy-task-10-batch-50000.model copy.keras",
+    command = add(
+        evaluate,
+        "test a trained model, also on lengths never trained on",
+        "Tests the model of a run on 320 fresh sequences.",
+        "runs/copy-1 --length 20 120",
+    )
+    _add_run(command)
+    command.add_argument(
+        "--length",
+        type=int,
+        nargs="+",
+        default=[],
+        help="lengths of the sequences, as the task counts them (default: up "
+        "to the longest of the training)",
+    )
+    command.add_argument(
+        "--repeats", type=int, help="repeat-copy: number of copies"
+    )
+    command.add_argument(
+        "--seed", type=int, help="seed of the sequences (default: the run's)"
+    )
+
+    command = add(
+        plot,
+        "draw what a model does and how it learned",
+        "Draws into the run's folder `pictures`: inputs, targets, outputs, "
+        "weightings and memory over time; the error over the training and by "
+        "length of the sequences; an animation of the training.",
+        "runs/copy-1",
+    )
+    _add_run(command)
+
+    command = add(
+        compare,
+        "draw several runs in one picture",
+        "Draws the error over the training. Runs that differ in the seed only "
+        "are one line, their mean, in a band from the lowest to the highest.",
+        "runs/copy-1 runs/copy-2 --out seeds.png",
+    )
+    command.add_argument("folders", nargs="+", help="run folders")
+    command.add_argument(
+        "--out", default="comparison.png", help="the PNG file to write"
+    )
+    command.add_argument(
+        "--by",
+        choices=["sequences", "steps", "seconds"],
+        default="sequences",
+        help="what the picture counts (default: sequences)",
+    )
+    command.add_argument(
+        "--below",
+        type=float,
+        default=0.1,
+        help="the table says when the error was first below (default: 0.1)",
+    )
+
+    command = add(
+        export,
+        "export a trained model for TensorFlow Serving",
+        "Writes the model of a run as a SavedModel, loads it again and "
+        "compares it with the model.",
+        "runs/copy-1 served/copy --version 2",
+    )
+    _add_run(command)
+    command.add_argument("out", help="folder, which gets a folder VERSION")
+    command.add_argument("--version", type=int, default=1, help="default: 1")
+
+    command = add(
+        convert,
+        "make a Keras model of another implementation's weights",
+        "Makes a Keras model of a trained model of another implementation. "
+        "Nothing in the checkpoint is executed.",
+        "pytorch-ntm copy-task-10-batch-50000.model copy.keras",
     )
     command.add_argument(
         "implementation", choices=["pytorch-ntm"], help="where it is from"
@@ -77,8 +193,11 @@ def parser():
         help="its state dict as torch.save wrote it (needs torch), or an .npz",
     )
     command.add_argument("out", help="the .keras file to write, not there yet")
-    command.set_defaults(run=convert)
     return top
+
+
+def _add_run(command):
+    command.add_argument("folder", help="run folder of a training")
 
 
 def train(parsed):
@@ -86,31 +205,142 @@ def train(parsed):
     from keras_memory import config as configuration
     from keras_memory import training
 
+    if parsed.resume:
+        given = [
+            name
+            for name in ("task", "seed", "steps", "out")
+            if getattr(parsed, name) is not None
+        ]
+        if given or parsed.set:
+            raise ValueError(
+                "--resume goes on with the values of the run, so it takes no "
+                f"others. Received: {', '.join(given) or '--set'}"
+            )
+        folder, train = parsed.resume, training.resume
+        arguments = ()
+    else:
+        config = _config(parsed, configuration)
+        if parsed.show:
+            print(configuration.to_json(config), end="")
+            return
+        folder = parsed.out or _next_folder(parsed.task)
+        train, arguments = training.train, (config,)
+    try:
+        results = train(*arguments, folder)
+    except KeyboardInterrupt:
+        if (pathlib.Path(folder) / "config.json").exists():
+            print(f"to go on: keras-memory train --resume {folder}")
+        raise
+    print(
+        f"trained {results['sequences']:,} sequences in {results['seconds']} s"
+    )
+    _print_results(results, skip=4)
+    print(f"pictures:    {folder}/pictures")
+    print(f"SavedModel:  {folder}/export/1 (loaded and checked)")
+    print(f"TensorBoard: tensorboard --logdir {folder}/logs")
+
+
+def _config(parsed, configuration):
+    """The configuration that the arguments of `train` ask for."""
     presets = configuration.PRESETS
     if parsed.task not in presets:
         raise ValueError(
             f"the task must be one of: {', '.join(presets)}. "
             f"Received: {parsed.task}"
         )
+    presets = presets[parsed.task]
+    if parsed.preset not in presets:
+        raise ValueError(
+            f"the preset of {parsed.task} must be one of: "
+            f"{', '.join(presets)}. Received: {parsed.preset}"
+        )
     settings = [
         f"{name}={value}"
-        for name in ("seed", "steps")
+        for name in ("seed", "steps", "report_every", "checkpoint_every")
         if (value := getattr(parsed, name)) is not None
     ]
-    config = configuration.override(
-        presets[parsed.task], [*parsed.set, *settings]
+    return configuration.override(
+        presets[parsed.preset], [*parsed.set, *settings]
     )
-    folder = parsed.out or _next_folder(parsed.task)
-    results = training.train(config, folder)
-    print(
-        f"trained {results['sequences']:,} sequences in {results['seconds']} s"
+
+
+def evaluate(parsed):
+    """The command `evaluate`."""
+    from keras_memory import runs
+
+    config = runs.read_config(parsed.folder)
+    model = runs.load(_model(parsed.folder))
+    ranges = {}
+    if parsed.repeats is not None:
+        if config.task.name != "repeat-copy":
+            raise ValueError(
+                "--repeats is for repeat-copy. "
+                f"Received: a run of {config.task.name}"
+            )
+        ranges["repeats"] = parsed.repeats
+    seed = config.seed if parsed.seed is None else parsed.seed
+    for length in parsed.length or [None]:
+        at = {} if length is None else {"length": length}
+        results = runs.evaluate(model, config.task, seed, **at, **ranges)
+        _print_results(results)
+
+
+def plot(parsed):
+    """The command `plot`."""
+    from keras_memory import runs
+
+    config = runs.read_config(parsed.folder)
+    model = runs.load(_model(parsed.folder))
+    paths = runs.draw(config, model, parsed.folder)
+    paths.append(runs.draw_lengths(config, model, parsed.folder))
+    for path in paths:
+        print(path)
+
+
+def compare(parsed):
+    """The command `compare`."""
+    from keras_memory import runs
+
+    out = pathlib.Path(parsed.out)
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise ValueError(
+            "the output must be a .png file in a folder that exists. "
+            f"Received: {out}"
+        )
+    rows = runs.compare(parsed.folders, out, parsed.by, parsed.below)
+    cells = [list(rows[0])]
+    cells += [
+        ["-" if v is None else f"{v}" for v in row.values()] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print(f"picture: {out}")
+
+
+def export(parsed):
+    """The command `export`."""
+    from keras_memory import runs
+    from keras_memory.export import export_for_serving
+
+    config = runs.read_config(parsed.folder)
+    model = runs.load(_model(parsed.folder))
+    target = export_for_serving(
+        model, parsed.out, version=parsed.version, name=config.task.name
     )
-    for name, value in results.items():
-        if name.startswith("wrong_bits"):
-            print(f"{name.replace('_', ' ')}: {value} a sequence")
-    print(f"picture:     {folder}/pictures/trained.png, training.gif")
-    print(f"SavedModel:  {folder}/export/1 (loaded and checked)")
-    print(f"TensorBoard: tensorboard --logdir {folder}/logs")
+    print(f"SavedModel: {target} (loaded and checked)")
+
+
+def _model(folder):
+    """The trained model of a run, or its last checkpoint."""
+    folder = pathlib.Path(folder)
+    model = folder / "model.keras"
+    return model if model.exists() else folder / "checkpoint.keras"
+
+
+def _print_results(results, skip=0):
+    for name, value in list(results.items())[skip:]:
+        print(f"{name.replace('_', ' ')}: {value}")
 
 
 def convert(parsed):
@@ -125,14 +355,15 @@ def convert(parsed):
     import keras
 
     from keras_memory import convert as converters
-    from keras_memory import training
+    from keras_memory.files import written_aside
 
     layer = converters.from_pytorch_ntm(
         converters.read_pytorch_checkpoint(parsed.checkpoint)
     )
     cell = layer.cell
     inputs = keras.Input((None, cell.input_size), name="inputs")
-    training.save(keras.Model(inputs, layer(inputs), name="ntm"), out)
+    with written_aside(out) as path:
+        keras.Model(inputs, layer(inputs), name="ntm").save(path)
     print(
         f"NTM from {cell.input_size} inputs to {cell.units} outputs: "
         f"{cell.memory_slots} slots of {cell.slot_size}, heads "

@@ -8,8 +8,13 @@ A new task or architecture fits in as one more dataclass: a task goes into
 import ast
 import dataclasses
 import json
+import math
+
+import keras
+import numpy as np
 
 from keras_memory import tasks
+from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.ntm import NTMLayer
@@ -19,7 +24,10 @@ from keras_memory.ntm import NTMLayer
 class NTM:
     """The arguments of `NTMLayer` that a training can set.
 
-    Args: as of `NTMCell`.
+    Args:
+        initialization: `"keras"` (default), or `"pytorch-ntm"`: weights of an
+            LSTM controller and of the heads start as large as there.
+        others: as of `NTMCell`.
     """
 
     memory_slots: int = 128
@@ -29,6 +37,7 @@ class NTM:
     controller: str = "lstm"
     controller_units: int = 100
     controller_layers: int = 1
+    initialization: str = "keras"
     head_order: str | tuple = "parallel"
     addressing: str = "content_and_location"
     shift_range: int = 1
@@ -40,12 +49,83 @@ class NTM:
     initial_weighting: str | float = "constant"
     initial_controller_state: str | float = "constant"
 
-    def layer(self, units, **kwargs):
-        """Makes the layer, with `units` outputs."""
-        return NTMLayer(units, **dataclasses.asdict(self), **kwargs)
+    def __post_init__(self):
+        if self.initialization not in ("keras", "pytorch-ntm"):
+            raise ValueError(
+                "`initialization` must be 'keras' or 'pytorch-ntm'. "
+                f"Received: initialization={self.initialization!r}"
+            )
+        if self.initialization == "pytorch-ntm" and self.controller != "lstm":
+            raise ValueError(
+                "initialization='pytorch-ntm' is that of an LSTM; for other "
+                "controllers set initialization='keras'. "
+                f"Received: controller={self.controller!r}"
+            )
+
+    def __call__(self, inputs, units, activation):
+        """(B, T, D) -> (B, T, units)."""
+        arguments = dataclasses.asdict(self)
+        arguments.pop("initialization")
+        if self.initialization == "pytorch-ntm":
+            width = inputs.shape[-1] + self.read_heads * self.slot_size
+            arguments["controller"] = self._large_lstm(width)
+            arguments["kernel_initializer"] = (
+                keras.initializers.VarianceScaling(1.4**2, "fan_avg", "uniform")
+            )
+        return NTMLayer(
+            units,
+            **arguments,
+            activation=activation,
+            return_sequences=True,
+        )(inputs)
+
+    def _large_lstm(self, width):
+        """An LSTM whose kernels are several times as large as Keras's own."""
+        bound = 5.0 / math.sqrt(width + self.controller_units)
+
+        def kernel():
+            return keras.initializers.RandomUniform(-bound, bound)
+
+        cells = [
+            keras.layers.LSTMCell(
+                self.controller_units,
+                kernel_initializer=kernel(),
+                recurrent_initializer=kernel(),
+                unit_forget_bias=False,
+            )
+            for _ in range(self.controller_layers)
+        ]
+        return (
+            cells[0] if len(cells) == 1 else keras.layers.StackedRNNCells(cells)
+        )
 
 
-MODELS = {"ntm": NTM}
+@dataclasses.dataclass(frozen=True)
+class LSTM:
+    """`keras.layers.LSTM` and a dense layer: what a memory has to surpass.
+
+    Args:
+        units: int, at least 1, of each layer.
+        layers: int, at least 1.
+    """
+
+    units: int = 128
+    layers: int = 1
+
+    def __post_init__(self):
+        check_size("units", self.units)
+        check_size("layers", self.layers)
+
+    def __call__(self, inputs, units, activation):
+        """(B, T, D) -> (B, T, units)."""
+        for _ in range(self.layers):
+            inputs = keras.layers.LSTM(self.units, return_sequences=True)(
+                inputs
+            )
+        return keras.layers.Dense(units, activation)(inputs)
+
+
+MODELS = {"ntm": NTM, "lstm": LSTM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +141,32 @@ class Training:
         learning_rate: float above 0.
         learning_rate_decay: bool, along a cosine from `learning_rate` at the
             first step to 0 at the last.
-        momentum: float in [0, 1), for an optimizer that has it.
+        optimizer_options: dict, further arguments of the optimizer, such as
+            `{"momentum": 0.9}`.
         clipnorm: float above 0, largest norm of a weight's gradient, or None.
+        clipvalue: float above 0, largest entry of a gradient, or None.
         curriculum: tuple of lengths, growing. Training starts with sequences
             up to the first and goes on to the next, at last to the task's
-            own, when less than `curriculum_wrong` of the bits are wrong.
-            Lengths from the task's own on are left out, and () trains on the
-            task's own lengths from the start.
-        curriculum_wrong: float in (0, 1), that share of wrong bits.
-        stop_wrong_bits: float, at least 0; training ends as soon as fewer
-            bits a sequence are wrong, over one report, at the task's full
-            lengths. 0 runs all steps.
+            own. Lengths from the task's own on are left out, and () trains on
+            the task's own lengths from the start.
+        curriculum_loss: float above 0; the next length comes when the loss of
+            a report is below.
+        curriculum_steps: int, at least 0; the next length comes after that
+            many steps instead, rounded up to whole reports. 0: by the loss.
+        stop_error: float, at least 0; training ends as soon as the error is
+            below, over one report, at the task's full lengths. 0 runs all
+            steps. The error is the number of wrong bits a sequence, for
+            `adding` that of the sum, for `argmax` the share of wrong answers.
+        test_lengths: tuple of lengths, at which the trained model is tested
+            beside the task's own.
+        probe_lengths: tuple of lengths, of one sequence each, that are drawn
+            over the training; () for the task's longest.
         report_every: int, at least 1, steps between reports, which are what
             Keras calls an epoch: progress, history, TensorBoard.
         checkpoint_every: int, at least 0, steps between checkpoints, rounded
             up to whole reports; 0 for none.
         picture_every: int, at least 0, likewise, between pictures of the
-            probe.
+            probes.
         jit_compile: bool, compile with XLA.
         seed: int, at least 0, of weights and data.
 
@@ -85,18 +174,22 @@ class Training:
         ValueError: a value out of its range.
     """
 
-    task: tasks.Copy
-    model: NTM
+    task: tasks.Task
+    model: NTM | LSTM
     steps: int = 10_000
     batch_size: int = 16
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     learning_rate_decay: bool = False
-    momentum: float = 0.0
-    clipnorm: float | None = 1.0
+    optimizer_options: dict = dataclasses.field(default_factory=dict)
+    clipnorm: float | None = None
+    clipvalue: float | None = None
     curriculum: tuple = ()
-    curriculum_wrong: float = 0.02
-    stop_wrong_bits: float = 0.0
+    curriculum_loss: float = 0.1
+    curriculum_steps: int = 0
+    stop_error: float = 0.0
+    test_lengths: tuple = ()
+    probe_lengths: tuple = ()
     report_every: int = 100
     checkpoint_every: int = 500
     picture_every: int = 100
@@ -107,54 +200,187 @@ class Training:
         for name, least in (
             ("steps", 1),
             ("batch_size", 1),
+            ("curriculum_steps", 0),
             ("report_every", 1),
             ("checkpoint_every", 0),
             ("picture_every", 0),
             ("seed", 0),
         ):
             check_size(name, getattr(self, name), least)
-        if not (is_number(self.learning_rate) and self.learning_rate > 0):
+        for name in ("learning_rate", "curriculum_loss"):
+            value = getattr(self, name)
+            if not (is_number(value) and value > 0):
+                raise ValueError(
+                    f"`{name}` must be above 0. Received: {name}={value!r}"
+                )
+        if not (is_number(self.stop_error) and self.stop_error >= 0):
             raise ValueError(
-                "`learning_rate` must be above 0. "
-                f"Received: learning_rate={self.learning_rate!r}"
+                "`stop_error` must be at least 0. "
+                f"Received: stop_error={self.stop_error!r}"
             )
-        if self.clipnorm is not None and not self.clipnorm > 0:
+        check_clip("clipnorm", self.clipnorm)
+        check_clip("clipvalue", self.clipvalue)
+        if None not in (self.clipnorm, self.clipvalue):
             raise ValueError(
-                "`clipnorm` must be above 0, or None for no clipping. "
-                f"Received: clipnorm={self.clipnorm!r}"
+                "Only one of `clipnorm` and `clipvalue` can be set, the other "
+                f"must be None. Received: clipnorm={self.clipnorm}, "
+                f"clipvalue={self.clipvalue}"
             )
         for length in self.curriculum:
             check_size("curriculum", length, least=self.task.min_length)
+        for length in (*self.test_lengths, *self.probe_lengths):
+            rng = np.random.default_rng(0)
+            self.task.sample(rng, 1, length=length)  # raises if it cannot
         if list(self.curriculum) != sorted(self.curriculum):
             raise ValueError(
                 "`curriculum` must be lengths that grow. "
                 f"Received: curriculum={self.curriculum}"
             )
-        for name, most in (
-            ("momentum", 1.0),
-            ("curriculum_wrong", 1.0),
-            ("stop_wrong_bits", float("inf")),
-        ):
-            if not 0.0 <= getattr(self, name) < most:
-                raise ValueError(
-                    f"`{name}` must be at least 0 and less than {most}. "
-                    f"Received: {name}={getattr(self, name)!r}"
-                )
 
 
-PRESETS = {
-    "copy": Training(
-        task=tasks.Copy(),
-        model=NTM(),
-        steps=4_000,
-        learning_rate=1e-2,
-        learning_rate_decay=True,
-        clipnorm=0.2,
-        curriculum=(5, 10),
-        curriculum_wrong=0.04,
-        stop_wrong_bits=0.02,
-    ),
-}
+def _presets():
+    """By task, then by name."""
+    # Graves et al. 2014, section 4.6: RMSProp as in Graves 2013, eqs. 38-41.
+    # Batches and the number of steps are ours.
+    graves = {
+        "optimizer": "rmsprop",
+        "optimizer_options": {
+            "rho": 0.95,
+            "momentum": 0.9,
+            "epsilon": 1e-4,
+            "centered": True,
+        },
+        "learning_rate": 1e-4,
+        "clipvalue": 10.0,
+        "batch_size": 1,
+        "steps": 500_000,
+    }
+    reference = {
+        "optimizer": "rmsprop",
+        "optimizer_options": {"rho": 0.95, "momentum": 0.9, "epsilon": 1e-8},
+        "learning_rate": 1e-4,
+        "clipvalue": 10.0,
+        "batch_size": 1,
+    }
+    reports = {
+        "report_every": 200,
+        "checkpoint_every": 1_000,
+        "picture_every": 1_000,
+    }
+    adam = {"learning_rate_decay": True, "clipnorm": 0.2}
+    ntm = NTM(initialization="pytorch-ntm")
+
+    def presets(task, default, paper=None, model=ntm, **common):
+        start = Training(task, model, **common, **default)
+        # As many weights as the NTM, to two hundredths, for all tasks.
+        made = {"default": start}
+        made["lstm"] = dataclasses.replace(start, model=LSTM(units=119))
+        if paper is not None:
+            heads = paper.pop("heads", 1)
+            model = NTM(
+                read_heads=heads,
+                write_heads=heads,
+                controller_layers=paper.pop("controller_layers", 1),
+            )
+            made["paper"] = Training(
+                task, model, **common, **{**graves, **reports, **paper}
+            )
+        return made
+
+    made = {
+        "copy": presets(
+            tasks.Copy(),
+            {
+                **adam,
+                "batch_size": 4,
+                "learning_rate": 5e-3,
+                "steps": 6_000,
+                "curriculum": (5, 10),
+                "curriculum_loss": 0.12,
+                "stop_error": 0.02,
+            },
+            paper={},
+            test_lengths=(40, 80, 120),
+            probe_lengths=(20, 80),
+        ),
+        "repeat-copy": presets(
+            tasks.RepeatCopy(),
+            {
+                **reference,
+                **reports,
+                "learning_rate": 2e-4,
+                "learning_rate_decay": True,
+                "curriculum": (4, 7),
+                "steps": 30_000,
+            },
+            paper={},
+            test_lengths=(20,),
+        ),
+        "associative-recall": presets(
+            tasks.AssociativeRecall(),
+            {**reference, **reports, "steps": 30_000},
+            paper={},
+            test_lengths=(10, 15, 20),
+        ),
+        "n-grams": presets(
+            tasks.NGrams(),
+            {
+                **reference,
+                "batch_size": 4,
+                "learning_rate": 3e-4,
+                "steps": 5_000,
+            },
+            paper={"learning_rate": 3e-5},
+        ),
+        "priority-sort": presets(
+            tasks.PrioritySort(),
+            {
+                **reference,
+                "batch_size": 4,
+                "learning_rate": 3e-4,
+                "steps": 8_000,
+            },
+            paper={
+                "heads": 5,
+                "controller_layers": 2,
+                "learning_rate": 3e-5,
+            },
+        ),
+        "adding": presets(
+            tasks.Adding(),
+            {
+                **adam,
+                "clipnorm": 1.0,
+                "batch_size": 8,
+                "learning_rate": 1e-3,
+                "steps": 2_000,
+            },
+            model=dataclasses.replace(ntm, memory_slots=16),
+            test_lengths=(1_000,),
+        ),
+        "argmax": presets(
+            tasks.Argmax(),
+            {
+                **adam,
+                "clipnorm": 1.0,
+                "batch_size": 16,
+                "learning_rate": 3e-3,
+                "steps": 3_000,
+            },
+            model=dataclasses.replace(ntm, memory_slots=16),
+        ),
+    }
+    for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
+        made[name]["pytorch-ntm"] = dataclasses.replace(
+            made[name]["paper"],
+            model=ntm,
+            steps=steps,
+            optimizer_options=reference["optimizer_options"],
+        )
+    return made
+
+
+PRESETS = _presets()
 
 
 def to_json(config):

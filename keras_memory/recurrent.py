@@ -13,6 +13,7 @@ each further block sees the features of the block in front of it. The layer's
 output is a projection of the last block's features, outside the time loop.
 """
 
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -591,6 +592,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         return {**super().get_config(), **own}
 
 
+# Where `trace_model` collects the layers' calls, as (layer, arguments).
+_recording = contextvars.ContextVar("recording", default=None)
+
+
 @keras.saving.register_keras_serializable(package="keras_memory")
 class MemoryRNN(keras.layers.RNN):
     """Runs a memory cell over time; the base of all recurrent layers here.
@@ -717,6 +722,8 @@ class MemoryRNN(keras.layers.RNN):
             )
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
+        if (calls := _recording.get()) is not None:
+            calls.append((self, (sequences, initial_state, mask, training)))
         if self.stateful:
             # PyTorch writes the next states into the memory of these, which
             # the gradient still needs.
@@ -817,56 +824,103 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
     if not isinstance(layer, MemoryRNN):
         raise TypeError(
             "`trace` takes a recurrent layer of keras_memory, such as "
-            f"`NTMLayer`. Received: {layer!r}"
+            "`NTMLayer`; for a whole model there is `trace_model`. "
+            f"Received: {layer!r}"
         )
     inputs = ops.convert_to_tensor(inputs)
     if not layer.built:
         layer.build(tuple(inputs.shape))
     layer._check_sequences(inputs.shape)
-    cell = layer.cell
     if initial_state is not None:
         layer._check_initial_state(initial_state, inputs.shape[0])
     else:
         initial_state = (
-            [ops.convert_to_tensor(state) for state in layer.states]
+            layer.states
             if layer.stateful
-            else cell.get_initial_state(batch_size=inputs.shape[0])
+            else layer.cell.get_initial_state(batch_size=inputs.shape[0])
         )
+    if mask is not None:
+        mask = ops.convert_to_tensor(mask)
+    inside = _inside(layer, inputs, initial_state, mask, training)
+    return keras.tree.map_structure(ops.convert_to_numpy, inside)
+
+
+def trace_model(model, inputs, training=False):
+    """Records what happens inside each recurrent memory of a model.
+
+    The states of stateful layers go on, as in any call of the model.
+
+    Args:
+        model: a `keras.Model`, also a subclassed one.
+        inputs: what the model takes.
+        training: bool.
+
+    Returns:
+        Tuple of the model's outputs, and a dict from the layers' names, in
+        the order of their calls, to what `trace` gives for each. A layer that
+        is called again has a number behind its name.
+        All are tensors, so that this can be compiled.
+
+    Raises:
+        ValueError: inputs that the model would refuse.
+    """
+    calls = []
+    recording = _recording.set(calls)
+    try:
+        outputs = model(inputs, training=training)
+    finally:
+        _recording.reset(recording)
+    traces = {}
+    for layer, arguments in calls:
+        name, number = layer.name, 1
+        while name in traces:
+            number += 1
+            name = f"{layer.name}_{number}"
+        traces[name] = _inside(layer, *arguments)
+    return outputs, traces
+
+
+def _inside(layer, inputs, initial_state, mask, training):
+    """What happens inside of a layer, as a dict of tensors (B, T, ...)."""
+    cell = layer.cell
     records = cell._unflatten(
         [ops.cast(state, cell.compute_dtype) for state in initial_state]
     )
-    steps, held = [], None
-    times = range(inputs.shape[1])
+    sequences = [inputs]
+    if mask is not None:
+        mask = ops.cast(mask, "bool")
+        sequences.append(mask if len(mask.shape) == 3 else mask[:, :, None])
+    if layer.go_backwards:
+        sequences = [ops.flip(one, axis=1) for one in sequences]
+    sequences = [ops.swapaxes(one, 0, 1) for one in sequences]
+
+    def step(before, at_step):
+        records, held = before
+        features, after, details = cell.step(at_step[0], records, training)
+        now = {"output": cell.project(features), **cell._named(details)}
+        if mask is not None:
+            hold = functools.partial(scan.hold, at_step[1][:, 0])
+            now = keras.tree.map_structure(hold, held, now)
+            after = keras.tree.map_structure(hold, records, after)
+        return (after, now), (after, now)
+
     cell.get_dropout_mask(inputs)
     cell.get_recurrent_dropout_mask(inputs)
     try:
-        for time in reversed(times) if layer.go_backwards else times:
-            features, after, details = cell.step(
-                inputs[:, time], records, training
-            )
-            now = {"output": cell.project(features), **cell._named(details)}
-            if mask is not None:
-                keep = ops.convert_to_tensor(mask, dtype="bool")[:, time]
-                hold = functools.partial(scan.hold, keep)
-                if held is None:  # nothing happened yet, but a state there is
-                    held = keras.tree.map_structure(ops.zeros_like, now)
-                    held.update(cell._named(cell._state_fields(records)))
-                now = keras.tree.map_structure(hold, held, now)
-                after = keras.tree.map_structure(hold, records, after)
-            shown = keras.tree.map_structure(ops.convert_to_numpy, now)
-            if mask is not None and layer.zero_output_for_mask:
-                shown["output"] = (
-                    shown["output"] * (ops.convert_to_numpy(keep)[:, None])
-                )
-            steps.append(shown)
-            records, held = after, now
+        features, _, details = cell.step(sequences[0][0], records, training)
+        shapes = {"output": cell.project(features), **cell._named(details)}
+        # In front of the first valid step nothing happened, but a state is.
+        held = keras.tree.map_structure(ops.zeros_like, shapes)
+        held.update(cell._named(cell._state_fields(records)))
+        _, (_, inside) = ops.scan(step, (records, held), tuple(sequences))
     finally:
         cell.reset_dropout_mask()
         cell.reset_recurrent_dropout_mask()
-    return {
-        name: np.stack([step[name] for step in steps], axis=1)
-        for name in steps[0]
-    }
+    inside = {name: ops.swapaxes(inside[name], 0, 1) for name in shapes}
+    if mask is not None and layer.zero_output_for_mask:
+        kept = ops.cast(ops.swapaxes(sequences[1], 0, 1), cell.compute_dtype)
+        inside["output"] = inside["output"] * kept
+    return inside
 
 
 def _parameters(cls):

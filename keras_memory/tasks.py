@@ -31,26 +31,121 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy:
+class Task:
+    """What the tasks share: a length is drawn, and padded to a bucket.
+
+    All sequences of a batch are of one length, which is drawn uniformly and
+    padded to the next bucket: one compilation under XLA for each bucket, and
+    a mask that leaves the padding out.
+
+    A subclass has a `name`, the `kind` of its targets (`"bits"`: each is 0 or
+    1; `"class"`: one of them is 1; `"sum"`: only their sum over time counts),
+    `input_size`, `output_size`, `time_steps`, the longest T of a batch, and
+    `sequences`, which makes a `Batch` of one length.
+
+    Args:
+        min_length: int, at least 1. What is counted, the task says.
+        max_length: int, at least `min_length`.
+        buckets: int, at least 1, number of padded lengths, evenly spaced up
+            to the longest.
+
+    Raises:
+        ValueError: a size out of its range.
+    """
+
+    min_length: int = 1
+    max_length: int = 20
+    buckets: int = 4
+
+    name: ClassVar[str]
+    kind: ClassVar[str] = "bits"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_size(field.name, getattr(self, field.name))
+        self._check_order("min_length", "max_length")
+
+    def _check_order(self, low, high):
+        if getattr(self, high) < getattr(self, low):
+            raise ValueError(
+                f"`{high}` of the task {self.name} must be at least `{low}`. "
+                f"Received: {low}={getattr(self, low)}, "
+                f"{high}={getattr(self, high)}"
+            )
+
+    def sample(self, rng, batch_size, longest=None, length=None, **ranges):
+        """Draws a batch.
+
+        Args:
+            rng: `numpy.random.Generator`.
+            batch_size: int B, at least 1.
+            longest: int from `min_length` to `max_length`, to draw lengths up
+                to this one, for a curriculum; None is `max_length`.
+            length: int, for sequences of this length without padding, also
+                beyond `max_length`; None draws one and pads to its bucket.
+            **ranges: what else a task lets its caller fix: `repeats` of
+                `RepeatCopy`.
+
+        Returns:
+            A `Batch`.
+
+        Raises:
+            ValueError: a length that the task cannot have.
+        """
+        check_size("batch_size", batch_size)
+        if length is not None:
+            check_size("length", length)
+            return self.sequences(rng, batch_size, length, **ranges)
+        longest = self.max_length if longest is None else longest
+        check_size("longest", longest, least=self.min_length)
+        if longest > self.max_length:
+            raise ValueError(
+                "`longest` is the end of a curriculum's lengths and can be at "
+                "most the task's `max_length`; for longer sequences there is "
+                f"`length`. Received: longest={longest}, "
+                f"max_length={self.max_length}"
+            )
+        length = int(rng.integers(self.min_length, longest + 1))
+        batch = self.sequences(rng, batch_size, length, longest, **ranges)
+        return self._padded(batch)
+
+    def _padded(self, batch):
+        time = batch.mask.shape[1]
+        shares = range(1, self.buckets + 1)
+        ends = (math.ceil(n * self.time_steps / self.buckets) for n in shares)
+        padding = next((end for end in ends if end >= time), time) - time
+        return Batch(
+            *(
+                np.pad(
+                    part, [(0, 0), (0, padding)] + [(0, 0)] * (part.ndim - 2)
+                )
+                for part in batch
+            )
+        )
+
+    def _blank(self, batch_size, time):
+        return Batch(
+            np.zeros((batch_size, time, self.input_size), "float32"),
+            np.zeros((batch_size, time, self.output_size), "float32"),
+            np.zeros((batch_size, time), "float32"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy(Task):
     """Copy a sequence of random bit vectors after an end marker.
 
     Source: Graves et al. 2014, section 4.1.
 
     The inputs are the sequence, an end marker in a channel of its own, and
     blanks for as long as the sequence was; the targets are the sequence, over
-    the blanks. All sequences of a batch are of one length, which is drawn
-    uniformly and padded to the next bucket: one compilation under XLA for
-    each bucket, and a mask that leaves the padding out.
+    the blanks.
 
     Args:
-        bits: int, at least 1, width of a vector. Default 8.
         min_length: int, at least 1, in vectors. Default 1.
-        max_length: int, at least `min_length`, in vectors. Default 20.
-        buckets: int, at least 1, number of padded lengths, evenly spaced up
-            to `max_length`. Default 4.
-
-    Raises:
-        ValueError: a size out of its range.
+        max_length: int, in vectors. Default 20.
+        buckets: int, number of padded lengths. Default 4.
+        bits: int, at least 1, width of a vector. Default 8.
 
     Example:
 
@@ -61,21 +156,8 @@ class Copy:
     """
 
     bits: int = 8
-    min_length: int = 1
-    max_length: int = 20
-    buckets: int = 4
 
     name: ClassVar[str] = "copy"
-
-    def __post_init__(self):
-        for name in ("bits", "min_length", "max_length", "buckets"):
-            check_size(name, getattr(self, name))
-        if self.max_length < self.min_length:
-            raise ValueError(
-                "`max_length` of the copy task must be at least `min_length`. "
-                f"Received: min_length={self.min_length}, "
-                f"max_length={self.max_length}"
-            )
 
     @property
     def input_size(self):
@@ -86,44 +168,458 @@ class Copy:
         return self.bits
 
     @property
-    def padded_lengths(self):
-        """Upper end of each bucket."""
-        shares = range(1, self.buckets + 1)
-        return [math.ceil(n * self.max_length / self.buckets) for n in shares]
+    def time_steps(self):
+        return 2 * self.max_length + 1
 
-    def sample(self, rng, batch_size, longest=None, length=None):
-        """Draws a batch.
-
-        Args:
-            rng: `numpy.random.Generator`.
-            batch_size: int B, at least 1.
-            longest: int, to draw lengths up to this one, for a curriculum;
-                None draws up to `max_length`.
-            length: int, for sequences of this length without padding, also
-                beyond `max_length`; None draws one and pads to its bucket.
-
-        Returns:
-            A `Batch` with T = 2 * padded length + 1.
-        """
-        padded = length
-        if length is None:
-            longest = self.max_length if longest is None else longest
-            length = int(rng.integers(self.min_length, longest + 1))
-            padded = next(n for n in self.padded_lengths if n >= length)
-        time = 2 * padded + 1
-        answer = slice(length + 1, 2 * length + 1)
+    def sequences(self, rng, batch_size, length, longest=None):
+        """A `Batch` with T = 2 length + 1."""
+        inputs, targets, mask = self._blank(batch_size, 2 * length + 1)
         sequence = rng.integers(0, 2, (batch_size, length, self.bits))
-        inputs = np.zeros((batch_size, time, self.input_size), "float32")
-        targets = np.zeros((batch_size, time, self.output_size), "float32")
-        mask = np.zeros((batch_size, time), "float32")
         inputs[:, :length, : self.bits] = sequence
         inputs[:, length, self.bits] = 1.0
-        targets[:, answer] = sequence
-        mask[:, answer] = 1.0
+        targets[:, length + 1 :] = sequence
+        mask[:, length + 1 :] = 1.0
         return Batch(inputs, targets, mask)
 
 
-TASKS = {task.name: task for task in (Copy,)}
+@dataclasses.dataclass(frozen=True)
+class RepeatCopy(Task):
+    """Copy a sequence of random bit vectors several times, and say when done.
+
+    Source: Graves et al. 2014, section 4.2.
+
+    The inputs are the sequence, an end marker, the number of copies wanted in
+    a channel of its own (normalised: over the range from `min_repeats` to
+    `max_repeats` it has mean 0 and variance 1), and blanks; the targets are
+    the copies and, in a channel of its own, an end marker.
+
+    Departure: the end marker of the inputs, which pytorch-ntm has too. The
+    paper has the number alone, which may be 0 once it is normalised.
+
+    Args:
+        min_length: int, at least 1, in vectors. Default 1.
+        max_length: int, in vectors. Default 10.
+        buckets: int, number of padded lengths. Default 4.
+        bits: int, at least 1, width of a vector. Default 8.
+        min_repeats: int, at least 1. Default 1.
+        max_repeats: int, at least `min_repeats`. Default 10.
+
+    Example:
+
+    >>> task = keras_memory.tasks.RepeatCopy()
+    >>> rng = np.random.default_rng(1)
+    >>> batch = task.sample(rng, batch_size=2, length=3, repeats=4)
+    >>> batch.inputs.shape, batch.targets.shape  # 3 + 2 in, 3 * 4 + 1 out
+    ((2, 18, 10), (2, 18, 9))
+    """
+
+    max_length: int = 10
+    bits: int = 8
+    min_repeats: int = 1
+    max_repeats: int = 10
+
+    name: ClassVar[str] = "repeat-copy"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_order("min_repeats", "max_repeats")
+
+    @property
+    def input_size(self):
+        return self.bits + 2
+
+    @property
+    def output_size(self):
+        return self.bits + 1
+
+    @property
+    def time_steps(self):
+        return self.max_length * (self.max_repeats + 1) + 3
+
+    def sequences(self, rng, batch_size, length, longest=None, repeats=None):
+        """A `Batch` with T = length + 2 + length * repeats + 1.
+
+        A curriculum's `longest` bounds the number of repeats, too.
+        """
+        if repeats is None:
+            most = self.max_repeats if longest is None else longest
+            most = min(max(most, self.min_repeats), self.max_repeats)
+            repeats = int(rng.integers(self.min_repeats, most + 1))
+        check_size("repeats", repeats)
+        mean = (self.min_repeats + self.max_repeats) / 2
+        choices = self.max_repeats - self.min_repeats + 1
+        deviation = math.sqrt((choices**2 - 1) / 12) or 1.0
+        answer, end = length + 2, length + 2 + length * repeats
+        inputs, targets, mask = self._blank(batch_size, end + 1)
+        sequence = rng.integers(0, 2, (batch_size, length, self.bits))
+        inputs[:, :length, : self.bits] = sequence
+        inputs[:, length, self.bits] = 1.0
+        inputs[:, length + 1, self.bits + 1] = (repeats - mean) / deviation
+        targets[:, answer:end, : self.bits] = np.tile(sequence, (repeats, 1))
+        targets[:, end, self.bits] = 1.0
+        mask[:, answer:] = 1.0
+        return Batch(inputs, targets, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class AssociativeRecall(Task):
+    """See several items, then one of them again, and recall the next.
+
+    Source: Graves et al. 2014, section 4.3.
+
+    An item is a few random bit vectors. Each is preceded by a delimiter, the
+    one that is asked for stands between two delimiters of another channel;
+    blanks follow, and the targets over them are the item that came after it.
+
+    Args:
+        min_length: int, at least 2, number of items. Default 2.
+        max_length: int, number of items. Default 6.
+        buckets: int, number of padded lengths. Default 4.
+        bits: int, at least 1, width of a vector. Default 6.
+        vectors: int, at least 1, vectors of an item. Default 3. With few bits
+            an item, two of them may be equal and the question unclear.
+
+    Example:
+
+    >>> task = keras_memory.tasks.AssociativeRecall()
+    >>> batch = task.sample(np.random.default_rng(1), batch_size=2, length=4)
+    >>> batch.inputs.shape, batch.targets.shape  # 4 * 4 + 5 in, 3 out
+    ((2, 24, 8), (2, 24, 6))
+    """
+
+    min_length: int = 2
+    max_length: int = 6
+    bits: int = 6
+    vectors: int = 3
+
+    name: ClassVar[str] = "associative-recall"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_size("min_length", self.min_length, least=2)
+
+    @property
+    def input_size(self):
+        return self.bits + 2
+
+    @property
+    def output_size(self):
+        return self.bits
+
+    @property
+    def time_steps(self):
+        return self.max_length * (self.vectors + 1) + 2 * self.vectors + 2
+
+    def sequences(self, rng, batch_size, length, longest=None):
+        """A `Batch` with T = length (vectors + 1) + 2 vectors + 2."""
+        check_size("length", length, least=2)
+        rows, vectors = np.arange(batch_size), self.vectors
+        shape = batch_size, length, vectors, self.bits
+        items = rng.integers(0, 2, shape)
+        asked = rng.integers(0, length - 1, batch_size)
+        question = length * (vectors + 1)
+        answer = question + vectors + 2
+        inputs, targets, mask = self._blank(batch_size, answer + vectors)
+        shown = inputs[:, :question].reshape(
+            batch_size, length, vectors + 1, -1
+        )
+        shown[:, :, 0, self.bits] = 1.0
+        shown[:, :, 1:, : self.bits] = items
+        inputs[:, :question] = shown.reshape(batch_size, question, -1)
+        inputs[:, [question, answer - 1], self.bits + 1] = 1.0
+        inputs[:, question + 1 : answer - 1, : self.bits] = items[rows, asked]
+        targets[:, answer:] = items[rows, asked + 1]
+        mask[:, answer:] = 1.0
+        return Batch(inputs, targets, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class NGrams(Task):
+    """Predict the next bit of a source whose table is new in each sequence.
+
+    Source: Graves et al. 2014, section 4.4 ("Dynamic N-Grams").
+
+    The probability that a bit is 1 depends on the `context` bits in front of
+    it, by a table that is drawn from Beta(1/2, 1/2) for each sequence. The
+    first `context` bits are drawn evenly. At each step the input is a bit and
+    the target is the next one; those with a whole context count.
+
+    Args:
+        min_length: int, above `context`, number of bits. Default 200.
+        max_length: int, number of bits. Default 200.
+        buckets: int, number of padded lengths. Default 1.
+        context: int, at least 1. Default 5 (6-grams).
+
+    Example:
+
+    >>> task = keras_memory.tasks.NGrams()
+    >>> batch = task.sample(np.random.default_rng(1), batch_size=2)
+    >>> batch.inputs.shape, batch.targets.shape
+    ((2, 199, 1), (2, 199, 1))
+    >>> task.optimal_outputs(batch).shape
+    (2, 199, 1)
+    """
+
+    min_length: int = 200
+    max_length: int = 200
+    buckets: int = 1
+    context: int = 5
+
+    name: ClassVar[str] = "n-grams"
+    input_size: ClassVar[int] = 1
+    output_size: ClassVar[int] = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_size("min_length", self.min_length, least=self.context + 1)
+
+    @property
+    def time_steps(self):
+        return self.max_length - 1
+
+    def sequences(self, rng, batch_size, length, longest=None):
+        """A `Batch` with T = length - 1."""
+        check_size("length", length, least=self.context + 1)
+        rows = np.arange(batch_size)
+        table = rng.beta(0.5, 0.5, (batch_size, 2**self.context))
+        bits = rng.integers(0, 2, (batch_size, length))
+        chance = rng.random((batch_size, length))
+        for time in range(self.context, length):
+            code = self._contexts(bits[:, time - self.context : time])[:, 0]
+            bits[:, time] = chance[:, time] < table[rows, code]
+        inputs, targets, mask = self._blank(batch_size, length - 1)
+        inputs[:, :, 0] = bits[:, :-1]
+        targets[:, :, 0] = bits[:, 1:]
+        mask[:, self.context - 1 :] = 1.0
+        return Batch(inputs, targets, mask)
+
+    def optimal_outputs(self, batch):
+        """What the best predictor says, which knows how tables are drawn.
+
+        Source: Graves et al. 2014, section 4.4: P(B = 1 | N1, N0, c) =
+        (N1 + 1/2) / (N1 + N0 + 1), where N1 and N0 count the ones and zeros
+        that followed the context c so far.
+
+        Args:
+            batch: a `Batch` of this task.
+
+        Returns:
+            (B, T, 1) float32 probabilities; 0.5 where no context is whole,
+            and of no meaning where the mask is 0.
+        """
+        bits, following = batch.inputs[:, :, 0], batch.targets[:, :, 0]
+        codes = self._contexts(bits.astype(int))
+        rows = np.arange(len(bits))
+        counts = np.zeros((len(bits), 2**self.context, 2))
+        outputs = np.full(batch.targets.shape, 0.5, "float32")
+        for code, time in zip(codes.T, range(self.context - 1, bits.shape[1])):
+            zeros, ones = counts[rows, code].T
+            outputs[:, time, 0] = (ones + 0.5) / (ones + zeros + 1.0)
+            counts[rows, code, following[:, time].astype(int)] += 1
+        return outputs
+
+    def _contexts(self, bits):
+        """(B, T) bits -> (B, T - context + 1) numbers of the contexts."""
+        windows = np.lib.stride_tricks.sliding_window_view(
+            bits, self.context, axis=1
+        )
+        return windows @ (1 << np.arange(self.context)[::-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class PrioritySort(Task):
+    """Sort random bit vectors by priority, the highest first.
+
+    Source: Graves et al. 2014, section 4.5.
+
+    The inputs are the vectors, each with its priority, drawn from [-1, 1], in
+    a channel of its own, an end marker, and blanks; the targets are the
+    vectors of highest priority in order, over the blanks.
+
+    Args:
+        min_length: int, at least 1, number of vectors. Default 20.
+        max_length: int, number of vectors. Default 20.
+        buckets: int, number of padded lengths. Default 1.
+        bits: int, at least 1, width of a vector. Default 8.
+        sorted_vectors: int, from 1 to `max_length`, how many of `max_length`
+            vectors are asked for; of another length the same share, rounded
+            up. Default 16.
+
+    Example:
+
+    >>> task = keras_memory.tasks.PrioritySort()
+    >>> batch = task.sample(np.random.default_rng(1), batch_size=2)
+    >>> batch.inputs.shape, batch.targets.shape  # 20 + 1 in, 16 out
+    ((2, 37, 10), (2, 37, 8))
+    """
+
+    min_length: int = 20
+    max_length: int = 20
+    buckets: int = 1
+    bits: int = 8
+    sorted_vectors: int = 16
+
+    name: ClassVar[str] = "priority-sort"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_order("sorted_vectors", "max_length")
+
+    @property
+    def input_size(self):
+        return self.bits + 2
+
+    @property
+    def output_size(self):
+        return self.bits
+
+    @property
+    def time_steps(self):
+        return self.max_length + 1 + self.sorted_vectors
+
+    def sequences(self, rng, batch_size, length, longest=None):
+        """A `Batch` with T = length + 1 + the number of sorted vectors."""
+        asked = math.ceil(length * self.sorted_vectors / self.max_length)
+        inputs, targets, mask = self._blank(batch_size, length + 1 + asked)
+        vectors = rng.integers(0, 2, (batch_size, length, self.bits))
+        priorities = rng.uniform(-1.0, 1.0, (batch_size, length))
+        order = np.argsort(-priorities, axis=1, kind="stable")[:, :asked, None]
+        inputs[:, :length, : self.bits] = vectors
+        inputs[:, :length, self.bits] = priorities
+        inputs[:, length, self.bits + 1] = 1.0
+        targets[:, length + 1 :] = np.take_along_axis(vectors, order, axis=1)
+        mask[:, length + 1 :] = 1.0
+        return Batch(inputs, targets, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Digits(Task):
+    """Random digits from 0 to `digits` - 1, one-hot, and an end marker."""
+
+    digits: int = 5
+
+    @property
+    def input_size(self):
+        return self.digits + 1
+
+    @property
+    def time_steps(self):
+        return self.max_length + 1
+
+    def _draw(self, rng, batch_size, length):
+        """(B, length) digits, and a `Batch` with T = length + 1 to fill."""
+        values = rng.integers(0, self.digits, (batch_size, length))
+        batch = self._blank(batch_size, length + 1)
+        batch.inputs[:, :length] = np.eye(self.input_size)[values]
+        batch.inputs[:, length, self.digits] = 1.0
+        return values, batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Adding(_Digits):
+    """Add up a sequence of digits.
+
+    Source: pytorch-dnc's adding task, whose default are lengths up to 1,000.
+
+    The inputs are digits, one-hot, and an end marker. As there, the answer is
+    the sum of the outputs over all time steps, and only its error counts: the
+    model is not told what each digit is worth.
+
+    Args:
+        min_length: int, at least 1, number of digits. Default 2.
+        max_length: int, number of digits. Default 100.
+        buckets: int, number of padded lengths. Default 4.
+        digits: int, at least 1, number of different digits, from 0 on.
+            Default 5.
+
+    Example:
+
+    >>> task = keras_memory.tasks.Adding()
+    >>> batch = task.sample(np.random.default_rng(1), batch_size=2, length=7)
+    >>> batch.inputs.shape, batch.targets.shape
+    ((2, 8, 6), (2, 8, 1))
+    >>> batch.targets.sum(axis=(1, 2))  # the answers
+    array([15., 17.], dtype=float32)
+    """
+
+    min_length: int = 2
+    max_length: int = 100
+
+    name: ClassVar[str] = "adding"
+    kind: ClassVar[str] = "sum"
+    output_size: ClassVar[int] = 1
+
+    def sequences(self, rng, batch_size, length, longest=None):
+        """A `Batch` with T = length + 1, whose targets add up to the sum."""
+        values, (inputs, targets, mask) = self._draw(rng, batch_size, length)
+        targets[:, :length, 0] = values
+        mask[:] = 1.0
+        return Batch(inputs, targets, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Argmax(_Digits):
+    """Tell at which place of a sequence its largest digit stood first.
+
+    Source: pytorch-dnc's argmax task, whose defaults are lengths up to 4.
+    Departure: its targets are the number of the place; ours name the place
+    (one-hot), so that accuracy has a meaning.
+
+    The inputs are digits, one-hot, and an end marker, over which the target
+    stands.
+
+    Args:
+        min_length: int, at least 1, number of digits. Default 2.
+        max_length: int, number of digits, and of classes. Default 10.
+        buckets: int, number of padded lengths. Default 1.
+        digits: int, at least 1, number of different digits, from 0 on.
+            Default 5.
+
+    Example:
+
+    >>> task = keras_memory.tasks.Argmax()
+    >>> batch = task.sample(np.random.default_rng(1), batch_size=2)
+    >>> batch.inputs.shape, batch.targets.shape
+    ((2, 11, 6), (2, 11, 10))
+    """
+
+    min_length: int = 2
+    max_length: int = 10
+    buckets: int = 1
+
+    name: ClassVar[str] = "argmax"
+    kind: ClassVar[str] = "class"
+
+    @property
+    def output_size(self):
+        return self.max_length
+
+    def sequences(self, rng, batch_size, length, longest=None):
+        """A `Batch` with T = length + 1, of which the last step counts."""
+        if length > self.max_length:
+            raise ValueError(
+                "The argmax task names a place up to `max_length`, so "
+                "sequences cannot be longer. Received: "
+                f"length={length}, max_length={self.max_length}"
+            )
+        values, (inputs, targets, mask) = self._draw(rng, batch_size, length)
+        targets[:, length] = np.eye(self.max_length)[values.argmax(axis=1)]
+        mask[:, length] = 1.0
+        return Batch(inputs, targets, mask)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Copy,
+        RepeatCopy,
+        AssociativeRecall,
+        NGrams,
+        PrioritySort,
+        Adding,
+        Argmax,
+    )
+}
 
 
 def dataset(task, batch_size, seed=1, first_step=0):
@@ -151,6 +647,9 @@ def dataset(task, batch_size, seed=1, first_step=0):
     def spec(*shape):
         return tf.TensorSpec((batch_size, None, *shape), "float32")
 
+    # By itself tf.data would draw a batch ahead, before a curriculum moves on.
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
     return tf.data.Dataset.from_generator(
         batches,
         output_signature=(
@@ -158,4 +657,4 @@ def dataset(task, batch_size, seed=1, first_step=0):
             spec(task.output_size),
             spec(),
         ),
-    )
+    ).with_options(options)

@@ -1,24 +1,25 @@
 """From a configuration to a trained, drawn, exported model in a run folder."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import signal
 import sys
+import threading
 import time
 
 import keras
-import numpy as np
 
 from keras_memory import config as configuration
+from keras_memory import losses
+from keras_memory import runs
 from keras_memory import tasks
+from keras_memory.callbacks import MemoryTensorBoard
 from keras_memory.callbacks import ProbePictures
 from keras_memory.export import export_for_serving
-from keras_memory.losses import BitsPerSequence
-from keras_memory.losses import WrongBitsPerSequence
-from keras_memory.visualization import encode_png
-
-EVALUATED_SEQUENCES = 320
+from keras_memory.files import written_aside
 
 
 def build(config):
@@ -28,39 +29,35 @@ def build(config):
         config: a `config.Training`.
 
     Returns:
-        `keras.Model` from (B, T, task.input_size) to probabilities
-        (B, T, task.output_size), compiled for `fit` on `tasks.dataset`.
+        `keras.Model` from (B, T, task.input_size) to outputs
+        (B, T, task.output_size): probabilities, for `adding` numbers;
+        compiled for `fit` on `tasks.dataset`.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown optimizer.
     """
+    kind = losses.KINDS[config.task.kind]
     inputs = keras.Input((None, config.task.input_size), name="inputs")
-    outputs = config.model.layer(
-        config.task.output_size, activation="sigmoid", return_sequences=True
-    )(inputs)
+    outputs = config.model(inputs, config.task.output_size, kind.activation)
     model = keras.Model(inputs, outputs, name=config.task.name)
     keras.optimizers.get(config.optimizer)  # raises if there is none
     settings = {
         "learning_rate": config.learning_rate,
         "clipnorm": config.clipnorm,
+        "clipvalue": config.clipvalue,
+        **config.optimizer_options,
     }
     if config.learning_rate_decay:
         settings["learning_rate"] = keras.optimizers.schedules.CosineDecay(
             config.learning_rate, config.steps
         )
-    if config.momentum:
-        settings["momentum"] = config.momentum
     optimizer = keras.optimizers.get(
         {"class_name": config.optimizer, "config": settings}
     )
     model.compile(
         optimizer,
-        keras.losses.BinaryCrossentropy(reduction="mean_with_sample_weight"),
-        weighted_metrics=[
-            BitsPerSequence(),
-            WrongBitsPerSequence(),
-            keras.metrics.BinaryAccuracy(name="accuracy"),
-        ],
+        kind.loss(),
+        weighted_metrics=kind.make_metrics(),
         jit_compile=config.jit_compile,
     )
     return model
@@ -71,8 +68,12 @@ def train(config, folder, show=print):
 
     The folder gets `config.json`, `checkpoint.keras` (every
     `checkpoint_every` steps), `history.csv`, `logs/` for TensorBoard,
-    `pictures/`, at the end `model.keras`, `results.json` and `export/1/`, a
-    SavedModel that has been loaded and compared with the model.
+    `pictures/`, at the end `model.keras`, `export/1/`, a SavedModel that has
+    been loaded and compared with the model, and last `results.json`.
+
+    Ctrl-C (SIGINT) and SIGTERM end the training after the report that is
+    being made, with a checkpoint; a second one ends it at once. `resume` goes
+    on from the last checkpoint.
 
     Args:
         config: a `config.Training`.
@@ -80,97 +81,166 @@ def train(config, folder, show=print):
         show: function that takes a line of text for the user.
 
     Returns:
-        Dict of results: steps, sequences, seconds, and wrong bits a sequence
-        on fresh sequences.
+        Dict of results: steps, sequences, seconds, number of parameters, and
+        the error on fresh sequences, also longer ones.
 
     Raises:
         ValueError: sizes that do not fit, a folder with files in it, or a
             backend other than TensorFlow.
         OSError: the folder cannot be made or written.
+        KeyboardInterrupt: it was interrupted.
     """
+    _check_backend()
+    keras.utils.set_random_seed(config.seed)
+    model = build(config)
+    folder = make_run_folder(folder)
+    with written_aside(folder / "config.json") as path:
+        path.write_text(configuration.to_json(config))
+    return _run(config, model, folder, show)
+
+
+def resume(folder, show=print):
+    """Goes on with a training that was interrupted or killed.
+
+    From the last checkpoint on, everything is as if it had never ended, but
+    for the seconds.
+
+    Args:
+        folder: path of the run folder.
+        show: function that takes a line of text for the user.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        ValueError: not a run folder, a finished run, or files in it that
+            cannot be read.
+        OSError, KeyboardInterrupt: as `train`.
+    """
+    _check_backend()
+    folder = pathlib.Path(folder)
+    config = runs.read_config(folder)
+    if (folder / "results.json").exists():
+        raise ValueError(
+            "Only a run that was interrupted can go on; for longer training "
+            "start a new run with more --steps. "
+            f"Received: {folder}, which is finished"
+        )
+    keras.utils.set_random_seed(config.seed)
+    checkpoint = folder / "checkpoint.keras"
+    if checkpoint.exists():
+        model = runs.load(checkpoint)
+    else:
+        show("no checkpoint yet: from the start")
+        model = build(config)
+    return _run(config, model, folder, show)
+
+
+def _check_backend():
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             "A training run ends with a SavedModel, which needs the "
             "TensorFlow backend: unset KERAS_BACKEND. "
             f"Received: KERAS_BACKEND={keras.backend.backend()}"
         )
-    keras.utils.set_random_seed(config.seed)
-    model = build(config)
-    folder = make_run_folder(folder)
-    (folder / "config.json").write_text(configuration.to_json(config))
 
-    probe = config.task.sample(
-        np.random.default_rng([config.seed, 1]),
-        1,
-        length=config.task.max_length,
-    )
+
+def _run(config, model, folder, show):
+    """Trains from where the model is to the end, and finishes the folder."""
+    history = folder / "history.csv"
+    done = -(-int(model.optimizer.iterations) // config.report_every)
+    rows = runs.read_history(folder, done)
+    if history.exists():  # what came after the checkpoint comes again
+        lines = history.read_text().splitlines(keepends=True)
+        with written_aside(history) as path:
+            path.write_text("".join(lines[: done + 1]) if done else "")
     curriculum = Curriculum(config)
-    pictures = ProbePictures(
-        model.layers[1],
-        probe,
-        folder / "pictures",
-        folder / "logs",
-        every=_in_reports(config.picture_every, config),
-        title=lambda epoch: (
-            f"{config.task.name}: step {epoch * config.report_every}"
-        ),
-    )
-    start = time.perf_counter()
-    model.fit(
-        tasks.dataset(curriculum, config.batch_size, config.seed),
-        epochs=-(-config.steps // config.report_every),
-        steps_per_epoch=config.report_every,
-        shuffle=False,
-        verbose=0,
-        callbacks=[
-            curriculum,
-            keras.callbacks.TensorBoard(folder / "logs", write_graph=False),
-            keras.callbacks.CSVLogger(folder / "history.csv"),
-            Checkpoint(
-                folder / "checkpoint.keras",
-                _in_reports(config.checkpoint_every, config),
-            ),
-            pictures,
-            Progress(config, curriculum, show),
-        ],
-    )
-    seconds = time.perf_counter() - start
-    save(model, folder / "model.keras")
+    for row in rows:
+        curriculum.look(row)
+    seconds = rows[-1]["seconds"] if rows else 0.0
+
+    reports = -(-config.steps // config.report_every)
+    if done < reports and not curriculum.reached:
+        checkpoint = Checkpoint(
+            folder / "checkpoint.keras", _in_reports("checkpoint_every", config)
+        )
+        with _interruptible(checkpoint, show):
+            model.fit(
+                tasks.dataset(
+                    curriculum,
+                    config.batch_size,
+                    config.seed,
+                    first_step=done * config.report_every,
+                ),
+                initial_epoch=done,
+                epochs=reports,
+                steps_per_epoch=config.report_every,
+                shuffle=False,
+                verbose=0,
+                callbacks=[
+                    Progress(config, curriculum, seconds, show),
+                    curriculum,
+                    keras.callbacks.TensorBoard(
+                        folder / "logs", write_graph=False
+                    ),
+                    keras.callbacks.CSVLogger(history, append=done > 0),
+                    checkpoint,
+                    *_pictures(config, folder),
+                ],
+            )
+        if checkpoint.asked:
+            raise KeyboardInterrupt
+        rows = runs.read_history(folder)
+    return _finish(config, model, folder, rows[-1]["seconds"])
+
+
+def _pictures(config, folder):
+    every = _in_reports("picture_every", config)
+    probes = runs.probes(config)
+    if not every:
+        return []
+
+    def title(length):
+        return lambda done: (
+            f"{config.task.name}, length {length}: step "
+            f"{min(done * config.report_every, config.steps):,}"
+        )
+
+    drawn = [
+        ProbePictures(
+            batch,
+            folder / "pictures" / f"length-{length}",
+            every=every,
+            title=title(length),
+        )
+        for length, batch in probes.items()
+    ]
+    if isinstance(config.model, configuration.LSTM):
+        return drawn
+    board = MemoryTensorBoard(folder / "logs", next(iter(probes.values())))
+    return [*drawn, board]
+
+
+def _finish(config, model, folder, seconds):
+    """Evaluates, draws and exports; `results.json` says that all is there."""
+    with written_aside(folder / "model.keras") as path:
+        model.save(path)
     steps = int(model.optimizer.iterations)
+    task = config.task
     results = {
         "steps": steps,
         "sequences": steps * config.batch_size,
         "seconds": round(seconds, 1),
-        **evaluate(config, model),
+        "parameters": model.count_params(),
+        **runs.evaluate(model, task, config.seed),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    export_for_serving(model, folder / "export", name=config.task.name)
-    title = f"{config.task.name}: after {steps} steps"
-    (folder / "pictures").mkdir(exist_ok=True)
-    (folder / "pictures" / "trained.png").write_bytes(
-        encode_png(pictures.picture(title, memory=True))
-    )
-    return results
-
-
-def evaluate(config, model):
-    """Wrong bits a sequence on fresh sequences, also on longer ones."""
-    rng = np.random.default_rng([config.seed, 2])
-    longest = config.task.max_length
-    samples = {
-        f"wrong_bits_up_to_{longest}": {},
-        f"wrong_bits_at_{longest}": {"length": longest},
-        f"wrong_bits_at_{2 * longest}": {"length": 2 * longest},
-    }
-    results = {}
-    for name, arguments in samples.items():
-        metric = WrongBitsPerSequence()
-        for _ in range(10):
-            inputs, targets, mask = config.task.sample(
-                rng, EVALUATED_SEQUENCES // 10, **arguments
-            )
-            metric.update_state(targets, model(inputs, training=False), mask)
-        results[name] = round(float(metric.result()), 4)
+    for length in (task.max_length, *config.test_lengths):
+        results |= runs.evaluate(model, task, config.seed, length=length)
+    runs.draw(config, model, folder)
+    shutil.rmtree(folder / "export", ignore_errors=True)
+    export_for_serving(model, folder / "export", name=task.name)
+    with written_aside(folder / "results.json") as path:
+        path.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -188,19 +258,31 @@ def make_run_folder(folder):
     return folder
 
 
-def save(model, path):
-    """Saves a model so that `path` is always whole: written aside, renamed."""
-    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
+def _in_reports(name, config):
+    """A number of steps in reports, rounded up."""
+    return -(-getattr(config, name) // config.report_every)
+
+
+@contextlib.contextmanager
+def _interruptible(checkpoint, show):
+    """Ctrl-C asks the training for a checkpoint and an end, then insists."""
+
+    def interrupt(number, frame):
+        if checkpoint.asked:
+            raise KeyboardInterrupt
+        checkpoint.asked = True
+        show("stopping after this report; once more stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread only
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, interrupt) for number in signals}
     try:
-        model.save(aside)
-        os.replace(aside, path)
+        yield
     finally:
-        aside.unlink(missing_ok=True)
-
-
-def _in_reports(steps, config):
-    """Steps in reports, rounded up."""
-    return -(-steps // config.report_every)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -208,17 +290,32 @@ class Checkpoint(keras.callbacks.Callback):
 
     Args:
         path: path of the `.keras` file.
-        every: int, at least 0, in epochs; 0 saves none.
+        every: int, at least 0, in epochs; 0 saves only when `asked`.
     """
+
+    asked = False  # for a checkpoint after this epoch, which is then the last
 
     def __init__(self, path, every):
         super().__init__()
         self.path = path
         self.every = every
+        self._saved = True
 
     def on_epoch_end(self, epoch, logs=None):
-        if self.every and (epoch + 1) % self.every == 0:
-            save(self.model, self.path)
+        self._saved = False
+        if self.asked:
+            self.model.stop_training = True
+        if self.asked or (self.every and (epoch + 1) % self.every == 0):
+            self._save()
+
+    def on_train_end(self, logs=None):
+        if self.every and not self._saved:
+            self._save()
+
+    def _save(self):
+        with written_aside(self.path) as path:
+            self.model.save(path)
+        self._saved = True
 
 
 class Curriculum(keras.callbacks.Callback):
@@ -235,62 +332,85 @@ class Curriculum(keras.callbacks.Callback):
         longest = config.task.max_length
         self.longest = [n for n in config.curriculum if n < longest]
         self.longest.append(longest)
+        self.error = losses.KINDS[config.task.kind].error
         self.input_size = config.task.input_size
         self.output_size = config.task.output_size
+        self.reached = False
+        self._reports = 0  # at the present length
 
     def sample(self, rng, batch_size):
         task = self.config.task
         return task.sample(rng, batch_size, longest=self.longest[0])
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._first_step = epoch * self.config.report_every
+
     def on_train_batch_end(self, batch, logs=None):
-        if int(self.model.optimizer.iterations) >= self.config.steps:
+        if self._first_step + batch + 1 >= self.config.steps:
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch, logs=None):
-        if len(self.longest) > 1:
-            if 1.0 - logs["accuracy"] < self.config.curriculum_wrong:
-                self.longest.pop(0)
-        elif logs["wrong_bits_per_sequence"] < self.config.stop_wrong_bits:
+        self.look(logs)
+        if self.reached:
             self.model.stop_training = True
+
+    def look(self, logs):
+        """Decides, after a report, what comes next."""
+        self._reports += 1
+        if len(self.longest) == 1:
+            self.reached = logs[self.error] < self.config.stop_error
+        elif (
+            self._reports >= _in_reports("curriculum_steps", self.config)
+            if self.config.curriculum_steps
+            else logs["loss"] < self.config.curriculum_loss
+        ):
+            self.longest.pop(0)
+            self._reports = 0
 
 
 class Progress(keras.callbacks.Callback):
-    """One line: loss, bits, wrong bits, sequences a second, time left.
+    """One line: loss, error, sequences a second, time left.
 
-    On a terminal the line is written over, elsewhere each is a new one.
+    On a terminal the line is written over, elsewhere each is a new one. It
+    also gives the callbacks after it the `seconds` of training so far.
     """
 
-    def __init__(self, config, curriculum, show):
+    def __init__(self, config, curriculum, seconds, show):
         super().__init__()
         self.config = config
         self.curriculum = curriculum
+        self.seconds = seconds
         self.show = show
         self.in_place = show is print and sys.stdout.isatty()
 
     def on_train_begin(self, logs=None):
         self.show(
-            "step  longest sequence  loss  bits and wrong bits a sequence  "
-            "sequences/s  most time left\n"
-            "(each length is compiled once: the first steps take a while)"
+            "step  longest sequence  loss and error  sequences/s  most time "
+            "left\n(each length is compiled once: the first steps take a while)"
         )
         self.started = time.perf_counter()
+        self.first_epoch = None
 
     def on_epoch_begin(self, epoch, logs=None):
+        if self.first_epoch is None:
+            self.first_epoch = epoch
         self.longest = self.curriculum.longest[0]
         self.epoch_started = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
         now = time.perf_counter()
+        logs["seconds"] = round(self.seconds + now - self.started, 3)
         steps, size = self.config.steps, self.config.report_every
         step = min((epoch + 1) * size, steps)
         rate = (step - epoch * size) * self.config.batch_size
         rate /= now - self.epoch_started
-        left = (now - self.started) / step * (steps - step)
+        made = step - self.first_epoch * size
+        left = (now - self.started) / made * (steps - step)
+        error = self.curriculum.error
         line = (
             f"{step:,}/{steps:,}  <={self.longest}"
             f"  loss {logs['loss']:.4f}"
-            f"  bits {logs['bits_per_sequence']:.2f}"
-            f"  wrong {logs['wrong_bits_per_sequence']:.2f}"
+            f"  {error.replace('_', ' ')} {logs[error]:.2f}"
             f"  {rate:,.0f} seq/s"
             f"  {left // 60:.0f}:{int(left % 60):02} left"
         )

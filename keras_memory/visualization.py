@@ -6,6 +6,7 @@ column `LEFT`, so stacked panels with equally wide cells share their time axis.
 Slots, heads, bits and time steps count from 0, slot 0 at the top.
 """
 
+import functools
 import io
 
 import numpy as np
@@ -23,14 +24,21 @@ DIVERGING = _table(  # blue, white, rust: for what has a sign
     "1c3a73 3266b0 6497d3 abc7e3 f5f5f5 e2baa4 d07a53 a84218 6e1c05"
 )
 NAN_COLOUR = 255, 0, 160  # magenta, in neither table
+LINES = _table(  # one a series, told apart by colour-blind eyes too
+    "0072b2 d55e00 009e73 cc79a7 e69f00 56b4e9 262626 882255"
+)
 
 TOP, LEFT, RIGHT, GAP = 34, 64, 76, 8  # pixels around and between the cells
+INSET, MARK_ROW = 8, 18  # pixels around the curves, and for a mark's text
+FINE = 4  # curves are drawn so many times larger, then reduced
 PLOT_WIDTH, PLOT_HEIGHT = 640, 400  # what the size of a cell is chosen for
 MOST_ROWS = 512  # with more, neighbours share a cell
 TITLE_INK, INK, FAINT_INK, FRAME = "#262626", "#404040", "#5c5c5c", "#8c8c8c"
+GRID = "#e8e8e8"
+BAND = 0.2  # opacity
 
 
-def colorize(values, low=0.0, high=1.0, palette=SEQUENTIAL):
+def colorize(values, low=0.0, high=1.0, palette=SEQUENTIAL, levels=None):
     """Turns numbers into colours, by a scale that is even to the eye.
 
     Args:
@@ -39,6 +47,8 @@ def colorize(values, low=0.0, high=1.0, palette=SEQUENTIAL):
         low: the number at the palette's first colour.
         high: the number at the palette's last colour; above `low`.
         palette: (K, 3) anchor colours, 0 to 255, evenly spread over the scale.
+        levels: how many colours there are at most, evenly spread; at least 2.
+            By default as many as there are.
 
     Returns:
         (rows, columns, 3) uint8 image.
@@ -54,7 +64,10 @@ def colorize(values, low=0.0, high=1.0, palette=SEQUENTIAL):
         )
     missing = np.isnan(values)
     place = (np.clip(values, low, high) - low) / (high - low)
-    place = np.where(missing, 0.0, place) * (len(palette) - 1)
+    place = np.where(missing, 0.0, place)
+    if levels:
+        place = np.round(place * (levels - 1)) / (levels - 1)
+    place = place * (len(palette) - 1)
     anchors = np.arange(len(palette))
     channels = [np.interp(place, anchors, c) for c in np.transpose(palette)]
     image = np.stack(channels, axis=-1).round().astype("uint8")
@@ -115,7 +128,7 @@ def panel(
         title,
         (x_label, _ticks(columns, width, 44)),
         _slot_axis(y_label, rows, height, block),
-        (low, high, palette),
+        [_colour_bar(len(colours) * height, low, high, palette)],
     )
 
 
@@ -140,12 +153,7 @@ def stack(panels, title=""):
         )
     if title:
         panels = [_headline(title), *panels]
-    widest = max(one.shape[1] for one in panels)
-    rows = []
-    for one in panels:
-        padding = ((0, GAP), (0, widest - one.shape[1]), (0, 0))
-        rows.append(np.pad(one, padding, constant_values=255))
-    return np.concatenate(rows)[:-GAP]
+    return np.concatenate(_widened(panels, GAP))[:-GAP]
 
 
 def weightings(weighting, title):
@@ -161,16 +169,17 @@ def weightings(weighting, title):
     Raises:
         ValueError: `weighting` has another rank, or an empty axis.
     """
-    return _over_time(_heads(weighting, title))
+    return _over_time(_head_rows(weighting, title))
 
 
-def target_and_output(target, output, mask=None):
+def target_and_output(target, output, mask=None, high=1.0):
     """Draws target, output and their absolute difference, bits over time.
 
     Args:
-        target: (T, bits) in 0 to 1.
-        output: (T, bits) in 0 to 1: probabilities, not logits.
+        target: (T, bits) in 0 to `high`.
+        output: (T, bits) in 0 to `high`: probabilities, not logits.
         mask: (T,), zero at steps outside the loss, which are greyed out.
+        high: the number at the last colour, for example 4 for digits 0 to 4.
 
     Returns:
         (H, W, 3) uint8 image: three panels on one time axis.
@@ -178,7 +187,7 @@ def target_and_output(target, output, mask=None):
     Raises:
         ValueError: the shapes do not fit one another.
     """
-    return _over_time(_bits(target, output, mask))
+    return _over_time(_bits(target, output, mask, high))
 
 
 def memory_film_strip(memory, frames=8, title="Memory"):
@@ -197,14 +206,8 @@ def memory_film_strip(memory, frames=8, title="Memory"):
         ValueError: `memory` has another rank or an empty axis, or no frames.
     """
     memory = _array(memory, "memory", "(T, N, W)")
-    if frames < 1:
-        raise ValueError(
-            "`frames` must be at least 1, since a strip without frames shows "
-            f"nothing. Received: frames={frames}."
-        )
-    last, shown = len(memory) - 1, min(frames, len(memory))
-    steps = np.linspace(last, 0, shown).round().astype(int)[::-1]
-    reach = np.abs(memory[np.isfinite(memory)]).max(initial=0.0) or 1.0
+    steps = _moments(len(memory), frames, "frames")
+    shown, reach = len(steps), _reach(memory)
     moments = [_strongest(memory[step]) for step in steps]
     (rows, columns), block = moments[0][0].shape, moments[0][1]
     width = min(max(1, ((PLOT_WIDTH + GAP) // shown - GAP) // columns), 16)
@@ -216,38 +219,111 @@ def memory_film_strip(memory, frames=8, title="Memory"):
         title,
         ("contents after time step", np.stack([centres, steps], axis=-1)),
         _slot_axis("slot", rows, height, block),
-        (-reach, reach, DIVERGING),
+        [_colour_bar(rows * height, -reach, reach, DIVERGING)],
     )
 
 
-def task_picture(inputs, targets, outputs, mask, trace, title):
+def sequence_frames(memory, weightings, title, most=64):
+    """Draws the memory and its weightings step by step, for `encode_gif`.
+
+    The slots are rows throughout: first the contents, then a column for each
+    head of each weighting, on a fixed scale 0 to 1. A scale has 65 colours
+    only, so that the GIF is small.
+
+    Args:
+        memory: (T, N, W) contents after each step; any real value.
+        weightings: dict from name to (T, N) or (T, heads, N), in 0 to 1. Of a
+            name such as "read_weighting" only "read" is written.
+        title: the line above, to which the time step is added.
+        most: how many frames at most, evenly spread; at least 1.
+
+    Returns:
+        List of (H, W, 3) uint8 images of one size: the moments in order, the
+        last step always among them, on one scale symmetric about zero that
+        reaches to the largest magnitude in all of `memory`.
+
+    Raises:
+        ValueError: shapes do not fit one another, or no frames.
+    """
+    memory = _array(memory, "memory", "(T, N, W)")
+    steps = _moments(len(memory), most, "most")
+    groups = {name: _heads(one) for name, one in weightings.items()}
+    _same_length({"memory": memory, **groups})
+    slots = {name: one.shape[2] for name, one in groups.items()}
+    if set(slots.values()) - {memory.shape[1]}:
+        raise ValueError(
+            "`weightings` must have as many slots as `memory`, since they "
+            f"share its rows. Received: memory {memory.shape[1]}, {slots}."
+        )
+    reach = _reach(memory)
+    scale = {"low": -reach, "high": reach, "palette": DIVERGING, "levels": 65}
+    share = {"levels": 65}
+    parts = [("memory", memory, scale)]
+    for name, one in groups.items():
+        label = name.removesuffix("_weighting").replace("_", " ")
+        parts.append((label, one.transpose(0, 2, 1), share))
+    first, block = _strongest(memory[0])
+    rows = len(first)
+    _, height = _cell(rows, 1)
+    widths, ticks, right = [], [], 0
+    for label, values, _ in parts:
+        columns = values.shape[2]
+        width = max(1, min(PLOT_WIDTH // 2 // columns, 16))
+        widths.append(max(width, -(-_widest(12, [label]) // columns)))
+        ticks.append((right + widths[-1] * columns // 2, label))
+        right += widths[-1] * columns + GAP
+    bars = [_colour_bar(rows * height, name="contents", **scale)]
+    if groups:
+        bars.append(_colour_bar(rows * height, name="weighting", **share))
+    slot_axis = _slot_axis("slot", rows, height, block)
+    frames = []
+    for step in steps:
+        images = [
+            _enlarge(colorize(_strongest(v[step])[0], **s), width, height)
+            for (_, v, s), width in zip(parts, widths)
+        ]
+        headline = f"{title}, after {step + 1} of {len(memory)} time steps"
+        frames.append(_figure(images, headline, ("", ticks), slot_axis, bars))
+    return _widened(frames)
+
+
+def task_picture(inputs, targets, outputs, mask, trace, title, high=1.0):
     """Composes all of one sequence; a column is one time step throughout.
 
     Args:
-        inputs: (T, channels) in 0 to 1.
-        targets: (T, bits) in 0 to 1.
-        outputs: (T, bits) in 0 to 1: probabilities, not logits.
+        inputs: (T, channels). Where some are below 0 or above 1, the scale is
+            symmetric about zero and reaches to the largest magnitude.
+        targets: (T, bits) in 0 to `high`.
+        outputs: (T, bits) in 0 to `high`: probabilities, not logits.
         mask: (T,), zero at steps outside the loss; None if all count.
-        trace: dict with "write_weighting" (T, H, N), "read_weighting"
-            (T, R, N) and, to add a film strip, "memory" (T, N, W).
+        trace: dict of what is drawn below: each weighting, (T, N) or
+            (T, heads, N), whose name ends in "_weighting", in the dict's order
+            but with "write_weighting" first; and, to add a film strip,
+            "memory" (T, N, W). Empty for a model without memory.
         title: the headline.
+        high: the number at the last colour of targets and outputs.
 
     Returns:
         (H, W, 3) uint8 image.
 
     Raises:
-        ValueError: a weighting is absent, or shapes do not fit one another.
+        ValueError: `trace` has no weighting, or shapes do not fit one another.
     """
-    if not {"write_weighting", "read_weighting"} <= set(trace):
+    names = [name for name in trace if name.endswith("_weighting")]
+    if trace and not names:
         raise ValueError(
-            "`trace` must hold 'write_weighting' and 'read_weighting', which "
-            f"the picture shows. Received: keys {sorted(trace)}."
+            "`trace` must be empty or hold a weighting, such as "
+            "'read_weighting', since the picture shows where heads look. "
+            f"Received: keys {sorted(trace)}."
         )
     inputs = _array(inputs, "inputs", "(T, channels)")
-    rows = [("Input", inputs, {"y_label": "channel"})]
-    rows += _bits(targets, outputs, mask)
-    rows += _heads(trace["write_weighting"], "Write weighting")
-    rows += _heads(trace["read_weighting"], "Read weighting")
+    options = {"y_label": "channel"}
+    if np.any((inputs < 0) | (inputs > 1)):
+        reach = _reach(inputs)
+        options |= {"low": -reach, "high": reach, "palette": DIVERGING}
+    rows = [("Input", inputs, options), *_bits(targets, outputs, mask, high)]
+    for name in sorted(names, key=lambda name: name != "write_weighting"):
+        rows += _head_rows(trace[name], _words(name))
     panels = [_over_time(rows, PLOT_HEIGHT * 2 // 3)]
     if "memory" in trace:
         _same_length({"Input": inputs, "memory": trace["memory"]})
@@ -255,12 +331,138 @@ def task_picture(inputs, targets, outputs, mask, trace, title):
     return stack(panels, title)
 
 
+def curves(
+    series,
+    title,
+    x_label,
+    y_label,
+    log_y=False,
+    size=(PLOT_WIDTH, PLOT_HEIGHT),
+    marks=None,
+):
+    """Draws lines, each the mean of runs in a band from lowest to highest.
+
+    What is NaN or infinite breaks a run's line there, and the mean and the band
+    where any of the runs is broken. A point without neighbours is a dot, as
+    are all points of a line that has few.
+
+    Args:
+        series: dict from label to (x, y), at most 8: x (P,) increases, and y
+            is (P,) or, for several runs, (S, P).
+        title: the line above.
+        x_label: what x counts.
+        y_label: what y counts.
+        log_y: whether y grows by factors rather than from zero. Zeros then lie
+            on a line of their own at the bottom, marked 0. The mean stays that
+            of the numbers, not of their logarithms.
+        size: (width, height) of the plot in pixels, at least 96 each; in
+            height 18 more for each mark.
+        marks: dict from text to the x where a dashed line stands for it.
+
+    Returns:
+        (H, W, 3) uint8 image; the plot begins at pixel row `TOP` and pixel
+        column `LEFT`, or further right where the numbers of y are long.
+
+    Raises:
+        ValueError: nothing or too much to draw, shapes that do not fit, x that
+            does not increase, or a negative number on a logarithmic scale.
+    """
+    if not 1 <= len(series) <= len(LINES):
+        raise ValueError(
+            f"`series` must hold 1 to {len(LINES)} lines, as many as have "
+            f"colours that are told apart. Received: {len(series)} lines."
+        )
+    lines = [_runs(f"series[{key!r}]", *series[key]) for key in series]
+    marks = sorted((marks or {}).items(), key=lambda mark: mark[1])
+    positions = np.array([x for _, x in marks], "float64")
+    if not np.isfinite(positions).all():
+        raise ValueError(
+            "`marks` must stand at finite positions, to be on the axis. "
+            f"Received: {dict(marks)}."
+        )
+    every_x = np.concatenate([positions, *(x for x, _ in lines)])
+    every_y = np.concatenate([y[np.isfinite(y)] for _, y in lines])
+    if log_y and np.any(every_y < 0):
+        raise ValueError(
+            "`log_y` wants numbers that are not negative, which have no "
+            f"logarithm. Received: a smallest number of {every_y.min()}."
+        )
+    width, height = size
+    if min(width, height - MARK_ROW * len(marks)) < 96:
+        raise ValueError(
+            "`size` must be at least 96 pixels each way, and "
+            f"{MARK_ROW} more in height for each mark, or axes have no room. "
+            f"Received: size={size}, {len(marks)} marks."
+        )
+    y_axis = _log_axis if log_y else _zero_axis
+    top = INSET + MARK_ROW * len(marks)
+    place_y, y_ticks = y_axis(every_y, height - 1 - INSET, top, 36)
+    extent = every_x.min(), every_x.max()
+    place_x, x_ticks = _axis(*extent, INSET, width - 1 - INSET, 64)
+    plot = _plot(
+        [(place_x(x), place_y(y), place_y(y.mean(0))) for x, y in lines],
+        [(text, place_x(x)) for text, x in marks],
+        x_ticks,
+        y_ticks,
+        size,
+    )
+    return _figure(
+        [plot],
+        title,
+        (x_label, x_ticks),
+        (y_label, y_ticks),
+        [_legend(series, [len(y) > 1 for _, y in lines])],
+        max(LEFT, 36 + _widest(12, [text for _, text in y_ticks])),
+    )
+
+
+def entropy(weighting):
+    """How widely a weighting is spread, in bits: the sum of -w log2 w.
+
+    0 where one slot has all, log2(N) where all share alike. What sums to less
+    than 1 is taken as it stands, not rescaled, so that a head which looks
+    nowhere has 0 as well.
+
+    Args:
+        weighting: (..., N), not negative.
+
+    Returns:
+        (...) float64.
+
+    Raises:
+        ValueError: `weighting` has no slots, or is negative somewhere.
+
+    >>> print(entropy([[1.0, 0.0], [0.5, 0.5], [0.5, 0.0]]))
+    [0.  1.  0.5]
+    """
+    weighting = np.asarray(weighting, "float64")
+    if not weighting.ndim or not weighting.shape[-1]:
+        raise ValueError(
+            "`weighting` must have the shape (..., N), since entropy is that "
+            f"of N slots. Received: shape {weighting.shape}."
+        )
+    if np.any(weighting < 0):
+        raise ValueError(
+            "`weighting` must not be negative, since the entropy would be no "
+            f"real number. Received: a smallest of {np.nanmin(weighting)}."
+        )
+    bits = np.log2(np.where(weighting == 0, 1.0, weighting))
+    return 0.0 - (weighting * bits).sum(axis=-1)
+
+
 def encode_png(image):
     """Encodes a (H, W, 3) uint8 image as the bytes of a PNG file."""
     Image, _, _ = _pillow()
     stream = io.BytesIO()
-    Image.fromarray(_image(image)).save(stream, "PNG", optimize=True)
+    Image.fromarray(_image(image)).save(stream, "PNG")
     return stream.getvalue()
+
+
+def decode_png(data):
+    """Decodes the bytes of a PNG file as a (H, W, 3) uint8 image."""
+    Image, _, _ = _pillow()
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
 
 
 def encode_gif(frames, milliseconds=200):
@@ -294,7 +496,11 @@ def encode_gif(frames, milliseconds=200):
             f"can store. Received: milliseconds={milliseconds}."
         )
     Image, _, _ = _pillow()
-    codes = [frame @ np.array([1 << 16, 1 << 8, 1]) for frame in frames]
+    codes = [
+        red << 16 | green << 8 | blue
+        for frame in frames
+        for red, green, blue in [np.moveaxis(frame.astype("int32"), -1, 0)]
+    ]
     index = np.zeros(1 << 24, "uint8")  # of each colour code in the palette
     for code in codes:
         index[code] = 1
@@ -315,16 +521,24 @@ def encode_gif(frames, milliseconds=200):
     return stream.getvalue()
 
 
-def _heads(weighting, title):
+def _heads(weighting):
     if np.ndim(weighting) == 2:
         weighting = np.expand_dims(weighting, 1)
-    weighting = _array(weighting, "weighting", "(T, heads, N)", " or (T, N)")
+    return _array(weighting, "weighting", "(T, heads, N)", " or (T, N)")
+
+
+def _head_rows(weighting, title):
+    weighting = _heads(weighting)
     heads = range(weighting.shape[1])
     names = [f"{title}, head {h}" if len(heads) > 1 else title for h in heads]
     return [(names[h], weighting[:, h], {}) for h in heads]
 
 
-def _bits(target, output, mask):
+def _words(name):
+    return name.replace("_", " ").capitalize()
+
+
+def _bits(target, output, mask, high):
     target = _array(target, "target", "(T, bits)")
     output = _array(output, "output", "(T, bits)")
     if target.shape != output.shape:
@@ -335,7 +549,8 @@ def _bits(target, output, mask):
         )
     all_count = mask is None or np.all(mask)
     note = "" if all_count else " (grey: outside the loss)"
-    options = {"y_label": "bit", "mask": mask}
+    y_label = "bit" if high == 1 else "channel"
+    options = {"y_label": y_label, "mask": mask, "high": high}
     return [
         ("Target" + note, target, options),
         ("Output", output, options),
@@ -353,6 +568,22 @@ def _over_time(rows, plot_height=PLOT_HEIGHT):
         options = {"x_label": x_label, "cell": cell, **options}
         panels.append(panel(values.T, title, **options))
     return stack(panels)
+
+
+def _moments(steps, most, name):
+    """Indices of at most `most` steps, evenly spread, the last among them."""
+    if most < 1:
+        raise ValueError(
+            f"`{name}` must be at least 1, since without frames nothing is "
+            f"shown. Received: {name}={most}."
+        )
+    moments = np.linspace(steps - 1, 0, min(most, steps))
+    return moments.round().astype(int)[::-1]
+
+
+def _reach(values):
+    """The largest magnitude, for a scale symmetric about zero."""
+    return np.abs(values[np.isfinite(values)]).max(initial=0.0) or 1.0
 
 
 def _cell(rows, columns, plot_height=PLOT_HEIGHT):
@@ -379,10 +610,78 @@ def _slot_axis(label, rows, height, block):
 
 def _ticks(count, cell, spacing, block=1):
     """(pixel, number) at the middle of every 1st, 2nd, 5th, 10th ... cell."""
-    steps = (m * 10**e for e in range(9) for m in (1, 2, 5))
-    step = next(step for step in steps if step * cell >= spacing * block)
-    numbers = range(0, count * block, step)
+    numbers = range(0, count * block, _whole_step(spacing * block / cell))
     return [(n // block * cell + cell // 2, n) for n in numbers]
+
+
+def _step(least):
+    """The smallest of ... 0.5, 1, 2, 5, 10 ... that is at least `least`."""
+    unit = 10.0 ** np.floor(np.log10(least))
+    return next(m * unit for m in (1, 2, 5, 10, 20) if m * unit >= least)
+
+
+def _whole_step(least):
+    return int(_step(max(1, least)))
+
+
+def _axis(low, high, begin, end, spacing):
+    """A scale from `low` at pixel `begin` to `high` at pixel `end`.
+
+    Returns:
+        Function from numbers to pixels, and (pixel, text) ticks at round
+        numbers, at least `spacing` pixels apart.
+    """
+    if not high > low:
+        high = low + max(1.0, abs(low))
+
+    def place(numbers):
+        share = (np.asarray(numbers) - low) / (high - low)
+        return begin + share * (end - begin)
+
+    step = _step((high - low) * spacing / abs(end - begin))
+    first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
+    numbers = step * np.arange(first, last + 1)
+    return place, _at_pixels(place, numbers, _texts(numbers))
+
+
+def _zero_axis(values, begin, end, spacing):
+    low, high = values.min(initial=0.0), values.max(initial=0.0)
+    return _axis(low, high, begin, end, spacing)
+
+
+def _log_axis(values, begin, end, spacing):
+    """As `_axis`, in decades; one tick more, below, if there are zeros."""
+    exponents = np.log10(values[values > 0])
+    low = int(np.floor(exponents.min())) if len(exponents) else 0
+    high = exponents.max(initial=low + 1)
+    zeros = bool(np.any(values == 0))
+    step = _whole_step((high - low + zeros) * spacing / abs(end - begin))
+    bottom = low - step * zeros
+    place_exponent, _ = _axis(bottom, high, begin, end, spacing)
+
+    def place(numbers):
+        positive = np.where(np.equal(numbers, 0), 1.0, numbers)
+        exponents = np.log10(positive)
+        return place_exponent(np.where(np.equal(numbers, 0), bottom, exponents))
+
+    decades = [10.0**e for e in range(low, int(np.floor(high)) + 1, step)]
+    numbers = [0.0] * zeros + decades
+    return place, _at_pixels(place, numbers, [_texts([n])[0] for n in numbers])
+
+
+def _at_pixels(place, numbers, texts):
+    return [(round(float(place(n))), text) for n, text in zip(numbers, texts)]
+
+
+def _texts(numbers):
+    """Writes numbers short, all in one unit: 12k, 0.3M, 1,500, 1e-5."""
+    most = np.abs(numbers).max(initial=0.0)
+    units = {"k": 1e3, "M": 1e6, "G": 1e9}
+    fitting = [s for s, unit in units.items() if most >= max(unit, 1e4)]
+    suffix = ["", *fitting][-1]
+    unit = units.get(suffix, 1.0)
+    texts = [f"{number / unit + 0.0:,.10g}" for number in numbers]
+    return [t.replace("e-0", "e-") + suffix * (t != "0") for t in texts]
 
 
 def _grey(colours):
@@ -395,54 +694,200 @@ def _enlarge(image, width, height):
     return image.repeat(height, axis=0).repeat(width, axis=1)
 
 
-def _figure(images, title, x_axis, y_axis, scale):
-    """Puts title, axes and a colour bar around images, side by side."""
+def _figure(images, title, x_axis, y_axis, beside, left=LEFT):
+    """Puts title and axes around images, side by side; then what is beside."""
     Image, ImageDraw, font = _pillow()
     (x_label, x_ticks), (y_label, y_ticks) = x_axis, y_axis
-    low, high, palette = scale
     height = images[0].shape[0]
-    right = LEFT + sum(image.shape[1] + GAP for image in images) - GAP
+    right = left + sum(image.shape[1] + GAP for image in images) - GAP
     bottom = TOP + height
-    title_end = LEFT + int(font(15).getlength(title)) + GAP
-    size = max(right + RIGHT, title_end), bottom + (42 if x_label else 22)
+    title_end = left + _widest(15, [title]) + GAP
+    end = right + sum(image.shape[1] for image in beside)
+    lowest = [TOP - 1 + image.shape[0] for image in beside]
+    size = max(end, title_end), max(bottom + (42 if x_label else 22), *lowest)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
 
     def write(x, y, text, points, ink, anchor):
         draw.text((x, y), text, ink, font(points), anchor)
 
-    def frame(image, left):
-        box = (left - 1, TOP - 1, left + image.shape[1], bottom)
-        draw.rectangle(box, outline=FRAME)
-        canvas.paste(Image.fromarray(image), (left, TOP))
-
-    left = LEFT
+    x = right
+    for image in beside:
+        canvas.paste(Image.fromarray(image), (x, TOP - 1))
+        x += image.shape[1]
+    x = left
     for image in images:
-        frame(image, left)
-        left += image.shape[1] + GAP
-    write(LEFT, TOP - 11, title, 15, TITLE_INK, "ls")
-    write((LEFT + right) // 2, bottom + 34, x_label, 13, INK, "ms")
-    for x, number in x_ticks:
-        draw.line((LEFT + x, bottom, LEFT + x, bottom + 4), FRAME)
-        write(LEFT + x, bottom + 7, str(number), 12, FAINT_INK, "mt")
-    for y, number in y_ticks:
-        draw.line((LEFT - 5, TOP + y, LEFT - 1, TOP + y), FRAME)
-        write(LEFT - 8, TOP + y, str(number), 12, FAINT_INK, "rm")
+        _framed(canvas, image, x, TOP)
+        x += image.shape[1] + GAP
+    write(left, TOP - 11, title, 15, TITLE_INK, "ls")
+    write((left + right) // 2, bottom + 34, x_label, 13, INK, "ms")
+    for x, text in x_ticks:
+        draw.line((left + x, bottom, left + x, bottom + 4), FRAME)
+        write(left + x, bottom + 16, str(text), 12, FAINT_INK, "ms")
+    for y, text in y_ticks:
+        draw.line((left - 5, TOP + y, left - 1, TOP + y), FRAME)
+        write(left - 8, TOP + y, str(text), 12, FAINT_INK, "rm")
     label = Image.new("RGB", (size[1], 18), "white")  # lying, then upright
     middle = size[1] - TOP - height // 2
     ImageDraw.Draw(label).text((middle, 9), y_label, INK, font(13), "mm")
     canvas.paste(label.transpose(Image.Transpose.ROTATE_90), (6, 0))
-
-    bar = colorize(np.linspace(high, low, height)[:, None], low, high, palette)
-    frame(_enlarge(bar, 10, 1), right + 12)
-    write(right + 28, TOP - 1, f"{high:.3g}", 12, FAINT_INK, "lt")
-    write(right + 28, bottom + 1, f"{low:.3g}", 12, FAINT_INK, "ls")
     return np.array(canvas)
+
+
+def _framed(canvas, image, x, y):
+    Image, ImageDraw, _ = _pillow()
+    box = (x - 1, y - 1, x + image.shape[1], y + image.shape[0])
+    ImageDraw.Draw(canvas).rectangle(box, outline=FRAME)
+    canvas.paste(Image.fromarray(image), (x, y))
+
+
+def _colour_bar(height, low=0.0, high=1.0, palette=SEQUENTIAL, name="", **more):
+    Image, ImageDraw, font = _pillow()
+    canvas = Image.new("RGB", (RIGHT, height + (22 if name else 2)), "white")
+    draw = ImageDraw.Draw(canvas)
+    values = np.linspace(high, low, height)[:, None]
+    bar = colorize(values, low, high, palette, **more)
+    _framed(canvas, _enlarge(bar, 10, 1), 12, 1)
+    draw.text((28, 0), f"{high:.3g}", FAINT_INK, font(12), "lt")
+    draw.text((28, height + 2), f"{low:.3g}", FAINT_INK, font(12), "ls")
+    draw.text((11, height + 17), name, FAINT_INK, font(12), "ls")
+    return np.array(canvas)
+
+
+def _legend(labels, banded):
+    """A row for each label, with its line and, for several runs, its band."""
+    Image, ImageDraw, font = _pillow()
+    size = 52 + _widest(12, labels) + GAP, 20 * len(labels) + 6
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, (label, colour, band) in enumerate(zip(labels, LINES, banded)):
+        y = 20 * row + 10
+        if band:
+            draw.rectangle((16, y - 6, 41, y + 6), _tint(colour, BAND))
+        draw.rectangle((16, y - 1, 41, y + 1), tuple(colour))
+        draw.text((50, y + 4), label, INK, font(12), "ls")
+    return np.array(canvas)
+
+
+def _tint(colour, strength):
+    """What `colour` of that opacity looks like on white."""
+    tinted = 255 - strength * (255 - np.asarray(colour))
+    return tuple(tinted.round().astype(int))
+
+
+def _runs(name, x, y):
+    """x (P,) and y (S, P), with NaN for what is infinite."""
+    x = _array(x, name + "[0]", "(P,)")
+    y = np.expand_dims(y, 0) if np.ndim(y) == 1 else y
+    y = _array(y, name + "[1]", "(S, P)", " or (P,)")
+    if y.shape[1:] != x.shape:
+        raise ValueError(
+            f"`{name}` must hold as many y as x, since each point has both. "
+            f"Received: x {x.shape}, y {y.shape}."
+        )
+    if not (np.isfinite(x).all() and np.all(np.diff(x) > 0)):
+        raise ValueError(
+            f"`{name}[0]` must be finite and increase, since a line is drawn "
+            f"from left to right. Received: {x}."
+        )
+    return x, np.where(np.isfinite(y), y, np.nan)
+
+
+def _plot(lines, marks, x_ticks, y_ticks, size):
+    """Draws within the frame; all in pixels.
+
+    Args:
+        lines: list of (x (P,), y (S, P), mean y (P,)), in the order of `LINES`.
+        marks: list of (text, x), from left to right.
+        x_ticks: list of (x, text), of which the grid needs the first.
+        y_ticks: list of (y, text), likewise.
+        size: (width, height).
+
+    Returns:
+        (height, width, 3) uint8 image.
+    """
+    Image, ImageDraw, font = _pillow()
+    width, height = size
+    canvas = Image.new("RGB", (width * FINE, height * FINE), "white")
+    draw = ImageDraw.Draw(canvas)
+    for x, _ in x_ticks:
+        _box(draw, x, 0, x, height, GRID)
+    for y, _ in y_ticks:
+        _box(draw, 0, y, width, y, GRID)
+    coloured = [(*line, tuple(colour)) for line, colour in zip(lines, LINES)]
+    several = [line for line in coloured if len(line[1]) > 1]
+    for x, runs, _, colour in several:
+        band = Image.new("L", canvas.size)
+        edges = np.stack([x, runs.min(axis=0), runs.max(axis=0)], axis=-1)
+        for piece in _pieces(edges):
+            _fill(ImageDraw.Draw(band), piece, round(255 * BAND))
+        canvas.paste(colour, mask=band)
+    for x, runs, _, colour in several:
+        for run in runs:
+            for piece in _pieces(np.stack([x, run], axis=-1)):
+                _line(draw, piece, _tint(colour, 0.5), 1)
+    for row, (_, x) in enumerate(marks):
+        for y in range(MARK_ROW * row + 3, height, 8):
+            _box(draw, round(x), y, round(x), y + 4, FAINT_INK)
+    for x, _, mean, colour in coloured:
+        for piece in _pieces(np.stack([x, mean], axis=-1)):
+            _line(draw, piece, colour, 3, len(x) * 16 <= width)
+    plot = canvas.reduce(FINE)
+    draw = ImageDraw.Draw(plot)
+    for row, (text, x) in enumerate(marks):
+        room = _widest(12, [text]) + 5
+        start = x + 5 if x + room < width else max(2, x - room)
+        place = round(start), MARK_ROW * row + 15
+        box = draw.textbbox(place, text, font(12), "ls")
+        draw.rectangle(box, "white")
+        draw.text(place, text, FAINT_INK, font(12), "ls")
+    return np.array(plot)
+
+
+def _pieces(points):
+    """Splits (P, K) points where one is NaN, into arrays without."""
+    there = ~np.isnan(points).any(axis=1)
+    cuts = np.flatnonzero(np.diff(there)) + 1
+    pieces = np.split(points, cuts)
+    return pieces[0 if there[0] else 1 :: 2]
+
+
+def _fine(pixels):
+    """The place, in the enlarged drawing, of the middle of pixels."""
+    return (np.asarray(pixels) + 0.5) * FINE - 0.5
+
+
+def _box(draw, left, top, right, bottom, ink):
+    """Fills whole pixels, the last ones included."""
+    end = FINE - 1
+    corners = np.multiply([left, top, right, bottom], FINE) + [0, 0, end, end]
+    draw.rectangle(corners.tolist(), ink)
+
+
+def _fill(draw, piece, ink):
+    """Fills between the edges (P, 3): x, one y, and another."""
+    if len(piece) == 1:
+        piece = piece + [[-1.5, 0, 0], [1.5, 0, 0]]
+    x, one, other = _fine(piece).T
+    for start in range(0, len(x) - 1, 15):  # long polygons are slow
+        part = slice(start, start + 16)
+        there, back = np.c_[x, one][part], np.c_[x, other][part][::-1]
+        draw.polygon(np.r_[there, back].ravel().tolist(), ink)
+
+
+def _line(draw, piece, ink, width, dots=False):
+    """Joins points (P, 2), and dots them all if `dots` or there is one."""
+    piece = _fine(piece)
+    if len(piece) > 1:
+        draw.line(piece.ravel().tolist(), ink, width * FINE, "curve")
+    radius = (width + 1) * FINE
+    for x, y in piece if dots or len(piece) == 1 else []:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), ink)
 
 
 def _headline(title):
     Image, ImageDraw, font = _pillow()
-    size = LEFT + int(font(20).getlength(title)) + GAP, 36
+    size = LEFT + _widest(20, [title]) + GAP, 36
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((LEFT, 32), title, TITLE_INK, font(20), "ls")
@@ -453,13 +898,38 @@ def _pillow():
     try:
         from PIL import Image
         from PIL import ImageDraw
-        from PIL import ImageFont
     except ImportError as error:
         raise ImportError(
             "`keras_memory.visualization` needs Pillow to write text into "
             "images and to encode them. Install it with `pip install Pillow`."
         ) from error
-    return Image, ImageDraw, lambda points: ImageFont.load_default(points)
+    return Image, ImageDraw, _font
+
+
+@functools.cache
+def _font(points):
+    from PIL import ImageFont
+
+    return ImageFont.load_default(points)
+
+
+def _widest(points, texts):
+    """Pixels that the widest of some texts takes."""
+    _, _, font = _pillow()
+    return max((int(font(points).getlength(t)) for t in texts), default=0)
+
+
+def _widened(images, below=0):
+    """Adds white: right, to the width of the widest, and rows below."""
+    widest = max(one.shape[1] for one in images)
+    return [
+        np.pad(
+            one,
+            ((0, below), (0, widest - one.shape[1]), (0, 0)),
+            constant_values=255,
+        )
+        for one in images
+    ]
 
 
 def _array(values, name, shape, alternative=""):

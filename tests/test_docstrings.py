@@ -46,7 +46,7 @@ def test_readme_examples(tmp_path, monkeypatch):
     harness.skip_on(*harness.OTHERS, because="exports a SavedModel")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text()
-    names = {"x": np.zeros((2, 7, 9), "float32")}
+    names = {"x": np.zeros((2, 7, 9), "f4"), "y": np.zeros((2, 7, 8), "f4")}
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 4
     for block in blocks:

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # Each module may import modules of the lines above its own, and of its own
 # line where that says so.
 LAYERS = [
-    ["checks", "addressing", "access", "geometry", "visualization"],
+    ["checks", "files", "addressing", "access", "geometry", "visualization"],
     ["controllers", "retrieval"],
     ["scan"],
     ["recurrent"],
@@ -23,6 +23,7 @@ LAYERS = [
     ["tasks", "losses"],
     ["config"],
     ["callbacks", "export", "convert"],
+    ["runs"],
     ["training"],
     ["cli"],
 ]

@@ -938,7 +938,9 @@ def test_trace_zeroes_masked_outputs_where_the_layer_does(x):
 
 def test_trace_of_something_else(x):
     for layer in (keras.layers.LSTM(3), ntm_cell(), keras.Sequential([ntm()])):
-        with pytest.raises(TypeError, match="`NTMLayer`. Received: <"):
+        with pytest.raises(
+            TypeError, match="there is `trace_model`. Received: <"
+        ):
             keras_memory.trace(layer, x)
 
 

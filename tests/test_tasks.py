@@ -1,4 +1,11 @@
+"""Tasks and losses. What a task asks is read off its inputs by plain loops."""
+
+import collections
 import dataclasses
+import functools
+import math
+import statistics
+from time import sleep
 
 import harness
 import keras
@@ -10,15 +17,339 @@ from keras_memory import tasks
 
 losses = harness.on_arrays(on_tensors)
 
+SMALL = {
+    "copy": tasks.Copy(2, 7, buckets=3, bits=5),
+    "repeat-copy": tasks.RepeatCopy(
+        2, 5, buckets=3, bits=7, min_repeats=2, max_repeats=5
+    ),
+    "associative-recall": tasks.AssociativeRecall(
+        2, 7, buckets=5, bits=11, vectors=3
+    ),
+    "n-grams": tasks.NGrams(5, 13, buckets=3, context=3),
+    "priority-sort": tasks.PrioritySort(
+        3, 11, buckets=3, bits=5, sorted_vectors=7
+    ),
+    "adding": tasks.Adding(2, 11, buckets=3, digits=7),
+    "argmax": tasks.Argmax(3, 11, buckets=2, digits=5),
+}
+each_task = pytest.mark.parametrize("task", SMALL.values(), ids=SMALL)
+ROWS = 3
+DRAWS = 300
 
-def sample(length=None, longest=None, seed=3, **arguments):
-    task = tasks.Copy(**{"bits": 3, "max_length": 7, **arguments})
-    rng = np.random.default_rng(seed)
-    return task.sample(rng, 5, longest=longest, length=length)
+
+def draw(task, seed=3, rows=ROWS, **arguments):
+    return task.sample(np.random.default_rng(seed), rows, **arguments)
+
+
+@functools.cache
+def draws(task, longest=None):
+    return [draw(task, seed, longest=longest) for seed in range(DRAWS)]
+
+
+def without_padding(batch):
+    end = int(np.flatnonzero(batch.mask[0])[-1]) + 1
+    return tasks.Batch(*(part[:, :end] for part in batch))
+
+
+def marked(row, channel):
+    """The steps with a mark in this channel, and nothing beside it."""
+    steps = [time for time, step in enumerate(row) if step[channel]]
+    for time in steps:
+        assert row[time] == one_hot(channel, len(row[time]))
+    return steps
+
+
+def one_hot(place, size):
+    return [float(n == place) for n in range(size)]
+
+
+def blank(rows):
+    return not any(any(row) for row in rows)
+
+
+# From a row of inputs: its length, and a dictionary with what the targets
+# must be at each of the steps that count (None: `inputs` do not tell).
+
+
+def answer_of_copy(task, row):
+    [end] = marked(row, task.bits)
+    assert blank(row[end + 1 :])
+    sequence = [step[: task.bits] for step in row[:end]]
+    return end, dict(enumerate(sequence, end + 1))
+
+
+def repeats_of(task, row):
+    [end] = marked(row, task.bits)
+    choices = range(task.min_repeats, task.max_repeats + 1)
+    scale = statistics.pstdev(choices) or 1.0
+    repeats = row[end + 1][-1] * scale + statistics.mean(choices)
+    assert abs(repeats - round(repeats)) < 1e-5
+    return round(repeats)
+
+
+def answer_of_repeat_copy(task, row):
+    [end] = marked(row, task.bits)
+    assert blank([row[end + 1][:-1]] + row[end + 2 :])
+    assert not any(step[-1] for step in row[: end + 1])
+    copies = [
+        step[: task.bits] + [0.0]
+        for _ in range(repeats_of(task, row))
+        for step in row[:end]
+    ]
+    copies.append(one_hot(task.bits, task.bits + 1))
+    return end, dict(enumerate(copies, end + 2))
+
+
+def items_and_place(task, row):
+    """All items, which of them is asked for, and the last delimiter."""
+    delimiters = marked(row, task.bits)
+    start, end = marked(row, task.bits + 1)
+    size = task.vectors + 1
+    assert delimiters == list(range(0, start, size)) and end - start == size
+    *items, query = (
+        [step[: task.bits] for step in row[time + 1 : time + size]]
+        for time in [*delimiters, start]
+    )
+    assert blank(row[end + 1 :])
+    [place] = [n for n, item in enumerate(items) if item == query]
+    return items, place, end
+
+
+def answer_of_associative_recall(task, row):
+    items, place, end = items_and_place(task, row)
+    return len(items), dict(enumerate(items[place + 1], end + 1))
+
+
+def answer_of_n_grams(task, row):
+    bits = dict(enumerate(row[1:]))
+    steps = range(task.context - 1, len(row))
+    return len(row) + 1, {time: bits.get(time) for time in steps}
+
+
+def answer_of_priority_sort(task, row):
+    [end] = marked(row, task.bits + 1)
+    assert blank(row[end + 1 :])
+    vectors = [(step[task.bits], step[: task.bits]) for step in row[:end]]
+    highest = []
+    while len(highest) * task.max_length < end * task.sorted_vectors:
+        highest.append(max(vectors))
+        vectors.remove(highest[-1])
+    return end, dict(enumerate((v for _, v in highest), end + 1))
+
+
+def digits_of(task, row):
+    [end] = marked(row, task.digits)
+    assert blank(row[end + 1 :])
+    digits = [step.index(1.0) for step in row[:end]]
+    assert row[:end] == [one_hot(n, task.digits + 1) for n in digits]
+    return digits
+
+
+def answer_of_adding(task, row):
+    length = len(digits_of(task, row))
+    return length, dict.fromkeys(range(length + 1))
+
+
+def answer_of_argmax(task, row):
+    digits = digits_of(task, row)
+    best = 0
+    for place, digit in enumerate(digits):
+        if digit > digits[best]:
+            best = place
+    return len(digits), {len(digits): one_hot(best, task.max_length)}
+
+
+def answer_of(task, row):
+    name = task.name.replace("-", "_")
+    return globals()[f"answer_of_{name}"](task, row.tolist())
+
+
+def length_of(task, batch):
+    lengths = {answer_of(task, row)[0] for row in without_padding(batch).inputs}
+    [length] = lengths
+    return length
+
+
+def check_answers(task, batch):
+    for row, targets, mask in zip(*without_padding(batch)):
+        _, answer = answer_of(task, row)
+        assert len(row) == max(answer) + 1
+        for time, counts in enumerate(mask):
+            assert counts == float(time in answer)
+            if answer.get(time) is not None:
+                assert targets[time].tolist() == answer[time]
+    if task.name != "n-grams":  # which predicts from the first step on
+        assert not batch.targets[batch.mask == 0].any()
+
+
+def test_all_tasks_are_in_the_table():
+    assert {name: type(task) for name, task in SMALL.items()} == tasks.TASKS
+    assert all(name == task.name for name, task in SMALL.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    {
+        "copy": (41, 9, 8),
+        "repeat-copy": (10 + 2 + 10 * 10 + 1, 10, 9),
+        "associative-recall": (6 * (1 + 3) + 5 + 3, 8, 6),
+        "n-grams": (199, 1, 1),
+        "priority-sort": (20 + 1 + 16, 10, 8),
+        "adding": (101, 6, 1),
+        "argmax": (11, 6, 10),
+    }.items(),
+)
+def test_by_default_a_task_has_the_sizes_of_its_source(name, sizes):
+    task = tasks.TASKS[name]()
+    assert (task.time_steps, task.input_size, task.output_size) == sizes
+
+
+@each_task
+def test_targets_are_what_the_inputs_ask_for(task):
+    for batch in draws(task)[::3]:
+        check_answers(task, batch)
+
+
+@each_task
+def test_batches_have_the_declared_widths_in_float32(task):
+    for batch in draws(task):
+        inputs, targets, mask = batch
+        steps = ROWS, mask.shape[1]
+        assert inputs.shape == (*steps, task.input_size)
+        assert targets.shape == (*steps, task.output_size)
+        assert mask.shape == steps
+        for part in batch:
+            assert part.dtype == np.float32
+            assert np.isfinite(part).all()
+        if task.kind == "bits":
+            assert set(np.unique(targets)) <= {0, 1}
+        elif task.kind == "class":
+            assert (targets[mask == 1].sum(axis=-1) == 1).all()
+        else:
+            assert task.kind == "sum"
+
+
+@each_task
+def test_batches_are_padded_to_the_next_bucket_with_zeros(task):
+    shares = range(1, task.buckets + 1)
+    ends = [math.ceil(n * task.time_steps / task.buckets) for n in shares]
+    seen = set()
+    for batch in draws(task):
+        real = without_padding(batch).mask.shape[1]
+        seen.add(batch.mask.shape[1])
+        assert batch.mask.shape[1] == min(end for end in ends if end >= real)
+        assert not any(part[:, real:].any() for part in batch)
+    assert seen <= set(ends) and len(seen) > 1
+    assert max(seen) == ends[-1] == task.time_steps
+    whole = dataclasses.replace(task, buckets=1)
+    assert {draw(whole, n).mask.shape[1] for n in range(9)} == {max(ends)}
+
+
+@each_task
+def test_lengths_are_drawn_evenly_from_the_range(task):
+    counts = collections.Counter(length_of(task, b) for b in draws(task))
+    assert set(counts) == set(range(task.min_length, task.max_length + 1))
+    assert min(counts.values()) > DRAWS / len(counts) / 2
+    fixed = dataclasses.replace(task, min_length=task.max_length)
+    assert length_of(fixed, draw(fixed)) == task.max_length
+
+
+@each_task
+def test_a_curriculum_bounds_the_lengths(task):
+    longest = task.min_length + 1
+    batches = draws(task, longest)[:50]
+    lengths = {length_of(task, batch) for batch in batches}
+    assert lengths == {task.min_length, longest}
+    if task.name == "repeat-copy":
+        assert repeats_in(task, batches) == {2, 3}
+        # Never fewer than the task has, whatever the curriculum says.
+        often = dataclasses.replace(task, min_repeats=5, max_repeats=7)
+        assert repeats_in(often, draws(often, longest)[:50]) == {5}
+
+
+def repeats_in(task, batches):
+    return {repeats_of(task, b.inputs[0].tolist()) for b in batches}
+
+
+@each_task
+def test_a_length_can_be_given_and_is_not_padded(task):
+    for length in (task.min_length, task.max_length + 3):
+        if task.name == "argmax" and length > task.max_length:
+            with pytest.raises(ValueError, match="Received"):
+                draw(task, length=length)
+            continue
+        for seed in range(9):
+            batch = draw(task, seed, length=length)
+            assert batch.mask.shape[1] == without_padding(batch).mask.shape[1]
+            assert length_of(task, batch) == length
+            check_answers(task, batch)
+    more = {"repeats": 5} if task.name == "repeat-copy" else {}
+    longest = draw(task, length=task.max_length, **more)
+    assert longest.mask.shape[1] == task.time_steps
+
+
+@each_task
+def test_a_seed_determines_a_batch(task):
+    first, same, other = (draw(task, n, length=11) for n in (1, 1, 2))
+    for part, equal in zip(first, same):
+        np.testing.assert_array_equal(part, equal)
+    assert first.inputs[0].tolist() != first.inputs[1].tolist()
+    assert first.inputs.tolist() != other.inputs.tolist()
+
+
+@each_task
+def test_a_task_is_its_ranges(task):
+    copy = type(task)(**dataclasses.asdict(task))
+    assert copy == task == dataclasses.replace(task)
+    assert hash(copy) == hash(task)
+    longer = dataclasses.replace(task, max_length=17, min_length=17)
+    assert longer != task
+    assert length_of(longer, draw(longer)) == 17
+
+
+@each_task
+def test_impossible_tasks_are_refused(task):
+    names = [field.name for field in dataclasses.fields(task)]
+    assert {"min_length", "max_length", "buckets"} < set(names)
+    wrong = [{name: v} for name in names for v in (0, -1, 2.0, True, "2", None)]
+    wrong.append({"min_length": task.max_length + 1})
+    wrong += {
+        "repeat-copy": [{"min_repeats": 6}],
+        "associative-recall": [{"min_length": 1}],
+        "n-grams": [{"min_length": 3}, {"context": 5}],
+        "priority-sort": [{"sorted_vectors": 12}],
+    }.get(task.name, [])
+    for change in wrong:
+        with pytest.raises(ValueError, match="Received"):
+            dataclasses.replace(task, **change)
+            pytest.fail(f"{change} was taken")
+
+
+@each_task
+def test_lengths_that_the_task_cannot_have_are_refused(task):
+    wrong = [{"length": value} for value in (0, -1, 2.0, True)]
+    wrong += {
+        "repeat-copy": [{"length": 3, "repeats": n} for n in (0, 2.0, True)],
+        "associative-recall": [{"length": 1}],
+        "n-grams": [{"length": 1}, {"length": 3}],
+    }.get(task.name, [])
+    for change in wrong:
+        with pytest.raises(ValueError, match="Received"):
+            draw(task, **change)
+            pytest.fail(f"{change} was taken")
+
+
+@each_task
+def test_a_curriculum_below_the_shortest_length_is_refused(task):
+    for longest in (0, 2.0, True, task.min_length - 1):
+        with pytest.raises(ValueError, match="Received"):
+            draw(task, longest=longest)
+            pytest.fail(f"{longest} was taken")
 
 
 def test_copy_has_the_sequence_the_marker_and_the_answer():
-    inputs, targets, mask = sample(length=4)
+    task = tasks.Copy(bits=3, max_length=7)
+    inputs, targets, mask = draw(task, rows=5, length=4)
     assert inputs.shape == (5, 9, 4)
     assert targets.shape == (5, 9, 3)
     np.testing.assert_array_equal(targets[:, 5:], inputs[:, :4, :3])
@@ -31,58 +362,256 @@ def test_copy_has_the_sequence_the_marker_and_the_answer():
 
 
 def test_copy_pads_to_its_buckets():
-    seen = {}
-    for seed in range(200):
-        inputs, targets, mask = sample(seed=seed, max_length=10, buckets=3)
+    task = tasks.Copy(bits=3, max_length=10, buckets=3)
+    padded = {}
+    for seed in range(100):
+        inputs, targets, mask = draw(task, seed)
         length = int(mask[0].sum())
-        seen[length] = (inputs.shape[1] - 1) // 2
+        padded[length] = inputs.shape[1]
         assert inputs[:, length, 3].all()
-        np.testing.assert_array_equal(
-            targets[:, length + 1 : 2 * length + 1], inputs[:, :length, :3]
-        )
         assert not inputs[:, length + 1 :].any()
-    assert set(seen) == set(range(1, 11))
-    assert {seen[n] for n in seen} == {4, 7, 10}
-    assert all(
-        padded == min(b for b in (4, 7, 10) if b >= length)
-        for length, padded in seen.items()
-    )
-
-
-def test_copy_draws_up_to_the_curriculum():
-    lengths = {
-        int(sample(seed=seed, longest=3).mask[0].sum()) for seed in range(100)
-    }
-    assert lengths == {1, 2, 3}
-
-
-def test_a_seed_and_a_step_determine_a_batch():
-    def first(seed, step):
-        data = tasks.dataset(tasks.Copy(), 2, seed=seed, first_step=step)
-        return [part.numpy() for part in next(iter(data))]
-
-    same = [np.array_equal(*pair) for pair in zip(first(1, 5), first(1, 5))]
-    assert all(same)
-    assert not np.array_equal(first(1, 5)[1], first(2, 5)[1])
-    data = iter(tasks.dataset(tasks.Copy(), 2, seed=1))
-    later = [next(data) for _ in range(6)][5]
-    for part, other in zip(later, first(1, 5)):
-        np.testing.assert_array_equal(part, other)
+    # T of the lengths: 3, 5, 7 | 9, 11, 13 | 15, 17, 19, 21
+    ends = [7] * 3 + [14] * 3 + [21] * 4
+    assert padded == dict(zip(range(1, 11), ends))
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"bits": 0}, {"buckets": 0}, {"min_length": 2.0}, {"min_length": 8}],
+    "name", ["copy", "repeat-copy", "associative-recall", "priority-sort"]
 )
-def test_impossible_tasks_are_refused(arguments):
-    with pytest.raises(ValueError, match="Received"):
-        sample(**arguments)
+def test_every_bit_of_the_answer_is_a_coin(name):
+    task = SMALL[name]
+    rng = np.random.default_rng(3)
+    _, targets, mask = task.sample(rng, 2000, length=5)
+    bits = targets[:, np.flatnonzero(mask[0]), : task.bits]
+    bits = bits[:, :-1] if name == "repeat-copy" else bits
+    assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.06  # 5 deviations
+    flat = bits.reshape(len(bits), -1)
+    flat = flat[:, : 5 * task.bits]  # of which no copy is among them
+    apart = np.corrcoef(flat.T) - np.eye(flat.shape[1])
+    assert np.abs(apart).max() < 0.12
 
 
-def test_a_task_is_its_ranges():
-    task = tasks.Copy(bits=5)
-    assert dataclasses.asdict(task)["bits"] == task.output_size == 5
-    assert task.input_size == 6
+def test_repeat_copy_says_when_it_is_done():
+    task = SMALL["repeat-copy"]
+    for repeats in (1, 2, 5, 8):  # 1 and 8 are out of its range
+        inputs, targets, mask = draw(task, length=3, repeats=repeats)
+        end = 3 + 2 + 3 * repeats
+        assert mask.shape[1] == end + 1
+        assert mask[:, 5:].all() and not mask[:, :5].any()
+        assert targets[:, end, 7].all() and not targets[:, :end, 7].any()
+        assert not targets[:, end, :7].any()
+        for copy in np.split(targets[:, 5:end, :7], repeats, axis=1):
+            np.testing.assert_array_equal(copy, inputs[:, :3, :7])
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 10), (3, 7), (2, 3), (4, 4)])
+def test_the_number_of_repeats_has_mean_0_and_variance_1(least, most):
+    task = tasks.RepeatCopy(min_repeats=least, max_repeats=most)
+    scalars = [
+        draw(task, length=2, repeats=repeats).inputs[0, 3, -1]
+        for repeats in range(least, most + 1)
+    ]
+    assert np.isfinite(scalars).all()
+    assert abs(np.mean(scalars)) < 1e-6
+    assert abs(np.var(scalars) - (least < most)) < 1e-6
+    assert (np.diff(scalars) > 0).all()
+    beyond = draw(task, length=2, repeats=most + 3).inputs[0, 3, -1]
+    assert np.isfinite(beyond) and beyond > scalars[-1]
+
+
+def test_all_numbers_of_repeats_are_drawn_with_all_lengths():
+    task = SMALL["repeat-copy"]
+    pairs = {
+        (length_of(task, batch), *repeats_in(task, [batch]))
+        for batch in draws(task)
+    }
+    assert pairs == {(n, m) for n in (2, 3, 4, 5) for m in (2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_every_item_but_the_last_is_asked_for(length):
+    task = SMALL["associative-recall"]
+    batch = draw(task, rows=200, length=length)
+    places = collections.Counter(
+        items_and_place(task, row.tolist())[1] for row in batch.inputs
+    )
+    assert set(places) == set(range(length - 1))
+    assert min(places.values()) > 200 / (length - 1) / 2
+
+
+def contexts(task, batch):
+    """(row, step, context, next bit) of every step that counts, in order."""
+    for n, (row, targets, mask) in enumerate(zip(*batch)):
+        bits = [int(bit) for bit in row[:, 0]]
+        for time in np.flatnonzero(mask):
+            context = tuple(bits[time - task.context + 1 : time + 1])
+            yield n, time, context, int(targets[time, 0])
+
+
+@pytest.mark.parametrize(
+    "batch_of",
+    [
+        lambda: (tasks.NGrams(), draw(tasks.NGrams(), rows=5)),
+        lambda: (
+            tasks.NGrams(3, 29, 3, 2),
+            draws(tasks.NGrams(3, 29, 3, 2))[0],
+        ),
+        lambda: (SMALL["n-grams"], draw(SMALL["n-grams"], length=31)),
+    ],
+    ids=["default", "padded", "longer"],
+)
+def test_the_optimal_predictor_counts_what_followed_each_context(batch_of):
+    task, batch = batch_of()
+    outputs = task.optimal_outputs(batch)
+    assert outputs.shape == batch.targets.shape
+    assert outputs.dtype == np.float32
+    expected = np.full(outputs.shape, 0.5)
+    seen = collections.Counter()
+    for row, time, context, bit in contexts(task, batch):
+        ones, zeros = seen[row, context, 1], seen[row, context, 0]
+        expected[row, time, 0] = (ones + 0.5) / (ones + zeros + 1)
+        seen[row, context, bit] += 1
+    counts = batch.mask == 1
+    harness.close(outputs[counts], expected[counts])
+    assert (outputs[:, : task.context - 1] == 0.5).all()
+
+
+def test_n_grams_targets_are_the_inputs_one_step_on():
+    for batch in draws(SMALL["n-grams"]):
+        inputs, targets, mask = without_padding(batch)
+        np.testing.assert_array_equal(targets[:, :-1], inputs[:, 1:])
+        assert set(np.unique([inputs, targets])) == {0, 1}
+        expected = [[0] * 2 + [1] * (mask.shape[1] - 2)] * ROWS
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_n_grams_follow_a_table_that_is_new_in_each_sequence():
+    task = tasks.NGrams(2001, 2001, context=2)
+    seen = collections.defaultdict(list)
+    for row, _, context, bit in contexts(task, draw(task, rows=7)):
+        seen[row, context].append(bit)
+    tables = collections.defaultdict(list)
+    for (_, context), bits in seen.items():
+        if len(bits) >= 200:
+            half = len(bits) // 2
+            first, second = np.mean(bits[:half]), np.mean(bits[half:])
+            spread = math.sqrt(np.var(bits) * 4 / len(bits))
+            assert abs(first - second) < 4 * spread + 1 / half
+            tables[context].append(np.mean(bits))
+    assert len(tables) == 4
+    for frequencies in tables.values():
+        assert np.ptp(frequencies) > 0.2
+
+
+def test_n_grams_draw_their_tables_as_the_optimal_predictor_thinks():
+    """Of the steps at which it says p, a share p has a one."""
+    task = tasks.NGrams(60, 60, context=2)
+    batch = draw(task, rows=1500)
+    outputs = task.optimal_outputs(batch)[batch.mask == 1, 0]
+    bits = batch.targets[batch.mask == 1, 0]
+    for said in (1 / 4, 1 / 2, 3 / 4, 1 / 6, 5 / 6, 1 / 8, 7 / 8, 1 / 20):
+        chosen = bits[np.abs(outputs - said) < 1e-6]
+        assert len(chosen) > 500
+        spread = math.sqrt(said * (1 - said) / len(chosen))
+        assert abs(chosen.mean() - said) < 4 * spread
+    # The bits in front of a whole context are coins.
+    assert np.abs(batch.inputs[:, :2].mean(axis=0) - 0.5).max() < 0.06
+
+
+def test_no_other_predictor_of_n_grams_costs_less_than_the_optimal():
+    task = tasks.NGrams()
+    batch = draw(task, rows=100)
+    optimal = task.optimal_outputs(batch)
+    coin, fixed, laplace = (np.full_like(optimal, 0.5) for _ in range(3))
+    follow = collections.defaultdict(list)
+    seen = collections.Counter()
+    steps = list(contexts(task, batch))
+    for row, time, context, bit in steps:
+        follow[context].append(bit)
+        ones, zeros = seen[row, context, 1], seen[row, context, 0]
+        laplace[row, time] = (ones + 1) / (ones + zeros + 2)
+        seen[row, context, bit] += 1
+    for row, time, context, _ in steps:  # the best table in hindsight
+        fixed[row, time] = np.mean(follow[context])
+
+    def cost(outputs):
+        bits = losses.bits_per_sequence(batch.targets, outputs, batch.mask)
+        return keras.ops.convert_to_numpy(bits)
+
+    harness.close(cost(coin), np.full(100, 195.0), tolerance=1e-3)
+    best = cost(optimal).mean()
+    assert best < cost(laplace).mean() - 1
+    assert best < 0.8 * cost(fixed).mean() < 0.8 * 195
+
+
+def test_priority_sort_asks_for_the_first_16_of_20():
+    inputs, targets, mask = draw(tasks.PrioritySort(), rows=50)
+    np.testing.assert_array_equal(mask, [[0] * 21 + [1] * 16] * 50)
+    for row, sorted_vectors in zip(inputs, targets[:, 21:]):
+        priorities = row[:20, 8].tolist()
+        order = [priorities.index(p) for p in sorted(priorities)[::-1]]
+        np.testing.assert_array_equal(sorted_vectors, row[order[:16], :8])
+    priorities = inputs[:, :20, 8]
+    assert np.abs(priorities).max() <= 1
+    assert abs(priorities.mean()) < 0.06
+    assert abs(priorities.var() - 1 / 3) < 0.03
+    corners = priorities.min(), priorities.max()
+    assert corners[0] < -0.95 and corners[1] > 0.95
+
+
+def test_targets_of_adding_add_up_to_the_sum_of_the_digits():
+    task = SMALL["adding"]
+    seen = collections.Counter()
+    for batch in draws(task):
+        for row, targets in zip(batch.inputs, batch.targets):
+            digits = digits_of(task, row.tolist())
+            assert targets.sum() == sum(digits)
+            seen.update(digits)
+    assert set(seen) == set(range(7))
+    assert min(seen.values()) > 0.8 * max(seen.values())
+    nothing = draw(tasks.Adding(digits=1), length=3)
+    assert not nothing.targets.any()
+
+
+def test_argmax_names_the_first_of_equal_digits():
+    task = SMALL["argmax"]
+    batch = draw(task, rows=300, length=7)
+    ties, places = 0, set()
+    for row, targets in zip(batch.inputs, batch.targets):
+        digits = digits_of(task, row.tolist())
+        place = digits.index(max(digits))
+        ties += digits.count(max(digits)) > 1
+        places.add(place)
+        assert targets[7].tolist() == one_hot(place, 11)
+    assert ties > 50 and places == set(range(7))
+    same = draw(tasks.Argmax(digits=1), length=4)
+    assert same.targets[:, 4, 0].all()
+
+
+@pytest.mark.parametrize("name", ["copy", "repeat-copy", "n-grams", "adding"])
+def test_a_seed_and_a_step_determine_a_batch(name):
+    task = SMALL[name]
+
+    def data(seed, step=0):
+        return iter(tasks.dataset(task, 2, seed=seed, first_step=step))
+
+    def first(seed, step):
+        return [part.numpy() for part in next(data(seed, step))]
+
+    for part, same in zip(first(1, 5), first(1, 5)):
+        np.testing.assert_array_equal(part, same)
+    assert not np.array_equal(first(1, 5)[1], first(2, 5)[1])
+    batches = data(1)
+    later = [next(batches) for _ in range(9)]
+    for part, other in zip(later[5], first(1, 5)):
+        np.testing.assert_array_equal(part, other)
+    assert len({inputs.shape[1] for inputs, _, _ in later}) > 1
+    for batch in later:
+        check_answers(task, tasks.Batch(*(part.numpy() for part in batch)))
+    widths = task.input_size, task.output_size
+    specs = tasks.dataset(task, 2).element_spec
+    expected = [(2, None, width) for width in widths] + [(2, None)]
+    assert [tuple(spec.shape) for spec in specs] == expected
 
 
 TARGETS = np.array([[[1, 0], [1, 1], [0, 0]], [[0, 1], [1, 0], [1, 1]]], "f4")
@@ -116,6 +645,8 @@ def test_wrong_bits_are_counted_where_the_mask_says():
     [
         (losses.BitsPerSequence(), losses.bits_per_sequence),
         (losses.WrongBitsPerSequence(), losses.wrong_bits_per_sequence),
+        (losses.ErrorRate(), losses.error_rate),
+        (losses.AbsoluteErrorOfSum(), losses.absolute_error_of_sum),
     ],
 )
 def test_metrics_are_means_over_sequences(metric, function):
@@ -138,3 +669,51 @@ def test_the_loss_is_the_mean_over_the_bits_that_count():
     bits = losses.bits_per_sequence(TARGETS, outputs, MASK)
     expected = np.log(2) * float(keras.ops.sum(bits)) / (2 * MASK.sum())
     harness.close(loss(TARGETS, outputs, sample_weight=MASK), expected)
+
+
+def test_the_pipeline_draws_no_batch_ahead():
+    """A curriculum changes the task between two batches."""
+    drawn = []
+
+    class Task(tasks.Copy):
+        def sample(self, rng, batch_size):
+            drawn.append(batch_size)
+            return super().sample(rng, batch_size)
+
+    data = iter(tasks.dataset(Task(max_length=3), 2))
+    for count in range(1, 5):
+        next(data)
+        sleep(0.05)
+        assert len(drawn) == count
+
+
+def test_error_rate_by_hand():
+    outputs = np.array(
+        [[[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], [[1, 0], [0.3, 0.7], [0, 1]]],
+        "f4",
+    )
+    targets = np.array(
+        [[[0, 1], [0, 1], [1, 0]], [[0, 1], [0, 1], [1, 0]]], "f4"
+    )
+    harness.close(losses.error_rate(targets, outputs, MASK), [0.5, 0.0])
+
+
+def test_errors_of_sums_by_hand():
+    outputs = TARGETS + np.array([9.0, 0.5, -2.0], "f4")[:, None]
+    errors = losses.absolute_error_of_sum(TARGETS, outputs, MASK)
+    harness.close(errors, [3.0, 1.0])
+    loss = losses.SquaredErrorOfSum()
+    harness.close(loss(TARGETS, outputs, sample_weight=MASK), 5.0)
+    harness.close(loss(TARGETS, outputs), (15.0**2 + 15.0**2) / 2)
+    config = keras.losses.serialize(loss)
+    assert type(keras.losses.deserialize(config)) is type(loss)
+
+
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_the_first_metric_of_a_kind_counts_its_errors(kind):
+    kind = losses.KINDS[kind]
+    assert kind.make_metrics()[0].name == kind.error
+    perfect = np.eye(3, dtype="f4")[[[0, 2, 1]]]
+    for metric in kind.make_metrics():
+        metric.update_state(perfect, perfect)
+        assert abs(float(metric.result())) < 1e-3

@@ -1,9 +1,12 @@
 """Configurations, training and the command line, on a small task."""
 
-import csv
 import dataclasses
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import harness
 import keras
@@ -12,10 +15,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-import keras_memory
-from keras_memory import callbacks
 from keras_memory import cli
 from keras_memory import config
+from keras_memory import runs
 from keras_memory import tasks
 from keras_memory import training
 
@@ -27,16 +29,21 @@ SMALL = [
     "slot_size=5",
     "controller_units=13",
     "batch_size=2",
+    "test_lengths=(7,)",
+    "probe_lengths=()",
     "report_every=5",
     "checkpoint_every=50",
     "picture_every=25",
     "curriculum=()",
+    "initialization=keras",
     "jit_compile=False",
 ]
 
 
 def small(*settings):
-    return config.override(config.PRESETS["copy"], [*SMALL, *settings])
+    return config.override(
+        config.PRESETS["copy"]["default"], [*SMALL, *settings]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +57,36 @@ def run(tmp_path_factory):
 
 def test_a_run_leaves_everything(run):
     folder, shown, results = run
-    again = config.from_json((folder / "config.json").read_text())
-    assert again == small("steps=50")
+    assert runs.read_config(folder) == small("steps=50")
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["steps"] == 50
     assert results["sequences"] == 100
-    with open(folder / "history.csv") as file:
-        rows = list(csv.DictReader(file))
+    assert {
+        "wrong_bits_per_sequence_up_to_4",
+        "wrong_bits_per_sequence_at_4",
+        "bits_per_sequence_at_7",
+    } <= set(results)
+    rows = runs.read_history(folder)
     assert len(rows) == 10
-    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert [row["epoch"] for row in rows] == list(range(10))
+    assert results["seconds"] == round(rows[-1]["seconds"], 1)
     assert any(folder.glob("logs/train/events*"))
-    assert any(folder.glob("logs/probe/events*"))
-    with Image.open(folder / "pictures" / "trained.png") as png:
-        assert png.format == "PNG"
-    with Image.open(folder / "pictures" / "training.gif") as gif:
-        assert gif.n_frames == 3  # before, after 25 and after 50 steps
-    assert "wrong bits" in shown[0]
+    assert any(folder.glob("logs/memory/events*"))
+    frames = folder / "pictures" / "length-4"
+    assert [path.stem for path in sorted(frames.iterdir())] == [
+        "00000000",
+        "00000005",
+        "00000010",  # reports
+    ]
+    with Image.open(folder / "pictures" / "length-4.gif") as gif:
+        assert gif.n_frames == 3
+    for name in ("length-4", "learning"):
+        with Image.open(folder / "pictures" / f"{name}.png") as png:
+            assert png.format == "PNG"
+    assert "error" in shown[0]
     assert "50/50" in shown[-1]
-    for name in ("loss", "bits", "wrong", "seq/s", "left"):
+    for name in ("loss", "wrong bits per sequence", "seq/s", "left"):
         assert name in shown[-1]
     assert not list(folder.rglob("*writing*"))
 
@@ -87,38 +106,41 @@ def test_a_run_can_be_loaded_and_served(run):
 def test_a_backend_that_cannot_export_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     with pytest.raises(ValueError, match="TensorFlow backend.*=torch"):
-        training.train(config.PRESETS["copy"], tmp_path / "run")
+        training.train(config.PRESETS["copy"]["default"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def without_seconds(folder):
+    return [
+        {name: row[name] for name in row if name != "seconds"}
+        for row in runs.read_history(folder)
+    ]
 
 
 def test_same_seed_same_run(run, tmp_path):
     folder, _, _ = run
     training.train(small("steps=50"), tmp_path / "two", lambda line: None)
-    first = (folder / "history.csv").read_text()
-    assert (tmp_path / "two" / "history.csv").read_text() == first
-
-
-class Results:
-    stop_training = False
+    assert without_seconds(tmp_path / "two") == without_seconds(folder)
 
 
 def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
     settings = small("steps=7", "picture_every=0", "checkpoint_every=0")
     results = training.train(settings, tmp_path / "run", lambda line: None)
     assert results["steps"] == 7
-    assert (tmp_path / "run" / "pictures" / "trained.png").exists()
+    assert (tmp_path / "run" / "pictures" / "length-4.png").exists()
     assert not (tmp_path / "run" / "checkpoint.keras").exists()
 
 
-def test_a_stateful_layer_has_no_probe(tmp_path):
-    layer = keras_memory.NTMLayer(3, stateful=True)
-    with pytest.raises(ValueError, match="stateful"):
-        callbacks.ProbePictures(layer, None, tmp_path)
+# Curriculum.
+
+
+class Model:
+    stop_training = False
 
 
 def curriculum_of(*settings):
     curriculum = training.Curriculum(small(*settings))
-    curriculum.set_model(Results())
+    curriculum.set_model(Model())
     return curriculum
 
 
@@ -128,61 +150,186 @@ def reached(curriculum):
     return max(int(batch.mask.sum()) for batch in batches)
 
 
+def report(loss=0.0, error=0.0):
+    return {"loss": loss, "wrong_bits_per_sequence": error}
+
+
 def test_the_curriculum_grows_with_success_and_ends_at_the_goal():
-    curriculum = curriculum_of("curriculum=(1, 2)", "stop_wrong_bits=0.5")
-    bad = {"accuracy": 0.9, "wrong_bits_per_sequence": 0.0}
-    good = {"accuracy": 0.99, "wrong_bits_per_sequence": 0.7}
-    best = {"accuracy": 1.0, "wrong_bits_per_sequence": 0.4}
+    curriculum = curriculum_of(
+        "curriculum=(1, 2)", "curriculum_loss=0.2", "stop_error=0.5"
+    )
     assert reached(curriculum) == 1
-    curriculum.on_epoch_end(0, bad)
+    curriculum.on_epoch_end(0, report(loss=0.3))
     assert reached(curriculum) == 1
-    curriculum.on_epoch_end(1, good)
+    curriculum.on_epoch_end(1, report(loss=0.1))
     assert reached(curriculum) == 2
-    curriculum.on_epoch_end(2, best)  # the goal counts at full length only
+    curriculum.on_epoch_end(2, report(loss=0.1))
     assert reached(curriculum) == 4
+    assert not curriculum.model.stop_training  # full length only counts
+    curriculum.on_epoch_end(3, report(error=0.7))
     assert not curriculum.model.stop_training
-    curriculum.on_epoch_end(3, good)
-    assert not curriculum.model.stop_training
-    curriculum.on_epoch_end(4, best)
+    curriculum.on_epoch_end(4, report(error=0.4))
     assert curriculum.model.stop_training
 
 
-def test_saving_is_all_or_nothing(tmp_path):
-    class Model:
-        def __init__(self, error=None):
-            self.error = error
-
-        def save(self, path):
-            path.write_text("half")
-            if self.error:
-                raise self.error
-            path.write_text("whole")
-
-    path = tmp_path / "model.keras"
-    training.save(Model(), path)
-    with pytest.raises(OSError, match="disk full"):
-        training.save(Model(OSError("disk full")), path)
-    assert path.read_text() == "whole"
+def test_the_curriculum_grows_with_steps():
+    curriculum = curriculum_of("curriculum=(1, 2)", "curriculum_steps=8")
+    seen = []
+    for epoch in range(6):  # 8 steps are two reports of 5
+        seen.append(reached(curriculum))
+        curriculum.on_epoch_end(epoch, report(loss=9.0))
+    assert seen == [1, 1, 2, 2, 4, 4]
 
 
-def test_the_picture_shows_the_probe(tmp_path):
-    settings = small()
-    model = training.build(settings)
-    probe = settings.task.sample(np.random.default_rng(1), 1, length=4)
-    pictures = callbacks.ProbePictures(
-        model.layers[1], probe, tmp_path, every=2
+# Resuming.
+
+STEPS = "steps=40"
+RESUMED = [
+    STEPS,
+    "checkpoint_every=10",
+    "curriculum=(1, 3)",
+    "curriculum_steps=15",
+    "learning_rate_decay=True",
+    "picture_every=10",
+]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    training.train(small(*RESUMED), folder, lambda line: None)
+    return folder
+
+
+class Killed(Exception):
+    pass
+
+
+def same_run(folder, other):
+    assert without_seconds(folder) == without_seconds(other)
+    first, second = (
+        runs.load(one / "model.keras").get_weights() for one in (folder, other)
     )
-    pictures.set_model(model)
-    for _ in range(2):  # also in a second `fit`
-        pictures.on_train_begin()
-        assert len(pictures.frames) == 1
-        for epoch in range(3):
-            pictures.on_epoch_end(epoch)
-        assert len(pictures.frames) == 2
-        pictures.on_train_end()
-        assert len(pictures.frames) == 3
-    with Image.open(tmp_path / "latest.png") as png:
-        assert np.array_equal(np.asarray(png), pictures.frames[-1])
+    for one, two in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, two)
+    first, second = (
+        json.loads((one / "results.json").read_text())
+        for one in (folder, other)
+    )
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    names = [
+        sorted(p.name for p in one.glob("pictures/**/*.*"))
+        for one in (folder, other)
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("line", [1, 4, 8])  # before, after a checkpoint; last
+def test_a_broken_run_goes_on_as_if_unbroken(line, unbroken, tmp_path):
+    folder, shown = tmp_path / "run", []
+
+    def show(text):
+        shown.append(text)
+        if len(shown) == line + 1:  # the first is the headline
+            raise Killed
+
+    with pytest.raises(Killed):
+        training.train(small(*RESUMED), folder, show)
+    training.resume(folder, lambda text: None)
+    same_run(folder, unbroken)
+    with pytest.raises(ValueError, match="finished"):
+        training.resume(folder)
+
+
+def test_ctrl_c_saves_and_leaves(unbroken, tmp_path):
+    folder, shown = tmp_path / "run", []
+
+    def show(text):
+        shown.append(text)
+        if text.startswith("15/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small(*RESUMED), folder, show)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "once more" in shown[-1] or "once more" in shown[-2]
+    saved = runs.load(folder / "checkpoint.keras")
+    assert int(saved.optimizer.iterations) == len(shown[2:]) * 5
+    training.resume(folder, lambda text: None)
+    same_run(folder, unbroken)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    folder = tmp_path / "run"
+
+    def show(text):
+        if text.startswith(("15/", "stopping")):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small(*RESUMED), folder, show)
+    saved = runs.load(folder / "checkpoint.keras")
+    assert int(saved.optimizer.iterations) == 10
+
+
+def test_what_cannot_be_resumed(run, tmp_path, capsys):
+    assert cli.main(["train"]) == 2
+    assert "the task must be one of: copy" in capsys.readouterr().err
+    for folder, reason in (
+        (run[0], "finished"),
+        (tmp_path, "config.json"),
+        (tmp_path / "absent", "config.json"),
+    ):
+        assert cli.main(["train", "--resume", str(folder)]) == 2
+        assert reason in capsys.readouterr().err
+    torn = tmp_path / "torn"
+    shutil.copytree(run[0], torn)
+    (torn / "results.json").unlink()
+    (torn / "checkpoint.keras").write_bytes(b"half")
+    assert cli.main(["train", "--resume", str(torn)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(torn), "--seed", "3"]) == 2
+    assert "takes no others. Received: seed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_can_always_go_on(unbroken, tmp_path):
+    """kill -9 at random moments, until one try gets through."""
+    rng = np.random.default_rng(3)
+    folder = tmp_path / "run"
+    settings = [f"--set={setting}" for setting in [*SMALL, *RESUMED]]
+    start = ["train", "copy", *settings, "--out", str(folder)]
+    go_on = ["train", "--resume", str(folder)]
+    kills = 0
+    while not (folder / "results.json").exists():
+        arguments = go_on if (folder / "config.json").exists() else start
+        shutil.rmtree(folder) if arguments is start and folder.exists() else ()
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"from keras_memory import cli\n"
+                f"raise SystemExit(cli.main({arguments}))",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        first = process.stdout.readline()  # it has begun
+        try:
+            wait = rng.uniform(0.0, 12.0) if kills < 20 else None
+            process.communicate(timeout=wait)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0, first
+        for path in folder.glob("*.keras"):
+            if not path.name.startswith("."):
+                runs.load(path)
+    same_run(folder, unbroken)
 
 
 def test_config_goes_through_json():
@@ -197,18 +344,51 @@ def test_settings_reach_task_model_and_training():
     assert made.model.controller == "gru"
     assert made.learning_rate == 1e-4
     assert made.seed == 7
-    assert config.PRESETS["copy"].task == tasks.Copy()
-    settings = training.build(small("optimizer=sgd", "momentum=0.5")).optimizer
+    assert config.PRESETS["copy"]["default"].task == tasks.Copy()
+    options = "optimizer_options={'momentum': 0.5}"
+    settings = training.build(small("optimizer=sgd", options)).optimizer
     assert isinstance(settings, keras.optimizers.SGD)
     assert settings.momentum == 0.5
 
 
-@pytest.mark.parametrize("name", config.PRESETS)
-def test_presets_are_of_known_parts(name):
-    made = config.PRESETS[name]
+PRESETS = [
+    (task, name) for task in tasks.TASKS for name in config.PRESETS[task]
+]
+
+
+@pytest.mark.parametrize(("task", "name"), PRESETS)
+def test_presets_are_of_known_parts(task, name):
+    made = config.PRESETS[task][name]
     assert config.from_json(config.to_json(made)) == made
-    assert made.task.name == name
+    assert made.task.name == task
     assert dataclasses.replace(made, seed=2) != made
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_each_task_trains(task, tmp_path):
+    preset = config.PRESETS[task]["default"]
+    longest = 10 if task == "n-grams" else 4
+    settings = [setting for setting in SMALL if not setting.startswith("bits")]
+    settings += ["steps=5", f"max_length={longest}", "min_length=2"]
+    settings += ["test_lengths=()"]
+    if task == "n-grams":
+        settings.append("min_length=7")
+    if task == "priority-sort":
+        settings.append("sorted_vectors=3")
+    small = config.override(preset, settings)
+    results = training.train(small, tmp_path / "run", lambda line: None)
+    assert all(np.isfinite(value) for value in results.values())
+    if task == "n-grams":
+        # Tests of other models are on the same sequences.
+        again = runs.evaluate(training.build(small), small.task, length=10)
+        optimal = results["optimal_bits_per_sequence_at_10"]
+        assert again["optimal_bits_per_sequence_at_10"] == optimal
+        assert 0 < optimal < results["bits_per_sequence_at_10"]
+    folder = str(tmp_path / "run")
+    assert (
+        cli.main(["evaluate", folder, "--length", "3" if longest == 4 else "9"])
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,8 +402,18 @@ def test_presets_are_of_known_parts(name):
         ["train", "copy", "--set", "memory_slots=3.5"],
         ["train", "copy", "--set", "memory_slots=many"],
         ["train", "copy", "--set", "controller=ltsm"],
+        ["train", "copy", "--set", "controller=gru"],  # with this start
         ["train", "copy", "--set", "optimizer=adamm"],
-        ["train", "copy", "--set", "momentum=0.5"],  # adam has none
+        ["train", "copy", "--set", "optimizer_options={'beta': 0.5}"],
+        ["train", "copy", "--set", "optimizer_options=3"],
+        ["train", "copy", "--set", "test_lengths=(0,)"],
+        ["train", "argmax", "--set", "test_lengths=(99,)"],
+        ["train", "copy", "--set", "clipvalue=1.0"],  # beside clipnorm
+        ["train", "copy", "--set", "curriculum_loss=0"],
+        ["train", "copy", "--preset", "mine"],
+        ["train", "copy", "--set", "initialization=mine"],
+        ["train", "copy", "--report-every", "0"],
+        ["train", "copy", "--checkpoint-every", "-1"],
         ["train", "copy", "--set", "learning_rate=nan"],
         ["train", "copy", "--set", "learning_rate=-1"],
         ["train", "copy", "--set", "clipnorm=0"],
@@ -231,7 +421,7 @@ def test_presets_are_of_known_parts(name):
         ["train", "copy", "--set", "curriculum=5"],
         ["train", "copy", "--set", "curriculum=('a',)"],
         ["train", "copy", "--set", "min_length=15"],
-        ["train", "copy", "--set", "stop_wrong_bits=-1"],
+        ["train", "copy", "--set", "stop_error=-1"],
         ["train", "copy", "--set", "steps={[]: 1}"],
         ["train", "copy", "--set", "jit_compile=1"],
         ["train", "copy", "--set", "head_order=('read',)"],
@@ -250,7 +440,7 @@ def test_bad_input_is_one_line_and_nothing_is_left(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["play"], ["train"], ["train", "copy", "--steps", "x"]]
+    "arguments", [[], ["play"], ["evaluate"], ["train", "copy", "--steps", "x"]]
 )
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -282,4 +472,110 @@ def test_the_command_trains_and_says_where(tmp_path, capsys, monkeypatch):
     assert "runs/copy-2/export/1" in capsys.readouterr().out
     run = tmp_path / "runs" / "copy-2"
     assert config.from_json((run / "config.json").read_text()).seed == 3
-    assert (run / "pictures" / "trained.png").exists()
+    assert (run / "pictures" / "length-4.png").exists()
+
+
+# What else the command does with runs.
+
+
+def test_evaluate_tells_the_errors(run, capsys):
+    folder, _, results = run
+    assert cli.main(["evaluate", str(folder), "--length", "7", "3"]) == 0
+    text = capsys.readouterr().out
+    error = results["wrong_bits_per_sequence_at_7"]
+    assert f"wrong bits per sequence at 7: {error}\n" in text
+    assert "bits per sequence at 3: " in text
+    assert cli.main(["evaluate", str(folder)]) == 0
+    assert "up to 4" in capsys.readouterr().out
+
+
+def test_plot_draws(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    shutil.rmtree(folder / "pictures")
+    shutil.copytree(
+        run[0] / "pictures" / "length-4", folder / "pictures" / "length-4"
+    )
+    assert cli.main(["plot", str(folder)]) == 0
+    paths = capsys.readouterr().out.split()
+    assert [os.path.basename(path) for path in paths] == [
+        "length-4.png",
+        "length-4.gif",
+        "learning.png",
+        "error_by_length.png",
+    ]
+    for path in paths:
+        with Image.open(path) as image:
+            image.verify()
+
+
+def test_compare_draws_seeds_as_one_and_tells_when(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    training.train(small("steps=30", "seed=7"), other, lambda line: None)
+    out = tmp_path / "out.png"
+    rows = runs.compare([run[0], other], out, below=1e9)
+    assert [row["seed"] for row in rows] == [1, 7]
+    assert [row["sequences_below_1e+09"] for row in rows] == [10, 10]
+    last = runs.read_history(other)[-1]["wrong_bits_per_sequence"]
+    assert rows[1]["last_error"] == round(last, 4)
+    assert not any(row["not_finite"] for row in rows)
+    command = ["compare", str(run[0]), str(other), "--by", "seconds"]
+    assert cli.main([*command, "--below", "0", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "sequences_below_0" in text
+    assert text.count("\n") == 4
+    with Image.open(out) as image:
+        image.verify()
+
+
+def test_the_mean_of_seeds_goes_on_level_after_an_end():
+    class Run:
+        def __init__(self, steps, errors):
+            self.steps, self.errors = np.array(steps), np.array(errors)
+
+    x, errors = runs._aligned(
+        [Run([5, 10], [3.0, 1.0]), Run([5, 10, 15], [4.0, 2.0, 0.0])], "steps"
+    )
+    np.testing.assert_array_equal(x, [5, 10, 15])
+    np.testing.assert_array_equal(errors, [[3, 1, 1], [4, 2, 0]])
+
+
+def test_export_of_a_run(run, tmp_path, capsys):
+    out = tmp_path / "served"
+    command = ["export", str(run[0]), str(out), "--version", "3"]
+    assert cli.main(command) == 0
+    assert (out / "3" / "saved_model.pb").exists()
+    assert cli.main(command) == 2  # it is there
+    assert "keras-memory: error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "RUN", "--length", "0"],
+        ["evaluate", "RUN", "--repeats", "3"],
+        ["evaluate", "nowhere"],
+        ["plot", "nowhere"],
+        ["compare", "RUN", "nowhere"],
+        ["compare", "RUN", "--out", "nowhere/x.png"],
+        ["compare", "RUN", "--out", "x.jpg"],
+        ["export", "RUN", "OUT", "--version", "0"],
+        ["export", "nowhere", "OUT"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_about_runs_is_one_line(arguments, run, tmp_path, capsys):
+    places = {"RUN": str(run[0]), "OUT": str(tmp_path / "out")}
+    assert cli.main([places.get(part, part) for part in arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("keras-memory: error: ")
+    assert text.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_show_prints_what_can_be_set(capsys):
+    command = ["train", "copy", "--preset", "pytorch-ntm", "--show"]
+    assert cli.main([*command, "--set", "memory_slots=7"]) == 0
+    shown = config.from_json(capsys.readouterr().out)
+    preset = config.PRESETS["copy"]["pytorch-ntm"]
+    assert shown == config.override(preset, ["memory_slots=7"])

@@ -1,0 +1,338 @@
+"""What callbacks write, read back as TensorBoard reads it, and as a person
+does: in a browser."""
+
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+
+import harness
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
+
+import keras_memory
+from keras_memory import callbacks
+from keras_memory import tasks
+from keras_memory import visualization
+
+TASK = tasks.Copy(bits=3, max_length=3, buckets=1)
+BATCH = TASK.sample(np.random.default_rng(3), 2, length=5)
+
+
+def ntm(units=3, **arguments):
+    return keras_memory.NTMLayer(
+        units,
+        memory_slots=11,
+        slot_size=5,
+        controller_units=7,
+        return_sequences=True,
+        **arguments,
+    )
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first = keras.layers.Dense(5)
+        self.memory = ntm(3, read_heads=2)
+
+    def call(self, inputs, training=False):
+        return keras.ops.sigmoid(self.memory(self.first(inputs)))
+
+
+def sequential(*layers):
+    return keras.Sequential([keras.Input((None, 4)), *layers])
+
+
+def fitted(model, *made, epochs=3):
+    model.compile("adam", "mse")
+    model.fit(
+        tasks.dataset(TASK, 2),
+        epochs=epochs,
+        steps_per_epoch=2,
+        verbose=0,
+        shuffle=False,
+        callbacks=made,
+    )
+    return model
+
+
+def events(folder):
+    guidance = event_accumulator.STORE_EVERYTHING_SIZE_GUIDANCE
+    read = event_accumulator.EventAccumulator(str(folder / "memory"), guidance)
+    read.Reload()
+    return read
+
+
+def tensors(read, tag):
+    return [
+        (event.step, tf.make_ndarray(event.tensor_proto))
+        for event in read.Tensors(tag)
+    ]
+
+
+def test_what_tensorboard_gets(tmp_path):
+    model = sequential(ntm(4, name="low"), ntm(3, name="high"))
+    board = callbacks.MemoryTensorBoard(tmp_path, BATCH, every=2)
+    fitted(model, board)
+    read = events(tmp_path)
+    inside = keras_memory.trace(model.layers[0], BATCH.inputs)
+    for layer in ("low", "high"):
+        for tag in (
+            f"{layer}/read_weighting",
+            f"{layer}/write_weighting",
+            f"{layer}/memory",
+            f"{layer}/memory_over_time",
+        ):
+            assert [step for step, _ in tensors(read, tag)] == [2, 3]
+    for name, values in inside.items():
+        steps = tensors(read, f"low/{name}/values")
+        assert [step for step, _ in steps] == [2, 3]
+        counted = steps[-1][1][:, 2].sum()  # left edge, right edge, count
+        assert counted == values.size
+        harness.close(steps[-1][1][0, 0], values.min())
+
+    _, (width, height, encoded) = tensors(read, "low/read_weighting")[-1]
+    with Image.open(io.BytesIO(encoded)) as image:
+        assert image.size == (int(width), int(height))
+        expected = visualization.weightings(
+            inside["read_weighting"][0], "Read weighting"
+        )
+        np.testing.assert_array_equal(np.asarray(image), expected)
+    _, (_, _, encoded) = tensors(read, "high/memory_over_time")[-1]
+    with Image.open(io.BytesIO(encoded)) as image:
+        assert image.format == "GIF"
+        assert 2 <= image.n_frames <= 11
+
+    def scalar(tag):
+        return tensors(read, tag)[-1][1]
+
+    weighting = inside["read_weighting"]
+    entropy = -(weighting * np.log2(weighting + 1e-30)).sum(-1).mean()
+    harness.close(scalar("low/read_weighting/entropy_bits"), entropy, 1e-4)
+    harness.close(
+        scalar("low/memory/root_mean_square"),
+        np.sqrt((inside["memory"] ** 2).mean()),
+    )
+    harness.close(
+        scalar("low/interpolation_gate/mean"),
+        inside["interpolation_gate"].mean(),
+    )
+    _, (_, _, encoded) = tensors(read, "probe")[-1]
+    assert Image.open(io.BytesIO(encoded)).format == "PNG"
+
+
+def test_no_tag_is_of_two_kinds(tmp_path):
+    fitted(sequential(ntm()), callbacks.MemoryTensorBoard(tmp_path, BATCH, 1))
+    read = events(tmp_path)
+    kinds = [
+        set(read.PluginTagToContent(plugin))
+        for plugin in ("images", "scalars", "histograms")
+    ]
+    assert all(kinds)
+    assert sum(map(len, kinds)) == len(set.union(*kinds))
+    for tag in kinds[0]:  # the size, and one image
+        assert {len(values) for _, values in tensors(read, tag)} == {3}
+
+
+@pytest.mark.parametrize(
+    "probe", [BATCH, BATCH[:2], BATCH.inputs], ids=["mask", "targets", "inputs"]
+)
+def test_a_subclassed_model_and_any_probe(probe, tmp_path):
+    model = Subclassed()
+    fitted(model, callbacks.MemoryTensorBoard(tmp_path, probe))
+    tags = events(tmp_path).Tags()["tensors"]
+    assert f"{model.memory.name}/read_weighting" in tags
+    assert ("probe" in tags) == (probe is not BATCH.inputs)
+
+
+def test_a_look_shows_each_call_of_each_layer():
+    shared = ntm(4, name="shared")
+    inputs = keras.Input((None, 4))
+    model = keras.Model(inputs, ntm(3, name="last")(shared(shared(inputs))))
+    seen = callbacks.Probe(BATCH).look(model)
+    assert list(seen.traces) == ["shared", "shared_2", "last"]
+    first = keras_memory.trace(shared, BATCH.inputs)
+    harness.close(seen.traces["shared"]["output"], first["output"])
+    second = keras_memory.trace(shared, first["output"])
+    for name, values in second.items():
+        harness.close(seen.traces["shared_2"][name], values)
+    harness.close(seen.traces["last"]["output"], seen.outputs)
+    harness.close(seen.outputs, model(BATCH.inputs))
+
+
+def test_a_look_sees_the_masks_and_the_weights_of_now():
+    model = sequential(keras.layers.Masking(), ntm())
+    x = BATCH.inputs * (np.arange(11) < 8)[:, None]
+    probe = callbacks.Probe(x)
+    for _ in range(2):
+        seen = probe.look(model)
+        mask = (x != 0).any(-1)
+        inside = keras_memory.trace(model.layers[1], x, mask=mask)
+        for name, values in inside.items():
+            harness.close(seen.traces[model.layers[1].name][name], values)
+        weights = model.get_weights()
+        model.set_weights([w + 0.1 for w in weights])
+
+
+def test_a_look_leaves_states_as_they_are():
+    layer = ntm(stateful=True)
+    model = keras.Sequential([keras.Input((None, 4), batch_size=2), layer])
+    model(BATCH.inputs)
+    before = [np.array(state) for state in layer.states]
+    probe = callbacks.Probe(BATCH)
+    first, second = probe.look(model).outputs, probe.look(model).outputs
+    np.testing.assert_array_equal(first, second)
+    for state, kept in zip(layer.states, before):
+        np.testing.assert_array_equal(state, kept)
+    harness.close(model(BATCH.inputs), first)
+
+
+def test_by_default_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    board = callbacks.MemoryTensorBoard(tmp_path, BATCH)
+    written = []
+
+    def images(seen):
+        now[0] += 2.0  # seconds that a look takes
+        written.append(now[0])
+        return {}
+
+    board.set_model(sequential(ntm()))
+    board._images = images
+    board.on_train_begin()
+    for epoch in range(100):
+        now[0] += 10.0
+        board.on_epoch_end(epoch)
+        assert 2.0 * (len(written) - 1) <= 0.04 * (epoch + 1) * 10.0
+    assert 18 <= len(written) <= 20
+    board.on_train_end()
+    assert len(written) <= 21
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0, True])
+def test_impossible_arguments(every, tmp_path):
+    with pytest.raises(ValueError, match="Received: every"):
+        callbacks.MemoryTensorBoard(tmp_path, BATCH, every=every)
+    with pytest.raises(ValueError, match="4 parts"):
+        callbacks.MemoryTensorBoard(tmp_path, (1, 2, 3, 4))
+
+
+def test_a_model_without_memory_is_refused(tmp_path):
+    board = callbacks.MemoryTensorBoard(tmp_path, BATCH)
+    with pytest.raises(TypeError, match="recurrent layers of keras_memory"):
+        fitted(sequential(keras.layers.LSTM(3, return_sequences=True)), board)
+
+
+def test_pictures_of_the_probe_and_their_animation(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    pictures = callbacks.ProbePictures(BATCH, folder, every=2)
+    model = fitted(sequential(ntm()), pictures, epochs=5)
+    names = [path.name for path in sorted(folder.iterdir())]
+    assert names == [f"{done:08}.png" for done in (0, 2, 4, 5)]
+    seen = callbacks.Probe(tuple(part[:1] for part in BATCH)).look(model)
+    expected = callbacks.probe_picture(seen, "epoch 5")
+    with Image.open(folder / names[-1]) as png:
+        np.testing.assert_array_equal(np.asarray(png), expected)
+    with Image.open(io.BytesIO(callbacks.animation(folder))) as gif:
+        assert gif.n_frames == 4
+    with pytest.raises(FileNotFoundError, match="picture_every"):
+        callbacks.animation(tmp_path)
+
+
+# As a person sees it.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--window-size=1500,1500",
+    "--virtual-time-budget=20000",
+]
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.read()
+    except OSError:
+        return b""
+
+
+TAGS = "/data/plugin/images/tags"
+
+
+def served(url, tag):
+    """The images of a tag, from the first step to the last."""
+    where = f"{url}/data/plugin/images"
+    question = urllib.parse.urlencode(
+        {"run": "memory", "tag": tag, "sample": 0}
+    )
+    steps = json.loads(answers(f"{where}/images?{question}"))
+    return [
+        answers(f"{where}/individualImage?{step['query']}") for step in steps
+    ]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_tensorboard_shows_the_images_in_a_browser(tmp_path):
+    logs = tmp_path / "logs"
+    fitted(sequential(ntm()), callbacks.MemoryTensorBoard(logs, BATCH, 1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = ["-m", "tensorboard.main", "--logdir", str(logs)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        [sys.executable, *command, "--load_fast=false"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(120):
+            if b"memory_over_time" in answers(f"{url}{TAGS}"):
+                break
+            assert server.poll() is None
+            time.sleep(0.5)
+        shot = tmp_path / "images.png"
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        page = [CHROMIUM, *FLAGS, profile]
+        subprocess.run(
+            [*page, f"--screenshot={shot}", f"{url}/#images"],
+            check=True,
+            timeout=120,
+            capture_output=True,
+        )
+        images = {
+            tag: served(url, tag)
+            for tag in json.loads(answers(f"{url}{TAGS}"))["memory"]
+        }
+    finally:
+        server.terminate()
+        server.wait()
+    assert set(map(len, images.values())) == {3}  # epochs
+    for tag, shown in images.items():
+        with Image.open(io.BytesIO(shown[-1])) as image:
+            animated = tag.endswith("over_time")
+            assert image.format == ("GIF" if animated else "PNG")
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for colour in visualization.SEQUENTIAL[[0, -1]]:  # weightings are there
+        assert (np.abs(pixels - colour.astype(int)).max(-1) < 8).sum() > 200
