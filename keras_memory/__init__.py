@@ -14,5 +14,6 @@ from keras_memory.ntm import NTMState as NTMState
 from keras_memory.recurrent import MemoryCell as MemoryCell
 from keras_memory.recurrent import MemoryRNN as MemoryRNN
 from keras_memory.recurrent import trace as trace
+from keras_memory.recurrent import trace_model as trace_model
 
 __version__ = "0.1.0"

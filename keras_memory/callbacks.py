@@ -56,6 +56,11 @@ class Probe:
         self.inputs, self.targets, self.mask = (*parts, None, None)[:3]
         self._model = self._run = None
 
+    @classmethod
+    def of(cls, batch):
+        """The probe of a batch, or the probe itself."""
+        return batch if isinstance(batch, cls) else cls(batch)
+
     def look(self, model):
         """Shows the batch to a model, whose states stay as they are.
 
@@ -126,7 +131,8 @@ class ProbePictures(keras.callbacks.Callback):
     named by the number of epochs done; `animation` makes a GIF of them.
 
     Args:
-        probe_batch: `tasks.Batch`, whose first sequence is drawn.
+        probe_batch: `tasks.Batch`, of which the first sequence is drawn, or a
+            `Probe` of one, which callbacks can share.
         folder: folder for the files; it is made if absent.
         every: int, at least 0, epochs from picture to picture; 0 for none.
         title: function from the number of epochs done to the headline.
@@ -134,7 +140,7 @@ class ProbePictures(keras.callbacks.Callback):
 
     def __init__(self, probe_batch, folder, every=1, title="epoch {}".format):
         super().__init__()
-        self.probe = Probe(tuple(part[:1] for part in probe_batch))
+        self.probe = Probe.of(probe_batch)
         self.folder = pathlib.Path(folder)
         self.every = check_size("every", every, least=0)
         self.title = title
@@ -221,9 +227,11 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         probe_batch: inputs, or (inputs, targets) or (inputs, targets, mask),
             such as a `tasks.Batch`; inputs (B, T, D), of which the first is
             drawn. Targets are drawn if the model's outputs are of their shape.
+            Or a `Probe`, which callbacks can share.
         every: int, at least 1, epochs from one look to the next; None
             (default) looks as often as it can in 4 % of the training's time,
-            and once at the end.
+            and once at the end; the first look, which compiles, comes within
+            half a minute.
 
     Raises:
         ValueError: `every` out of its range, or another tuple.
@@ -244,19 +252,22 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     ['memory']
     """
 
-    SHARE = 0.04  # of the training's time, where `every` is None
+    # Where `every` is None: part of the training's time, and seconds that the
+    # first look is taken for.
+    SHARE = 0.04
+    FIRST = 1.0
 
     def __init__(self, log_dir, probe_batch, every=None):
         super().__init__()
         self.folder = pathlib.Path(log_dir) / "memory"
-        self.probe = Probe(probe_batch)
+        self.probe = Probe.of(probe_batch)
         self.every = every if every is None else check_size("every", every)
 
     def on_train_begin(self, logs=None):
         self._writer = None
         self._done = self._written = 0
         self._started = time.perf_counter()
-        self._spent = self._last = 0.0
+        self._spent, self._last = 0.0, self.FIRST
 
     def on_epoch_end(self, epoch, logs=None):
         self._done = epoch + 1

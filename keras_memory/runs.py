@@ -140,17 +140,19 @@ def evaluate(model, task, seed=1, **ranges):
 
 
 def probes(config):
-    """The sequences that are drawn: dict from length to `tasks.Batch`."""
+    """The sequences that are drawn: dict from length to `Probe`."""
     lengths = config.probe_lengths or (config.task.max_length,)
     return {
-        length: config.task.sample(
-            np.random.default_rng([config.seed, 1]), 1, length=length
+        length: Probe(
+            config.task.sample(
+                np.random.default_rng([config.seed, 1]), 1, length=length
+            )
         )
         for length in lengths
     }
 
 
-def draw(config, model, folder):
+def draw(config, model, folder, drawn=None):
     """Draws what a model does, and how it learned it, into `pictures`.
 
     For each probe `<length>.png` (inputs, targets, outputs, weightings,
@@ -161,6 +163,7 @@ def draw(config, model, folder):
         config: a `config.Training`.
         model: the trained model.
         folder: path of the run folder.
+        drawn: what `probes` gave, or None.
 
     Returns:
         List of the paths of the pictures.
@@ -169,9 +172,9 @@ def draw(config, model, folder):
     pictures.mkdir(exist_ok=True)
     steps = int(model.optimizer.iterations)
     written = []
-    for length, batch in probes(config).items():
+    for length, probe in (drawn or probes(config)).items():
         picture = probe_picture(
-            Probe(batch).look(model),
+            probe.look(model),
             f"{config.task.name}, length {length}: after {steps:,} steps",
             memory=True,
         )
@@ -207,7 +210,7 @@ def draw_lengths(config, model, folder):
     """
     task = config.task
     error = losses.KINDS[task.kind].error
-    most = task.max_length if task.name == "argmax" else 2 * task.max_length
+    most = task.max_length * (1 if task.kind == "class" else 2)
     lengths = np.unique(
         np.linspace(task.min_length, most, 12).round().astype(int)
     )

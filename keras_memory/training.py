@@ -159,6 +159,7 @@ def _run(config, model, folder, show):
         curriculum.look(row)
     seconds = rows[-1]["seconds"] if rows else 0.0
 
+    probes = runs.probes(config)
     reports = -(-config.steps // config.report_every)
     if done < reports and not curriculum.reached:
         checkpoint = Checkpoint(
@@ -184,19 +185,18 @@ def _run(config, model, folder, show):
                         folder / "logs", write_graph=False
                     ),
                     keras.callbacks.CSVLogger(history, append=done > 0),
-                    checkpoint,
-                    *_pictures(config, folder),
+                    *_pictures(config, folder, probes),
+                    checkpoint,  # last: what is in front of it is on disk
                 ],
             )
         if checkpoint.asked:
             raise KeyboardInterrupt
         rows = runs.read_history(folder)
-    return _finish(config, model, folder, rows[-1]["seconds"])
+    return _finish(config, model, folder, rows[-1]["seconds"], probes)
 
 
-def _pictures(config, folder):
+def _pictures(config, folder, probes):
     every = _in_reports("picture_every", config)
-    probes = runs.probes(config)
     if not every:
         return []
 
@@ -208,12 +208,12 @@ def _pictures(config, folder):
 
     drawn = [
         ProbePictures(
-            batch,
+            probe,
             folder / "pictures" / f"length-{length}",
             every=every,
             title=title(length),
         )
-        for length, batch in probes.items()
+        for length, probe in probes.items()
     ]
     if isinstance(config.model, configuration.LSTM):
         return drawn
@@ -221,7 +221,7 @@ def _pictures(config, folder):
     return [*drawn, board]
 
 
-def _finish(config, model, folder, seconds):
+def _finish(config, model, folder, seconds, probes):
     """Evaluates, draws and exports; `results.json` says that all is there."""
     with written_aside(folder / "model.keras") as path:
         model.save(path)
@@ -236,7 +236,7 @@ def _finish(config, model, folder, seconds):
     }
     for length in (task.max_length, *config.test_lengths):
         results |= runs.evaluate(model, task, config.seed, length=length)
-    runs.draw(config, model, folder)
+    runs.draw(config, model, folder, probes)
     shutil.rmtree(folder / "export", ignore_errors=True)
     export_for_serving(model, folder / "export", name=task.name)
     with written_aside(folder / "results.json") as path:
