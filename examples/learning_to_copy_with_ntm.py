@@ -99,6 +99,7 @@ def main(arguments=None):
         data,
         epochs=epochs,
         steps_per_epoch=steps // epochs,
+        shuffle=False,  # each batch is new
         verbose=0,
         callbacks=[drawing],
     )

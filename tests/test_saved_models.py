@@ -17,7 +17,7 @@ def copier():
     return tf.saved_model.load(str(MODELS / "ntm_copy" / "1")).signatures
 
 
-@pytest.mark.parametrize("length", [1, 5, 20])
+@pytest.mark.parametrize("length", [1, 5, 20, 80])
 def test_ntm_copy_copies(copier, length):
     rng = np.random.default_rng(3)
     batch = tasks.Copy().sample(rng, 17, length=length)
