@@ -883,8 +883,8 @@ def trace_model(model, inputs, training=False):
 def _inside(layer, inputs, initial_state, mask, training):
     """What happens inside of a layer, as a dict of tensors (B, T, ...)."""
     cell = layer.cell
-    records = cell._unflatten(
-        [ops.cast(state, cell.compute_dtype) for state in initial_state]
+    states = tuple(
+        ops.cast(state, cell.compute_dtype) for state in initial_state
     )
     sequences = [inputs]
     if mask is not None:
@@ -895,24 +895,28 @@ def _inside(layer, inputs, initial_state, mask, training):
     sequences = [ops.swapaxes(one, 0, 1) for one in sequences]
 
     def step(before, at_step):
-        records, held = before
-        features, after, details = cell.step(at_step[0], records, training)
+        states, held = before
+        features, after, details = cell.step(
+            at_step[0], cell._unflatten(states), training
+        )
+        after = tuple(cell._flatten(after))
         now = {"output": cell.project(features), **cell._named(details)}
         if mask is not None:
             hold = functools.partial(scan.hold, at_step[1][:, 0])
             now = keras.tree.map_structure(hold, held, now)
-            after = keras.tree.map_structure(hold, records, after)
+            after = tuple(map(hold, states, after))
         return (after, now), (after, now)
 
     cell.get_dropout_mask(inputs)
     cell.get_recurrent_dropout_mask(inputs)
     try:
+        records = cell._unflatten(states)
         features, _, details = cell.step(sequences[0][0], records, training)
         shapes = {"output": cell.project(features), **cell._named(details)}
         # In front of the first valid step nothing happened, but a state is.
         held = keras.tree.map_structure(ops.zeros_like, shapes)
         held.update(cell._named(cell._state_fields(records)))
-        _, (_, inside) = ops.scan(step, (records, held), tuple(sequences))
+        _, (_, inside) = ops.scan(step, (states, held), tuple(sequences))
     finally:
         cell.reset_dropout_mask()
         cell.reset_recurrent_dropout_mask()
