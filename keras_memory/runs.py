@@ -18,6 +18,15 @@ from keras_memory.files import written_aside
 
 EVALUATED_SEQUENCES = 320
 
+# Values of a configuration that say what is written down.
+_REPORTING = (
+    "test_lengths",
+    "probe_lengths",
+    "report_every",
+    "checkpoint_every",
+    "picture_every",
+)
+
 
 def load(path):
     """Loads a model that a training has saved.
@@ -270,6 +279,9 @@ def compare(folders, path, by="sequences", below=0.1):
     for settings, members in groups.items():
         differing = sorted(set(settings) - common)
         label = ", ".join(f"{name}={value}" for name, value in differing)
+        if len(differing) > 3:
+            label = members[0].folder.name
+            label += f" and {len(members) - 1} more" * (len(members) > 1)
         label = label or runs[0].config.task.name
         seeds = "seed" if len(members) == 1 else "seeds"
         label += f" ({len(members)} {seeds})"
@@ -289,7 +301,7 @@ class _Run:
     """A run folder's history, for comparison."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder = pathlib.Path(folder)
         self.config = read_config(folder)
         history = read_history(folder)
         if not history:
@@ -306,9 +318,11 @@ class _Run:
         self.seconds = np.array([row["seconds"] for row in history])
 
     def settings(self):
-        """Tuple of (name, value) of all that is not the seed."""
+        """Tuple of (name, value) of all that makes a difference to learning,
+        without the seed."""
         document = json.loads(configuration.to_json(self.config))
-        document.pop("seed")
+        for name in ("seed", *_REPORTING):
+            document.pop(name)
         flat = {}
         for name, value in document.items():
             parts = value if name in ("task", "model") else {name: value}

@@ -20,6 +20,7 @@ from keras_memory import config
 from keras_memory import runs
 from keras_memory import tasks
 from keras_memory import training
+from keras_memory import visualization
 
 SMALL = [
     "bits=3",
@@ -534,6 +535,37 @@ def test_compare_draws_seeds_as_one_and_tells_when(run, tmp_path, capsys):
     assert text.count("\n") == 4
     with Image.open(out) as image:
         image.verify()
+
+
+@pytest.mark.parametrize(
+    "changes, label",
+    [
+        ({"seed": 7}, "copy (2 seeds)"),
+        ({"seed": 7, "checkpoint_every": 5}, "copy (2 seeds)"),
+        ({"batch_size": 3}, "batch_size=3 (1 seed)"),
+        (
+            {"steps": 51, "batch_size": 3, "clipnorm": 2.0, "optimizer": "sgd"},
+            "other (1 seed)",
+        ),
+    ],
+)
+def test_the_legend_of_a_comparison(run, changes, label, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(run[0] / "history.csv", other)
+    changed = dataclasses.replace(small("steps=50"), **changes)
+    (other / "config.json").write_text(config.to_json(changed))
+    drawn = []
+    curves = visualization.curves
+    monkeypatch.setattr(
+        runs.visualization,
+        "curves",
+        lambda series, *rest, **options: (
+            drawn.extend(series) or curves(series, *rest, **options)
+        ),
+    )
+    runs.compare([run[0], other], tmp_path / "out.png")
+    assert drawn[-1] == label
 
 
 def test_the_mean_of_seeds_goes_on_level_after_an_end():
