@@ -63,6 +63,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, help="default: 2000, overfit: 200")
     parser.add_argument("--out", type=pathlib.Path, default=".", help="folder")
     parsed = parser.parse_args(arguments)
+    parsed.out.mkdir(parents=True, exist_ok=True)
     steps = parsed.steps or (200 if parsed.overfit else 2000)
     epochs = min(steps, 10)
     keras.utils.set_random_seed(1)
@@ -103,7 +104,7 @@ def main(arguments=None):
         verbose=0,
         callbacks=[drawing],
     )
-    path = pathlib.Path(parsed.out) / "learning_to_copy.gif"
+    path = parsed.out / "learning_to_copy.gif"
     path.write_bytes(visualization.encode_gif(drawing.frames, 400))
     wrong = history.history["wrong_bits_per_sequence"][-1]
     print(f"\nwrong bits a sequence: {wrong:.2f}; drawn: {path}")

@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+import warnings
 from typing import NamedTuple
 
 import keras
@@ -18,18 +19,28 @@ class Seen(NamedTuple):
     """What a model did with a probe, as NumPy arrays.
 
     Args:
-        inputs: (B, T, ...).
-        targets: likewise, or None.
-        outputs: what the model gave.
+        inputs: what the model took.
+        targets: what it should give, or None.
+        outputs: what it gave.
         mask: (B, T) or None.
         traces: dict from layer names to what `trace` gives.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray | None
-    outputs: np.ndarray
+    inputs: np.ndarray | dict | list
+    targets: np.ndarray | dict | list | None
+    outputs: np.ndarray | dict | list
     mask: np.ndarray | None
     traces: dict
+
+    def has_sequences(self):
+        """True for inputs (B, T, D), targets and outputs (B, T, units)."""
+        parts = self.inputs, self.targets, self.outputs
+        return (
+            all(getattr(part, "ndim", 0) == 3 for part in parts)
+            and self.targets.shape == self.outputs.shape
+            and self.targets.shape[:2] == self.inputs.shape[:2]
+            and (self.mask is None or self.mask.shape == self.inputs.shape[:2])
+        )
 
 
 class Probe:
@@ -38,21 +49,24 @@ class Probe:
     On TensorFlow the way through the model is compiled at the first look.
 
     Args:
-        batch: inputs, or a tuple (inputs, targets) or (inputs, targets,
-            mask), such as a `tasks.Batch`.
+        batch: inputs, which are no tuple, or a tuple (inputs, targets) or
+            (inputs, targets, mask), such as a `tasks.Batch`.
 
     Raises:
         ValueError: another tuple.
     """
 
     def __init__(self, batch):
-        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        parts = batch if isinstance(batch, tuple) else (batch,)
         if not 1 <= len(parts) <= 3:
             raise ValueError(
                 "A probe is inputs, (inputs, targets) or (inputs, targets, "
                 f"mask). Received: {len(parts)} parts"
             )
-        parts = [part if part is None else np.asarray(part) for part in parts]
+        parts = [
+            part if part is None else keras.tree.map_structure(np.asarray, part)
+            for part in parts
+        ]
         self.inputs, self.targets, self.mask = (*parts, None, None)[:3]
         self._model = self._run = None
 
@@ -77,7 +91,10 @@ class Probe:
             for variable in layer.non_trainable_variables
         ]
         try:
-            seen = self._run(ops.convert_to_tensor(self.inputs))
+            inputs = keras.tree.map_structure(
+                ops.convert_to_tensor, self.inputs
+            )
+            seen = self._run(inputs)
         finally:
             for variable, value in states:
                 variable.assign(value)
@@ -105,7 +122,17 @@ def probe_picture(seen, title, memory=False):
 
     Returns:
         (H, W, 3) uint8 image.
+
+    Raises:
+        ValueError: what was seen is no sequences, or has no targets.
     """
+    if not seen.has_sequences():
+        shapes = [keras.tree.map_structure(np.shape, part) for part in seen[:4]]
+        raise ValueError(
+            "A picture of a probe needs inputs (B, T, D), targets and outputs "
+            "(B, T, units), and a mask (B, T) or none. Received: inputs {}, "
+            "targets {}, outputs {}, mask {}".format(*shapes)
+        )
     inside = {}
     for layer, trace in seen.traces.items():
         prefix = f"{layer}/" if len(seen.traces) > 1 else ""
@@ -128,14 +155,21 @@ class ProbePictures(keras.callbacks.Callback):
 
     Writes into `folder`, before the training, after every `every`-th epoch and
     at the end, a picture of inputs, targets, outputs and weightings over time,
-    named by the number of epochs done; `animation` makes a GIF of them.
+    named by the number of epochs done; `animation` makes a GIF of them. A
+    training that starts from epoch 0 puts its own in the place of earlier ones.
 
     Args:
-        probe_batch: `tasks.Batch`, of which the first sequence is drawn, or a
-            `Probe` of one, which callbacks can share.
+        probe_batch: (inputs, targets) or (inputs, targets, mask), such as a
+            `tasks.Batch`, of which the first sequence is drawn: inputs
+            (B, T, D), targets (B, T, units). Or a `Probe`, which callbacks can
+            share.
         folder: folder for the files; it is made if absent.
         every: int, at least 0, epochs from picture to picture; 0 for none.
         title: function from the number of epochs done to the headline.
+
+    Raises:
+        ValueError: when the training begins, a probe or outputs that are no
+            sequences.
     """
 
     def __init__(self, probe_batch, folder, every=1, title="epoch {}".format):
@@ -178,7 +212,7 @@ class ProbePictures(keras.callbacks.Callback):
 
 def pictures(folder):
     """Paths of what `ProbePictures` left in a folder, from first to last."""
-    return sorted(pathlib.Path(folder).glob("[0-9]*.png"))
+    return sorted(pathlib.Path(folder).glob("[0-9]" * 8 + ".png"))
 
 
 def animation(folder, milliseconds=400):
@@ -224,10 +258,10 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
     Args:
         log_dir: TensorBoard's folder; the files go to `memory` in it.
-        probe_batch: inputs, or (inputs, targets) or (inputs, targets, mask),
-            such as a `tasks.Batch`; inputs (B, T, D), of which the first is
-            drawn. Targets are drawn if the model's outputs are of their shape.
-            Or a `Probe`, which callbacks can share.
+        probe_batch: inputs, or a tuple (inputs, targets) or (inputs, targets,
+            mask), such as a `tasks.Batch`, of which the first sequence is
+            drawn. Inputs, targets and outputs are drawn if they are (B, T, D)
+            and (B, T, units). Or a `Probe`, which callbacks can share.
         every: int, at least 1, epochs from one look to the next; None
             (default) looks as often as it can in 4 % of the training's time,
             and once at the end; the first look, which compiles, comes within
@@ -235,7 +269,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
     Raises:
         ValueError: `every` out of its range, or another tuple.
-        TypeError: at the first look, a model without such a layer.
+        TypeError: when the training begins, a model without such a layer.
 
     Example:
 
@@ -264,6 +298,13 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         self.every = every if every is None else check_size("every", every)
 
     def on_train_begin(self, logs=None):
+        layers = self.model._flatten_layers()
+        if not any(isinstance(one, recurrent.MemoryRNN) for one in layers):
+            raise TypeError(
+                "`MemoryTensorBoard` shows recurrent layers of keras_memory, "
+                f"such as `NTMLayer`. Received: {self.model.name!r}, which "
+                f"has only {[layer.name for layer in self.model.layers]}"
+            )
         self._writer = None
         self._done = self._written = 0
         self._started = time.perf_counter()
@@ -291,10 +332,11 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
         seen = self.probe.look(self.model)
         if not seen.traces:
-            raise TypeError(
-                "`MemoryTensorBoard` shows recurrent layers of keras_memory, "
-                f"such as `NTMLayer`. Received: {self.model.name!r}, which "
-                f"has only {[layer.name for layer in self.model.layers]}"
+            warnings.warn(
+                "`MemoryTensorBoard` sees nothing of the layers of "
+                f"{self.model.name!r}: they are not called, or within a "
+                "`tf.function` of the model's own",
+                stacklevel=2,
             )
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(str(self.folder))
@@ -315,8 +357,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     def _images(self, seen):
         """Tag -> (encoded image, the image or its first frame)."""
         images, animations = {}, {}
-        targets = seen.targets
-        if targets is not None and targets.shape == np.shape(seen.outputs):
+        if seen.has_sequences():
             images["probe"] = probe_picture(
                 seen._replace(traces={}), f"After {self._done} epochs"
             )

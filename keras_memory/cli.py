@@ -16,6 +16,8 @@ EXAMPLES = """examples:
 
 `keras-memory COMMAND --help` tells more."""
 
+_KNOWN = ValueError, TypeError, OSError, MemoryError, ImportError, RuntimeError
+
 
 def main(arguments=None):
     """Runs the command.
@@ -25,7 +27,7 @@ def main(arguments=None):
 
     Returns:
         Exit code: 0; 2 after a line that says what was wrong; 130 if it was
-        interrupted, and the run folder has a checkpoint to go on from.
+        interrupted.
     """
     parsed = parser().parse_args(arguments)
     try:
@@ -33,7 +35,12 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("keras-memory: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+    except Exception as error:
+        # TensorFlow's own errors, such as too little memory, have no base
+        # that could be named without it.
+        known = isinstance(error, _KNOWN)
+        if not (known or type(error).__module__.startswith("tensorflow.")):
+            raise
         reason = " ".join(str(error).split())
         print(f"keras-memory: error: {reason}", file=sys.stderr)
         return 2
@@ -76,9 +83,9 @@ def parser():
     )
     command.add_argument(
         "--preset",
-        default="default",
-        help="named configuration to start from: default, paper (Graves et "
-        "al. 2014), pytorch-ntm, lstm; not every task has each",
+        help="named configuration to start from: default (which is the "
+        "default), paper (Graves et al. 2014), pytorch-ntm, lstm; not every "
+        "task has each",
     )
     command.add_argument(
         "--set",
@@ -107,6 +114,7 @@ def parser():
     command.add_argument(
         "--show",
         action="store_true",
+        default=None,
         help="print the configuration, with all names that --set can change, "
         "and do not train",
     )
@@ -208,13 +216,13 @@ def train(parsed):
     if parsed.resume:
         given = [
             name
-            for name in ("task", "seed", "steps", "out")
-            if getattr(parsed, name) is not None
+            for name, value in vars(parsed).items()
+            if name not in ("run", "resume") and value not in (None, [])
         ]
-        if given or parsed.set:
+        if given:
             raise ValueError(
                 "--resume goes on with the values of the run, so it takes no "
-                f"others. Received: {', '.join(given) or '--set'}"
+                f"others. Received: {', '.join(given)}"
             )
         folder, train = parsed.resume, training.resume
         arguments = ()
@@ -249,19 +257,18 @@ def _config(parsed, configuration):
             f"Received: {parsed.task}"
         )
     presets = presets[parsed.task]
-    if parsed.preset not in presets:
+    preset = parsed.preset or "default"
+    if preset not in presets:
         raise ValueError(
             f"the preset of {parsed.task} must be one of: "
-            f"{', '.join(presets)}. Received: {parsed.preset}"
+            f"{', '.join(presets)}. Received: {preset}"
         )
     settings = [
         f"{name}={value}"
         for name in ("seed", "steps", "report_every", "checkpoint_every")
         if (value := getattr(parsed, name)) is not None
     ]
-    return configuration.override(
-        presets[parsed.preset], [*parsed.set, *settings]
-    )
+    return configuration.override(presets[preset], [*parsed.set, *settings])
 
 
 def evaluate(parsed):

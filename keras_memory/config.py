@@ -50,6 +50,10 @@ class NTM:
     initial_controller_state: str | float = "constant"
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                least = 0 if field.name == "shift_range" else 1
+                check_size(field.name, getattr(self, field.name), least)
         if self.initialization not in ("keras", "pytorch-ntm"):
             raise ValueError(
                 "`initialization` must be 'keras' or 'pytorch-ntm'. "
@@ -147,8 +151,8 @@ class Training:
         clipvalue: float above 0, largest entry of a gradient, or None.
         curriculum: tuple of lengths, growing. Training starts with sequences
             up to the first and goes on to the next, at last to the task's
-            own. Lengths from the task's own on are left out, and () trains on
-            the task's own lengths from the start.
+            own. Lengths that the task does not have are left out, and () trains
+            on the task's own lengths from the start.
         curriculum_loss: float above 0; the next length comes when the loss of
             a report is below.
         curriculum_steps: int, at least 0; the next length comes after that
@@ -218,6 +222,12 @@ class Training:
                 "`stop_error` must be at least 0. "
                 f"Received: stop_error={self.stop_error!r}"
             )
+        if "gradient_accumulation_steps" in self.optimizer_options:
+            raise ValueError(
+                "`gradient_accumulation_steps` cannot be set, as a step is one "
+                "update of the weights; set `batch_size`. Received: "
+                f"optimizer_options={self.optimizer_options}"
+            )
         check_clip("clipnorm", self.clipnorm)
         check_clip("clipvalue", self.clipvalue)
         if None not in (self.clipnorm, self.clipvalue):
@@ -227,7 +237,7 @@ class Training:
                 f"clipvalue={self.clipvalue}"
             )
         for length in self.curriculum:
-            check_size("curriculum", length, least=self.task.min_length)
+            check_size("curriculum", length)
         for length in (*self.test_lengths, *self.probe_lengths):
             rng = np.random.default_rng(0)
             self.task.sample(rng, 1, length=length)  # raises if it cannot
@@ -295,8 +305,6 @@ def _presets():
                 "batch_size": 4,
                 "learning_rate": 5e-3,
                 "steps": 6_000,
-                "curriculum": (5, 10),
-                "curriculum_loss": 0.12,
                 "stop_error": 0.02,
             },
             paper={},
@@ -459,7 +467,14 @@ def _fields(value):
 
 
 def _name_of(registry, value):
-    return next(name for name, cls in registry.items() if cls is type(value))
+    for name, cls in registry.items():
+        if cls is type(value):
+            return name
+    raise ValueError(
+        "A run can be written down and read again if its parts have names: "
+        "put yours into `tasks.TASKS` or `config.MODELS`. "
+        f"Received: {value!r}"
+    )
 
 
 def _make(cls, arguments):
@@ -474,8 +489,8 @@ def _make(cls, arguments):
         wanted = fields[name]
         if isinstance(value, list):
             value = tuple(value)
-        if type(value) is int and not isinstance(value, wanted):
-            value = float(value)
+        if type(value) is int and isinstance(0.0, wanted):
+            value = float(value) if abs(value) < 1e300 else value
         is_bool = isinstance(value, bool)
         if not isinstance(value, wanted) or is_bool != (wanted is bool):
             raise ValueError(

@@ -40,9 +40,10 @@ def wrong_bits_per_sequence(targets, outputs, mask):
         mask: (B, T), 1 where the target counts, else 0.
 
     Returns:
-        (B,) counts, at least 0.
+        (B,) counts, at least 0; NaN where an output is.
     """
     wrong = ops.cast((outputs >= 0.5) != (targets >= 0.5), "float32")
+    wrong = ops.where(ops.isnan(outputs), float("nan"), wrong)
     return ops.sum(wrong * mask[:, :, None], axis=(1, 2))
 
 
@@ -55,11 +56,12 @@ def error_rate(targets, outputs, mask):
         mask: (B, T), 1 where the target counts, else 0.
 
     Returns:
-        (B,) shares from 0 to 1.
+        (B,) shares from 0 to 1; NaN where an output is.
     """
     wrong = ops.argmax(outputs, axis=-1) != ops.argmax(targets, axis=-1)
-    wrong = ops.cast(wrong, "float32") * mask
-    return ops.sum(wrong, axis=1) / ops.sum(mask, axis=1)
+    unknown = ops.any(ops.isnan(outputs), axis=-1)
+    wrong = ops.where(unknown, float("nan"), ops.cast(wrong, "float32"))
+    return ops.sum(wrong * mask, axis=1) / ops.sum(mask, axis=1)
 
 
 def absolute_error_of_sum(targets, outputs, mask):
@@ -84,7 +86,6 @@ class SquaredErrorOfSum(keras.losses.Loss):
 
     Args:
         name: str. Default `"squared_error_of_sum"`.
-        **kwargs: of `keras.losses.Loss`.
 
     Call arguments:
         y_true: (B, T, size) numbers.
@@ -92,8 +93,11 @@ class SquaredErrorOfSum(keras.losses.Loss):
         sample_weight: (B, T) mask, 1 where they count, else 0; None counts all.
     """
 
-    def __init__(self, name="squared_error_of_sum", **kwargs):
-        super().__init__(name=name, **kwargs)
+    def __init__(self, name="squared_error_of_sum"):
+        super().__init__(name=name)
+
+    def get_config(self):
+        return {"name": self.name}
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         # The mask goes in before the sum, so not where Keras would weigh.
@@ -107,6 +111,11 @@ class SquaredErrorOfSum(keras.losses.Loss):
 def _floats(y_true, y_pred, sample_weight):
     if sample_weight is None:
         sample_weight = ops.ones(ops.shape(y_true)[:2])
+    elif len(sample_weight.shape) != 2:
+        raise ValueError(
+            "`sample_weight` is the mask (B, T) of sequences (B, T, size). "
+            f"Received: sample_weight of shape {tuple(sample_weight.shape)}"
+        )
     return [
         ops.cast(part, "float32") for part in (y_true, y_pred, sample_weight)
     ]

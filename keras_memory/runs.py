@@ -14,9 +14,10 @@ from keras_memory import visualization
 from keras_memory.callbacks import Probe
 from keras_memory.callbacks import animation
 from keras_memory.callbacks import probe_picture
+from keras_memory.checks import check_size
 from keras_memory.files import written_aside
 
-EVALUATED_SEQUENCES = 320
+EVALUATED_BATCHES, EVALUATED_BATCH_SIZE = 40, 8
 
 # Values of a configuration that say what is written down.
 _REPORTING = (
@@ -38,12 +39,18 @@ def load(path):
     if not path.exists():
         raise FileNotFoundError(f"There is no model {path}")
     try:
-        return keras.models.load_model(path)
+        model = keras.models.load_model(path)
     except Exception as error:
         raise ValueError(
             f"{path} must be a model that a training has saved. Received a "
             f"file that cannot be read: {error}"
         ) from error
+    if model.optimizer is None:
+        raise ValueError(
+            f"{path} must be a model that a training has saved. Received one "
+            "without an optimizer"
+        )
+    return model
 
 
 def read_config(folder):
@@ -62,19 +69,22 @@ def read_config(folder):
         ) from error
 
 
-def read_history(folder, reports=None):
+def read_history(folder, config, reports=None):
     """Reads what a run has reported.
 
     Args:
         folder: path of the run folder.
+        config: its `config.Training`.
         reports: int, how many to read; None for all.
 
     Returns:
         List with a dict of numbers for each report.
 
     Raises:
-        ValueError: fewer reports than asked for, or ones that are no numbers.
+        ValueError: fewer reports than asked for, or ones without loss, error
+            and seconds, or that are no numbers.
     """
+    wanted = {"loss", "seconds", losses.KINDS[config.task.kind].error}
     path = pathlib.Path(folder) / "history.csv"
     rows = []
     if path.exists():
@@ -87,10 +97,11 @@ def read_history(folder, reports=None):
         ]
     except (TypeError, ValueError):
         rows = None
-    if rows is None or len(rows) < (reports or 0):
+    whole = rows is not None and all(wanted <= set(row) for row in rows)
+    if not whole or len(rows) < (reports or 0):
         raise ValueError(
-            f"{path} must have {reports or 'its'} whole reports, as the "
-            "training wrote it"
+            f"{path} must have {reports or 'its'} whole reports, of "
+            f"{', '.join(sorted(wanted))}, as the training wrote them"
         )
     return rows
 
@@ -102,14 +113,15 @@ def sequences_seen(config, reports):
 
 
 def evaluate(model, task, seed=1, **ranges):
-    """Tests a model on fresh sequences.
+    """Tests a model on 320 fresh sequences.
 
     Args:
         model: a model that `build` made.
         task: a task of `tasks.py`.
-        seed: int, at least 0, of the sequences.
-        **ranges: of `task.sample`: `length`, for sequences of this length;
-            `repeats`.
+        seed: int, at least 0, of the sequences, which differ from those that
+            a training with this seed sees.
+        **ranges: of `task.sample`: `length`, for sequences of this length
+            (otherwise they are spread evenly over the task's); `repeats`.
 
     Returns:
         Dict of the task's errors, named after what they are and the lengths;
@@ -120,17 +132,21 @@ def evaluate(model, task, seed=1, **ranges):
     """
     import tensorflow as tf
 
+    check_size("seed", seed, least=0)
+
     @tf.function(input_signature=[tf.TensorSpec((None, None, task.input_size))])
     def answer(inputs):
         return model(inputs, training=False)
 
-    rng = np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([seed, 0, 2])
     metrics = losses.KINDS[task.kind].make_metrics()
     optimum = []
     if isinstance(task, tasks.NGrams):
         optimum.append(losses.BitsPerSequence("optimal_bits_per_sequence"))
-    for _ in range(10):
-        batch = task.sample(rng, EVALUATED_SEQUENCES // 10, **ranges)
+    lengths = np.linspace(task.min_length, task.max_length, EVALUATED_BATCHES)
+    for length in lengths.round().astype(int):
+        at = {"length": int(length), **ranges}
+        batch = task.sample(rng, EVALUATED_BATCH_SIZE, **at)
         outputs = answer(batch.inputs)
         for metric in metrics:
             metric.update_state(batch.targets, outputs, batch.mask)
@@ -154,7 +170,7 @@ def probes(config):
     return {
         length: Probe(
             config.task.sample(
-                np.random.default_rng([config.seed, 1]), 1, length=length
+                np.random.default_rng([config.seed, 0, 1]), 1, length=length
             )
         )
         for length in lengths
@@ -193,7 +209,7 @@ def draw(config, model, folder, drawn=None):
             written.append(pictures / f"length-{length}.gif")
             with written_aside(written[-1]) as path:
                 path.write_bytes(animation(frames))
-    history = read_history(folder)
+    history = read_history(folder, config)
     if history:
         x = sequences_seen(config, np.arange(1, len(history) + 1))
         error = losses.KINDS[config.task.kind].error
@@ -245,7 +261,7 @@ def compare(folders, path, by="sequences", below=0.1):
     """Compares runs: runs that differ in the seed only are drawn as one.
 
     Args:
-        folders: paths of run folders, of one kind of task.
+        folders: paths of run folders, each once, of one kind of task.
         path: path of the PNG file to write.
         by: `"sequences"`, `"steps"` or `"seconds"`, over which to draw.
         below: the table says from which report on the error is below.
@@ -253,16 +269,23 @@ def compare(folders, path, by="sequences", below=0.1):
     Returns:
         List of dicts, one a run: folder, seed, sequences and seconds until
         the error is first below `below` (None if it never is), the smallest
-        and the last error, and the number of reports that are not finite.
+        and the last error, and whether the run is finished.
 
     Raises:
-        ValueError: folders that are no runs, have no reports, or whose errors
-            are not the same quantity.
+        ValueError: folders that are no runs, have no reports, are given twice,
+            or whose errors are not the same quantity.
     """
     if by not in ("sequences", "steps", "seconds"):
         raise ValueError(
             "`by` must be 'sequences', 'steps' or 'seconds'. "
             f"Received: by={by!r}"
+        )
+    if len({pathlib.Path(folder).resolve() for folder in folders}) < len(
+        folders
+    ):
+        raise ValueError(
+            "Each run can be given once. "
+            f"Received: {', '.join(map(str, folders))}"
         )
     runs = [_Run(folder) for folder in folders]
     kinds = {run.error for run in runs}
@@ -280,11 +303,9 @@ def compare(folders, path, by="sequences", below=0.1):
         differing = sorted(set(settings) - common)
         label = ", ".join(f"{name}={value}" for name, value in differing)
         if len(differing) > 3:
-            label = members[0].folder.name
-            label += f" and {len(members) - 1} more" * (len(members) > 1)
+            label = str(members[0].folder) + ", ..." * (len(members) > 1)
         label = label or runs[0].config.task.name
-        seeds = "seed" if len(members) == 1 else "seeds"
-        label += f" ({len(members)} {seeds})"
+        label += f" ({len(members)} {'runs' if len(members) > 1 else 'run'})"
         series[label] = _aligned(members, by)
     picture = visualization.curves(
         series,
@@ -303,7 +324,7 @@ class _Run:
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
         self.config = read_config(folder)
-        history = read_history(folder)
+        history = read_history(folder, self.config)
         if not history:
             raise ValueError(
                 "Only runs that have reported can be compared. "
@@ -342,9 +363,9 @@ class _Run:
             "seed": self.config.seed,
             f"sequences_below_{below:g}": at(self.sequences),
             f"seconds_below_{below:g}": at(self.seconds),
-            "least_error": round(float(np.nanmin(self.errors)), 4),
+            "least_error": round(float(self.errors.min()), 4),
             "last_error": round(float(self.errors[-1]), 4),
-            "not_finite": int((~np.isfinite(self.errors)).sum()),
+            "finished": (self.folder / "results.json").exists(),
         }
 
 

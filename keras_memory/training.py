@@ -11,6 +11,7 @@ import threading
 import time
 
 import keras
+import numpy as np
 
 from keras_memory import config as configuration
 from keras_memory import losses
@@ -19,6 +20,7 @@ from keras_memory import tasks
 from keras_memory.callbacks import MemoryTensorBoard
 from keras_memory.callbacks import ProbePictures
 from keras_memory.export import export_for_serving
+from keras_memory.files import locked
 from keras_memory.files import written_aside
 
 
@@ -85,8 +87,8 @@ def train(config, folder, show=print):
         the error on fresh sequences, also longer ones.
 
     Raises:
-        ValueError: sizes that do not fit, a folder with files in it, or a
-            backend other than TensorFlow.
+        ValueError: sizes that do not fit, a folder with files in it, a
+            backend other than TensorFlow, or a loss that is not finite.
         OSError: the folder cannot be made or written.
         KeyboardInterrupt: it was interrupted.
     """
@@ -96,14 +98,15 @@ def train(config, folder, show=print):
     folder = make_run_folder(folder)
     with written_aside(folder / "config.json") as path:
         path.write_text(configuration.to_json(config))
-    return _run(config, model, folder, show)
+    with locked(folder / "config.json"):
+        return _run(config, model, folder, show)
 
 
 def resume(folder, show=print):
     """Goes on with a training that was interrupted or killed.
 
     From the last checkpoint on, everything is as if it had never ended, but
-    for the seconds.
+    for the seconds, and for steps that TensorBoard's logs have twice.
 
     Args:
         folder: path of the run folder.
@@ -113,8 +116,8 @@ def resume(folder, show=print):
         As `train`.
 
     Raises:
-        ValueError: not a run folder, a finished run, or files in it that
-            cannot be read.
+        ValueError: not a run folder, a finished run, one that is being
+            trained, files in it that cannot be read, or as `train`.
         OSError, KeyboardInterrupt: as `train`.
     """
     _check_backend()
@@ -133,7 +136,8 @@ def resume(folder, show=print):
     else:
         show("no checkpoint yet: from the start")
         model = build(config)
-    return _run(config, model, folder, show)
+    with locked(folder / "config.json"):
+        return _run(config, model, folder, show)
 
 
 def _check_backend():
@@ -149,7 +153,7 @@ def _run(config, model, folder, show):
     """Trains from where the model is to the end, and finishes the folder."""
     history = folder / "history.csv"
     done = -(-int(model.optimizer.iterations) // config.report_every)
-    rows = runs.read_history(folder, done)
+    rows = runs.read_history(folder, config, done)
     if history.exists():  # what came after the checkpoint comes again
         lines = history.read_text().splitlines(keepends=True)
         with written_aside(history) as path:
@@ -186,12 +190,12 @@ def _run(config, model, folder, show):
                     ),
                     keras.callbacks.CSVLogger(history, append=done > 0),
                     *_pictures(config, folder, probes),
-                    checkpoint,  # last: what is in front of it is on disk
+                    checkpoint,  # last: what is in front of it is written
                 ],
             )
         if checkpoint.asked:
             raise KeyboardInterrupt
-        rows = runs.read_history(folder)
+        rows = runs.read_history(folder, config)
     return _finish(config, model, folder, rows[-1]["seconds"], probes)
 
 
@@ -309,7 +313,7 @@ class Checkpoint(keras.callbacks.Callback):
             self._save()
 
     def on_train_end(self, logs=None):
-        if self.every and not self._saved:
+        if (self.every or self.asked) and not self._saved:
             self._save()
 
     def _save(self):
@@ -329,9 +333,9 @@ class Curriculum(keras.callbacks.Callback):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        longest = config.task.max_length
-        self.longest = [n for n in config.curriculum if n < longest]
-        self.longest.append(longest)
+        least, most = config.task.min_length, config.task.max_length
+        self.longest = [n for n in config.curriculum if least <= n < most]
+        self.longest.append(most)
         self.error = losses.KINDS[config.task.kind].error
         self.input_size = config.task.input_size
         self.output_size = config.task.output_size
@@ -350,6 +354,15 @@ class Curriculum(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch, logs=None):
+        if not np.isfinite(logs["loss"]):  # before a checkpoint is made of it
+            step = min(
+                (epoch + 1) * self.config.report_every, self.config.steps
+            )
+            raise ValueError(
+                "The training has diverged: try a smaller learning_rate, or "
+                "clipnorm. What the checkpoint has is from before. Received: "
+                f"a loss of {logs['loss']} in the report of step {step:,}"
+            )
         self.look(logs)
         if self.reached:
             self.model.stop_training = True

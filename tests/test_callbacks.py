@@ -184,6 +184,71 @@ def test_a_look_sees_the_masks_and_the_weights_of_now():
         model.set_weights([w + 0.1 for w in weights])
 
 
+def last_only():
+    inputs = keras.Input((None, 4))
+    layer = keras_memory.NTMLayer(3, memory_slots=11, slot_size=5)
+    return keras.Model(inputs, layer(inputs)), (BATCH.inputs, np.ones((2, 3)))
+
+
+def tokens():
+    inputs = keras.Input((None,), dtype="int32")
+    outputs = ntm()(keras.layers.Embedding(5, 4)(inputs))
+    probe = (np.ones((2, 7), "int32"), np.ones((2, 7, 3)))
+    return keras.Model(inputs, outputs), probe
+
+
+def two_outputs():
+    inputs = keras.Input((None, 4))
+    outputs = ntm()(inputs)
+    pair = [outputs, keras.layers.Dense(2)(outputs)]
+    targets = [np.ones((2, 11, 3)), np.ones((2, 11, 2))]
+    return keras.Model(inputs, pair), (BATCH.inputs, targets)
+
+
+def two_inputs():
+    inputs = {name: keras.Input((None, 4), name=name) for name in "ab"}
+    outputs = ntm()(keras.layers.Add()(list(inputs.values())))
+    x = {"a": BATCH.inputs, "b": BATCH.inputs}
+    return keras.Model(inputs, outputs), (x, BATCH.targets)
+
+
+def shorter():
+    layer = keras.layers.Cropping1D((0, 2))
+    return sequential(ntm(), layer), (BATCH.inputs, BATCH.targets[:, 2:])
+
+
+@pytest.mark.parametrize(
+    "make", [last_only, tokens, two_outputs, two_inputs, shorter]
+)
+def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
+    model, (x, y) = make()
+    model.compile("sgd", "mse")
+    board = callbacks.MemoryTensorBoard(tmp_path, (x, y), every=1)
+    model.fit(x, y, verbose=0, callbacks=[board])
+    tags = events(tmp_path).Tags()["tensors"]
+    assert "probe" not in tags
+    assert any(tag.endswith("/read_weighting") for tag in tags)
+    pictures = callbacks.ProbePictures((x, y), tmp_path / "pictures")
+    with pytest.raises(ValueError, match="A picture of a probe needs"):
+        model.fit(x, y, verbose=0, callbacks=[pictures])
+
+
+def test_a_memory_that_cannot_be_seen_does_not_end_a_training(tmp_path):
+    class Hidden(Subclassed):
+        def __init__(self):
+            super().__init__()
+            self.run = tf.function(lambda inputs: self.memory(inputs))
+
+        def call(self, inputs):
+            return self.run(inputs)
+
+    board = callbacks.MemoryTensorBoard(tmp_path, BATCH)
+    model = Hidden()
+    model(BATCH.inputs)
+    with pytest.warns(UserWarning, match="within a `tf.function`"):
+        fitted(model, board)
+
+
 def test_a_look_leaves_states_as_they_are():
     layer = ntm(stateful=True)
     model = keras.Sequential([keras.Input((None, 4), batch_size=2), layer])
@@ -236,9 +301,14 @@ def test_a_model_without_memory_is_refused(tmp_path):
 
 def test_pictures_of_the_probe_and_their_animation(tmp_path):
     folder = tmp_path / "new" / "folder"
+    folder.mkdir(parents=True)
+    others = [folder / "20.png", folder / "2024-01-01.png"]
+    for other in others:
+        other.write_bytes(b"a user's own")
     pictures = callbacks.ProbePictures(BATCH, folder, every=2)
     model = fitted(sequential(ntm()), pictures, epochs=5)
-    names = [path.name for path in sorted(folder.iterdir())]
+    assert all(other.exists() for other in others)
+    names = [path.name for path in callbacks.pictures(folder)]
     assert names == [f"{done:08}.png" for done in (0, 2, 4, 5)]
     seen = callbacks.Probe(tuple(part[:1] for part in BATCH)).look(model)
     expected = callbacks.probe_picture(seen, "epoch 5")

@@ -1,7 +1,5 @@
 """It learns: run with `pytest -m slow tests/test_learning.py` (20 minutes)."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -28,7 +26,7 @@ def test_copy(seed, tmp_path):
 def test_copy_as_pytorch_ntm_trains_it(tmp_path):
     start = config.PRESETS["copy"]["pytorch-ntm"]
     train(start, tmp_path / "run", "steps=12000")
-    history = runs.read_history(tmp_path / "run")
+    history = runs.read_history(tmp_path / "run", start)
     errors = [row["wrong_bits_per_sequence"] for row in history]
     assert np.isfinite(errors).all()
     assert min(errors) < 0.1
@@ -50,9 +48,7 @@ def test_task(task, error, most, tmp_path):
 
 def test_copy_without_a_memory_fails(tmp_path):
     """The control: one slot holds one vector, and no more is learned."""
-    start = dataclasses.replace(
-        config.PRESETS["copy"]["default"], curriculum=()
-    )
+    start = config.PRESETS["copy"]["default"]
     settings = ["memory_slots=1", "shift_range=0", "steps=1000"]
     settings += ["initialization=keras", "controller=dense"]
     results = train(start, tmp_path / "run", *settings)

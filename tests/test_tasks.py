@@ -710,6 +710,22 @@ def test_errors_of_sums_by_hand():
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
+def test_outputs_that_are_no_numbers_are_no_success(kind):
+    targets = np.zeros((1, 2, 3), "f4")
+    outputs = targets.copy()
+    outputs[0, 1, 2] = np.nan
+    for metric in losses.KINDS[kind].make_metrics():
+        metric.update_state(targets, outputs)
+        assert np.isnan(float(metric.result()))
+
+
+def test_weights_of_whole_sequences_are_refused():
+    for metric in (losses.WrongBitsPerSequence(), losses.SquaredErrorOfSum()):
+        with pytest.raises(ValueError, match=r"sample_weight of shape \(2,\)"):
+            metric(TARGETS, TARGETS, sample_weight=np.ones(2, "f4"))
+
+
+@pytest.mark.parametrize("kind", losses.KINDS)
 def test_the_first_metric_of_a_kind_counts_its_errors(kind):
     kind = losses.KINDS[kind]
     assert kind.make_metrics()[0].name == kind.error
