@@ -333,9 +333,10 @@ def _presets():
         "n-grams": presets(
             tasks.NGrams(),
             {
-                **reference,
+                **adam,
+                "clipnorm": 1.0,
                 "batch_size": 4,
-                "learning_rate": 3e-4,
+                "learning_rate": 2e-3,
                 "steps": 5_000,
             },
             paper={"learning_rate": 3e-5},
