@@ -196,6 +196,10 @@ def _run(config, model, folder, show):
         if checkpoint.asked:
             raise KeyboardInterrupt
         rows = runs.read_history(folder, config)
+    if curriculum.reached:
+        error = curriculum.error.replace("_", " ")
+        show(f"the goal is reached: {error} below {config.stop_error}")
+    show("testing, drawing and exporting")
     return _finish(config, model, folder, rows[-1]["seconds"], probes)
 
 

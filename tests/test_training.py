@@ -86,7 +86,8 @@ def test_a_run_leaves_everything(run):
         with Image.open(folder / "pictures" / f"{name}.png") as png:
             assert png.format == "PNG"
     assert "error" in shown[0]
-    assert "50/50" in shown[-1]
+    assert "50/50" in shown[-2]
+    assert shown[-1] == "testing, drawing and exporting"
     for name in ("loss", "wrong bits per sequence", "seq/s", "left"):
         assert name in shown[-1]
     assert not list(folder.rglob("*writing*"))
