@@ -89,7 +89,7 @@ def test_a_run_leaves_everything(run):
     assert "50/50" in shown[-2]
     assert shown[-1] == "testing, drawing and exporting"
     for name in ("loss", "wrong bits per sequence", "seq/s", "left"):
-        assert name in shown[-1]
+        assert name in shown[-2]
     assert not list(folder.rglob("*writing*"))
 
 
