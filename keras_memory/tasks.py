@@ -650,6 +650,8 @@ def dataset(task, batch_size, seed=1, first_step=0):
     # By itself tf.data would draw a batch ahead, before a curriculum moves on.
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
+    # Nothing to tune here, and at the end it waits for its tuner's next turn.
+    options.autotune.enabled = False
     return tf.data.Dataset.from_generator(
         batches,
         output_signature=(
