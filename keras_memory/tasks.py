@@ -239,11 +239,13 @@ class RepeatCopy(Task):
     def sequences(self, rng, batch_size, length, longest=None, repeats=None):
         """A `Batch` with T = length + 2 + length * repeats + 1.
 
-        A curriculum's `longest` bounds the number of repeats, too.
+        A curriculum's `longest` bounds the number of repeats, too, until it
+        is at `max_length`.
         """
         if repeats is None:
-            most = self.max_repeats if longest is None else longest
-            most = min(max(most, self.min_repeats), self.max_repeats)
+            most = self.max_repeats
+            if longest is not None and longest < self.max_length:
+                most = min(max(longest, self.min_repeats), most)
             repeats = int(rng.integers(self.min_repeats, most + 1))
         check_size("repeats", repeats)
         mean = (self.min_repeats + self.max_repeats) / 2

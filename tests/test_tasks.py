@@ -671,6 +671,17 @@ def test_the_loss_is_the_mean_over_the_bits_that_count():
     harness.close(loss(TARGETS, outputs, sample_weight=MASK), expected)
 
 
+@pytest.mark.parametrize("longest, most", [(None, 7), (2, 2), (3, 7)])
+def test_all_repeats_come_once_a_curriculum_is_at_its_end(longest, most):
+    task = tasks.RepeatCopy(max_length=3, max_repeats=7, buckets=1)
+    rng = np.random.default_rng(3)
+    seen = {
+        int(batch.mask[0].sum()) - 1  # length * repeats, and an end marker
+        for batch in (task.sample(rng, 1, longest=longest) for _ in range(200))
+    }
+    assert max(seen) == (longest or 3) * most
+
+
 def test_the_pipeline_draws_no_batch_ahead():
     """A curriculum changes the task between two batches."""
     drawn = []
