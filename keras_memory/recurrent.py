@@ -800,7 +800,7 @@ class MemoryRNN(keras.layers.RNN):
 def trace(layer, inputs, initial_state=None, mask=None, training=False):
     """Records what happens inside a recurrent layer of this library.
 
-    Runs the layer's cell step by step, outside of any graph.
+    Runs the layer's cell over the sequences once more.
 
     Args:
         layer: a `MemoryRNN`, such as `NTMLayer`.

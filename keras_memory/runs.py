@@ -1,6 +1,7 @@
 """Run folders: what a training has left, read, tested and drawn."""
 
 import csv
+import functools
 import json
 import pathlib
 
@@ -130,14 +131,8 @@ def evaluate(model, task, seed=1, **ranges):
     Raises:
         ValueError: a length that the task cannot have.
     """
-    import tensorflow as tf
-
     check_size("seed", seed, least=0)
-
-    @tf.function(input_signature=[tf.TensorSpec((None, None, task.input_size))])
-    def answer(inputs):
-        return model(inputs, training=False)
-
+    answer = _compiled(model, task.input_size)
     rng = np.random.default_rng([seed, 0, 2])
     metrics = losses.KINDS[task.kind].make_metrics()
     optimum = []
@@ -164,6 +159,18 @@ def evaluate(model, task, seed=1, **ranges):
     }
 
 
+@functools.lru_cache(maxsize=1)
+def _compiled(model, width):
+    """The model for any batch and time: traced once, not for each length."""
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, width))])
+    def answer(inputs):
+        return model(inputs, training=False)
+
+    return answer
+
+
 def probes(config):
     """The sequences that are drawn: dict from length to `Probe`."""
     lengths = config.probe_lengths or (config.task.max_length,)
@@ -180,9 +187,9 @@ def probes(config):
 def draw(config, model, folder, drawn=None):
     """Draws what a model does, and how it learned it, into `pictures`.
 
-    For each probe `<length>.png` (inputs, targets, outputs, weightings,
-    memory), and `<length>.gif` over the training; `learning.png`, the error
-    over the training.
+    For each probe `length-<length>.png` (inputs, targets, outputs,
+    weightings, memory), and `length-<length>.gif` over the training;
+    `learning.png`, the error over the training.
 
     Args:
         config: a `config.Training`.

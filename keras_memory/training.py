@@ -164,7 +164,7 @@ def _run(config, model, folder, show):
     seconds = rows[-1]["seconds"] if rows else 0.0
 
     probes = runs.probes(config)
-    reports = -(-config.steps // config.report_every)
+    reports = _in_reports("steps", config)
     if done < reports and not curriculum.reached:
         checkpoint = Checkpoint(
             folder / "checkpoint.keras", _in_reports("checkpoint_every", config)
