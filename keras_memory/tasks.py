@@ -132,7 +132,25 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy(Task):
+class _Bits(Task):
+    """Random bit vectors; `signals` more input channels are for what is said
+    about them, such as their end."""
+
+    bits: int = 8
+
+    signals: ClassVar[int]
+
+    @property
+    def input_size(self):
+        return self.bits + self.signals
+
+    @property
+    def output_size(self):
+        return self.bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy(_Bits):
     """Copy a sequence of random bit vectors after an end marker.
 
     Source: Graves et al. 2014, section 4.1.
@@ -155,17 +173,8 @@ class Copy(Task):
     ((2, 11, 9), (2, 11, 8), (2, 11))
     """
 
-    bits: int = 8
-
     name: ClassVar[str] = "copy"
-
-    @property
-    def input_size(self):
-        return self.bits + 1
-
-    @property
-    def output_size(self):
-        return self.bits
+    signals: ClassVar[int] = 1
 
     @property
     def time_steps(self):
@@ -183,7 +192,7 @@ class Copy(Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class RepeatCopy(Task):
+class RepeatCopy(_Bits):
     """Copy a sequence of random bit vectors several times, and say when done.
 
     Source: Graves et al. 2014, section 4.2.
@@ -214,19 +223,15 @@ class RepeatCopy(Task):
     """
 
     max_length: int = 10
-    bits: int = 8
     min_repeats: int = 1
     max_repeats: int = 10
 
     name: ClassVar[str] = "repeat-copy"
+    signals: ClassVar[int] = 2
 
     def __post_init__(self):
         super().__post_init__()
         self._check_order("min_repeats", "max_repeats")
-
-    @property
-    def input_size(self):
-        return self.bits + 2
 
     @property
     def output_size(self):
@@ -264,7 +269,7 @@ class RepeatCopy(Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class AssociativeRecall(Task):
+class AssociativeRecall(_Bits):
     """See several items, then one of them again, and recall the next.
 
     Source: Graves et al. 2014, section 4.3.
@@ -295,18 +300,11 @@ class AssociativeRecall(Task):
     vectors: int = 3
 
     name: ClassVar[str] = "associative-recall"
+    signals: ClassVar[int] = 2
 
     def __post_init__(self):
         super().__post_init__()
         check_size("min_length", self.min_length, least=2)
-
-    @property
-    def input_size(self):
-        return self.bits + 2
-
-    @property
-    def output_size(self):
-        return self.bits
 
     @property
     def time_steps(self):
@@ -429,7 +427,7 @@ class NGrams(Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class PrioritySort(Task):
+class PrioritySort(_Bits):
     """Sort random bit vectors by priority, the highest first.
 
     Source: Graves et al. 2014, section 4.5.
@@ -458,22 +456,14 @@ class PrioritySort(Task):
     min_length: int = 20
     max_length: int = 20
     buckets: int = 1
-    bits: int = 8
     sorted_vectors: int = 16
 
     name: ClassVar[str] = "priority-sort"
+    signals: ClassVar[int] = 2
 
     def __post_init__(self):
         super().__post_init__()
         self._check_order("sorted_vectors", "max_length")
-
-    @property
-    def input_size(self):
-        return self.bits + 2
-
-    @property
-    def output_size(self):
-        return self.bits
 
     @property
     def time_steps(self):
