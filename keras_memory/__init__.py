@@ -7,6 +7,9 @@ from keras_memory import export as export
 from keras_memory import losses as losses
 from keras_memory import tasks as tasks
 from keras_memory import visualization as visualization
+from keras_memory.dnc import DNCCell as DNCCell
+from keras_memory.dnc import DNCLayer as DNCLayer
+from keras_memory.dnc import DNCState as DNCState
 from keras_memory.ntm import MERLINState as MERLINState
 from keras_memory.ntm import NTMCell as NTMCell
 from keras_memory.ntm import NTMLayer as NTMLayer

@@ -5,6 +5,7 @@ slot N, width W. A weighting is non-negative and sums to at most one over N.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
@@ -24,19 +25,28 @@ NORM_EPSILON = {
     "float64": 1e-16,
 }
 
+# `allocation` compares so many slots each with each, and sorts more.
+MOST_COMPARED_SLOTS = 512
 
-def cosine_similarity(memory, keys, norm_epsilon, product_epsilon=0.0):
+
+def cosine_similarity(
+    memory, keys, norm_epsilon=None, product_epsilon=0.0, masks=None
+):
     """Compares each key with each slot by the angle between them.
 
-    Source: Graves et al. 2014, eq. 6.
+    Source: Graves et al. 2014, eq. 6; with masks Csordas & Schmidhuber 2019
+    (arXiv 1904.10278), masked content addressing.
     Departure: `norm_epsilon` stands inside the root of each norm, so that an
     all-zero slot or key has similarity 0 and finite gradients.
 
     Args:
         memory: (B, N, W) slot contents; any real value.
         keys: (B, H, W) look-up vectors, one per head; any real value.
-        norm_epsilon: float, at least 0, added to each squared norm.
+        norm_epsilon: float, at least 0, added to each squared norm; None for
+            that of `NORM_EPSILON`.
         product_epsilon: float, at least 0, added to the product of norms.
+        masks: (B, H, W) in [0, 1] or None: how much each entry counts, of the
+            key and of every slot.
 
     Returns:
         (B, H, N) similarities in [-1, 1].
@@ -51,15 +61,26 @@ def cosine_similarity(memory, keys, norm_epsilon, product_epsilon=0.0):
             f"Received: memory.shape={tuple(memory.shape)}, "
             f"keys.shape={tuple(keys.shape)}"
         )
-    dot = ops.matmul(keys, ops.transpose(memory, (0, 2, 1)))
-    key_norm = ops.sqrt(ops.sum(keys * keys, axis=-1) + norm_epsilon)
-    slot_norm = ops.sqrt(ops.sum(memory * memory, axis=-1) + norm_epsilon)
-    norms = key_norm[:, :, None] * slot_norm[:, None, :]
+    if norm_epsilon is None:
+        norm_epsilon = NORM_EPSILON[ops.dtype(memory)]
+    squares = memory * memory
+    if masks is None:
+        slot_norms = ops.sum(squares, axis=-1)[:, None, :]
+        masked_keys = keys
+    else:  # (k m) (M m) = (k m m) M, and |M m|^2 = (m m) (M M)
+        weights = masks * masks
+        slot_norms = ops.matmul(weights, ops.transpose(squares, (0, 2, 1)))
+        keys, masked_keys = keys * masks, keys * weights
+    dot = ops.matmul(masked_keys, ops.transpose(memory, (0, 2, 1)))
+    key_norms = ops.sum(keys * keys, axis=-1)[:, :, None]
+    norms = ops.sqrt(key_norms + norm_epsilon) * ops.sqrt(
+        slot_norms + norm_epsilon
+    )
     return dot / (norms + product_epsilon)
 
 
 def content_weighting(
-    memory, keys, strengths, norm_epsilon, product_epsilon=0.0
+    memory, keys, strengths, norm_epsilon=None, product_epsilon=0.0, masks=None
 ):
     """Weighs slots by how closely they match each head's key.
 
@@ -69,8 +90,7 @@ def content_weighting(
         memory: (B, N, W) slot contents; any real value.
         keys: (B, H, W) look-up vectors, one per head; any real value.
         strengths: (B, H), at least 0, no unit; 0 gives uniform weighting.
-        norm_epsilon: see `cosine_similarity`.
-        product_epsilon: see `cosine_similarity`.
+        norm_epsilon, product_epsilon, masks: see `cosine_similarity`.
 
     Returns:
         (B, H, N) weighting: non-negative, sums to 1 over N.
@@ -78,7 +98,9 @@ def content_weighting(
     Raises:
         ValueError: the last axes of `memory` and `keys` differ.
     """
-    similarity = cosine_similarity(memory, keys, norm_epsilon, product_epsilon)
+    similarity = cosine_similarity(
+        memory, keys, norm_epsilon, product_epsilon, masks
+    )
     return softmax(strengths[:, :, None] * similarity)
 
 
@@ -187,6 +209,143 @@ def add_usage(usage, read_weighting):
     return ops.where(usage < 0, usage, usage + read)
 
 
+def retention(free_gate, read_weighting):
+    """How much of each slot is kept after it was read.
+
+    Source: Graves et al. 2016 (Nature 538), Methods, memory retention vector.
+
+    Args:
+        free_gate: (B, R) in [0, 1]; 1 frees what the head has read.
+        read_weighting: (B, R, N) weighting of the step before.
+
+    Returns:
+        (B, N) in [0, 1].
+    """
+    return ops.prod(1.0 - free_gate[:, :, None] * read_weighting, axis=1)
+
+
+def usage_after_write(usage, write_weighting):
+    """Usage of each slot after what the write heads have taken.
+
+    Source: Graves et al. 2016, Methods, usage vector; with several write
+    heads it is written as if they came one after another.
+
+    Args:
+        usage: (B, N) in [0, 1].
+        write_weighting: (B, H, N) weighting of the step before.
+
+    Returns:
+        (B, N) in [0, 1].
+    """
+    return usage + (1.0 - usage) * (1.0 - ops.prod(1.0 - write_weighting, 1))
+
+
+def allocation(usage, usage_epsilon, sort=None):
+    """Weighs slots by how free they are: the freest one first.
+
+    Source: Graves et al. 2016, Methods, dynamic memory allocation:
+    a[phi(j)] = (1 - u[phi(j)]) prod_{i < j} u[phi(i)], where phi has the
+    slots by ascending usage; of slots of equal usage the lower comes first.
+    Departure: u is `usage_epsilon` + (1 - `usage_epsilon`) usage, and the
+    product is a sum of logarithms, so that gradients are finite at usage 0
+    and 1.
+
+    Args:
+        usage: (B, N) in [0, 1].
+        usage_epsilon: float in (0, 1).
+        sort: bool, True to sort the slots, in time N log N, False to compare
+            each with each, in time N^2 but faster for few. The numbers are the
+            same. None: by N.
+
+    Returns:
+        (B, N) weighting: non-negative, sums to at most 1 over N.
+    """
+    slots = usage.shape[-1]
+    if sort is None:
+        sort = slots > MOST_COMPARED_SLOTS
+    free = (1.0 - usage_epsilon) * (1.0 - usage)
+    log_usage = ops.log(usage_epsilon + (1.0 - usage_epsilon) * usage)
+    if sort:
+        order = ops.argsort(-free, axis=-1)
+        ranked = ops.take_along_axis(log_usage, order, axis=-1)
+        before = ops.cumsum(ranked[:, :-1], axis=-1)
+        before = ops.concatenate(
+            [ops.zeros_like(ranked[:, :1]), before], axis=-1
+        )
+        place = ops.argsort(order, axis=-1)
+        before = ops.take_along_axis(before, place, axis=-1)
+    else:
+        mine, other = free[:, :, None], free[:, None, :]
+        lower = np.tri(slots, k=-1, dtype=bool)  # other's index below mine
+        is_before = ops.logical_or(
+            other > mine, ops.logical_and(other == mine, lower)
+        )
+        before = ops.matmul(
+            ops.cast(is_before, usage.dtype), log_usage[:, :, None]
+        )[:, :, 0]
+    return free * ops.exp(before)
+
+
+def linkage_after_write(linkage, precedence, write_weighting):
+    """Links each slot to the one written before it.
+
+    Source: Graves et al. 2016, Methods, temporal memory linkage.
+
+    Args:
+        linkage: (B, H, N, N); entry i, j says how much slot i was written
+            right after slot j. Rows and columns sum to at most 1.
+        precedence: (B, H, N), of the step before: how much each slot was the
+            last one written.
+        write_weighting: (B, H, N) weighting of this step.
+
+    Returns:
+        (B, H, N, N) linkage, with a zero diagonal.
+    """
+    to = write_weighting[:, :, :, None]
+    of = write_weighting[:, :, None, :]
+    links = (1.0 - to - of) * linkage + to * precedence[:, :, None, :]
+    slots = linkage.shape[-1]
+    return links * (1.0 - ops.eye(slots, dtype=ops.dtype(linkage)))
+
+
+def precedence_after_write(precedence, write_weighting):
+    """How much each slot was the last one written.
+
+    Source: Graves et al. 2016, Methods, temporal memory linkage.
+
+    Args:
+        precedence: (B, H, N) in [0, 1], sums to at most 1 over N.
+        write_weighting: (B, H, N) weighting of this step.
+
+    Returns:
+        (B, H, N), likewise.
+    """
+    written = ops.sum(write_weighting, axis=-1, keepdims=True)
+    return (1.0 - written) * precedence + write_weighting
+
+
+def follow_links(linkage, read_weighting):
+    """Goes from what was read to what was written after and before it.
+
+    Source: Graves et al. 2016, Methods, temporal memory linkage.
+
+    Args:
+        linkage: (B, H, N, N), one for each write head.
+        read_weighting: (B, R, N) weighting of the step before.
+
+    Returns:
+        Forward and backward weightings, (B, R, H, N) each; they sum to at
+        most 1 over N.
+    """
+    reading = read_weighting[:, None]
+    forward = ops.matmul(linkage, ops.transpose(reading, (0, 1, 3, 2)))
+    backward = ops.matmul(reading, linkage)
+    return (
+        ops.transpose(forward, (0, 3, 1, 2)),
+        ops.transpose(backward, (0, 2, 1, 3)),
+    )
+
+
 def softmax(logits):
     """Softmax over the last axis, without Keras's warning where that has one
     entry: there may be one slot, or one shift."""
@@ -201,6 +360,11 @@ def oneplus(x):
     Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
     """
     return 1.0 + ops.softplus(x)
+
+
+def activation_by_name(name):
+    """A Keras activation, or `"oneplus"`."""
+    return oneplus if name == "oneplus" else keras.activations.get(name)
 
 
 # Registered, or a saved model would come back with Keras's own sparsemax.

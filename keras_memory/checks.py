@@ -28,3 +28,38 @@ def check_clip(name, value):
             f"for no clipping. Received: {name}={value!r}"
         )
     return value
+
+
+def check_bool(name, value):
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"`{name}` must be True or False. Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_between(name, value, least, most=np.inf, or_none=False):
+    """Raises ValueError unless `value` is a number from `least` to `most`, or
+    None where that has a meaning."""
+    if value is None and or_none:
+        return value
+    if not (is_number(value) and least <= value <= most):
+        wanted = (
+            f"in [{least}, {most}]" if most < np.inf else f"at least {least}"
+        )
+        raise ValueError(
+            f"`{name}` must be {wanted}{', or None' if or_none else ''}. "
+            f"Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_share(name, value):
+    """Raises ValueError unless `value` is in [0, 1)."""
+    if not is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"`{name}` is a dropped share and must be in [0, 1), since "
+            f"nothing is left of all. Received: {name}={value!r}"
+        )
+    return value

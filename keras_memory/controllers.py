@@ -8,6 +8,7 @@ import keras
 from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 
@@ -58,7 +59,7 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.dropout = _check_share("dropout", dropout)
+        self.dropout = check_share("dropout", dropout)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.state_size = []
@@ -114,8 +115,8 @@ class _OneMask:
         **kwargs,
     ):
         check_size("units", units)
-        _check_share("dropout", dropout)
-        _check_share("recurrent_dropout", recurrent_dropout)
+        check_share("dropout", dropout)
+        check_share("recurrent_dropout", recurrent_dropout)
         super().__init__(
             units,
             activation,
@@ -477,7 +478,7 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
             projection_initializer
         )
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.dropout = _check_share("dropout", dropout)
+        self.dropout = check_share("dropout", dropout)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.output_size = units if projection is None else projection
@@ -571,15 +572,6 @@ def _fresh(initializer):
     return initializer.clone() if hasattr(initializer, "clone") else initializer
 
 
-def _check_share(name, value):
-    if not is_number(value) or not 0.0 <= value < 1.0:
-        raise ValueError(
-            f"`{name}` is a dropped share and must be in [0, 1), since "
-            f"nothing is left of all. Received: {name}={value!r}"
-        )
-    return value
-
-
 def _check_epsilon(name, value):
     if not is_number(value) or value <= 0:
         raise ValueError(
@@ -643,7 +635,7 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
         )
     check_size("controller_units", units)
     check_size("controller_layers", layers)
-    _check_share("controller_dropout", dropout)
+    check_share("controller_dropout", dropout)
     cells = [
         CELLS[controller](
             units,

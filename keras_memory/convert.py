@@ -4,9 +4,14 @@ import pathlib
 import pickle
 import re
 
+import keras
 import numpy as np
 
+from keras_memory import controllers
+from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
+from keras_memory.dnc import DNCInterface
+from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMInterface
 from keras_memory.ntm import NTMLayer
 
@@ -78,7 +83,7 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
     readers = [i for i, kind in enumerate(head_order) if kind == "read"]
     writers = [i for i, kind in enumerate(head_order) if kind == "write"]
     lstm = "controller.lstm"
-    layers = sum(name.startswith(f"{lstm}.weight_ih_l") for name in weights)
+    layers = _torch_layers(weights, lstm)
 
     sizes = _Sizes(weights)
     slots, _ = sizes.of("mem_bias", 2)
@@ -86,7 +91,6 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
     (outputs,) = sizes.of("fc.bias", 1)
     *_, controller_units = sizes.of(f"{lstm}_h_bias", 3)
     reads_size = len(readers) * width
-    gates = 4 * controller_units
     inputs = sizes.rest(f"{lstm}.weight_ih_l0", 1, reads_size)
     shapes = {
         "mem_bias": (slots, width),
@@ -97,12 +101,9 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
     }
     for read in range(len(readers)):
         shapes[f"read{read}_bias"] = (1, width)
-    for layer in range(layers):
-        size = controller_units if layer else inputs + reads_size
-        shapes[f"{lstm}.weight_ih_l{layer}"] = (gates, size)
-        shapes[f"{lstm}.weight_hh_l{layer}"] = (gates, controller_units)
-        shapes[f"{lstm}.bias_ih_l{layer}"] = (gates,)
-        shapes[f"{lstm}.bias_hh_l{layer}"] = (gates,)
+    shapes |= _torch_shapes(
+        lstm, "lstm", layers, inputs + reads_size, controller_units
+    )
     for index, kind in enumerate(head_order):
         size = width + 6 + (2 * width if kind == "write" else 0)
         name = f"heads.{index}.fc_{kind}"
@@ -110,29 +111,14 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
         shapes[f"{name}.bias"] = (size,)
     _check_shapes(weights, shapes, sizes)
 
-    def linear(name):
-        """(U + 1, P): the kernel, and the bias as its last row."""
-        kernel = weights[f"{name}.weight"].T
-        return np.concatenate([kernel, weights[f"{name}.bias"][None]])
-
     def head(index):
         kind = head_order[index]
-        columns = linear(f"heads.{index}.fc_{kind}")
+        columns = _torch_linear(weights, f"heads.{index}.fc_{kind}")
         parts = _split(columns, width, 1, 1, 3, 1, width, width)
         # Its first shift moves the focus by +1, its last by -1.
         parts[3] = parts[3][:, ::-1]
         return _head(parts, kind == "write")
 
-    controller = []
-    for layer in range(layers):
-        of_inputs, of_hidden = (
-            weights[f"{lstm}.bias_{kind}_l{layer}"] for kind in ("ih", "hh")
-        )
-        controller += [
-            weights[f"{lstm}.weight_ih_l{layer}"].T,
-            weights[f"{lstm}.weight_hh_l{layer}"].T,
-            of_inputs + of_hidden,
-        ]
     start = [
         np.stack(
             [weights[f"read{read}_bias"][0] for read in range(len(readers))]
@@ -145,6 +131,7 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
         for state in ("h", "c"):
             start.append(weights[f"{lstm}_{state}_bias"][layer, 0])
     layer = _layer(
+        NTMLayer,
         layer_kwargs,
         determined={
             "units": outputs,
@@ -177,9 +164,9 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
     return _assign(
         layer,
         inputs,
-        controller,
-        _interface([head(index) for index in readers + writers]),
-        linear("fc"),
+        [_torch_controller(weights, lstm, "lstm", layers)],
+        [_interface([head(index) for index in readers + writers])],
+        _torch_linear(weights, "fc"),
         start,
     )
 
@@ -322,21 +309,12 @@ def from_collier_ntm(
             parts += columns[at : at + 2]
         return _head(parts, write >= 0)
 
-    def gates_of(array):
-        """i, candidate, f, o -> i, f, candidate, o."""
-        i, candidate, f, o = np.split(array, 4, axis=-1)
-        return np.concatenate([i, f, candidate, o], axis=-1)
-
     controller = []
     for layer in range(layers):
-        kernel = gates_of(weights[cell.format(layer, "kernel")])
-        bias = gates_of(weights[cell.format(layer, "bias")])
-        bias[controller_units : 2 * controller_units] += 1.0
-        controller += [
-            kernel[:-controller_units],
-            kernel[-controller_units:],
-            bias,
-        ]
+        controller += _tensorflow_lstm(
+            weights[cell.format(layer, "kernel")],
+            weights[cell.format(layer, "bias")],
+        )
     memory = weights[initial_memory].reshape(slots, width)
     of_start = [weights[name][0] for name in initial]
     start = [
@@ -346,6 +324,7 @@ def from_collier_ntm(
         np.stack(of_start[2 * read_heads :]),
     ]
     layer = _layer(
+        NTMLayer,
         {"interface_clip": 20.0, "clip_value": 20.0, **layer_kwargs},
         determined={
             "units": outputs,
@@ -378,10 +357,300 @@ def from_collier_ntm(
     return _assign(
         layer,
         inputs,
-        controller,
-        _interface([head(index) for index in range(heads)]),
+        [controller],
+        [_interface([head(index) for index in range(heads)])],
         linear("o2o"),
         start,
+    )
+
+
+def from_deepmind_dnc(weights, memory_slots, clip_value=None, **layer_kwargs):
+    """Makes a DNC of the weights of google-deepmind/dnc.
+
+    The layer computes what the reference's `dnc.DNC` computes, also where
+    that differs from the paper: strengths are a softplus (not 1 more), usage
+    passes no gradient to the write weightings.
+
+    Args:
+        weights: dict of arrays with the names of a TensorFlow 1 checkpoint
+            (`tf.train.load_checkpoint`), without an optimizer's variables.
+            Names may begin with any scope and end in `:0`.
+        memory_slots: int, at least 1, `memory_size` of the reference.
+        clip_value: float above 0 or None, as the reference was made with
+            (its `train.py` has 20): clips controller output, controller state
+            and output.
+        **layer_kwargs: arguments of `DNCLayer` that the weights leave open:
+            `dtype`, `name`, `stateful`, ... `return_sequences` is True by
+            default.
+
+    Returns:
+        A built `DNCLayer`; of a stateful one the cell is built, and the states
+        come with the first batch.
+
+    Raises:
+        ValueError: arrays are missing, too many or misshapen, or hold
+            anything but finite numbers; an argument is out of its range, or
+            is one that the weights determine.
+
+    Example:
+
+    >>> file = np.load("tests/goldens/dm_dnc__full_b.npz")
+    >>> weights = {n[2:]: file[n] for n in file.files if n.startswith("w.")}
+    >>> layer = keras_memory.convert.from_deepmind_dnc(weights, 5)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 4])
+    """
+    check_size("memory_slots", memory_slots)
+    check_clip("clip_value", clip_value)
+    weights = _arrays(weights, _deepmind_name)
+    sizes = _Sizes(weights)
+    (outputs,) = sizes.of("output_linear/b", 1)
+    (readers,) = sizes.of("memory_access/read_strengths/b", 1)
+    (writers,) = sizes.of("memory_access/write_strengths/b", 1)
+    (keys,) = sizes.of("memory_access/read_keys/b", 1)
+    (gates,) = sizes.of("lstm/b_gates", 1)
+    width, units = keys // readers, gates // 4
+    inputs = sizes.rest("lstm/w_gates", 0, readers * width + units)
+    parts = DNCInterface(
+        read_key=("read_keys", readers * width),
+        read_strength=("read_strengths", readers),
+        write_key=("write_keys", writers * width),
+        write_strength=("write_strengths", writers),
+        erase_vector=("erase_vectors", writers * width),
+        add_vector=("write_vectors", writers * width),
+        free_gate=("free_gate", readers),
+        allocation_gate=("allocation_gate", writers),
+        write_gate=("write_gate", writers),
+        read_mode=("read_mode", readers * (2 * writers + 1)),
+        **_NO_OPTIONS,
+    )
+    shapes = {
+        "lstm/w_gates": (inputs + readers * width + units, 4 * units),
+        "lstm/b_gates": (4 * units,),
+        "output_linear/w": (units + readers * width, outputs),
+        "output_linear/b": (outputs,),
+    }
+    for name, size in filter(None, parts):
+        shapes[f"memory_access/{name}/w"] = (units, size)
+        shapes[f"memory_access/{name}/b"] = (size,)
+    _check_shapes(weights, shapes, sizes)
+
+    def linear(name):
+        return np.concatenate(
+            [weights[f"{name}/w"], weights[f"{name}/b"][None]]
+        )
+
+    columns = DNCInterface(
+        *[part and linear(f"memory_access/{part[0]}") for part in parts]
+    )
+    layer = _layer(
+        DNCLayer,
+        layer_kwargs,
+        determined={
+            "units": outputs,
+            "memory_slots": memory_slots,
+            "slot_size": width,
+            "read_heads": readers,
+            "write_heads": writers,
+            "controller": "lstm",
+            "controller_units": units,
+            "controller_layers": 1,
+            "controller_clip": clip_value,
+            "controller_state_clip": clip_value,
+            "clip_value": clip_value,
+            "layers": 1,
+            "usage_gradient": False,
+            "key_activation": "linear",
+            "add_activation": "linear",
+            "norm_epsilon": 1e-6,
+            **_OF_BOTH_DNCS,
+        },
+    )
+    return _assign(
+        layer,
+        inputs,
+        [_tensorflow_lstm(weights["lstm/w_gates"], weights["lstm/b_gates"])],
+        [_dnc_interface(columns, readers, writers)],
+        linear("output_linear"),
+    )
+
+
+def from_pytorch_dnc(
+    weights,
+    memory_slots,
+    read_heads,
+    nonlinearity="tanh",
+    clip=20.0,
+    **layer_kwargs,
+):
+    """Makes a DNC of the weights of ixaxaar/pytorch-dnc, 1.1.0 or 2.0.0b1.
+
+    The layer computes what the reference's `DNC` computes when it is called
+    one step at a time with its state handed on, also where that differs from
+    the paper: strengths are a softplus (not 1 more), keys and write vectors
+    pass a tanh.
+
+    Departures: within one call the reference never feeds reads back to the
+    controller; the layer always does. The reference draws the controller's
+    initial state anew at each call; here it is 0, unless
+    `initial_controller_state` says otherwise. With one memory for several
+    layers the reference has one set of interface weights for all; here each
+    layer has its own, which start equal.
+
+    Args:
+        weights: dict of arrays, a state dict of `DNC`; names may begin with
+            `module.`.
+        memory_slots: int, at least 1, `nr_cells` of the reference.
+        read_heads: int, at least 1, likewise.
+        nonlinearity: `"tanh"` or `"relu"`, of `rnn_type="rnn"`.
+        clip: float, at least 0, as the reference was made with: clips the
+            controllers' outputs; 0 does not.
+        **layer_kwargs: arguments of `DNCLayer` that the weights leave open:
+            `dtype`, `name`, `stateful`, ... `return_sequences` is True by
+            default.
+
+    Returns:
+        A built `DNCLayer`; of a stateful one the cell is built, and the states
+        come with the first batch.
+
+    Raises:
+        ValueError: arrays are missing, too many or misshapen, or hold
+            anything but finite numbers; an argument is out of its range, or
+            is one that the weights determine.
+
+    Example:
+
+    >>> name = "pytorch_dnc_stepwise__lstm_1l_shared_r2_a.npz"
+    >>> file = np.load(f"tests/goldens/{name}")
+    >>> weights = {n[2:]: file[n] for n in file.files if n.startswith("w.")}
+    >>> layer = keras_memory.convert.from_pytorch_dnc(weights, 7, 2)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 4])
+    """
+    check_size("memory_slots", memory_slots)
+    check_size("read_heads", read_heads)
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(
+            "`nonlinearity` must be 'tanh' or 'relu'. "
+            f"Received: nonlinearity={nonlinearity!r}"
+        )
+    clip = check_clip("clip", clip or None)
+    weights = _arrays(weights, _torch_name)
+    rnns = [
+        re.fullmatch(r"((\w+)_layer_\d+)\.weight_ih_l0", name)
+        for name in weights
+    ]
+    kinds = {match[2] for match in rnns if match}
+    if len(kinds) != 1 or not kinds <= set(_TORCH_GATES):
+        raise ValueError(
+            "`weights` must have controllers of one kind, such as "
+            f"'lstm_layer_0.weight_ih_l0'. Received: {sorted(weights)}"
+        )
+    (kind,) = kinds
+    layers = len(list(filter(None, rnns)))
+    first = f"{kind}_layer_0"
+    hidden_layers = _torch_layers(weights, first)
+    bias = f"{first}.bias_ih_l0" in weights
+    shared = any("memory_shared" in name for name in weights)
+    memories = [
+        f"rnn_layer_memory_{'shared' if shared else layer}"
+        for layer in range(layers)
+    ]
+    apart = any("_transform." in name for name in weights)
+
+    sizes = _Sizes(weights)
+    (outputs,) = sizes.of("output.bias", 1)
+    _, units = sizes.of(f"{first}.weight_hh_l0", 2)
+    reads_size = sizes.rest("output.weight", 1, units)
+    width = reads_size // read_heads
+    inputs = sizes.rest(f"{first}.weight_ih_l0", 1, reads_size)
+    # As they follow one another where they are in one matrix.
+    parts = {
+        "read_key": ("read_keys", read_heads * width),
+        "read_strength": ("read_strengths", read_heads),
+        "write_key": ("write_key", width),
+        "write_strength": ("write_strength", 1),
+        "erase_vector": ("erase_vector", width),
+        "add_vector": ("write_vector", width),
+        "free_gate": ("free_gates", read_heads),
+        "allocation_gate": ("allocation_gate", 1),
+        "write_gate": ("write_gate", 1),
+        "read_mode": ("read_modes", 3 * read_heads),
+    }
+    shapes = {
+        "output.weight": (outputs, units + reads_size),
+        "output.bias": (outputs,),
+    }
+    for layer in range(layers):
+        width_in = (units if layer else inputs) + reads_size
+        shapes |= _torch_shapes(
+            f"{kind}_layer_{layer}", kind, hidden_layers, width_in, units, bias
+        )
+    for memory in set(memories):
+        linears = {"interface_weights": sum(n for _, n in parts.values())}
+        if apart:
+            linears = {f"{n}_transform": size for n, size in parts.values()}
+        for name, size in linears.items():
+            shapes[f"{memory}.{name}.weight"] = (size, units)
+            shapes[f"{memory}.{name}.bias"] = (size,)
+    _check_shapes(weights, shapes, sizes)
+
+    def interface(memory):
+        if apart:
+            columns = [
+                _torch_linear(weights, f"{memory}.{name}_transform")
+                for name, _ in parts.values()
+            ]
+        else:
+            columns = _split(
+                _torch_linear(weights, f"{memory}.interface_weights"),
+                *[size for _, size in parts.values()],
+            )
+        columns = DNCInterface(**dict(zip(parts, columns)), **_NO_OPTIONS)
+        return _dnc_interface(columns, read_heads, write_heads=1)
+
+    layer = _layer(
+        DNCLayer,
+        layer_kwargs,
+        determined={
+            "units": outputs,
+            "memory_slots": memory_slots,
+            "slot_size": width,
+            "read_heads": read_heads,
+            "write_heads": 1,
+            "controller": _torch_cells(
+                kind,
+                units,
+                hidden_layers,
+                nonlinearity,
+                bias,
+                layer_kwargs.get("dtype"),
+            ),
+            "controller_units": units,
+            "controller_layers": hidden_layers,
+            "controller_clip": clip,
+            "controller_state_clip": None,
+            "clip_value": None,
+            "layers": layers,
+            "share_memory": shared,
+            "usage_gradient": True,
+            "key_activation": "tanh",
+            "add_activation": "tanh",
+            "norm_epsilon": _NORM_EPSILON,
+            **_OF_BOTH_DNCS,
+        },
+    )
+    return _assign(
+        layer,
+        inputs,
+        [
+            _torch_controller(
+                weights, f"{kind}_layer_{layer}", kind, hidden_layers, bias
+            )
+            for layer in range(layers)
+        ],
+        [interface(memory) for memory in memories],
+        _torch_linear(weights, "output"),
     )
 
 
@@ -451,10 +720,39 @@ def read_pytorch_checkpoint(path):
 # vector; this one is too small to be seen beside any other.
 _NORM_EPSILON = 1e-30
 
+# What the two DNCs have in common, and an interface without our options.
+_OF_BOTH_DNCS = {
+    "linkage": True,
+    "content_masks": False,
+    "deallocation": False,
+    "link_sharpening": False,
+    "interface_layer_norm": False,
+    "strength_activation": "softplus",
+    "activation": None,
+    "product_epsilon": 1e-6,
+    "usage_epsilon": 1e-6,
+}
+_NO_OPTIONS = {
+    "read_mask": None,
+    "write_mask": None,
+    "forward_sharpening": None,
+    "backward_sharpening": None,
+}
+
 
 def _pytorch_name(name):
     name = name.removeprefix("module.").removeprefix("ntm.")
     return re.sub(r"^(heads\.\d+\.)?memory\.mem_bias$", "mem_bias", name)
+
+
+def _torch_name(name):
+    return name.removeprefix("module.")
+
+
+def _deepmind_name(name):
+    name = name.removesuffix(":0")
+    match = re.match(r"(?:.*/)?((?:lstm|memory_access|output_linear)/.*)", name)
+    return match[1] if match else name
 
 
 def _collier_name(name):
@@ -587,8 +885,99 @@ def _interface(heads):
     )
 
 
-def _layer(layer_kwargs, determined, start):
+def _tensorflow_lstm(kernel, bias):
+    """Keras's weights of a TensorFlow 1 or Sonnet 1 LSTM: one matrix for
+    input and hidden state, gates in the order i, candidate, f, o, and 1 added
+    to f."""
+
+    def in_order(array):
+        i, candidate, f, o = np.split(array, 4, axis=-1)
+        return np.concatenate([i, f, candidate, o], axis=-1)
+
+    kernel, bias = in_order(kernel), in_order(bias)
+    units = len(bias) // 4
+    bias[units : 2 * units] += 1.0
+    return [kernel[:-units], kernel[-units:], bias]
+
+
+# PyTorch's RNN modules: gates, and their order in Keras.
+_TORCH_GATES = {"lstm": [0, 1, 2, 3], "gru": [1, 0, 2], "rnn": [0]}
+
+
+def _torch_layers(weights, name):
+    return sum(one.startswith(f"{name}.weight_ih_l") for one in weights)
+
+
+def _torch_shapes(name, kind, layers, inputs, units, bias=True):
+    """Names and shapes of a PyTorch LSTM, GRU or RNN."""
+    gates = len(_TORCH_GATES[kind]) * units
+    shapes = {}
+    for layer in range(layers):
+        width = units if layer else inputs
+        shapes[f"{name}.weight_ih_l{layer}"] = (gates, width)
+        shapes[f"{name}.weight_hh_l{layer}"] = (gates, units)
+        if bias:
+            shapes[f"{name}.bias_ih_l{layer}"] = (gates,)
+            shapes[f"{name}.bias_hh_l{layer}"] = (gates,)
+    return shapes
+
+
+def _torch_controller(weights, name, kind, layers, bias=True):
+    """Keras's weights of a PyTorch LSTM, GRU or RNN, layer after layer."""
+
+    def in_order(array):
+        gates = np.split(array, len(_TORCH_GATES[kind]))
+        return np.concatenate([gates[i] for i in _TORCH_GATES[kind]])
+
+    arrays = []
+    for layer in range(layers):
+        for of in ("ih", "hh"):
+            arrays.append(in_order(weights[f"{name}.weight_{of}_l{layer}"]).T)
+        if bias:
+            of_inputs, of_hidden = (
+                in_order(weights[f"{name}.bias_{of}_l{layer}"])
+                for of in ("ih", "hh")
+            )
+            # Keras's GRU has both, as its reset gate acts on one of them.
+            both = np.stack([of_inputs, of_hidden])
+            arrays.append(both if kind == "gru" else both.sum(axis=0))
+    return arrays
+
+
+def _torch_cells(kind, units, layers, nonlinearity, bias, dtype):
+    """A controller like PyTorch's; its name where it is like Keras's own."""
+    options = {"activation": nonlinearity} if kind == "rnn" else {}
+    if bias and options.get("activation") != "relu":
+        return kind
+    cells = [
+        controllers.CELLS[kind](units, use_bias=bias, dtype=dtype, **options)
+        for _ in range(layers)
+    ]
+    if layers == 1:
+        return cells[0]
+    return keras.layers.StackedRNNCells(cells, dtype=dtype)
+
+
+def _torch_linear(weights, name):
+    """(U + 1, P): the kernel, and the bias as its last row."""
+    kernel = weights[f"{name}.weight"].T
+    return np.concatenate([kernel, weights[f"{name}.bias"][None]])
+
+
+def _dnc_interface(columns, read_heads, write_heads):
+    """One projection of a `DNCInterface` of columns whose read modes are, for
+    each head, backward, forward, content."""
+    modes = np.arange(2 * write_heads + 1)
+    modes[write_heads:] = np.roll(modes[write_heads:], 1)
+    heads = np.split(columns.read_mode, read_heads, axis=1)
+    read_mode = np.concatenate([head[:, modes] for head in heads], axis=1)
+    columns = columns._replace(read_mode=read_mode)
+    return np.concatenate([c for c in columns if c is not None], axis=1)
+
+
+def _layer(layer_class, layer_kwargs, determined, start=None):
     """The layer, after a look at what the user may set."""
+    start = start or {}
     for name, value in layer_kwargs.items():
         is_weight = isinstance(value, str) and value in ("learned", "random")
         if name in determined or (name in start and not is_weight):
@@ -597,19 +986,19 @@ def _layer(layer_kwargs, determined, start):
                 f"`{name}` is determined by the weights and must be {wanted}. "
                 f"Received: {name}={value!r}"
             )
-    return NTMLayer(
+    return layer_class(
         **{"return_sequences": True, **start, **determined, **layer_kwargs}
     )
 
 
-def _assign(layer, inputs, controller, interface, output, start):
+def _assign(layer, inputs, controllers, interfaces, output, start=()):
     """Builds the layer and fills its weights.
 
     Args:
-        layer: `NTMLayer`.
+        layer: a `MemoryRNN`.
         inputs: int, width of the inputs.
-        controller: list of the controller's arrays.
-        interface: (U + 1, P), the bias as last row.
+        controllers: for each block a list of its controller's arrays.
+        interfaces: for each block (U + 1, P), the bias as last row.
         output: (F + 1, units), the bias as last row.
         start: list with one array for each state tensor; those of states that
             are not weights are not looked at.
@@ -619,10 +1008,14 @@ def _assign(layer, inputs, controller, interface, output, start):
         cell.build((None, inputs))
     else:
         layer.build((None, None, inputs))
-    cell.block_controllers[0].set_weights(controller)
-    for (kernel, bias), array in (
-        (cell.interfaces[0], interface),
-        (cell.output_projection, output),
+    for controller, arrays in zip(
+        cell.block_controllers, controllers, strict=True
+    ):
+        controller.set_weights(arrays)
+    for (kernel, bias), array in zip(
+        [*cell.interfaces, cell.output_projection],
+        [*interfaces, output],
+        strict=True,
     ):
         kernel.assign(array[:-1])
         bias.assign(array[-1])

@@ -16,7 +16,7 @@ from keras import ops
 
 from keras_memory.access import erase_and_add
 from keras_memory.access import read
-from keras_memory.addressing import NORM_EPSILON
+from keras_memory.addressing import activation_by_name
 from keras_memory.addressing import add_usage
 from keras_memory.addressing import content_weighting
 from keras_memory.addressing import interpolate
@@ -26,12 +26,16 @@ from keras_memory.addressing import oneplus
 from keras_memory.addressing import sharpen
 from keras_memory.addressing import shift
 from keras_memory.addressing import softmax
+from keras_memory.checks import check_between
+from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.recurrent import Initial
 from keras_memory.recurrent import MemoryCell
 from keras_memory.recurrent import MemoryRNN
+from keras_memory.recurrent import interface_size
+from keras_memory.recurrent import split_interface
 
 
 class NTMState(NamedTuple):
@@ -137,26 +141,15 @@ class NTMAccess:
             erase_vector=ops.sigmoid,
             add_vector=self.add_activation,
         )
-        parts, end = [], 0
-        for shape, activation in zip(self.parts, activations):
-            part = None
-            if shape:
-                start, end = end, end + math.prod(shape)
-                part = ops.reshape(interface[:, start:end], (-1, *shape))
-                part = activation(part)
-            parts.append(part)
-        return NTMInterface(*parts)
+        return split_interface(interface, self.parts, activations)
 
     def address(self, memory, interface, previous, heads):
         """Content weighting and final weighting of a slice of the heads."""
-        epsilon = self.norm_epsilon
-        if epsilon is None:
-            epsilon = NORM_EPSILON[ops.dtype(memory)]
         content = content_weighting(  # eqs. 5, 6
             memory,
             interface.key[:, heads],
             interface.strength[:, heads],
-            epsilon,
+            self.norm_epsilon,
             self.product_epsilon,
         )
         if not self.by_location:
@@ -262,19 +255,11 @@ class NTMAccess:
             check_size(name, getattr(self, name))
         check_size("shift_range", self.shift_range, least=0)
         check_clip("interface_clip", self.interface_clip)
-        if not isinstance(self.erase, bool):
-            raise ValueError(
-                f"`erase` must be True or False. Received: erase={self.erase!r}"
-            )
+        check_bool("erase", self.erase)
         for name in ("initial_memory", "initial_reads", "initial_weighting"):
             Initial.check(name, getattr(self, name))
-        for name in ("norm_epsilon", "product_epsilon"):
-            epsilon = getattr(self, name)
-            by_default = epsilon is None and name == "norm_epsilon"
-            if not by_default and not (is_number(epsilon) and epsilon >= 0):
-                raise ValueError(
-                    f"`{name}` must be at least 0. Received: {name}={epsilon!r}"
-                )
+        check_between("norm_epsilon", self.norm_epsilon, 0, or_none=True)
+        check_between("product_epsilon", self.product_epsilon, 0)
         if is_number(self.initial_weighting) and self.initial_weighting < 0:
             raise ValueError(
                 "`initial_weighting` must be at least 0, as a weighting is. "
@@ -364,7 +349,7 @@ class NTMAccess:
 
     @property
     def interface_size(self):
-        return sum(math.prod(shape) for shape in self.parts if shape)
+        return interface_size(self.parts)
 
     @property
     def read_size(self):
@@ -576,9 +561,6 @@ class NTMCell(MemoryCell):
     ):
         if isinstance(head_order, list):
             head_order = tuple(head_order)
-        strength = strength_activation
-        if strength == "oneplus":
-            strength = oneplus
         ntm = NTMAccess(
             memory_slots=memory_slots,
             slot_size=slot_size,
@@ -593,7 +575,7 @@ class NTMCell(MemoryCell):
             interface_clip=interface_clip,
             key_activation=keras.activations.get(key_activation),
             add_activation=keras.activations.get(add_activation),
-            strength_activation=keras.activations.get(strength),
+            strength_activation=activation_by_name(strength_activation),
             initial_memory=initial_memory,
             initial_reads=initial_reads,
             initial_weighting=initial_weighting,

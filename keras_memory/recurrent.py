@@ -17,6 +17,8 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import math
+import re
 import typing
 
 import keras
@@ -26,7 +28,9 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory import controllers
 from keras_memory import scan
+from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 
@@ -146,10 +150,22 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         activation: Keras activation of the output. Default: linear.
         clip_value: positive float or None; clips the output to +- this, in
             front of the activation.
+        interface_layer_norm: bool; True: the interface is layer-normalised,
+            as in Franke et al. 2018 (arXiv 1807.02658). Default False.
+        bypass_dropout: float in [0, 1), dropped share of the controller output
+            on its way to the output, past the memory (same paper; here the
+            same units at all steps of a sequence). Default 0.
         kernel_initializer: Keras initializer of interface and output kernels.
         bias_initializer: Keras initializer of interface and output biases.
-        seed: int or None, seed of the controller's dropout.
+        seed: int or None, seed of the dropouts.
         **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: (B, D).
+        states: list of (B, size).
+        training: bool.
+        use_memory: bool. False: the controller goes on without its memory,
+            which stays as it is; all reads are 0.
 
     Raises:
         ValueError: a size, clip or initial value out of range.
@@ -169,6 +185,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         initial_controller_state="constant",
         activation=None,
         clip_value=None,
+        interface_layer_norm=False,
+        bypass_dropout=0.0,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         seed=None,
@@ -199,6 +217,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         )
         self.activation = keras.activations.get(activation)
         self.clip_value = check_clip("clip_value", clip_value)
+        self.interface_layer_norm = check_bool(
+            "interface_layer_norm", interface_layer_norm
+        )
+        self.bypass_dropout = check_share("bypass_dropout", bypass_dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed = seed
@@ -206,6 +228,17 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self.block_controllers = [
             self._make_controller(block) for block in range(len(self.accesses))
         ]
+        self.interface_norms = [
+            keras.layers.LayerNormalization(
+                dtype=self.dtype_policy, name=f"interface_norm{_index(block)}"
+            )
+            for block in range(len(self.accesses) * interface_layer_norm)
+        ]
+        self._bypass_mask = None
+        if bypass_dropout:
+            if seed is not None:  # not that of a controller
+                seed += len(self.accesses) * controller_layers
+            self.seed_generator = keras.random.SeedGenerator(seed)
         # One memory for each distinct access, in order of appearance.
         memories = list(
             {id(access): access for access in self.accesses}.values()
@@ -285,6 +318,9 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                     f"interface{_index(block)}", size, access.interface_size
                 )
             )
+            if self.interface_layer_norm:
+                norm = self.interface_norms[block]
+                norm.build((None, access.interface_size))
             size += access.read_size
         if self.units is not None:
             self.output_projection = self._add_projection(
@@ -442,6 +478,53 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             for value in self._flatten(records)
         ]
 
+    def reset_memory(self, states, rows=None):
+        """Puts the memory back to its start while the controller goes on.
+
+        Args:
+            states: list of (B, size).
+            rows: (B,) bool, rows of the batch to reset; None for all.
+
+        Returns:
+            List of (B, size).
+
+        Raises:
+            ValueError: states that the cell does not have, or rows that are
+                not one bool for each row of the batch.
+        """
+        return self._reset(states, rows, "memory")
+
+    def reset_controller(self, states, rows=None):
+        """Puts the controller back to its start while the memory, with what
+        was read from it, stays. Arguments and errors: `reset_memory`."""
+        return self._reset(states, rows, "controller")
+
+    def _reset(self, states, rows, part):
+        states = list(states)
+        self.unpack_state(states)  # raises if the sizes do not fit
+        if rows is not None:
+            rows = ops.convert_to_tensor(rows)
+            shape, batch = tuple(rows.shape), states[0].shape[0]
+            is_bool = keras.backend.standardize_dtype(rows.dtype) == "bool"
+            if not is_bool or len(shape) != 1 or shape[0] not in (batch, None):
+                raise ValueError(
+                    "`rows` must have one bool for each row of the batch, "
+                    "True to reset it, or be None to reset all. Received: "
+                    f"shape {shape}, dtype {rows.dtype} for states of shape "
+                    f"{tuple(states[0].shape)}"
+                )
+        starts = self.get_initial_state(ops.shape(states[0])[0])
+        of_controller = self._map_initials(
+            lambda initial, name: re.match(r"initial(_\d+)?_controller", name)
+        )
+        after = []
+        for state, start, is_controller in zip(states, starts, of_controller):
+            if bool(is_controller) == (part == "controller"):
+                start = ops.cast(start, state.dtype)
+                state = start if rows is None else scan.hold(rows, state, start)
+            after.append(state)
+        return after
+
     def _unflatten(self, states):
         initials = keras.tree.flatten(self.initial_records)
         return keras.tree.pack_sequence_as(
@@ -460,13 +543,14 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
 
     # One step.
 
-    def step(self, inputs, records, training=False):
+    def step(self, inputs, records, training=False, use_memory=True):
         """One step, up to the output projection.
 
         Args:
             inputs: (B, D).
             records: tuple with one state record a memory.
             training: bool.
+            use_memory: bool.
 
         Returns:
             Features (B, F); the records after the step; and a list with one
@@ -476,6 +560,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         records, details = list(records), []
         inputs = ops.cast(inputs, self.compute_dtype)
         reads = records[self.memory_of_block[-1]].reads
+        if not use_memory:
+            reads = ops.zeros_like(reads)
         for block, access in enumerate(self.accesses):
             memory = self.memory_of_block[block]
             record = records[memory]
@@ -496,15 +582,20 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 ),
                 states,
             )
-            interface = _project(output, *self.interfaces[block])
-            after, inside = access.step(
-                ops.cast(interface, self.access_dtype),
-                _cast(record._replace(controller=()), self.access_dtype),
-            )
-            records[memory] = _cast(after, self.compute_dtype)._replace(
+            inside = {}
+            if use_memory:
+                interface = _project(output, *self.interfaces[block])
+                if self.interface_layer_norm:
+                    interface = self.interface_norms[block](interface)
+                record, inside = access.step(
+                    ops.cast(interface, self.access_dtype),
+                    _cast(record._replace(controller=()), self.access_dtype),
+                )
+                record = _cast(record, self.compute_dtype)
+                reads = record.reads
+            records[memory] = record._replace(
                 controller=tuple(controller_states)
             )
-            reads = records[memory].reads
             inputs = output
             fields = self._state_fields(records)[block]
             details.append({"controller_output": output, **fields, **inside})
@@ -516,6 +607,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         fields = [records[memory]._asdict() for memory in self.memory_of_block]
         for block in fields:
             del block["controller"]
+            for name in [n for n in block if isinstance(block[n], tuple)]:
+                del block[name]  # () where the architecture does without
         return fields
 
     def _named(self, details):
@@ -534,22 +627,28 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         wide = self.compute_dtype == "float64"
         return "float64" if wide else "float32"
 
-    def project(self, features):
-        """Makes the output of the features: (..., F) -> (..., units)."""
+    def project(self, features, training=False):
+        """Makes the output of the features: (B, F) or (B, T, F), with the
+        last axis of size `units`."""
+        if training and self.bypass_dropout:
+            features = features * self._feature_mask(features)
         if self.units is not None:
             features = _project(features, *self.output_projection)
         return self.activation(_clip(features, self.clip_value))
 
-    def call(self, inputs, states, training=False):
+    def call(self, inputs, states, training=False, use_memory=True):
         features, records, _ = self.step(
-            inputs, self._unflatten(states), training
+            inputs, self._unflatten(states), training, use_memory
         )
-        return self.project(features), self._flatten(records)
+        return self.project(features, training), self._flatten(records)
 
     # Dropout: Keras's RNN asks any `DropoutRNNCell` for its masks in front
-    # of the time loop. The masks are those of the controllers inside.
+    # of the time loop. The masks are those of the controllers inside, and
+    # that of the controller output past the memory.
 
     def get_dropout_mask(self, step_input):
+        if self.bypass_dropout:
+            self._feature_mask(step_input)
         for cell, width in self._dropout_cells():
             cell.get_dropout_mask(self._ones(step_input, width))
 
@@ -559,12 +658,28 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             cell.get_recurrent_dropout_mask(self._ones(state, width))
 
     def reset_dropout_mask(self):
+        self._bypass_mask = None
         for cell, _ in self._dropout_cells():
             cell.reset_dropout_mask()
 
     def reset_recurrent_dropout_mask(self):
         for cell, _ in self._dropout_cells():
             cell.reset_recurrent_dropout_mask()
+
+    def _feature_mask(self, like):
+        """(B, F), or (B, 1, F) for features of a sequence; the reads' part
+        is 1."""
+        if self._bypass_mask is None:
+            reads = self._ones(like, self.accesses[-1].read_size)
+            width = self.features_size - self.accesses[-1].read_size
+            mask = keras.random.dropout(
+                self._ones(like, width),
+                self.bypass_dropout,
+                seed=self.seed_generator,
+            )
+            self._bypass_mask = ops.concatenate([mask, reads], axis=-1)
+        mask = self._bypass_mask
+        return mask[:, None] if len(like.shape) == 3 else mask
 
     def _dropout_cells(self):
         for controller, size in zip(self.block_controllers, self._input_sizes):
@@ -631,6 +746,8 @@ class MemoryRNN(keras.layers.RNN):
             the cell's own.
         mask: (B, T) bool; False holds a row at that step.
         training: bool.
+        use_memory: bool. False: the controller goes on without its memory,
+            which stays as it is; all reads are 0. Default True.
 
     Raises:
         ValueError: inputs that are not (B, T, D), no time steps, or initial
@@ -638,6 +755,7 @@ class MemoryRNN(keras.layers.RNN):
     """
 
     cell_class = None
+    _use_memory = True
 
     def __init_subclass__(cls, cell=None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -695,11 +813,22 @@ class MemoryRNN(keras.layers.RNN):
         self._check_sequences(sequences_shape)
         super().build(sequences_shape, initial_state_shape)
 
-    def call(self, sequences, initial_state=None, mask=None, training=False):
+    def call(
+        self,
+        sequences,
+        initial_state=None,
+        mask=None,
+        training=False,
+        use_memory=True,
+    ):
         self._check_sequences(sequences.shape)
         if initial_state is not None:
             self._check_initial_state(initial_state, sequences.shape[0])
-        return super().call(sequences, initial_state, mask, training)
+        self._use_memory = check_bool("use_memory", use_memory)
+        try:  # `inner_loop` gets no more than Keras's own arguments
+            return super().call(sequences, initial_state, mask, training)
+        finally:
+            self._use_memory = True
 
     def _check_sequences(self, shape):
         if len(shape) != 3 or shape[1] == 0:
@@ -722,8 +851,9 @@ class MemoryRNN(keras.layers.RNN):
             )
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
+        arguments = sequences, initial_state, mask, training, self._use_memory
         if (calls := _recording.get()) is not None:
-            calls.append((self, (sequences, initial_state, mask, training)))
+            calls.append((self, arguments))
         if self.stateful:
             # PyTorch writes the next states into the memory of these, which
             # the gradient still needs.
@@ -737,8 +867,9 @@ class MemoryRNN(keras.layers.RNN):
             go_backwards=self.go_backwards,
             unroll=self.unroll,
             all_outputs=self.return_sequences,
+            use_memory=self._use_memory,
         )
-        outputs = self.cell.project(features)
+        outputs = self.cell.project(features, training)
         if mask is not None:
             outputs = self._masked_outputs(outputs, mask)
         last = outputs[:, -1] if self.return_sequences else outputs
@@ -783,6 +914,42 @@ class MemoryRNN(keras.layers.RNN):
             ):
                 state.assign(ops.cast(initial, state.dtype))
 
+    def reset_memory(self, states=None, rows=None):
+        """Puts the memory back to its start while the controller goes on.
+
+        Args:
+            states: list of (B, size), as `return_state` gives it; None for
+                those of a stateful layer, which are set.
+            rows: (B,) bool, rows of the batch to reset; None for all.
+
+        Returns:
+            List of (B, size).
+
+        Raises:
+            ValueError: states that the layer does not have, no states, or
+                rows that are not one bool for each row of the batch.
+        """
+        return self._reset(self.cell.reset_memory, states, rows)
+
+    def reset_controller(self, states=None, rows=None):
+        """Puts the controller back to its start while the memory, with what
+        was read from it, stays. Arguments and errors: `reset_memory`."""
+        return self._reset(self.cell.reset_controller, states, rows)
+
+    def _reset(self, reset, states, rows):
+        if states is not None:
+            return reset(states, rows)
+        if not self.states:
+            raise ValueError(
+                "`states` must be given to a layer that has none of its own: "
+                "only a stateful one does, from its first batch on. Received: "
+                f"states=None, stateful={self.stateful}"
+            )
+        after = reset(self.states, rows)
+        for state, value in zip(self.states, after):
+            state.assign(value)
+        return after
+
     def get_config(self):
         config = super().get_config()
         if self.cell_class is not None:
@@ -797,7 +964,14 @@ class MemoryRNN(keras.layers.RNN):
         return cls(**config)
 
 
-def trace(layer, inputs, initial_state=None, mask=None, training=False):
+def trace(
+    layer,
+    inputs,
+    initial_state=None,
+    mask=None,
+    training=False,
+    use_memory=True,
+):
     """Records what happens inside a recurrent layer of this library.
 
     Runs the layer's cell over the sequences once more.
@@ -808,6 +982,7 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
         initial_state: list of (B, size), or None for the layer's own.
         mask: (B, T) bool or None; a masked step repeats the step before.
         training: bool.
+        use_memory: bool, as in the layer's call.
 
     Returns:
         Dict of NumPy arrays (B, T, ...), in the order in which the steps were
@@ -841,7 +1016,7 @@ def trace(layer, inputs, initial_state=None, mask=None, training=False):
         )
     if mask is not None:
         mask = ops.convert_to_tensor(mask)
-    inside = _inside(layer, inputs, initial_state, mask, training)
+    inside = _inside(layer, inputs, initial_state, mask, training, use_memory)
     return keras.tree.map_structure(ops.convert_to_numpy, inside)
 
 
@@ -880,7 +1055,7 @@ def trace_model(model, inputs, training=False):
     return outputs, traces
 
 
-def _inside(layer, inputs, initial_state, mask, training):
+def _inside(layer, inputs, initial_state, mask, training, use_memory):
     """What happens inside of a layer, as a dict of tensors (B, T, ...)."""
     cell = layer.cell
     states = tuple(
@@ -897,10 +1072,11 @@ def _inside(layer, inputs, initial_state, mask, training):
     def step(before, at_step):
         states, held = before
         features, after, details = cell.step(
-            at_step[0], cell._unflatten(states), training
+            at_step[0], cell._unflatten(states), training, use_memory
         )
         after = tuple(cell._flatten(after))
-        now = {"output": cell.project(features), **cell._named(details)}
+        output = cell.project(features, training)
+        now = {"output": output, **cell._named(details)}
         if mask is not None:
             hold = functools.partial(scan.hold, at_step[1][:, 0])
             now = keras.tree.map_structure(hold, held, now)
@@ -911,7 +1087,9 @@ def _inside(layer, inputs, initial_state, mask, training):
     cell.get_recurrent_dropout_mask(inputs)
     try:
         records = cell._unflatten(states)
-        features, _, details = cell.step(sequences[0][0], records, training)
+        features, _, details = cell.step(
+            sequences[0][0], records, training, use_memory
+        )
         shapes = {"output": cell.project(features), **cell._named(details)}
         # In front of the first valid step nothing happened, but a state is.
         held = keras.tree.map_structure(ops.zeros_like, shapes)
@@ -925,6 +1103,35 @@ def _inside(layer, inputs, initial_state, mask, training):
         kept = ops.cast(ops.swapaxes(sequences[1], 0, 1), cell.compute_dtype)
         inside["output"] = inside["output"] * kept
     return inside
+
+
+def interface_size(shapes):
+    """Width of an interface whose parts have these shapes; None for none."""
+    return sum(math.prod(shape) for shape in shapes if shape is not None)
+
+
+def split_interface(interface, shapes, activations):
+    """Takes an interface vector apart.
+
+    Args:
+        interface: (B, `interface_size(shapes)`).
+        shapes: record with the shape of each part, without the batch axis, in
+            the order in which they stand in the interface; None for parts
+            that a layer does without.
+        activations: a record like it, with the function of each part.
+
+    Returns:
+        A record like it, with arrays (B, *shape) or None.
+    """
+    parts, end = [], 0
+    for shape, activation in zip(shapes, activations, strict=True):
+        part = None
+        if shape is not None:
+            start, end = end, end + math.prod(shape)
+            part = ops.reshape(interface[:, start:end], (-1, *shape))
+            part = activation(part)
+        parts.append(part)
+    return type(shapes)(*parts)
 
 
 def _parameters(cls):

@@ -17,6 +17,7 @@ def run(
     go_backwards=False,
     unroll=False,
     all_outputs=True,
+    use_memory=True,
 ):
     """Steps a memory cell through time.
 
@@ -33,6 +34,7 @@ def run(
         go_backwards: bool, from the last step to the first.
         unroll: bool, as in `keras.layers.RNN`.
         all_outputs: bool, features of every step, or of the last only.
+        use_memory: bool, as in the cell's call.
 
     Returns:
         Features (B, T, F), in the order in which the steps were taken, or
@@ -52,7 +54,10 @@ def run(
 
     def step(inputs, states):
         features, after, _ = cell.step(
-            inputs, keras.tree.pack_sequence_as(records, list(states)), training
+            inputs,
+            keras.tree.pack_sequence_as(records, list(states)),
+            training,
+            use_memory,
         )
         return features, keras.tree.flatten(after)
 

@@ -387,6 +387,303 @@ def stacked(trace):
     }
 
 
+# The Differentiable Neural Computer (Graves et al. 2016), of which the paper
+# numbers no equations.
+
+
+def masked_content_weighting(
+    memory, key, strength, mask, norm_epsilon, product_epsilon
+):
+    """memory (N, W), key (W,), strength scalar, mask (W,) -> (N,).
+
+    The mask multiplies the key and each slot (Csordas & Schmidhuber 2019).
+    """
+    masked = np.array([slot * mask for slot in memory])
+    return content_weighting(
+        masked, key * mask, strength, norm_epsilon, product_epsilon
+    )
+
+
+def retention(free_gate, read_weighting):
+    """psi: free_gate (R,), read_weighting (R, N) -> (N,)."""
+    psi = np.ones(read_weighting.shape[1])
+    for f, w in zip(free_gate, read_weighting, strict=True):
+        psi = psi * (1.0 - f * w)
+    return psi
+
+
+def usage_after(usage, write_weighting, psi):
+    """u: usage (N,), write_weighting (H, N), psi (N,) -> (N,)."""
+    for w in write_weighting:
+        usage = usage + w - usage * w
+    return usage * psi
+
+
+def allocation(usage, epsilon):
+    """a: usage (N,) -> (N,); the lower index first where usages are equal."""
+    usage = [epsilon + (1.0 - epsilon) * u for u in usage]
+    weighting, product = np.zeros(len(usage)), 1.0
+    for slot in sorted(range(len(usage)), key=lambda i: (usage[i], i)):
+        weighting[slot] = (1.0 - usage[slot]) * product
+        product *= usage[slot]
+    return weighting
+
+
+def linkage_after(linkage, precedence, write_weighting):
+    """L: linkage (N, N), precedence and write_weighting (N,) -> (N, N)."""
+    w, slots = write_weighting, len(write_weighting)
+    after = np.zeros((slots, slots))
+    for i in range(slots):
+        for j in range(slots):
+            if i != j:
+                kept = (1.0 - w[i] - w[j]) * linkage[i, j]
+                after[i, j] = kept + w[i] * precedence[j]
+    return after
+
+
+def precedence_after(precedence, write_weighting):
+    """p: precedence and write_weighting (N,) -> (N,)."""
+    return (1.0 - np.sum(write_weighting)) * precedence + write_weighting
+
+
+def dnc_step(
+    terms, state, *, linkage, deallocation, link_sharpening, **epsilons
+):
+    """One step of the memory of one batch item, without the controller.
+
+    terms: the interface's sections, each without batch axis; state: dict of
+    memory (N, W), usage (N,), linkage (H, N, N) and precedence (H, N),
+    read_weighting (R, N), write_weighting (H, N).
+
+    Returns the state after it, with reads (R, W), and a dict of the rest.
+    """
+    usage_epsilon = epsilons.pop("usage_epsilon")
+    memory = state["memory"]
+    no_mask = np.ones(memory.shape[1])
+    read_heads, write_heads = len(terms["free_gate"]), len(terms["write_gate"])
+    masks = {
+        kind: terms.get(f"{kind}_mask", [no_mask] * heads)
+        for kind, heads in (("read", read_heads), ("write", write_heads))
+    }
+
+    def by_content(kind, head, memory):
+        return masked_content_weighting(
+            memory,
+            terms[f"{kind}_key"][head],
+            terms[f"{kind}_strength"][head],
+            masks[kind][head],
+            **epsilons,
+        )
+
+    psi = retention(terms["free_gate"], state["read_weighting"])
+    usage = usage_after(state["usage"], state["write_weighting"], psi)
+
+    allocations, write_contents, write_weighting = [], [], []
+    taken = usage
+    for h in range(write_heads):
+        g_a, g_w = terms["allocation_gate"][h], terms["write_gate"][h]
+        a = allocation(taken, usage_epsilon)
+        taken = taken + (1.0 - taken) * g_a * g_w * a
+        c = by_content("write", h, memory)
+        allocations.append(a)
+        write_contents.append(c)
+        write_weighting.append(g_w * (g_a * a + (1.0 - g_a) * c))
+
+    if deallocation:
+        memory = np.array([p * slot for p, slot in zip(psi, memory)])
+    memory = write(
+        memory, write_weighting, terms["erase_vector"], terms["add_vector"]
+    )
+    after = {
+        "memory": memory,
+        "usage": usage,
+        "write_weighting": np.array(write_weighting),
+    }
+    if linkage:
+        links, last = state["linkage"], state["precedence"]
+        after["linkage"] = np.array(
+            [
+                linkage_after(links[h], last[h], write_weighting[h])
+                for h in range(write_heads)
+            ]
+        )
+        after["precedence"] = np.array(
+            [
+                precedence_after(last[h], write_weighting[h])
+                for h in range(write_heads)
+            ]
+        )
+
+    read_contents, read_weighting, reads = [], [], []
+    forwards, backwards = [], []
+    for r in range(read_heads):
+        c = by_content("read", r, memory)
+        read_contents.append(c)
+        w = c
+        if linkage:
+            before = state["read_weighting"][r]
+            forward = [links @ before for links in after["linkage"]]
+            backward = [links.T @ before for links in after["linkage"]]
+            if link_sharpening:
+                for h in range(write_heads):
+                    d = forward[h] ** terms["forward_sharpening"][r, h]
+                    forward[h] = d / np.sum(d)
+                    d = backward[h] ** terms["backward_sharpening"][r, h]
+                    backward[h] = d / np.sum(d)
+            modes = [*backward, c, *forward]
+            pairs = zip(terms["read_mode"][r], modes, strict=True)
+            w = sum(mode * one for mode, one in pairs)
+            forwards.append(forward)
+            backwards.append(backward)
+        read_weighting.append(w)
+        reads.append(read(memory, w))
+    after["read_weighting"] = np.array(read_weighting)
+    after["reads"] = np.array(reads)
+    details = {
+        "retention": psi,
+        "allocation_weighting": allocations,
+        "write_content_weighting": write_contents,
+        "read_content_weighting": read_contents,
+    }
+    if linkage:
+        details["forward_weighting"] = forwards
+        details["backward_weighting"] = backwards
+    return after, details
+
+
+def layer_norm(x, gamma, beta, epsilon=1e-3):
+    """x (I,) -> (I,), as Keras's LayerNormalization."""
+    variance = np.mean((x - np.mean(x)) ** 2)
+    return (x - np.mean(x)) / np.sqrt(variance + epsilon) * gamma + beta
+
+
+def dnc_sequence(
+    x,
+    weights,
+    *,
+    slot_size,
+    read_heads,
+    write_heads,
+    norm_epsilon,
+    product_epsilon,
+    usage_epsilon,
+    initial,
+    initial_controllers,
+    controller="lstm",
+    layers=1,
+    share_memory=True,
+    linkage=True,
+    content_masks=False,
+    deallocation=False,
+    link_sharpening=False,
+    key_activation=identity,
+    add_activation=identity,
+    strength=oneplus,
+    interface_layer_norm=False,
+    activation=identity,
+    clip_value=None,
+    use_memory=True,
+):
+    """Runs a Differentiable Neural Computer over x (B, T, D).
+
+    weights: list of one dict a layer, as those of `ntm_sequence`, with gamma
+    and beta (I,) where the interface is normalised; the last one has
+    output_kernel and output_bias too.
+    initial: list of one dict a memory with the fields of `dnc_step` and
+    reads, (B, ...) each; initial_controllers: list of one list a layer with
+    those of h, c (B, U) that its controller has.
+
+    Returns a dict of arrays (B, T, ...), with "block0/" and so on in front of
+    the names where there are several layers.
+    """
+    x = np.asarray(x, "float64")
+    weights = [
+        {k: np.asarray(v, "float64") for k, v in one.items()} for one in weights
+    ]
+    n_reads, n_writes, width = read_heads, write_heads, slot_size
+    sections = {
+        "read_key": ((n_reads, width), key_activation),
+        "read_strength": ((n_reads,), strength),
+        "write_key": ((n_writes, width), key_activation),
+        "write_strength": ((n_writes,), strength),
+        "erase_vector": ((n_writes, width), sigmoid),
+        "add_vector": ((n_writes, width), add_activation),
+        "free_gate": ((n_reads,), sigmoid),
+        "allocation_gate": ((n_writes,), sigmoid),
+        "write_gate": ((n_writes,), sigmoid),
+    }
+    if linkage:
+        sections["read_mode"] = ((n_reads, 2 * n_writes + 1), softmax)
+    if content_masks:
+        sections["read_mask"] = ((n_reads, width), sigmoid)
+        sections["write_mask"] = ((n_writes, width), sigmoid)
+    if linkage and link_sharpening:
+        sections["forward_sharpening"] = ((n_reads, n_writes), oneplus)
+        sections["backward_sharpening"] = ((n_reads, n_writes), oneplus)
+
+    trace = []
+    for item, sequence in enumerate(x):
+        trace.append([])
+        states = [
+            {k: np.asarray(v[item], "float64") for k, v in one.items()}
+            for one in initial
+        ]
+        carried = [
+            [np.asarray(v[item], "float64") for v in one] + [None, None]
+            for one in initial_controllers
+        ]
+        h, c = [one[0] for one in carried], [one[1] for one in carried]
+        for x_t in sequence:
+            values = {}
+            reads = states[-1]["reads"]
+            if not use_memory:
+                reads = np.zeros(reads.shape)
+            out = x_t
+            for layer in range(layers):
+                memory = 0 if share_memory else layer
+                out, h[layer], c[layer] = controller_step(
+                    controller,
+                    np.concatenate([out, np.ravel(reads)]),
+                    h[layer],
+                    c[layer],
+                    weights[layer],
+                )
+                inside = {}
+                if use_memory:
+                    interface = out @ weights[layer]["interface_kernel"]
+                    interface = interface + weights[layer]["interface_bias"]
+                    if interface_layer_norm:
+                        interface = layer_norm(
+                            interface,
+                            weights[layer]["gamma"],
+                            weights[layer]["beta"],
+                        )
+                    terms = interface_terms(interface, sections)
+                    states[memory], inside = dnc_step(
+                        terms,
+                        states[memory],
+                        linkage=linkage,
+                        deallocation=deallocation,
+                        link_sharpening=link_sharpening,
+                        norm_epsilon=norm_epsilon,
+                        product_epsilon=product_epsilon,
+                        usage_epsilon=usage_epsilon,
+                    )
+                    inside |= terms
+                    reads = states[memory]["reads"]
+                inside = {**states[memory], **inside, "controller_output": out}
+                prefix = f"block{layer}/" if layers > 1 else ""
+                values |= {prefix + k: v for k, v in inside.items()}
+            output = np.concatenate([out, np.ravel(reads)])
+            output = output @ weights[-1]["output_kernel"]
+            output = output + weights[-1]["output_bias"]
+            if clip_value is not None:
+                output = np.clip(output, -clip_value, clip_value)
+            values["output"] = activation(output)
+            trace[-1].append(values)
+    return stacked(trace)
+
+
 # Other implementations, in their own names, layouts and conventions, time
 # first: x (T, B, D) -> dict of arrays (T, B, ...). Their layers' arrays are
 # named as they name them; what they call M is W here.

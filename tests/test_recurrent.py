@@ -269,9 +269,9 @@ def test_the_output_is_projected_once(x, return_sequences):
     layer.build(x.shape)
     shapes, project = [], layer.cell.project
 
-    def watched(features):
+    def watched(features, training):
         shapes.append(tuple(features.shape))
-        return project(features)
+        return project(features, training)
 
     layer.cell.project = watched
     layer(x)

@@ -1,0 +1,540 @@
+"""The Differentiable Neural Computer (Graves et al. 2016, Nature 538, 471-476).
+
+The names in front of the equations are those of the paper's Methods section,
+which does not number them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_memory.access import erase_and_add
+from keras_memory.access import read
+from keras_memory.addressing import activation_by_name
+from keras_memory.addressing import allocation
+from keras_memory.addressing import content_weighting
+from keras_memory.addressing import follow_links
+from keras_memory.addressing import linkage_after_write
+from keras_memory.addressing import oneplus
+from keras_memory.addressing import precedence_after_write
+from keras_memory.addressing import retention
+from keras_memory.addressing import sharpen
+from keras_memory.addressing import softmax
+from keras_memory.addressing import usage_after_write
+from keras_memory.checks import check_between
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_size
+from keras_memory.recurrent import Initial
+from keras_memory.recurrent import MemoryCell
+from keras_memory.recurrent import MemoryRNN
+from keras_memory.recurrent import interface_size
+from keras_memory.recurrent import split_interface
+
+
+class DNCState(NamedTuple):
+    """What a DNC carries from step to step, with batch axis B in front.
+
+    Args:
+        reads: (B, R, W) read vectors of the last step.
+        memory: (B, N, W) slot contents.
+        usage: (B, N) in [0, 1], how much each slot is in use.
+        linkage: (B, H, N, N) in [0, 1]; entry i, j: slot i was written right
+            after slot j. () without linkage.
+        precedence: (B, H, N) in [0, 1], how much each slot was the last one
+            written. () without linkage.
+        read_weighting: (B, R, N), over the slots.
+        write_weighting: (B, H, N), over the slots.
+        controller: tuple with the controllers' states, as they nest them.
+    """
+
+    reads: Any
+    memory: Any
+    usage: Any
+    linkage: Any
+    precedence: Any
+    read_weighting: Any
+    write_weighting: Any
+    controller: Any = ()
+
+
+class DNCInterface(NamedTuple):
+    """What the controller tells the heads. Absent parts are None.
+
+    Args:
+        read_key: (B, R, W) look-up vectors, k^r.
+        read_strength: (B, R), beta^r.
+        write_key: (B, H, W) look-up vectors, k^w.
+        write_strength: (B, H), beta^w.
+        erase_vector: (B, H, W) in (0, 1), e.
+        add_vector: (B, H, W), v.
+        free_gate: (B, R) in (0, 1), f: frees what was read the step before.
+        allocation_gate: (B, H) in (0, 1), g_a: free slots (1) or content (0).
+        write_gate: (B, H) in (0, 1), g_w: whether to write at all.
+        read_mode: (B, R, 2 H + 1), pi, a distribution over the backward
+            weightings of the H write heads, the content weighting, and their
+            forward weightings. None without linkage.
+        read_mask: (B, R, W) in (0, 1), with content masks.
+        write_mask: (B, H, W) in (0, 1), with content masks.
+        forward_sharpening: (B, R, H), at least 1, with link sharpening.
+        backward_sharpening: (B, R, H), at least 1, with link sharpening.
+    """
+
+    read_key: Any
+    read_strength: Any
+    write_key: Any
+    write_strength: Any
+    erase_vector: Any
+    add_vector: Any
+    free_gate: Any
+    allocation_gate: Any
+    write_gate: Any
+    read_mode: Any
+    read_mask: Any
+    write_mask: Any
+    forward_sharpening: Any
+    backward_sharpening: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class DNCAccess:
+    """Addressing, reading and writing; `DNCCell` documents the arguments."""
+
+    memory_slots: int
+    slot_size: int
+    read_heads: int
+    write_heads: int
+    linkage: bool
+    content_masks: bool
+    deallocation: bool
+    link_sharpening: bool
+    usage_gradient: bool
+    key_activation: Callable
+    add_activation: Callable
+    strength_activation: Callable
+    initial_memory: str | float
+    norm_epsilon: float | None
+    product_epsilon: float
+    usage_epsilon: float
+
+    def step(self, interface, state):
+        """Writes to the memory, then reads it."""
+        interface = self.split(interface)
+        # Usage, of what the heads did in the step before.
+        kept = retention(interface.free_gate, state.read_weighting)  # psi
+        written = state.write_weighting
+        if not self.usage_gradient:
+            written = ops.stop_gradient(written)
+        usage = usage_after_write(state.usage, written) * kept
+        # Writing.
+        write_content = self.by_content(
+            state.memory,
+            interface.write_key,
+            interface.write_strength,
+            interface.write_mask,
+        )
+        write_gate = interface.write_gate
+        to_free = interface.allocation_gate
+        allocated = self.allocate(usage, to_free * write_gate)
+        to_free = to_free[:, :, None]
+        write_weighting = write_gate[:, :, None] * (
+            to_free * allocated + (1.0 - to_free) * write_content
+        )
+        memory = state.memory
+        if self.deallocation:
+            memory = memory * kept[:, :, None]
+        memory = erase_and_add(
+            memory,
+            write_weighting,
+            interface.erase_vector,
+            interface.add_vector,
+        )
+        # Reading.
+        read_content = self.by_content(
+            memory,
+            interface.read_key,
+            interface.read_strength,
+            interface.read_mask,
+        )
+        inside = {
+            "read_content_weighting": read_content,
+            "write_content_weighting": write_content,
+            "allocation_weighting": allocated,
+            "retention": kept,
+        }
+        links, precedence, read_weighting = (), (), read_content
+        if self.linkage:
+            links = linkage_after_write(
+                state.linkage, state.precedence, write_weighting
+            )
+            precedence = precedence_after_write(
+                state.precedence, write_weighting
+            )
+            forward, backward = follow_links(links, state.read_weighting)
+            if self.link_sharpening:
+                forward = _sharpen(forward, interface.forward_sharpening)
+                backward = _sharpen(backward, interface.backward_sharpening)
+            inside["forward_weighting"] = forward
+            inside["backward_weighting"] = backward
+            mode = interface.read_mode[:, :, :, None]
+            heads = self.write_heads
+            read_weighting = (
+                ops.sum(mode[:, :, :heads] * backward, axis=2)
+                + mode[:, :, heads] * read_content
+                + ops.sum(mode[:, :, heads + 1 :] * forward, axis=2)
+            )
+        for name, part in interface._asdict().items():
+            if part is not None:
+                inside[name] = part
+        state = state._replace(
+            reads=read(memory, read_weighting),
+            memory=memory,
+            usage=usage,
+            linkage=links,
+            precedence=precedence,
+            read_weighting=read_weighting,
+            write_weighting=write_weighting,
+        )
+        return state, inside
+
+    def split(self, interface):
+        """(B, interface_size) -> `DNCInterface`, with activations."""
+        activations = DNCInterface(
+            read_key=self.key_activation,
+            read_strength=self.strength_activation,
+            write_key=self.key_activation,
+            write_strength=self.strength_activation,
+            erase_vector=ops.sigmoid,
+            add_vector=self.add_activation,
+            free_gate=ops.sigmoid,
+            allocation_gate=ops.sigmoid,
+            write_gate=ops.sigmoid,
+            read_mode=softmax,
+            read_mask=ops.sigmoid,
+            write_mask=ops.sigmoid,
+            forward_sharpening=oneplus,
+            backward_sharpening=oneplus,
+        )
+        return split_interface(interface, self.parts, activations)
+
+    def by_content(self, memory, key, strength, mask):
+        """C(M, k, beta), with masks as in Csordas & Schmidhuber 2019."""
+        return content_weighting(
+            memory,
+            key,
+            strength,
+            self.norm_epsilon,
+            self.product_epsilon,
+            mask,
+        )
+
+    def allocate(self, usage, gate):
+        """Allocation weighting of each write head (B, H, N). A head sees the
+        usage raised by what those before it will take."""
+        weightings = []
+        for head in range(self.write_heads):
+            weightings.append(allocation(usage, self.usage_epsilon))
+            taken = gate[:, head, None] * weightings[-1]
+            usage = usage + (1.0 - usage) * taken
+        return ops.stack(weightings, axis=1)
+
+    def __post_init__(self):
+        for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
+            check_size(name, getattr(self, name))
+        for name in (
+            "linkage",
+            "content_masks",
+            "deallocation",
+            "link_sharpening",
+            "usage_gradient",
+        ):
+            check_bool(name, getattr(self, name))
+        Initial.check("initial_memory", self.initial_memory)
+        check_between("norm_epsilon", self.norm_epsilon, 0, or_none=True)
+        check_between("product_epsilon", self.product_epsilon, 0)
+        check_between("usage_epsilon", self.usage_epsilon, 1e-12, 0.1)
+        if self.link_sharpening and not self.linkage:
+            raise ValueError(
+                "`link_sharpening` sharpens the weightings that follow the "
+                "links and needs `linkage=True`. Received: linkage=False, "
+                "link_sharpening=True"
+            )
+
+    @property
+    def parts(self):
+        """Shape of each part of the interface; None where it is not used."""
+        of_reads = (self.read_heads, self.slot_size)
+        of_writes = (self.write_heads, self.slot_size)
+        of_links = (self.read_heads, self.write_heads)
+        modes = (self.read_heads, 2 * self.write_heads + 1)
+        return DNCInterface(
+            read_key=of_reads,
+            read_strength=(self.read_heads,),
+            write_key=of_writes,
+            write_strength=(self.write_heads,),
+            erase_vector=of_writes,
+            add_vector=of_writes,
+            free_gate=(self.read_heads,),
+            allocation_gate=(self.write_heads,),
+            write_gate=(self.write_heads,),
+            read_mode=modes if self.linkage else None,
+            read_mask=of_reads if self.content_masks else None,
+            write_mask=of_writes if self.content_masks else None,
+            forward_sharpening=of_links if self.link_sharpening else None,
+            backward_sharpening=of_links if self.link_sharpening else None,
+        )
+
+    @property
+    def interface_size(self):
+        return interface_size(self.parts)
+
+    @property
+    def read_size(self):
+        return self.read_heads * self.slot_size
+
+    @property
+    def initial_state(self):
+        slots, heads = self.memory_slots, self.write_heads
+        return DNCState(
+            reads=Initial((self.read_heads, self.slot_size)),
+            memory=Initial(
+                (slots, self.slot_size),
+                self.initial_memory,
+                draw=keras.initializers.RandomNormal(stddev=0.05),
+            ),
+            usage=Initial((slots,)),
+            linkage=Initial((heads, slots, slots)) if self.linkage else (),
+            precedence=Initial((heads, slots)) if self.linkage else (),
+            read_weighting=Initial((self.read_heads, slots)),
+            write_weighting=Initial((heads, slots)),
+        )
+
+
+def _sharpen(weighting, sharpening):
+    """Sharpens (B, R, H, N), one weighting for each pair of heads."""
+    slots = weighting.shape[-1]
+    pairs = weighting.shape[1] * weighting.shape[2]
+    sharpened = sharpen(
+        ops.reshape(weighting, (-1, pairs, slots)),
+        ops.reshape(sharpening, (-1, pairs)),
+    )
+    return ops.reshape(sharpened, (-1, *weighting.shape[1:]))
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class DNCCell(MemoryCell):
+    """One step of a Differentiable Neural Computer.
+
+    A controller looks at the input and at what was read before, and tells the
+    heads where to act on a memory of N slots of width W. A write head finds
+    slots by content, or takes free ones; links record the order in which
+    slots were written; read heads find slots by content, or go forward and
+    backward along the links.
+
+    Equations (Graves et al. 2016, Methods, by their names there), all in
+    `DNCAccess.step` and `addressing.py`: interface parameters
+    (`DNCAccess.split`), content-based addressing (`content_weighting`),
+    dynamic memory allocation (`retention`, `usage_after_write`,
+    `allocation`), write weighting, temporal memory linkage
+    (`precedence_after_write`, `linkage_after_write`, `follow_links`), read
+    weighting. Masked content addressing, de-allocation and link sharpening:
+    Csordas & Schmidhuber 2019. Bypass dropout and layer normalisation of the
+    interface: Franke et al. 2018.
+
+    State: a `DNCState`, all zeros at first but for the memory, which starts
+    at `initial_memory`; the heads update all of it at every step. With
+    `layers` and a memory each, a tuple of them. In 16 bits usage and linkage
+    round at every step.
+
+    Masking and dtype: as `MemoryCell`.
+
+    Departures: `norm_epsilon` in the norms and `usage_epsilon` in the
+    allocation keep gradients finite where the paper's formulas divide zero by
+    zero or sort numbers that are equal (`test_dnc.py`, singular points). The
+    paper has one write head; further ones are those of DeepMind's code: each
+    has links of its own, and its allocation sees the usage raised by the
+    heads before it. Bypass dropout drops the same units at all steps of a
+    sequence, in the paper at each step anew.
+
+    Args:
+        units: int, at least 1, width of the output; or None for the features
+            concat(controller output, reads) as they are.
+        memory_slots: int N, at least 1. Default 64.
+        slot_size: int W, at least 1. Default 16.
+        read_heads: int R, at least 1. Default 4.
+        write_heads: int H, at least 1. Default 1.
+        controller: a name as in `MemoryCell`, any Keras RNN cell or a
+            feed-forward layer. Default `"lstm"`.
+        controller_units: int, at least 1. Default 64.
+        controller_layers: int, at least 1. Default 1.
+        layers: int, at least 1: how many times controller, interface and
+            memory come one after another in a step. Default 1.
+        share_memory: bool; True (default): all `layers` act on one memory,
+            False: each on one of its own.
+        linkage: bool. False leaves out links, precedence and read modes: read
+            heads find slots by content alone, and a step costs N instead of
+            N^2. Default True.
+        content_masks: bool; True: each head has a mask that says which of the
+            W entries count when a key is compared. Default False.
+        deallocation: bool; True: what is freed is also erased from the
+            memory, by the retention vector psi. Default False.
+        link_sharpening: bool; True: forward and backward weightings are
+            sharpened (raised to a power of at least 1 and normalised; uniform
+            where there is no link). Default False.
+        usage_gradient: bool. False: usage passes no gradient to the write
+            weightings. Default True.
+        key_activation: Keras activation of keys. Default `"linear"`.
+        add_activation: Keras activation of add vectors. Default `"linear"`.
+        strength_activation: Keras activation of strengths, with values above
+            0; or `"oneplus"` (default).
+        initial_memory: `"learned"`, `"random"` (drawn once, and kept), a
+            number, or `"constant"` (default): 0.
+        norm_epsilon: float, at least 0, in the root of each norm. Default
+            None: 1e-8, in float64 1e-16.
+        product_epsilon: float, at least 0, added to the product of the norms
+            of key and slot. Default 0.
+        usage_epsilon: float in [1e-12, 0.1], usage of an unused slot in the
+            products of the allocation. Default 1e-6.
+        **kwargs: further arguments of `MemoryCell`, and of Keras's `Layer`.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+
+    >>> cell = keras_memory.DNCCell(3, memory_slots=16, slot_size=5)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+
+    References:
+        Graves et al. (2016), Hybrid computing using a neural network with
+        dynamic external memory, Nature 538,
+        https://doi.org/10.1038/nature20101
+        Csordas, Schmidhuber (2019), Improving Differentiable Neural Computers
+        Through Memory Masking, De-allocation, and Link Distribution Sharpness
+        Control, https://arxiv.org/abs/1904.10278
+        Franke, Niehues, Waibel (2018), Robust and Scalable Differentiable
+        Neural Computer for Question Answering,
+        https://arxiv.org/abs/1807.02658
+    """
+
+    def __init__(
+        self,
+        units,
+        memory_slots=64,
+        slot_size=16,
+        read_heads=4,
+        write_heads=1,
+        controller="lstm",
+        controller_units=64,
+        controller_layers=1,
+        layers=1,
+        share_memory=True,
+        linkage=True,
+        content_masks=False,
+        deallocation=False,
+        link_sharpening=False,
+        usage_gradient=True,
+        key_activation="linear",
+        add_activation="linear",
+        strength_activation="oneplus",
+        initial_memory="constant",
+        norm_epsilon=None,
+        product_epsilon=0.0,
+        usage_epsilon=1e-6,
+        **kwargs,
+    ):
+        check_size("layers", layers)
+        check_bool("share_memory", share_memory)
+
+        def access():
+            return DNCAccess(
+                memory_slots=memory_slots,
+                slot_size=slot_size,
+                read_heads=read_heads,
+                write_heads=write_heads,
+                linkage=linkage,
+                content_masks=content_masks,
+                deallocation=deallocation,
+                link_sharpening=link_sharpening,
+                usage_gradient=usage_gradient,
+                key_activation=activation_by_name(key_activation),
+                add_activation=activation_by_name(add_activation),
+                strength_activation=activation_by_name(strength_activation),
+                initial_memory=initial_memory,
+                norm_epsilon=norm_epsilon,
+                product_epsilon=product_epsilon,
+                usage_epsilon=usage_epsilon,
+            )
+
+        super().__init__(
+            units,
+            accesses=(
+                [access()] * layers
+                if share_memory
+                else [access() for _ in range(layers)]
+            ),
+            controller=controller,
+            controller_units=controller_units,
+            controller_layers=controller_layers,
+            **kwargs,
+        )
+        self.memory_slots = memory_slots
+        self.slot_size = slot_size
+        self.read_heads = read_heads
+        self.write_heads = write_heads
+        self.layers = layers
+        self.share_memory = share_memory
+        self.linkage = linkage
+        self.content_masks = content_masks
+        self.deallocation = deallocation
+        self.link_sharpening = link_sharpening
+        self.usage_gradient = usage_gradient
+        self.key_activation = key_activation
+        self.add_activation = add_activation
+        self.strength_activation = strength_activation
+        self.initial_memory = initial_memory
+        self.norm_epsilon = norm_epsilon
+        self.product_epsilon = product_epsilon
+        self.usage_epsilon = usage_epsilon
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class DNCLayer(MemoryRNN, cell=DNCCell):
+    """A Differentiable Neural Computer over sequences.
+
+    Args:
+        units: int, width of the output, or None for the features.
+        memory_slots: int N. Default 64.
+        slot_size: int W. Default 16.
+        read_heads: int R. Default 4.
+        write_heads: int H. Default 1.
+        controller: a name as in `MemoryCell`, any Keras RNN cell or a
+            feed-forward layer. Default `"lstm"`.
+        controller_units: int. Default 64.
+        controller_layers: int. Default 1.
+        **kwargs: the other arguments of `DNCCell`, which documents them all,
+            with the equations and the state; and those of `MemoryRNN`, which
+            documents the call and the errors: `return_sequences`,
+            `return_state`, `go_backwards`, `stateful`, `unroll`,
+            `zero_output_for_mask`.
+
+    Example:
+
+    >>> layer = keras_memory.DNCLayer(3, memory_slots=16, slot_size=5,
+    ...                               return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+    >>> inside = keras_memory.trace(layer, np.zeros((2, 7, 4), "float32"))
+    >>> inside["linkage"].shape
+    (2, 7, 1, 16, 16)
+
+    References:
+        Graves et al. (2016), Hybrid computing using a neural network with
+        dynamic external memory, Nature 538,
+        https://doi.org/10.1038/nature20101
+    """
