@@ -25,8 +25,17 @@ NORM_EPSILON = {
     "float64": 1e-16,
 }
 
+# Usage of an unused slot. One less this is rounded to one, so that unused
+# slots are all as free and taken one after the other.
+USAGE_EPSILON = {
+    "float16": 1e-4,
+    "bfloat16": 1e-8,
+    "float32": 1e-8,
+    "float64": 1e-16,
+}
+
 # `allocation` compares so many slots each with each, and sorts more.
-MOST_COMPARED_SLOTS = 512
+MOST_COMPARED_SLOTS = 128
 
 
 def cosine_similarity(
@@ -240,7 +249,7 @@ def usage_after_write(usage, write_weighting):
     return usage + (1.0 - usage) * (1.0 - ops.prod(1.0 - write_weighting, 1))
 
 
-def allocation(usage, usage_epsilon, sort=None):
+def allocation(usage, usage_epsilon=None, sort=None):
     """Weighs slots by how free they are: the freest one first.
 
     Source: Graves et al. 2016, Methods, dynamic memory allocation:
@@ -252,7 +261,7 @@ def allocation(usage, usage_epsilon, sort=None):
 
     Args:
         usage: (B, N) in [0, 1].
-        usage_epsilon: float in (0, 1).
+        usage_epsilon: float in (0, 1); None for that of `USAGE_EPSILON`.
         sort: bool, True to sort the slots, in time N log N, False to compare
             each with each, in time N^2 but faster for few. The numbers are the
             same. None: by N.
@@ -261,6 +270,8 @@ def allocation(usage, usage_epsilon, sort=None):
         (B, N) weighting: non-negative, sums to at most 1 over N.
     """
     slots = usage.shape[-1]
+    if usage_epsilon is None:
+        usage_epsilon = USAGE_EPSILON[ops.dtype(usage)]
     if sort is None:
         sort = slots > MOST_COMPARED_SLOTS
     free = (1.0 - usage_epsilon) * (1.0 - usage)

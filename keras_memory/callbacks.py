@@ -136,9 +136,11 @@ def probe_picture(seen, title, memory=False):
     inside = {}
     for layer, trace in seen.traces.items():
         prefix = f"{layer}/" if len(seen.traces) > 1 else ""
-        for name, values in trace.items():
-            if name.endswith("_weighting") or (memory and name == "memory"):
-                inside[prefix + name] = values[0]
+        shown = [name for name in trace if name.endswith("_gate")]
+        shown += _weightings_of_heads(trace)
+        shown += ["memory"] * (memory and "memory" in trace)
+        for name in shown:
+            inside[prefix + name] = _first_sequence(name, trace[name])
     return visualization.task_picture(
         seen.inputs[0],
         seen.targets[0],
@@ -148,6 +150,22 @@ def probe_picture(seen, title, memory=False):
         title,
         high=max(1.0, float(seen.targets[0].max())),
     )
+
+
+def _weightings_of_heads(trace):
+    """Names of the weightings by which heads read and write, not of those on
+    the way to them; of all where an architecture calls them otherwise."""
+    names = [name for name in trace if name.endswith("_weighting")]
+    final = ("read_weighting", "write_weighting")
+    return [n for n in names if n.split("/")[-1] in final] or names
+
+
+def _first_sequence(name, values):
+    """(T, ...); weightings of pairs of heads (T, R, H, N) as (T, R H, N)."""
+    values = values[0]
+    if name.endswith("_weighting") and values.ndim > 3:
+        values = values.reshape(len(values), -1, values.shape[-1])
+    return values
 
 
 class ProbePictures(keras.callbacks.Callback):
@@ -362,24 +380,31 @@ class MemoryTensorBoard(keras.callbacks.Callback):
                 seen._replace(traces={}), f"After {self._done} epochs"
             )
         for layer, trace in seen.traces.items():
-            ways = {
-                name: values[0]
-                for name, values in trace.items()
-                if name.endswith("_weighting")
-            }
-            for name, values in ways.items():
+            for name, values in trace.items():
+                tag = f"{layer}/{name}"
+                values = _first_sequence(name, values)
                 title = name.replace("_", " ").capitalize()
-                images[f"{layer}/{name}"] = visualization.weightings(
-                    values, title
-                )
-            for name in [name for name in trace if name.endswith("memory")]:
-                memory = trace[name][0]
-                images[f"{layer}/{name}"] = visualization.memory_film_strip(
-                    memory
-                )
-                animations[f"{layer}/{name}_over_time"] = (
-                    visualization.sequence_frames(memory, ways, layer)
-                )
+                kind = name.split("/")[-1]
+                if kind.endswith("_weighting"):
+                    images[tag] = visualization.weightings(values, title)
+                elif kind == "usage":
+                    images[tag] = visualization.slots_over_time(values, title)
+                elif kind == "linkage":
+                    for head in range(values.shape[1]):
+                        several = f"_{head}" * (values.shape[1] > 1)
+                        images[tag + several] = (
+                            visualization.linkage_film_strip(values[:, head])
+                        )
+                elif kind == "memory":
+                    images[tag] = visualization.memory_film_strip(values)
+                    ways = {
+                        way: _first_sequence(way, trace[way])
+                        for way in _weightings_of_heads(trace)
+                        if way.startswith(name.removesuffix("memory"))
+                    }
+                    animations[f"{tag}_over_time"] = (
+                        visualization.sequence_frames(values, ways, layer)
+                    )
         written = {
             tag: (visualization.encode_png(image), image)
             for tag, image in images.items()

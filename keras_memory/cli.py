@@ -194,14 +194,28 @@ def parser():
         "pytorch-ntm copy-task-10-batch-50000.model copy.keras",
     )
     command.add_argument(
-        "implementation", choices=["pytorch-ntm"], help="where it is from"
+        "implementation",
+        choices=["pytorch-ntm", "pytorch-dnc", "deepmind-dnc"],
+        help="where it is from; deepmind-dnc takes an .npz",
     )
     command.add_argument(
         "checkpoint",
         help="its state dict as torch.save wrote it (needs torch), or an .npz",
     )
     command.add_argument("out", help="the .keras file to write, not there yet")
+    for name, (kind, help) in _CONVERT_OPTIONS.items():
+        command.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, help=help
+        )
     return top
+
+
+_CONVERT_OPTIONS = {
+    "memory_slots": (int, "of a DNC: its nr_cells, or memory_size"),
+    "read_heads": (int, "of pytorch-dnc: its read_heads"),
+    "nonlinearity": (str, "of pytorch-dnc's RNN, if not tanh: relu"),
+    "clip": (float, "of a DNC, if not 20 (pytorch-dnc) or none (deepmind-dnc)"),
+}
 
 
 def _add_run(command):
@@ -364,17 +378,36 @@ def convert(parsed):
     from keras_memory import convert as converters
     from keras_memory.files import written_aside
 
-    layer = converters.from_pytorch_ntm(
-        converters.read_pytorch_checkpoint(parsed.checkpoint)
+    implementation = parsed.implementation
+    takes = {  # option -> argument of the converter
+        "pytorch-ntm": {},
+        "pytorch-dnc": {name: name for name in _CONVERT_OPTIONS},
+        "deepmind-dnc": {"memory_slots": "memory_slots", "clip": "clip_value"},
+    }[implementation]
+    given = {
+        name: getattr(parsed, name)
+        for name in _CONVERT_OPTIONS
+        if getattr(parsed, name) is not None
+    }
+    needed = {"memory_slots", "read_heads"} & set(takes)
+    for name in sorted(set(given) - set(takes) | needed - set(given)):
+        verb = "does not take" if name in given else "needs"
+        raise ValueError(f"{implementation} {verb} --{name.replace('_', '-')}")
+    converter = getattr(converters, f"from_{implementation.replace('-', '_')}")
+    layer = converter(
+        converters.read_pytorch_checkpoint(parsed.checkpoint),
+        **{takes[name]: value for name, value in given.items()},
     )
+    name = implementation.split("-")[1]
     cell = layer.cell
     inputs = keras.Input((None, cell.input_size), name="inputs")
     with written_aside(out) as path:
-        keras.Model(inputs, layer(inputs), name="ntm").save(path)
+        keras.Model(inputs, layer(inputs), name=name).save(path)
     print(
-        f"NTM from {cell.input_size} inputs to {cell.units} outputs: "
-        f"{cell.memory_slots} slots of {cell.slot_size}, heads "
-        f"{', '.join(cell.head_order)}, LSTM of {cell.controller_units}"
+        f"{name.upper()} from {cell.input_size} inputs to {cell.units} "
+        f"outputs: {cell.memory_slots} slots of {cell.slot_size}, "
+        f"{cell.read_heads} read and {cell.write_heads} write heads, "
+        f"controller of {cell.controller_units}"
     )
     print(f"model: {out}")
 

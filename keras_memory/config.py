@@ -17,37 +17,24 @@ from keras_memory import tasks
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
 
 
 @dataclasses.dataclass(frozen=True)
-class NTM:
-    """The arguments of `NTMLayer` that a training can set.
+class _Memory:
+    """What the recurrent memories have in common; each has its own defaults."""
 
-    Args:
-        initialization: `"keras"` (default), or `"pytorch-ntm"`: weights of an
-            LSTM controller and of the heads start as large as there.
-        others: as of `NTMCell`.
-    """
-
-    memory_slots: int = 128
-    slot_size: int = 20
+    memory_slots: int
+    slot_size: int
     read_heads: int = 1
     write_heads: int = 1
     controller: str = "lstm"
     controller_units: int = 100
     controller_layers: int = 1
     initialization: str = "keras"
-    head_order: str | tuple = "parallel"
-    addressing: str = "content_and_location"
-    shift_range: int = 1
-    erase: bool = True
-    writing: str = "addressed"
-    retroactive_discount: float | None = None
-    initial_memory: str | float = "constant"
-    initial_reads: str | float = "constant"
-    initial_weighting: str | float = "constant"
-    initial_controller_state: str | float = "constant"
+
+    layer_class = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -76,7 +63,7 @@ class NTM:
             arguments["kernel_initializer"] = (
                 keras.initializers.VarianceScaling(1.4**2, "fan_avg", "uniform")
             )
-        return NTMLayer(
+        return self.layer_class(
             units,
             **arguments,
             activation=activation,
@@ -105,6 +92,62 @@ class NTM:
 
 
 @dataclasses.dataclass(frozen=True)
+class NTM(_Memory):
+    """The arguments of `NTMLayer` that a training can set.
+
+    Args:
+        initialization: `"keras"` (default), or `"pytorch-ntm"`: weights of an
+            LSTM controller and of the heads start as large as there.
+        others: as of `NTMCell`.
+    """
+
+    memory_slots: int = 128
+    slot_size: int = 20
+    head_order: str | tuple = "parallel"
+    addressing: str = "content_and_location"
+    shift_range: int = 1
+    erase: bool = True
+    writing: str = "addressed"
+    retroactive_discount: float | None = None
+    initial_memory: str | float = "constant"
+    initial_reads: str | float = "constant"
+    initial_weighting: str | float = "constant"
+    initial_controller_state: str | float = "constant"
+
+    layer_class = NTMLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class DNC(_Memory):
+    """The arguments of `DNCLayer` that a training can set.
+
+    Args:
+        initialization: as of `NTM`.
+        others: as of `DNCCell`.
+    """
+
+    memory_slots: int = 64
+    slot_size: int = 16
+    read_heads: int = 4
+    controller_units: int = 64
+    layers: int = 1
+    share_memory: bool = True
+    linkage: bool = True
+    content_masks: bool = False
+    deallocation: bool = False
+    link_sharpening: bool = False
+    interface_layer_norm: bool = False
+    bypass_dropout: float = 0.0
+    controller_dropout: float = 0.0
+    controller_clip: float | None = None
+    clip_value: float | None = None
+    initial_memory: str | float = "constant"
+    initial_controller_state: str | float = "constant"
+
+    layer_class = DNCLayer
+
+
+@dataclasses.dataclass(frozen=True)
 class LSTM:
     """`keras.layers.LSTM` and a dense layer: what a memory has to surpass.
 
@@ -129,7 +172,7 @@ class LSTM:
         return keras.layers.Dense(units, activation)(inputs)
 
 
-MODELS = {"ntm": NTM, "lstm": LSTM}
+MODELS = {"ntm": NTM, "dnc": DNC, "lstm": LSTM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +222,7 @@ class Training:
     """
 
     task: tasks.Task
-    model: NTM | LSTM
+    model: NTM | DNC | LSTM
     steps: int = 10_000
     batch_size: int = 16
     optimizer: str = "adam"
@@ -279,12 +322,21 @@ def _presets():
     }
     adam = {"learning_rate_decay": True, "clipnorm": 0.2}
     ntm = NTM(initialization="pytorch-ntm")
+    # A memory of the NTM's size, and as many weights, to a hundredth.
+    dnc = DNC(
+        memory_slots=128,
+        slot_size=20,
+        read_heads=1,
+        controller_units=100,
+        initialization="pytorch-ntm",
+    )
 
     def presets(task, default, paper=None, model=ntm, **common):
         start = Training(task, model, **common, **default)
         # As many weights as the NTM, to two hundredths, for all tasks.
         made = {"default": start}
         made["lstm"] = dataclasses.replace(start, model=LSTM(units=119))
+        made["dnc"] = dataclasses.replace(start, model=dnc)
         if paper is not None:
             heads = paper.pop("heads", 1)
             model = NTM(

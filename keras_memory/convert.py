@@ -501,10 +501,11 @@ def from_pytorch_dnc(
         weights: dict of arrays, a state dict of `DNC`; names may begin with
             `module.`.
         memory_slots: int, at least 1, `nr_cells` of the reference.
-        read_heads: int, at least 1, likewise.
+        read_heads: int, at least 1, likewise. Few wrong numbers fit the
+            weights, but those cannot be told.
         nonlinearity: `"tanh"` or `"relu"`, of `rnn_type="rnn"`.
         clip: float, at least 0, as the reference was made with: clips the
-            controllers' outputs; 0 does not.
+            controllers' outputs; 0 or None does not.
         **layer_kwargs: arguments of `DNCLayer` that the weights leave open:
             `dtype`, `name`, `stateful`, ... `return_sequences` is True by
             default.
@@ -550,7 +551,7 @@ def from_pytorch_dnc(
     layers = len(list(filter(None, rnns)))
     first = f"{kind}_layer_0"
     hidden_layers = _torch_layers(weights, first)
-    bias = f"{first}.bias_ih_l0" in weights
+    bias = any(".bias_ih_l" in n or ".bias_hh_l" in n for n in weights)
     shared = any("memory_shared" in name for name in weights)
     memories = [
         f"rnn_layer_memory_{'shared' if shared else layer}"
@@ -562,7 +563,14 @@ def from_pytorch_dnc(
     (outputs,) = sizes.of("output.bias", 1)
     _, units = sizes.of(f"{first}.weight_hh_l0", 2)
     reads_size = sizes.rest("output.weight", 1, units)
-    width = reads_size // read_heads
+    width, rest = divmod(reads_size, read_heads)
+    if rest:
+        raise ValueError(
+            "`read_heads` must divide the width of all reads, which is "
+            f"{reads_size} by 'output.weight'. "
+            f"Received: read_heads={read_heads}"
+        )
+    sizes.sources.append(f"read_heads={read_heads}")
     inputs = sizes.rest(f"{first}.weight_ih_l0", 1, reads_size)
     # As they follow one another where they are in one matrix.
     parts = {

@@ -118,7 +118,7 @@ class DNCAccess:
     initial_memory: str | float
     norm_epsilon: float | None
     product_epsilon: float
-    usage_epsilon: float
+    usage_epsilon: float | None
 
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
@@ -255,7 +255,9 @@ class DNCAccess:
         Initial.check("initial_memory", self.initial_memory)
         check_between("norm_epsilon", self.norm_epsilon, 0, or_none=True)
         check_between("product_epsilon", self.product_epsilon, 0)
-        check_between("usage_epsilon", self.usage_epsilon, 1e-12, 0.1)
+        check_between(
+            "usage_epsilon", self.usage_epsilon, 1e-30, 0.1, or_none=True
+        )
         if self.link_sharpening and not self.linkage:
             raise ValueError(
                 "`link_sharpening` sharpens the weightings that follow the "
@@ -396,8 +398,10 @@ class DNCCell(MemoryCell):
             None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
             of key and slot. Default 0.
-        usage_epsilon: float in [1e-12, 0.1], usage of an unused slot in the
-            products of the allocation. Default 1e-6.
+        usage_epsilon: float in [1e-30, 0.1], usage of an unused slot in the
+            products of the allocation. Default None: 1e-8, in float64 1e-16.
+            With more, such as the references' 1e-6, a write leaves a trace on
+            the next free slot, which the next write then passes over.
         **kwargs: further arguments of `MemoryCell`, and of Keras's `Layer`.
 
     Raises:
@@ -445,7 +449,7 @@ class DNCCell(MemoryCell):
         initial_memory="constant",
         norm_epsilon=None,
         product_epsilon=0.0,
-        usage_epsilon=1e-6,
+        usage_epsilon=None,
         **kwargs,
     ):
         check_size("layers", layers)

@@ -270,7 +270,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         """The controller of a block, a copy where one was given for all."""
         given = self.controller
         if block and isinstance(given, keras.layers.Layer):
-            config = given.get_config()
+            config = _unbuilt(given.get_config())
             config["name"] = f"{given.name}_{block}"
             return type(given).from_config(config)
         seed = self.seed
@@ -1163,6 +1163,20 @@ def _serialize(value):
     if isinstance(value, np.generic):  # Keras's NumPy backend mistakes it
         return value.item()
     return value
+
+
+def _unbuilt(config):
+    """A configuration without the shapes that layers inside were built for,
+    as the cells of a `StackedRNNCells` are."""
+    if isinstance(config, dict):
+        return {
+            key: _unbuilt(value)
+            for key, value in config.items()
+            if key != "build_config"
+        }
+    if isinstance(config, list):
+        return [_unbuilt(value) for value in config]
+    return config
 
 
 def _index(index):

@@ -172,6 +172,26 @@ def weightings(weighting, title):
     return _over_time(_head_rows(weighting, title))
 
 
+def slots_over_time(values, title):
+    """Draws one number a slot over time, such as the usage.
+
+    Args:
+        values: (T, N); any real value.
+        title: the line above.
+
+    Returns:
+        (H, W, 3) uint8 image, on a scale from 0 to 1, or as far as the values
+        reach beyond.
+
+    Raises:
+        ValueError: `values` has another rank, or an empty axis.
+    """
+    values = _array(values, "values", "(T, N)")
+    finite = values[np.isfinite(values)]
+    scale = {"low": finite.min(initial=0.0), "high": finite.max(initial=1.0)}
+    return _over_time([(title, values, scale)])
+
+
 def target_and_output(target, output, mask=None, high=1.0):
     """Draws target, output and their absolute difference, bits over time.
 
@@ -206,20 +226,45 @@ def memory_film_strip(memory, frames=8, title="Memory"):
         ValueError: `memory` has another rank or an empty axis, or no frames.
     """
     memory = _array(memory, "memory", "(T, N, W)")
-    steps = _moments(len(memory), frames, "frames")
-    shown, reach = len(steps), _reach(memory)
-    moments = [_strongest(memory[step]) for step in steps]
+    reach = _reach(memory)
+    scale = {"low": -reach, "high": reach, "palette": DIVERGING}
+    return _film_strip(memory, frames, title, "slot", scale)
+
+
+def linkage_film_strip(linkage, frames=8, title="Linkage"):
+    """Draws temporal links at a few moments, the last always among them.
+
+    Args:
+        linkage: (T, N, N) in 0 to 1, links after each step; row i, column j:
+            slot i was written right after slot j.
+        frames: how many moments at most, evenly spread; at least 1.
+        title: the line above.
+
+    Returns:
+        (H, W, 3) uint8 image: the moments side by side, on a scale 0 to 1.
+
+    Raises:
+        ValueError: `linkage` has another rank or an empty axis, or no frames.
+    """
+    linkage = _array(linkage, "linkage", "(T, N, N)")
+    title = f"{title}: row written right after column"
+    return _film_strip(linkage, frames, title, "slot", {})
+
+
+def _film_strip(matrices, frames, title, y_label, scale):
+    steps = _moments(len(matrices), frames, "frames")
+    shown = len(steps)
+    moments = [_strongest(matrices[step]) for step in steps]
     (rows, columns), block = moments[0][0].shape, moments[0][1]
     width = min(max(1, ((PLOT_WIDTH + GAP) // shown - GAP) // columns), 16)
     _, height = _cell(rows, columns)
-    colours = [colorize(m, -reach, reach, DIVERGING) for m, _ in moments]
     centres = np.arange(shown) * (columns * width + GAP) + columns * width // 2
     return _figure(
-        [_enlarge(one, width, height) for one in colours],
+        [_enlarge(colorize(m, **scale), width, height) for m, _ in moments],
         title,
         ("contents after time step", np.stack([centres, steps], axis=-1)),
-        _slot_axis("slot", rows, height, block),
-        [_colour_bar(rows * height, -reach, reach, DIVERGING)],
+        _slot_axis(y_label, rows, height, block),
+        [_colour_bar(rows * height, **scale)],
     )
 
 
@@ -296,10 +341,11 @@ def task_picture(inputs, targets, outputs, mask, trace, title, high=1.0):
         targets: (T, bits) in 0 to `high`.
         outputs: (T, bits) in 0 to `high`: probabilities, not logits.
         mask: (T,), zero at steps outside the loss; None if all count.
-        trace: dict of what is drawn below: each weighting, (T, N) or
-            (T, heads, N), whose name ends in "_weighting", in the dict's order
-            but with "write_weighting" first; and, to add a film strip,
-            "memory" (T, N, W). Empty for a model without memory.
+        trace: dict of what is drawn below: each gate, (T, heads), whose name
+            ends in "_gate"; each weighting, (T, N) or (T, heads, N), whose
+            name ends in "_weighting", in the dict's order but with
+            "write_weighting" first; and, to add a film strip, "memory"
+            (T, N, W). Empty for a model without memory.
         title: the headline.
         high: the number at the last colour of targets and outputs.
 
@@ -322,6 +368,8 @@ def task_picture(inputs, targets, outputs, mask, trace, title, high=1.0):
         reach = _reach(inputs)
         options |= {"low": -reach, "high": reach, "palette": DIVERGING}
     rows = [("Input", inputs, options), *_bits(targets, outputs, mask, high)]
+    for name in [name for name in trace if name.endswith("_gate")]:
+        rows.append((_words(name), trace[name], {"y_label": "head"}))
     for name in sorted(names, key=lambda name: name != "write_weighting"):
         rows += _head_rows(trace[name], _words(name))
     panels = [_over_time(rows, PLOT_HEIGHT * 2 // 3)]
@@ -441,12 +489,12 @@ def entropy(weighting):
             "`weighting` must have the shape (..., N), since entropy is that "
             f"of N slots. Received: shape {weighting.shape}."
         )
-    if np.any(weighting < 0):
+    if np.any(weighting < -1e-6):  # less is rounding
         raise ValueError(
             "`weighting` must not be negative, since the entropy would be no "
             f"real number. Received: a smallest of {np.nanmin(weighting)}."
         )
-    bits = np.log2(np.where(weighting == 0, 1.0, weighting))
+    bits = np.log2(np.where(weighting <= 0, 1.0, weighting))
     return 0.0 - (weighting * bits).sum(axis=-1)
 
 

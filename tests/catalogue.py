@@ -73,6 +73,17 @@ def ntm(name, output_size=3, **kwargs):
     )
 
 
+def dnc(name, **kwargs):
+    sizes = {
+        "units": 3,
+        "memory_slots": 7,
+        "slot_size": 5,
+        "read_heads": 2,
+        "controller_units": 11,
+    }
+    return Case(f"dnc-{name}", keras_memory.DNCLayer, {**sizes, **kwargs})
+
+
 CASES = [
     ntm("default"),
     ntm(
@@ -134,6 +145,42 @@ CASES = [
     ntm("unprojected-own-cell", 18, units=None, controller=own_cell),
     ntm("stacked-cells", controller=stacked_cells),
     ntm("feed-forward", controller=feed_forward),
+    dnc("default", initial_memory="learned"),
+    dnc(
+        "all-options",
+        write_heads=3,
+        content_masks=True,
+        deallocation=True,
+        link_sharpening=True,
+        interface_layer_norm=True,
+        bypass_dropout=0.3,
+        initial_memory="random",
+    ),
+    dnc(
+        "three-layers-as-pytorch-dnc",
+        layers=3,
+        controller="gru",
+        controller_layers=2,
+        controller_dropout=0.3,
+        controller_clip=0.7,
+        key_activation="tanh",
+        add_activation="tanh",
+        strength_activation="softplus",
+        product_epsilon=1e-6,
+    ),
+    dnc(
+        "two-memories-as-deepmind",
+        layers=2,
+        share_memory=False,
+        write_heads=2,
+        usage_gradient=False,
+        controller_clip=0.7,
+        controller_state_clip=0.9,
+        clip_value=1.0,
+        norm_epsilon=1e-6,
+        usage_epsilon=1e-5,
+    ),
+    dnc("no-linkage", linkage=False, controller="dense", initial_memory=1e-6),
     Case(
         "memory-rnn",
         keras_memory.MemoryRNN,

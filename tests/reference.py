@@ -420,10 +420,16 @@ def usage_after(usage, write_weighting, psi):
 
 
 def allocation(usage, epsilon):
-    """a: usage (N,) -> (N,); the lower index first where usages are equal."""
+    """a: usage (N,) -> (N,), the freest slot first, the lower one of equals.
+
+    Sorted by 1 - usage, where what is below the rounding of 1 is equal: of
+    slots that were never used, a further write head finds usages such as
+    1e-16, 1e-32, 1e-48, left by the allocation of the head before.
+    """
+    free = [1.0 - u for u in usage]
     usage = [epsilon + (1.0 - epsilon) * u for u in usage]
     weighting, product = np.zeros(len(usage)), 1.0
-    for slot in sorted(range(len(usage)), key=lambda i: (usage[i], i)):
+    for slot in sorted(range(len(usage)), key=lambda i: (-free[i], i)):
         weighting[slot] = (1.0 - usage[slot]) * product
         product *= usage[slot]
     return weighting

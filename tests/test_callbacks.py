@@ -39,6 +39,18 @@ def ntm(units=3, **arguments):
     )
 
 
+def dnc(**arguments):
+    return keras_memory.DNCLayer(
+        3,
+        memory_slots=7,
+        slot_size=5,
+        read_heads=2,
+        controller_units=7,
+        return_sequences=True,
+        **arguments,
+    )
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
@@ -78,6 +90,55 @@ def tensors(read, tag):
         (event.step, tf.make_ndarray(event.tensor_proto))
         for event in read.Tensors(tag)
     ]
+
+
+def test_what_tensorboard_gets_of_a_dnc(tmp_path):
+    model = sequential(dnc(write_heads=2, name="dnc"))
+    fitted(model, callbacks.MemoryTensorBoard(tmp_path, BATCH), epochs=1)
+    read = events(tmp_path)
+    inside = keras_memory.trace(model.layers[0], BATCH.inputs)
+
+    def shown(tag):
+        ((_, (_, _, encoded)),) = tensors(read, tag)
+        with Image.open(io.BytesIO(encoded)) as image:
+            return np.asarray(image.convert("RGB"))
+
+    for name in ("allocation", "forward", "read", "write_content"):
+        name += "_weighting"
+        title = name.replace("_", " ").capitalize()
+        values = inside[name][0]
+        values = values.reshape(len(values), -1, 7)  # pairs of heads in a row
+        expected = visualization.weightings(values, title)
+        np.testing.assert_array_equal(shown(f"dnc/{name}"), expected)
+    expected = visualization.slots_over_time(inside["usage"][0], "Usage")
+    np.testing.assert_array_equal(shown("dnc/usage"), expected)
+    for head in range(2):
+        links = inside["linkage"][0][:, head]
+        expected = visualization.linkage_film_strip(links)
+        np.testing.assert_array_equal(shown(f"dnc/linkage_{head}"), expected)
+
+
+def test_a_probe_shows_gates_and_where_heads_act(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        visualization,
+        "task_picture",
+        lambda *arguments, **_: drawn.append(arguments[4]),
+    )
+    model = sequential(dnc(name="dnc"))
+    seen = callbacks.Probe.of(BATCH).look(model)
+    callbacks.probe_picture(seen, "title", memory=True)
+    assert list(drawn[0]) == [
+        "free_gate",
+        "allocation_gate",
+        "write_gate",
+        "read_weighting",
+        "write_weighting",
+        "memory",
+    ]
+    inside = keras_memory.trace(model.layers[0], BATCH.inputs)
+    for name, values in drawn[0].items():
+        harness.close(values, inside[name][0])
 
 
 def test_what_tensorboard_gets(tmp_path):

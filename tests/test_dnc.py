@@ -1,8 +1,6 @@
 """The Differentiable Neural Computer against its oracle, finite differences,
 cases solved by hand, and where mathematics is singular."""
 
-import itertools
-
 import keras
 import numpy as np
 import pytest
@@ -151,17 +149,23 @@ def oracle(layer, x, states=None, use_memory=True):
     same = (
         "slot_size read_heads write_heads controller layers share_memory "
         "linkage content_masks deallocation link_sharpening clip_value "
-        "interface_layer_norm product_epsilon usage_epsilon"
+        "interface_layer_norm product_epsilon"
     )
-    norm_epsilon = config["norm_epsilon"]
-    if norm_epsilon is None:
-        norm_epsilon = 1e-16 if layer.compute_dtype == "float64" else 1e-8
+    epsilons = {}
+    for name in ("norm_epsilon", "usage_epsilon"):
+        epsilons[name] = config[name]
+        if config[name] is None:
+            wide = layer.compute_dtype == "float64"
+            epsilons[name] = 1e-16 if wide else 1e-8
     return reference.dnc_sequence(
         x,
-        [{k: ops.convert_to_numpy(w) for k, w in one.items()} for one in weights],
+        [
+            {k: ops.convert_to_numpy(w) for k, w in one.items()}
+            for one in weights
+        ],
         initial=initial,
         initial_controllers=controllers,
-        norm_epsilon=norm_epsilon,
+        **epsilons,
         strength=BY_NAME[config["strength_activation"]],
         key_activation=BY_NAME[config["key_activation"]],
         add_activation=BY_NAME[config["add_activation"]],
@@ -199,3 +203,1247 @@ def test_equals_the_oracle(controller, write_heads):
     x = numbers()
     equals_the_oracle(layer, x)
     equals_the_oracle(layer, x, some_state(layer))
+
+
+# What the option is, and whether the weights without it are others.
+OPTIONS = {
+    "key_activation": "tanh",
+    "add_activation": "tanh",
+    "strength_activation": "softplus",
+    "norm_epsilon": 0.3,
+    "product_epsilon": 0.2,
+    "usage_epsilon": 0.1,
+    "deallocation": True,
+    "content_masks": True,
+    "link_sharpening": True,
+    "linkage": False,
+    "interface_layer_norm": True,
+    "clip_value": 0.3,
+    "activation": "sigmoid",
+}
+WITH_OTHER_WEIGHTS = {
+    "content_masks",
+    "link_sharpening",
+    "linkage",
+    "interface_layer_norm",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@needs_tensorflow
+def test_each_option_equals_the_oracle_and_does_something(option):
+    fixed = {"write_heads": 2, "dtype": "float64"}
+    layer = randomised(**fixed, **{option: OPTIONS[option]})
+    x, states = numbers(), some_state(layer)
+    output = equals_the_oracle(layer, x, states)["output"]
+    if option not in WITH_OTHER_WEIGHTS:
+        without = like(layer, **fixed)(x, initial_state=states)
+        assert np.abs(output - ops.convert_to_numpy(without)).max() > 1e-4
+    if option == "clip_value":
+        assert np.isclose(np.abs(output), 0.3).any()
+
+
+ALL_IN_ONE = {
+    "content_masks": True,
+    "link_sharpening": True,
+    "deallocation": True,
+    "interface_layer_norm": True,
+    "key_activation": "tanh",
+    "strength_activation": "softplus",
+}
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": 2, "controller": "gru"},
+        {"layers": 3, "write_heads": 2, **ALL_IN_ONE},
+        {"layers": 2, "linkage": False, "controller": "dense"},
+    ],
+    ids=["two", "three with all options", "no linkage"],
+)
+@needs_tensorflow
+def test_several_layers_equal_the_oracle(options, share_memory):
+    layer = randomised(share_memory=share_memory, dtype="float64", **options)
+    equals_the_oracle(layer, numbers(), some_state(layer))
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, (1, 1, WIDTH)),
+        ({"write_heads": 3, "read_heads": 1}, (1, TIME, WIDTH)),
+        ({"memory_slots": 1}, (2, 1, WIDTH)),
+        ({"slot_size": 1, "write_heads": 2}, (3, 2, 1)),
+        ({"memory_slots": 2, "slot_size": 1, **ALL_IN_ONE}, (1, 3, 1)),
+    ],
+    ids=str,
+)
+@needs_tensorflow
+def test_other_sizes_equal_the_oracle(options, shape):
+    layer = randomised(shape=shape, dtype="float64", **options)
+    states = some_state(layer, batch=shape[0])
+    equals_the_oracle(layer, numbers(shape=shape), states)
+
+
+@pytest.mark.parametrize("start", ["constant", 0.3, "learned"])
+@needs_tensorflow
+def test_initial_memories_equal_the_oracle(start):
+    layer = randomised(initial_memory=start, dtype="float64")
+    x = numbers()
+    if start == "learned":
+        equals_the_oracle(layer, x)
+    # Rounding decides which of equal slots is used first, and nothing else.
+    close(layer(x), oracle(layer, x)["output"], 1e-11)
+    memory = layer.cell.unpack_state(layer.cell.get_initial_state(1)).memory
+    if start == "learned":
+        (weight,) = [
+            w for w in layer.trainable_weights if w.name == "initial_memory"
+        ]
+        close(memory[0], weight, 0)
+    else:
+        close(memory, np.full((1, 11, 5), {"constant": 0.0}.get(start, start)))
+
+
+@needs_tensorflow
+def test_sorting_the_slots_equals_the_oracle(monkeypatch):
+    monkeypatch.setattr(addressing, "MOST_COMPARED_SLOTS", 0)
+    layer = randomised(write_heads=3, initial_memory="random", dtype="float64")
+    equals_the_oracle(layer, numbers())
+    equals_the_oracle(layer, numbers(), some_state(layer))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"layers": 2}, {"layers": 2, "share_memory": False}]
+)
+@needs_tensorflow
+def test_without_its_memory_the_layer_equals_the_oracle(options):
+    layer = randomised(dtype="float64", **options)
+    states = some_state(layer)
+    equals_the_oracle(layer, numbers(), states, use_memory=False)
+
+
+def test_float32_equals_the_oracle():
+    layer = randomised(scale=0.5, write_heads=2)
+    x = numbers().astype("float32")
+    equals_the_oracle(layer, x, some_state(layer), tolerance=2e-5)
+
+
+def test_all_starts_at_zero():
+    layer = built(write_heads=2, layers=2, share_memory=False)
+    first, second = layer.cell.unpack_state(layer.cell.get_initial_state(3))
+    shapes = {
+        "reads": (3, 2, 5),
+        "memory": (3, 11, 5),
+        "usage": (3, 11),
+        "linkage": (3, 2, 11, 11),
+        "precedence": (3, 2, 11),
+        "read_weighting": (3, 2, 11),
+        "write_weighting": (3, 2, 11),
+    }
+    for record in (first, second):
+        assert record._fields == (*shapes, "controller")
+        for name, shape in shapes.items():
+            close(getattr(record, name), np.zeros(shape), 0)
+
+
+def test_interface_size_is_that_of_the_paper():
+    layer = built(write_heads=1, read_heads=3)
+    width, heads = 5, 3
+    expected = width * heads + 3 * width + 5 * heads + 3
+    assert layer.cell.interfaces[0][0].shape == (7, expected)
+
+
+# One step of the memory, driven by hand.
+
+
+def bias_of(access, **values):
+    """An interface vector with the named parts filled, the others with 0."""
+    filled = []
+    for name, shape in access.parts._asdict().items():
+        value = values.pop(name, 0.0)
+        if shape is not None:
+            filled.append(np.broadcast_to(value, shape).ravel())
+    assert not values
+    return np.concatenate(filled)
+
+
+def set_interface_bias(layer, **values):
+    bias = layer.cell.interfaces[0][1]
+    bias.assign(bias_of(layer.cell.accesses[0], **values))
+
+
+def a_step(access, state, **values):
+    interface = bias_of(access, **values)[None].astype("float32")
+    return access.step(ops.convert_to_tensor(interface), state)
+
+
+def by_hand(**options):
+    """An access and the state it starts with, for one batch item."""
+    layer = built(controller="dense", read_heads=1, **options)
+    cell = layer.cell
+    state = cell.unpack_state(cell.get_initial_state(1))
+    return cell.accesses[0], state._replace(controller=())
+
+
+def one_hot(slot, slots=11):
+    return np.eye(slots, dtype="float32")[slot]
+
+
+def tensor(value):
+    return ops.convert_to_tensor(np.asarray(value, "float32"))
+
+
+ON, OFF = 100.0, -100.0
+
+
+def free_only(state, slot):
+    """All slots are used but one, and the last step did nothing."""
+    return state._replace(
+        usage=tensor(1.0 - one_hot(slot))[None],
+        write_weighting=ops.zeros_like(state.write_weighting),
+    )
+
+
+def test_links_hold_the_order_of_writing():
+    access, state = by_hand()
+    for slot in (0, 3, 1):
+        state, inside = a_step(
+            access,
+            free_only(state, slot),
+            write_gate=ON,
+            allocation_gate=ON,
+            free_gate=OFF,
+            add_vector=slot + 1.0,
+        )
+        close(inside["allocation_weighting"], [[one_hot(slot)]], 1e-4)
+        close(state.write_weighting, [[one_hot(slot)]], 1e-4)
+        close(state.precedence, [[one_hot(slot)]], 1e-4)
+    links = np.zeros((11, 11))
+    links[3, 0] = links[1, 3] = 1.0
+    close(state.linkage, [[links]], 1e-4)
+    # Backward, by content, forward.
+    for start, mode, end in (
+        (0, (0, 0, ON), 3),
+        (3, (0, 0, ON), 1),
+        (1, (ON, 0, 0), 3),
+        (3, (ON, 0, 0), 0),
+    ):
+        after, _ = a_step(
+            access,
+            state._replace(read_weighting=tensor([[one_hot(start)]])),
+            write_gate=OFF,
+            read_mode=mode,
+        )
+        close(after.read_weighting, [[one_hot(end)]], 1e-4)
+        close(after.reads, np.full((1, 1, 5), end + 1.0), 1e-3)
+        close(after.linkage, state.linkage, 1e-4)
+
+
+def test_each_write_head_has_links_of_its_own():
+    orders = ((0, 3, 1), (5, 1, 2))
+    linkage, precedence = np.zeros((1, 2, 11, 11)), np.zeros((1, 2, 11))
+    linkage, precedence = tensor(linkage), tensor(precedence)
+    for slots in zip(*orders):
+        written = tensor([[one_hot(slot) for slot in slots]])
+        linkage = addressing.linkage_after_write(linkage, precedence, written)
+        precedence = addressing.precedence_after_write(precedence, written)
+    close(precedence, [[one_hot(1), one_hot(2)]], 0)
+    expected = np.zeros((1, 2, 11, 11))
+    expected[0, 0, 3, 0] = expected[0, 0, 1, 3] = 1.0
+    expected[0, 1, 1, 5] = expected[0, 1, 2, 1] = 1.0
+    close(linkage, expected, 0)
+    read = tensor([[one_hot(1), one_hot(5), one_hot(3)]])
+    forward, backward = addressing.follow_links(linkage, read)
+    none = np.zeros(11)
+    close(
+        forward,
+        [[[none, one_hot(2)], [none, one_hot(1)], [one_hot(1), none]]],
+        0,
+    )
+    close(
+        backward,
+        [[[one_hot(3), one_hot(5)], [none, none], [one_hot(0), none]]],
+        0,
+    )
+
+
+def test_writing_a_slot_anew_forgets_its_links():
+    access, state = by_hand()
+    for slot in (0, 3, 1, 0):
+        gates = {"write_gate": ON, "allocation_gate": ON}
+        state, _ = a_step(access, free_only(state, slot), **gates)
+    links = np.zeros((11, 11))
+    links[1, 3] = links[0, 1] = 1.0
+    close(state.linkage, [[links]], 1e-4)
+
+
+@pytest.mark.parametrize("deallocation", [False, True])
+def test_what_is_freed_is_allocated_next(deallocation):
+    access, state = by_hand(deallocation=deallocation)
+    full = state._replace(
+        usage=ops.ones((1, 11)),
+        memory=ops.ones((1, 11, 5)),
+        read_weighting=tensor([[one_hot(7)]]),
+    )
+    for free_gate, free in ((ON, one_hot(7)), (OFF, np.zeros(11))):
+        after, inside = a_step(
+            access,
+            full,
+            free_gate=free_gate,
+            allocation_gate=ON,
+            write_gate=ON,
+        )
+        close(inside["retention"], [1.0 - free])
+        close(after.usage, [1.0 - free])
+        close(inside["allocation_weighting"], [[free]], 1e-5)
+        close(after.write_weighting, [[free]], 1e-5)
+    # What is freed is erased with deallocation only; no write hides that.
+    after, _ = a_step(access, full, free_gate=ON, write_gate=OFF)
+    erased = one_hot(7) if deallocation else np.zeros(11)
+    close(after.memory, np.ones((1, 11, 5)) * (1.0 - erased)[:, None])
+
+
+def test_a_second_write_head_takes_another_slot():
+    access, state = by_hand(write_heads=2)
+    usage = tensor([1.0 - one_hot(2) - 0.6 * one_hot(6)])
+    for gate, second in ((ON, one_hot(6)), (OFF, one_hot(2))):
+        _, inside = a_step(
+            access,
+            state._replace(usage=usage),
+            write_gate=[gate, ON],
+            allocation_gate=ON,
+        )
+        first, second_found = inside["allocation_weighting"][0]
+        assert int(np.argmax(first)) == 2
+        assert int(np.argmax(second_found)) == int(np.argmax(second))
+        close(second_found[2], 1.0 if gate == OFF else 0.0, 1e-4)
+    # 0.6 of slot 6 is free; what the first head took is 1e-6.
+    close(inside["allocation_weighting"][0, 0, 6], 0.0, 1e-5)
+
+
+def test_reads_see_the_write_of_their_own_step():
+    access, state = by_hand(memory_slots=1)
+    after, _ = a_step(
+        access, state, write_gate=ON, allocation_gate=OFF, add_vector=3.0
+    )
+    close(after.reads, np.full((1, 1, 5), 1.5), 2.0)
+    close(after.memory, np.full((1, 1, 5), 3.0))
+    # No links yet: a third of the read is by content.
+    close(after.read_weighting, [[[1 / 3]]])
+    close(after.reads, np.full((1, 1, 5), 1.0))
+
+
+def test_sharpened_links_are_uniform_where_there_are_none():
+    access, state = by_hand(link_sharpening=True)
+    _, inside = a_step(access, state, forward_sharpening=3.0)
+    for name in ("forward_weighting", "backward_weighting"):
+        close(inside[name], np.full((1, 1, 1, 11), 1 / 11))
+
+
+# Invariants.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"write_heads": 3},
+        {"write_heads": 2, **ALL_IN_ONE},
+        {"layers": 2, "linkage": False},
+        {"layers": 2},
+    ],
+    ids=["default", "heads", "all options", "no linkage", "layers"],
+)
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_usage_weightings_and_links_stay_in_range(options, scale):
+    layer = randomised(scale=scale, **options)
+    x = 2.0 * numbers(shape=(BATCH, 20, WIDTH)).astype("float32")
+    inside = keras_memory.trace(layer, x)
+    checked = set()
+    for name, value in inside.items():
+        name = name.split("/")[-1]
+        checked.add(name)
+        if "weighting" in name or name in ("precedence", "read_mode"):
+            assert (value >= 0).all(), name
+            assert (value.sum(-1) <= 1 + 1e-6).all(), name
+        if "content_weighting" in name or name == "read_mode":
+            close(value.sum(-1), np.ones(value.shape[:-1]), 1e-5)
+        if name in ("usage", "retention", "linkage") or "gate" in name:
+            assert (value >= 0).all(), name
+            assert (value <= 1 + 1e-6).all(), name
+        if name == "linkage":
+            assert (value.sum(-1) <= 1 + 1e-6).all()
+            assert (value.sum(-2) <= 1 + 1e-6).all()
+            assert (np.diagonal(value, axis1=-2, axis2=-1) == 0).all()
+            assert value.max() > 0.05
+        if "sharpening" in name:
+            assert (value >= 1).all()
+    assert {"usage", "write_weighting", "allocation_weighting"} <= checked
+    assert ("linkage" in checked) == options.get("linkage", True)
+
+
+SLOT_AXES = {
+    "memory": [-2],
+    "usage": [-1],
+    "retention": [-1],
+    "precedence": [-1],
+    "linkage": [-1, -2],
+}
+
+
+def permuted(name, value, order):
+    axes = [-1] if name.endswith("weighting") else SLOT_AXES.get(name, [])
+    for axis in axes:
+        value = np.take(value, order, axis=axis)
+    return value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"write_heads": 3}, {"write_heads": 2, **ALL_IN_ONE}],
+    ids=["default", "heads", "all options"],
+)
+@needs_tensorflow
+def test_slots_have_no_order(options):
+    layer = randomised(scale=0.6, dtype="float64", **options)
+    x, states = numbers(), some_state(layer)
+    before = keras_memory.trace(layer, x, initial_state=states)
+    order = np.random.default_rng(3).permutation(11)
+    record = layer.cell.unpack_state(states)
+    fields = {
+        name: permuted(name, ops.convert_to_numpy(value), order)
+        for name, value in record._asdict().items()
+        if name != "controller"
+    }
+    states = layer.cell.pack_state(record._replace(**fields))
+    after = keras_memory.trace(layer, x, initial_state=states)
+    for name, value in before.items():
+        close(after[name], permuted(name, value, order), 1e-10)
+    assert np.abs(after["usage"] - before["usage"]).max() > 1e-2
+
+
+def test_the_input_may_be_time_first():
+    layer = randomised()
+    time_first = numbers(shape=(TIME, BATCH, WIDTH)).astype("float32")
+    entry = keras.Input(batch_shape=(TIME, BATCH, WIDTH))
+    output = ops.swapaxes(layer(ops.swapaxes(entry, 0, 1)), 0, 1)
+    model = keras.Model(entry, output)
+    expected = ops.convert_to_numpy(layer(np.swapaxes(time_first, 0, 1)))
+    result = model(ops.convert_to_tensor(time_first))
+    close(result, np.swapaxes(expected, 0, 1))
+    assert result.shape == (TIME, BATCH, UNITS)
+
+
+# Allocation.
+
+USAGES = {
+    "random": np.random.default_rng(2).uniform(size=(5, 13)),
+    "ties": np.random.default_rng(3).integers(0, 4, size=(5, 13)) / 4,
+    "nearly free": 1e-3 * np.random.default_rng(4).uniform(size=(5, 13)),
+    "nearly full": 1 - 1e-3 * np.random.default_rng(4).uniform(size=(5, 13)),
+    "all free": np.zeros((2, 13)),
+    "all used": np.ones((2, 13)),
+    "half": np.full((2, 13), 0.5),
+    "one slot": np.array([[0.0], [0.3], [1.0]]),
+    "two slots": np.array([[0.3, 0.2], [0.2, 0.3], [0.0, 1.0], [1.0, 0.0]]),
+    "two alike": np.array([[0.0, 0.0], [0.4, 0.4], [1.0, 1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", USAGES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float32", 1e-6), pytest.param("float64", 1e-12, marks=needs_tensorflow)],
+)
+def test_both_forms_of_the_allocation_equal_the_oracle(name, dtype, tolerance):
+    usage = USAGES[name].astype(dtype)
+    expected = [reference.allocation(one, 1e-6) for one in usage]
+    found = []
+    for sort in (True, False, None):
+        given = ops.convert_to_tensor(usage)
+        found.append(addressing.allocation(given, 1e-6, sort=sort))
+        assert ops.dtype(found[-1]) == dtype
+        close(found[-1], expected, tolerance)
+    close(found[0], found[1], tolerance)
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_allocation_by_hand(sort):
+    usage = [[0.5, 0.25, 0.75], [0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]
+    expected = [
+        [0.5 * 0.25, 0.75, 0.25 * 0.25 * 0.5],
+        [0.5, 0.5 * 0.5, 0.5 * 0.5 * 0.5],
+        [0.0, 1.0, 0.0],
+    ]
+    close(addressing.allocation(tensor(usage), 1e-12, sort), expected)
+    found = addressing.allocation(tensor(usage), 0.2, sort)
+    raised = 0.2 + 0.8 * 0.25
+    close(found[0, :2], [(1 - 0.6) * raised, 1 - raised])
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_of_slots_as_used_as_each_other_the_first_is_taken(sort):
+    for value in (0.0, 0.3, 0.9):
+        usage = np.full((1, 13), value)
+        usage[0, 2] = 0.95
+        found = addressing.allocation(tensor(usage), 1e-6, sort)
+        found = ops.convert_to_numpy(found)[0]
+        others = np.delete(found, 2)
+        assert (np.diff(others) <= 0).all() and others[0] > others[1]
+        assert found[2] <= others[-1]
+
+
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("slots", [1, 2, 7])
+@needs_tensorflow
+def test_gradients_of_the_allocation_equal_finite_differences(slots, sort):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(4)
+    usage = rng.permuted(np.linspace(0.05, 0.95, 3 * slots)).reshape(3, slots)
+    projection = rng.normal(size=usage.shape)
+
+    def loss(usage):
+        found = addressing.allocation(usage, 1e-6, sort)
+        return tf.reduce_sum(projection * found)
+
+    usage = tf.constant(usage)
+    with tf.GradientTape() as tape:
+        tape.watch(usage)
+        value = loss(usage)
+    gradient = tape.gradient(value, usage).numpy()
+    for index in np.ndindex(*usage.shape):
+        step = np.zeros(usage.shape)
+        step[index] = 1e-6
+        slope = float(loss(usage + step) - loss(usage - step)) / 2e-6
+        assert abs(slope - gradient[index]) < 1e-8
+    assert np.abs(gradient).min() > 1e-7
+
+
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@needs_tensorflow
+def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
+    import tensorflow as tf
+
+    for usage in (
+        np.zeros((1, 7)),
+        np.ones((1, 7)),
+        [[0, 0, 1, 1, 0.5, 0, 1]],
+        [[0.0]],
+        [[1.0]],
+    ):
+        usage = tf.constant(usage, dtype)
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(usage)
+            found = addressing.allocation(usage, 1e-6, sort)
+        jacobian = tape.jacobian(found, usage, experimental_use_pfor=False)
+        jacobian = jacobian.numpy()
+        assert np.isfinite(jacobian).all()
+        # No allocation depends on a usage more than as one to one.
+        assert 0.5 < np.abs(jacobian).max() < 1.001
+
+
+# Gradients against finite differences.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"write_heads": 3, "controller": "gru"},
+        {"write_heads": 2, "memory_slots": 5, **ALL_IN_ONE},
+        {"layers": 2, "share_memory": False, "controller": "rnn"},
+        {
+            "layers": 2,
+            "linkage": False,
+            "controller": "dense",
+            "product_epsilon": 0.2,
+            "norm_epsilon": 0.1,
+        },
+    ],
+    ids=["default", "heads", "all options", "two memories", "no linkage"],
+)
+@needs_tensorflow
+def test_gradients_equal_finite_differences(options):
+    import tensorflow as tf
+
+    layer = randomised(
+        scale=0.6,
+        initial_memory="learned",
+        initial_controller_state="learned",
+        dtype="float64",
+        **options,
+    )
+    rng = np.random.default_rng(11)
+    time = 4
+    x = tf.Variable(numbers(shape=(BATCH, time, WIDTH)))
+    states = [tf.Variable(state) for state in some_state(layer)]
+    mask = np.ones((BATCH, time), bool)
+    mask[1, 2] = False
+    projection = rng.normal(size=(BATCH, time, layer.cell.output_size))
+
+    def loss_from_own_start():
+        return tf.reduce_sum(projection * layer(x, mask=mask))
+
+    def loss_from_states():
+        output = layer(x, initial_state=states, mask=mask)
+        return tf.reduce_sum(projection * output)
+
+    without_gradient = []
+    for loss, variables in (
+        (loss_from_own_start, [x, *layer.trainable_weights]),
+        (loss_from_states, [x, *states]),
+    ):
+        with tf.GradientTape() as tape:
+            value = loss()
+        gradients = tape.gradient(value, variables)
+        for index, variable in enumerate(variables):
+            gradient = gradients[index]
+            if gradient is None:
+                gradient = tf.zeros_like(variable)
+            gradient = ops.convert_to_numpy(gradient)
+            start = ops.convert_to_numpy(variable).copy()
+            direction = rng.normal(size=start.shape)
+            values = []
+            for step in (1e-6, -1e-6):
+                variable.assign(start + step * direction)
+                values.append(float(loss()))
+            variable.assign(start)
+            slope = (values[0] - values[1]) / 2e-6
+            length = np.linalg.norm(gradient)
+            if length == 0:
+                without_gradient.append(index)
+            error = abs(np.sum(gradient * direction) - slope)
+            assert error <= 1e-6 * length + 1e-9, (index, variable.shape)
+    # The first block sees what the last one read, and no one else does.
+    unused = [1] if options.get("share_memory") is False else []
+    assert without_gradient == unused
+
+
+# The gradient through usage.
+
+
+@needs_tensorflow
+def test_without_usage_gradient_the_output_is_the_same():
+    layer = randomised(scale=0.6, write_heads=2)
+    x, states = numbers(), some_state(layer)
+    stopped = like(layer, write_heads=2, usage_gradient=False)
+    close(stopped(x, initial_state=states), layer(x, initial_state=states), 0)
+
+
+@needs_tensorflow
+def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
+    """The same gradients as if usage were told of a constant writing."""
+    import tensorflow as tf
+
+    fixed = {"write_heads": 2, "dtype": "float64"}
+    passing = built(**fixed).cell.accesses[0]
+    layer = built(usage_gradient=False, **fixed)
+    stopping = layer.cell.accesses[0]
+    rng = np.random.default_rng(17)
+    interfaces = [
+        tf.constant(rng.normal(size=(BATCH, passing.interface_size)))
+        for _ in range(3)
+    ]
+    start = layer.cell.unpack_state(some_state(layer))
+    start = start._replace(controller=())
+    variables = [*interfaces, *start[:-1]]
+    projections = [rng.normal(size=value.shape) for value in start[:-1]]
+
+    def gradients(access, told_of):
+        with tf.GradientTape() as tape:
+            tape.watch(variables)
+            state = start
+            for interface in interfaces:
+                written = told_of(state.write_weighting)
+                state = state._replace(write_weighting=written)
+                state, _ = access.step(interface, state)
+            loss = sum(
+                tf.reduce_sum(p * value)
+                for p, value in zip(projections, state[:-1])
+            )
+        return [
+            np.zeros(v.shape) if g is None else g.numpy()
+            for v, g in zip(variables, tape.gradient(loss, variables))
+        ]
+
+    stopped = gradients(stopping, tf.identity)
+    for found, expected in zip(stopped, gradients(passing, tf.stop_gradient)):
+        close(found, expected, 1e-12)
+    whole = gradients(passing, tf.identity)
+    name = {n: i for i, n in enumerate(start._fields, len(interfaces))}
+    assert (stopped[name["write_weighting"]] == 0).all()
+    assert np.abs(whole[name["write_weighting"]]).max() > 1e-3
+    for other in ("usage", "read_weighting", "linkage", "precedence"):
+        assert np.abs(stopped[name[other]]).max() > 1e-6, other
+    assert np.abs(whole[0] - stopped[0]).max() > 1e-3
+
+
+# Where mathematics is singular.
+
+
+def few(seed=7):
+    """Numbers for three steps: a reverse step takes most of the time."""
+    return numbers(seed)[:, :3]
+
+
+def largest_gradients(layer, x):
+    """Largest absolute gradients of the mean of output ** 2 with respect to
+    inputs and weights, and to the initial states; all must be finite."""
+    import tensorflow as tf
+
+    x = tf.cast(x, layer.compute_dtype)
+    layer.build(x.shape)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        start = layer.cell.get_initial_state(batch_size=x.shape[0])
+        tape.watch(start)
+        output, *final = layer(x, initial_state=start)
+        loss = tf.reduce_mean(tf.cast(output, "float32") ** 2)
+        for state in final:
+            loss += tf.reduce_mean(tf.cast(state, "float32"))
+    assert ops.dtype(output) == layer.compute_dtype
+    variables = [x, *layer.trainable_weights, *start]
+    sizes = []
+    for value in (output, *final, *tape.gradient(loss, variables)):
+        sizes.append(0.0)
+        if value is not None:
+            value = ops.convert_to_numpy(tf.cast(value, "float64"))
+            assert np.isfinite(value).all()
+            sizes[-1] = np.abs(value).max()
+    gradients = sizes[-len(variables) :]
+    return max(gradients[: -len(start)]), max(gradients[-len(start) :])
+
+
+def returning_state(**kwargs):
+    shape = kwargs.pop("shape", (BATCH, TIME, WIDTH))
+    return built(shape, return_state=True, **kwargs)
+
+
+PARTS = (
+    "read_key",
+    "read_strength",
+    "write_key",
+    "write_strength",
+    "erase_vector",
+    "add_vector",
+    "free_gate",
+    "allocation_gate",
+    "write_gate",
+    "read_mode",
+    "read_mask",
+    "write_mask",
+    "forward_sharpening",
+    "backward_sharpening",
+)
+SATURATED = {
+    part: {part: [0, 1, 0] if part == "read_mode" else 1} for part in PARTS
+}
+BOTH_WAYS = ("read_strength", "write_gate", "free_gate", "write_mask")
+SATURATED |= {
+    "reads go forward": {"read_mode": [0, 0, 1]},
+    "all written to free slots": {
+        "write_gate": 1,
+        "allocation_gate": 1,
+        "free_gate": -1,
+    },
+    "all full and freed": {
+        "write_gate": 1,
+        "allocation_gate": 1,
+        "free_gate": 1,
+        "read_mode": [1, 0, 0],
+    },
+    "all gates and strengths": dict.fromkeys(
+        (
+            "read_strength",
+            "write_strength",
+            "free_gate",
+            "allocation_gate",
+            "write_gate",
+            "erase_vector",
+            "forward_sharpening",
+            "backward_sharpening",
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sign"),
+    [
+        *((name, 1e4) for name in SATURATED),
+        *((name, -1e4) for name in BOTH_WAYS),
+    ],
+)
+@needs_tensorflow
+def test_saturated_gates(name, sign):
+    masks = "mask" in name
+    layer = returning_state(
+        memory_slots=3,
+        content_masks=masks,
+        link_sharpening="forward_sharpening" in SATURATED[name]
+        or "backward_sharpening" in SATURATED[name],
+        initial_memory="random",
+        dtype="float32",
+    )
+    values = SATURATED[name]
+    set_interface_bias(
+        layer,
+        **{part: sign * np.array(value) for part, value in values.items()},
+    )
+    of_weights, of_states = largest_gradients(layer, few())
+    assert 0 < of_weights
+    # Add vectors of 1e4 make an output of 1e4, which is squared.
+    bound = 1e9 if name == "add_vector" else 1e4
+    assert of_weights < bound and of_states < bound
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["all full and freed", "all gates and strengths"]
+)
+@needs_tensorflow
+def test_saturated_gates_in_16_bits(name, dtype):
+    layer = returning_state(
+        memory_slots=3,
+        link_sharpening=name != "all full and freed",
+        dtype=dtype,
+    )
+    for value in (60, -60):
+        values = SATURATED[name].items()
+        set_interface_bias(
+            layer, **{part: value * np.array(one) for part, one in values}
+        )
+        of_weights, of_states = largest_gradients(layer, few())
+        assert 0 < of_weights < 1e4
+        assert of_states < 1e4
+
+
+SINGULAR = {
+    "default": {},
+    "several heads": {"write_heads": 3},
+    "one slot": {"memory_slots": 1},
+    "one slot, all options": {"memory_slots": 1, **ALL_IN_ONE},
+    "slots of width one": {"slot_size": 1},
+    "equal slots": {"initial_memory": 0.5},
+    "tiny memory": {"initial_memory": 1e-30},
+    "all options": {"write_heads": 2, **ALL_IN_ONE},
+    "no linkage": {"linkage": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in SINGULAR),
+        ("one slot", "float64"),
+        ("one slot", "mixed_float16"),
+        ("all options", "mixed_float16"),
+    ],
+)
+@needs_tensorflow
+def test_singular_points(name, dtype):
+    layer = returning_state(dtype=dtype, **SINGULAR[name])
+    of_weights, of_states = largest_gradients(layer, few())
+    assert 0 < of_weights < 1e3
+    assert of_states < 1e5
+
+
+@pytest.mark.parametrize("options", [{}, ALL_IN_ONE], ids=["default", "all"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
+@needs_tensorflow
+def test_zero_memory_zero_keys_and_zero_inputs(dtype, options):
+    layer = returning_state(dtype=dtype, kernel_initializer="zeros", **options)
+    # The slope of the cosine at zero is up to 1 / norm_epsilon.
+    bound = 1e17 if dtype == "float64" else 1e9
+    _, of_states = largest_gradients(layer, 0 * few())
+    assert of_states < bound
+    set_interface_bias(layer, add_vector=0.5)
+    layer.cell.output_projection[0].assign(np.ones((17, UNITS)))
+    of_weights, of_states = largest_gradients(layer, 0 * few())
+    assert 0 < of_weights < bound
+    assert of_states < bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
+@pytest.mark.parametrize("used", [0.0, 1.0])
+@needs_tensorflow
+def test_usage_and_weightings_of_exactly_0_and_1(used, dtype):
+    """All slots used, or none, after reads and writes at a single slot."""
+    import tensorflow as tf
+
+    layer = returning_state(dtype=dtype, initial_memory="random")
+    states = layer.cell.unpack_state(layer.cell.get_initial_state(BATCH))
+    single = np.broadcast_to(one_hot(4), (BATCH, 2, 11))
+    states = layer.cell.pack_state(
+        states._replace(
+            usage=np.full((BATCH, 11), used),
+            precedence=single[:, :1],
+            read_weighting=single,
+            write_weighting=single[:, :1],
+        )
+    )
+    states = [tf.Variable(state) for state in states]
+    with tf.GradientTape() as tape:
+        output = layer(few(), initial_state=states)[0]
+        loss = tf.reduce_mean(tf.cast(output, "float32") ** 2)
+    for gradient in tape.gradient(loss, [*states, *layer.trainable_weights]):
+        value = ops.convert_to_numpy(tf.cast(gradient, "float64"))
+        assert np.isfinite(value).all() and np.abs(value).max() < 1e4
+
+
+@pytest.mark.parametrize("shape", [(1, 3, WIDTH), (2, 1, WIDTH), (1, 1, 1)])
+@needs_tensorflow
+def test_one_item_and_one_step_are_finite(shape):
+    layer = returning_state(shape=shape)
+    of_weights, of_states = largest_gradients(layer, numbers(shape=shape))
+    assert 0 < of_weights < 1e2
+    assert of_states < 1e5
+
+
+@pytest.mark.parametrize(
+    ("controller", "dtype"),
+    [("lstm", "float32"), ("dense", "float64"), ("dense", "mixed_float16")],
+)
+@needs_tensorflow
+def test_huge_inputs(controller, dtype):
+    layer = returning_state(controller=controller, dtype=dtype)
+    of_weights, of_states = largest_gradients(layer, 1e4 * few())
+    assert 0 < of_weights < 1e6
+    assert of_states < 1e6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@needs_tensorflow
+def test_huge_interface(dtype):
+    layer = returning_state(controller="dense", dtype=dtype)
+    kernel = layer.cell.interfaces[0][0]
+    kernel.assign(1e4 * numbers(shape=kernel.shape))
+    of_weights, _ = largest_gradients(layer, few())
+    assert of_weights > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("float16", {}),
+        ("bfloat16", {}),
+        ("mixed_float16", ALL_IN_ONE),
+        ("mixed_bfloat16", ALL_IN_ONE),
+    ],
+    ids=["float16", "bfloat16", "mixed_float16, all", "mixed_bfloat16, all"],
+)
+@needs_tensorflow
+def test_16_bits(options, dtype):
+    # A dense controller: TensorFlow has no orthogonal matrices in bfloat16,
+    # which Keras draws for recurrent kernels.
+    layer = returning_state(dtype=dtype, controller="dense", **options)
+    of_weights, of_states = largest_gradients(layer, few())
+    assert 0 < of_weights < 1e2
+    assert of_states < 1e5
+    # Close to the same in 32 bits.
+    wide = like(layer, dtype="float32", controller="dense", **options)
+    difference = ops.convert_to_numpy(
+        ops.cast(layer(few())[0], "float32") - wide(few())
+    )
+    assert np.abs(difference).max() < 0.05
+
+
+# Without the memory; resets.
+
+
+def copies(states):
+    """NumPy copies, which nothing can change."""
+    return [np.array(ops.convert_to_numpy(state)) for state in states]
+
+
+def equal(states, others):
+    assert len(states) == len(others)
+    for state, other in zip(copies(states), copies(others)):
+        assert state.dtype == other.dtype
+        np.testing.assert_array_equal(state, other)
+
+
+TWO_MEMORIES = {"layers": 2, "share_memory": False}
+
+
+@pytest.mark.parametrize("options", [{}, TWO_MEMORIES, {"layers": 2}], ids=str)
+def test_without_its_memory_only_the_controller_goes_on(options):
+    layer = randomised(return_state=True, units=None, **options)
+    x = numbers().astype("float32")
+    states = some_state(layer)
+    output, *after = layer(x, initial_state=states, use_memory=False)
+    of_controller = layer.cell._map_initials(
+        lambda _, name: "controller" in name
+    )
+    assert any(of_controller) and not all(of_controller)
+    for before, now, moves in zip(copies(states), copies(after), of_controller):
+        assert (before != now).any() == moves
+    assert (ops.convert_to_numpy(output)[:, :, 7:] == 0).all()
+    # What is in the memory does not matter.
+    others = [
+        a if moves else b
+        for a, b, moves in zip(states, some_state(layer, 4), of_controller)
+    ]
+    close(layer(x, initial_state=others, use_memory=False)[0], output, 0)
+    assert np.abs(output - layer(x, initial_state=states)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("value", [None, 1, 0, "yes"])
+def test_use_memory_is_true_or_false(value):
+    with pytest.raises(ValueError, match="`use_memory`.*Received"):
+        dnc()(numbers(), use_memory=value)
+
+
+@pytest.mark.parametrize("options", [{}, TWO_MEMORIES], ids=str)
+@pytest.mark.parametrize("part", ["memory", "controller"])
+@pytest.mark.parametrize("rows", [None, [True, False, True], [False] * 3])
+def test_resets(rows, part, options):
+    layer = randomised(
+        initial_memory="random", initial_controller_state="random", **options
+    )
+    states = some_state(layer, batch=3)
+    kept = copies(states)
+    reset = getattr(layer, f"reset_{part}")
+    after = copies(reset(states) if rows is None else reset(states, rows=rows))
+    starts = copies(layer.cell.get_initial_state(3))
+    is_reset = np.ones(3, bool) if rows is None else np.array(rows)
+    in_part = layer.cell._map_initials(
+        lambda _, name: ("controller" in name) == (part == "controller")
+    )
+    assert 0 < sum(in_part) < len(in_part)
+    for before, now, start, reached in zip(kept, after, starts, in_part):
+        changed = is_reset & reached
+        np.testing.assert_array_equal(now[changed], start[changed])
+        np.testing.assert_array_equal(now[~changed], before[~changed])
+        assert (before != start).any()
+    equal(states, kept)  # those given stay as they are
+
+
+def test_after_a_reset_the_memory_is_as_good_as_new():
+    layer = randomised(controller="dense", return_state=True)
+    x = numbers().astype("float32")
+    fresh = layer(x)[0]
+    states = layer.reset_memory(some_state(layer), rows=[True, False])
+    output = ops.convert_to_numpy(layer(x, initial_state=states)[0])
+    close(output[0], fresh[0])
+    assert np.abs(output[1] - ops.convert_to_numpy(fresh)[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["memory", "controller"])
+def test_resets_of_a_stateful_layer(part):
+    layer = randomised(stateful=True)
+    x = numbers().astype("float32")
+    layer(x)
+    before = copies(layer.states)
+    reset = getattr(layer, f"reset_{part}")
+    expected = copies(reset(before, rows=[False, True]))
+    equal(layer.states, before)  # states were given
+    equal(reset(rows=[False, True]), expected)
+    equal(layer.states, expected)
+    reset()
+    equal(layer.states, reset(before))
+    assert any((a != b).any() for a, b in zip(before, expected))
+    # And the layer goes on from there.
+    going_on = like(layer, return_state=True)
+    follows = going_on(x, initial_state=copies(layer.states))[0]
+    close(layer(x), follows)
+
+
+@pytest.mark.parametrize("part", ["memory", "controller"])
+@pytest.mark.parametrize(
+    "rows",
+    [[True], [True] * 3, [[True, False]], [1, 0], [1.0, 0.0], True, "all"],
+    ids=str,
+)
+def test_rows_that_are_refused(rows, part):
+    layer = randomised()
+    with pytest.raises(ValueError, match="`?rows`?"):
+        getattr(layer, f"reset_{part}")(some_state(layer), rows=rows)
+
+
+def test_resets_of_states_that_are_not_there():
+    layer = randomised()
+    for reset in (layer.reset_memory, layer.reset_controller):
+        with pytest.raises(ValueError, match="`states`.*stateful=False"):
+            reset()
+        with pytest.raises(ValueError, match="has 9 states"):
+            reset(some_state(layer)[:-1])
+    not_called = built(stateful=True)
+    not_called.states = None
+    with pytest.raises(ValueError, match="`states`.*stateful=True"):
+        not_called.reset_memory()
+
+
+# Bypass dropout.
+
+
+def test_bypass_dropout_drops_of_the_controller_output_only():
+    shape = (13, TIME, WIDTH)
+    fixed = {"units": None, "controller_units": 29, "seed": 3}
+    layer = built(shape, bypass_dropout=0.4, **fixed)
+    x = numbers(shape=shape).astype("float32")
+    dropped = ops.convert_to_numpy(layer(x, training=True))
+    whole = ops.convert_to_numpy(layer(x))
+    without = built(shape, **fixed)
+    for mine, other in zip(layer.trainable_weights, without.trainable_weights):
+        other.assign(mine)
+    close(without(x, training=True), whole, 0)
+    close(dropped[:, :, 29:], whole[:, :, 29:], 0)
+    ratio = dropped[:, :, :29] / whole[:, :, :29]
+    close(ratio, np.where(ratio > 0.1, 1 / 0.6, 0.0), 1e-4)
+    close(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), 1e-4)
+    share = (ratio[:, 0] == 0).mean()
+    assert 0.3 < share < 0.5
+    assert (ratio[0, 0] != ratio[1, 0]).any()
+    # The next batch loses other units, and a layer of the same seed the same.
+    again = ops.convert_to_numpy(layer(x, training=True))
+    assert ((again == 0) != (dropped == 0)).any()
+    same = built(shape, bypass_dropout=0.4, **fixed)
+    for mine, other in zip(layer.trainable_weights, same.trainable_weights):
+        other.assign(mine)
+    close(same(x, training=True), dropped, 0)
+
+
+def test_bypass_dropout_is_in_front_of_the_projection():
+    layer = built(bypass_dropout=0.5, seed=3)
+    features = built(bypass_dropout=0.5, seed=3, units=None)
+    for mine, other in zip(
+        [w for w in layer.trainable_weights if "output" not in w.name],
+        features.trainable_weights,
+    ):
+        other.assign(mine)
+    x = numbers().astype("float32")
+    dropped = ops.convert_to_numpy(features(x, training=True))
+    kernel, bias = map(ops.convert_to_numpy, layer.cell.output_projection)
+    close(layer(x, training=True), dropped @ kernel + bias, 1e-5)
+    assert (dropped[:, :, :7] == 0).any() and (dropped[:, :, :7] != 0).any()
+
+
+# Bidirectional.
+
+
+def bidirectional(**kwargs):
+    layer = keras.layers.Bidirectional(dnc(**kwargs))
+    layer.build((BATCH, TIME, WIDTH))
+    rng = np.random.default_rng(9)
+    for weight in layer.trainable_weights:
+        weight.assign(rng.normal(size=weight.shape))
+    return layer
+
+
+def test_bidirectional_is_one_layer_each_way():
+    both = bidirectional()
+    ahead, back = built(), built()
+    ahead.cell.set_weights(both.forward_layer.cell.get_weights())
+    back.cell.set_weights(both.backward_layer.cell.get_weights())
+    x = numbers().astype("float32")
+    found = ops.convert_to_numpy(both(x))
+    assert found.shape == (BATCH, TIME, 2 * UNITS)
+    close(found[:, :, :UNITS], ahead(x), 1e-5)
+    of_back = ops.convert_to_numpy(back(x[:, ::-1]))[:, ::-1]
+    close(found[:, :, UNITS:], of_back, 1e-5)
+    assert np.abs(found[:, :, :UNITS] - found[:, :, UNITS:]).max() > 0.1
+    # A masked end is as if it were cut off.
+    length = 4
+    mask = np.arange(TIME)[None].repeat(BATCH, 0) < length
+    masked = ops.convert_to_numpy(both(x, mask=ops.convert_to_tensor(mask)))
+    cut = ops.convert_to_numpy(both(x[:, :length]))
+    close(masked[:, :length], cut, 1e-5)
+    assert np.abs(cut[:, :, UNITS:] - found[:, :length, UNITS:]).max() > 1e-3
+
+
+def test_bidirectional_fits_and_comes_back_from_a_file(tmp_path):
+    model = keras.Sequential(
+        [
+            keras.Input((None, WIDTH)),
+            keras.layers.Bidirectional(dnc(content_masks=True)),
+            keras.layers.Dense(1),
+        ]
+    )
+    x = numbers().astype("float32")
+    if keras.backend.backend() != "numpy":
+        model.compile("adam", "mse", run_eagerly=True)
+        y = x.sum(-1, keepdims=True)
+        losses = model.fit(x, y, epochs=2, verbose=0).history["loss"]
+        assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    close(loaded(x), model(x), 0)
+
+
+# What is refused.
+
+
+STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
+SIZE = [0, -1, 2.0, "2", None, True]
+SWITCH = [None, 1, 0, "yes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("units", [0, -1, 2.0, True]),
+        *((name, SIZE) for name in ("memory_slots", "slot_size", "layers")),
+        *((name, SIZE) for name in ("read_heads", "write_heads")),
+        *((name, SIZE) for name in ("controller_units", "controller_layers")),
+        *(
+            (name, SWITCH)
+            for name in (
+                "share_memory",
+                "linkage",
+                "content_masks",
+                "deallocation",
+                "link_sharpening",
+                "usage_gradient",
+                "interface_layer_norm",
+            )
+        ),
+        ("initial_memory", STARTS),
+        ("initial_controller_state", STARTS),
+        ("norm_epsilon", [-1e-9, NAN, "0", True]),
+        ("product_epsilon", [-1e-9, NAN, "0", None, True]),
+        ("usage_epsilon", [0, 1e-31, 0.2, 1.0, -1.0, NAN, "0", True]),
+        ("bypass_dropout", [-0.1, 1.0, 1, NAN, "0.5", None, True]),
+        ("clip_value", [0, -1.0, NAN, "1"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_that_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError) as error:
+            dnc(**{name: value})
+        assert f"`{name}`" in str(error.value), value
+        assert f"Received: {name}={value!r}" in str(error.value), value
+
+
+def test_sharpened_links_need_links():
+    with pytest.raises(ValueError, match="`link_sharpening`.*linkage=False"):
+        dnc(linkage=False, link_sharpening=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "key_activation",
+        "add_activation",
+        "strength_activation",
+        "activation",
+        "kernel_initializer",
+        "bias_initializer",
+    ],
+)
+def test_names_that_keras_does_not_know(name):
+    with pytest.raises(ValueError, match="tahn"):
+        dnc(**{name: "tahn"})
+
+
+def test_a_missing_field_of_the_state_is_named():
+    layer = built()
+    state = layer.cell.unpack_state(some_state(layer))
+    with pytest.raises(ValueError, match="`linkage` must have shape"):
+        layer.cell.pack_state(state._replace(linkage=np.zeros((2, 11, 11))))

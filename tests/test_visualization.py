@@ -302,6 +302,42 @@ def test_weightings_keep_their_scale():
     np.testing.assert_array_equal(faint[top, left], expected)
 
 
+def test_usage_is_drawn_slot_by_slot_over_time():
+    usage = np.zeros((11, 5))
+    usage[7, 3] = 1.0
+    image = visualization.slots_over_time(usage, "Usage")
+    np.testing.assert_array_equal(cell_of(image, 3, 7), HOT)
+    np.testing.assert_array_equal(cell_of(image, 3, 6), COLD)
+    usage[2, 1] = -1.0  # beyond 0 to 1 the scale goes along
+    image = visualization.slots_over_time(usage, "Usage")
+    np.testing.assert_array_equal(cell_of(image, 1, 2), COLD)
+    assert not (cell_of(image, 3, 6) == COLD).all()
+
+
+def test_links_have_rows_and_columns_and_a_scale_from_0():
+    linkage = np.zeros((11, 5, 5))
+    linkage[10, 3, 1] = 1.0
+    image = visualization.linkage_film_strip(linkage, frames=2)
+    top, left = visualization.TOP, visualization.LEFT
+    last = left + 5 * 16 + visualization.GAP
+    hot = np.argwhere(is_colour(image[:, : last + 5 * 16], HOT))
+    assert hot.min(axis=0).tolist() == [top + 3 * 16, last + 16]
+    assert hot.max(axis=0).tolist() == [top + 4 * 16 - 1, last + 2 * 16 - 1]
+
+
+def test_gates_are_drawn_head_by_head(copy_task):
+    for key in ("inputs", "targets", "outputs"):
+        copy_task[key] = np.zeros_like(copy_task[key])
+    gate = np.zeros((11, 2))
+    gate[7, 1] = 1.0
+    copy_task["trace"] = {
+        "free_gate": gate,
+        "read_weighting": np.zeros((11, 13)),
+    }
+    image = visualization.task_picture(**copy_task)
+    assert hot_rows(image) == [visualization.LEFT + 640 // 11 * 7]
+
+
 def test_the_difference_shows_the_wrong_bits_where_the_loss_counts():
     target, output = np.zeros((11, 7)), np.zeros((11, 7))
     output[9, 3] = output[1, 2] = 1.0
@@ -1041,6 +1077,11 @@ def test_entropy_takes_the_last_axis():
     assert result.shape == (3, 5)
     expected = [[-sum(w * np.log2(w)) for w in row] for row in weighting]
     np.testing.assert_allclose(result, expected, rtol=1e-12)
+
+
+def test_a_weighting_may_be_below_0_by_rounding():
+    result = visualization.entropy([[1.0, -1e-7]])
+    np.testing.assert_array_equal(result, [0.0])
 
 
 def test_entropy_of_nan_is_nan():
