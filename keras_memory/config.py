@@ -431,6 +431,32 @@ def _presets():
             model=dataclasses.replace(ntm, memory_slots=16),
         ),
     }
+    # As the defaults of that project's task scripts.
+    pytorch_dnc = Training(
+        tasks.Copy(bits=5, max_length=4),
+        DNC(
+            memory_slots=16,
+            slot_size=20,
+            controller_layers=2,
+            controller_clip=20.0,
+        ),
+        learning_rate=1e-4,
+        optimizer_options={
+            "beta_2": 0.98,
+            "epsilon": 1e-9,
+            "global_clipnorm": 50.0,
+        },
+        batch_size=100,
+        steps=100_000,
+    )
+    made["copy"]["pytorch-dnc"] = pytorch_dnc
+    for name, task in (
+        ("adding", tasks.Adding()),
+        ("argmax", tasks.Argmax(max_length=4)),
+    ):
+        made[name]["pytorch-dnc"] = dataclasses.replace(
+            pytorch_dnc, task=task, steps=2_000
+        )
     for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
         made[name]["pytorch-ntm"] = dataclasses.replace(
             made[name]["paper"],

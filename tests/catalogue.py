@@ -157,8 +157,8 @@ CASES = [
         initial_memory="random",
     ),
     dnc(
-        "three-layers-as-pytorch-dnc",
-        layers=3,
+        "two-layers-as-pytorch-dnc",
+        layers=2,
         controller="gru",
         controller_layers=2,
         controller_dropout=0.3,

@@ -16,6 +16,12 @@ from catalogue import CASES
 import keras_memory
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# For what does not depend on a layer's options.
+each_layer = pytest.mark.parametrize(
+    "case",
+    {case.layer: case for case in reversed(CASES)}.values(),
+    ids=lambda case: case.name,
+)
 
 
 def public_layers():
@@ -63,7 +69,10 @@ def test_shapes(case):
 @pytest.mark.parametrize(
     "jit_compile",
     [
-        False,
+        # What XLA compiles has been traced, as it is without XLA.
+        pytest.param(
+            False, marks=() if harness.BACKEND == "torch" else pytest.mark.slow
+        ),
         pytest.param(
             True, marks=pytest.mark.slow if harness.BACKEND == "torch" else ()
         ),
@@ -93,7 +102,7 @@ def test_backwards(case):
     harness.backwards(case)
 
 
-@each_case
+@each_layer
 def test_in_models(case):
     harness.in_models(case)
 

@@ -1,4 +1,7 @@
-"""It learns: run with `pytest -m slow tests/test_learning.py` (20 minutes)."""
+"""It learns: run with `pytest -m slow tests/test_learning.py` (40 minutes)."""
+
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
@@ -15,9 +18,10 @@ def train(start, folder, *settings):
     return training.train(start, folder, lambda line: None)
 
 
+@pytest.mark.parametrize("preset", ["default", "dnc"])
 @pytest.mark.parametrize("seed", [1, 10, 100])
-def test_copy(seed, tmp_path):
-    start = config.PRESETS["copy"]["default"]
+def test_copy(seed, preset, tmp_path):
+    start = config.PRESETS["copy"][preset]
     results = train(start, tmp_path / "run", f"seed={seed}")
     assert results["steps"] < start.steps
     assert results["wrong_bits_per_sequence_up_to_20"] < 0.1
@@ -44,6 +48,15 @@ def test_copy_as_pytorch_ntm_trains_it(tmp_path):
 def test_task(task, error, most, tmp_path):
     results = train(config.PRESETS[task]["default"], tmp_path / "run")
     assert results[error] < most
+
+
+def test_a_dnc_never_gets_a_nan():
+    benchmark = pathlib.Path(__file__).parents[1] / "benchmarks"
+    benchmark = runpy.run_path(str(benchmark / "dnc_stability.py"))
+    table = benchmark["stability"]((1e-4, 1e-3, 1e-2), seeds=20, steps=500)
+    for row in table.values():
+        assert (row["loss"], row["gradients"], row["states"]) == (0, 0, 0)
+    assert table[1e-3]["median loss"] < table[1e-4]["median loss"] < 0.69
 
 
 def test_copy_without_a_memory_fails(tmp_path):
