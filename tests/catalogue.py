@@ -193,3 +193,6 @@ CASES = [
         {"units": 3, "controller_units": 7, "share_memory": True},
     ),
 ]
+
+# One case for each layer, for what does not depend on its options.
+LAYERS = list({case.layer: case for case in reversed(CASES)}.values())

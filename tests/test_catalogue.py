@@ -12,14 +12,22 @@ import keras
 import numpy as np
 import pytest
 from catalogue import CASES
+from catalogue import LAYERS
 
 import keras_memory
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# For what does not depend on a layer's options.
+
+
+def slow_unless(first, *values):
+    return pytest.param(*values, marks=() if first else pytest.mark.slow)
+
+
+# Of each layer one case, and the others with `-m slow`: for what takes long
+# and hardly depends on the options.
 each_layer = pytest.mark.parametrize(
     "case",
-    {case.layer: case for case in reversed(CASES)}.values(),
+    [slow_unless(case in LAYERS, case) for case in CASES],
     ids=lambda case: case.name,
 )
 
@@ -70,12 +78,8 @@ def test_shapes(case):
     "jit_compile",
     [
         # What XLA compiles has been traced, as it is without XLA.
-        pytest.param(
-            False, marks=() if harness.BACKEND == "torch" else pytest.mark.slow
-        ),
-        pytest.param(
-            True, marks=pytest.mark.slow if harness.BACKEND == "torch" else ()
-        ),
+        slow_unless(harness.BACKEND == "torch", False),
+        slow_unless(harness.BACKEND != "torch", True),
     ],
 )
 def test_training_step(case, jit_compile):
@@ -107,11 +111,16 @@ def test_in_models(case):
     harness.in_models(case)
 
 
-@each_case
 @pytest.mark.parametrize(
-    "policy", ["mixed_float16", "mixed_bfloat16", "float16"]
+    ("policy", "case"),
+    [
+        slow_unless(policy == "mixed_float16" or case in LAYERS, policy, case)
+        for policy in ("mixed_float16", "mixed_bfloat16", "float16")
+        for case in CASES
+    ],
+    ids=lambda value: getattr(value, "name", value),
 )
-def test_mixed_precision(case, policy):
+def test_mixed_precision(policy, case):
     harness.mixed_precision(case, policy)
 
 

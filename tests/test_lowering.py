@@ -8,15 +8,21 @@ import sys
 
 import pytest
 from catalogue import CASES
+from catalogue import LAYERS
 
 pytest.importorskip("jax")
 
 
 @pytest.fixture(scope="module")
-def lowered():
+def lowered(request):
     folder = pathlib.Path(__file__).parent
+    selected = [
+        item.callspec.params["case"].name
+        for item in request.session.items
+        if item.path == request.path and "case" in item.callspec.params
+    ]
     result = subprocess.run(
-        [sys.executable, folder / "jax_lowering.py"],
+        [sys.executable, folder / "jax_lowering.py", *selected],
         env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -26,7 +32,14 @@ def lowered():
     return {line["name"]: line for line in lines}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in LAYERS else pytest.mark.slow)
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+)
 def test_forward_and_training_step(case, lowered):
     line = lowered[case.name]
     assert line["forward"] == line["train"] == ["tpu", "cuda", "cpu"]
