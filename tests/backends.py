@@ -82,7 +82,7 @@ def numbers(case):
     on each backend; so does dropout, which is left out.
     """
     rng = np.random.default_rng(5)
-    dropout = {n: 0.0 for n in case.kwargs if n == "controller_dropout"}
+    dropout = {n: 0.0 for n in case.kwargs if n.endswith("_dropout")}
     layer = case.make(return_state=True, **dropout)
     layer.build(case.input_shape)
     for weight in layer.weights:

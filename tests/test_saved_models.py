@@ -28,6 +28,17 @@ def test_ntm_copy_copies(copier, length):
     assert float(tf.reduce_mean(wrong)) < 0.1
 
 
+@pytest.mark.parametrize("length", [1, 5, 20, 40])
+def test_dnc_copy_copies(length):
+    dnc = tf.saved_model.load(str(MODELS / "dnc_copy" / "1")).signatures
+    batch = tasks.Copy().sample(np.random.default_rng(3), 17, length=length)
+    outputs = dnc["serving_default"](inputs=tf.constant(batch.inputs))
+    wrong = losses.wrong_bits_per_sequence(
+        batch.targets, outputs["outputs"], batch.mask
+    )
+    assert float(tf.reduce_mean(wrong)) < 0.1
+
+
 def test_ntm_copy_streams(copier):
     batch = tasks.Copy().sample(np.random.default_rng(3), 5, length=7)
     inputs = tf.constant(batch.inputs)
