@@ -136,8 +136,13 @@ def probe_picture(seen, title, memory=False):
     inside = {}
     for layer, trace in seen.traces.items():
         prefix = f"{layer}/" if len(seen.traces) > 1 else ""
-        shown = [name for name in trace if name.endswith("_gate")]
-        shown += _weightings_of_heads(trace)
+        shown = _weightings_of_heads(trace)
+        if shown:
+            shown = [
+                name
+                for name, values in trace.items()
+                if name.endswith("_gate") and values.ndim == 3
+            ] + shown
         shown += ["memory"] * (memory and "memory" in trace)
         for name in shown:
             inside[prefix + name] = _first_sequence(name, trace[name])
@@ -387,20 +392,20 @@ class MemoryTensorBoard(keras.callbacks.Callback):
                 kind = name.split("/")[-1]
                 if kind.endswith("_weighting"):
                     images[tag] = visualization.weightings(values, title)
-                elif kind == "usage":
+                elif kind == "usage" and values.ndim == 2:
                     images[tag] = visualization.slots_over_time(values, title)
-                elif kind == "linkage":
+                elif kind == "linkage" and values.ndim == 4:
                     for head in range(values.shape[1]):
                         several = f"_{head}" * (values.shape[1] > 1)
                         images[tag + several] = (
                             visualization.linkage_film_strip(values[:, head])
                         )
-                elif kind == "memory":
+                elif kind.endswith("memory") and values.ndim == 3:
                     images[tag] = visualization.memory_film_strip(values)
                     ways = {
                         way: _first_sequence(way, trace[way])
                         for way in _weightings_of_heads(trace)
-                        if way.startswith(name.removesuffix("memory"))
+                        if way.rpartition("/")[0] == name.rpartition("/")[0]
                     }
                     animations[f"{tag}_over_time"] = (
                         visualization.sequence_frames(values, ways, layer)

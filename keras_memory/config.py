@@ -32,6 +32,7 @@ class _Memory:
     controller: str = "lstm"
     controller_units: int = 100
     controller_layers: int = 1
+    controller_dropout: float = 0.0
     initialization: str = "keras"
 
     layer_class = None
@@ -83,6 +84,7 @@ class _Memory:
                 kernel_initializer=kernel(),
                 recurrent_initializer=kernel(),
                 unit_forget_bias=False,
+                dropout=self.controller_dropout,
             )
             for _ in range(self.controller_layers)
         ]
@@ -138,7 +140,6 @@ class DNC(_Memory):
     link_sharpening: bool = False
     interface_layer_norm: bool = False
     bypass_dropout: float = 0.0
-    controller_dropout: float = 0.0
     controller_clip: float | None = None
     clip_value: float | None = None
     initial_memory: str | float = "constant"

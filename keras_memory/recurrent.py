@@ -710,6 +710,9 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
 # Where `trace_model` collects the layers' calls, as (layer, arguments).
 _recording = contextvars.ContextVar("recording", default=None)
 
+# Goes past Keras's `RNN.call`, which hands no further arguments on.
+_memory_in_use = contextvars.ContextVar("memory_in_use", default=True)
+
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class MemoryRNN(keras.layers.RNN):
@@ -755,7 +758,6 @@ class MemoryRNN(keras.layers.RNN):
     """
 
     cell_class = None
-    _use_memory = True
 
     def __init_subclass__(cls, cell=None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -824,11 +826,11 @@ class MemoryRNN(keras.layers.RNN):
         self._check_sequences(sequences.shape)
         if initial_state is not None:
             self._check_initial_state(initial_state, sequences.shape[0])
-        self._use_memory = check_bool("use_memory", use_memory)
-        try:  # `inner_loop` gets no more than Keras's own arguments
+        in_use = _memory_in_use.set(check_bool("use_memory", use_memory))
+        try:
             return super().call(sequences, initial_state, mask, training)
         finally:
-            self._use_memory = True
+            _memory_in_use.reset(in_use)
 
     def _check_sequences(self, shape):
         if len(shape) != 3 or shape[1] == 0:
@@ -851,7 +853,8 @@ class MemoryRNN(keras.layers.RNN):
             )
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        arguments = sequences, initial_state, mask, training, self._use_memory
+        use_memory = _memory_in_use.get()
+        arguments = sequences, initial_state, mask, training, use_memory
         if (calls := _recording.get()) is not None:
             calls.append((self, arguments))
         if self.stateful:
@@ -867,7 +870,7 @@ class MemoryRNN(keras.layers.RNN):
             go_backwards=self.go_backwards,
             unroll=self.unroll,
             all_outputs=self.return_sequences,
-            use_memory=self._use_memory,
+            use_memory=use_memory,
         )
         outputs = self.cell.project(features, training)
         if mask is not None:
