@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import re
 import typing
 
 import keras
@@ -513,16 +512,22 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                     f"shape {shape}, dtype {rows.dtype} for states of shape "
                     f"{tuple(states[0].shape)}"
                 )
-        starts = self.get_initial_state(ops.shape(states[0])[0])
-        of_controller = self._map_initials(
-            lambda initial, name: re.match(r"initial(_\d+)?_controller", name)
+        starts = self._unflatten(
+            self.get_initial_state(ops.shape(states[0])[0])
         )
-        after = []
-        for state, start, is_controller in zip(states, starts, of_controller):
-            if bool(is_controller) == (part == "controller"):
-                start = ops.cast(start, state.dtype)
-                state = start if rows is None else scan.hold(rows, state, start)
-            after.append(state)
+        after = self._flatten(
+            tuple(
+                start._replace(controller=record.controller)
+                if part == "memory"
+                else record._replace(controller=start.controller)
+                for record, start in zip(self._unflatten(states), starts)
+            )
+        )
+        after = [ops.cast(new, old.dtype) for new, old in zip(after, states)]
+        if rows is not None:
+            after = [
+                scan.hold(rows, old, new) for old, new in zip(states, after)
+            ]
         return after
 
     def _unflatten(self, states):

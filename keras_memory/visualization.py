@@ -228,7 +228,7 @@ def memory_film_strip(memory, frames=8, title="Memory"):
     memory = _array(memory, "memory", "(T, N, W)")
     reach = _reach(memory)
     scale = {"low": -reach, "high": reach, "palette": DIVERGING}
-    return _film_strip(memory, frames, title, "slot", scale)
+    return _film_strip(memory, frames, title, "contents", scale)
 
 
 def linkage_film_strip(linkage, frames=8, title="Linkage"):
@@ -248,10 +248,10 @@ def linkage_film_strip(linkage, frames=8, title="Linkage"):
     """
     linkage = _array(linkage, "linkage", "(T, N, N)")
     title = f"{title}: row written right after column"
-    return _film_strip(linkage, frames, title, "slot", {})
+    return _film_strip(linkage, frames, title, "links", {})
 
 
-def _film_strip(matrices, frames, title, y_label, scale):
+def _film_strip(matrices, frames, title, what, scale):
     steps = _moments(len(matrices), frames, "frames")
     shown = len(steps)
     moments = [_strongest(matrices[step]) for step in steps]
@@ -262,8 +262,8 @@ def _film_strip(matrices, frames, title, y_label, scale):
     return _figure(
         [_enlarge(colorize(m, **scale), width, height) for m, _ in moments],
         title,
-        ("contents after time step", np.stack([centres, steps], axis=-1)),
-        _slot_axis(y_label, rows, height, block),
+        (f"{what} after time step", np.stack([centres, steps], axis=-1)),
+        _slot_axis("slot", rows, height, block),
         [_colour_bar(rows * height, **scale)],
     )
 
