@@ -3,7 +3,8 @@
     python benchmarks/dnc_stability.py --seeds 20 --steps 500
 
 Every step looks at the loss, at the gradient of each weight, in front of the
-clipping, and at all states. The optimizer is that of Graves et al. 2016,
+clipping, and at all states behind the sequence, which a NaN at an earlier step
+would not have left. The optimizer is that of Graves et al. 2016,
 RMSProp with a momentum of 0.9 and gradients clipped to +-10, in float32.
 """
 

@@ -51,7 +51,7 @@ def cosine_similarity(
     Args:
         memory: (B, N, W) slot contents; any real value.
         keys: (B, H, W) look-up vectors, one per head; any real value.
-        norm_epsilon: float, at least 0, added to each squared norm; None for
+        norm_epsilon: float above 0, added to each squared norm; None for
             that of `NORM_EPSILON`.
         product_epsilon: float, at least 0, added to the product of norms.
         masks: (B, H, W) in [0, 1] or None: how much each entry counts, of the

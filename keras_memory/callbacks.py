@@ -143,7 +143,12 @@ def probe_picture(seen, title, memory=False):
                 for name, values in trace.items()
                 if name.endswith("_gate") and values.ndim == 3
             ] + shown
-        shown += ["memory"] * (memory and "memory" in trace)
+        if memory:
+            shown += [
+                name
+                for name, values in trace.items()
+                if name.split("/")[-1] == "memory" and values.ndim == 4
+            ]
         for name in shown:
             inside[prefix + name] = _first_sequence(name, trace[name])
     return visualization.task_picture(

@@ -72,7 +72,8 @@ class _Memory:
         )(inputs)
 
     def _large_lstm(self, width):
-        """An LSTM whose kernels are several times as large as Keras's own."""
+        """An LSTM whose kernels are several times as large as Keras's own:
+        for all layers and blocks as the first one's width says."""
         bound = 5.0 / math.sqrt(width + self.controller_units)
 
         def kernel():

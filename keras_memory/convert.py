@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_memory import controllers
+from keras_memory.checks import check_between
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
 from keras_memory.dnc import DNCInterface
@@ -530,12 +531,13 @@ def from_pytorch_dnc(
     """
     check_size("memory_slots", memory_slots)
     check_size("read_heads", read_heads)
+    if clip is not None:
+        check_between("clip", clip, 0)
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(
             "`nonlinearity` must be 'tanh' or 'relu'. "
             f"Received: nonlinearity={nonlinearity!r}"
         )
-    clip = check_clip("clip", clip or None)
     weights = _arrays(weights, _torch_name)
     rnns = [
         re.fullmatch(r"((\w+)_layer_\d+)\.weight_ih_l0", name)
@@ -548,6 +550,12 @@ def from_pytorch_dnc(
             f"'lstm_layer_0.weight_ih_l0'. Received: {sorted(weights)}"
         )
     (kind,) = kinds
+    if nonlinearity != "tanh" and kind != "rnn":
+        raise ValueError(
+            f"`nonlinearity` must be 'tanh' for these weights, of {kind!r}: "
+            "only 'rnn' has a choice. "
+            f"Received: nonlinearity={nonlinearity!r}"
+        )
     layers = len(list(filter(None, rnns)))
     first = f"{kind}_layer_0"
     hidden_layers = _torch_layers(weights, first)
@@ -636,7 +644,7 @@ def from_pytorch_dnc(
             ),
             "controller_units": units,
             "controller_layers": hidden_layers,
-            "controller_clip": clip,
+            "controller_clip": clip or None,
             "controller_state_clip": None,
             "clip_value": None,
             "layers": layers,
@@ -1009,7 +1017,8 @@ def _assign(layer, inputs, controllers, interfaces, output, start=()):
         interfaces: for each block (U + 1, P), the bias as last row.
         output: (F + 1, units), the bias as last row.
         start: list with one array for each state tensor; those of states that
-            are not weights are not looked at.
+            are not weights are not looked at. () where the reference starts
+            with zeros: so do then those that are learned.
     """
     cell = layer.cell
     if layer.stateful:  # the states need a batch size
@@ -1027,6 +1036,11 @@ def _assign(layer, inputs, controllers, interfaces, output, start=()):
     ):
         kernel.assign(array[:-1])
         bias.assign(array[-1])
+    initials = keras.tree.flatten(cell.initial_records)
+    start = start or [
+        np.zeros(initial.shape) if initial.start == "learned" else weight
+        for initial, weight in zip(initials, cell.start_weights)
+    ]
     for weight, array in zip(cell.start_weights, start):
         if weight is not None:
             weight.assign(array)

@@ -253,7 +253,7 @@ class DNCAccess:
         ):
             check_bool(name, getattr(self, name))
         Initial.check("initial_memory", self.initial_memory)
-        check_between("norm_epsilon", self.norm_epsilon, 0, or_none=True)
+        check_between("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
         check_between("product_epsilon", self.product_epsilon, 0)
         check_between(
             "usage_epsilon", self.usage_epsilon, 1e-30, 0.1, or_none=True
@@ -394,7 +394,7 @@ class DNCCell(MemoryCell):
             0; or `"oneplus"` (default).
         initial_memory: `"learned"`, `"random"` (drawn once, and kept), a
             number, or `"constant"` (default): 0.
-        norm_epsilon: float, at least 0, in the root of each norm. Default
+        norm_epsilon: float, at least 1e-30, in the root of each norm. Default
             None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
             of key and slot. Default 0.

@@ -258,7 +258,7 @@ class NTMAccess:
         check_bool("erase", self.erase)
         for name in ("initial_memory", "initial_reads", "initial_weighting"):
             Initial.check(name, getattr(self, name))
-        check_between("norm_epsilon", self.norm_epsilon, 0, or_none=True)
+        check_between("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
         check_between("product_epsilon", self.product_epsilon, 0)
         if is_number(self.initial_weighting) and self.initial_weighting < 0:
             raise ValueError(
@@ -507,7 +507,7 @@ class NTMCell(MemoryCell):
             1 on the first slot and 0 elsewhere, `"learned"` and `"random"`
             are a softmax of weights. Not used by content alone, nor by a
             write head that writes sequentially.
-        norm_epsilon: float, at least 0, in the root of each norm. Default
+        norm_epsilon: float, at least 1e-30, in the root of each norm. Default
             None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
             of key and slot. Default 0.

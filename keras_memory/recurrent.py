@@ -124,7 +124,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
     declare, hold and save them; `unpack_state` makes a named record of them.
 
     Masking and dtype: under 16-bit policies the access, which addresses the
-    memory, computes in float32; states are kept in the compute dtype.
+    memory, computes in float32; states are kept in the compute dtype. Dropout
+    masks of a cell that is called by itself stay until
+    `reset_dropout_mask()` and `reset_recurrent_dropout_mask()`, as those of
+    Keras's cells; a layer draws them anew for each call.
 
     Args:
         units: int, at least 1, width of the output; or None, for the features
@@ -156,7 +159,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             same units at all steps of a sequence). Default 0.
         kernel_initializer: Keras initializer of interface and output kernels.
         bias_initializer: Keras initializer of interface and output biases.
-        seed: int or None, seed of the dropouts.
+        seed: int, at least 0, seed of the dropouts; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -167,7 +170,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             which stays as it is; all reads are 0.
 
     Raises:
-        ValueError: a size, clip or initial value out of range.
+        ValueError: a size, clip, share, seed or initial value out of range.
         TypeError: a controller that is neither a name nor a layer.
     """
 
@@ -222,7 +225,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self.bypass_dropout = check_share("bypass_dropout", bypass_dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.seed = seed
+        self.seed = seed if seed is None else check_size("seed", seed, least=0)
 
         self.block_controllers = [
             self._make_controller(block) for block in range(len(self.accesses))
@@ -430,15 +433,17 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
 
         Raises:
             ValueError: the number or the sizes of the states differ from
-                what the cell has.
+                what the cell has, or their batch sizes from one another.
         """
-        states = list(states)
-        shapes = [tuple(state.shape) for state in states]
-        if [shape[1:] for shape in shapes] != [(n,) for n in self.state_size]:
+        states = keras.tree.flatten(states)
+        shapes = [tuple(getattr(state, "shape", ())) for state in states]
+        fit = [shape[1:] for shape in shapes] == [(n,) for n in self.state_size]
+        if not fit or len({shape[0] for shape in shapes} - {None}) > 1:
             raise ValueError(
                 f"{type(self).__name__} has {len(self.state_size)} states of "
-                f"shape (batch, size) with sizes {self.state_size}. Received: "
-                f"{len(shapes)} states of shapes {shapes}"
+                "shape (batch, size), with one batch size and the sizes "
+                f"{self.state_size}. Received: {len(shapes)} states of shapes "
+                f"{shapes}"
             )
         records = self._unflatten(states)
         return records[0] if len(records) == 1 else records
@@ -499,12 +504,17 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         return self._reset(states, rows, "controller")
 
     def _reset(self, states, rows, part):
-        states = list(states)
         self.unpack_state(states)  # raises if the sizes do not fit
+        if isinstance(states[0], keras.KerasTensor):
+            raise ValueError(
+                "`states` must be arrays or tensors; within a functional "
+                "model reset them in a layer of your own. Received: "
+                f"{states[0]!r}"
+            )
         if rows is not None:
-            rows = ops.convert_to_tensor(rows)
+            rows = rows if ops.is_tensor(rows) else np.asarray(rows)
             shape, batch = tuple(rows.shape), states[0].shape[0]
-            is_bool = keras.backend.standardize_dtype(rows.dtype) == "bool"
+            is_bool = "bool" in str(rows.dtype)
             if not is_bool or len(shape) != 1 or shape[0] not in (batch, None):
                 raise ValueError(
                     "`rows` must have one bool for each row of the batch, "
@@ -642,6 +652,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         return self.activation(_clip(features, self.clip_value))
 
     def call(self, inputs, states, training=False, use_memory=True):
+        check_bool("use_memory", use_memory)
         features, records, _ = self.step(
             inputs, self._unflatten(states), training, use_memory
         )
@@ -755,7 +766,8 @@ class MemoryRNN(keras.layers.RNN):
         mask: (B, T) bool; False holds a row at that step.
         training: bool.
         use_memory: bool. False: the controller goes on without its memory,
-            which stays as it is; all reads are 0. Default True.
+            which stays as it is; all reads are 0. Default True. Not passed on
+            by `keras.layers.Bidirectional` and other layers around this one.
 
     Raises:
         ValueError: inputs that are not (B, T, D), no time steps, or initial

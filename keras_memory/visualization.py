@@ -345,7 +345,8 @@ def task_picture(inputs, targets, outputs, mask, trace, title, high=1.0):
             ends in "_gate"; each weighting, (T, N) or (T, heads, N), whose
             name ends in "_weighting", in the dict's order but with
             "write_weighting" first; and, to add a film strip, "memory"
-            (T, N, W). Empty for a model without memory.
+            (T, N, W). Names of several layers or blocks have these in front,
+            such as "block0/memory". Empty for a model without memory.
         title: the headline.
         high: the number at the last colour of targets and outputs.
 
@@ -356,6 +357,12 @@ def task_picture(inputs, targets, outputs, mask, trace, title, high=1.0):
         ValueError: `trace` has no weighting, or shapes do not fit one another.
     """
     names = [name for name in trace if name.endswith("_weighting")]
+    places = [name.rpartition("/")[0] for name in names]
+
+    def place(name):  # a block writes before it reads
+        of, _, last = name.rpartition("/")
+        return places.index(of), last != "write_weighting"
+
     if trace and not names:
         raise ValueError(
             "`trace` must be empty or hold a weighting, such as "
@@ -370,12 +377,12 @@ def task_picture(inputs, targets, outputs, mask, trace, title, high=1.0):
     rows = [("Input", inputs, options), *_bits(targets, outputs, mask, high)]
     for name in [name for name in trace if name.endswith("_gate")]:
         rows.append((_words(name), trace[name], {"y_label": "head"}))
-    for name in sorted(names, key=lambda name: name != "write_weighting"):
+    for name in sorted(names, key=place):
         rows += _head_rows(trace[name], _words(name))
     panels = [_over_time(rows, PLOT_HEIGHT * 2 // 3)]
-    if "memory" in trace:
-        _same_length({"Input": inputs, "memory": trace["memory"]})
-        panels.append(memory_film_strip(trace["memory"]))
+    for name in [name for name in trace if name.split("/")[-1] == "memory"]:
+        _same_length({"Input": inputs, name: trace[name]})
+        panels.append(memory_film_strip(trace[name], title=_words(name)))
     return stack(panels, title)
 
 

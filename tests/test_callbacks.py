@@ -10,6 +10,8 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from typing import Any
+from typing import NamedTuple
 
 import harness
 import keras
@@ -23,6 +25,7 @@ import keras_memory
 from keras_memory import callbacks
 from keras_memory import tasks
 from keras_memory import visualization
+from keras_memory.recurrent import Initial
 
 TASK = tasks.Copy(bits=3, max_length=3, buckets=1)
 BATCH = TASK.sample(np.random.default_rng(3), 2, length=5)
@@ -139,6 +142,73 @@ def test_a_probe_shows_gates_and_where_heads_act(monkeypatch):
     inside = keras_memory.trace(model.layers[0], BATCH.inputs)
     for name, values in drawn[0].items():
         harness.close(values, inside[name][0])
+
+
+class OtherState(NamedTuple):
+    """What a user's own memory may have, under names that a DNC has."""
+
+    reads: Any
+    memory: Any
+    key_memory: Any
+    usage: Any
+    linkage: Any
+    read_weighting: Any
+    controller: Any = ()
+
+
+class OtherAccess:
+    interface_size = 5
+    read_size = 5
+    initial_state = OtherState(
+        reads=Initial((1, 5)),
+        memory=Initial((7,)),
+        key_memory=Initial((7, 5)),
+        usage=Initial((2, 7)),
+        linkage=Initial((7, 7)),
+        read_weighting=Initial((7,)),
+    )
+
+    def step(self, interface, state):
+        weighting = keras.ops.softmax(
+            keras.ops.einsum("bnw,bw->bn", state.key_memory, interface)
+        )
+        state = state._replace(
+            reads=interface[:, None],
+            key_memory=state.key_memory + interface[:, None],
+            read_weighting=weighting,
+        )
+        gates = keras.ops.sigmoid(interface)
+        return state, {"open_gate": gates[:, 0], "slot_gate": gates[:, None]}
+
+
+class OtherCell(keras_memory.MemoryCell):
+    def __init__(self, units, blocks=1, **kwargs):
+        super().__init__(
+            units, accesses=[OtherAccess() for _ in range(blocks)], **kwargs
+        )
+        self.blocks = blocks
+
+
+class OtherLayer(keras_memory.MemoryRNN, cell=OtherCell):
+    pass
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_memory_of_other_shapes_is_seen_as_well(blocks, tmp_path):
+    layer = OtherLayer(
+        3, blocks, controller_units=7, return_sequences=True, name="own"
+    )
+    model = sequential(layer)
+    fitted(model, callbacks.MemoryTensorBoard(tmp_path, BATCH), epochs=1)
+    tags = events(tmp_path).Tags()["tensors"]
+    first = "own/block0/" if blocks > 1 else "own/"
+    drawn = {"read_weighting", "key_memory", "key_memory_over_time"}
+    assert {first + name for name in drawn} <= set(tags)
+    for name in ("usage", "linkage", "open_gate", "slot_gate", "memory"):
+        assert f"{first}{name}/values" in tags and first + name not in tags
+    seen = callbacks.Probe.of(BATCH).look(model)
+    picture = callbacks.probe_picture(seen, "title", memory=True)
+    assert picture.dtype == "uint8"
 
 
 def test_what_tensorboard_gets(tmp_path):

@@ -73,14 +73,16 @@ def test_shapes(case):
     harness.shapes(case)
 
 
-@each_case
 @pytest.mark.parametrize(
-    "jit_compile",
+    ("case", "jit_compile"),
     [
-        # What XLA compiles has been traced, as it is without XLA.
-        slow_unless(harness.BACKEND == "torch", False),
-        slow_unless(harness.BACKEND != "torch", True),
+        # One of the two a case: what XLA compiles has been traced, too.
+        slow_unless(compiled == jit_compile, case, jit_compile)
+        for case in CASES
+        for compiled in [case in LAYERS and harness.BACKEND != "torch"]
+        for jit_compile in (False, True)
     ],
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_training_step(case, jit_compile):
     harness.training_step(case, jit_compile)

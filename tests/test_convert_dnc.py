@@ -15,6 +15,7 @@ from keras import ops
 import keras_memory
 from keras_memory import DNCState
 from keras_memory import addressing
+from keras_memory import cli
 from keras_memory import convert
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -1056,6 +1057,18 @@ def test_arguments_of_the_layer(converter):
 
 
 @each_converter
+def test_learned_starts_begin_as_the_reference_does(converter):
+    x = inputs_of().astype("float32")
+    layer = converter(
+        initial_memory="learned", initial_controller_state="learned"
+    )
+    assert sum(weight is not None for weight in layer.cell.start_weights) > 1
+    np.testing.assert_array_equal(layer(x), converter()(x))
+    drawn = converter(initial_memory="random")
+    assert np.abs(drawn(x) - converter()(x)).max() > 1e-4
+
+
+@each_converter
 def test_stateful_layer_goes_on(converter):
     x = inputs_of().astype("float32")
     whole = converter()(x)
@@ -1204,8 +1217,8 @@ def test_memory_slots_that_are_no_size(converter, value):
     ("name", "values"),
     [
         ("read_heads", [0, -1, 2.0, True, None]),
-        ("nonlinearity", ["sigmoid", None, 1]),
-        ("clip", [-1.0, float("nan"), "20"]),
+        ("nonlinearity", ["sigmoid", None, 1, "relu"]),  # relu: of an LSTM
+        ("clip", [-1.0, float("nan"), "20", False, True]),
     ],
 )
 def test_arguments_of_pytorch_dnc_that_are_refused(name, values):
@@ -1271,3 +1284,70 @@ def test_arguments_that_the_weights_determine(converter):
     for name, value in determined.items():
         message = error_of(converter, **{name: value})
         assert f"`{name}`" in message and f"{name}={value!r}" in message
+
+
+# The command.
+
+COMMANDS = {
+    "deepmind-dnc": (from_deepmind, [], {}),
+    "deepmind-dnc, clipped": (
+        from_deepmind,
+        ["--clip=0.1"],
+        {"clip_value": 0.1},
+    ),
+    "pytorch-dnc": (from_pytorch, ["--read-heads=2"], {}),
+    "pytorch-dnc, not clipped": (
+        from_pytorch,
+        ["--read-heads=2", "--clip=0"],
+        {"clip": 0},
+    ),
+}
+
+
+def command(name, folder, converter, *options):
+    np.savez(folder / "weights.npz", **weights_of(converter))
+    files = [str(folder / "weights.npz"), str(folder / "dnc.keras")]
+    name, _, _ = name.partition(",")
+    return cli.main(["convert", name, *files, *options])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_converts(name, tmp_path, capsys):
+    converter, options, kwargs = COMMANDS[name]
+    slots = "--memory-slots=7"
+    assert command(name, tmp_path, converter, slots, *options) == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    x = 5.0 * inputs_of().astype("float32")
+    layer = converter(**kwargs)
+    sizes = f"from 3 inputs to {layer.cell.units} outputs: 7 slots of 5, 2 read"
+    assert f"DNC {sizes}" in printed.out
+    model = keras.models.load_model(tmp_path / "dnc.keras")
+    close(model(x), ops.convert_to_numpy(layer(x)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("deepmind-dnc", [], "deepmind-dnc needs --memory-slots"),
+        ("pytorch-dnc", ["--memory-slots=7"], "needs --read-heads"),
+        ("pytorch-dnc", ["--read-heads=2"], "needs --memory-slots"),
+        (
+            "deepmind-dnc",
+            ["--memory-slots=7", "--nonlinearity=relu"],
+            "does not take --nonlinearity",
+        ),
+        ("deepmind-dnc", ["--memory-slots=0"], "`memory_slots`"),
+        (
+            "pytorch-dnc",
+            ["--memory-slots=7", "--read-heads=2", "--clip=nan"],
+            "`clip`",
+        ),
+    ],
+)
+def test_command_is_refused(name, options, message, tmp_path, capsys):
+    converter, _, _ = COMMANDS[name]
+    assert command(name, tmp_path, converter, *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("keras-memory: error: ") and message in line
+    assert not (tmp_path / "dnc.keras").exists()

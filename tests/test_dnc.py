@@ -1,6 +1,9 @@
 """The Differentiable Neural Computer against its oracle, finite differences,
 cases solved by hand, and where mathematics is singular."""
 
+import concurrent.futures
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -1257,12 +1260,21 @@ def test_resets_of_a_stateful_layer(part):
 @pytest.mark.parametrize("part", ["memory", "controller"])
 @pytest.mark.parametrize(
     "rows",
-    [[True], [True] * 3, [[True, False]], [1, 0], [1.0, 0.0], True, "all"],
+    [
+        [True],
+        [True] * 3,
+        [[True, False]],
+        [1, 0],
+        [1.0, 0.0],
+        [None, True],
+        True,
+        "all",
+    ],
     ids=str,
 )
 def test_rows_that_are_refused(rows, part):
     layer = randomised()
-    with pytest.raises(ValueError, match="`?rows`?"):
+    with pytest.raises(ValueError, match="`rows` must have one bool.*Received"):
         getattr(layer, f"reset_{part}")(some_state(layer), rows=rows)
 
 
@@ -1271,12 +1283,42 @@ def test_resets_of_states_that_are_not_there():
     for reset in (layer.reset_memory, layer.reset_controller):
         with pytest.raises(ValueError, match="`states`.*stateful=False"):
             reset()
-        with pytest.raises(ValueError, match="has 9 states"):
-            reset(some_state(layer)[:-1])
+        states = some_state(layer)
+        for wrong in (
+            states[:-1],
+            [states[0][:1], *states[1:]],
+            layer.cell.unpack_state(states),
+            [None] * 9,
+            states[0],
+        ):
+            with pytest.raises(ValueError, match="has 9 states.*Received"):
+                reset(wrong)
+        with pytest.raises(ValueError, match="`states`.*functional"):
+            reset([keras.Input(state.shape[1:]) for state in states])
     not_called = built(stateful=True)
     not_called.states = None
     with pytest.raises(ValueError, match="`states`.*stateful=True"):
         not_called.reset_memory()
+
+
+def test_threads_use_the_memory_each_as_it_asks(monkeypatch):
+    layer = randomised()
+    x = numbers().astype("float32")
+    expected = [layer(x, use_memory=asked) for asked in (True, False)]
+    both_are_in = threading.Barrier(2, timeout=60)
+    inner_loop = layer.inner_loop
+
+    def waiting(*arguments, **more):
+        both_are_in.wait()
+        return inner_loop(*arguments, **more)
+
+    monkeypatch.setattr(layer, "inner_loop", waiting)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        outputs = pool.map(
+            lambda asked: layer(x, use_memory=asked), (True, False)
+        )
+    for output, one in zip(outputs, expected, strict=True):
+        close(output, one, 0)
 
 
 # Bypass dropout.
@@ -1405,11 +1447,12 @@ SWITCH = [None, 1, 0, "yes"]
         ),
         ("initial_memory", STARTS),
         ("initial_controller_state", STARTS),
-        ("norm_epsilon", [-1e-9, NAN, "0", True]),
+        ("norm_epsilon", [0, -1e-9, NAN, "0", True]),
         ("product_epsilon", [-1e-9, NAN, "0", None, True]),
         ("usage_epsilon", [0, 1e-31, 0.2, 1.0, -1.0, NAN, "0", True]),
         ("bypass_dropout", [-0.1, 1.0, 1, NAN, "0.5", None, True]),
         ("clip_value", [0, -1.0, NAN, "1"]),
+        ("seed", [-1, 1.0, "1", True]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -866,7 +866,7 @@ STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
         ("write_heads", [0, -1, 2.0, "2", None]),
         ("shift_range", [-1, 1.0, None]),
         ("interface_clip", [0, -1.0, NAN]),
-        ("norm_epsilon", [-1e-9, NAN]),
+        ("norm_epsilon", [0, -1e-9, NAN]),
         ("product_epsilon", [-1e-9, NAN]),
         ("initial_memory", STARTS),
         ("initial_reads", STARTS),

@@ -183,6 +183,17 @@ def test_the_curriculum_grows_with_steps():
     assert seen == [1, 1, 2, 2, 4, 4]
 
 
+@pytest.mark.parametrize("preset", ["default", "dnc"])
+def test_a_preset_can_drop_of_its_controllers_inputs(preset):
+    settings = ["controller_dropout=0.25", "controller_layers=2"]
+    model = training.build(
+        config.override(config.PRESETS["copy"][preset], settings)
+    )
+    (layer,) = [one for one in model.layers if hasattr(one, "cell")]
+    (controller,) = layer.cell.block_controllers
+    assert [cell.dropout for cell in controller.cells] == [0.25, 0.25]
+
+
 # Resuming.
 
 STEPS = "steps=40"

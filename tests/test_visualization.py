@@ -417,6 +417,44 @@ def test_a_task_picture_adds_the_memory_where_it_is_traced(copy_task):
     np.testing.assert_array_equal(with_memory[: len(without)], without)
 
 
+def test_a_task_picture_shows_one_block_after_the_other(copy_task, monkeypatch):
+    rows, strips = [], []
+    over_time = visualization._over_time
+    film_strip = visualization.memory_film_strip
+
+    def recording(given, *arguments):
+        rows.extend(title for title, *_ in given)
+        return over_time(given, *arguments)
+
+    def recording_strip(memory, **arguments):
+        strips.append((memory, arguments["title"]))
+        return film_strip(memory, **arguments)
+
+    monkeypatch.setattr(visualization, "_over_time", recording)
+    monkeypatch.setattr(visualization, "memory_film_strip", recording_strip)
+    of_one = copy_task["trace"]
+    one = {
+        "read_weighting": of_one["read_weighting"][:, 0],
+        "write_weighting": of_one["write_weighting"][:, 0],
+        "memory": of_one["memory"],
+    }
+    copy_task["trace"] = {
+        f"block{block}/{name}": values + block
+        for block in range(2)
+        for name, values in one.items()
+    }
+    visualization.task_picture(**copy_task)
+    assert rows[4:] == [
+        "Block0/write weighting",
+        "Block0/read weighting",
+        "Block1/write weighting",
+        "Block1/read weighting",
+    ]
+    assert [title for _, title in strips] == ["Block0/memory", "Block1/memory"]
+    for block, (memory, _) in enumerate(strips):
+        np.testing.assert_array_equal(memory, one["memory"] + block)
+
+
 def test_a_task_picture_greys_what_the_loss_ignores(copy_task):
     greyed = visualization.task_picture(**copy_task)
     copy_task["mask"] = None
