@@ -74,17 +74,17 @@ def test_shapes(case):
 
 
 @pytest.mark.parametrize(
-    ("case", "jit_compile"),
+    ("jit_compile", "case"),
     [
         # One of the two a case: what XLA compiles has been traced, too.
-        slow_unless(compiled == jit_compile, case, jit_compile)
+        slow_unless(compiled == jit_compile, jit_compile, case)
+        for jit_compile in (False, True)
         for case in CASES
         for compiled in [case in LAYERS and harness.BACKEND != "torch"]
-        for jit_compile in (False, True)
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_training_step(case, jit_compile):
+def test_training_step(jit_compile, case):
     harness.training_step(case, jit_compile)
 
 
