@@ -62,6 +62,9 @@ def build(config):
         weighted_metrics=kind.make_metrics(),
         jit_compile=config.jit_compile,
     )
+    # Keras would build it within the first step, which TensorFlow then traces
+    # twice.
+    optimizer.build(model.trainable_variables)
     return model
 
 

@@ -7,6 +7,7 @@ are different primes, so that a transposed axis cannot pass.
 import dataclasses
 
 import keras
+import pytest
 import toy
 
 import keras_memory
@@ -194,5 +195,20 @@ CASES = [
     ),
 ]
 
-# One case for each layer, for what does not depend on its options.
+# One case for each layer.
 LAYERS = list({case.layer: case for case in reversed(CASES)}.values())
+
+
+def slow_unless(first, *values):
+    return pytest.param(*values, marks=() if first else pytest.mark.slow)
+
+
+def name_of(value):
+    return getattr(value, "name", value)
+
+
+# A test for each case, and one for each layer, and the others with `-m slow`:
+# for what takes long and hardly depends on the options.
+each_case = pytest.mark.parametrize("case", CASES, ids=name_of)
+of_layers = [slow_unless(case in LAYERS, case) for case in CASES]
+each_layer = pytest.mark.parametrize("case", of_layers, ids=name_of)

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import os
 
@@ -23,3 +24,4 @@ def seeded():
         # Each function that is compiled takes memory maps, and where there
         # are too many for the system, XLA crashes.
         jax.clear_caches()
+        gc.collect()

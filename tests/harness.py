@@ -145,6 +145,14 @@ def shapes(case):
         assert symbolic[0].shape[-1] == case.output_size
 
 
+def compiled(model, *args, **kwargs):
+    """Compiles a model. Its optimizer is built before the first step, which
+    TensorFlow would trace twice otherwise."""
+    model.compile(*args, **kwargs)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
 def training_step(case, jit_compile):
     skip_on("numpy", because="not applicable: Keras does not train here")
     if BACKEND == "torch" and jit_compile:
@@ -153,8 +161,9 @@ def training_step(case, jit_compile):
         batch, _, width = case.input_shape
         case = dataclasses.replace(case, input_shape=(batch, 2, width))
     layer = built(case)
-    model = model_of(layer, case)
-    model.compile("sgd", "mse", jit_compile=jit_compile)
+    model = compiled(
+        model_of(layer, case), "sgd", "mse", jit_compile=jit_compile
+    )
     x = inputs_of(case)
     y = np.ones((*case.input_shape[:2], case.output_size), "float32")
     before = {w.path: ops.convert_to_numpy(w) for w in model.weights}

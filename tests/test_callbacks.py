@@ -69,7 +69,7 @@ def sequential(*layers):
 
 
 def fitted(model, *made, epochs=3):
-    model.compile("adam", "mse")
+    harness.compiled(model, "adam", "mse")
     model.fit(
         tasks.dataset(TASK, 2),
         epochs=epochs,
@@ -353,7 +353,7 @@ def shorter():
 )
 def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
     model, (x, y) = make()
-    model.compile("sgd", "mse")
+    harness.compiled(model, "sgd", "mse")
     board = callbacks.MemoryTensorBoard(tmp_path, (x, y), every=1)
     model.fit(x, y, verbose=0, callbacks=[board])
     tags = events(tmp_path).Tags()["tensors"]

@@ -13,23 +13,12 @@ import numpy as np
 import pytest
 from catalogue import CASES
 from catalogue import LAYERS
+from catalogue import each_case
+from catalogue import each_layer
+from catalogue import name_of
+from catalogue import slow_unless
 
 import keras_memory
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def slow_unless(first, *values):
-    return pytest.param(*values, marks=() if first else pytest.mark.slow)
-
-
-# Of each layer one case, and the others with `-m slow`: for what takes long
-# and hardly depends on the options.
-each_layer = pytest.mark.parametrize(
-    "case",
-    [slow_unless(case in LAYERS, case) for case in CASES],
-    ids=lambda case: case.name,
-)
 
 
 def public_layers():
@@ -82,13 +71,13 @@ def test_shapes(case):
         for case in CASES
         for compiled in [case in LAYERS and harness.BACKEND != "torch"]
     ],
-    ids=lambda value: getattr(value, "name", value),
+    ids=name_of,
 )
 def test_training_step(jit_compile, case):
     harness.training_step(case, jit_compile)
 
 
-@each_case
+@each_layer
 def test_mask_is_truncation(case):
     harness.mask_is_truncation(case)
 
@@ -103,7 +92,7 @@ def test_stateful_is_one_sequence(case):
     harness.stateful_is_one_sequence(case)
 
 
-@each_case
+@each_layer
 def test_backwards(case):
     harness.backwards(case)
 
@@ -120,7 +109,7 @@ def test_in_models(case):
         for policy in ("mixed_float16", "mixed_bfloat16", "float16")
         for case in CASES
     ],
-    ids=lambda value: getattr(value, "name", value),
+    ids=name_of,
 )
 def test_mixed_precision(policy, case):
     harness.mixed_precision(case, policy)

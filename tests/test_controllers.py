@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import toy
+from harness import compiled
 from harness import needs_tensorflow
 from keras import ops
 
@@ -529,7 +530,7 @@ def test_a_stack_trains_when_compiled_and_is_saved(tmp_path):
     x = np.random.default_rng(7).normal(size=(BATCH, 3, WIDTH))
     backend = keras.backend.backend()
     if backend != "numpy":  # which does not train
-        model.compile("sgd", "mse", jit_compile=backend != "torch")
+        compiled(model, "sgd", "mse", jit_compile=backend != "torch")
         before = model.get_weights()
         model.fit(x, np.ones((BATCH, 3)), epochs=2, verbose=0)
         for weight, old in zip(model.weights, before):

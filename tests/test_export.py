@@ -10,7 +10,8 @@ import harness
 import keras
 import numpy as np
 import pytest
-from catalogue import CASES
+from catalogue import name_of
+from catalogue import of_layers
 from harness import close
 
 import keras_memory
@@ -71,7 +72,7 @@ def tiny():
 # The catalogue.
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=of_layers, ids=name_of)
 def exported(request, tmp_path_factory):
     case = request.param
     layer = harness.built(case)
@@ -156,7 +157,7 @@ def trained(tmp_path_factory):
         layers.BatchNormalization(),
         layers.Dense(2, activation="sigmoid"),
     )
-    model.compile("sgd", "mse", jit_compile=True)
+    harness.compiled(model, "sgd", "mse", jit_compile=True)
     model.fit(random(4, 3, 5), np.ones((4, 3, 2)), epochs=2, verbose=0)
     folder = tmp_path_factory.mktemp("export") / "mixed"
     path = export_for_serving(model, folder, warm_up=[(1, 1), (2, 3)])

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from catalogue import CASES
-from catalogue import LAYERS
+from catalogue import each_layer
 
 pytest.importorskip("jax")
 
@@ -32,14 +31,7 @@ def lowered(request):
     return {line["name"]: line for line in lines}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if case in LAYERS else pytest.mark.slow)
-        for case in CASES
-    ],
-    ids=lambda case: case.name,
-)
+@each_layer
 def test_forward_and_training_step(case, lowered):
     line = lowered[case.name]
     assert line["forward"] == line["train"] == ["tpu", "cuda", "cpu"]

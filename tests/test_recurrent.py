@@ -193,7 +193,7 @@ def test_a_stateful_layer_trains_and_leaves_its_initial_state_alone(x, batch):
     before = ops.convert_to_numpy(memory).copy()
     layer(x[:batch])
     close(memory, before, 0)
-    model.compile("sgd", "mse")
+    harness.compiled(model, "sgd", "mse")
     history = model.fit(
         x[:batch],
         np.ones((batch, TIME, 2)),

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from catalogue import slow_unless
 from PIL import Image
 
 from keras_memory import cli
@@ -504,7 +505,17 @@ def test_presets_are_of_known_parts(task, name):
     assert dataclasses.replace(made, seed=2) != made
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [
+        # In bits, as copy is.
+        slow_unless(
+            task not in ("repeat-copy", "associative-recall", "priority-sort"),
+            task,
+        )
+        for task in tasks.TASKS
+    ],
+)
 def test_each_task_trains(task, tmp_path):
     preset = config.PRESETS[task]["default"]
     longest = 10 if task == "n-grams" else 4
