@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import pathlib
 import types
 
 import keras
@@ -14,6 +15,7 @@ from keras import ops
 import keras_memory
 
 TOLERANCE = 2e-6
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
 BACKEND = keras.backend.backend()
 TRAINS = BACKEND != "numpy"
 OTHERS = ("jax", "torch", "numpy")  # than TensorFlow
@@ -92,6 +94,19 @@ def close(actual, expected, tolerance=TOLERANCE):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
+def golden(name):
+    """Arrays of a reference implementation, weights by their names, and
+    settings."""
+    arrays = dict(np.load(GOLDENS / f"{name}.npz"))
+    meta = json.loads(str(arrays.pop("__meta__")))
+    weights = {
+        name[2:]: value
+        for name, value in arrays.items()
+        if name.startswith("w.")
+    }
+    return arrays, weights, meta
+
+
 def config_round_trip(case):
     layer = case.make()
     text = json.dumps(layer.get_config())
@@ -146,10 +161,11 @@ def shapes(case):
 
 
 def compiled(model, *args, **kwargs):
-    """Compiles a model. Its optimizer is built before the first step, which
-    TensorFlow would trace twice otherwise."""
+    """Compiles a model. If it can be, its optimizer is built before the first
+    step, which TensorFlow would trace twice otherwise."""
     model.compile(*args, **kwargs)
-    model.optimizer.build(model.trainable_variables)
+    if model.built:
+        model.optimizer.build(model.trainable_variables)
     return model
 
 

@@ -1,7 +1,5 @@
 """Where to read and write: the functions of `addressing.py`."""
 
-import pathlib
-
 import harness
 import keras
 import numpy as np
@@ -366,8 +364,7 @@ def test_gradients_of_sharpening_a_one_hot_weighting(dtype, power):
 
 
 def sparsemax_golden(name, case):
-    folder = pathlib.Path(__file__).parent / "goldens"
-    file = np.load(folder / f"tfa__sparsemax_{name}.npz")
+    file = np.load(harness.GOLDENS / f"tfa__sparsemax_{name}.npz")
     prefix = f"{case}."
     return {
         key.removeprefix(prefix): file[key]

@@ -353,7 +353,7 @@ def shorter():
 )
 def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
     model, (x, y) = make()
-    harness.compiled(model, "sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     board = callbacks.MemoryTensorBoard(tmp_path, (x, y), every=1)
     model.fit(x, y, verbose=0, callbacks=[board])
     tags = events(tmp_path).Tags()["tensors"]

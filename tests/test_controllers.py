@@ -2,13 +2,13 @@
 
 import ast
 import json
-import pathlib
 
 import keras
 import numpy as np
 import pytest
 import reference
 import toy
+from harness import GOLDENS
 from harness import compiled
 from harness import needs_tensorflow
 from keras import ops
@@ -17,7 +17,6 @@ import keras_memory
 from keras_memory import controllers
 
 BATCH, WIDTH, UNITS = 2, 5, 7
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 # As in tensorflow-addons.
 ADDONS = {

@@ -1,13 +1,14 @@
 """Converted weights against stored results of the other implementations, and
 against oracles of them (`reference.py`) where nothing is stored."""
 
-import json
 import pathlib
 
 import keras
 import numpy as np
 import pytest
 import reference
+from harness import close
+from harness import golden
 from harness import needs_tensorflow
 from keras import ops
 
@@ -15,30 +16,11 @@ import keras_memory
 from keras_memory import cli
 from keras_memory import convert
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 PYTORCH = ["pytorch_ntm__1r1w_a", "pytorch_ntm__2r2w_b"]
 COLLIER = ["collier_ntm__a", "collier_ntm__b"]
 IVY = ["ivy_ntm__a", "ivy_ntm__b"]
 CELL = "controller/multi_rnn_cell/cell_{}/basic_lstm_cell/{}"
 START = "init/learned_init_{}/fully_connected/weights"
-
-
-def golden(name):
-    """Arrays, weights by their names, and settings."""
-    arrays = dict(np.load(GOLDENS / f"{name}.npz"))
-    meta = json.loads(str(arrays.pop("__meta__")))
-    weights = {
-        name[2:]: value
-        for name, value in arrays.items()
-        if name.startswith("w.")
-    }
-    return arrays, weights, meta
-
-
-def close(actual, expected, tolerance):
-    actual = ops.convert_to_numpy(actual)
-    assert actual.shape == np.shape(expected)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 def batch_first(array):

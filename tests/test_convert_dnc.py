@@ -1,14 +1,13 @@
 """Converted weights of the two other DNCs: against their stored results, and
 against oracles of them (`reference_dnc.py`) where nothing is stored."""
 
-import json
-import pathlib
-
 import keras
 import numpy as np
 import pytest
 import reference_dnc
 from harness import TRAINS
+from harness import close
+from harness import golden
 from harness import needs_tensorflow
 from keras import ops
 
@@ -18,7 +17,6 @@ from keras_memory import addressing
 from keras_memory import cli
 from keras_memory import convert
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 DEEPMIND = ["dm_dnc__full_a", "dm_dnc__full_b", "dm_dnc__full_zerostate_e"]
 ACCESS = [name.replace("full", "access") for name in DEEPMIND]
 STEPWISE = [
@@ -30,24 +28,6 @@ IN_ONE_CALL = [
     "pytorch_dnc__gru_2l_unshared_r4_b",
 ]
 TIED = "pytorch_dnc__lstm_1l_shared_r2_zerostate_e"
-
-
-def golden(name):
-    """Arrays, weights by their names, and settings."""
-    arrays = dict(np.load(GOLDENS / f"{name}.npz"))
-    meta = json.loads(str(arrays.pop("__meta__")))
-    weights = {
-        name[2:]: value
-        for name, value in arrays.items()
-        if name.startswith("w.")
-    }
-    return arrays, weights, meta
-
-
-def close(actual, expected, tolerance):
-    actual = ops.convert_to_numpy(actual)
-    assert actual.shape == np.shape(expected)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 def swapped(array):
