@@ -84,11 +84,9 @@ class Probe:
         if model is not self._model:
             self._model = model
             self._run = self._compiled(model)
-        states = [
-            (variable, ops.convert_to_numpy(variable))
-            for layer in model._flatten_layers()
-            if getattr(layer, "stateful", False)
-            for variable in layer.non_trainable_variables
+        states = [  # of stateful layers, and of what draws dropout masks
+            (variable, np.array(ops.convert_to_numpy(variable)))
+            for variable in model.non_trainable_variables
         ]
         try:
             inputs = keras.tree.map_structure(
@@ -274,8 +272,10 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     also a subclassed one. For each layer TensorBoard gets
 
     - images of the first sequence: each weighting (slots over time, on the
-      fixed scale 0 to 1), the memory at some moments, and an animation of the
-      sequence; inputs, targets and outputs on one time axis;
+      fixed scale 0 to 1), the memory at some moments, and an animation of it
+      beside the weightings by which heads read and write; of a DNC also the
+      usage over time and the links at some moments; inputs, targets and
+      outputs on one time axis;
     - scalars: entropy of each weighting in bits (0 where a head looks at one
       slot, log2 of the number of slots where at all alike), the root mean
       square of the memory, the mean of gates, strengths and all else;

@@ -84,8 +84,8 @@ def parser():
     command.add_argument(
         "--preset",
         help="named configuration to start from: default (which is the "
-        "default), paper (Graves et al. 2014), pytorch-ntm, lstm; not every "
-        "task has each",
+        "default), dnc, lstm, paper (Graves et al. 2014), pytorch-ntm, "
+        "pytorch-dnc; not every task has each",
     )
     command.add_argument(
         "--set",

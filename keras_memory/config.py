@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_memory import tasks
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.dnc import DNCLayer
@@ -42,6 +43,7 @@ class _Memory:
             if field.type is int:
                 least = 0 if field.name == "shift_range" else 1
                 check_size(field.name, getattr(self, field.name), least)
+        check_share("controller_dropout", self.controller_dropout)
         if self.initialization not in ("keras", "pytorch-ntm"):
             raise ValueError(
                 "`initialization` must be 'keras' or 'pytorch-ntm'. "
@@ -324,9 +326,8 @@ def _presets():
     }
     adam = {"learning_rate_decay": True, "clipnorm": 0.2}
     ntm = NTM(initialization="pytorch-ntm")
-    # A memory of the NTM's size, and as many weights, to a hundredth.
+    # As many weights as the NTM, to a hundredth.
     dnc = DNC(
-        memory_slots=128,
         slot_size=20,
         read_heads=1,
         controller_units=100,
@@ -338,7 +339,10 @@ def _presets():
         # As many weights as the NTM, to two hundredths, for all tasks.
         made = {"default": start}
         made["lstm"] = dataclasses.replace(start, model=LSTM(units=119))
-        made["dnc"] = dataclasses.replace(start, model=dnc)
+        made["dnc"] = dataclasses.replace(
+            start,
+            model=dataclasses.replace(dnc, memory_slots=model.memory_slots),
+        )
         if paper is not None:
             heads = paper.pop("heads", 1)
             model = NTM(
@@ -452,12 +456,17 @@ def _presets():
         steps=100_000,
     )
     made["copy"]["pytorch-dnc"] = pytorch_dnc
-    for name, task in (
-        ("adding", tasks.Adding()),
-        ("argmax", tasks.Argmax(max_length=4)),
+    for name, task, units in (
+        ("adding", tasks.Adding(max_length=1000), 64),
+        ("argmax", tasks.Argmax(max_length=4), 100),
     ):
         made[name]["pytorch-dnc"] = dataclasses.replace(
-            pytorch_dnc, task=task, steps=2_000
+            pytorch_dnc,
+            task=task,
+            model=dataclasses.replace(
+                pytorch_dnc.model, controller_units=units
+            ),
+            steps=2_000,
         )
     for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
         made[name]["pytorch-ntm"] = dataclasses.replace(

@@ -10,6 +10,7 @@ import numpy as np
 from keras_memory import controllers
 from keras_memory.checks import check_between
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.dnc import DNCInterface
 from keras_memory.dnc import DNCLayer
@@ -640,7 +641,7 @@ def from_pytorch_dnc(
                 hidden_layers,
                 nonlinearity,
                 bias,
-                layer_kwargs.get("dtype"),
+                layer_kwargs,
             ),
             "controller_units": units,
             "controller_layers": hidden_layers,
@@ -960,14 +961,23 @@ def _torch_controller(weights, name, kind, layers, bias=True):
     return arrays
 
 
-def _torch_cells(kind, units, layers, nonlinearity, bias, dtype):
+def _torch_cells(kind, units, layers, nonlinearity, bias, layer_kwargs):
     """A controller like PyTorch's; its name where it is like Keras's own."""
     options = {"activation": nonlinearity} if kind == "rnn" else {}
     if bias and options.get("activation") != "relu":
         return kind
+    dtype, seed = layer_kwargs.get("dtype"), layer_kwargs.get("seed")
+    dropout = layer_kwargs.get("controller_dropout", 0.0)
     cells = [
-        controllers.CELLS[kind](units, use_bias=bias, dtype=dtype, **options)
-        for _ in range(layers)
+        controllers.CELLS[kind](
+            units,
+            use_bias=bias,
+            dropout=check_share("controller_dropout", dropout),
+            seed=None if seed is None else seed + layer,
+            dtype=dtype,
+            **options,
+        )
+        for layer in range(layers)
     ]
     if layers == 1:
         return cells[0]

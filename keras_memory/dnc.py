@@ -358,7 +358,9 @@ class DNCCell(MemoryCell):
     zero or sort numbers that are equal (`test_dnc.py`, singular points). The
     paper has one write head; further ones are those of DeepMind's code: each
     has links of its own, and its allocation sees the usage raised by the
-    heads before it. Bypass dropout drops the same units at all steps of a
+    heads before it. Of several `controller_layers` interface and output see
+    the last, as in other implementations; in the paper they see all. Bypass
+    dropout drops the same units at all steps of a
     sequence, in the paper at each step anew.
 
     Args:

@@ -515,7 +515,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             rows = rows if ops.is_tensor(rows) else np.asarray(rows)
             shape, batch = tuple(rows.shape), states[0].shape[0]
             is_bool = "bool" in str(rows.dtype)
-            if not is_bool or len(shape) != 1 or shape[0] not in (batch, None):
+            fits = len(shape) == 1 and len({*shape, batch} - {None}) <= 1
+            if not (is_bool and fits):
                 raise ValueError(
                     "`rows` must have one bool for each row of the batch, "
                     "True to reset it, or be None to reset all. Received: "
@@ -608,6 +609,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 )
                 record = _cast(record, self.compute_dtype)
                 reads = record.reads
+            else:
+                reads = ops.zeros_like(record.reads)
             records[memory] = record._replace(
                 controller=tuple(controller_states)
             )
@@ -966,6 +969,8 @@ class MemoryRNN(keras.layers.RNN):
                 f"states=None, stateful={self.stateful}"
             )
         after = reset(self.states, rows)
+        # Copies: on PyTorch what is kept is a view of the layer's states.
+        after = [ops.copy(value) for value in after]
         for state, value in zip(self.states, after):
             state.assign(value)
         return after
@@ -1022,6 +1027,7 @@ def trace(
             "`NTMLayer`; for a whole model there is `trace_model`. "
             f"Received: {layer!r}"
         )
+    check_bool("use_memory", use_memory)
     inputs = ops.convert_to_tensor(inputs)
     if not layer.built:
         layer.build(tuple(inputs.shape))

@@ -109,7 +109,9 @@ def resume(folder, show=print):
     """Goes on with a training that was interrupted or killed.
 
     From the last checkpoint on, everything is as if it had never ended, but
-    for the seconds, and for steps that TensorBoard's logs have twice.
+    for the seconds, for steps that TensorBoard's logs have twice, and for
+    dropout masks, which are drawn from the start again: Keras saves no random
+    states.
 
     Args:
         folder: path of the run folder.

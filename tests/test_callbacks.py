@@ -393,6 +393,17 @@ def test_a_look_leaves_states_as_they_are():
     harness.close(model(BATCH.inputs), first)
 
 
+def test_a_look_leaves_what_dropout_draws_next():
+    model = sequential(dnc(bypass_dropout=0.5, controller_dropout=0.5, seed=3))
+    seeds = [v for v in model.non_trainable_variables if "seed" in v.path]
+    assert len(seeds) == 2
+    model(BATCH.inputs)
+    before = [np.array(seed) for seed in seeds]
+    callbacks.Probe(BATCH).look(model)
+    for seed, kept in zip(seeds, before):
+        np.testing.assert_array_equal(seed, kept)
+
+
 def test_by_default_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])

@@ -1048,6 +1048,17 @@ def test_learned_starts_begin_as_the_reference_does(converter):
     assert np.abs(drawn(x) - converter()(x)).max() > 1e-4
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_dropout_reaches_each_layer_of_a_controller(bias):
+    weights = pytorch_weights(hidden=2, bias=bias)
+    layer = from_pytorch(weights, controller_dropout=0.3, seed=7)
+    (controller,) = layer.cell.block_controllers
+    assert [cell.dropout for cell in controller.cells] == [0.3, 0.3]
+    assert [cell.seed for cell in controller.cells] == [7, 8]
+    with pytest.raises(ValueError, match="`controller_dropout`"):
+        from_pytorch(weights, controller_dropout=1.5)
+
+
 @each_converter
 def test_stateful_layer_goes_on(converter):
     x = inputs_of().astype("float32")

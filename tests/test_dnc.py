@@ -531,7 +531,6 @@ def test_reads_see_the_write_of_their_own_step():
     after, _ = a_step(
         access, state, write_gate=ON, allocation_gate=OFF, add_vector=3.0
     )
-    close(after.reads, np.full((1, 1, 5), 1.5), 2.0)
     close(after.memory, np.full((1, 1, 5), 3.0))
     # No links yet: a third of the read is by content.
     close(after.read_weighting, [[[1 / 3]]])
@@ -1198,8 +1197,14 @@ def test_without_its_memory_only_the_controller_goes_on(options):
 
 @pytest.mark.parametrize("value", [None, 1, 0, "yes"])
 def test_use_memory_is_true_or_false(value):
-    with pytest.raises(ValueError, match="`use_memory`.*Received"):
-        dnc()(numbers(), use_memory=value)
+    layer, x = randomised(), numbers().astype("float32")
+    for call in (
+        lambda: layer(x, use_memory=value),
+        lambda: layer.cell(x[:, 0], some_state(layer), use_memory=value),
+        lambda: keras_memory.trace(layer, x, use_memory=value),
+    ):
+        with pytest.raises(ValueError, match="`use_memory`.*Received"):
+            call()
 
 
 @pytest.mark.parametrize("options", [{}, TWO_MEMORIES], ids=str)
@@ -1225,6 +1230,37 @@ def test_resets(rows, part, options):
         np.testing.assert_array_equal(now[~changed], before[~changed])
         assert (before != start).any()
     equal(states, kept)  # those given stay as they are
+
+
+@needs_tensorflow
+def test_resets_within_a_graph_of_any_batch_size():
+    import tensorflow as tf
+
+    layer = randomised()
+    states = some_state(layer)
+    signature = [tf.TensorSpec((None, n)) for n in layer.cell.state_size]
+
+    @tf.function(input_signature=[signature])
+    def reset(states):
+        return layer.reset_memory(states, rows=[True, False])
+
+    for value, expected in zip(
+        reset(list(states)), layer.reset_memory(states, rows=[True, False])
+    ):
+        close(value, expected, 0)
+
+
+def test_what_a_reset_of_a_stateful_layer_gives_stays():
+    """On PyTorch it must not be a view of the layer's states."""
+    layer = built(stateful=True)
+    x = numbers().astype("float32")
+    layer(x)
+    for reset in (layer.reset_memory, layer.reset_controller):
+        after = reset()
+        before = copies(after)
+        layer(x)
+        for value, kept in zip(copies(after), before):
+            np.testing.assert_array_equal(value, kept)
 
 
 def test_after_a_reset_the_memory_is_as_good_as_new():

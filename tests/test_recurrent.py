@@ -1044,6 +1044,19 @@ def test_trace_shows_what_each_block_read(share_memory, x):
     close(second["reads"][:, 0, 0], before + second["added"][:, 0])
 
 
+@pytest.mark.parametrize("widths", [(3, 5), (5, 3)])
+def test_blocks_with_reads_of_other_widths(widths, x):
+    class Cell(keras_memory.MemoryCell):
+        def __init__(self):
+            accesses = [toy.ToyAccess(width) for width in widths]
+            super().__init__(None, accesses, controller_units=7)
+
+    layer = keras_memory.MemoryRNN(Cell())
+    assert layer(x).shape == (BATCH, 7 + widths[1])
+    without = ops.convert_to_numpy(layer(x, use_memory=False))
+    assert (without[:, :7] != 0).all() and (without[:, 7:] == 0).all()
+
+
 def test_blocks_start_with_weights_of_their_own():
     layer = toy.ToyLayer(3, controller_units=7)
     layer.build((BATCH, TIME, WIDTH))

@@ -562,6 +562,8 @@ def test_each_task_trains(task, tmp_path):
         ["train", "copy", "--set", "clipvalue=1.0"],  # beside clipnorm
         ["train", "copy", "--set", "curriculum_loss=0"],
         ["train", "copy", "--preset", "mine"],
+        ["train", "copy", "--set", "controller_dropout=1.5"],
+        ["train", "copy", "--set", "controller_dropout=-0.5"],
         ["train", "copy", "--set", "initialization=mine"],
         ["train", "copy", "--report-every", "0"],
         ["train", "copy", "--checkpoint-every", "-1"],

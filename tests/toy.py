@@ -20,12 +20,10 @@ class ToyAccess:
     """Adds the interface to a running total and reads it: linear, so that a
     test can follow it by hand."""
 
-    interface_size = 3
-    read_size = 3
-
-    def __init__(self):
+    def __init__(self, width=3):
+        self.interface_size = self.read_size = width
         self.initial_state = ToyState(
-            reads=Initial((1, 3)), total=Initial((3,), "learned")
+            reads=Initial((1, width)), total=Initial((width,), "learned")
         )
 
     def step(self, interface, state):
