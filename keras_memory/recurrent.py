@@ -442,8 +442,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             raise ValueError(
                 f"{type(self).__name__} has {len(self.state_size)} states of "
                 "shape (batch, size), with one batch size and the sizes "
-                f"{self.state_size}. Received: {len(shapes)} states of shapes "
-                f"{shapes}"
+                f"{self.state_size}; `pack_state` makes them of a record. "
+                f"Received: {len(shapes)} states of shapes {shapes}"
             )
         records = self._unflatten(states)
         return records[0] if len(records) == 1 else records
@@ -766,15 +766,16 @@ class MemoryRNN(keras.layers.RNN):
             `keras.ops.reshape(x, (-1, *x.shape[-2:]))`.
         initial_state: list of (B, size), as `return_state` gives it. Default:
             the cell's own.
-        mask: (B, T) bool; False holds a row at that step.
+        mask: (B, T), or (B, T, 1), bool; False holds a row at that step.
         training: bool.
         use_memory: bool. False: the controller goes on without its memory,
             which stays as it is; all reads are 0. Default True. Not passed on
-            by `keras.layers.Bidirectional` and other layers around this one.
+            by `Bidirectional`, `Sequential` and other layers around this one.
 
     Raises:
-        ValueError: inputs that are not (B, T, D), no time steps, or initial
-            states that the cell does not have.
+        ValueError: inputs that are not (B, T, D), no time steps, another width
+            than before, initial states that the cell does not have, or a mask
+            of another shape.
     """
 
     cell_class = None
@@ -846,6 +847,7 @@ class MemoryRNN(keras.layers.RNN):
         self._check_sequences(sequences.shape)
         if initial_state is not None:
             self._check_initial_state(initial_state, sequences.shape[0])
+        mask = self._as_mask(mask, sequences.shape)
         in_use = _memory_in_use.set(check_bool("use_memory", use_memory))
         try:
             return super().call(sequences, initial_state, mask, training)
@@ -861,6 +863,29 @@ class MemoryRNN(keras.layers.RNN):
                 "`keras.ops.reshape(x, (-1, *x.shape[-2:]))`. Received: "
                 f"shape {tuple(shape)}"
             )
+        if self.built and shape[2] not in (self.cell.input_size, None):
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r} was built for inputs of "
+                f"width {self.cell.input_size} (their last axis). Received: "
+                f"shape {tuple(shape)}"
+            )
+
+    def _as_mask(self, mask, shape):
+        """The mask as bools, after a look at its shape."""
+        if mask is None:
+            return None
+        mask = ops.cast(ops.convert_to_tensor(mask), "bool")
+        fits = len(mask.shape) == 2 or tuple(mask.shape[2:]) == (1,)
+        if not fits or any(
+            len({one, other} - {None}) > 1
+            for one, other in zip(mask.shape, shape[:2])
+        ):
+            raise ValueError(
+                "`mask` must have one bool for each step of each sequence: "
+                "shape (batch, time). Received: shape "
+                f"{tuple(mask.shape)} for sequences of shape {tuple(shape)}"
+            )
+        return mask
 
     def _check_initial_state(self, states, batch_size):
         self.cell.unpack_state(states)  # raises if the sizes do not fit
@@ -1040,8 +1065,7 @@ def trace(
             if layer.stateful
             else layer.cell.get_initial_state(batch_size=inputs.shape[0])
         )
-    if mask is not None:
-        mask = ops.convert_to_tensor(mask)
+    mask = layer._as_mask(mask, inputs.shape)
     inside = _inside(layer, inputs, initial_state, mask, training, use_memory)
     return keras.tree.map_structure(ops.convert_to_numpy, inside)
 

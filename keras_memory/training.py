@@ -1,6 +1,7 @@
 """From a configuration to a trained, drawn, exported model in a run folder."""
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -198,6 +199,7 @@ def _run(config, model, folder, show):
                     checkpoint,  # last: what is in front of it is written
                 ],
             )
+        gc.collect()  # the iterator, or TensorFlow warns when Python ends
         if checkpoint.asked:
             raise KeyboardInterrupt
         rows = runs.read_history(folder, config)

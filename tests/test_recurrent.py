@@ -6,6 +6,7 @@ and works, what is refused, and that Keras still has the private hooks that
 all of this hangs on.
 """
 
+import functools
 import inspect
 
 import harness
@@ -1042,6 +1043,53 @@ def test_trace_shows_what_each_block_read(share_memory, x):
     close(first["reads"][:, 0, 0], start + first["added"][:, 0])
     before = first["reads"][:, 0, 0] if share_memory else start
     close(second["reads"][:, 0, 0], before + second["added"][:, 0])
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_mask_of_numbers_is_one_of_bools(x, axes):
+    layer = ntm(return_sequences=True, return_state=True)
+    mask = np.ones((BATCH, TIME), bool)
+    mask[0, 2:4] = mask[1, 5:] = False
+    expected = layer(x, mask=mask)
+    numbers = np.where(mask, [[0.5], [-2.0]], 0.0).astype("float32")
+    if axes == 3:
+        numbers = numbers[:, :, None]
+    for value, one in zip(layer(x, mask=numbers), expected):
+        close(value, one, 0)
+    if axes == 2:
+        for value, one in zip(layer(x, mask=mask.tolist()), expected):
+            close(value, one, 0)
+    close(keras_memory.trace(layer, x, mask=numbers)["output"], expected[0])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (BATCH,),
+        (BATCH, TIME - 1),
+        (1, TIME),
+        (TIME, BATCH),
+        (BATCH, TIME, WIDTH),
+        (BATCH, TIME, 1, 1),
+    ],
+    ids=str,
+)
+def test_masks_of_other_shapes_are_refused(shape, x):
+    layer = ntm()
+    layer.build(x.shape)
+    for call in (layer, functools.partial(keras_memory.trace, layer)):
+        with pytest.raises(ValueError, match="`mask` must have one bool.*Rece"):
+            call(x, mask=np.ones(shape, bool))
+
+
+def test_inputs_of_another_width_than_before_are_refused(x):
+    layer = ntm()
+    layer(x)
+    for call in (layer, functools.partial(keras_memory.trace, layer)):
+        with pytest.raises(
+            ValueError, match="built for inputs of width 5.*Rec"
+        ):
+            call(x[:, :, 1:])
 
 
 @pytest.mark.parametrize("widths", [(3, 5), (5, 3)])
