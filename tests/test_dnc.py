@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from catalogue import slow_unless
 from harness import needs_tensorflow
 from keras import ops
 
@@ -756,13 +757,16 @@ def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
     [
         {"write_heads": 2, "controller": "gru", **ALL_IN_ONE},
         {"layers": 2, "share_memory": False, "controller": "rnn"},
-        {
-            "layers": 2,
-            "linkage": False,
-            "controller": "dense",
-            "product_epsilon": 0.2,
-            "norm_epsilon": 0.1,
-        },
+        slow_unless(
+            False,
+            {
+                "layers": 2,
+                "linkage": False,
+                "controller": "dense",
+                "product_epsilon": 0.2,
+                "norm_epsilon": 0.1,
+            },
+        ),
     ],
     ids=["all options", "two memories", "no linkage"],
 )
