@@ -134,20 +134,20 @@ def probe_picture(seen, title, memory=False):
     inside = {}
     for layer, trace in seen.traces.items():
         prefix = f"{layer}/" if len(seen.traces) > 1 else ""
-        shown = _weightings_of_heads(trace)
-        if shown:
-            shown = [
-                name
-                for name, values in trace.items()
-                if name.endswith("_gate") and values.ndim == 3
-            ] + shown
-        if memory:
-            shown += [
-                name
-                for name, values in trace.items()
-                if name.split("/")[-1] == "memory" and values.ndim == 4
-            ]
-        for name in shown:
+        weightings = _weightings_of_heads(trace)
+        if not weightings:
+            continue  # which a picture of a memory needs
+        gates = [
+            name
+            for name, values in trace.items()
+            if name.endswith("_gate") and values.ndim == 3
+        ]
+        memories = [
+            name
+            for name, values in trace.items()
+            if name.split("/")[-1] == "memory" and values.ndim == 4
+        ]
+        for name in gates + weightings + memories * memory:
             inside[prefix + name] = _first_sequence(name, trace[name])
     return visualization.task_picture(
         seen.inputs[0],

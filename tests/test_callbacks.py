@@ -144,6 +144,16 @@ def test_a_probe_shows_gates_and_where_heads_act(monkeypatch):
         harness.close(values, inside[name][0])
 
 
+def test_a_probe_of_a_memory_without_weightings_shows_the_sequence():
+    seen = callbacks.Probe.of(BATCH).look(sequential(ntm()))
+    contents = {"own": {"memory": np.ones((2, 11, 7, 5))}}
+    with_memory, without = (
+        callbacks.probe_picture(seen._replace(traces=traces), "title", True)
+        for traces in (contents, {})
+    )
+    np.testing.assert_array_equal(with_memory, without)
+
+
 class OtherState(NamedTuple):
     """What a user's own memory may have, under names that a DNC has."""
 
