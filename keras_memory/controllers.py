@@ -592,7 +592,9 @@ CELLS = {
 }
 
 
-def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
+def get(
+    controller, units, layers, dropout=0.0, seed=None, dtype=None, **options
+):
     """Makes a controller from its name, or checks one that was given.
 
     Args:
@@ -606,6 +608,7 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
             name only.
         seed: int or None, seed of the dropout. By name only.
         dtype: dtype policy of the made cells.
+        **options: further arguments of the cells. By name only.
 
     Returns:
         A Keras layer.
@@ -642,6 +645,7 @@ def get(controller, units, layers, dropout=0.0, seed=None, dtype=None):
             dropout=dropout,
             seed=None if seed is None else seed + layer,
             dtype=dtype,
+            **options,
         )
         for layer in range(layers)
     ]

@@ -10,7 +10,6 @@ import numpy as np
 from keras_memory import controllers
 from keras_memory.checks import check_between
 from keras_memory.checks import check_clip
-from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.dnc import DNCInterface
 from keras_memory.dnc import DNCLayer
@@ -966,22 +965,16 @@ def _torch_cells(kind, units, layers, nonlinearity, bias, layer_kwargs):
     options = {"activation": nonlinearity} if kind == "rnn" else {}
     if bias and options.get("activation") != "relu":
         return kind
-    dtype, seed = layer_kwargs.get("dtype"), layer_kwargs.get("seed")
-    dropout = layer_kwargs.get("controller_dropout", 0.0)
-    cells = [
-        controllers.CELLS[kind](
-            units,
-            use_bias=bias,
-            dropout=check_share("controller_dropout", dropout),
-            seed=None if seed is None else seed + layer,
-            dtype=dtype,
-            **options,
-        )
-        for layer in range(layers)
-    ]
-    if layers == 1:
-        return cells[0]
-    return keras.layers.StackedRNNCells(cells, dtype=dtype)
+    return controllers.get(
+        kind,
+        units,
+        layers,
+        layer_kwargs.get("controller_dropout", 0.0),
+        layer_kwargs.get("seed"),
+        layer_kwargs.get("dtype"),
+        use_bias=bias,
+        **options,
+    )
 
 
 def _torch_linear(weights, name):
