@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.replay import kept
+
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
 # large enough that its reciprocal, which the gradient meets, is finite too.
 SHARPENING_EPSILON = {
@@ -165,8 +167,12 @@ def sharpen(weighting, sharpening):
         (B, H, N) weighting: non-negative, sums to 1 over N.
     """
     epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
-    logits = sharpening[:, :, None] * ops.log(weighting + epsilon)
-    return softmax(logits)
+    logarithm = kept(
+        lambda w: ops.log(w + epsilon),
+        lambda w, y, dy: dy / (w + epsilon),
+        weighting,
+    )
+    return softmax(sharpening[:, :, None] * logarithm)
 
 
 def least_used(usage):
@@ -362,7 +368,12 @@ def softmax(logits):
     entry: there may be one slot, or one shift."""
     if logits.shape[-1] == 1:
         return ops.ones_like(logits)
-    return ops.softmax(logits, axis=-1)
+
+    def gradient(x, y, dy):
+        dy = dy * y
+        return dy - y * ops.sum(dy, axis=-1, keepdims=True)
+
+    return kept(ops.softmax, gradient, logits)
 
 
 def oneplus(x):

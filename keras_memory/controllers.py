@@ -11,6 +11,8 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.replay import kept
+from keras_memory.replay import linear
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
@@ -79,8 +81,8 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
 
     def call(self, inputs, states, training=False):
         inputs, _ = _drop(self, inputs, None, training)
-        output = ops.matmul(inputs, self.kernel) + self.bias
-        return self.activation(output), states
+        output = linear([inputs], [self.kernel], self.bias)
+        return _activate(self.activation, output), states
 
     def get_initial_state(self, batch_size=None):
         return []
@@ -210,8 +212,8 @@ class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
     def call(self, inputs, states, training=False):
         h, c = states
         x, h = _drop(self, inputs, h, training)
-        z = self.kernel_norm(ops.matmul(x, self.kernel))
-        z = z + self.recurrent_norm(ops.matmul(h, self.recurrent_kernel))
+        z = self.kernel_norm(linear([x], [self.kernel]))
+        z = z + self.recurrent_norm(linear([h], [self.recurrent_kernel]))
         if self.use_bias:
             z = z + self.bias
         i, f, g, o = ops.split(z, 4, axis=-1)
@@ -305,7 +307,7 @@ class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
     def call(self, inputs, states, training=False):
         (h,) = states
         x, h = _drop(self, inputs, h, training)
-        z = ops.matmul(x, self.kernel) + ops.matmul(h, self.recurrent_kernel)
+        z = linear([x, h], [self.kernel, self.recurrent_kernel])
         z = self.layernorm(z)
         if self.use_bias:
             z = z + self.bias
@@ -384,9 +386,7 @@ class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
     def call(self, inputs, states, training=False):
         h, c = states
         x, h = _drop(self, inputs, h, training)
-        z = ops.matmul(x, self.kernel) + ops.matmul(h, self.recurrent_kernel)
-        if self.use_bias:
-            z = z + self.bias
+        z = linear([x, h], [self.kernel, self.recurrent_kernel], self.bias)
         i, f, g, o = ops.split(z, 4, axis=-1)
         p_i, p_f, p_o = self.peepholes
         i = self.recurrent_activation(i + p_i * c)
@@ -511,10 +511,9 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
     def call(self, inputs, states, training=False):
         c, m = states
         inputs, m = _drop(self, inputs, m, training)
-        x = ops.matmul(inputs, self.kernel)
-        h = ops.matmul(m, self.recurrent_kernel)
-        if self.use_bias:
-            h = h + self.bias
+        x = linear([inputs], [self.kernel])
+        bias = self.bias if self.use_bias else None
+        h = linear([m], [self.recurrent_kernel], bias)
         third = slice(3 * self.units, 4 * self.units)
         product = x[:, third] * h[:, third]
         z = ops.split(x + h, 8, axis=-1)
@@ -525,7 +524,7 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
         right = sigmoid(tanh(z[6]) + sigmoid(z[7]))
         m = tanh(c * tanh(left + right))
         if self.projection is not None:
-            m = ops.matmul(m, self.projection_weights)
+            m = linear([m], [self.projection_weights])
         return m, [c, m]
 
     def get_initial_state(self, batch_size=None):
@@ -564,6 +563,20 @@ def _drop(cell, inputs, hidden, training):
     if training and cell.recurrent_dropout > 0:
         hidden = hidden * cell.get_recurrent_dropout_mask(hidden)
     return inputs, hidden
+
+
+def _activate(function, x):
+    """`function(x)`, kept where its gradient needs nothing else."""
+    slope = _SLOPES.get(function)
+    return function(x) if slope is None else kept(function, slope, x)
+
+
+# Gradients of activations y of x, see `kept`.
+_SLOPES = {
+    keras.activations.linear: lambda x, y, dy: dy,
+    keras.activations.sigmoid: lambda x, y, dy: dy * y * (1.0 - y),
+    keras.activations.tanh: lambda x, y, dy: dy * (1.0 - y * y),
+}
 
 
 def _fresh(initializer):
@@ -680,6 +693,9 @@ def step(controller, inputs, states, training):
     Returns:
         Output (B, U), and the states, nested as they came.
     """
+    own_step = _STEPS.get(type(controller))
+    if own_step is not None and _is_plain(controller, inputs):
+        return own_step(controller, inputs, states, training)
     arguments = {}
     if controller._call_has_training_arg:
         arguments["training"] = training
@@ -691,6 +707,101 @@ def step(controller, inputs, states, training):
     return output, keras.tree.pack_sequence_as(
         states, keras.tree.flatten(new_states)
     )
+
+
+# Steps of Keras's own cells, equal in numbers to their `call`, but with
+# `linear` and `kept`.
+
+
+def _is_plain(controller, inputs):
+    """Whether a Keras cell works as the functions below."""
+    return (
+        getattr(controller, "implementation", 2) == 2
+        and getattr(controller, "reset_after", True)
+        and controller.compute_dtype == ops.dtype(inputs)
+    )
+
+
+def _stacked(controller, inputs, states, training):
+    after = []
+    for cell, before in zip(controller.cells, states):
+        inputs, of_cell = step(cell, inputs, before, training)
+        after.append(of_cell)
+    return inputs, keras.tree.pack_sequence_as(
+        states, keras.tree.flatten(after)
+    )
+
+
+def _simple_rnn(controller, inputs, states, training):
+    x, h = _drop(controller, inputs, keras.tree.flatten(states)[0], training)
+    z = linear(
+        [x, h],
+        [controller.kernel, controller.recurrent_kernel],
+        controller.bias,
+    )
+    h = _activate(controller.activation, z)
+    return h, keras.tree.pack_sequence_as(states, [h])
+
+
+def _lstm(controller, inputs, states, training):
+    h, c = states
+    x, h = _drop(controller, inputs, h, training)
+    z = linear(
+        [x, h],
+        [controller.kernel, controller.recurrent_kernel],
+        controller.bias,
+    )
+    gate, activation = controller.recurrent_activation, controller.activation
+    functions = gate, activation, gate
+    units = controller.units
+
+    def parts(x):  # i and f, g, o
+        return ops.split(x, [2 * units, 3 * units], axis=-1)
+
+    def activate(z):
+        activated = [f(part) for f, part in zip(functions, parts(z))]
+        return ops.concatenate(activated, axis=-1)
+
+    def slope(z, y, dy):
+        slopes = [_SLOPES[f] for f in functions]
+        triples = zip(parts(z), parts(y), parts(dy))
+        return ops.concatenate(
+            [slope(*triple) for slope, triple in zip(slopes, triples)], axis=-1
+        )
+
+    if {gate, activation} <= set(_SLOPES):
+        z = kept(activate, slope, z)
+    else:
+        z = activate(z)
+    i, f, g, o = ops.split(z, 4, axis=-1)
+    c = f * c + i * g
+    h = o * _activate(activation, c)
+    return h, [h, c]
+
+
+def _gru(controller, inputs, states, training):
+    (h,) = keras.tree.flatten(states)
+    x, _ = _drop(controller, inputs, h, training)
+    x = linear([x], [controller.kernel])
+    inner = linear([h], [controller.recurrent_kernel])
+    if controller.use_bias:
+        bias = ops.cast(controller.bias, x.dtype)
+        x, inner = x + bias[0], inner + bias[1]
+    units = controller.units
+    gate = controller.recurrent_activation
+    gates = _activate(gate, x[:, : 2 * units] + inner[:, : 2 * units])
+    z, r = ops.split(gates, 2, axis=-1)
+    candidate = x[:, 2 * units :] + r * inner[:, 2 * units :]
+    h = z * h + (1.0 - z) * _activate(controller.activation, candidate)
+    return h, keras.tree.pack_sequence_as(states, [h])
+
+
+_STEPS = {
+    keras.layers.StackedRNNCells: _stacked,
+    keras.layers.SimpleRNNCell: _simple_rnn,
+    keras.layers.LSTMCell: _lstm,
+    keras.layers.GRUCell: _gru,
+}
 
 
 def dropout_cells(controller, input_size):

@@ -13,6 +13,7 @@ each further block sees the features of the block in front of it. The layer's
 output is a projection of the last block's features, outside the time loop.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -32,6 +33,7 @@ from keras_memory.checks import check_clip
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.replay import linear
 
 
 class Access(typing.Protocol):
@@ -600,7 +602,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             )
             inside = {}
             if use_memory:
-                interface = _project(output, *self.interfaces[block])
+                kernel, bias = self.interfaces[block]
+                interface = linear([output], [kernel], bias)
                 if self.interface_layer_norm:
                     interface = self.interface_norms[block](interface)
                 record, inside = access.step(
@@ -684,6 +687,31 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
     def reset_recurrent_dropout_mask(self):
         for cell, _ in self._dropout_cells():
             cell.reset_recurrent_dropout_mask()
+
+    @property
+    def dropout_masks(self):
+        """The masks drawn at this moment, two for each cell that has some."""
+        return [
+            (
+                getattr(cell, "_dropout_mask", None),
+                getattr(cell, "_recurrent_dropout_mask", None),
+            )
+            for cell, _ in self._dropout_cells()
+        ]
+
+    @dropout_masks.setter
+    def dropout_masks(self, masks):
+        for (cell, _), pair in zip(self._dropout_cells(), masks):
+            cell._dropout_mask, cell._recurrent_dropout_mask = pair
+
+    @contextlib.contextmanager
+    def dropping(self, masks):
+        """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
+        now, self.dropout_masks = self.dropout_masks, masks
+        try:
+            yield
+        finally:
+            self.dropout_masks = now
 
     def _feature_mask(self, like):
         """(B, F), or (B, 1, F) for features of a sequence; the reads' part
@@ -801,6 +829,7 @@ class MemoryRNN(keras.layers.RNN):
         stateful=False,
         unroll=False,
         zero_output_for_mask=False,
+        loop="auto",
         **kwargs,
     ):
         of_layer = {
@@ -819,6 +848,10 @@ class MemoryRNN(keras.layers.RNN):
                 "`cell` must be a `MemoryCell`; `keras.layers.RNN` runs any "
                 f"other. Received: cell={args[0]!r}"
             )
+        if loop not in scan.LOOPS:
+            raise ValueError(
+                f"`loop` must be one of {scan.LOOPS}. Received: loop={loop!r}"
+            )
         super().__init__(
             *args,
             return_sequences=return_sequences,
@@ -831,6 +864,9 @@ class MemoryRNN(keras.layers.RNN):
             **of_layer,
             **kwargs,
         )
+
+        self.loop = loop
+        self.time_loop = None
 
     def build(self, sequences_shape, initial_state_shape=None):
         self._check_sequences(sequences_shape)
@@ -906,7 +942,7 @@ class MemoryRNN(keras.layers.RNN):
             # PyTorch writes the next states into the memory of these, which
             # the gradient still needs.
             initial_state = [ops.copy(state) for state in initial_state]
-        features, records = scan.run(
+        features, records, self.time_loop = scan.run(
             self.cell,
             sequences,
             self.cell._unflatten(initial_state),
@@ -916,6 +952,7 @@ class MemoryRNN(keras.layers.RNN):
             unroll=self.unroll,
             all_outputs=self.return_sequences,
             use_memory=use_memory,
+            loop=self.loop,
         )
         outputs = self.cell.project(features, training)
         if mask is not None:
@@ -1001,7 +1038,7 @@ class MemoryRNN(keras.layers.RNN):
         return after
 
     def get_config(self):
-        config = super().get_config()
+        config = {**super().get_config(), "loop": self.loop}
         if self.cell_class is not None:
             config.pop("cell")
             config = {**self.cell.get_config(), **config}

@@ -14,9 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # Each module may import modules of the lines above its own, and of its own
 # line where that says so.
 LAYERS = [
-    ["checks", "files", "addressing", "access", "geometry", "visualization"],
-    ["controllers", "retrieval"],
-    ["scan"],
+    ["checks", "files", "replay", "access", "geometry", "visualization"],
+    ["addressing", "controllers", "retrieval", "scan"],
     ["recurrent"],
     ["ntm", "dnc", "sam", "sdnc", "esm", "memory_wrap"],
     ["memorizing_transformer"],

@@ -1,0 +1,191 @@
+"""What a step of a memory cell remembers for its gradient.
+
+The fast time loop of `scan.py` runs each step twice: forward, and once more
+when gradients flow back. The functions here are what a step is written with,
+so that the second run is cheap: `linear` and `kept` hand out what they gave
+in the first, and the gradients of all `linear` weights are taken after the
+loop, in one matrix product each. Outside of that loop they just compute.
+"""
+
+import contextvars
+
+import keras
+from keras import ops
+
+# The pass over a step that is under way in this thread, if any.
+_current = contextvars.ContextVar("current", default=None)
+
+
+def linear(inputs, kernels, bias=None):
+    """The sum of products of inputs with weights.
+
+    Args:
+        inputs: list of (B, D_i) arrays of one dtype.
+        kernels: list of as many (D_i, U) weights, `keras.Variable`.
+        bias: (U,) weight, or None.
+
+    Returns:
+        (B, U) in the dtype of `inputs`.
+    """
+    current = _current.get()
+    weights = [*kernels] if bias is None else [*kernels, bias]
+    if current is not None and all(
+        isinstance(weight, keras.Variable) for weight in weights
+    ):
+        return current.linear(inputs, kernels, bias)
+    dtype = inputs[0].dtype
+    result = sum(
+        ops.matmul(x, ops.cast(kernel, dtype))
+        for x, kernel in zip(inputs, kernels, strict=True)
+    )
+    return result if bias is None else result + ops.cast(bias, dtype)
+
+
+def kept(function, gradient, x):
+    """`function(x)`, of which the result is kept, as it is dear.
+
+    Args:
+        function: from array to array.
+        gradient: (x, y, dy) -> dx, with y = function(x).
+        x: array.
+
+    Returns:
+        Array.
+    """
+    current = _current.get()
+    if current is None:
+        return function(x)
+    return current.kept(function, gradient, x)
+
+
+class _Pass:
+    """One run of a step. `linears` and values kept are told apart by the
+    order in which they come, which is the same in all runs."""
+
+    def __init__(self, scope):
+        self.scope = scope
+
+    def __enter__(self):
+        self.token = _current.set(self)
+        self.scope.__enter__()
+        return self
+
+    def __exit__(self, *raised):
+        self.scope.__exit__(*raised)
+        _current.reset(self.token)
+
+
+class _Scope(keras.StatelessScope):
+    """Sees which variables are read, and which would be changed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.read, self.changed = {}, {}
+
+    def get_current_value(self, ref):
+        self.read.setdefault(id(ref), ref)
+        return super().get_current_value(ref)
+
+    def add_update(self, update):
+        self.changed.setdefault(id(update[0]), update[0])
+        return super().add_update(update)
+
+
+class Forward(_Pass):
+    """The first run.
+
+    Args:
+        linears: list of (kernel, bias) or (kernel,) arrays, for each call of
+            `linear`, its kernels one below the other.
+        variables: list of (variable, array) pairs to compute with.
+
+    Attributes:
+        inputs: list of (B, D), what came to each `linear`.
+        results: list of (B, U), what it gave.
+        values: list of arrays, what each `kept` gave.
+    """
+
+    def __init__(self, linears, variables):
+        super().__init__(_Scope(variables))
+        self.linears = iter(linears)
+        self.inputs, self.results, self.values = [], [], []
+
+    def linear(self, inputs, kernels, bias):
+        kernel, *bias = next(self.linears)
+        self.inputs.append(_joined(inputs))
+        self.results.append(sum(bias, ops.matmul(self.inputs[-1], kernel)))
+        return self.results[-1]
+
+    def kept(self, function, gradient, x):
+        self.values.append(function(x))
+        return self.values[-1]
+
+
+class Replay(_Pass):
+    """The second run, in which gradients are taken.
+
+    Args:
+        linears, variables: as in `Forward`.
+        results, values: lists of arrays, those of the first run.
+        taps: list of arrays like `results`, which get their gradients.
+    """
+
+    def __init__(self, linears, variables, results, values, taps):
+        super().__init__(_Scope(variables))
+        self.linears, self.taps = iter(linears), iter(taps)
+        self.results, self.values = iter(results), iter(values)
+
+    def linear(self, inputs, kernels, bias):
+        kernel, *_ = next(self.linears)
+        result = next(self.results)
+
+        @ops.custom_gradient
+        def again(joined, tap):
+            def gradient(upstream):
+                return ops.matmul(upstream, ops.transpose(kernel)), upstream
+
+            return result, gradient
+
+        return again(_joined(inputs), next(self.taps))
+
+    def kept(self, function, gradient, x):
+        y = next(self.values)
+
+        @ops.custom_gradient
+        def again(x):
+            return y, lambda upstream: gradient(x, y, upstream)
+
+        return again(x)
+
+
+class Survey(Forward):
+    """A first run on arrays without numbers, to find out what a step asks for.
+
+    Attributes:
+        linears: list of (kernels, bias), a call of `linear` each.
+        variables: list of the other variables that the step reads.
+        changed: list of the variables that it changes.
+    """
+
+    def __init__(self):
+        super().__init__([], [])
+        self.linears = []
+
+    def linear(self, inputs, kernels, bias):
+        self.linears.append((kernels, bias))
+        rows, dtype = ops.shape(inputs[0])[0], inputs[0].dtype
+        self.inputs.append(_joined(inputs))
+        self.results.append(ops.zeros((rows, kernels[0].shape[-1]), dtype))
+        return self.results[-1]
+
+    @property
+    def variables(self):
+        return list(self.scope.read.values())
+
+    @property
+    def changed(self):
+        return list(self.scope.changed.values())
+
+
+def _joined(inputs):
+    return inputs[0] if len(inputs) == 1 else ops.concatenate(inputs, axis=-1)
