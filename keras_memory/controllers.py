@@ -695,14 +695,18 @@ def step(controller, inputs, states, training):
     """
     own_step = _STEPS.get(type(controller))
     if own_step is not None and _is_plain(controller, inputs):
-        return own_step(controller, inputs, states, training)
-    arguments = {}
-    if controller._call_has_training_arg:
-        arguments["training"] = training
-    if not hasattr(controller, "state_size"):
-        return controller(inputs, **arguments), states
-    as_list = states if keras.tree.is_nested(states) else [states]
-    output, new_states = controller(inputs, as_list, **arguments)
+        states = keras.tree.map_structure(
+            lambda state: ops.cast(state, controller.compute_dtype), states
+        )
+        output, new_states = own_step(controller, inputs, states, training)
+    else:
+        arguments = {}
+        if controller._call_has_training_arg:
+            arguments["training"] = training
+        if not hasattr(controller, "state_size"):
+            return controller(inputs, **arguments), states
+        as_list = states if keras.tree.is_nested(states) else [states]
+        output, new_states = controller(inputs, as_list, **arguments)
     # A stack of one cell hands its states back without the outer list.
     return output, keras.tree.pack_sequence_as(
         states, keras.tree.flatten(new_states)
@@ -727,20 +731,19 @@ def _stacked(controller, inputs, states, training):
     for cell, before in zip(controller.cells, states):
         inputs, of_cell = step(cell, inputs, before, training)
         after.append(of_cell)
-    return inputs, keras.tree.pack_sequence_as(
-        states, keras.tree.flatten(after)
-    )
+    return inputs, after
 
 
 def _simple_rnn(controller, inputs, states, training):
-    x, h = _drop(controller, inputs, keras.tree.flatten(states)[0], training)
+    (h,) = keras.tree.flatten(states)
+    x, h = _drop(controller, inputs, h, training)
     z = linear(
         [x, h],
         [controller.kernel, controller.recurrent_kernel],
         controller.bias,
     )
     h = _activate(controller.activation, z)
-    return h, keras.tree.pack_sequence_as(states, [h])
+    return h, h
 
 
 def _lstm(controller, inputs, states, training):
@@ -793,7 +796,7 @@ def _gru(controller, inputs, states, training):
     z, r = ops.split(gates, 2, axis=-1)
     candidate = x[:, 2 * units :] + r * inner[:, 2 * units :]
     h = z * h + (1.0 - z) * _activate(controller.activation, candidate)
-    return h, keras.tree.pack_sequence_as(states, [h])
+    return h, h
 
 
 _STEPS = {

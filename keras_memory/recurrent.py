@@ -921,7 +921,7 @@ class MemoryRNN(keras.layers.RNN):
                 "shape (batch, time). Received: shape "
                 f"{tuple(mask.shape)} for sequences of shape {tuple(shape)}"
             )
-        return mask
+        return mask if len(mask.shape) == 2 else mask[:, :, 0]
 
     def _check_initial_state(self, states, batch_size):
         self.cell.unpack_state(states)  # raises if the sizes do not fit
@@ -963,8 +963,6 @@ class MemoryRNN(keras.layers.RNN):
     def _masked_outputs(self, outputs, mask):
         """Zeroes masked outputs, or those in front of the first valid step,
         which have no output to hold."""
-        if len(mask.shape) == 3:
-            mask = mask[:, :, 0]
         mask = ops.cast(mask, "int32")
         if self.go_backwards:
             mask = ops.flip(mask, axis=1)
@@ -1150,8 +1148,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     )
     sequences = [inputs]
     if mask is not None:
-        mask = ops.cast(mask, "bool")
-        sequences.append(mask if len(mask.shape) == 3 else mask[:, :, None])
+        sequences.append(mask)
     if layer.go_backwards:
         sequences = [ops.flip(one, axis=1) for one in sequences]
     sequences = [ops.swapaxes(one, 0, 1) for one in sequences]
@@ -1165,7 +1162,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         output = cell.project(features, training)
         now = {"output": output, **cell._named(details)}
         if mask is not None:
-            hold = functools.partial(scan.hold, at_step[1][:, 0])
+            hold = functools.partial(scan.hold, at_step[1])
             now = keras.tree.map_structure(hold, held, now)
             after = tuple(map(hold, states, after))
         return (after, now), (after, now)
@@ -1188,7 +1185,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     inside = {name: ops.swapaxes(inside[name], 0, 1) for name in shapes}
     if mask is not None and layer.zero_output_for_mask:
         kept = ops.cast(ops.swapaxes(sequences[1], 0, 1), cell.compute_dtype)
-        inside["output"] = inside["output"] * kept
+        inside["output"] = inside["output"] * kept[:, :, None]
     return inside
 
 

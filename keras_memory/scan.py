@@ -190,6 +190,7 @@ def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
         after, (features, kept) = _scan(once, states, [x, *masks], specs)
 
         def gradient(*upstream):
+            upstream = keras.tree.flatten(upstream)  # JAX gives one tuple
             return _first_only(backward)(upstream, x, linears, values, kept)
 
         return (*features, *after), gradient
@@ -234,20 +235,24 @@ def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
     features_and_states = ops.custom_gradient(forward)(
         x,
         states,
-        [_joined(weights, x.dtype) for weights in survey.linears],
-        [ops.convert_to_tensor(variable) for variable in variables],
+        [
+            _joined(*weights, result.dtype)
+            for weights, result in zip(survey.linears, kept_spec[2])
+        ],
+        [ops.copy(variable) for variable in variables],
     )
     features = features_and_states[:all_outputs]
     features = ops.swapaxes(features[0], 0, 1) if all_outputs else None
     return features, list(features_and_states[all_outputs:])
 
 
-def _joined(weights, dtype):
+def _joined(kernels, bias, dtype):
     """The kernels of a `replay.linear`, one below the other, and its bias."""
-    kernels, bias = weights
-    kernels = [ops.cast(kernel, dtype) for kernel in kernels]
-    kernel = kernels[0] if len(kernels) == 1 else ops.concatenate(kernels)
-    return (kernel,) if bias is None else (kernel, ops.cast(bias, dtype))
+    kernels = [ops.cast(ops.copy(kernel), dtype) for kernel in kernels]
+    joined = kernels[0] if len(kernels) == 1 else ops.concatenate(kernels)
+    return (
+        (joined,) if bias is None else (joined, ops.cast(ops.copy(bias), dtype))
+    )
 
 
 def _of_weights(inputs, of_results):
