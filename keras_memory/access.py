@@ -1,25 +1,67 @@
 """What is read and written at the weighted slots of a memory.
 
 Pure functions without weights or state. Axes are always batch B, head H,
-slot N, width W.
+width W, slot N: inside a step slots come last, where processors are fast.
+
+`read`, `match` and `spread` are the products of memory, weightings and
+vectors, and the gradients of each are the other two.
 """
 
+import keras
 from keras import ops
 
 
 def read(memory, weighting):
-    """Reads the weighted mean of the slots, one vector a head.
+    """Reads the weighted sum of the slots, one vector a head.
 
     Source: Graves et al. 2014, eq. 2.
 
     Args:
-        memory: (B, N, W) slot contents.
+        memory: (B, W, N) slot contents.
         weighting: (B, R, N) read weighting.
 
     Returns:
         (B, R, W) read vectors.
     """
-    return ops.matmul(weighting, memory)
+
+    def gradient(of_reads):
+        return spread(of_reads, weighting), match(of_reads, memory)
+
+    return _with_gradient(_read, gradient, memory, weighting)
+
+
+def match(vectors, memory):
+    """Inner product of each vector with each slot.
+
+    Args:
+        vectors: (B, H, W), one for each head.
+        memory: (B, W, N) slot contents.
+
+    Returns:
+        (B, H, N).
+    """
+
+    def gradient(of_products):
+        return read(memory, of_products), spread(vectors, of_products)
+
+    return _with_gradient(_match, gradient, vectors, memory)
+
+
+def spread(vectors, weighting):
+    """Puts vectors into slots, as much as the weightings say.
+
+    Args:
+        vectors: (B, H, W), one for each head.
+        weighting: (B, H, N).
+
+    Returns:
+        (B, W, N), the sum over the heads.
+    """
+
+    def gradient(of_memory):
+        return read(of_memory, weighting), match(vectors, of_memory)
+
+    return _with_gradient(_spread, gradient, vectors, weighting)
 
 
 def erase_and_add(memory, weighting, erase_vector, add_vector):
@@ -29,21 +71,71 @@ def erase_and_add(memory, weighting, erase_vector, add_vector):
     any adds, so that their order does not matter (section 3.2).
 
     Args:
-        memory: (B, N, W) slot contents.
+        memory: (B, W, N) slot contents.
         weighting: (B, H, N) write weighting.
         erase_vector: (B, H, W) in [0, 1], or None to add only; 1 at full
             weighting clears the slot.
         add_vector: (B, H, W); any real value.
 
     Returns:
-        (B, N, W) the memory after the write.
+        (B, W, N) the memory after the write.
     """
     if erase_vector is not None:
         for head in range(weighting.shape[1]):
-            kept = (
-                1.0 - weighting[:, head, :, None] * erase_vector[:, head, None]
-            )
-            memory = memory * kept  # eq. 3
-    return memory + ops.matmul(  # eq. 4
-        ops.transpose(weighting, (0, 2, 1)), add_vector
+            one = slice(head, head + 1)
+            erased = spread(erase_vector[:, one], weighting[:, one])
+            memory = memory * (1.0 - erased)  # eq. 3
+    return memory + spread(add_vector, weighting)  # eq. 4
+
+
+# One product of many small matrices is fast where each operation is a call
+# of its own. XLA is better at sums over any but the last axis, and at one
+# matrix and one vector at a time (`benchmarks/README.md`).
+
+
+def _read(memory, weighting):
+    if not _compiles():
+        return ops.matmul(weighting, ops.transpose(memory, (0, 2, 1)))
+    heads = [
+        ops.matmul(memory, weighting[:, head, :, None])[:, :, 0]
+        for head in range(weighting.shape[1])
+    ]
+    return ops.stack(heads, axis=1)
+
+
+def _match(vectors, memory):
+    if not _compiles():
+        return ops.matmul(vectors, memory)
+    return ops.sum(vectors[:, :, :, None] * memory[:, None], axis=2)
+
+
+def _spread(vectors, weighting):
+    if not _compiles() and vectors.shape[1] > 1:
+        return ops.matmul(ops.transpose(vectors, (0, 2, 1)), weighting)
+    return sum(
+        vectors[:, head, :, None] * weighting[:, head, None]
+        for head in range(vectors.shape[1])
     )
+
+
+def _with_gradient(function, gradient, *arguments):
+    if keras.backend.backend() not in ("tensorflow", "jax"):
+        return function(*arguments)
+
+    @ops.custom_gradient
+    def call(*arguments):
+        return function(*arguments), gradient
+
+    return call(*arguments)
+
+
+def _compiles():
+    """Whether XLA compiles what is computed here."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.ops import control_flow_util
+
+        return control_flow_util.GraphOrParentsInXlaContext(
+            tf.compat.v1.get_default_graph()
+        )
+    return keras.backend.backend() == "jax"

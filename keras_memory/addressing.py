@@ -1,13 +1,15 @@
 """Where to read and write: weightings over the slots of a memory.
 
 Pure functions without weights or state. Axes are always batch B, head H,
-slot N, width W. A weighting is non-negative and sums to at most one over N.
+width W, slot N. A weighting is non-negative and sums to at most one over N.
 """
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.access import match
+from keras_memory.access import read
 from keras_memory.replay import kept
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
@@ -51,7 +53,7 @@ def cosine_similarity(
     all-zero slot or key has similarity 0 and finite gradients.
 
     Args:
-        memory: (B, N, W) slot contents; any real value.
+        memory: (B, W, N) slot contents; any real value.
         keys: (B, H, W) look-up vectors, one per head; any real value.
         norm_epsilon: float above 0, added to each squared norm; None for
             that of `NORM_EPSILON`.
@@ -63,12 +65,12 @@ def cosine_similarity(
         (B, H, N) similarities in [-1, 1].
 
     Raises:
-        ValueError: the last axes of `memory` and `keys` differ.
+        ValueError: `memory` and `keys` differ in W.
     """
-    if memory.shape[-1] != keys.shape[-1]:
+    if memory.shape[1] != keys.shape[2]:
         raise ValueError(
-            "`memory` and `keys` must have the same width (their last axis) "
-            "to be compared. "
+            "`memory` (B, W, N) and `keys` (B, H, W) must have the same width "
+            "W to be compared. "
             f"Received: memory.shape={tuple(memory.shape)}, "
             f"keys.shape={tuple(keys.shape)}"
         )
@@ -76,13 +78,13 @@ def cosine_similarity(
         norm_epsilon = NORM_EPSILON[ops.dtype(memory)]
     squares = memory * memory
     if masks is None:
-        slot_norms = ops.sum(squares, axis=-1)[:, None, :]
+        slot_norms = ops.sum(squares, axis=1)[:, None, :]
         masked_keys = keys
     else:  # (k m) (M m) = (k m m) M, and |M m|^2 = (m m) (M M)
         weights = masks * masks
-        slot_norms = ops.matmul(weights, ops.transpose(squares, (0, 2, 1)))
+        slot_norms = match(weights, squares)
         keys, masked_keys = keys * masks, keys * weights
-    dot = ops.matmul(masked_keys, ops.transpose(memory, (0, 2, 1)))
+    dot = match(masked_keys, memory)
     key_norms = ops.sum(keys * keys, axis=-1)[:, :, None]
     norms = ops.sqrt(key_norms + norm_epsilon) * ops.sqrt(
         slot_norms + norm_epsilon
@@ -98,7 +100,7 @@ def content_weighting(
     Source: Graves et al. 2014, eqs. 5-6.
 
     Args:
-        memory: (B, N, W) slot contents; any real value.
+        memory: (B, W, N) slot contents; any real value.
         keys: (B, H, W) look-up vectors, one per head; any real value.
         strengths: (B, H), at least 0, no unit; 0 gives uniform weighting.
         norm_epsilon, product_epsilon, masks: see `cosine_similarity`.
@@ -107,7 +109,7 @@ def content_weighting(
         (B, H, N) weighting: non-negative, sums to 1 over N.
 
     Raises:
-        ValueError: the last axes of `memory` and `keys` differ.
+        ValueError: `memory` and `keys` differ in W.
     """
     similarity = cosine_similarity(
         memory, keys, norm_epsilon, product_epsilon, masks
@@ -354,12 +356,10 @@ def follow_links(linkage, read_weighting):
         Forward and backward weightings, (B, R, H, N) each; they sum to at
         most 1 over N.
     """
-    reading = read_weighting[:, None]
-    forward = ops.matmul(linkage, ops.transpose(reading, (0, 1, 3, 2)))
-    backward = ops.matmul(reading, linkage)
+    links = [linkage[:, head] for head in range(linkage.shape[1])]
     return (
-        ops.transpose(forward, (0, 3, 1, 2)),
-        ops.transpose(backward, (0, 2, 1, 3)),
+        ops.stack([read(one, read_weighting) for one in links], axis=2),
+        ops.stack([match(read_weighting, one) for one in links], axis=2),
     )
 
 

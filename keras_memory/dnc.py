@@ -145,7 +145,7 @@ class DNCAccess:
         )
         memory = state.memory
         if self.deallocation:
-            memory = memory * kept[:, :, None]
+            memory = memory * kept[:, None]
         memory = erase_and_add(
             memory,
             write_weighting,
@@ -306,6 +306,7 @@ class DNCAccess:
                 (slots, self.slot_size),
                 self.initial_memory,
                 draw=keras.initializers.RandomNormal(stddev=0.05),
+                turned=True,
             ),
             usage=Initial((slots,)),
             linkage=Initial((heads, slots, slots)) if self.linkage else (),

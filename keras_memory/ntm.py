@@ -382,6 +382,7 @@ class NTMAccess:
                 self.initial_memory,
                 constant=1e-6,
                 draw=keras.initializers.RandomUniform(-reach, reach),
+                turned=True,
             ),
             read_weighting=weighting(self.read_heads),
             write_weighting=weighting(self.write_heads),

@@ -58,7 +58,8 @@ class Access(typing.Protocol):
 
         Args:
             interface: (B, interface_size), float32 or float64.
-            state: a record like `initial_state`, with arrays.
+            state: a record like `initial_state`, with arrays (B,
+                *`shape_in_step`).
 
         Returns:
             The record after the step, with these reads in its first field,
@@ -81,6 +82,8 @@ class Initial:
         draw: Keras initializer of the weight, if it is one.
         activation: function from the weight to the state, such as softmax
             where the state is a weighting.
+        turned: bool; True: a step has the two axes of `shape` the other way
+            round, as a memory has, whose slots come last there.
     """
 
     shape: tuple
@@ -88,6 +91,11 @@ class Initial:
     constant: typing.Any = 0.0
     draw: typing.Any = "zeros"
     activation: typing.Callable = keras.activations.linear
+    turned: bool = False
+
+    @property
+    def shape_in_step(self):
+        return self.shape[::-1] if self.turned else self.shape
 
     @property
     def is_weight(self):
@@ -383,6 +391,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 )
             else:
                 value = initial.activation(ops.convert_to_tensor(weight))
+            if initial.turned:
+                value = ops.transpose(value)
             value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
             shape = (batch_size, value.shape[-1])
             # A copy: on PyTorch this is a view, of the weight if there is one,
@@ -447,7 +457,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 f"{self.state_size}; `pack_state` makes them of a record. "
                 f"Received: {len(shapes)} states of shapes {shapes}"
             )
-        records = self._unflatten(states)
+        records = self._turn(self._unflatten(states))
         return records[0] if len(records) == 1 else records
 
     def pack_state(self, record):
@@ -481,7 +491,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 )
         return [
             ops.cast(value, self.compute_dtype)
-            for value in self._flatten(records)
+            for value in self._flatten(self._turn(records))
         ]
 
     def reset_memory(self, states, rows=None):
@@ -548,8 +558,22 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         return keras.tree.pack_sequence_as(
             self.initial_records,
             [
-                ops.reshape(state, (-1, *initial.shape))
+                ops.reshape(state, (-1, *initial.shape_in_step))
                 for state, initial in zip(states, initials)
+            ],
+        )
+
+    def _turn(self, records):
+        """From how a step has its state to how the public sees it, and
+        back: see `Initial.turned`."""
+        return keras.tree.pack_sequence_as(
+            self.initial_records,
+            [
+                ops.swapaxes(value, 1, 2) if initial.turned else value
+                for value, initial in zip(
+                    keras.tree.flatten(records),
+                    keras.tree.flatten(self.initial_records),
+                )
             ],
         )
 
@@ -625,6 +649,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
 
     def _state_fields(self, records):
         """The record behind each block, as a dict without the controller."""
+        records = self._turn(records)
         fields = [records[memory]._asdict() for memory in self.memory_of_block]
         for block in fields:
             del block["controller"]

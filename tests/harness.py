@@ -56,6 +56,19 @@ def on_arrays(module):
     )
 
 
+def slots_last(memory):
+    """(B, N, W), as `reference.py` and the public have a memory, as a step has
+    it: (B, W, N). And back."""
+    return ops.swapaxes(ops.convert_to_tensor(memory), 1, 2)
+
+
+def act(access, interface, state):
+    """`access.step`, with the memory as the public has it."""
+    state = state._replace(memory=slots_last(state.memory))
+    state, inside = access.step(interface, state)
+    return state._replace(memory=slots_last(state.memory)), inside
+
+
 def inputs_of(case, seed=3):
     rng = np.random.default_rng(seed)
     return rng.normal(size=case.input_shape).astype("float32")

@@ -12,12 +12,21 @@ from keras import ops
 from keras_memory import access as on_tensors
 
 access = harness.on_arrays(on_tensors)
+slots_last = harness.slots_last
 BATCH, HEADS, SLOTS, WIDTH = 2, 3, 7, 5
 
 needs_float64 = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
     reason="compares in float64, which the TensorFlow backend computes in",
 )
+
+
+def read(memory, weighting):
+    return access.read(slots_last(memory), weighting)
+
+
+def erase_and_add(memory, *of_heads):
+    return slots_last(access.erase_and_add(slots_last(memory), *of_heads))
 
 
 def close(actual, expected, tolerance=1e-6):
@@ -45,7 +54,7 @@ def test_read_equals_the_oracle(parts):
         [reference.read(memory[item], w) for w in weighting[item]]
         for item in range(BATCH)
     ]
-    close(access.read(memory, weighting), expected, 1e-12)
+    close(read(memory, weighting), expected, 1e-12)
 
 
 @needs_float64
@@ -57,25 +66,25 @@ def test_erase_and_add_equals_the_oracle(parts, heads):
         reference.write(memory[item], *(value[item] for value in of_heads))
         for item in range(BATCH)
     ]
-    close(access.erase_and_add(memory, *of_heads), expected, 1e-12)
+    close(erase_and_add(memory, *of_heads), expected, 1e-12)
 
 
 def test_two_slots_by_hand():
     memory = np.array([[[1.0, 2.0], [3.0, 4.0]]], "float32")
     weighting = np.array([[[1 / 4, 3 / 4]]], "float32")
     # 1/4 (1, 2) + 3/4 (3, 4).
-    close(access.read(memory, weighting), [[[2.5, 3.5]]])
+    close(read(memory, weighting), [[[2.5, 3.5]]])
     erase = np.array([[[1.0, 0.0]]], "float32")
     add = np.array([[[4.0, 8.0]]], "float32")
     # (1 - 1/4) 1 + 1/4 4 = 7/4,   2 + 1/4 8 = 4
     # (1 - 3/4) 3 + 3/4 4 = 15/4,  4 + 3/4 8 = 10
     close(
-        access.erase_and_add(memory, weighting, erase, add),
+        erase_and_add(memory, weighting, erase, add),
         [[[7 / 4, 4.0], [15 / 4, 10.0]]],
     )
     # Without erasing: 1 + 1/4 4 = 2, 3 + 3/4 4 = 6.
     close(
-        access.erase_and_add(memory, weighting, None, add),
+        erase_and_add(memory, weighting, None, add),
         [[[2.0, 4.0], [6.0, 10.0]]],
     )
 
@@ -86,24 +95,22 @@ def test_all_heads_erase_before_any_adds():
     erase = np.array([[[0.0], [1.0]]], "float32")
     add = np.array([[[2.0], [0.0]]], "float32")
     # One after the other, the second head would erase what the first added.
-    close(access.erase_and_add(memory, weighting, erase, add), [[[2.0]]])
+    close(erase_and_add(memory, weighting, erase, add), [[[2.0]]])
 
 
 def test_the_order_of_heads_does_not_matter(parts):
     memory, *of_heads = parts
-    expected = ops.convert_to_numpy(access.erase_and_add(memory, *of_heads))
+    expected = ops.convert_to_numpy(erase_and_add(memory, *of_heads))
     for order in itertools.permutations(range(HEADS)):
         permuted = (value[:, list(order)] for value in of_heads)
-        close(access.erase_and_add(memory, *permuted), expected)
+        close(erase_and_add(memory, *permuted), expected)
 
 
 def test_erase_1_at_weighting_1_replaces_the_slot(parts):
     memory, _, _, add = parts
     weighting = np.eye(SLOTS)[None, [4]].repeat(BATCH, axis=0)
     written = ops.convert_to_numpy(
-        access.erase_and_add(
-            memory, weighting, np.ones((BATCH, 1, WIDTH)), add[:, :1]
-        )
+        erase_and_add(memory, weighting, np.ones((BATCH, 1, WIDTH)), add[:, :1])
     )
     close(written[:, 4], add[:, 0])
     others = np.arange(SLOTS) != 4
@@ -113,22 +120,18 @@ def test_erase_1_at_weighting_1_replaces_the_slot(parts):
 def test_none_erases_nothing(parts):
     memory, weighting, erase, add = parts
     close(
-        access.erase_and_add(memory, weighting, None, add),
-        ops.convert_to_numpy(
-            access.erase_and_add(memory, weighting, 0 * erase, add)
-        ),
+        erase_and_add(memory, weighting, None, add),
+        ops.convert_to_numpy(erase_and_add(memory, weighting, 0 * erase, add)),
     )
 
 
 def test_weighting_0_leaves_the_memory_alone(parts):
     memory, weighting, erase, add = parts
-    close(access.erase_and_add(memory, 0 * weighting, erase, add), memory)
-    close(
-        access.read(memory, 0 * weighting), np.zeros((BATCH, HEADS, WIDTH)), 0
-    )
+    close(erase_and_add(memory, 0 * weighting, erase, add), memory)
+    close(read(memory, 0 * weighting), np.zeros((BATCH, HEADS, WIDTH)), 0)
 
 
 def test_read_of_a_one_hot_weighting_is_the_slot(parts):
     memory = parts[0]
     weighting = np.eye(SLOTS)[None, [4, 0, 6]].repeat(BATCH, axis=0)
-    close(access.read(memory, weighting), memory[:, [4, 0, 6]])
+    close(read(memory, weighting), memory[:, [4, 0, 6]])

@@ -67,7 +67,7 @@ def is_weighting(value, tolerance=1e-6):
 def test_content_weighting_equals_the_oracle(
     rng, norm_epsilon, product_epsilon
 ):
-    memory = rng.normal(size=(BATCH, SLOTS, WIDTH))
+    memory = rng.normal(size=(BATCH, WIDTH, SLOTS))
     keys = rng.normal(size=(BATCH, HEADS, WIDTH))
     strengths = rng.uniform(0.1, 9.0, size=(BATCH, HEADS))
     epsilons = (norm_epsilon, product_epsilon)
@@ -80,14 +80,14 @@ def test_content_weighting_equals_the_oracle(
                 similarity[item, head],
                 [
                     reference.cosine_similarity(key, slot, *epsilons)
-                    for slot in memory[item]
+                    for slot in memory[item].T
                 ],
                 1e-12,
             )
             close(
                 weighting[item, head],
                 reference.content_weighting(
-                    memory[item], key, strengths[item, head], *epsilons
+                    memory[item].T, key, strengths[item, head], *epsilons
                 ),
                 1e-12,
             )
@@ -169,7 +169,7 @@ def test_two_slots_by_hand():
 
 
 def test_epsilons_of_the_similarity_by_hand():
-    memory = np.array([[[3.0, 4.0]]], "float32")
+    memory = np.array([[[3.0], [4.0]]], "float32")
     key = np.array([[[1.0, 0.0]]], "float32")
     # 3 / (1 * 5) without epsilons.
     close(addressing.cosine_similarity(memory, key, 0.0), [[[0.6]]], 1e-6)
@@ -184,7 +184,7 @@ def test_epsilons_of_the_similarity_by_hand():
 
 
 def test_content_weighting_is_one(rng):
-    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
     keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
     for strength in (0.0, 1.0, 1e4):
         strengths = np.full((BATCH, HEADS), strength, "float32")
@@ -194,18 +194,20 @@ def test_content_weighting_is_one(rng):
 
 
 def test_permuted_slots_permute_the_content_weighting(rng):
-    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
     keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
     strengths = rng.uniform(1, 5, size=(BATCH, HEADS)).astype("float32")
     order = rng.permutation(SLOTS)
     before = addressing.content_weighting(memory, keys, strengths, 1e-8)
-    after = addressing.content_weighting(memory[:, order], keys, strengths, 0.0)
+    after = addressing.content_weighting(
+        memory[:, :, order], keys, strengths, 0.0
+    )
     close(after, ops.convert_to_numpy(before)[:, :, order], 1e-6)
     assert np.abs(ops.convert_to_numpy(after - before)).max() > 0.1
 
 
 def test_the_length_of_keys_and_slots_does_not_matter(rng):
-    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
     keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
     close(
         addressing.cosine_similarity(37 * memory, 0.1 * keys, 0.0),
@@ -215,7 +217,7 @@ def test_the_length_of_keys_and_slots_does_not_matter(rng):
 
 
 def test_strength_0_is_uniform(rng):
-    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
+    memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
     keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
     weighting = addressing.content_weighting(
         memory, keys, np.zeros((BATCH, HEADS), "float32"), 1e-8
@@ -224,8 +226,8 @@ def test_strength_0_is_uniform(rng):
 
 
 def test_large_strength_finds_the_stored_vector(rng):
-    memory = rng.normal(size=(BATCH, SLOTS, WIDTH)).astype("float32")
-    keys = memory[:, [4, 0, 6]]
+    memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
+    keys = memory.transpose(0, 2, 1)[:, [4, 0, 6]]
     weighting = addressing.content_weighting(
         memory, keys, np.full((BATCH, HEADS), 1e3, "float32"), 1e-8
     )
@@ -310,8 +312,8 @@ def test_results_keep_the_dtype(rng):
 
 
 def test_widths_differ():
-    memory, keys = np.zeros((2, 7, 5)), np.zeros((2, 3, 4))
-    message = r"same width.*\(2, 7, 5\).*\(2, 3, 4\)"
+    memory, keys = np.zeros((2, 5, 7)), np.zeros((2, 3, 4))
+    message = r"same width.*\(2, 5, 7\).*\(2, 3, 4\)"
     with pytest.raises(ValueError, match=message):
         addressing.cosine_similarity(memory, keys, 1e-8)
     with pytest.raises(ValueError, match=message):
@@ -324,7 +326,7 @@ def test_widths_differ():
 def test_gradients_at_zero_memory_and_zero_key(dtype, slots, key):
     import tensorflow as tf
 
-    memory = tf.fill((1, 3, 2), tf.cast(slots, dtype))
+    memory = tf.fill((1, 2, 3), tf.cast(slots, dtype))
     keys = tf.fill((1, 1, 2), tf.cast(key, dtype))
     strengths = tf.ones((1, 1), dtype)
     with tf.GradientTape() as tape:

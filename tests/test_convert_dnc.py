@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import reference_dnc
 from harness import TRAINS
+from harness import act
 from harness import close
 from harness import golden
 from harness import needs_tensorflow
+from harness import slots_last
 from keras import ops
 
 import keras_memory
@@ -250,8 +252,7 @@ def stepped(cell, x, states, feedback=True):
     Returns the outputs (B, T, units), the controllers' states, list over time
     of a flat list, and a dict of what happened inside.
     """
-    record = cell.unpack_state(states)
-    records = (record,) if isinstance(record, DNCState) else record
+    records = cell._unflatten(states)
     first = [record.reads for record in records]
     outputs, controllers, inside = [], [], {}
     for t in range(x.shape[1]):
@@ -606,9 +607,8 @@ def test_content_weighting_of_deepmind(size):
     with tape:
         tape.watch(given)
         strengths = access.strength_activation(given["strengths"])
-        output = access.by_content(
-            given["memory"], given["keys"], strengths, None
-        )
+        memory = slots_last(given["memory"])
+        output = access.by_content(memory, given["keys"], strengths, None)
         loss = ops.sum(output**2)
     close(output, arrays["output"], 1e-9)
     gradients_are(tape, loss, arrays, names, given)
@@ -699,7 +699,7 @@ def test_access_of_deepmind(name):
         state = deepmind_state({**initial, **reads, **no_controller})
         loss = 0.0
         for x_t in x:
-            state, inside = access.step(x_t @ kernel + bias, state)
+            state, inside = act(access, x_t @ kernel + bias, state)
             fields = state._replace(controller=())._asdict()
             trace.append({**fields, **inside})
             loss += tf.reduce_sum(state.reads**2)

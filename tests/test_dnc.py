@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from catalogue import slow_unless
+from harness import act
 from harness import needs_tensorflow
 from keras import ops
 
@@ -380,7 +381,7 @@ def set_interface_bias(layer, **values):
 
 def a_step(access, state, **values):
     interface = bias_of(access, **values)[None].astype("float32")
-    return access.step(ops.convert_to_tensor(interface), state)
+    return act(access, ops.convert_to_tensor(interface), state)
 
 
 def by_hand(**options):
@@ -866,7 +867,7 @@ def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
             for interface in interfaces:
                 written = told_of(state.write_weighting)
                 state = state._replace(write_weighting=written)
-                state, _ = access.step(interface, state)
+                state, _ = act(access, interface, state)
             loss = sum(
                 tf.reduce_sum(p * value)
                 for p, value in zip(projections, state[:-1])
