@@ -10,6 +10,8 @@ vectors, and the gradients of each are the other two.
 import keras
 from keras import ops
 
+from keras_memory.replay import with_gradient
+
 
 def read(memory, weighting):
     """Reads the weighted sum of the slots, one vector a head.
@@ -27,7 +29,7 @@ def read(memory, weighting):
     def gradient(of_reads):
         return spread(of_reads, weighting), match(of_reads, memory)
 
-    return _with_gradient(_read, gradient, memory, weighting)
+    return with_gradient(_read, gradient, memory, weighting)
 
 
 def match(vectors, memory):
@@ -44,7 +46,7 @@ def match(vectors, memory):
     def gradient(of_products):
         return read(memory, of_products), spread(vectors, of_products)
 
-    return _with_gradient(_match, gradient, vectors, memory)
+    return with_gradient(_match, gradient, vectors, memory)
 
 
 def spread(vectors, weighting):
@@ -61,7 +63,7 @@ def spread(vectors, weighting):
     def gradient(of_memory):
         return read(of_memory, weighting), match(vectors, of_memory)
 
-    return _with_gradient(_spread, gradient, vectors, weighting)
+    return with_gradient(_spread, gradient, vectors, weighting)
 
 
 def erase_and_add(memory, weighting, erase_vector, add_vector):
@@ -106,6 +108,11 @@ def _read(memory, weighting):
 def _match(vectors, memory):
     if not _compiles():
         return ops.matmul(vectors, memory)
+    heads, width = vectors.shape[1:]
+    if width > 32:  # what a sum takes in one pass
+        if heads == 1 and width > 128:  # one vector goes column by column
+            return ops.matmul(ops.repeat(vectors, 2, axis=1), memory)[:, :1]
+        return ops.matmul(vectors, memory)
     return ops.sum(vectors[:, :, :, None] * memory[:, None], axis=2)
 
 
@@ -116,17 +123,6 @@ def _spread(vectors, weighting):
         vectors[:, head, :, None] * weighting[:, head, None]
         for head in range(vectors.shape[1])
     )
-
-
-def _with_gradient(function, gradient, *arguments):
-    if keras.backend.backend() not in ("tensorflow", "jax"):
-        return function(*arguments)
-
-    @ops.custom_gradient
-    def call(*arguments):
-        return function(*arguments), gradient
-
-    return call(*arguments)
 
 
 def _compiles():

@@ -11,6 +11,7 @@ from keras import ops
 from keras_memory.access import match
 from keras_memory.access import read
 from keras_memory.replay import kept
+from keras_memory.replay import with_gradient
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
 # large enough that its reciprocal, which the gradient meets, is finite too.
@@ -148,10 +149,43 @@ def shift(weighting, shifts):
         (B, H, N) weighting with the same sum.
     """
     shift_range = shifts.shape[-1] // 2
-    return sum(
-        shifts[:, :, index, None] * ops.roll(weighting, offset, axis=-1)
-        for index, offset in enumerate(range(-shift_range, shift_range + 1))
-    )
+    if shift_range == 0:
+        return shifts * weighting
+
+    def rolled(weighting):
+        """By -S, ..., S slots."""
+        slots = weighting.shape[-1]
+        around = ops.concatenate(
+            [
+                weighting[:, :, -shift_range:],
+                weighting,
+                weighting[:, :, :shift_range],
+            ],
+            axis=-1,
+        )
+        starts = range(2 * shift_range, -1, -1)
+        return [around[:, :, start : start + slots] for start in starts]
+
+    def shifted(weighting, shifts):
+        return sum(
+            share * one
+            for share, one in zip(_columns(shifts), rolled(weighting))
+        )
+
+    def gradient(upstream):
+        of_shifts = [
+            ops.sum(upstream * one, axis=-1) for one in rolled(weighting)
+        ]
+        return (
+            shift(upstream, ops.flip(shifts, axis=-1)),
+            ops.stack(of_shifts, axis=-1),
+        )
+
+    return with_gradient(shifted, gradient, weighting, shifts)
+
+
+def _columns(x):
+    return [x[:, :, index, None] for index in range(x.shape[-1])]
 
 
 def sharpen(weighting, sharpening):
@@ -320,11 +354,42 @@ def linkage_after_write(linkage, precedence, write_weighting):
     Returns:
         (B, H, N, N) linkage, with a zero diagonal.
     """
-    to = write_weighting[:, :, :, None]
-    of = write_weighting[:, :, None, :]
-    links = (1.0 - to - of) * linkage + to * precedence[:, :, None, :]
     slots = linkage.shape[-1]
-    return links * (1.0 - ops.eye(slots, dtype=ops.dtype(linkage)))
+    slot = ops.arange(slots)
+    others = slot[:, None] != slot
+
+    def kept_share(weighting):
+        return 1.0 - weighting[:, :, :, None] - weighting[:, :, None, :]
+
+    def links(linkage, precedence, weighting):
+        new = weighting[:, :, :, None] * precedence[:, :, None, :]
+        links = kept_share(weighting) * linkage + new
+        return ops.where(others, links, 0.0)
+
+    def gradient(of_links):
+        of_links = ops.where(others, of_links, 0.0)
+        of_kept = of_links * linkage
+        ones = ops.ones_like(precedence)
+        return (
+            of_links * kept_share(write_weighting),
+            _of_links(match, write_weighting, of_links),
+            _of_links(read, of_links, precedence)
+            - _of_links(read, of_kept, ones)
+            - _of_links(match, ones, of_kept),
+        )
+
+    return with_gradient(links, gradient, linkage, precedence, write_weighting)
+
+
+def _of_links(product, *arguments):
+    """`read` or `match` of each write head's links with its one vector."""
+    slots = arguments[0].shape[-1]
+    heads = arguments[0].shape[1]
+    flat = [
+        ops.reshape(x, (-1, slots if len(x.shape) == 4 else 1, slots))
+        for x in arguments
+    ]
+    return ops.reshape(product(*flat), (-1, heads, slots))
 
 
 def precedence_after_write(precedence, write_weighting):

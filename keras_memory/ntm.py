@@ -178,8 +178,10 @@ class NTMAccess:
                     state.memory, interface, previous, heads
                 )
                 contents[heads.start] = content
+                # Not slices, whose gradients are full of zeros.
+                of_readers, of_writers = ops.split(weighting, [readers], axis=1)
             if readers:
-                reading.append(weighting[:, :readers])
+                reading.append(of_readers)
                 reads.append(read(state.memory, reading[-1]))  # eq. 2
                 if self.sequential:
                     usage = add_usage(state.usage, reading[-1])
@@ -189,7 +191,7 @@ class NTMAccess:
                     state = self.write_next(state, interface.add_vector)
                     writing.append(state.write_weighting)
                 else:
-                    writing.append(weighting[:, readers:])
+                    writing.append(of_writers)
                     memory = self.write(
                         state.memory, interface, writing[-1], writers
                     )

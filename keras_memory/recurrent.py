@@ -18,6 +18,7 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import typing
 
@@ -1232,15 +1233,17 @@ def split_interface(interface, shapes, activations):
     Returns:
         A record like it, with arrays (B, *shape) or None.
     """
-    parts, end = [], 0
-    for shape, activation in zip(shapes, activations, strict=True):
-        part = None
-        if shape is not None:
-            start, end = end, end + math.prod(shape)
-            part = ops.reshape(interface[:, start:end], (-1, *shape))
-            part = activation(part)
-        parts.append(part)
-    return type(shapes)(*parts)
+    sizes = [math.prod(shape) for shape in shapes if shape is not None]
+    ends = list(itertools.accumulate(sizes))
+    parts = iter(ops.split(interface, ends[:-1], axis=-1))
+    return type(shapes)(
+        *(
+            None
+            if shape is None
+            else activation(ops.reshape(next(parts), (-1, *shape)))
+            for shape, activation in zip(shapes, activations, strict=True)
+        )
+    )
 
 
 def _parameters(cls):

@@ -58,6 +58,28 @@ def kept(function, gradient, x):
     return current.kept(function, gradient, x)
 
 
+def with_gradient(function, gradient, *arguments):
+    """`function(*arguments)`, differentiated by `gradient`.
+
+    Args:
+        function: from arrays to one array.
+        gradient: from the gradient of the result to those of the arguments,
+            with functions that can be differentiated in turn.
+        *arguments: arrays.
+
+    Returns:
+        Array.
+    """
+    if keras.backend.backend() not in ("tensorflow", "jax"):
+        return function(*arguments)
+
+    @ops.custom_gradient
+    def call(*arguments):
+        return function(*arguments), gradient
+
+    return call(*arguments)
+
+
 class _Pass:
     """One run of a step. `linears` and values kept are told apart by the
     order in which they come, which is the same in all runs."""
@@ -125,24 +147,25 @@ class Replay(_Pass):
     """The second run, in which gradients are taken.
 
     Args:
-        linears, variables: as in `Forward`.
+        kernels: list of (U, D), the kernels of `Forward`'s `linears` with
+            their axes swapped.
+        variables: as in `Forward`.
         results, values: lists of arrays, those of the first run.
         taps: list of arrays like `results`, which get their gradients.
     """
 
-    def __init__(self, linears, variables, results, values, taps):
+    def __init__(self, kernels, variables, results, values, taps):
         super().__init__(_Scope(variables))
-        self.linears, self.taps = iter(linears), iter(taps)
+        self.kernels, self.taps = iter(kernels), iter(taps)
         self.results, self.values = iter(results), iter(values)
 
     def linear(self, inputs, kernels, bias):
-        kernel, *_ = next(self.linears)
-        result = next(self.results)
+        kernel, result = next(self.kernels), next(self.results)
 
         @ops.custom_gradient
         def again(joined, tap):
             def gradient(upstream):
-                return ops.matmul(upstream, ops.transpose(kernel)), upstream
+                return ops.matmul(upstream, kernel), upstream
 
             return result, gradient
 

@@ -197,6 +197,8 @@ def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
 
     def backward(upstream, x, linears, values, kept):
         of_features, of_after = upstream[:all_outputs], upstream[all_outputs:]
+        # Here, as in the loop XLA would take the products with swapped axes.
+        swapped = [ops.transpose(kernel) for kernel, *_ in linears]
 
         def once(carried, slices):
             of_after, of_values = carried
@@ -204,7 +206,7 @@ def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
 
             def again(x, before, taps, values):
                 run = replay.Replay(
-                    linears, zip(variables, values), results, kept, taps
+                    swapped, zip(variables, values), results, kept, taps
                 )
                 with run:
                     features, after = step([x, *inputs[1:]], before)

@@ -14,8 +14,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # Each module may import modules of the lines above its own, and of its own
 # line where that says so.
 LAYERS = [
-    ["checks", "files", "replay", "access", "geometry", "visualization"],
-    ["addressing", "controllers", "retrieval", "scan"],
+    ["checks", "files", "replay", "geometry", "visualization"],
+    ["access", "controllers", "scan"],
+    ["addressing", "retrieval"],
     ["recurrent"],
     ["ntm", "dnc", "sam", "sdnc", "esm", "memory_wrap"],
     ["memorizing_transformer"],
