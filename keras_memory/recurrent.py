@@ -813,7 +813,17 @@ class MemoryRNN(keras.layers.RNN):
         unroll: bool, as in `keras.layers.RNN`.
         zero_output_for_mask: bool, masked steps give 0 instead of the output
             of the step before.
+        loop: `"auto"`, `"fast"` or `"portable"`. The fast loop has a gradient
+            of its own: the same numbers, sooner, but first derivatives only.
+            `"auto"` takes it in training, on TensorFlow and JAX, unless
+            `unroll` is True or a step changes variables, as a controller with
+            `Dropout` layers does; `time_loop` says why. `"fast"` takes it or
+            raises an error.
         **kwargs: of the subclass's cell, and of `keras.layers.Layer`.
+
+    Attributes:
+        time_loop: None before the first call, then which loop it took:
+            "fast", or "portable: " and why.
 
     Call arguments:
         sequences: (B, T, D). For further batch axes reshape first:
@@ -828,8 +838,9 @@ class MemoryRNN(keras.layers.RNN):
 
     Raises:
         ValueError: inputs that are not (B, T, D), no time steps, another width
-            than before, initial states that the cell does not have, or a mask
-            of another shape.
+            than before, initial states that the cell does not have, a mask
+            of another shape, or loop="fast" where it cannot be.
+        NotImplementedError: second derivatives through the fast loop.
     """
 
     cell_class = None

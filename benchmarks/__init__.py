@@ -1,0 +1,1 @@
+"""Speed, memory and stability, measured; see `README.md` beside this file."""

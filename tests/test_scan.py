@@ -1,0 +1,322 @@
+"""The two time loops give the same numbers."""
+
+import dataclasses
+
+import harness
+import keras
+import numpy as np
+import pytest
+import toy
+from catalogue import CASES
+from catalogue import name_of
+from catalogue import slow_unless
+from keras import ops
+
+import keras_memory
+from keras_memory import replay
+
+HOLES = np.array([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]], bool)
+PLAIN = [case for case in CASES if case.name in ("ntm-default", "dnc-default")]
+WAYS = {
+    "holes": {"mask": HOLES},
+    "whole": {},
+    "backwards": {"go_backwards": True},
+    "last": {"return_sequences": False},
+    "last of holes": {"return_sequences": False, "mask": HOLES},
+    "without memory": {"use_memory": False},
+}
+
+pytestmark = pytest.mark.skipif(
+    harness.BACKEND not in ("tensorflow", "jax"),
+    reason="not applicable: the fast loop is for TensorFlow and JAX",
+)
+
+
+def make(case, **more):
+    """A layer whose dropout draws the same masks each time."""
+    keras.utils.set_random_seed(1)
+    layer = harness.built(case, **more)
+    for variable in layer.variables:
+        if variable.dtype.startswith("uint") or "seed" in variable.path:
+            variable.assign(np.ones(variable.shape, variable.dtype))
+    return layer
+
+
+def differentiate(case, loop, jit_compile=False, dtype="float32", **way):
+    """Results of a layer, and the gradients of inputs, states and weights."""
+    call = {k: way.pop(k) for k in ("mask", "use_memory") if k in way}
+    layer = make(case, loop=loop, return_state=True, dtype=dtype, **way)
+    rng = np.random.default_rng(4)
+    batch = case.input_shape[0]
+    states = [
+        rng.uniform(0, 0.3, size=(batch, size)).astype(dtype)
+        for size in layer.cell.state_size
+    ]
+    x = harness.inputs_of(case).astype(dtype)
+
+    def loss_of(results):
+        return sum(
+            ops.sum(ops.sin((i + 1.0) * result))
+            for i, result in enumerate(results)
+        )
+
+    if harness.BACKEND == "jax":
+        import jax
+
+        fixed = [v.value for v in layer.non_trainable_variables]
+
+        def loss(weights, x, states):
+            results, _ = layer.stateless_call(
+                weights, fixed, x, training=True, initial_state=states, **call
+            )
+            return loss_of(results), results
+
+        loss = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        weights = [v.value for v in layer.trainable_variables]
+        (_, results), gradients = jax.jit(loss)(weights, x, states)
+        return layer, results, keras.tree.flatten(gradients)
+    import tensorflow as tf
+
+    x, *states = map(tf.constant, [x, *states])
+    weights = layer.trainable_variables
+    sources = [w.value for w in weights] + [x, *states]
+
+    @tf.function(jit_compile=jit_compile)
+    def step():
+        with tf.GradientTape() as tape:
+            tape.watch([x, *states])
+            results = layer(x, training=True, initial_state=states, **call)
+            loss = loss_of(results)
+        return results, tape.gradient(
+            loss, sources, unconnected_gradients="zero"
+        )
+
+    return layer, *step()
+
+
+def same(actual, expected, tolerance):
+    for one, other in zip(actual, expected, strict=True):
+        one, other = map(ops.convert_to_numpy, (one, other))
+        assert one.dtype == other.dtype
+        size = np.abs(other).max() or 1.0
+        harness.close(one / size, other / size, tolerance)
+
+
+def loops_agree(case, way, jit_compile, dtype):
+    arguments = {"jit_compile": jit_compile, "dtype": dtype, **WAYS[way]}
+    fast, results, gradients = differentiate(case, "auto", **arguments)
+    _, portable, expected = differentiate(case, "portable", **arguments)
+    assert fast.time_loop == "fast"
+    if {weight.dtype for weight in fast.weights} == {"float64"}:
+        of_results, of_gradients = 1e-12, 1e-10
+    else:  # a cell that was given has a dtype of its own
+        of_results, of_gradients = 1e-6, 2e-5
+    same(results, portable, of_results)
+    same(gradients, expected, of_gradients)
+    assert max(np.abs(ops.convert_to_numpy(g)).max() for g in gradients) > 0
+
+
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [
+        slow_unless(way == "holes" or case is CASES[0], way, case)
+        for way in WAYS
+        for case in CASES
+    ],
+    ids=name_of,
+)
+def test_loops_agree(way, case):
+    wide = harness.BACKEND == "tensorflow"
+    loops_agree(case, way, False, "float64" if wide else "float32")
+
+
+@pytest.mark.parametrize(
+    "case", [slow_unless(case in PLAIN, case) for case in CASES], ids=name_of
+)
+@harness.needs_tensorflow
+def test_loops_agree_under_xla(case):
+    loops_agree(case, "holes", True, "float32")
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@harness.needs_tensorflow
+def test_loops_agree_at_the_smallest_sizes(steps):
+    small = {"memory_slots": 1, "slot_size": 1, "read_heads": 1}
+    for case in PLAIN:
+        sizes = {**case.kwargs, **small, "controller_units": 1}
+        sizes |= {"shift_range": 0} if "ntm" in case.name else {}
+        case = dataclasses.replace(
+            case, kwargs=sizes, input_shape=(1, steps, 1)
+        )
+        loops_agree(case, "whole", False, "float64")
+
+
+# Which loop.
+
+
+def in_training(layer, **call):
+    layer(np.ones((2, 3, 5), "float32"), training=True, **call)
+    return layer.time_loop
+
+
+def small(**kwargs):
+    return keras_memory.NTMLayer(
+        3, memory_slots=7, slot_size=5, controller_units=3, **kwargs
+    )
+
+
+def test_the_fast_loop_is_for_training():
+    layer = small()
+    assert layer.time_loop is None
+    assert in_training(layer) == "fast"
+    layer(np.ones((2, 3, 5), "float32"))
+    assert layer.time_loop.startswith("portable: training=False")
+    layer = small(loop="fast")
+    layer(np.ones((2, 3, 5), "float32"))
+    assert layer.time_loop == "fast"
+
+
+def test_the_portable_loop_where_it_is_asked_for():
+    assert in_training(small(loop="portable")) == 'portable: loop="portable"'
+    assert in_training(small(unroll=True)) == "portable: unroll=True"
+
+
+def draws():
+    return keras.Sequential([keras.layers.Dense(3), keras.layers.Dropout(0.3)])
+
+
+def test_a_step_that_changes_variables_runs_in_the_portable_loop():
+    way = in_training(small(controller=draws()))
+    assert way.startswith("portable: each step changes")
+    assert "seed" in way
+    with pytest.raises(ValueError, match='loop="fast".*each step changes'):
+        in_training(small(controller=draws(), loop="fast"))
+
+
+def test_unknown_loops_are_refused():
+    with pytest.raises(ValueError, match=r"`loop` must be one of .*'quick'"):
+        small(loop="quick")
+
+
+def test_the_loop_is_in_the_configuration():
+    assert small(loop="portable").get_config()["loop"] == "portable"
+    assert small().get_config()["loop"] == "auto"
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Scaled(toy.ToyCell):
+    """A cell of a user whose step has a weight of its own."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+    def step(self, inputs, records, training=False, use_memory=True):
+        scaled = ops.cast(inputs, self.compute_dtype) * self.scale
+        return super().step(scaled, records, training, use_memory)
+
+
+def test_weights_of_a_users_own_step_get_their_gradients():
+    case = dataclasses.replace(
+        CASES[0],
+        layer=keras_memory.MemoryRNN,
+        kwargs={"cell": lambda: Scaled(3, controller_units=7)},
+    )
+    layer, _, gradients = differentiate(case, "auto")
+    assert layer.time_loop == "fast"
+    _, _, expected = differentiate(case, "portable")
+    same(gradients, expected, 2e-5)
+    paths = [variable.path for variable in layer.trainable_variables]
+    (scale,) = [i for i, path in enumerate(paths) if path.endswith("/scale")]
+    assert abs(float(gradients[scale])) > 1e-3
+
+
+# Derivatives.
+
+
+@harness.needs_tensorflow
+def test_second_derivatives_are_refused_or_right():
+    import tensorflow as tf
+
+    def second(loop):
+        layer = make(CASES[0], loop=loop)
+        x = tf.constant(harness.inputs_of(CASES[0]))
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(layer(x, training=True) ** 2)
+            slope = inner.gradient(loss, x)
+            loss = tf.reduce_sum(slope**2)
+        return outer.gradient(loss, x)
+
+    assert np.abs(second("portable")).max() > 0
+    with pytest.raises(NotImplementedError, match='loop="portable"'):
+        second("auto")
+
+
+@harness.needs_tensorflow
+def test_products_have_derivatives_of_any_order():
+    """Those of `access.py` and `addressing.py` that have a gradient of their
+    own, by finite differences of their gradients."""
+    import tensorflow as tf
+
+    from keras_memory import access
+    from keras_memory import addressing
+
+    rng = np.random.default_rng(5)
+
+    def array(*shape):
+        return tf.constant(rng.uniform(0.1, 0.9, size=shape))
+
+    memory, vectors, weighting = array(2, 3, 5), array(2, 2, 3), array(2, 2, 5)
+    functions = {
+        access.read: (memory, weighting),
+        access.match: (vectors, memory),
+        access.spread: (vectors, weighting),
+        addressing.shift: (weighting, array(2, 2, 3)),
+        addressing.linkage_after_write: (
+            array(2, 2, 5, 5),
+            array(2, 2, 5),
+            weighting,
+        ),
+    }
+    for function, arguments in functions.items():
+
+        def slope(*arguments, function=function):
+            with tf.GradientTape() as tape:
+                tape.watch(arguments)
+                loss = tf.reduce_sum(tf.sin(function(*arguments)))
+            return tape.gradient(loss, arguments)
+
+        directions = [array(*a.shape) for a in arguments]
+        projections = [array(*a.shape) for a in arguments]
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            along = sum(
+                tf.reduce_sum(s * p)
+                for s, p in zip(slope(*arguments), projections)
+            )
+        second = tape.gradient(along, arguments)
+        found = sum(tf.reduce_sum(s * d) for s, d in zip(second, directions))
+        step = 1e-6
+        moved = [
+            slope(*(a + sign * step * d for a, d in zip(arguments, directions)))
+            for sign in (1, -1)
+        ]
+        expected = sum(
+            tf.reduce_sum((up - down) * p)
+            for up, down, p in zip(*moved, projections)
+        ) / (2 * step)
+        harness.close(found, expected, 1e-7)
+
+
+# What a step remembers.
+
+
+def test_linear_and_kept_just_compute_outside_of_the_loop():
+    x = np.ones((2, 3), "float32")
+    kernel = np.full((3, 5), 2.0, "float32")
+    result = replay.linear([x, x], [kernel, kernel], np.ones(5, "float32"))
+    harness.close(result, np.full((2, 5), 13.0, "float32"))
+    harness.close(replay.kept(ops.exp, None, x), np.exp(x))
