@@ -26,7 +26,7 @@ def read(memory, weighting):
         (B, R, W) read vectors.
     """
 
-    def gradient(of_reads):
+    def gradient(of_reads, memory, weighting):
         return spread(of_reads, weighting), match(of_reads, memory)
 
     return with_gradient(_read, gradient, memory, weighting)
@@ -43,7 +43,7 @@ def match(vectors, memory):
         (B, H, N).
     """
 
-    def gradient(of_products):
+    def gradient(of_products, vectors, memory):
         return read(memory, of_products), spread(vectors, of_products)
 
     return with_gradient(_match, gradient, vectors, memory)
@@ -60,7 +60,7 @@ def spread(vectors, weighting):
         (B, W, N), the sum over the heads.
     """
 
-    def gradient(of_memory):
+    def gradient(of_memory, vectors, weighting):
         return read(of_memory, weighting), match(vectors, of_memory)
 
     return with_gradient(_spread, gradient, vectors, weighting)

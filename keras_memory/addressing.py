@@ -172,7 +172,7 @@ def shift(weighting, shifts):
             for share, one in zip(_columns(shifts), rolled(weighting))
         )
 
-    def gradient(upstream):
+    def gradient(upstream, weighting, shifts):
         of_shifts = [
             ops.sum(upstream * one, axis=-1) for one in rolled(weighting)
         ]
@@ -366,13 +366,13 @@ def linkage_after_write(linkage, precedence, write_weighting):
         links = kept_share(weighting) * linkage + new
         return ops.where(others, links, 0.0)
 
-    def gradient(of_links):
+    def gradient(of_links, linkage, precedence, weighting):
         of_links = ops.where(others, of_links, 0.0)
         of_kept = of_links * linkage
         ones = ops.ones_like(precedence)
         return (
-            of_links * kept_share(write_weighting),
-            _of_links(match, write_weighting, of_links),
+            of_links * kept_share(weighting),
+            _of_links(match, weighting, of_links),
             _of_links(read, of_links, precedence)
             - _of_links(read, of_kept, ones)
             - _of_links(match, ones, of_kept),

@@ -63,8 +63,8 @@ def with_gradient(function, gradient, *arguments):
 
     Args:
         function: from arrays to one array.
-        gradient: from the gradient of the result to those of the arguments,
-            with functions that can be differentiated in turn.
+        gradient: (gradient of the result, *arguments) -> gradients of the
+            arguments, by functions that can be differentiated in turn.
         *arguments: arrays.
 
     Returns:
@@ -75,7 +75,10 @@ def with_gradient(function, gradient, *arguments):
 
     @ops.custom_gradient
     def call(*arguments):
-        return function(*arguments), gradient
+        def of_arguments(upstream):
+            return gradient(upstream, *arguments)
+
+        return function(*arguments), of_arguments
 
     return call(*arguments)
 

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from catalogue import slow_unless
 from harness import needs_tensorflow
 from keras import ops
 
@@ -326,7 +327,9 @@ def test_sequential_writing_by_hand(erase, memory):
     close(inside["retroactive_weighting"][0, :, 0], later)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["mixed_float16", slow_unless(False, "mixed_bfloat16")]
+)
 @needs_tensorflow
 def test_sequential_writing_in_16_bits(dtype):
     """Every slot is written before any is again, and then the least used."""

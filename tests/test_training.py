@@ -239,7 +239,7 @@ def same_run(folder, other):
 
 
 @pytest.mark.parametrize(  # before, after a checkpoint; last
-    "line", [1, slow_unless(False, 4), 8]
+    "line", [1, slow_unless(False, 4), slow_unless(False, 8)]
 )
 def test_a_broken_run_goes_on_as_if_unbroken(line, unbroken, tmp_path):
     folder, shown = tmp_path / "run", []
@@ -510,9 +510,9 @@ def test_presets_are_of_known_parts(task, name):
 @pytest.mark.parametrize(
     "task",
     [
-        # In bits, as copy is.
+        # One in bits and one in numbers, and the others with `-m slow`.
         slow_unless(
-            task not in ("repeat-copy", "associative-recall", "priority-sort"),
+            task in ("copy", "adding"),
             task,
         )
         for task in tasks.TASKS
