@@ -354,20 +354,20 @@ def linkage_after_write(linkage, precedence, write_weighting):
     Returns:
         (B, H, N, N) linkage, with a zero diagonal.
     """
-    slots = linkage.shape[-1]
-    slot = ops.arange(slots)
-    others = slot[:, None] != slot
+
+    def between_slots(links):
+        slot = ops.arange(links.shape[-1])
+        return ops.where(slot[:, None] != slot, links, 0.0)
 
     def kept_share(weighting):
         return 1.0 - weighting[:, :, :, None] - weighting[:, :, None, :]
 
     def links(linkage, precedence, weighting):
         new = weighting[:, :, :, None] * precedence[:, :, None, :]
-        links = kept_share(weighting) * linkage + new
-        return ops.where(others, links, 0.0)
+        return between_slots(kept_share(weighting) * linkage + new)
 
     def gradient(of_links, linkage, precedence, weighting):
-        of_links = ops.where(others, of_links, 0.0)
+        of_links = between_slots(of_links)
         of_kept = of_links * linkage
         ones = ops.ones_like(precedence)
         return (
