@@ -92,7 +92,9 @@ def run(
             f'loop="fast" is not possible for {cell.name!r} here: {why}'
         )
     if why:
-        features, states = _portable(step, inputs, states, go_backwards, unroll)
+        features, states = _portable(
+            step, inputs, states, go_backwards, all_outputs, unroll
+        )
     else:
         features, states = _fast(
             step, inputs, states, go_backwards, all_outputs, survey, specs
@@ -122,7 +124,7 @@ def _why_portable(loop, training, unroll):
     return ""
 
 
-def _portable(step, inputs, states, go_backwards, unroll):
+def _portable(step, inputs, states, go_backwards, all_outputs, unroll):
     """Keras's loop. The mask travels as one more input into each step:
     Keras's own masking takes the first state for the previous output on
     JAX."""
@@ -143,6 +145,7 @@ def _portable(step, inputs, states, go_backwards, unroll):
         go_backwards=go_backwards,
         unroll=unroll,
         input_length=inputs[0].shape[1],
+        return_all_outputs=all_outputs,
     )
     return features, states
 
@@ -172,7 +175,8 @@ def _forward(step, run, inputs, states):
 
 
 def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
-    """The loop with a gradient of its own."""
+    """The loop with a gradient of its own. Features are a list of one array
+    within it, or of none where only the last ones are wanted."""
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # time first
     if go_backwards:
         inputs = [ops.flip(x, axis=0) for x in inputs]
