@@ -70,6 +70,7 @@ def pytorch_dnc(sizes):
         hidden_size=sizes["units"],
         rnn_type="lstm",
         num_layers=1,
+        num_hidden_layers=1,  # of the LSTM; its default is 2
         nr_cells=sizes["slots"],
         cell_size=sizes["width"],
         read_heads=4,

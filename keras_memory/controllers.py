@@ -558,9 +558,9 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
 
 def _drop(cell, inputs, hidden, training):
     """Inputs and hidden state under the dropout masks of `cell`."""
-    if training and cell.dropout > 0:
+    if training and 0 < cell.dropout < 1:
         inputs = inputs * cell.get_dropout_mask(inputs)
-    if training and cell.recurrent_dropout > 0:
+    if training and 0 < cell.recurrent_dropout < 1:
         hidden = hidden * cell.get_recurrent_dropout_mask(hidden)
     return inputs, hidden
 
@@ -701,7 +701,7 @@ def step(controller, inputs, states, training):
         output, new_states = own_step(controller, inputs, states, training)
     else:
         arguments = {}
-        if controller._call_has_training_arg:
+        if getattr(controller, "_call_has_training_arg", False):
             arguments["training"] = training
         if not hasattr(controller, "state_size"):
             return controller(inputs, **arguments), states
@@ -722,6 +722,7 @@ def _is_plain(controller, inputs):
     return (
         getattr(controller, "implementation", 2) == 2
         and getattr(controller, "reset_after", True)
+        and controller.activity_regularizer is None
         and controller.compute_dtype == ops.dtype(inputs)
     )
 

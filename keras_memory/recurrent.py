@@ -716,28 +716,29 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
 
     @property
     def dropout_masks(self):
-        """The masks drawn at this moment, two for each cell that has some."""
+        """The masks drawn at this moment, as (cell, name, mask)."""
         return [
-            (
-                getattr(cell, "_dropout_mask", None),
-                getattr(cell, "_recurrent_dropout_mask", None),
+            (layer, name, getattr(layer, name, None))
+            for layer in self._flatten_layers()
+            if isinstance(layer, DropoutRNNCell)
+            for name in (
+                "_dropout_mask",
+                "_recurrent_dropout_mask",
+                "_bypass_mask",
             )
-            for cell, _ in self._dropout_cells()
         ]
-
-    @dropout_masks.setter
-    def dropout_masks(self, masks):
-        for (cell, _), pair in zip(self._dropout_cells(), masks):
-            cell._dropout_mask, cell._recurrent_dropout_mask = pair
 
     @contextlib.contextmanager
     def dropping(self, masks):
         """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
-        now, self.dropout_masks = self.dropout_masks, masks
+        now = self.dropout_masks
         try:
+            for layer, name, mask in masks:
+                setattr(layer, name, mask)
             yield
         finally:
-            self.dropout_masks = now
+            for layer, name, mask in now:
+                setattr(layer, name, mask)
 
     def _feature_mask(self, like):
         """(B, F), or (B, 1, F) for features of a sequence; the reads' part
@@ -817,13 +818,16 @@ class MemoryRNN(keras.layers.RNN):
             of its own: the same numbers, sooner, but first derivatives only.
             `"auto"` takes it in training, on TensorFlow and JAX, unless
             `unroll` is True or a step changes variables, as a controller with
-            `Dropout` layers does; `time_loop` says why. `"fast"` takes it or
-            raises an error.
+            `Dropout` layers does, or adds losses; `time_loop` says why.
+            `"fast"` takes it or raises an error. A step of a cell of your own
+            runs twice in it: take `"portable"` if it is random other than by
+            Keras, or computes with tensors from outside that need gradients.
         **kwargs: of the subclass's cell, and of `keras.layers.Layer`.
 
     Attributes:
-        time_loop: None before the first call, then which loop it took:
-            "fast", or "portable: " and why.
+        time_loop: None before the first call, then which loop the last one
+            took that was not compiled already: "fast", or "portable: " and
+            why.
 
     Call arguments:
         sequences: (B, T, D). For further batch axes reshape first:

@@ -87,6 +87,8 @@ class _Pass:
     """One run of a step. `linears` and values kept are told apart by the
     order in which they come, which is the same in all runs."""
 
+    may_change = False
+
     def __init__(self, scope):
         self.scope = scope
 
@@ -98,6 +100,12 @@ class _Pass:
     def __exit__(self, *raised):
         self.scope.__exit__(*raised)
         _current.reset(self.token)
+        if raised[0] is None and self.scope.changed and not self.may_change:
+            raise RuntimeError(
+                "A step in the fast time loop changed variables that it did "
+                'not change before; take `loop="portable"`. Changed: '
+                f"{[variable.path for variable in self.scope.changed]}"
+            )
 
 
 class _Scope(keras.StatelessScope):
@@ -105,15 +113,26 @@ class _Scope(keras.StatelessScope):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.read, self.changed = {}, {}
+        self._read, self._changed = {}, {}
 
     def get_current_value(self, ref):
-        self.read.setdefault(id(ref), ref)
-        return super().get_current_value(ref)
+        self._read.setdefault(id(ref), ref)
+        value = super().get_current_value(ref)
+        if value is None and self.original_scope is not None:
+            value = self.original_scope.get_current_value(ref)
+        return value
 
     def add_update(self, update):
-        self.changed.setdefault(id(update[0]), update[0])
+        self._changed.setdefault(id(update[0]), update[0])
         return super().add_update(update)
+
+    @property
+    def read(self):
+        return list(self._read.values())
+
+    @property
+    def changed(self):
+        return list(self._changed.values())
 
 
 class Forward(_Pass):
@@ -130,8 +149,8 @@ class Forward(_Pass):
         values: list of arrays, what each `kept` gave.
     """
 
-    def __init__(self, linears, variables):
-        super().__init__(_Scope(variables))
+    def __init__(self, linears, variables, **of_scope):
+        super().__init__(_Scope(variables, **of_scope))
         self.linears = iter(linears)
         self.inputs, self.results, self.values = [], [], []
 
@@ -190,11 +209,12 @@ class Survey(Forward):
     Attributes:
         linears: list of (kernels, bias), a call of `linear` each.
         variables: list of the other variables that the step reads.
-        changed: list of the variables that it changes.
     """
 
+    may_change = True
+
     def __init__(self):
-        super().__init__([], [])
+        super().__init__([], [], collect_losses=True)
         self.linears = []
 
     def linear(self, inputs, kernels, bias):
@@ -206,11 +226,17 @@ class Survey(Forward):
 
     @property
     def variables(self):
-        return list(self.scope.read.values())
+        return self.scope.read
 
     @property
-    def changed(self):
-        return list(self.scope.changed.values())
+    def why_not(self):
+        """Why the step cannot be run twice, or an empty text."""
+        if self.scope.changed:
+            paths = ", ".join(variable.path for variable in self.scope.changed)
+            return f"each step changes {paths}"
+        if self.scope.losses:
+            return "each step adds a loss"
+        return ""
 
 
 def _joined(inputs):

@@ -61,13 +61,14 @@ def run(
     if mask is not None:
         inputs.append(mask)
 
+    # Both are gone when the fast loop runs a step again.
     dropout_masks = cell.dropout_masks
+    autocast = getattr(backend.get_autocast_scope(), "dtype", None)
 
     def step(inputs, states):
         before = list(states[1:] if holds else states)
         before = keras.tree.pack_sequence_as(records, before)
-        # Keras forgets the masks before the fast loop runs a step again.
-        with cell.dropping(dropout_masks):
+        with cell.dropping(dropout_masks), backend.AutocastScope(autocast):
             features, after, _ = cell.step(
                 inputs[0], before, training, use_memory
             )
@@ -84,9 +85,7 @@ def run(
     why = _why_portable(loop, training, unroll)
     if not why:
         survey, specs = _survey(step, inputs, states)
-        if survey.changed:
-            paths = ", ".join(variable.path for variable in survey.changed)
-            why = f"each step changes {paths}"
+        why = survey.why_not
     if loop == "fast" and why:
         raise ValueError(
             f'loop="fast" is not possible for {cell.name!r} here: {why}'
@@ -238,15 +237,15 @@ def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
         ]
         return of_x, of_states, of_linears, of_values
 
-    features_and_states = ops.custom_gradient(forward)(
-        x,
-        states,
-        [
-            _joined(*weights, result.dtype)
-            for weights, result in zip(survey.linears, kept_spec[2])
-        ],
-        [ops.copy(variable) for variable in variables],
-    )
+    with backend.AutocastScope(None):
+        weights = (
+            [
+                _joined(*weights, result.dtype)
+                for weights, result in zip(survey.linears, kept_spec[2])
+            ],
+            [ops.copy(variable) for variable in variables],
+        )
+    features_and_states = ops.custom_gradient(forward)(x, states, *weights)
     features = features_and_states[:all_outputs]
     features = ops.swapaxes(features[0], 0, 1) if all_outputs else None
     return features, list(features_and_states[all_outputs:])

@@ -48,6 +48,7 @@ def differentiate(case, loop, jit_compile=False, dtype="float32", **way):
     layer = make(case, loop=loop, return_state=True, dtype=dtype, **way)
     rng = np.random.default_rng(4)
     batch = case.input_shape[0]
+    dtype = dtype if dtype.startswith("float") else "float32"
     states = [
         rng.uniform(0, 0.3, size=(batch, size)).astype(dtype)
         for size in layer.cell.state_size
@@ -229,6 +230,57 @@ def test_weights_of_a_users_own_step_get_their_gradients():
     paths = [variable.path for variable in layer.trainable_variables]
     (scale,) = [i for i, path in enumerate(paths) if path.endswith("/scale")]
     assert abs(float(gradients[scale])) > 1e-3
+
+
+def nested():
+    """A memory whose controller is one, with dropout in all its places."""
+    return keras_memory.DNCCell(
+        7,
+        memory_slots=5,
+        slot_size=3,
+        controller_units=5,
+        controller_dropout=0.3,
+        bypass_dropout=0.3,
+    )
+
+
+def test_dropout_of_a_memory_inside_is_the_same_in_both_runs():
+    kwargs = {**CASES[0].kwargs, "controller": nested}
+    case = dataclasses.replace(CASES[0], kwargs=kwargs)
+    layer, _, gradients = differentiate(case, "auto")
+    assert layer.time_loop == "fast"
+    _, _, expected = differentiate(case, "portable")
+    same(gradients, expected, 2e-5)
+
+
+def test_losses_of_a_step_are_not_lost():
+    regular = keras.layers.Dense(3, activity_regularizer="l2")
+    way = in_training(small(controller=regular))
+    assert way == "portable: each step adds a loss"
+    regular = keras.layers.LSTMCell(3, activity_regularizer="l2")
+    way = in_training(small(controller=regular))
+    assert way == "portable: each step adds a loss"
+
+
+def wide():
+    return keras_memory.controllers.DenseCell(13, dtype="float32")
+
+
+@pytest.mark.parametrize("controller", ["gru", wide], ids=["gru", "wide"])
+@harness.needs_tensorflow
+def test_loops_agree_in_16_bits(controller):
+    kwargs = {**CASES[0].kwargs, "controller": controller}
+    case = dataclasses.replace(CASES[0], kwargs=kwargs)
+    arguments = {"dtype": "mixed_bfloat16"}
+    layer, results, gradients = differentiate(case, "auto", **arguments)
+    assert layer.time_loop == "fast"
+    _, portable, expected = differentiate(case, "portable", **arguments)
+
+    def as_float(arrays):
+        return [ops.cast(array, "float32") for array in arrays]
+
+    same(as_float(results), as_float(portable), 0.02)
+    same(as_float(gradients), as_float(expected), 0.05)
 
 
 # Derivatives.
