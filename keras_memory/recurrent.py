@@ -714,7 +714,6 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         for cell, _ in self._dropout_cells():
             cell.reset_recurrent_dropout_mask()
 
-    @property
     def dropout_masks(self):
         """The masks drawn at this moment, as (cell, name, mask)."""
         return [
@@ -731,7 +730,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
     @contextlib.contextmanager
     def dropping(self, masks):
         """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
-        now = self.dropout_masks
+        now = self.dropout_masks()
         try:
             for layer, name, mask in masks:
                 setattr(layer, name, mask)

@@ -62,7 +62,7 @@ def run(
         inputs.append(mask)
 
     # Both are gone when the fast loop runs a step again.
-    dropout_masks = cell.dropout_masks
+    dropout_masks = cell.dropout_masks()
     autocast = getattr(backend.get_autocast_scope(), "dtype", None)
 
     def step(inputs, states):
