@@ -117,9 +117,12 @@ class _Scope(keras.StatelessScope):
 
     def get_current_value(self, ref):
         self._read.setdefault(id(ref), ref)
-        value = super().get_current_value(ref)
-        if value is None and self.original_scope is not None:
-            value = self.original_scope.get_current_value(ref)
+        # Keras asks the innermost scope only, but in its training on JAX the
+        # outermost one alone has the values.
+        value, scope = super().get_current_value(ref), self.original_scope
+        while value is None and scope is not None:
+            value = scope.get_current_value(ref)
+            scope = scope.original_scope
         return value
 
     def add_update(self, update):
