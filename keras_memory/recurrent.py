@@ -715,22 +715,20 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             cell.reset_recurrent_dropout_mask()
 
     def dropout_masks(self):
-        """The masks drawn at this moment, as (cell, name, mask)."""
+        """The masks drawn at this moment, as (cell, attribute, mask)."""
+        names = "_dropout_mask", "_recurrent_dropout_mask", "_bypass_mask"
         return [
-            (layer, name, getattr(layer, name, None))
+            (layer, name, mask)
             for layer in self._flatten_layers()
             if isinstance(layer, DropoutRNNCell)
-            for name in (
-                "_dropout_mask",
-                "_recurrent_dropout_mask",
-                "_bypass_mask",
-            )
+            for name in names
+            if (mask := getattr(layer, name, None)) is not None
         ]
 
     @contextlib.contextmanager
     def dropping(self, masks):
         """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
-        now = self.dropout_masks()
+        now = [(layer, name, getattr(layer, name)) for layer, name, _ in masks]
         try:
             for layer, name, mask in masks:
                 setattr(layer, name, mask)
