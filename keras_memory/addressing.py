@@ -168,8 +168,8 @@ def shift(weighting, shifts):
 
     def shifted(weighting, shifts):
         return sum(
-            share * one
-            for share, one in zip(_columns(shifts), rolled(weighting))
+            shifts[:, :, index, None] * one
+            for index, one in enumerate(rolled(weighting))
         )
 
     def gradient(upstream, weighting, shifts):
@@ -182,10 +182,6 @@ def shift(weighting, shifts):
         )
 
     return with_gradient(shifted, gradient, weighting, shifts)
-
-
-def _columns(x):
-    return [x[:, :, index, None] for index in range(x.shape[-1])]
 
 
 def sharpen(weighting, sharpening):

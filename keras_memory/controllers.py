@@ -385,8 +385,7 @@ class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
 
     def call(self, inputs, states, training=False):
         h, c = states
-        x, h = _drop(self, inputs, h, training)
-        z = linear([x, h], [self.kernel, self.recurrent_kernel], self.bias)
+        z = _summed_products(self, inputs, h, training)
         i, f, g, o = ops.split(z, 4, axis=-1)
         p_i, p_f, p_o = self.peepholes
         i = self.recurrent_activation(i + p_i * c)
@@ -559,10 +558,19 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
 def _drop(cell, inputs, hidden, training):
     """Inputs and hidden state under the dropout masks of `cell`."""
     if training and 0 < cell.dropout < 1:
-        inputs = inputs * cell.get_dropout_mask(inputs)
+        inputs = ops.multiply(inputs, cell.get_dropout_mask(inputs))
     if training and 0 < cell.recurrent_dropout < 1:
-        hidden = hidden * cell.get_recurrent_dropout_mask(hidden)
+        hidden = ops.multiply(hidden, cell.get_recurrent_dropout_mask(hidden))
     return inputs, hidden
+
+
+def _summed_products(cell, inputs, hidden, training):
+    """x W + h U + b, under the dropout masks of `cell`."""
+    return linear(
+        _drop(cell, inputs, hidden, training),
+        [cell.kernel, cell.recurrent_kernel],
+        cell.bias,
+    )
 
 
 def _activate(function, x):
@@ -737,24 +745,14 @@ def _stacked(controller, inputs, states, training):
 
 def _simple_rnn(controller, inputs, states, training):
     (h,) = keras.tree.flatten(states)
-    x, h = _drop(controller, inputs, h, training)
-    z = linear(
-        [x, h],
-        [controller.kernel, controller.recurrent_kernel],
-        controller.bias,
-    )
+    z = _summed_products(controller, inputs, h, training)
     h = _activate(controller.activation, z)
     return h, h
 
 
 def _lstm(controller, inputs, states, training):
     h, c = states
-    x, h = _drop(controller, inputs, h, training)
-    z = linear(
-        [x, h],
-        [controller.kernel, controller.recurrent_kernel],
-        controller.bias,
-    )
+    z = _summed_products(controller, inputs, h, training)
     gate, activation = controller.recurrent_activation, controller.activation
     functions = gate, activation, gate
     units = controller.units

@@ -253,11 +253,10 @@ def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
 
 def _joined(kernels, bias, dtype):
     """The kernels of a `replay.linear`, one below the other, and its bias."""
-    kernels = [ops.cast(ops.copy(kernel), dtype) for kernel in kernels]
-    joined = kernels[0] if len(kernels) == 1 else ops.concatenate(kernels)
-    return (
-        (joined,) if bias is None else (joined, ops.cast(ops.copy(bias), dtype))
-    )
+    joined = ops.concatenate([ops.cast(kernel, dtype) for kernel in kernels])
+    if bias is None:
+        return (joined,)
+    return joined, ops.cast(ops.copy(bias), dtype)
 
 
 def _of_weights(inputs, of_results):

@@ -131,6 +131,24 @@ def test_weighting_0_leaves_the_memory_alone(parts):
     close(read(memory, 0 * weighting), np.zeros((BATCH, HEADS, WIDTH)), 0)
 
 
+@harness.needs_tensorflow
+def test_canary_tensorflow_tells_what_xla_compiles():
+    import tensorflow as tf
+
+    found = []
+
+    def look():
+        found.append(on_tensors._compiles())
+
+    look()
+    tf.function(look)()
+    tf.function(look, jit_compile=True)()
+    assert found == [False, False, True], (
+        "TensorFlow no longer tells in `GraphOrParentsInXlaContext` whether "
+        "XLA will compile a graph. `access._compiles` asks it that."
+    )
+
+
 def test_read_of_a_one_hot_weighting_is_the_slot(parts):
     memory = parts[0]
     weighting = np.eye(SLOTS)[None, [4, 0, 6]].repeat(BATCH, axis=0)
