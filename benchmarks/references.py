@@ -1,35 +1,63 @@
 """Training steps of other implementations, which run on PyTorch."""
 
+import functools
 import importlib.util
+import pathlib
 import sys
 
-
-def set_threads(threads):
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        torch.set_num_threads(threads)
+NAMES = {"ntm": "pytorch-ntm", "dnc": "pytorch-dnc"}
 
 
-def step_of(kind, sizes, checkout):
-    """A function that makes a training step, or a text: why there is none."""
-    if not importlib.util.find_spec("torch"):
-        return 'pip install -e ".[bench]"'
-    if kind == "ntm":
-        if not checkout:
-            return "--pytorch-ntm CHECKOUT of loudinthecloud/pytorch-ntm"
-        return lambda: pytorch_ntm(sizes, checkout)
-    if not importlib.util.find_spec("dnc"):
-        return 'pip install -e ".[bench]"'
-    return lambda: pytorch_dnc(sizes)
+def job(kind, sizes, threads, checkout):
+    """What a `measure.Worker` needs, or a text that says why there is none."""
+    prepared = functools.partial(prepare, threads, checkout)
+    if kind == "dnc":
+        if not (_installed("torch") and _installed("dnc")):
+            return 'needs `pip install -e ".[bench]"`'
+        return prepared, functools.partial(pytorch_dnc, sizes)
+    if not _installed("torch"):
+        return 'needs `pip install -e ".[bench]"`'
+    if not checkout:
+        return "needs `--pytorch-ntm` with a checkout"
+    return prepared, functools.partial(pytorch_ntm, sizes)
 
 
-def pytorch_ntm(sizes, checkout):
+def not_computed(kind, steps=None):
+    """What ours computes and the reference does not."""
+    if kind == "dnc":
+        return "reads are not fed back"
+    half = f"last {steps // 2} of {steps}" if steps else "second half of the"
+    return f"loss of the {half} steps only"
+
+
+def is_pytorch_ntm(checkout):
+    """Whether there is a checkout of loudinthecloud/pytorch-ntm."""
+    return (pathlib.Path(checkout) / "ntm" / "aio.py").is_file()
+
+
+def prepare(threads, checkout):
+    """Imports PyTorch, for so many threads, and starts it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(threads)
+    torch.manual_seed(1)
+    torch.zeros(2).requires_grad_().sum().backward()
+    if checkout:
+        sys.path.insert(0, str(checkout))
+        import ntm.aio  # noqa: F401
+    if _installed("dnc"):
+        import dnc  # noqa: F401
+
+
+def _installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def pytorch_ntm(sizes):
     """As its `train.py`: the input, then as many steps without one, of which
     the loss is taken."""
     import torch
-
-    sys.path.insert(0, str(checkout))
     from ntm.aio import EncapsulatedNTM
 
     batch, bits, length = sizes["batch"], sizes["bits"], sizes["steps"] // 2
@@ -40,7 +68,8 @@ def pytorch_ntm(sizes, checkout):
         net.parameters(), momentum=0.9, alpha=0.95, lr=1e-4
     )
     loss_of = torch.nn.BCELoss()
-    x = torch.randint(0, 2, (length + 1, batch, bits + 1)).float()
+    first = sizes["steps"] - length
+    x = torch.randint(0, 2, (first, batch, bits + 1)).float()
     y = torch.randint(0, 2, (length, batch, bits)).float()
 
     def step():

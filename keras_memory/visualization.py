@@ -394,6 +394,7 @@ def curves(
     log_y=False,
     size=(PLOT_WIDTH, PLOT_HEIGHT),
     marks=None,
+    log_x=False,
 ):
     """Draws lines, each the mean of runs in a band from lowest to highest.
 
@@ -413,6 +414,8 @@ def curves(
         size: (width, height) of the plot in pixels, at least 96 each; in
             height 18 more for each mark.
         marks: dict from text to the x where a dashed line stands for it.
+        log_x: whether x grows by factors; all x, of marks too, are then
+            above 0.
 
     Returns:
         (H, W, 3) uint8 image; the plot begins at pixel row `TOP` and pixel
@@ -420,7 +423,8 @@ def curves(
 
     Raises:
         ValueError: nothing or too much to draw, shapes that do not fit, x that
-            does not increase, or a negative number on a logarithmic scale.
+            does not increase, or on a logarithmic scale a negative number or,
+            of x, zero.
     """
     if not 1 <= len(series) <= len(LINES):
         raise ValueError(
@@ -442,6 +446,11 @@ def curves(
             "`log_y` wants numbers that are not negative, which have no "
             f"logarithm. Received: a smallest number of {every_y.min()}."
         )
+    if log_x and every_x.min() <= 0:
+        raise ValueError(
+            "`log_x` wants numbers above 0, which have a logarithm. Received: "
+            f"a smallest x of {every_x.min()}."
+        )
     width, height = size
     if min(width, height - MARK_ROW * len(marks)) < 96:
         raise ValueError(
@@ -452,8 +461,9 @@ def curves(
     y_axis = _log_axis if log_y else _zero_axis
     top = INSET + MARK_ROW * len(marks)
     place_y, y_ticks = y_axis(every_y, height - 1 - INSET, top, 36)
+    x_axis = _tight_log_axis if log_x else _axis
     extent = every_x.min(), every_x.max()
-    place_x, x_ticks = _axis(*extent, INSET, width - 1 - INSET, 64)
+    place_x, x_ticks = x_axis(*extent, INSET, width - 1 - INSET, 64)
     plot = _plot(
         [(place_x(x), place_y(y), place_y(y.mean(0))) for x, y in lines],
         [(text, place_x(x)) for text, x in marks],
@@ -721,6 +731,27 @@ def _log_axis(values, begin, end, spacing):
 
     decades = [10.0**e for e in range(low, int(np.floor(high)) + 1, step)]
     numbers = [0.0] * zeros + decades
+    return place, _at_pixels(place, numbers, [_texts([n])[0] for n in numbers])
+
+
+def _tight_log_axis(low, high, begin, end, spacing):
+    """As `_axis`, by factors; ticks at 1, 2, 5, 10, 20 ... if there is room,
+    else at powers of 10."""
+    high = high if high > low else 10 * low
+    exponents = np.log10([low, high])
+    place_exponent, _ = _axis(*exponents, begin, end, spacing)
+
+    def place(numbers):
+        return place_exponent(np.log10(numbers))
+
+    first, last = np.floor(exponents).astype(int)
+    decade = place(10.0) - place(1.0)
+    step = _whole_step(spacing / abs(decade))
+    within = (1, 2, 5) if 2 * spacing <= 3 * abs(decade) and step == 1 else (1,)
+    numbers = [
+        m * 10.0**e for e in range(first, last + 1, step) for m in within
+    ]
+    numbers = [n for n in numbers if low * 0.999 <= n <= high * 1.001]
     return place, _at_pixels(place, numbers, [_texts([n])[0] for n in numbers])
 
 

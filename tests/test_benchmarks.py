@@ -1,63 +1,275 @@
 """The benchmarks run; their times are nobody's business here."""
 
+import functools
 import json
 import math
 import pathlib
+import re
 import sys
+import time
 
 import harness
+import numpy as np
 import pytest
+
+from keras_memory import visualization
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-benchmarks = pytest.importorskip("benchmarks.__main__")
+cases = pytest.importorskip("benchmarks.cases")
+command_line = pytest.importorskip("benchmarks.__main__")
+measure = pytest.importorskip("benchmarks.measure")
+references = pytest.importorskip("benchmarks.references")
+report = pytest.importorskip("benchmarks.report")
+scaling = pytest.importorskip("benchmarks.scaling")
+steps = pytest.importorskip("benchmarks.steps")
+
+TINY = {"steps": 3, "slots": 5, "width": 3, "units": 3, "batch": 2}
+TINY = {**TINY, "bits": 2, "size": 3}
+needs_proc = pytest.mark.skipif(
+    not measure.memory(), reason="memory is measured on Linux only"
+)
 
 
-def test_variants_take_turns_and_the_reference_is_what_ratios_are_of():
+def lists_of(table):
+    """Cells of the lines of a Markdown table, all equally many."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert len({line.count("|") for line in lines}) == 1
+    return rows
+
+
+class Fake:
+    """A worker without a process: its job is (name, milliseconds)."""
+
     calls = []
+    largest = 100.0  # milliseconds
 
-    def made(name):
-        return lambda: lambda: calls.append(name)
+    def __init__(self, name, milliseconds, rounds, others, **limits):
+        if milliseconds > self.largest:
+            raise measure.Stopped(f"over {limits['seconds']:g} s")
+        self.name, self.times, self.alive = name, (milliseconds, 1.0), True
+        self.result = {"first_step_seconds": 0.5, "megabytes": 7.0}
+        self.alone = [self.times] * rounds
 
-    variants = {"reference": made("r"), "a": made("a"), "b": "no such package"}
-    results = benchmarks.measure(variants, rounds=4)
-    assert calls[-8:] == ["r", "a"] * 4
+    def step(self):
+        if self.name == "killed":
+            raise measure.Stopped("its process has ended")
+        self.calls.append(self.name)
+        return self.times
+
+    def end(self):
+        self.alive = False
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    monkeypatch.setattr(measure, "Worker", Fake)
+    monkeypatch.setattr(Fake, "calls", [])
+    return Fake
+
+
+def test_variants_take_turns(fakes):
+    jobs = {"r": ("r", 6.0), "a": ("a", 2.0), "b": "no such package"}
+    results = measure.compare(jobs, rounds=4)
+    assert fakes.calls == ["r", "a"] * 4
+    assert list(results) == ["r", "a", "b"]
     assert results["b"] == {"not_run": "no such package"}
-    assert results["reference"]["ratio"] == 1.0
-    low, high = results["a"]["ratio_range"]
-    assert 0 < low <= results["a"]["ratio"] <= high
+    assert results["a"]["milliseconds"] == 2.0 and results["a"]["in_turn"]
+    assert measure.ratio(results["a"], results["r"]) == [3.0, 3.0, 3.0]
 
 
-def test_rows_tell_what_was_not_run():
-    cells = benchmarks.row("ntm-1", "a", {"not_run": "no such package"}, 60)
-    assert "not run: no such package" in cells
-    results = benchmarks.measure({"fast loop": lambda: lambda: None}, 3)
-    cells = benchmarks.row("ntm-1", "fast loop", results["fast loop"], 60)
-    assert cells.count("|") == 8 and cells.endswith("| 60 |")
+def test_without_room_for_all_each_has_its_own_steps(fakes):
+    jobs = {"r": ("r", 6.0), "killed": ("killed", 2.0)}
+    results = measure.compare(jobs, rounds=4, alone=3)
+    assert [len(one["rounds"]) for one in results.values()] == [3, 3]
+    assert not any(one["in_turn"] for one in results.values())
+
+
+def test_one_round_is_enough():
+    one, other = {"rounds": [(2.0, 1.0)]}, {"rounds": [(5.0, 1.0)]}
+    assert measure.ratio(one, other) == [2.5, 2.5, 2.5]
+
+
+def test_a_worker_ends_at_its_time_limit():
+    make = functools.partial(time.sleep, 60)
+    with pytest.raises(measure.Stopped, match="^over 0.2 s$"):
+        measure.Worker(int, make, seconds=0.2)
+
+
+@needs_proc
+def test_a_worker_ends_at_its_memory_limit():
+    make = functools.partial(time.sleep, 60)
+    with pytest.raises(measure.Stopped, match="^over 0.001 GB$"):
+        measure.Worker(int, make, gigabytes=0.001)
+
+
+@needs_proc
+def test_workers_before_it_make_room():
+    class Large:
+        size, ended = 1.0, False
+
+        def end(self):
+            self.ended = True
+
+    large = Large()
+    make = functools.partial(time.sleep, 60)
+    with pytest.raises(measure.Stopped, match="over 0.4 s"):
+        measure.Worker(int, make, seconds=0.4, gigabytes=0.9, others=[large])
+    assert large.ended
+
+
+def test_a_worker_tells_of_errors_and_of_its_end():
+    with pytest.raises(measure.Stopped, match="ValueError: math domain error"):
+        measure.Worker(functools.partial(math.sqrt, -1), int)
+    with pytest.raises(measure.Stopped, match="process ended with 3"):
+        measure.Worker(functools.partial(sys.exit, 3), int)
+
+
+@needs_proc
+def test_peaks_are_those_of_what_follows():
+    before = measure.memory()
+    held = np.ones(2**25, "uint8")
+    del held
+    measure.forget_peak()
+    after = measure.peak(before)
+    held = np.ones(2**25, "uint8")
+    assert 24 < measure.peak(before) - after < 40 and held.all()
+
+
+def test_memory_is_not_measured_without_proc(monkeypatch):
+    monkeypatch.setattr(measure, "memory", dict)
+    assert measure.peak({}) is None
+    assert report.short(None) == "not measured"
 
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("kind", ["ntm", "dnc"])
 def test_our_steps_train(kind):
-    sizes = {"steps": 3, "bits": 2, "size": 3, "slots": 5, "width": 3}
-    step = benchmarks.ours(
-        kind, {**sizes, "units": 3, "batch": 2}, jit_compile=False
-    )
+    step = cases.ours(kind, TINY, jit_compile=False)
     losses = [step() for _ in range(3)]
     assert all(map(math.isfinite, losses))
     assert len(set(losses)) == 3
 
 
+@pytest.mark.slow
+def test_the_reference_of_the_dnc_trains():
+    pytest.importorskip("dnc")
+    step = references.pytorch_dnc(TINY)
+    assert math.isfinite(step()) and step() != step()
+
+
+def test_rows_tell_what_was_not_run_and_what_is_not_computed():
+    ran = {
+        "milliseconds": 1234.5,
+        "cpu_milliseconds": 0.01234,
+        "first_step_seconds": 1.5,
+        "megabytes": None,
+        "ratio_quartiles": [1.0, 2.0, 300.0],
+    }
+    missing = {"not_run": "no such package"}
+    rows = [
+        steps.row("ntm-1", ("pytorch-ntm", 1), missing),
+        steps.row("ntm-1", ("fast loop", 2), ran),
+        steps.row("dnc-1", ("pytorch-dnc", 2), ran),
+    ]
+    cells = lists_of(report.table(steps.HEADER, rows))
+    assert cells[2][1] == "pytorch-ntm (loss of the last 20 of 41 steps only)"
+    assert cells[2][3] == "not run: no such package"
+    text = "ntm-1 | fast loop | 2 | 1,234 | 0.0123 | 1.5 | not measured"
+    assert cells[3] == [*text.split(" | "), "2 (1 to 300)", "60"]
+    assert cells[4][1] == "pytorch-dnc (reads are not fed back)"
+
+
+def test_the_best_of_both_is_shown_with_its_threads():
+    def result(*times):
+        rounds = [(t, 1.0) for t in times]
+        return {"milliseconds": np.median(times), "rounds": rounds}
+
+    results = {
+        ("pytorch-dnc", 1): result(10, 10),
+        ("pytorch-dnc", 2): result(12, 12),
+        ("fast loop", 1): result(4, 4),
+        ("fast loop", 2): result(2, 2),
+    }
+    assert steps.best_row("dnc-1", results) == [
+        ["dnc-1", "10 (1 thread)", "2 (2 threads)", "5 (5 to 5)", 14]
+    ]
+    results["pytorch-dnc", 1] = results["pytorch-dnc", 2] = {"not_run": "-"}
+    assert steps.best_row("dnc-1", results) == []
+
+
 @harness.needs_tensorflow
 def test_it_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    small = {"steps": 2, "bits": 2, "slots": 5, "width": 3, "units": 3}
-    cases = {"tiny": ("ntm", {**small, "batch": 1}, 60)}
-    monkeypatch.setattr(benchmarks, "CASES", cases)
+    monkeypatch.setattr(cases, "CASES", {"tiny": ("ntm", TINY, 60)})
+    quick = {"fast loop": {"jit_compile": False}}
+    monkeypatch.setattr(cases, "VARIANTS", quick)
     file = tmp_path / "results.json"
-    benchmarks.main(["--cases", "tiny", "--rounds", "2", "--json", str(file)])
+    options = "--threads 1 --rounds 1 --json".split()
+    command_line.main([*options, str(file)])
     written = json.loads(file.read_text())
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2 + len(written["tiny"])
-    assert "not_run" in written["tiny"]["reference"]
-    assert written["tiny"]["fast loop"]["milliseconds"] > 0
-    assert written["peak_megabytes"] > 0
+    assert list(written) == ["machine", "threads", "rounds", "results"]
+    reference, ours = written["results"]
+    assert "--pytorch-ntm" in reference["not_run"]
+    assert (ours["case"], ours["variant"], ours["threads"]) == (
+        "tiny",
+        "fast loop",
+        1,
+    )
+    assert ours["milliseconds"] > 0 and ours["first_step_seconds"] > 0
+    assert ours["megabytes"] is None or 0 < ours["megabytes"] < 1000
+    printed = capsys.readouterr().out
+    assert len(lists_of(printed)) == 2 + 2
+    assert f"keras {written['machine']['keras']}" in printed
+
+
+def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
+    def jobs(kind, sizes, threads, checkout, variants):
+        return {
+            "pytorch-dnc": "needs a package",
+            "fast loop": ("fast loop", 1.0 * sizes["slots"] ** 0.5),
+            "portable loop": ("portable loop", 0.5 * sizes["slots"]),
+        }
+
+    monkeypatch.setattr(cases, "jobs", jobs)
+    arguments = "scaling --cases dnc --axes N --seconds 9 --rounds 2 --out"
+    command_line.main([*arguments.split(), str(tmp_path)])
+    text = (tmp_path / "scaling.md").read_text()
+    rows = {row[0]: row[1:] for row in lists_of(text)}
+    assert rows["N"][0] == "pytorch-dnc, ms"
+    assert rows["128"][:3] == ["needs a package", "11.3", "64"]
+    assert rows["256"][:3] == ["needs a package", "16", "over 9 s"]
+    assert rows["4,096"] == ["needs a package", "64", "-"] + (
+        ["needs a package", "7", "-"]
+    )
+    assert "larger values are not tried" in text
+    written = json.loads((tmp_path / "scaling.json").read_text())
+    assert written["limits"] == {"gigabytes": 16.0, "seconds": 9.0}
+    assert len(written["results"]) == 3 * len(scaling.AXES["N"][1])
+    picture = visualization.decode_png(
+        (tmp_path / "scaling-dnc.png").read_bytes()
+    )
+    for colour in visualization.LINES[:2]:  # of ours, in both plots
+        columns = np.all(picture == colour, axis=2).any(axis=0)
+        half = len(columns) // 2
+        assert columns[:half].any() and columns[half:].any()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--rounds 0", "at least 1, not 0"),
+        ("--threads 1 x", "invalid count value: 'x'"),
+        ("--cases ntm-2", "invalid choice: 'ntm-2'"),
+        ("--pytorch-ntm /nowhere", "/nowhere is no checkout"),
+        ("--json /nowhere/x.json", "the folder of /nowhere/x.json does not"),
+        ("scaling --axes X", "invalid choice: 'X'"),
+        ("scaling --seconds 0", "above 0, not 0"),
+        ("scaling --memory-limit nan", "above 0, not nan"),
+        ("scaling --pytorch-ntm /nowhere", "/nowhere is no checkout"),
+    ],
+)
+def test_wrong_options_are_told_at_once(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(arguments.split())
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])

@@ -892,6 +892,23 @@ def test_decades_are_equally_far_and_the_lowest_is_at_the_bottom():
         assert at(image, 0.03, share) in (list(GRID), colour)
 
 
+def test_x_by_factors_is_as_wide_as_its_numbers():
+    x = [20, 200, 2000]
+    image = draw({"growth": (x, [1, 10, 100])}, log_x=True, log_y=True)
+    colour = visualization.LINES[0].tolist()
+    for share in (0, 0.25, 0.5, 1):
+        assert at(image, share, share) == colour
+    ticks = is_colour(inside(image), GRID)[3]
+    assert ticks.sum() == 7  # 20, 50, 100, 200, 500, 1000, 2000
+    wide = draw({"wide": ([1e-3, 1e7], [1, 2])}, log_x=True)
+    assert 4 <= is_colour(inside(wide), GRID)[3].sum() <= 11
+
+
+def test_one_x_by_factors_is_at_the_left():
+    image = draw({"dot": ([7], [3])}, log_x=True)
+    assert at(image, 0, 1) == visualization.LINES[0].tolist()
+
+
 def test_zeros_lie_below_the_lowest_decade():
     x = [0, 0.25, 0.5, 1]
     image = draw({"fall": (x, [100, 10, 0, 0])}, log_y=True)
@@ -1077,6 +1094,7 @@ def test_series_are_told_apart_by_every_eye(matrix):
         ({"a": ([0, 2, 2], [0, 1, 2])}, {}, r"increase.*\[0. 2. 2.\]"),
         ({"a": ([0, np.nan], [0, 1])}, {}, "finite and increase.*nan"),
         ({"a": ([0, 1], [3, -2])}, {"log_y": True}, "logarithm.*-2.0"),
+        ({"a": ([0, 1], [3, 2])}, {"log_x": True}, "logarithm.*x of 0.0"),
         ({"a": ([0], [0])}, {"marks": {"m": np.inf}}, "finite.*{'m': inf}"),
         ({"a": ([0], [0])}, {"size": (640, 50)}, r"96 .*\(640, 50\), 0 marks"),
         (

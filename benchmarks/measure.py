@@ -1,0 +1,241 @@
+"""Measures training steps: each variant in a process of its own, in turn."""
+
+import contextlib
+import ctypes
+import gc
+import math
+import multiprocessing
+import time
+
+import numpy as np
+
+WARM_UP = 2  # steps behind the first that are not measured
+
+
+class Stopped(Exception):
+    """Why a variant has no numbers."""
+
+
+def memory(process="self"):
+    """Megabytes of a process by name, such as VmRSS; none but on Linux."""
+    try:
+        with open(f"/proc/{process}/status") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return {}
+    return {
+        line[0].rstrip(":"): int(line[1]) / 1024
+        for line in lines
+        if line[-1] == "kB"
+    }
+
+
+def forget_peak():
+    """Gives unused memory back; the peak is then that of what follows."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def peak(before):
+    """Megabytes at the peak beyond those of `before`, without the pages of
+    libraries' files, or None where that is not known."""
+    now = memory()
+    if "VmHWM" not in now or "RssAnon" not in before:
+        return None
+    return now["VmHWM"] - now["RssFile"] - before["RssAnon"]
+
+
+def timed(step):
+    """Milliseconds of a step: by the clock, and of all the CPUs' time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    return (
+        1e3 * (time.perf_counter() - wall),
+        1e3 * (time.process_time() - cpu),
+    )
+
+
+def serve(connection, prepare, make, rounds):
+    """What a worker's process does."""
+    try:
+        prepare()
+        connection.send(("prepared", None))
+        before = memory()
+        begun = time.perf_counter()
+        step = make()
+        step()
+        first = time.perf_counter() - begun
+        for _ in range(WARM_UP):
+            step()
+        forget_peak()
+        times = [timed(step) for _ in range(rounds)]
+        result = {"first_step_seconds": first, "megabytes": peak(before)}
+        connection.send(("alone", (result, times)))
+        while connection.recv():
+            connection.send(("step", timed(step)))
+    except (EOFError, KeyboardInterrupt):
+        pass  # the parent has ended
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".replace("|", "/")
+        connection.send(("error", " ".join(text.split())[:200]))
+
+
+class Worker:
+    """A process that makes training steps of one variant, when it is told to.
+
+    It begins with a first step, some to warm up, and some on its own, of which
+    the peak of the memory is taken.
+
+    Args:
+        prepare: function that imports what `make` needs, which is not timed.
+        make: function that returns a function that makes one step. Both are
+            pickled.
+        rounds: how many steps it makes on its own.
+        seconds: the longest that it may take for all this, and then for one
+            step; without `prepare`.
+        gigabytes: the largest resident size.
+        others: workers that end, the oldest first, as soon as they and this
+            one are together larger than `gigabytes`.
+
+    Raises:
+        Stopped: a limit was reached, or there was an error.
+    """
+
+    def __init__(
+        self,
+        prepare,
+        make,
+        rounds=3,
+        seconds=math.inf,
+        gigabytes=math.inf,
+        others=(),
+    ):
+        self.seconds, self.gigabytes = seconds, gigabytes
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(theirs, prepare, make, rounds), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self._receive(math.inf)
+        self.result, self.alone = self._receive(seconds, list(others))
+
+    def step(self):
+        """Milliseconds of one more step: by the clock, and of the CPUs."""
+        try:
+            self.connection.send(True)
+        except OSError:
+            raise Stopped("its process has ended") from None
+        return self._receive(self.seconds)
+
+    @property
+    def size(self):
+        """Gigabytes that are resident."""
+        return memory(self.process.pid).get("VmRSS", 0.0) / 1024
+
+    @property
+    def alive(self):
+        return self.process.is_alive()
+
+    def end(self):
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def _receive(self, seconds, others=()):
+        deadline = time.monotonic() + seconds
+        while not self.connection.poll(0.1):
+            reason = ""
+            sizes = [one.size for one in [self, *others]]
+            while len(sizes) > 1 and sum(sizes) > self.gigabytes:
+                others.pop(0).end()
+                del sizes[1]
+            if sizes[0] > self.gigabytes:
+                reason = f"over {self.gigabytes:g} GB"
+            elif time.monotonic() > deadline:
+                reason = f"over {self.seconds:g} s"
+            if reason:
+                self.end()
+                raise Stopped(reason)
+        try:
+            kind, answer = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            answer = f"its process ended with {self.process.exitcode}"
+            raise Stopped(answer) from None
+        if kind == "error":
+            self.end()
+            raise Stopped(answer)
+        return answer
+
+
+def compare(jobs, rounds, alone=3, **limits):
+    """Lets variants make steps in turn.
+
+    Each round takes one step of each, so that what else the machine does hits
+    all of them alike. Where memory does not suffice for all at once, the steps
+    are those that each made on its own (`in_turn` is then false).
+
+    Args:
+        jobs: dict from any key to `prepare` and `make` of a worker, or to a
+            text that says why there is none.
+        rounds: how many steps are measured.
+        alone: how many each makes on its own before.
+        limits: `seconds` and `gigabytes` of a worker.
+
+    Returns:
+        Dict from the key to a dict: medians `milliseconds` and
+        `cpu_milliseconds`, `first_step_seconds`, `megabytes` (None where not
+        measured), `in_turn`, and all `rounds` (wall, CPU); or `not_run`, the
+        reason.
+    """
+    workers, results = {}, {}
+    try:
+        for key, job in jobs.items():
+            try:
+                if isinstance(job, str):
+                    raise Stopped(job)
+                others = [one for one in workers.values() if one.alive]
+                workers[key] = Worker(*job, alone, **limits, others=others)
+            except Stopped as reason:
+                results[key] = {"not_run": str(reason)}
+        times = _turns(workers, rounds)
+        for key, worker in workers.items():
+            steps = times[key] if times else worker.alone
+            wall, cpu = np.median(steps, axis=0)
+            results[key] = {
+                "milliseconds": float(wall),
+                "cpu_milliseconds": float(cpu),
+                **worker.result,
+                "in_turn": bool(times),
+                "rounds": steps,
+            }
+    finally:
+        for worker in workers.values():
+            worker.end()
+    return {key: results[key] for key in jobs}
+
+
+def _turns(workers, rounds):
+    """Times of all rounds, by key; None if one is not there any more."""
+    times = {key: [] for key in workers}
+    try:
+        for _ in range(rounds):
+            for key, worker in workers.items():
+                times[key].append(worker.step())
+    except Stopped:
+        return None
+    return times
+
+
+def ratio(result, other):
+    """How many times as long the other's steps took: quartiles over the
+    rounds, the median in the middle."""
+    pairs = zip(result["rounds"], other["rounds"])
+    ratios = [theirs[0] / own[0] for own, theirs in pairs]
+    return np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()

@@ -1,0 +1,73 @@
+"""Tables, and what the numbers were measured on."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+
+PACKAGES = "keras", "tensorflow", "torch", "dnc", "numpy"
+
+
+def table(header, rows):
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def short(number, unit=""):
+    """Three digits: 0.0123, 1.23, 1,235."""
+    if number is None:
+        return "not measured"
+    return (f"{number:,.0f}" if number >= 100 else f"{number:.3g}") + unit
+
+
+def counted(number, what):
+    """1 thread, 2 threads."""
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def machine():
+    """Versions, and what they ran on."""
+    import keras_memory
+
+    found = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    return {
+        "processor": _processor(),
+        "cores": _cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "keras_memory": keras_memory.__version__,
+        **{name: importlib.metadata.version(name) for name in found},
+    }
+
+
+def on(machine):
+    """The machine in one line."""
+    first = "processor", "cores", "system"
+    cores = counted(machine["cores"], "core")
+    versions = [f"{k} {v}" for k, v in machine.items() if k not in first]
+    return (
+        f"{machine['processor']}, {cores}, {machine['system']}; "
+        f"{', '.join(versions)}"
+    )
+
+
+def write_json(path, numbers):
+    pathlib.Path(path).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def _processor():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line for line in lines if line.startswith("model name")]
+    return names[0].split(": ")[1] if names else platform.processor()
+
+
+def _cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

@@ -1,0 +1,173 @@
+"""Curves: one of time steps, slots and batch varied, the others as in a base
+case."""
+
+import pathlib
+import sys
+
+import numpy as np
+
+from benchmarks import cases
+from benchmarks import measure
+from benchmarks import references
+from benchmarks import report
+from keras_memory import visualization
+
+AXES = {  # what varies, and its values
+    "T": ("steps", (20, 50, 100, 200, 500, 1000, 2000)),
+    "N": ("slots", (64, 128, 256, 512, 1024, 2048, 4096)),
+    "batch": ("batch", (1, 4, 16, 64, 256)),
+}
+VARIANTS = "fast loop", "portable loop"
+QUANTITIES = {  # unit and title
+    "milliseconds": ("ms", "time of a training step"),
+    "megabytes": ("MB", "memory at the peak of a step"),
+}
+
+
+def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
+    """Measures, prints tables, and writes them, all numbers and pictures.
+
+    Args:
+        kinds: "ntm", "dnc" or both.
+        axes: of `AXES`.
+        rounds: how many steps of a point are measured.
+        threads: of each process.
+        gigabytes, seconds: limits of a point of a variant, behind which larger
+            values are not tried.
+        folder: for scaling.md, scaling.json and scaling-KIND.png.
+        checkout: of pytorch-ntm, if there is one.
+
+    Returns:
+        All numbers.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    limits = {"gigabytes": gigabytes, "seconds": seconds}
+    numbers = {
+        "machine": report.machine(),
+        "threads": threads,
+        "rounds": rounds,
+        "limits": limits,
+        "results": [],
+    }
+    text = []
+    for kind in kinds:
+        panels = []
+        for axis in axes:
+            points = []
+            for value, results in curve(
+                kind, axis, rounds, threads, checkout, **limits
+            ):
+                points.append((value, results))
+                numbers["results"] += [
+                    {
+                        "layer": kind,
+                        "axis": axis,
+                        "value": value,
+                        "variant": name,
+                        **result,
+                    }
+                    for name, result in results.items()
+                ]
+                report.write_json(folder / "scaling.json", numbers)
+            text.append(f"{described(kind, axis)}\n\n{table(axis, points)}\n")
+            print(text[-1], flush=True)
+            panels.append(panel(kind, axis, points))
+            picture = visualization.stack(panels)
+            path = folder / f"scaling-{kind}.png"
+            path.write_bytes(visualization.encode_png(picture))
+    text.append(
+        f"Milliseconds a training step (medians of "
+        f"{report.counted(rounds, 'step')}, "
+        f"{report.counted(threads, 'thread')}) and megabytes at its peak. A "
+        f"variant ends at {gigabytes:g} GB or {seconds:g} s a point; larger "
+        f"values are not tried (-).\n{report.on(numbers['machine'])}.\n"
+    )
+    print(text[-1])
+    (folder / "scaling.md").write_text("\n".join(text))
+    return numbers
+
+
+def curve(kind, axis, rounds, threads, checkout, **limits):
+    """Yields (value, results by variant) for each value of an axis."""
+    size, values = AXES[axis]
+    stopped = {}  # the variants that larger values are not tried with
+    for value in values:
+        print(f"{kind}, {axis} = {value} ...", file=sys.stderr, flush=True)
+        sizes = {**cases.BASES[kind], size: value}
+        jobs = cases.jobs(kind, sizes, threads, checkout, VARIANTS)
+        results = measure.compare({**jobs, **stopped}, rounds, rounds, **limits)
+        for name, result in results.items():
+            if "not_run" in result and not isinstance(jobs[name], str):
+                stopped[name] = "-"
+        yield value, results
+
+
+def described(kind, axis):
+    """What varies, and what does not."""
+    sizes = cases.BASES[kind]
+    others = [
+        f"{name} = {sizes[size]}"
+        for name, (size, _) in AXES.items()
+        if name != axis
+    ]
+    missing = references.not_computed(
+        kind, None if axis == "T" else sizes["steps"]
+    )
+    return (
+        f"{kind.upper()}, {axis} varied, {', '.join(others)}; "
+        f"{references.NAMES[kind]}: {missing}"
+    )
+
+
+def table(axis, points):
+    names = list(points[0][1])
+    header = [axis] + [
+        f"{name}, {unit}" for unit, _ in QUANTITIES.values() for name in names
+    ]
+    rows = []
+    for value, results in points:
+        cells = [
+            _cell(results[name], quantity)
+            for quantity in QUANTITIES
+            for name in names
+        ]
+        rows.append([f"{value:,}", *cells])
+    return report.table(header, rows)
+
+
+def _cell(result, quantity):
+    if "not_run" in result:
+        return result["not_run"]
+    return report.short(result[quantity])
+
+
+def panel(kind, axis, points):
+    """A picture for each quantity, side by side; the reference, if it was
+    there, is the last line."""
+    values = [value for value, _ in points]
+    reference, *names = points[0][1]
+    if any("not_run" not in results[reference] for _, results in points):
+        names.append(reference)
+    pictures = []
+    for quantity, (unit, title) in QUANTITIES.items():
+        series = {
+            name: (values, [_number(r[name], quantity) for _, r in points])
+            for name in names
+        }
+        picture = visualization.curves(
+            series,
+            f"{kind.upper()}: {title}",
+            axis,
+            unit,
+            log_x=True,
+            log_y=True,
+            size=(420, 260),
+        )
+        pictures.append(picture.swapaxes(0, 1))
+    return visualization.stack(pictures).swapaxes(0, 1)
+
+
+def _number(result, quantity):
+    number = result.get(quantity)
+    return np.nan if number is None else max(number, 0.0)
