@@ -59,7 +59,7 @@ def timed(step):
     )
 
 
-def serve(connection, prepare, make, rounds):
+def serve(connection, prepare, make, rounds, seconds):
     """What a worker's process does."""
     try:
         prepare()
@@ -72,7 +72,9 @@ def serve(connection, prepare, make, rounds):
         for _ in range(WARM_UP):
             step()
         forget_peak()
-        times = [timed(step) for _ in range(rounds)]
+        times = [timed(step)]
+        while len(times) < rounds and time.perf_counter() < begun + seconds / 2:
+            times.append(timed(step))
         result = {"first_step_seconds": first, "megabytes": peak(before)}
         connection.send(("alone", (result, times)))
         while connection.recv():
@@ -94,7 +96,8 @@ class Worker:
         prepare: function that imports what `make` needs, which is not timed.
         make: function that returns a function that makes one step. Both are
             pickled.
-        rounds: how many steps it makes on its own.
+        rounds: how many steps it makes on its own; fewer, but one, once half
+            of the seconds are over.
         seconds: the longest that it may take for all this, and then for one
             step; without `prepare`.
         gigabytes: the largest resident size.
@@ -118,7 +121,9 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=serve, args=(theirs, prepare, make, rounds), daemon=True
+            target=serve,
+            args=(theirs, prepare, make, rounds, seconds),
+            daemon=True,
         )
         self.process.start()
         theirs.close()

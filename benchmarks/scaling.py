@@ -77,7 +77,7 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
             path = folder / f"scaling-{kind}.png"
             path.write_bytes(visualization.encode_png(picture))
     text.append(
-        f"Milliseconds a training step (medians of "
+        f"Milliseconds a training step (medians of at most "
         f"{report.counted(rounds, 'step')}, "
         f"{report.counted(threads, 'thread')}) and megabytes at its peak. A "
         f"variant ends at {gigabytes:g} GB or {seconds:g} s a point; larger "

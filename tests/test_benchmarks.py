@@ -97,6 +97,14 @@ def test_a_worker_ends_at_its_time_limit():
         measure.Worker(int, make, seconds=0.2)
 
 
+def test_slow_steps_are_fewer():
+    sleep = functools.partial(functools.partial, time.sleep, 0.1)
+    worker = measure.Worker(int, sleep, rounds=100, seconds=2.0)
+    assert 1 <= len(worker.alone) <= 8
+    assert worker.step()[0] >= 100
+    worker.end()
+
+
 @needs_proc
 def test_a_worker_ends_at_its_memory_limit():
     make = functools.partial(time.sleep, 60)
