@@ -117,11 +117,12 @@ def _match(vectors, memory):
 
 
 def _spread(vectors, weighting):
-    if not _compiles() and vectors.shape[1] > 1:
+    heads = vectors.shape[1]
+    if heads > (4 if _compiles() else 1):
         return ops.matmul(ops.transpose(vectors, (0, 2, 1)), weighting)
     return sum(
         vectors[:, head, :, None] * weighting[:, head, None]
-        for head in range(vectors.shape[1])
+        for head in range(heads)
     )
 
 

@@ -10,6 +10,9 @@ from keras import ops
 
 from keras_memory.access import match
 from keras_memory.access import read
+from keras_memory.access import spread
+from keras_memory.replay import SLOPES
+from keras_memory.replay import activate
 from keras_memory.replay import kept
 from keras_memory.replay import with_gradient
 
@@ -199,9 +202,9 @@ def sharpen(weighting, sharpening):
         (B, H, N) weighting: non-negative, sums to 1 over N.
     """
     epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
-    logarithm = kept(
-        lambda w: ops.log(w + epsilon),
-        lambda w, y, dy: dy / (w + epsilon),
+    (logarithm,) = kept(
+        lambda w: [ops.log(w + epsilon)],
+        lambda upstream, kept, w: upstream[0] / (w + epsilon),
         weighting,
     )
     return softmax(sharpening[:, :, None] * logarithm)
@@ -351,15 +354,17 @@ def linkage_after_write(linkage, precedence, write_weighting):
         (B, H, N, N) linkage, with a zero diagonal.
     """
 
+    heads, slots = write_weighting.shape[1:]
+
     def between_slots(links):
-        slot = ops.arange(links.shape[-1])
+        slot = ops.arange(slots)
         return ops.where(slot[:, None] != slot, links, 0.0)
 
     def kept_share(weighting):
-        return 1.0 - weighting[:, :, :, None] - weighting[:, :, None, :]
+        return 1.0 - weighting[:, 0, :, None] - weighting
 
     def links(linkage, precedence, weighting):
-        new = weighting[:, :, :, None] * precedence[:, :, None, :]
+        new = weighting[:, 0, :, None] * precedence
         return between_slots(kept_share(weighting) * linkage + new)
 
     def gradient(of_links, linkage, precedence, weighting):
@@ -368,24 +373,20 @@ def linkage_after_write(linkage, precedence, write_weighting):
         ones = ops.ones_like(precedence)
         return (
             of_links * kept_share(weighting),
-            _of_links(match, weighting, of_links),
-            _of_links(read, of_links, precedence)
-            - _of_links(read, of_kept, ones)
-            - _of_links(match, ones, of_kept),
+            match(weighting, of_links),
+            read(of_links, precedence)
+            - read(of_kept, ones)
+            - match(ones, of_kept),
         )
 
-    return with_gradient(links, gradient, linkage, precedence, write_weighting)
-
-
-def _of_links(product, *arguments):
-    """`read` or `match` of each write head's links with its one vector."""
-    slots = arguments[0].shape[-1]
-    heads = arguments[0].shape[1]
-    flat = [
-        ops.reshape(x, (-1, slots if len(x.shape) == 4 else 1, slots))
-        for x in arguments
+    # Each head has links of its own: (B H, N, N) and (B H, 1, N).
+    arguments = [
+        ops.reshape(linkage, (-1, slots, slots)),
+        ops.reshape(precedence, (-1, 1, slots)),
+        ops.reshape(write_weighting, (-1, 1, slots)),
     ]
-    return ops.reshape(product(*flat), (-1, heads, slots))
+    linkage = with_gradient(links, gradient, *arguments)
+    return ops.reshape(linkage, (-1, heads, slots, slots))
 
 
 def precedence_after_write(precedence, write_weighting):
@@ -417,11 +418,29 @@ def follow_links(linkage, read_weighting):
         Forward and backward weightings, (B, R, H, N) each; they sum to at
         most 1 over N.
     """
-    links = [linkage[:, head] for head in range(linkage.shape[1])]
-    return (
-        ops.stack([read(one, read_weighting) for one in links], axis=2),
-        ops.stack([match(read_weighting, one) for one in links], axis=2),
-    )
+    readers, slots = read_weighting.shape[1:]
+    writers = linkage.shape[1]
+    links = ops.reshape(linkage, (-1, slots, slots))
+    weighting = ops.repeat(read_weighting, writers, axis=0)
+
+    def both(links, weighting):
+        return ops.concatenate(
+            [read(links, weighting), match(weighting, links)], axis=1
+        )
+
+    def gradient(upstream, links, weighting):
+        of_forward, of_backward = ops.split(upstream, 2, axis=1)
+        return (
+            spread(
+                ops.concatenate([of_forward, weighting], axis=1),
+                ops.concatenate([weighting, of_backward], axis=1),
+            ),
+            match(of_forward, links) + read(links, of_backward),
+        )
+
+    weightings = with_gradient(both, gradient, links, weighting)
+    weightings = ops.reshape(weightings, (-1, writers, 2 * readers, slots))
+    return ops.split(ops.swapaxes(weightings, 1, 2), 2, axis=1)
 
 
 def softmax(logits):
@@ -430,11 +449,7 @@ def softmax(logits):
     if logits.shape[-1] == 1:
         return ops.ones_like(logits)
 
-    def gradient(x, y, dy):
-        dy = dy * y
-        return dy - y * ops.sum(dy, axis=-1, keepdims=True)
-
-    return kept(ops.softmax, gradient, logits)
+    return activate(ops.softmax, logits)
 
 
 def oneplus(x):
@@ -443,6 +458,15 @@ def oneplus(x):
     Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
     """
     return 1.0 + ops.softplus(x)
+
+
+def _slope_of_softmax(y, dy):
+    dy = dy * y
+    return dy - y * ops.sum(dy, axis=-1, keepdims=True)
+
+
+SLOPES[ops.softmax] = _slope_of_softmax
+SLOPES[oneplus] = lambda y, dy: -dy * ops.expm1(1.0 - y)
 
 
 def activation_by_name(name):

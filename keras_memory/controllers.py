@@ -11,6 +11,8 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.replay import SLOPES
+from keras_memory.replay import activate
 from keras_memory.replay import kept
 from keras_memory.replay import linear
 
@@ -82,7 +84,7 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
     def call(self, inputs, states, training=False):
         inputs, _ = _drop(self, inputs, None, training)
         output = linear([inputs], [self.kernel], self.bias)
-        return _activate(self.activation, output), states
+        return activate(self.activation, output), states
 
     def get_initial_state(self, batch_size=None):
         return []
@@ -573,20 +575,6 @@ def _summed_products(cell, inputs, hidden, training):
     )
 
 
-def _activate(function, x):
-    """`function(x)`, kept where its gradient needs nothing else."""
-    slope = _SLOPES.get(function)
-    return function(x) if slope is None else kept(function, slope, x)
-
-
-# Gradients of activations y of x, see `kept`.
-_SLOPES = {
-    keras.activations.linear: lambda x, y, dy: dy,
-    keras.activations.sigmoid: lambda x, y, dy: dy * y * (1.0 - y),
-    keras.activations.tanh: lambda x, y, dy: dy * (1.0 - y * y),
-}
-
-
 def _fresh(initializer):
     """A copy, because an initializer draws the same numbers each time."""
     initializer = keras.initializers.get(initializer)
@@ -746,7 +734,7 @@ def _stacked(controller, inputs, states, training):
 def _simple_rnn(controller, inputs, states, training):
     (h,) = keras.tree.flatten(states)
     z = _summed_products(controller, inputs, h, training)
-    h = _activate(controller.activation, z)
+    h = activate(controller.activation, z)
     return h, h
 
 
@@ -754,30 +742,27 @@ def _lstm(controller, inputs, states, training):
     h, c = states
     z = _summed_products(controller, inputs, h, training)
     gate, activation = controller.recurrent_activation, controller.activation
+
     functions = gate, activation, gate
-    units = controller.units
 
     def parts(x):  # i and f, g, o
+        units = controller.units
         return ops.split(x, [2 * units, 3 * units], axis=-1)
 
-    def activate(z):
-        activated = [f(part) for f, part in zip(functions, parts(z))]
-        return ops.concatenate(activated, axis=-1)
+    def activated(z):
+        gates = [f(part) for f, part in zip(functions, parts(z))]
+        return [ops.concatenate(gates, axis=-1)]
 
-    def slope(z, y, dy):
-        slopes = [_SLOPES[f] for f in functions]
-        triples = zip(parts(z), parts(y), parts(dy))
-        return ops.concatenate(
-            [slope(*triple) for slope, triple in zip(slopes, triples)], axis=-1
-        )
+    def gradient(upstream, kept, z):
+        triples = zip(functions, parts(*kept), parts(*upstream))
+        of_z = [SLOPES[f](y, dy) for f, y, dy in triples]
+        return ops.concatenate(of_z, axis=-1)
 
-    if {gate, activation} <= set(_SLOPES):
-        z = kept(activate, slope, z)
-    else:
-        z = activate(z)
+    known = {gate, activation} <= set(SLOPES)
+    (z,) = kept(activated, gradient, z) if known else activated(z)
     i, f, g, o = ops.split(z, 4, axis=-1)
     c = f * c + i * g
-    h = o * _activate(activation, c)
+    h = o * activate(activation, c)
     return h, [h, c]
 
 
@@ -791,10 +776,10 @@ def _gru(controller, inputs, states, training):
         x, inner = x + bias[0], inner + bias[1]
     units = controller.units
     gate = controller.recurrent_activation
-    gates = _activate(gate, x[:, : 2 * units] + inner[:, : 2 * units])
+    gates = activate(gate, x[:, : 2 * units] + inner[:, : 2 * units])
     z, r = ops.split(gates, 2, axis=-1)
     candidate = x[:, 2 * units :] + r * inner[:, 2 * units :]
-    h = z * h + (1.0 - z) * _activate(controller.activation, candidate)
+    h = z * h + (1.0 - z) * activate(controller.activation, candidate)
     return h, h
 
 

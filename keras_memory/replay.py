@@ -41,21 +41,47 @@ def linear(inputs, kernels, bias=None):
     return result if bias is None else result + ops.cast(bias, dtype)
 
 
-def kept(function, gradient, x):
-    """`function(x)`, of which the result is kept, as it is dear.
+def kept(function, gradient, *arguments, results=1):
+    """The first results of a function, all of which are kept.
 
     Args:
-        function: from array to array.
-        gradient: (x, y, dy) -> dx, with y = function(x).
-        x: array.
+        function: from arrays to a list of arrays: the results, and what else
+            the gradient is quicker with.
+        gradient: (list of gradients of the results, that whole list,
+            *arguments) -> gradients of the arguments.
+        *arguments: arrays.
+        results: int, how many of the list are results.
 
     Returns:
-        Array.
+        List of arrays.
     """
     current = _current.get()
     if current is None:
+        return function(*arguments)[:results]
+    return current.kept(function, gradient, arguments, results)
+
+
+# Gradients (y, dy) -> dx of elementwise functions y of x, of those that can
+# tell them from y.
+SLOPES = {
+    keras.activations.linear: lambda y, dy: dy,
+    keras.activations.sigmoid: lambda y, dy: dy * y * (1.0 - y),
+    keras.activations.tanh: lambda y, dy: dy * (1.0 - y * y),
+}
+SLOPES[ops.sigmoid] = SLOPES[keras.activations.sigmoid]
+
+
+def activate(function, x):
+    """`function(x)`, kept where `SLOPES` has its gradient."""
+    slope = SLOPES.get(function)
+    if slope is None:
         return function(x)
-    return current.kept(function, gradient, x)
+    (y,) = kept(
+        lambda x: [function(x)],
+        lambda upstream, y, x: slope(*y, *upstream),
+        x,
+    )
+    return y
 
 
 def with_gradient(function, gradient, *arguments):
@@ -149,7 +175,7 @@ class Forward(_Pass):
     Attributes:
         inputs: list of (B, D), what came to each `linear`.
         results: list of (B, U), what it gave.
-        values: list of arrays, what each `kept` gave.
+        values: list of lists of arrays, what each `kept` gave.
     """
 
     def __init__(self, linears, variables, **of_scope):
@@ -163,9 +189,13 @@ class Forward(_Pass):
         self.results.append(sum(bias, ops.matmul(self.inputs[-1], kernel)))
         return self.results[-1]
 
-    def kept(self, function, gradient, x):
-        self.values.append(function(x))
-        return self.values[-1]
+    def kept(self, function, gradient, arguments, results):
+        inner = _current.set(None)  # what it keeps is kept once
+        try:
+            self.values.append(function(*arguments))
+        finally:
+            _current.reset(inner)
+        return self.values[-1][:results]
 
 
 class Replay(_Pass):
@@ -175,7 +205,7 @@ class Replay(_Pass):
         kernels: list of (U, D), the kernels of `Forward`'s `linears` with
             their axes swapped.
         variables: as in `Forward`.
-        results, values: lists of arrays, those of the first run.
+        results, values: lists, those of the first run.
         taps: list of arrays like `results`, which get their gradients.
     """
 
@@ -196,14 +226,18 @@ class Replay(_Pass):
 
         return again(_joined(inputs), next(self.taps))
 
-    def kept(self, function, gradient, x):
-        y = next(self.values)
+    def kept(self, function, gradient, arguments, results):
+        values = next(self.values)
 
         @ops.custom_gradient
-        def again(x):
-            return y, lambda upstream: gradient(x, y, upstream)
+        def again(*arguments):
+            def of_arguments(*upstream):
+                upstream = keras.tree.flatten(upstream)  # JAX gives a list
+                return gradient(upstream, values, *arguments)
 
-        return again(x)
+            return values[:results], of_arguments
+
+        return again(*arguments)
 
 
 class Survey(Forward):
