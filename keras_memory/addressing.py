@@ -523,9 +523,16 @@ def follow_sparse_links(linkage, columns, read_weighting):
 
 
 def _largest(x, count):
-    """Where the `count` largest entries of the last axis are, as floats."""
-    found = ops.top_k(ops.stop_gradient(x), count)[1]
-    return ops.cast(found, ops.dtype(x))
+    """Where the `count` largest entries of the last axis are, as floats; of
+    equal ones the first."""
+    x = ops.stop_gradient(x)
+    if keras.backend.backend() in ("tensorflow", "jax"):
+        return ops.cast(ops.top_k(x, count)[1], ops.dtype(x))
+    found, place = [], ops.arange(x.shape[-1])  # top_k takes any of equal ones
+    for _ in range(count):
+        found.append(ops.argmax(x, axis=-1, keepdims=True))
+        x = ops.where(place == found[-1], -np.inf, x)
+    return ops.cast(ops.concatenate(found, axis=-1), ops.dtype(x))
 
 
 def _at(x, places):
