@@ -4,7 +4,8 @@ Pure functions without weights or state. Axes are always batch B, head H,
 width W, slot N: inside a step slots come last, where processors are fast.
 
 `read`, `match` and `spread` are the products of memory, weightings and
-vectors, and the gradients of each are the other two.
+vectors, and the gradients of each are the other two. `take` and `put` are each
+other's gradient.
 """
 
 import keras
@@ -88,6 +89,71 @@ def erase_and_add(memory, weighting, erase_vector, add_vector):
             erased = spread(erase_vector[:, one], weighting[:, one])
             memory = memory * (1.0 - erased)  # eq. 3
     return memory + spread(add_vector, weighting)  # eq. 4
+
+
+def take(vectors, places):
+    """What is at the given places.
+
+    Args:
+        vectors: (B, N, D); any real value.
+        places: (B, P) whole numbers in [0, N), as floats; their gradient is
+            zero.
+
+    Returns:
+        (B, P, D).
+    """
+    size = vectors.shape[1]
+
+    def taken(vectors, places):
+        flat = ops.reshape(vectors, (-1, vectors.shape[2]))
+        found = ops.take(flat, _in_batch(places, size), axis=0)
+        return ops.reshape(found, (-1, places.shape[1], vectors.shape[2]))
+
+    def gradient(of_taken, vectors, places):
+        return put(of_taken, places, size), ops.zeros_like(places)
+
+    return with_gradient(taken, gradient, vectors, places)
+
+
+def put(vectors, places, size):
+    """Puts vectors to the given places, added up where these are the same.
+
+    Args:
+        vectors: (B, P, D); any real value.
+        places: (B, P) whole numbers in [0, N), as floats; their gradient is
+            zero.
+        size: int N, how many places there are.
+
+    Returns:
+        (B, N, D), 0 where nothing was put.
+    """
+
+    def added(vectors, places):
+        rows, width = ops.shape(vectors)[0], vectors.shape[2]
+        flat = ops.reshape(vectors, (-1, width))
+        flat = _sums(flat, _in_batch(places, size), rows * size)
+        return ops.reshape(flat, (-1, size, width))
+
+    def gradient(of_put, vectors, places):
+        return take(of_put, places), ops.zeros_like(places)
+
+    return with_gradient(added, gradient, vectors, places)
+
+
+def _in_batch(places, size):
+    """(B, P) places of N each -> (B P,) places of all B N."""
+    first = size * ops.arange(ops.shape(places)[0], dtype="int32")
+    return ops.reshape(ops.cast(places, "int32") + first[:, None], (-1,))
+
+
+def _sums(vectors, places, size):
+    """(P, D), (P,) -> (size, D)."""
+    if keras.backend.backend() == "torch":
+        # Keras's sums are those of float32 here.
+        return ops.zeros((size, vectors.shape[1]), vectors.dtype).index_add(
+            0, places, vectors
+        )
+    return ops.segment_sum(vectors, places, size)
 
 
 # One product of many small matrices is fast where each operation is a call

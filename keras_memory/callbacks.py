@@ -373,6 +373,8 @@ class MemoryTensorBoard(keras.callbacks.Callback):
                 _write_image(tag, encoded, image)
             for layer, trace in seen.traces.items():
                 for name, values in trace.items():
+                    if name.split("/")[-1] == "link_columns":
+                        continue  # places, of which no mean tells anything
                     tag = f"{layer}/{name}"
                     # A tag of its own each: TensorBoard mixes kinds up.
                     tf.summary.histogram(f"{tag}/values", values)
@@ -400,10 +402,16 @@ class MemoryTensorBoard(keras.callbacks.Callback):
                 elif kind == "usage" and values.ndim == 2:
                     images[tag] = visualization.slots_over_time(values, title)
                 elif kind == "linkage" and values.ndim == 4:
+                    columns = trace.get(f"{name[: -len(kind)]}link_columns")
                     for head in range(values.shape[1]):
                         several = f"_{head}" * (values.shape[1] > 1)
+                        links = values[:, head]
+                        if columns is not None:
+                            links = visualization.dense_linkage(
+                                links, columns[0, :, head]
+                            )
                         images[tag + several] = (
-                            visualization.linkage_film_strip(values[:, head])
+                            visualization.linkage_film_strip(links)
                         )
                 elif kind.endswith("memory") and values.ndim == 3:
                     images[tag] = visualization.memory_film_strip(values)

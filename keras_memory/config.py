@@ -138,6 +138,7 @@ class DNC(_Memory):
     layers: int = 1
     share_memory: bool = True
     linkage: bool = True
+    sparse_links: int | None = None
     content_masks: bool = False
     deallocation: bool = False
     link_sharpening: bool = False

@@ -739,6 +739,7 @@ _NORM_EPSILON = 1e-30
 # What the two DNCs have in common, and an interface without our options.
 _OF_BOTH_DNCS = {
     "linkage": True,
+    "sparse_links": None,
     "content_masks": False,
     "deallocation": False,
     "link_sharpening": False,

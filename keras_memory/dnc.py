@@ -10,6 +10,7 @@ from typing import Any
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_memory.access import erase_and_add
@@ -18,12 +19,14 @@ from keras_memory.addressing import activation_by_name
 from keras_memory.addressing import allocation
 from keras_memory.addressing import content_weighting
 from keras_memory.addressing import follow_links
+from keras_memory.addressing import follow_sparse_links
 from keras_memory.addressing import linkage_after_write
 from keras_memory.addressing import oneplus
 from keras_memory.addressing import precedence_after_write
 from keras_memory.addressing import retention
 from keras_memory.addressing import sharpen
 from keras_memory.addressing import softmax
+from keras_memory.addressing import sparse_linkage_after_write
 from keras_memory.addressing import usage_after_write
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
@@ -43,12 +46,15 @@ class DNCState(NamedTuple):
         memory: (B, N, W) slot contents.
         usage: (B, N) in [0, 1], how much each slot is in use.
         linkage: (B, H, N, N) in [0, 1]; entry i, j: slot i was written right
-            after slot j. () without linkage.
+            after slot j. With `sparse_links` (B, H, N, K), the K entries that
+            are kept of each row i. () without linkage.
         precedence: (B, H, N) in [0, 1], how much each slot was the last one
             written. () without linkage.
         read_weighting: (B, R, N), over the slots.
         write_weighting: (B, H, N), over the slots.
         controller: tuple with the controllers' states, as they nest them.
+        link_columns: (B, H, N, K) whole numbers in [0, N), the slots j of the
+            entries of `linkage`. () without `sparse_links`.
     """
 
     reads: Any
@@ -59,6 +65,7 @@ class DNCState(NamedTuple):
     read_weighting: Any
     write_weighting: Any
     controller: Any = ()
+    link_columns: Any = ()
 
 
 class DNCInterface(NamedTuple):
@@ -108,6 +115,7 @@ class DNCAccess:
     read_heads: int
     write_heads: int
     linkage: bool
+    sparse_links: int | None
     content_masks: bool
     deallocation: bool
     link_sharpening: bool
@@ -165,15 +173,21 @@ class DNCAccess:
             "allocation_weighting": allocated,
             "retention": kept,
         }
-        links, precedence, read_weighting = (), (), read_content
+        links, columns, precedence = (), (), ()
+        read_weighting = read_content
         if self.linkage:
-            links = linkage_after_write(
-                state.linkage, state.precedence, write_weighting
-            )
-            precedence = precedence_after_write(
-                state.precedence, write_weighting
-            )
-            forward, backward = follow_links(links, state.read_weighting)
+            before = state.precedence, write_weighting
+            if self.sparse_links is None:
+                links = linkage_after_write(state.linkage, *before)
+                forward, backward = follow_links(links, state.read_weighting)
+            else:
+                links, columns = sparse_linkage_after_write(
+                    state.linkage, state.link_columns, *before
+                )
+                forward, backward = follow_sparse_links(
+                    links, columns, state.read_weighting
+                )
+            precedence = precedence_after_write(*before)
             if self.link_sharpening:
                 forward = _sharpen(forward, interface.forward_sharpening)
                 backward = _sharpen(backward, interface.backward_sharpening)
@@ -197,6 +211,7 @@ class DNCAccess:
             precedence=precedence,
             read_weighting=read_weighting,
             write_weighting=write_weighting,
+            link_columns=columns,
         )
         return state, inside
 
@@ -258,6 +273,15 @@ class DNCAccess:
         check_between(
             "usage_epsilon", self.usage_epsilon, 1e-30, 0.1, or_none=True
         )
+        if self.sparse_links is not None:
+            check_size("sparse_links", self.sparse_links)
+            if not self.linkage or self.sparse_links > self.memory_slots:
+                raise ValueError(
+                    "`sparse_links` is how many links of each slot are kept, "
+                    "which needs `linkage=True` and is at most `memory_slots`, "
+                    f"or None. Received: sparse_links={self.sparse_links}, "
+                    f"linkage={self.linkage}, memory_slots={self.memory_slots}"
+                )
         if self.link_sharpening and not self.linkage:
             raise ValueError(
                 "`link_sharpening` sharpens the weightings that follow the "
@@ -300,6 +324,15 @@ class DNCAccess:
     @property
     def initial_state(self):
         slots, heads = self.memory_slots, self.write_heads
+        links, columns = (), ()
+        if self.sparse_links is not None:
+            of_rows = (heads, slots, self.sparse_links)
+            links = Initial(of_rows, turned=True)
+            columns = Initial(
+                of_rows, constant=np.arange(self.sparse_links), turned=True
+            )
+        elif self.linkage:
+            links = Initial((heads, slots, slots))
         return DNCState(
             reads=Initial((self.read_heads, self.slot_size)),
             memory=Initial(
@@ -309,10 +342,11 @@ class DNCAccess:
                 turned=True,
             ),
             usage=Initial((slots,)),
-            linkage=Initial((heads, slots, slots)) if self.linkage else (),
+            linkage=links,
             precedence=Initial((heads, slots)) if self.linkage else (),
             read_weighting=Initial((self.read_heads, slots)),
             write_weighting=Initial((heads, slots)),
+            link_columns=columns,
         )
 
 
@@ -348,7 +382,8 @@ class DNCCell(MemoryCell):
     interface: Franke et al. 2018.
 
     State: a `DNCState`, all zeros at first but for the memory, which starts
-    at `initial_memory`; the heads update all of it at every step. With
+    at `initial_memory`, and the columns of sparse links, which start at 0 to
+    K - 1 in each row; the heads update all of it at every step. With
     `layers` and a memory each, a tuple of them. In 16 bits usage and linkage
     round at every step.
 
@@ -382,6 +417,11 @@ class DNCCell(MemoryCell):
         linkage: bool. False leaves out links, precedence and read modes: read
             heads find slots by content alone, and a step costs N instead of
             N^2. Default True.
+        sparse_links: int K, at least 1 and at most N: how many links of each
+            slot are kept, the largest, and how many entries of write weighting
+            and precedence make new ones; a step then costs N K instead of N^2.
+            In 16 bits N is at most 256 (bfloat16) or 2048 (float16), so that
+            columns are exact. Default None: all links are kept.
         content_masks: bool; True: each head has a mask that says which of the
             W entries count when a key is compared. Default False.
         deallocation: bool; True: what is freed is also erased from the
@@ -442,6 +482,7 @@ class DNCCell(MemoryCell):
         layers=1,
         share_memory=True,
         linkage=True,
+        sparse_links=None,
         content_masks=False,
         deallocation=False,
         link_sharpening=False,
@@ -465,6 +506,7 @@ class DNCCell(MemoryCell):
                 read_heads=read_heads,
                 write_heads=write_heads,
                 linkage=linkage,
+                sparse_links=sparse_links,
                 content_masks=content_masks,
                 deallocation=deallocation,
                 link_sharpening=link_sharpening,
@@ -497,6 +539,7 @@ class DNCCell(MemoryCell):
         self.layers = layers
         self.share_memory = share_memory
         self.linkage = linkage
+        self.sparse_links = sparse_links
         self.content_masks = content_masks
         self.deallocation = deallocation
         self.link_sharpening = link_sharpening
@@ -508,6 +551,17 @@ class DNCCell(MemoryCell):
         self.norm_epsilon = norm_epsilon
         self.product_epsilon = product_epsilon
         self.usage_epsilon = usage_epsilon
+
+    def build(self, input_shape):
+        most = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
+        if self.sparse_links and most and self.memory_slots > most:
+            raise ValueError(
+                "With `sparse_links` the state has columns of links, whole "
+                f"numbers below `memory_slots`, which {self.compute_dtype} has "
+                f"exactly up to {most} only. Received: "
+                f"memory_slots={self.memory_slots}"
+            )
+        super().build(input_shape)
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")

@@ -83,8 +83,8 @@ class Initial:
         draw: Keras initializer of the weight, if it is one.
         activation: function from the weight to the state, such as softmax
             where the state is a weighting.
-        turned: bool; True: a step has the two axes of `shape` the other way
-            round, as a memory has, whose slots come last there.
+        turned: bool; True: a step has the last two axes of `shape` the other
+            way round, as a memory has, whose slots come last there.
     """
 
     shape: tuple
@@ -96,7 +96,10 @@ class Initial:
 
     @property
     def shape_in_step(self):
-        return self.shape[::-1] if self.turned else self.shape
+        if not self.turned:
+            return self.shape
+        *others, a, b = self.shape
+        return (*others, b, a)
 
     @property
     def is_weight(self):
@@ -393,7 +396,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             else:
                 value = initial.activation(ops.convert_to_tensor(weight))
             if initial.turned:
-                value = ops.transpose(value)
+                value = ops.swapaxes(value, -1, -2)
             value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
             shape = (batch_size, value.shape[-1])
             # A copy: on PyTorch this is a view, of the weight if there is one,
@@ -570,7 +573,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         return keras.tree.pack_sequence_as(
             self.initial_records,
             [
-                ops.swapaxes(value, 1, 2) if initial.turned else value
+                ops.swapaxes(value, -1, -2) if initial.turned else value
                 for value, initial in zip(
                     keras.tree.flatten(records),
                     keras.tree.flatten(self.initial_records),

@@ -251,6 +251,31 @@ def linkage_film_strip(linkage, frames=8, title="Linkage"):
     return _film_strip(linkage, frames, title, "links", {})
 
 
+def dense_linkage(linkage, columns):
+    """Makes N x N links of those that a DNC with `sparse_links` keeps.
+
+    Args:
+        linkage: (..., N, K) links, as `trace` or a `DNCState` have them.
+        columns: (..., N, K) whole numbers in [0, N), their `link_columns`.
+
+    Returns:
+        (..., N, N) array, 0 where no link is kept, for `linkage_film_strip`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    linkage, columns = np.asarray(linkage), np.asarray(columns)
+    if linkage.shape != columns.shape or linkage.ndim < 2:
+        raise ValueError(
+            "`linkage` and `columns` must both be (..., N, K). Received: "
+            f"linkage.shape={linkage.shape}, columns.shape={columns.shape}"
+        )
+    slots = linkage.shape[-2]
+    dense = np.zeros((*linkage.shape[:-1], slots), linkage.dtype)
+    np.put_along_axis(dense, columns.astype("int64"), linkage, axis=-1)
+    return dense
+
+
 def _film_strip(matrices, frames, title, what, scale):
     steps = _moments(len(matrices), frames, "frames")
     shown = len(steps)

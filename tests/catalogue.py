@@ -181,6 +181,13 @@ CASES = [
         norm_epsilon=1e-6,
         usage_epsilon=1e-5,
     ),
+    dnc(
+        "sparse-links",
+        sparse_links=3,
+        write_heads=2,
+        controller="dense",
+        initial_memory="random",
+    ),
     dnc("no-linkage", linkage=False, controller="dense", initial_memory=1e-6),
     Case(
         "memory-rnn",

@@ -447,13 +447,45 @@ def linkage_after(linkage, precedence, write_weighting):
     return after
 
 
+def largest(x, count):
+    """Where the largest of x (N,) are, the first of equal ones first."""
+    return sorted(range(len(x)), key=lambda i: (-x[i], i))[:count]
+
+
+def sparse_linkage_after(linkage, precedence, write_weighting, count):
+    """`linkage_after` of a matrix with at most `count` entries in a row."""
+    w, slots = write_weighting, len(write_weighting)
+    after = np.array(
+        [
+            [(1.0 - w[i] - w[j]) * linkage[i, j] for j in range(slots)]
+            for i in range(slots)
+        ]
+    )
+    for i in largest(w, count):
+        for j in largest(precedence, count):
+            if i != j:
+                after[i, j] += w[i] * precedence[j]
+        kept = largest(after[i], count)
+        for j in range(slots):
+            if j not in kept:
+                after[i, j] = 0.0
+    return after
+
+
 def precedence_after(precedence, write_weighting):
     """p: precedence and write_weighting (N,) -> (N,)."""
     return (1.0 - np.sum(write_weighting)) * precedence + write_weighting
 
 
 def dnc_step(
-    terms, state, *, linkage, deallocation, link_sharpening, **epsilons
+    terms,
+    state,
+    *,
+    linkage,
+    sparse_links,
+    deallocation,
+    link_sharpening,
+    **epsilons,
 ):
     """One step of the memory of one batch item, without the controller.
 
@@ -507,9 +539,12 @@ def dnc_step(
     }
     if linkage:
         links, last = state["linkage"], state["precedence"]
+        function, more = linkage_after, ()
+        if sparse_links is not None:
+            function, more = sparse_linkage_after, (sparse_links,)
         after["linkage"] = np.array(
             [
-                linkage_after(links[h], last[h], write_weighting[h])
+                function(links[h], last[h], write_weighting[h], *more)
                 for h in range(write_heads)
             ]
         )
@@ -579,6 +614,7 @@ def dnc_sequence(
     layers=1,
     share_memory=True,
     linkage=True,
+    sparse_links=None,
     content_masks=False,
     deallocation=False,
     link_sharpening=False,
@@ -669,6 +705,7 @@ def dnc_sequence(
                         terms,
                         states[memory],
                         linkage=linkage,
+                        sparse_links=sparse_links,
                         deallocation=deallocation,
                         link_sharpening=link_sharpening,
                         norm_epsilon=norm_epsilon,

@@ -95,8 +95,10 @@ def tensors(read, tag):
     ]
 
 
-def test_what_tensorboard_gets_of_a_dnc(tmp_path):
-    model = sequential(dnc(write_heads=2, name="dnc"))
+@pytest.mark.parametrize("sparse_links", [None, 3])
+def test_what_tensorboard_gets_of_a_dnc(tmp_path, sparse_links):
+    options = {"write_heads": 2, "sparse_links": sparse_links}
+    model = sequential(dnc(name="dnc", **options))
     fitted(model, callbacks.MemoryTensorBoard(tmp_path, BATCH), epochs=1)
     read = events(tmp_path)
     inside = keras_memory.trace(model.layers[0], BATCH.inputs)
@@ -117,8 +119,14 @@ def test_what_tensorboard_gets_of_a_dnc(tmp_path):
     np.testing.assert_array_equal(shown("dnc/usage"), expected)
     for head in range(2):
         links = inside["linkage"][0][:, head]
+        if sparse_links:
+            columns = inside["link_columns"][0][:, head]
+            links = visualization.dense_linkage(links, columns)
         expected = visualization.linkage_film_strip(links)
         np.testing.assert_array_equal(shown(f"dnc/linkage_{head}"), expected)
+    tags = read.Tags()["tensors"]
+    assert "dnc/linkage/mean" in tags
+    assert not any("link_columns" in tag for tag in tags)
 
 
 def test_a_probe_shows_gates_and_where_heads_act(monkeypatch):

@@ -16,6 +16,7 @@ from keras import ops
 import keras_memory
 from keras_memory import DNCState
 from keras_memory import addressing
+from keras_memory.visualization import dense_linkage
 
 BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
 SIZES = {
@@ -77,12 +78,16 @@ def some_state(layer, seed=13, batch=BATCH):
 
     def of(record):
         slots = record.usage.shape[0]
-        linkage = precedence = ()
+        linkage = precedence = columns = ()
         if record.linkage != ():
             heads = record.linkage.shape[0]
             linkage = weighting((heads, slots, slots)) / slots
             linkage = linkage * (1.0 - np.eye(slots))
             precedence = weighting((heads, slots), 0.8)
+        if record.link_columns != ():
+            linkage, columns = largest_links(
+                linkage, record.link_columns.shape[-1]
+            )
         return DNCState(
             reads=rng.normal(size=(batch, *record.reads.shape)),
             memory=rng.normal(size=(batch, *record.memory.shape)),
@@ -95,10 +100,27 @@ def some_state(layer, seed=13, batch=BATCH):
                 lambda initial: 0.5 * rng.normal(size=(batch, *initial.shape)),
                 record.controller,
             ),
+            link_columns=columns,
         )
 
     made = tuple(of(record) for record in records)
     return layer.cell.pack_state(made if len(made) > 1 else made[0])
+
+
+def largest_links(linkage, count):
+    """The largest entries of each row, and their columns."""
+    columns = np.argsort(-linkage, axis=-1)[..., :count]
+    return np.take_along_axis(linkage, columns, axis=-1), columns
+
+
+def with_dense_links(inside):
+    """What happened, or a state as a dict, with N x N links."""
+    inside = dict(inside)
+    for name in [name for name in inside if name.endswith("link_columns")]:
+        columns = inside.pop(name)
+        name = name.replace("link_columns", "linkage")
+        inside[name] = dense_linkage(inside[name], columns)
+    return inside
 
 
 # Against the oracle.
@@ -139,11 +161,13 @@ def oracle(layer, x, states=None, use_memory=True):
     records = cell.unpack_state(states)
     records = (records,) if isinstance(records, DNCState) else records
     initial = [
-        {
-            name: ops.convert_to_numpy(value)
-            for name, value in record._asdict().items()
-            if name != "controller" and not isinstance(value, tuple)
-        }
+        with_dense_links(
+            {
+                name: ops.convert_to_numpy(value)
+                for name, value in record._asdict().items()
+                if name != "controller" and not isinstance(value, tuple)
+            }
+        )
         for record in records
     ]
     controllers = [
@@ -153,8 +177,8 @@ def oracle(layer, x, states=None, use_memory=True):
     ]
     same = (
         "slot_size read_heads write_heads controller layers share_memory "
-        "linkage content_masks deallocation link_sharpening clip_value "
-        "interface_layer_norm product_epsilon"
+        "linkage sparse_links content_masks deallocation link_sharpening "
+        "clip_value interface_layer_norm product_epsilon"
     )
     epsilons = {}
     for name in ("norm_epsilon", "usage_epsilon"):
@@ -183,6 +207,7 @@ def oracle(layer, x, states=None, use_memory=True):
 def equals_the_oracle(layer, x, states=None, tolerance=1e-11, **kwargs):
     expected = oracle(layer, x, states, **kwargs)
     inside = keras_memory.trace(layer, x, initial_state=states, **kwargs)
+    inside = with_dense_links(inside)
     assert set(inside) == set(expected)
     for name, value in expected.items():
         try:
@@ -222,6 +247,7 @@ OPTIONS = {
     "content_masks": True,
     "link_sharpening": True,
     "linkage": False,
+    "sparse_links": 3,
     "interface_layer_norm": True,
     "clip_value": 0.3,
     "activation": "sigmoid",
@@ -230,6 +256,7 @@ WITH_OTHER_WEIGHTS = {
     "content_masks",
     "link_sharpening",
     "linkage",
+    "sparse_links",  # other states, rather
     "interface_layer_norm",
 }
 
@@ -265,8 +292,9 @@ ALL_IN_ONE = {
         {"layers": 2, "controller": "gru"},
         {"layers": 3, "write_heads": 2, **ALL_IN_ONE},
         {"layers": 2, "linkage": False, "controller": "dense"},
+        {"layers": 2, "sparse_links": 2, "controller": "dense"},
     ],
-    ids=["two", "three with all options", "no linkage"],
+    ids=["two", "three with all options", "no linkage", "sparse links"],
 )
 @needs_tensorflow
 def test_several_layers_equal_the_oracle(options, share_memory):
@@ -282,6 +310,8 @@ def test_several_layers_equal_the_oracle(options, share_memory):
         ({"memory_slots": 1}, (2, 1, WIDTH)),
         ({"slot_size": 1, "write_heads": 2}, (3, 2, 1)),
         ({"memory_slots": 2, "slot_size": 1, **ALL_IN_ONE}, (1, 3, 1)),
+        ({"memory_slots": 1, "sparse_links": 1}, (1, 3, 1)),
+        ({"sparse_links": 1, "read_heads": 1, **ALL_IN_ONE}, (1, 5, 1)),
     ],
     ids=str,
 )
@@ -348,7 +378,7 @@ def test_all_starts_at_zero():
         "write_weighting": (3, 2, 11),
     }
     for record in (first, second):
-        assert record._fields == (*shapes, "controller")
+        assert record._fields == (*shapes, "controller", "link_columns")
         for name, shape in shapes.items():
             close(getattr(record, name), np.zeros(shape), 0)
 
@@ -544,6 +574,138 @@ def test_sharpened_links_are_uniform_where_there_are_none():
     _, inside = a_step(access, state, forward_sharpening=3.0)
     for name in ("forward_weighting", "backward_weighting"):
         close(inside[name], np.full((1, 1, 1, 11), 1 / 11))
+
+
+# Sparse links.
+
+
+def gradients_of(layer, x, states, jit_compile):
+    """Of inputs, weights and states, of a loss of outputs and all states but
+    the links."""
+    import tensorflow as tf
+
+    x, states = tf.constant(x), [tf.constant(state) for state in states]
+    weights = layer.trainable_weights
+    variables = [x, *[weight.value for weight in weights], *states]
+    kept = layer.cell._map_initials(lambda _, name: "link" not in name)
+
+    @tf.function(jit_compile=jit_compile)
+    def gradients():
+        with tf.GradientTape() as tape:
+            tape.watch([x, *states])
+            output, *after = layer(x, initial_state=states, training=True)
+            loss = tf.reduce_sum(tf.sin(output))
+            for state, counts in zip(after, kept):
+                loss += tf.reduce_sum(tf.sin(2 * state)) if counts else 0.0
+        return output, tape.gradient(loss, variables)
+
+    output, found = gradients()
+    states = layer.cell.unpack_state(found[-len(states) :])
+    return output, found[: -len(kept)], states
+
+
+@pytest.mark.parametrize(
+    ("loop", "jit_compile"), [("auto", True), ("portable", False)]
+)
+@needs_tensorflow
+def test_as_many_sparse_links_as_slots_are_all_links(loop, jit_compile):
+    fixed = {
+        "write_heads": 2,
+        "controller": "dense",
+        "initial_memory": "random",
+        "return_state": True,
+        "loop": loop,
+        "dtype": "float64",
+    }
+    dense = randomised(**fixed)
+    sparse = like(dense, sparse_links=11, **fixed)
+    x, states = few(), some_state(dense)
+    record = dense.cell.unpack_state(states)
+    links, columns = largest_links(ops.convert_to_numpy(record.linkage), 11)
+    record = record._replace(linkage=links, link_columns=columns)
+    given = sparse.cell.pack_state(record)
+    expected = keras_memory.trace(dense, x, initial_state=states)
+    inside = keras_memory.trace(sparse, x, initial_state=given)
+    for name, value in with_dense_links(inside).items():
+        close(value, expected[name], 1e-12)
+    output, of_weights, of_states = gradients_of(sparse, x, given, jit_compile)
+    expected, *others = gradients_of(dense, x, states, False)
+    close(output, expected, 1e-12)
+    for found, one in zip(of_weights, others[0], strict=True):
+        close(found, one, 1e-12 * max(1.0, np.abs(one).max()))
+    of_states, others = of_states._asdict(), others[1]._asdict()
+    assert (ops.convert_to_numpy(of_states["link_columns"]) == 0).all()
+    of_links = ops.convert_to_numpy(others.pop("linkage"))
+    at_columns = np.take_along_axis(of_links, columns, axis=-1)
+    close(of_states["linkage"], at_columns, 1e-12 * np.abs(of_links).max())
+    for name in ("precedence", "write_weighting", "read_weighting", "memory"):
+        size = max(1.0, np.abs(others[name]).max())
+        close(of_states[name], others[name], 1e-12 * size)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_single_links_are_kept_exactly(heads):
+    """One slot written after the other: one link a row is all that there is."""
+    rng = np.random.default_rng(3)
+    linkage = tensor(np.zeros((BATCH, heads, 11, 11)))
+    precedence = tensor(np.zeros((BATCH, heads, 11)))
+    sparse = tensor(np.zeros((BATCH, heads, 1, 11)))
+    columns = sparse
+    for _ in range(30):
+        slots = rng.integers(0, 11, size=(BATCH, heads))
+        written = tensor(np.eye(11)[slots])
+        after = precedence, written
+        linkage = addressing.linkage_after_write(linkage, *after)
+        sparse, columns = addressing.sparse_linkage_after_write(
+            sparse, columns, *after
+        )
+        precedence = addressing.precedence_after_write(*after)
+        close(as_matrix(sparse, columns), linkage, 0)
+        read = tensor(reference.softmax(rng.normal(size=(BATCH, 3, 11))))
+        found = addressing.follow_sparse_links(sparse, columns, read)
+        for one, other in zip(found, addressing.follow_links(linkage, read)):
+            close(one, other)
+    assert ops.convert_to_numpy(linkage).sum() > 3
+
+
+def as_matrix(linkage, columns):
+    """Links as a step has them, slots last, as N x N links."""
+    linkage, columns = map(ops.convert_to_numpy, (linkage, columns))
+    return dense_linkage(linkage.swapaxes(-1, -2), columns.swapaxes(-1, -2))
+
+
+def test_rows_of_sparse_links_have_each_column_once():
+    layer = randomised(write_heads=2, sparse_links=4, initial_memory="random")
+    x = 2.0 * numbers(shape=(BATCH, 20, WIDTH)).astype("float32")
+    inside = keras_memory.trace(layer, x)
+    columns = inside["link_columns"]
+    assert columns.shape == (BATCH, 20, 2, 11, 4)
+    assert (columns == np.round(columns)).all()
+    assert columns.min() == 0 and columns.max() == 10
+    assert (np.diff(np.sort(columns, axis=-1), axis=-1) > 0).all()
+    # New columns have come, and only those of links.
+    assert (columns[:, -1] != np.arange(4)).any()
+    links = with_dense_links(inside)["linkage"]
+    assert (np.diagonal(links, axis1=-2, axis2=-1) == 0).all()
+    assert links.min() >= 0 and (links.sum(-1) <= 1 + 1e-6).all()
+
+
+@needs_tensorflow
+def test_few_links_in_graphs_of_any_batch_size():
+    import tensorflow as tf
+
+    layer = randomised(sparse_links=3, controller="dense")
+    x = numbers().astype("float32")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, WIDTH))])
+    def free(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, training=True) ** 2)
+        return tape.gradient(loss, layer.trainable_weights)
+
+    for found, one in zip(free(x), free(x[:1])):
+        assert np.isfinite(found).all() and np.isfinite(one).all()
+    assert layer.time_loop == "fast"
 
 
 # Invariants.
@@ -757,6 +919,7 @@ def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
     "options",
     [
         {"write_heads": 2, "controller": "gru", **ALL_IN_ONE},
+        {"sparse_links": 3, "write_heads": 2, "controller": "dense"},
         slow_unless(
             False, {"layers": 2, "share_memory": False, "controller": "rnn"}
         ),
@@ -771,7 +934,7 @@ def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
             },
         ),
     ],
-    ids=["all options", "two memories", "no linkage"],
+    ids=["all options", "sparse links", "two memories", "no linkage"],
 )
 @needs_tensorflow
 def test_gradients_equal_finite_differences(options):
@@ -788,6 +951,7 @@ def test_gradients_equal_finite_differences(options):
     time = 4
     x = tf.Variable(numbers(shape=(BATCH, time, WIDTH)))
     states = [tf.Variable(state) for state in some_state(layer)]
+    columns = states[-1] if "sparse_links" in options else None
     mask = np.ones((BATCH, time), bool)
     mask[1, 2] = False
     projection = rng.normal(size=(BATCH, time, layer.cell.output_size))
@@ -810,6 +974,9 @@ def test_gradients_equal_finite_differences(options):
             value = loss()
         gradients = tape.gradient(value, variables)
         for index, variable in enumerate(variables):
+            if variable is columns:
+                assert (gradients[index].numpy() == 0).all()
+                continue
             gradient = gradients[index]
             if gradient is None:
                 gradient = tf.zeros_like(variable)
@@ -859,8 +1026,8 @@ def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
     ]
     start = layer.cell.unpack_state(some_state(layer))
     start = start._replace(controller=())
-    variables = [*interfaces, *start[:-1]]
-    projections = [rng.normal(size=value.shape) for value in start[:-1]]
+    variables = [*interfaces, *start[:-2]]
+    projections = [rng.normal(size=value.shape) for value in start[:-2]]
 
     def gradients(access, told_of):
         with tf.GradientTape() as tape:
@@ -872,7 +1039,7 @@ def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
                 state, _ = act(access, interface, state)
             loss = sum(
                 tf.reduce_sum(p * value)
-                for p, value in zip(projections, state[:-1])
+                for p, value in zip(projections, state[:-2])
             )
         return [
             np.zeros(v.shape) if g is None else g.numpy()
@@ -1042,6 +1209,8 @@ SINGULAR = {
     "tiny memory": {"initial_memory": 1e-30},
     "all options": {"write_heads": 2, **ALL_IN_ONE},
     "no linkage": {"linkage": False},
+    "sparse links": {"sparse_links": 3, "write_heads": 2},
+    "sparse links, one slot": {"sparse_links": 1, "memory_slots": 1},
 }
 
 
@@ -1050,6 +1219,7 @@ SINGULAR = {
     [
         *((name, "float32") for name in SINGULAR),
         ("one slot", "float64"),
+        ("sparse links", "mixed_float16"),
         ("one slot", "mixed_float16"),
         ("all options", "mixed_float16"),
     ],
@@ -1475,6 +1645,7 @@ SWITCH = [None, 1, 0, "yes"]
         ("units", [0, -1, 2.0, True]),
         *((name, SIZE) for name in ("memory_slots", "slot_size", "layers")),
         *((name, SIZE) for name in ("read_heads", "write_heads")),
+        ("sparse_links", [value for value in SIZE if value is not None]),
         *((name, SIZE) for name in ("controller_units", "controller_layers")),
         *(
             (name, SWITCH)
@@ -1505,6 +1676,26 @@ def test_arguments_that_are_refused(name, values):
             dnc(**{name: value})
         assert f"`{name}`" in str(error.value), value
         assert f"Received: {name}={value!r}" in str(error.value), value
+
+
+def test_sparse_links_need_links_and_slots():
+    with pytest.raises(ValueError, match="`sparse_links`.*linkage=False"):
+        dnc(linkage=False, sparse_links=3)
+    with pytest.raises(ValueError, match="sparse_links=12.*memory_slots=11"):
+        dnc(sparse_links=12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slots"),
+    [("bfloat16", 257), ("mixed_bfloat16", 257), ("mixed_float16", 2049)],
+)
+def test_columns_that_a_dtype_does_not_have(dtype, slots):
+    fixed = {"dtype": dtype, "controller": "dense"}
+    message = f"`sparse_links`.*below `memory_slots`.*memory_slots={slots}"
+    with pytest.raises(ValueError, match=message):
+        built(memory_slots=slots, sparse_links=3, **fixed)
+    built(memory_slots=slots - 1, sparse_links=3, **fixed)
+    built(memory_slots=slots, **fixed)
 
 
 def test_sharpened_links_need_links():

@@ -322,7 +322,10 @@ def test_products_have_derivatives_of_any_order():
         return tf.constant(rng.uniform(0.1, 0.9, size=shape))
 
     memory, vectors, weighting = array(2, 3, 5), array(2, 2, 3), array(2, 2, 5)
+    places = tf.constant([[4.0, 0.0, 4.0], [1.0, 2.0, 3.0]], "float64")
     functions = {
+        lambda x: access.take(x, places): (array(2, 5, 3),),
+        lambda x: access.put(x, places, 5): (array(2, 3, 2),),
         access.read: (memory, weighting),
         access.match: (vectors, memory),
         access.spread: (vectors, weighting),

@@ -325,6 +325,20 @@ def test_links_have_rows_and_columns_and_a_scale_from_0():
     assert hot.max(axis=0).tolist() == [top + 4 * 16 - 1, last + 2 * 16 - 1]
 
 
+def test_links_that_were_kept_in_their_places():
+    linkage = np.array([[0.5, 0.25], [0.0, 1.0], [0.125, 0.0]])
+    columns = np.array([[2, 1], [0, 2], [1, 0]], "float32")
+    expected = [[0, 0.25, 0.5], [0, 0, 1], [0, 0.125, 0]]
+    dense = visualization.dense_linkage(linkage, columns)
+    np.testing.assert_array_equal(dense, expected)
+    np.testing.assert_array_equal(
+        visualization.dense_linkage([[linkage]], [[columns]]), [[expected]]
+    )
+    for wrong in (columns[:, :1], columns[0]):
+        with pytest.raises(ValueError, match="`linkage` and `columns`.*Rec"):
+            visualization.dense_linkage(linkage, wrong)
+
+
 def test_gates_are_drawn_head_by_head(copy_task):
     for key in ("inputs", "targets", "outputs"):
         copy_task[key] = np.zeros_like(copy_task[key])
