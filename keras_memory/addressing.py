@@ -317,27 +317,57 @@ def allocation(usage, usage_epsilon=None, sort=None):
         usage_epsilon = USAGE_EPSILON[ops.dtype(usage)]
     if sort is None:
         sort = slots > MOST_COMPARED_SLOTS
-    free = (1.0 - usage_epsilon) * (1.0 - usage)
-    log_usage = ops.log(usage_epsilon + (1.0 - usage_epsilon) * usage)
-    if sort:
-        order = ops.argsort(-free, axis=-1)
-        ranked = ops.take_along_axis(log_usage, order, axis=-1)
-        before = ops.cumsum(ranked[:, :-1], axis=-1)
-        before = ops.concatenate(
-            [ops.zeros_like(ranked[:, :1]), before], axis=-1
-        )
-        place = ops.argsort(order, axis=-1)
-        before = ops.take_along_axis(before, place, axis=-1)
-    else:
-        mine, other = free[:, :, None], free[:, None, :]
-        lower = np.tri(slots, k=-1, dtype=bool)  # other's index below mine
-        is_before = ops.logical_or(
-            other > mine, ops.logical_and(other == mine, lower)
-        )
-        before = ops.matmul(
-            ops.cast(is_before, usage.dtype), log_usage[:, :, None]
-        )[:, :, 0]
-    return free * ops.exp(before)
+
+    def free_and_used(usage):
+        share = 1.0 - usage_epsilon
+        return share * (1.0 - usage), usage_epsilon + share * usage
+
+    def allocated(usage):
+        free, used = free_and_used(usage)
+        if sort:
+            order = ops.argsort(-free, axis=-1)
+            orders = [order, ops.argsort(order, axis=-1)]
+            before = _sum_of_earlier(ops.log(used), *orders)
+        else:
+            orders = []
+            is_freer = _is_freer(free, usage.dtype)
+            before = ops.matmul(is_freer, ops.log(used)[:, :, None])[:, :, 0]
+        share = ops.exp(before)
+        return [free * share, share, *orders]
+
+    def gradient(upstream, kept, usage):
+        weighting, share, *orders = kept
+        free, used = free_and_used(usage)
+        of_before = upstream[0] * weighting
+        if sort:
+            of_log = _sum_of_earlier(of_before, *orders, from_the_end=True)
+        else:
+            is_freer = _is_freer(free, usage.dtype)
+            of_log = ops.matmul(of_before[:, None], is_freer)[:, 0]
+        return (1.0 - usage_epsilon) * (of_log / used - upstream[0] * share)
+
+    return kept(allocated, gradient, usage)[0]
+
+
+def _is_freer(free, dtype):
+    """(B, N, N), 1 where slot j is freer than slot i, or as free and lower."""
+    mine, other = free[:, :, None], free[:, None, :]
+    lower = np.tri(free.shape[-1], k=-1, dtype=bool)
+    tied = ops.logical_and(other == mine, lower)
+    return ops.cast(ops.logical_or(other > mine, tied), dtype)
+
+
+def _sum_of_earlier(x, order, place, from_the_end=False):
+    """For each slot the sum of x over those that `order` has before it, where
+    it has the place `place`."""
+    ranked = ops.take_along_axis(x, order, axis=-1)
+    if from_the_end:
+        ranked = ops.flip(ranked, axis=-1)
+    sums = ops.cumsum(ranked[:, :-1], axis=-1)
+    sums = ops.concatenate([ops.zeros_like(x[:, :1]), sums], axis=-1)
+    if from_the_end:
+        sums = ops.flip(sums, axis=-1)
+    return ops.take_along_axis(sums, place, axis=-1)
 
 
 def linkage_after_write(linkage, precedence, write_weighting):
