@@ -822,6 +822,11 @@ class MemoryRNN(keras.layers.RNN):
             `"fast"` takes it or raises an error. A step of a cell of your own
             runs twice in it: take `"portable"` if it is random other than by
             Keras, or computes with tensors from outside that need gradients.
+        recompute: None, an int of at least 1, or `"sqrt"`. In training the
+            fast loop keeps for its gradient the states of every step, or of
+            every so many steps only, and computes those between again: less
+            memory for one more forward run. `"sqrt"`: as many as the square
+            root of the number of steps, the least memory. Default None: all.
         **kwargs: of the subclass's cell, and of `keras.layers.Layer`.
 
     Attributes:
@@ -871,6 +876,7 @@ class MemoryRNN(keras.layers.RNN):
         unroll=False,
         zero_output_for_mask=False,
         loop="auto",
+        recompute=None,
         **kwargs,
     ):
         of_layer = {
@@ -893,6 +899,13 @@ class MemoryRNN(keras.layers.RNN):
             raise ValueError(
                 f"`loop` must be one of {scan.LOOPS}. Received: loop={loop!r}"
             )
+        if recompute is not None and recompute != "sqrt":
+            check_size("recompute", recompute)
+        if recompute is not None and (loop == "portable" or unroll):
+            raise ValueError(
+                "`recompute` is a way of the fast time loop. Received: "
+                f"recompute={recompute!r}, loop={loop!r}, unroll={unroll}"
+            )
         super().__init__(
             *args,
             return_sequences=return_sequences,
@@ -907,6 +920,7 @@ class MemoryRNN(keras.layers.RNN):
         )
 
         self.loop = loop
+        self.recompute = recompute
         self.time_loop = None
 
     def build(self, sequences_shape, initial_state_shape=None):
@@ -994,6 +1008,7 @@ class MemoryRNN(keras.layers.RNN):
             all_outputs=self.return_sequences,
             use_memory=use_memory,
             loop=self.loop,
+            recompute=self.recompute,
         )
         outputs = self.cell.project(features, training)
         if mask is not None:
@@ -1077,7 +1092,11 @@ class MemoryRNN(keras.layers.RNN):
         return after
 
     def get_config(self):
-        config = {**super().get_config(), "loop": self.loop}
+        config = {
+            **super().get_config(),
+            "loop": self.loop,
+            "recompute": self.recompute,
+        }
         if self.cell_class is not None:
             config.pop("cell")
             config = {**self.cell.get_config(), **config}

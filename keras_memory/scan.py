@@ -4,8 +4,11 @@ The portable way is Keras's own RNN loop, on any backend, differentiated by
 the backend. The fast way has a gradient of its own: forward, it keeps the
 states in front of each step and what `replay.py` is told to; backward, it
 runs each step once more without its products with weights, and takes the
-gradients of the weights after the loop, in one matrix product each.
+gradients of the weights after the loop, in one matrix product each. It can
+also keep the states of some steps only, and run those between once more.
 """
+
+import math
 
 import keras
 from keras import ops
@@ -27,6 +30,7 @@ def run(
     all_outputs=True,
     use_memory=True,
     loop="auto",
+    recompute=None,
 ):
     """Steps a memory cell through time.
 
@@ -42,6 +46,7 @@ def run(
         use_memory: bool, as in the cell's call.
         loop: one of `LOOPS`; `"auto"` is the fast one in training, where the
             cell fits.
+        recompute: int, "sqrt" or None, see `MemoryRNN`.
 
     Returns:
         Features (B, T, F), in the order in which the steps were taken, or
@@ -96,7 +101,14 @@ def run(
         )
     else:
         features, states = _fast(
-            step, inputs, states, go_backwards, all_outputs, survey, specs
+            step,
+            inputs,
+            states,
+            go_backwards,
+            all_outputs,
+            recompute,
+            survey,
+            specs,
         )
     if not all_outputs:
         features = states[0]
@@ -173,33 +185,90 @@ def _forward(step, run, inputs, states):
     return after, features, (states, run.inputs, run.results, run.values)
 
 
-def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
-    """The loop with a gradient of its own. Features are a list of one array
-    within it, or of none where only the last ones are wanted."""
+def _fast(
+    step, inputs, states, go_backwards, all_outputs, recompute, survey, specs
+):
+    """The loop with a gradient of its own."""
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # time first
     if go_backwards:
         inputs = [ops.flip(x, axis=0) for x in inputs]
+    variables = [v for v in survey.variables if "float" in v.dtype]
+    with backend.AutocastScope(None):
+        weights = (
+            [
+                _joined(*weights, result.dtype)
+                for weights, result in zip(survey.linears, specs[2][2])
+            ],
+            [ops.copy(variable) for variable in variables],
+        )
+
+    def run(inputs, states, segment=None):
+        return _differentiable(
+            step,
+            inputs,
+            states,
+            all_outputs,
+            segment,
+            weights,
+            variables,
+            specs,
+        )
+
+    def whole():
+        return run(inputs, states)
+
+    def in_segments():
+        # A first one, which keeps everything, makes the others equally long.
+        first = (steps - 1) % segment + 1
+        head, between = run([x[:first] for x in inputs], states)
+        rest, after = run([x[first:] for x in inputs], between, segment)
+        return [ops.concatenate(both) for both in zip(head, rest)], after
+
+    steps = inputs[0].shape[0] or ops.shape(inputs[0])[0]
+    segment = _square_root(steps) if recompute == "sqrt" else recompute
+    if recompute is None:
+        features, states = whole()
+    elif isinstance(steps, int):
+        features, states = whole() if steps <= segment else in_segments()
+    else:
+        features, states = ops.cond(steps <= segment, whole, in_segments)
+    return ops.swapaxes(features[0], 0, 1) if all_outputs else None, states
+
+
+def _square_root(steps):
+    if isinstance(steps, int):
+        return math.isqrt(steps)
+    return ops.cast(ops.sqrt(ops.cast(steps, "float32")), steps.dtype)
+
+
+def _differentiable(
+    step, inputs, states, all_outputs, segment, weights, variables, specs
+):
+    """Steps through inputs with time in front. With a `segment` of steps, only
+    the states in front of each are kept, and the gradient runs its steps once
+    more. Features are a list of one array, or of none where only the last ones
+    are wanted."""
     x, *masks = inputs
     _, features_spec, kept_spec = specs
-    variables = [v for v in survey.variables if "float" in v.dtype]
 
-    def forward(x, states, linears, values):
+    def cut(array):
+        """(T, ...) -> (segments, steps of one, ...)."""
+        return ops.reshape(array, (-1, segment, *ops.shape(array)[1:]))
+
+    def join(array):
+        return ops.reshape(array, (-1, *ops.shape(array)[2:]))
+
+    def forward(states, inputs, linears, values):
         def once(states, inputs):
             run = replay.Forward(linears, zip(variables, values))
             after, features, kept = _forward(step, run, inputs, states)
             return after, ([features] * all_outputs, kept)
 
         specs = [features_spec] * all_outputs, kept_spec
-        after, (features, kept) = _scan(once, states, [x, *masks], specs)
+        after, (features, kept) = _scan(once, states, inputs, specs)
+        return after, features, kept
 
-        def gradient(*upstream):
-            upstream = keras.tree.flatten(upstream)  # JAX gives one tuple
-            return _first_only(backward)(upstream, x, linears, values, kept)
-
-        return (*features, *after), gradient
-
-    def backward(upstream, x, linears, values, kept):
-        of_features, of_after = upstream[:all_outputs], upstream[all_outputs:]
+    def backward(of_features, of_after, inputs, linears, values, kept):
         # Here, as in the loop XLA would take the products with swapped axes.
         swapped = [ops.transpose(kernel) for kernel, *_ in linears]
 
@@ -221,34 +290,86 @@ def _fast(step, inputs, states, go_backwards, all_outputs, survey, specs):
                 (inputs[0], before, taps, values),
                 (of_features, of_after),
             )
-            of_values = [a + b for a, b in zip(of_values, more)]
-            return (of_before, of_values), (of_x, of_results)
+            return (of_before, _sum(of_values, more)), (of_x, of_results)
 
         (of_states, of_values), (of_x, of_results) = _scan(
             once,
-            (list(of_after), [ops.zeros_like(value) for value in values]),
-            (list(of_features), [x, *masks], kept),
-            (x[0], kept_spec[2]),
+            (of_after, keras.tree.map_structure(ops.zeros_like, values)),
+            (of_features, inputs, kept),
+            (_spec(x[0]), kept_spec[2]),
             reverse=True,
         )
         of_linears = [
             _of_weights(inputs, of_result)[: len(weights)]
             for inputs, of_result, weights in zip(kept[1], of_results, linears)
         ]
-        return of_x, of_states, of_linears, of_values
+        return of_states, of_x, of_linears, of_values
 
-    with backend.AutocastScope(None):
-        weights = (
-            [
-                _joined(*weights, result.dtype)
-                for weights, result in zip(survey.linears, kept_spec[2])
-            ],
-            [ops.copy(variable) for variable in variables],
+    def forward_by_segments(states, inputs, linears, values):
+        def once(states, inputs):
+            after, features, _ = forward(states, inputs, linears, values)
+            return after, (features, states)
+
+        specs = [_spec(features_spec, segment)] * all_outputs, states
+        after, (features, kept) = _scan(
+            once, states, [cut(x) for x in inputs], specs
         )
-    features_and_states = ops.custom_gradient(forward)(x, states, *weights)
-    features = features_and_states[:all_outputs]
-    features = ops.swapaxes(features[0], 0, 1) if all_outputs else None
-    return features, list(features_and_states[all_outputs:])
+        return after, [join(x) for x in features], kept
+
+    def backward_by_segments(
+        of_features, of_after, inputs, linears, values, kept
+    ):
+        def once(carried, slices):
+            of_after, of_weights = carried
+            of_features, inputs, before = slices
+            _, _, kept = forward(before, inputs, linears, values)
+            of_before, of_x, *more = backward(
+                of_features, of_after, inputs, linears, values, kept
+            )
+            return (of_before, _sum(of_weights, more)), of_x
+
+        zeros = keras.tree.map_structure(ops.zeros_like, [linears, values])
+        cuts = keras.tree.map_structure(cut, (of_features, inputs))
+        (of_states, of_weights), of_x = _scan(
+            once,
+            (of_after, zeros),
+            (*cuts, kept),
+            _spec(x[0], segment),
+            reverse=True,
+        )
+        return of_states, join(of_x), *of_weights
+
+    there, back = forward, backward
+    if segment is not None:
+        there, back = forward_by_segments, backward_by_segments
+
+    def call(x, states, linears, values):
+        inputs = [x, *masks]
+        after, features, kept = there(states, inputs, linears, values)
+
+        def gradient(*upstream):
+            upstream = keras.tree.flatten(upstream)  # JAX gives one tuple
+            of_features = list(upstream[:all_outputs])
+            of_after = list(upstream[all_outputs:])
+            of_states, of_x, *of_weights = _first_only(back)(
+                of_features, of_after, inputs, linears, values, kept
+            )
+            return of_x, of_states, *of_weights
+
+        return (*features, *after), gradient
+
+    results = ops.custom_gradient(call)(x, states, *weights)
+    return list(results[:all_outputs]), list(results[all_outputs:])
+
+
+def _spec(x, *steps):
+    """Shape and dtype like those of `x`, with an axis of `steps` in front."""
+    steps = [n if isinstance(n, int) else None for n in steps]
+    return keras.KerasTensor((*steps, *x.shape), ops.dtype(x))
+
+
+def _sum(some, others):
+    return keras.tree.map_structure(lambda a, b: a + b, some, others)
 
 
 def _joined(kernels, bias, dtype):

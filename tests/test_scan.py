@@ -13,7 +13,9 @@ from catalogue import slow_unless
 from keras import ops
 
 import keras_memory
+from keras_memory import addressing
 from keras_memory import replay
+from keras_memory import scan
 
 HOLES = np.array([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]], bool)
 PLAIN = [case for case in CASES if case.name in ("ntm-default", "dnc-default")]
@@ -152,6 +154,95 @@ def test_loops_agree_at_the_smallest_sizes(steps):
         loops_agree(case, "whole", False, "float64")
 
 
+# Fewer states kept.
+
+
+@pytest.mark.parametrize(
+    ("way", "recompute"), [("holes", 3), ("backwards", 1), ("last", "sqrt")]
+)
+def test_steps_computed_again_give_the_same_numbers(way, recompute):
+    wide = harness.BACKEND == "tensorflow"
+    arguments = {"dtype": "float64" if wide else "float32", **WAYS[way]}
+    _, results, gradients = differentiate(CASES[0], "auto", **arguments)
+    layer, again, of_again = differentiate(
+        CASES[0], "auto", recompute=recompute, **arguments
+    )
+    assert layer.time_loop == "fast"
+    same(again, results, 1e-12 if wide else 1e-6)
+    same(of_again, gradients, 1e-10 if wide else 2e-5)
+
+
+@harness.needs_tensorflow
+def test_steps_are_computed_again_under_xla_and_of_any_number():
+    import tensorflow as tf
+
+    layers = [
+        small(recompute=recompute, return_sequences=True, dtype="float64")
+        for recompute in (None, "sqrt")
+    ]
+    x = np.random.default_rng(2).normal(size=(2, 10, 5))
+    for layer in layers:
+        layer.build(x.shape)
+        layer.set_weights(layers[0].get_weights())
+
+    def slopes(layer, x):
+        weights = layer.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.sin(layer(x, training=True)))
+        return tape.gradient(loss, [weight.value for weight in weights])
+
+    expected = slopes(layers[0], x)
+    compiled = tf.function(slopes, jit_compile=True)
+    same(compiled(layers[1], tf.constant(x)), expected, 1e-10)
+    free = tf.function(
+        lambda x: slopes(layers[1], x),
+        input_signature=[tf.TensorSpec((None, None, 5), "float64")],
+    )
+    for steps in (1, 2, 10):
+        some = tf.constant(x[:, :steps])
+        same(free(some), slopes(layers[0], some), 1e-10)
+
+
+def test_fewer_states_are_kept():
+    """Of 9 steps those of every third, by the arrays that are kept."""
+    x = np.ones((2, 9, 5), "float32")
+    kept = {}
+    real = scan._scan
+
+    def counting(step, carried, slices, specs, reverse=False):
+        after, results = real(step, carried, slices, specs, reverse)
+        if not reverse:
+            kept[recompute] = kept.get(recompute, []) + [
+                array.shape[0] for array in keras.tree.flatten(results)
+            ]
+        return after, results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "_scan", counting)
+        for recompute in (None, 3):
+            small(recompute=recompute)(x, training=True)
+    assert set(kept[None]) == {9}
+    assert set(kept[3]) == {2, 3}  # three steps, and two segments of three
+
+
+def test_unknown_ways_to_compute_again_are_refused():
+    for recompute in (0, 2.5, "all", True):
+        with pytest.raises(ValueError, match="`recompute` must be"):
+            small(recompute=recompute)
+    with pytest.raises(ValueError, match="`recompute` is a way of the fast"):
+        small(recompute=3, loop="portable")
+
+
+def test_allocation_by_sorting_has_the_same_gradient(monkeypatch):
+    case = next(case for case in PLAIN if case.name == "dnc-default")
+    _, _, expected = differentiate(case, "auto")
+    monkeypatch.setattr(addressing, "MOST_COMPARED_SLOTS", 1)
+    _, _, gradients = differentiate(case, "auto")
+    same(gradients, expected, 2e-5)
+    _, _, portable = differentiate(case, "portable")
+    same(gradients, portable, 2e-5)
+
+
 # Which loop.
 
 
@@ -202,6 +293,7 @@ def test_unknown_loops_are_refused():
 def test_the_loop_is_in_the_configuration():
     assert small(loop="portable").get_config()["loop"] == "portable"
     assert small().get_config()["loop"] == "auto"
+    assert small(recompute="sqrt").get_config()["recompute"] == "sqrt"
 
 
 @keras.saving.register_keras_serializable(package="tests")
