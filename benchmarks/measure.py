@@ -78,6 +78,7 @@ def serve(connection, prepare, make, rounds, seconds):
         result = {"first_step_seconds": first, "megabytes": peak(before)}
         connection.send(("alone", (result, times)))
         while connection.recv():
+            step()  # the others have left nothing of ours in the caches
             connection.send(("step", timed(step)))
     except (EOFError, KeyboardInterrupt):
         pass  # the parent has ended
@@ -182,9 +183,10 @@ class Worker:
 def compare(jobs, rounds, alone=3, **limits):
     """Lets variants make steps in turn.
 
-    Each round takes one step of each, so that what else the machine does hits
-    all of them alike. Where memory does not suffice for all at once, the steps
-    are those that each made on its own (`in_turn` is then false).
+    Each round takes two steps of each, of which the second is measured, so
+    that what else the machine does hits all of them alike. Where memory does
+    not suffice for all at once, the steps are those that each made on its own
+    (`in_turn` is then false).
 
     Args:
         jobs: dict from any key to `prepare` and `make` of a worker, or to a

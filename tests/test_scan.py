@@ -225,6 +225,35 @@ def test_fewer_states_are_kept():
     assert set(kept[3]) == {2, 3}  # three steps, and two segments of three
 
 
+@harness.needs_tensorflow
+def test_windows_of_a_stream_have_gradients_of_their_own():
+    import tensorflow as tf
+
+    x = np.random.default_rng(3).normal(size=(2, 8, 5)).astype("float32")
+    stream = small(stateful=True, recompute="sqrt", return_sequences=True)
+    whole = small(return_state=True, return_sequences=True)
+    for layer in (stream, whole):
+        layer.build((2, 4, 5))
+    whole.set_weights([weight.numpy() for weight in stream.trainable_weights])
+
+    def slopes(layer, weights, *inputs):
+        with tf.GradientTape() as tape:
+            results = layer(*inputs, training=True)
+            outputs, *states = keras.tree.flatten(results)
+            loss = tf.reduce_sum(outputs**2)
+        sources = [weight.value for weight in weights]
+        return states, tape.gradient(
+            loss, sources, unconnected_gradients="zero"
+        )
+
+    states, expected = slopes(whole, whole.trainable_weights, x[:, :4])
+    _, first = slopes(stream, stream.trainable_weights, x[:, :4])
+    same(first, expected, 1e-5)
+    _, expected = slopes(whole, whole.trainable_weights, x[:, 4:], states)
+    _, second = slopes(stream, stream.trainable_weights, x[:, 4:])
+    same(second, expected, 1e-5)
+
+
 def test_unknown_ways_to_compute_again_are_refused():
     for recompute in (0, 2.5, "all", True):
         with pytest.raises(ValueError, match="`recompute` must be"):
