@@ -35,6 +35,7 @@ from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.replay import linear
+from keras_memory.replay import to_train
 
 
 class Access(typing.Protocol):
@@ -634,10 +635,13 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 interface = linear([output], [kernel], bias)
                 if self.interface_layer_norm:
                     interface = self.interface_norms[block](interface)
-                record, inside = access.step(
-                    ops.cast(interface, self.access_dtype),
-                    _cast(record._replace(controller=()), self.access_dtype),
-                )
+                with to_train(training):
+                    record, inside = access.step(
+                        ops.cast(interface, self.access_dtype),
+                        _cast(
+                            record._replace(controller=()), self.access_dtype
+                        ),
+                    )
                 record = _cast(record, self.compute_dtype)
                 reads = record.reads
             else:

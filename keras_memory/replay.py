@@ -7,6 +7,7 @@ in the first, and the gradients of all `linear` weights are taken after the
 loop, in one matrix product each. Outside of that loop they just compute.
 """
 
+import contextlib
 import contextvars
 
 import keras
@@ -14,6 +15,20 @@ from keras import ops
 
 # The pass over a step that is under way in this thread, if any.
 _current = contextvars.ContextVar("current", default=None)
+
+# Whether `with_gradient` is to do more than compute.
+_to_train = contextvars.ContextVar("to_train", default=True)
+
+
+@contextlib.contextmanager
+def to_train(training):
+    """Where `training` is False, gradients are the backend's: those of our own
+    would stay in a model that is exported, and forbid forward mode."""
+    before = _to_train.set(bool(training))
+    try:
+        yield
+    finally:
+        _to_train.reset(before)
 
 
 def linear(inputs, kernels, bias=None):
@@ -96,7 +111,8 @@ def with_gradient(function, gradient, *arguments):
     Returns:
         Array.
     """
-    if keras.backend.backend() not in ("tensorflow", "jax"):
+    has_them = keras.backend.backend() in ("tensorflow", "jax")
+    if not has_them or not (_to_train.get() or _current.get()):
         return function(*arguments)
 
     @ops.custom_gradient

@@ -188,7 +188,7 @@ def _forward(step, run, inputs, states):
 def _fast(
     step, inputs, states, go_backwards, all_outputs, recompute, survey, specs
 ):
-    """The loop with a gradient of its own."""
+    """The loop with a gradient of its own, as a whole or in segments."""
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # time first
     if go_backwards:
         inputs = [ops.flip(x, axis=0) for x in inputs]
@@ -201,27 +201,17 @@ def _fast(
             ],
             [ops.copy(variable) for variable in variables],
         )
-
-    def run(inputs, states, segment=None):
-        return _differentiable(
-            step,
-            inputs,
-            states,
-            all_outputs,
-            segment,
-            weights,
-            variables,
-            specs,
-        )
+    loop = _Loop(step, all_outputs, variables, specs)
 
     def whole():
-        return run(inputs, states)
+        return loop.run(inputs, states, weights)
 
     def in_segments():
         # A first one, which keeps everything, makes the others equally long.
         first = (steps - 1) % segment + 1
-        head, between = run([x[:first] for x in inputs], states)
-        rest, after = run([x[first:] for x in inputs], between, segment)
+        head, after = loop.run([x[:first] for x in inputs], states, weights)
+        others = _LoopInSegments(segment, step, all_outputs, variables, specs)
+        rest, after = others.run([x[first:] for x in inputs], after, weights)
         return [ops.concatenate(both) for both in zip(head, rest)], after
 
     steps = inputs[0].shape[0] or ops.shape(inputs[0])[0]
@@ -241,48 +231,67 @@ def _square_root(steps):
     return ops.cast(ops.sqrt(ops.cast(steps, "float32")), steps.dtype)
 
 
-def _differentiable(
-    step, inputs, states, all_outputs, segment, weights, variables, specs
-):
-    """Steps through inputs with time in front. With a `segment` of steps, only
-    the states in front of each are kept, and the gradient runs its steps once
-    more. Features are a list of one array, or of none where only the last ones
-    are wanted."""
-    x, *masks = inputs
-    _, features_spec, kept_spec = specs
+class _Loop:
+    """Steps through inputs (T, B, ...), and keeps what the gradient needs of
+    every step. Features are a list of one array, or of none where only the
+    last ones are wanted."""
 
-    def cut(array):
-        """(T, ...) -> (segments, steps of one, ...)."""
-        return ops.reshape(array, (-1, segment, *ops.shape(array)[1:]))
+    def __init__(self, step, all_outputs, variables, specs):
+        self.step = step
+        self.all_outputs = int(all_outputs)
+        self.variables = variables
+        _, self.features_spec, self.kept_spec = specs
 
-    def join(array):
-        return ops.reshape(array, (-1, *ops.shape(array)[2:]))
+    def run(self, inputs, states, weights):
+        """Features and states, with a gradient."""
 
-    def forward(states, inputs, linears, values):
+        def call(x, states, linears, values):
+            steps = [x, *inputs[1:]], linears, values
+            features, after, kept = self.forward(states, *steps)
+
+            def gradient(*upstream):
+                upstream = keras.tree.flatten(upstream)  # JAX gives one tuple
+                return _first_only(self.backward)(
+                    upstream[: self.all_outputs],
+                    upstream[self.all_outputs :],
+                    kept,
+                    *steps,
+                )
+
+            return (*features, *after), gradient
+
+        results = ops.custom_gradient(call)(inputs[0], states, *weights)
+        results = list(results)
+        return results[: self.all_outputs], results[self.all_outputs :]
+
+    def forward(self, states, inputs, linears, values):
+        """Features, states, and what is to be kept."""
+
         def once(states, inputs):
-            run = replay.Forward(linears, zip(variables, values))
-            after, features, kept = _forward(step, run, inputs, states)
-            return after, ([features] * all_outputs, kept)
+            run = replay.Forward(linears, zip(self.variables, values))
+            after, features, kept = _forward(self.step, run, inputs, states)
+            return after, ([features] * self.all_outputs, kept)
 
-        specs = [features_spec] * all_outputs, kept_spec
+        specs = [self.features_spec] * self.all_outputs, self.kept_spec
         after, (features, kept) = _scan(once, states, inputs, specs)
-        return after, features, kept
+        return features, after, kept
 
-    def backward(of_features, of_after, inputs, linears, values, kept):
+    def backward(self, of_features, of_after, kept, inputs, linears, values):
+        """Gradients of x, states, linears and values."""
         # Here, as in the loop XLA would take the products with swapped axes.
         swapped = [ops.transpose(kernel) for kernel, *_ in linears]
 
         def once(carried, slices):
             of_after, of_values = carried
-            of_features, inputs, (before, _, results, kept) = slices
+            of_features, (before, _, results, kept), inputs = slices
 
             def again(x, before, taps, values):
                 run = replay.Replay(
-                    swapped, zip(variables, values), results, kept, taps
+                    swapped, zip(self.variables, values), results, kept, taps
                 )
                 with run:
-                    features, after = step([x, *inputs[1:]], before)
-                return [features] * all_outputs, after
+                    features, after = self.step([x, *inputs[1:]], before)
+                return [features] * self.all_outputs, after
 
             taps = [ops.zeros_like(result) for result in results]
             of_x, of_before, of_results, more = _vjp(
@@ -295,71 +304,74 @@ def _differentiable(
         (of_states, of_values), (of_x, of_results) = _scan(
             once,
             (of_after, keras.tree.map_structure(ops.zeros_like, values)),
-            (of_features, inputs, kept),
-            (_spec(x[0]), kept_spec[2]),
+            (of_features, kept, inputs),
+            (_spec(inputs[0][0]), self.kept_spec[2]),
             reverse=True,
         )
         of_linears = [
-            _of_weights(inputs, of_result)[: len(weights)]
-            for inputs, of_result, weights in zip(kept[1], of_results, linears)
+            _of_weights(x, of_result)[: len(weights)]
+            for x, of_result, weights in zip(kept[1], of_results, linears)
         ]
-        return of_states, of_x, of_linears, of_values
+        return of_x, of_states, of_linears, of_values
 
-    def forward_by_segments(states, inputs, linears, values):
+
+class _LoopInSegments(_Loop):
+    """Keeps the states in front of each `segment` of steps, of which T is a
+    multiple; the gradient runs its steps once more."""
+
+    def __init__(self, segment, *arguments):
+        super().__init__(*arguments)
+        self.segment = segment
+
+    def forward(self, states, inputs, linears, values):
+        forward = super().forward
+
         def once(states, inputs):
-            after, features, _ = forward(states, inputs, linears, values)
+            features, after, _ = forward(states, inputs, linears, values)
             return after, (features, states)
 
-        specs = [_spec(features_spec, segment)] * all_outputs, states
+        features_spec = _spec(self.features_spec, self.segment)
         after, (features, kept) = _scan(
-            once, states, [cut(x) for x in inputs], specs
+            once,
+            states,
+            self._cut(inputs),
+            ([features_spec] * self.all_outputs, states),
         )
-        return after, [join(x) for x in features], kept
+        return self._join(features), after, kept
 
-    def backward_by_segments(
-        of_features, of_after, inputs, linears, values, kept
-    ):
+    def backward(self, of_features, of_after, kept, inputs, linears, values):
+        forward, backward = super().forward, super().backward
+
         def once(carried, slices):
             of_after, of_weights = carried
-            of_features, inputs, before = slices
+            of_features, before, inputs = slices
             _, _, kept = forward(before, inputs, linears, values)
-            of_before, of_x, *more = backward(
-                of_features, of_after, inputs, linears, values, kept
+            of_x, of_before, *more = backward(
+                of_features, of_after, kept, inputs, linears, values
             )
             return (of_before, _sum(of_weights, more)), of_x
 
         zeros = keras.tree.map_structure(ops.zeros_like, [linears, values])
-        cuts = keras.tree.map_structure(cut, (of_features, inputs))
         (of_states, of_weights), of_x = _scan(
             once,
             (of_after, zeros),
-            (*cuts, kept),
-            _spec(x[0], segment),
+            (self._cut(of_features), kept, self._cut(inputs)),
+            _spec(inputs[0][0], self.segment),
             reverse=True,
         )
-        return of_states, join(of_x), *of_weights
+        return self._join(of_x), of_states, *of_weights
 
-    there, back = forward, backward
-    if segment is not None:
-        there, back = forward_by_segments, backward_by_segments
+    def _cut(self, arrays):
+        """(T, ...) -> (segments, steps of one, ...)."""
+        return keras.tree.map_structure(
+            lambda x: ops.reshape(x, (-1, self.segment, *ops.shape(x)[1:])),
+            arrays,
+        )
 
-    def call(x, states, linears, values):
-        inputs = [x, *masks]
-        after, features, kept = there(states, inputs, linears, values)
-
-        def gradient(*upstream):
-            upstream = keras.tree.flatten(upstream)  # JAX gives one tuple
-            of_features = list(upstream[:all_outputs])
-            of_after = list(upstream[all_outputs:])
-            of_states, of_x, *of_weights = _first_only(back)(
-                of_features, of_after, inputs, linears, values, kept
-            )
-            return of_x, of_states, *of_weights
-
-        return (*features, *after), gradient
-
-    results = ops.custom_gradient(call)(x, states, *weights)
-    return list(results[:all_outputs]), list(results[all_outputs:])
+    def _join(self, arrays):
+        return keras.tree.map_structure(
+            lambda x: ops.reshape(x, (-1, *ops.shape(x)[2:])), arrays
+        )
 
 
 def _spec(x, *steps):

@@ -109,6 +109,8 @@ def test_only_stock_operations(exported):
     ops = operations(exported.path)
     assert {op for op in ops if not hasattr(tf.raw_ops, op)} == set()
     assert not {op for op in ops if "PyFunc" in op or "Random" in op}
+    # What `tf.custom_gradient` leaves, of which TensorFlow warns at loading.
+    assert "IdentityN" not in ops
 
 
 def graph_def(path):

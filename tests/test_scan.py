@@ -487,6 +487,20 @@ def test_products_have_derivatives_of_any_order():
         harness.close(found, expected, 1e-7)
 
 
+@pytest.mark.skipif(harness.BACKEND != "jax", reason="JAX has forward mode")
+def test_forward_mode_where_nothing_is_trained():
+    import jax
+
+    layer = small()
+    x = np.random.default_rng(6).normal(size=(2, 3, 5)).astype("float32")
+    layer.build(x.shape)
+    along = np.ones_like(x)
+    _, forward = jax.jvp(layer, (x,), (along,))
+    outputs, pull = jax.vjp(layer, x)
+    (back,) = pull(np.ones(outputs.shape, "float32"))
+    harness.close(ops.sum(forward), ops.sum(back * along), 1e-5)
+
+
 # What a step remembers.
 
 
