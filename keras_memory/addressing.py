@@ -13,8 +13,6 @@ from keras_memory.access import put
 from keras_memory.access import read
 from keras_memory.access import spread
 from keras_memory.access import take
-from keras_memory.replay import SLOPES
-from keras_memory.replay import activate
 from keras_memory.replay import kept
 from keras_memory.replay import with_gradient
 
@@ -522,6 +520,8 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     old = ops.swapaxes(_at(linkage, each_entry), 2, 3)
     old_columns = ops.swapaxes(_at(columns, each_entry), 2, 3)
     same = old_columns[:, :, :, :, None] == recent[:, :, None, None]
+    nth = ops.cumsum(ops.cast(same, "int32"), axis=3)
+    same = ops.logical_and(same, nth == 1)  # a state of zeros has equal ones
     old = old + ops.sum(ops.where(same, new[:, :, :, None], 0.0), axis=4)
     # The K largest stay; -1 is what is in `old` now, or no link.
     other = ops.logical_and(between, ops.logical_not(ops.any(same, axis=3)))
@@ -608,7 +608,12 @@ def softmax(logits):
     if logits.shape[-1] == 1:
         return ops.ones_like(logits)
 
-    return activate(ops.softmax, logits)
+    def gradient(upstream, kept, x):
+        (y,), (dy,) = kept, upstream
+        dy = dy * y
+        return dy - y * ops.sum(dy, axis=-1, keepdims=True)
+
+    return kept(lambda x: [ops.softmax(x)], gradient, logits)[0]
 
 
 def oneplus(x):
@@ -617,15 +622,6 @@ def oneplus(x):
     Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
     """
     return 1.0 + ops.softplus(x)
-
-
-def _slope_of_softmax(y, dy):
-    dy = dy * y
-    return dy - y * ops.sum(dy, axis=-1, keepdims=True)
-
-
-SLOPES[ops.softmax] = _slope_of_softmax
-SLOPES[oneplus] = lambda y, dy: -dy * ops.expm1(1.0 - y)
 
 
 def activation_by_name(name):

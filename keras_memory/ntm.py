@@ -632,7 +632,7 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
             with the equations and the state; and those of `MemoryRNN`, which
             documents the call and the errors: `return_sequences`,
             `return_state`, `go_backwards`, `stateful`, `unroll`,
-            `zero_output_for_mask`, `loop`.
+            `zero_output_for_mask`, `loop`, `recompute`.
 
     Example:
 

@@ -52,8 +52,8 @@ class Access(typing.Protocol):
     """Width of all reads of one step, flattened."""
 
     initial_state: typing.NamedTuple
-    """A record whose fields are `Initial`. The first is `reads`, the last is
-    `controller`, which is () here: the cell fills it in."""
+    """A record whose fields are `Initial`. The first is `reads`, and there is
+    a `controller`, which is () here: the cell fills it in."""
 
     def step(self, interface, state):
         """Acts once on the memory.
@@ -830,7 +830,10 @@ class MemoryRNN(keras.layers.RNN):
             fast loop keeps for its gradient the states of every step, or of
             every so many steps only, and computes those between again: less
             memory for one more forward run. `"sqrt"`: as many as the square
-            root of the number of steps, the least memory. Default None: all.
+            root of the number of steps, the least memory. The steps that are
+            computed again, and a first few, still keep everything while their
+            turn lasts. No effect where the portable loop is taken. Default
+            None: all.
         **kwargs: of the subclass's cell, and of `keras.layers.Layer`.
 
     Attributes:
@@ -852,7 +855,8 @@ class MemoryRNN(keras.layers.RNN):
     Raises:
         ValueError: inputs that are not (B, T, D), no time steps, another width
             than before, initial states that the cell does not have, a mask
-            of another shape, or loop="fast" where it cannot be.
+            of another shape, loop="fast" where it cannot be, or `recompute`
+            with loop="portable" or `unroll`.
         NotImplementedError: second derivatives through the fast loop.
     """
 

@@ -22,8 +22,9 @@ _to_train = contextvars.ContextVar("to_train", default=True)
 
 @contextlib.contextmanager
 def to_train(training):
-    """Where `training` is False, gradients are the backend's: those of our own
-    would stay in a model that is exported, and forbid forward mode."""
+    """Where `training` is False, and outside of the fast loop, gradients are
+    the backend's: those of our own would stay in a model that is exported, and
+    forbid forward mode."""
     before = _to_train.set(bool(training))
     try:
         yield
@@ -83,7 +84,6 @@ SLOPES = {
     keras.activations.sigmoid: lambda y, dy: dy * y * (1.0 - y),
     keras.activations.tanh: lambda y, dy: dy * (1.0 - y * y),
 }
-SLOPES[ops.sigmoid] = SLOPES[keras.activations.sigmoid]
 
 
 def activate(function, x):

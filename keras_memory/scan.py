@@ -203,25 +203,37 @@ def _fast(
         )
     loop = _Loop(step, all_outputs, variables, specs)
 
-    def whole():
-        return loop.run(inputs, states, weights)
-
-    def in_segments():
+    def in_segments(segment):
         # A first one, which keeps everything, makes the others equally long.
         first = (steps - 1) % segment + 1
-        head, after = loop.run([x[:first] for x in inputs], states, weights)
         others = _LoopInSegments(segment, step, all_outputs, variables, specs)
-        rest, after = others.run([x[first:] for x in inputs], after, weights)
-        return [ops.concatenate(both) for both in zip(head, rest)], after
+        # Of one step, when that is not known here, the others do it once more,
+        # as a loop of none cannot be compiled, and it does not count.
+        start = first if known else ops.minimum(first, steps - 1)
+        head, states_between = loop.run(
+            [x[:first] for x in inputs], states, weights
+        )
+        rest, after = others.run(
+            [x[start:] for x in inputs], states_between, weights
+        )
+        features = [ops.concatenate(both)[:steps] for both in zip(head, rest)]
+        if not known:
+            after = [
+                ops.where(first < steps, one, other)
+                for one, other in zip(after, states_between)
+            ]
+        return features, after
 
     steps = inputs[0].shape[0] or ops.shape(inputs[0])[0]
+    known = isinstance(steps, int)
     segment = _square_root(steps) if recompute == "sqrt" else recompute
-    if recompute is None:
-        features, states = whole()
-    elif isinstance(steps, int):
-        features, states = whole() if steps <= segment else in_segments()
+    if recompute is None or (known and steps <= segment):
+        features, states = loop.run(inputs, states, weights)
+    elif known:
+        features, states = in_segments(segment)
     else:
-        features, states = ops.cond(steps <= segment, whole, in_segments)
+        most = ops.maximum(steps - 1, 1)
+        features, states = in_segments(ops.minimum(segment, most))
     return ops.swapaxes(features[0], 0, 1) if all_outputs else None, states
 
 
@@ -303,11 +315,12 @@ class _Loop:
 
         (of_states, of_values), (of_x, of_results) = _scan(
             once,
-            (of_after, keras.tree.map_structure(ops.zeros_like, values)),
+            (of_after, _zeros(values)),
             (of_features, kept, inputs),
             (_spec(inputs[0][0]), self.kept_spec[2]),
             reverse=True,
         )
+        of_values = _cast_like(of_values, values)
         of_linears = [
             _of_weights(x, of_result)[: len(weights)]
             for x, of_result, weights in zip(kept[1], of_results, linears)
@@ -351,14 +364,14 @@ class _LoopInSegments(_Loop):
             )
             return (of_before, _sum(of_weights, more)), of_x
 
-        zeros = keras.tree.map_structure(ops.zeros_like, [linears, values])
         (of_states, of_weights), of_x = _scan(
             once,
-            (of_after, zeros),
+            (of_after, _zeros([linears, values])),
             (self._cut(of_features), kept, self._cut(inputs)),
             _spec(inputs[0][0], self.segment),
             reverse=True,
         )
+        of_weights = _cast_like(of_weights, [linears, values])
         return self._join(of_x), of_states, *of_weights
 
     def _cut(self, arrays):
@@ -380,8 +393,28 @@ def _spec(x, *steps):
     return keras.KerasTensor((*steps, *x.shape), ops.dtype(x))
 
 
-def _sum(some, others):
-    return keras.tree.map_structure(lambda a, b: a + b, some, others)
+# Gradients of weights add up over time: never in 16 bits.
+
+
+def _zeros(arrays):
+    return keras.tree.map_structure(
+        lambda x: ops.zeros_like(
+            x, dtype=backend.result_type(ops.dtype(x), "float32")
+        ),
+        arrays,
+    )
+
+
+def _sum(sums, more):
+    return keras.tree.map_structure(
+        lambda a, b: a + ops.cast(b, ops.dtype(a)), sums, more
+    )
+
+
+def _cast_like(arrays, others):
+    return keras.tree.map_structure(
+        lambda a, b: ops.cast(a, ops.dtype(b)), arrays, others
+    )
 
 
 def _joined(kernels, bias, dtype):

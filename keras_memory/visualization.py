@@ -272,7 +272,8 @@ def dense_linkage(linkage, columns):
         )
     slots = linkage.shape[-2]
     dense = np.zeros((*linkage.shape[:-1], slots), linkage.dtype)
-    np.put_along_axis(dense, columns.astype("int64"), linkage, axis=-1)
+    *places, _ = np.indices(linkage.shape, sparse=True)
+    np.add.at(dense, (*places, columns.astype("int64")), linkage)
     return dense
 
 

@@ -176,14 +176,14 @@ def test_steps_computed_again_give_the_same_numbers(way, recompute):
 def test_steps_are_computed_again_under_xla_and_of_any_number():
     import tensorflow as tf
 
-    layers = [
+    layer, of_three, of_root = [
         small(recompute=recompute, return_sequences=True, dtype="float64")
-        for recompute in (None, "sqrt")
+        for recompute in (None, 3, "sqrt")
     ]
     x = np.random.default_rng(2).normal(size=(2, 10, 5))
-    for layer in layers:
-        layer.build(x.shape)
-        layer.set_weights(layers[0].get_weights())
+    for one in (layer, of_three, of_root):
+        one.build(x.shape)
+        one.set_weights(layer.get_weights())
 
     def slopes(layer, x):
         weights = layer.trainable_variables
@@ -191,16 +191,29 @@ def test_steps_are_computed_again_under_xla_and_of_any_number():
             loss = tf.reduce_sum(tf.sin(layer(x, training=True)))
         return tape.gradient(loss, [weight.value for weight in weights])
 
-    expected = slopes(layers[0], x)
     compiled = tf.function(slopes, jit_compile=True)
-    same(compiled(layers[1], tf.constant(x)), expected, 1e-10)
-    free = tf.function(
-        lambda x: slopes(layers[1], x),
-        input_signature=[tf.TensorSpec((None, None, 5), "float64")],
-    )
-    for steps in (1, 2, 10):
-        some = tf.constant(x[:, :steps])
-        same(free(some), slopes(layers[0], some), 1e-10)
+    same(compiled(of_root, tf.constant(x)), slopes(layer, x), 1e-10)
+    for again, jit_compile in ((of_root, False), (of_three, True)):
+        free = tf.function(
+            lambda x, again=again: slopes(again, x),
+            input_signature=[tf.TensorSpec((None, None, 5), "float64")],
+            jit_compile=jit_compile,
+        )
+        for steps in (1, 3, 10):
+            some = tf.constant(x[:, :steps])
+            same(free(some), slopes(layer, some), 1e-10)
+
+
+@harness.needs_tensorflow
+def test_gradients_of_many_segments_add_up_in_32_bits():
+    slopes = []
+    for recompute in (None, 1):
+        case = dataclasses.replace(CASES[0], input_shape=(2, 200, 5))
+        _, _, gradients = differentiate(
+            case, "auto", dtype="mixed_bfloat16", recompute=recompute
+        )
+        slopes.append([ops.cast(g, "float32") for g in gradients])
+    same(slopes[1], slopes[0], 0.03)
 
 
 def test_fewer_states_are_kept():
