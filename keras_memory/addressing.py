@@ -202,9 +202,9 @@ def sharpen(weighting, sharpening):
         (B, H, N) weighting: non-negative, sums to 1 over N.
     """
     epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
-    (logarithm,) = kept(
+    logarithm = kept(
         lambda w: [ops.log(w + epsilon)],
-        lambda upstream, kept, w: upstream[0] / (w + epsilon),
+        lambda upstream, kept, w: upstream / (w + epsilon),
         weighting,
     )
     return softmax(sharpening[:, :, None] * logarithm)
@@ -336,15 +336,15 @@ def allocation(usage, usage_epsilon=None, sort=None):
     def gradient(upstream, kept, usage):
         weighting, share, *orders = kept
         free, used = free_and_used(usage)
-        of_before = upstream[0] * weighting
+        of_before = upstream * weighting
         if sort:
             of_log = _sum_of_earlier(of_before, *orders, from_the_end=True)
         else:
             is_freer = _is_freer(free, usage.dtype)
             of_log = ops.matmul(of_before[:, None], is_freer)[:, 0]
-        return (1.0 - usage_epsilon) * (of_log / used - upstream[0] * share)
+        return (1.0 - usage_epsilon) * (of_log / used - upstream * share)
 
-    return kept(allocated, gradient, usage)[0]
+    return kept(allocated, gradient, usage)
 
 
 def _is_freer(free, dtype):
@@ -383,7 +383,6 @@ def linkage_after_write(linkage, precedence, write_weighting):
     Returns:
         (B, H, N, N) linkage, with a zero diagonal.
     """
-
     heads, slots = write_weighting.shape[1:]
 
     def between_slots(links):
@@ -608,12 +607,12 @@ def softmax(logits):
     if logits.shape[-1] == 1:
         return ops.ones_like(logits)
 
-    def gradient(upstream, kept, x):
-        (y,), (dy,) = kept, upstream
+    def gradient(dy, kept, x):
+        (y,) = kept
         dy = dy * y
         return dy - y * ops.sum(dy, axis=-1, keepdims=True)
 
-    return kept(lambda x: [ops.softmax(x)], gradient, logits)[0]
+    return kept(lambda x: [ops.softmax(x)], gradient, logits)
 
 
 def oneplus(x):

@@ -742,7 +742,6 @@ def _lstm(controller, inputs, states, training):
     h, c = states
     z = _summed_products(controller, inputs, h, training)
     gate, activation = controller.recurrent_activation, controller.activation
-
     functions = gate, activation, gate
 
     def parts(x):  # i and f, g, o
@@ -754,12 +753,12 @@ def _lstm(controller, inputs, states, training):
         return [ops.concatenate(gates, axis=-1)]
 
     def gradient(upstream, kept, z):
-        triples = zip(functions, parts(*kept), parts(*upstream))
+        triples = zip(functions, parts(*kept), parts(upstream))
         of_z = [SLOPES[f](y, dy) for f, y, dy in triples]
         return ops.concatenate(of_z, axis=-1)
 
     known = {gate, activation} <= set(SLOPES)
-    (z,) = kept(activated, gradient, z) if known else activated(z)
+    z = kept(activated, gradient, z) if known else activated(z)[0]
     i, f, g, o = ops.split(z, 4, axis=-1)
     c = f * c + i * g
     h = o * activate(activation, c)

@@ -57,24 +57,23 @@ def linear(inputs, kernels, bias=None):
     return result if bias is None else result + ops.cast(bias, dtype)
 
 
-def kept(function, gradient, *arguments, results=1):
-    """The first results of a function, all of which are kept.
+def kept(function, gradient, x):
+    """The result of a function, kept with what its gradient is quicker with.
 
     Args:
-        function: from arrays to a list of arrays: the results, and what else
-            the gradient is quicker with.
-        gradient: (list of gradients of the results, that whole list,
-            *arguments) -> gradients of the arguments.
-        *arguments: arrays.
-        results: int, how many of the list are results.
+        function: from array to a list of arrays, the first is the result; not
+            by `linear` or `kept`.
+        gradient: (gradient of the result, that whole list, x) -> gradient
+            of x.
+        x: array.
 
     Returns:
-        List of arrays.
+        Array.
     """
     current = _current.get()
     if current is None:
-        return function(*arguments)[:results]
-    return current.kept(function, gradient, arguments, results)
+        return function(x)[0]
+    return current.kept(function, gradient, x)
 
 
 # Gradients (y, dy) -> dx of elementwise functions y of x, of those that can
@@ -91,12 +90,9 @@ def activate(function, x):
     slope = SLOPES.get(function)
     if slope is None:
         return function(x)
-    (y,) = kept(
-        lambda x: [function(x)],
-        lambda upstream, y, x: slope(*y, *upstream),
-        x,
+    return kept(
+        lambda x: [function(x)], lambda dy, kept, x: slope(kept[0], dy), x
     )
-    return y
 
 
 def with_gradient(function, gradient, *arguments):
@@ -205,13 +201,9 @@ class Forward(_Pass):
         self.results.append(sum(bias, ops.matmul(self.inputs[-1], kernel)))
         return self.results[-1]
 
-    def kept(self, function, gradient, arguments, results):
-        inner = _current.set(None)  # what it keeps is kept once
-        try:
-            self.values.append(function(*arguments))
-        finally:
-            _current.reset(inner)
-        return self.values[-1][:results]
+    def kept(self, function, gradient, x):
+        self.values.append(function(x))
+        return self.values[-1][0]
 
 
 class Replay(_Pass):
@@ -242,18 +234,14 @@ class Replay(_Pass):
 
         return again(_joined(inputs), next(self.taps))
 
-    def kept(self, function, gradient, arguments, results):
+    def kept(self, function, gradient, x):
         values = next(self.values)
 
         @ops.custom_gradient
-        def again(*arguments):
-            def of_arguments(*upstream):
-                upstream = keras.tree.flatten(upstream)  # JAX gives a list
-                return gradient(upstream, values, *arguments)
+        def again(x):
+            return values[0], lambda upstream: gradient(upstream, values, x)
 
-            return values[:results], of_arguments
-
-        return again(*arguments)
+        return again(x)
 
 
 class Survey(Forward):

@@ -643,13 +643,14 @@ def test_as_many_sparse_links_as_slots_are_all_links(loop, jit_compile):
         close(of_states[name], others[name], 1e-12 * size)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_single_links_are_kept_exactly(heads):
-    """One slot written after the other: one link a row is all that there is."""
+@pytest.mark.parametrize(("heads", "entries"), [(1, 1), (2, 1), (2, 3)])
+def test_single_links_are_kept_exactly(heads, entries):
+    """One slot written after the other: one link a row is all that there is,
+    also where a state of zeros has columns that are all the same."""
     rng = np.random.default_rng(3)
     linkage = tensor(np.zeros((BATCH, heads, 11, 11)))
     precedence = tensor(np.zeros((BATCH, heads, 11)))
-    sparse = tensor(np.zeros((BATCH, heads, 1, 11)))
+    sparse = tensor(np.zeros((BATCH, heads, entries, 11)))
     columns = sparse
     for _ in range(30):
         slots = rng.integers(0, 11, size=(BATCH, heads))

@@ -334,6 +334,9 @@ def test_links_that_were_kept_in_their_places():
     np.testing.assert_array_equal(
         visualization.dense_linkage([[linkage]], [[columns]]), [[expected]]
     )
+    # Of a state of zeros.
+    dense = visualization.dense_linkage(linkage, np.zeros_like(columns))
+    np.testing.assert_array_equal(dense[:, 0], linkage.sum(axis=1))
     for wrong in (columns[:, :1], columns[0]):
         with pytest.raises(ValueError, match="`linkage` and `columns`.*Rec"):
             visualization.dense_linkage(linkage, wrong)
