@@ -161,6 +161,13 @@ def _sums(vectors, places, size):
 # matrix and one vector at a time (`benchmarks/README.md`).
 
 
+def total(x):
+    """Sums over slots, (B, H, N) -> (B, H, 1)."""
+    if not _compiles():
+        return ops.sum(x, axis=-1, keepdims=True)
+    return ops.matmul(x, ops.ones((x.shape[-1], 1), x.dtype))
+
+
 def _read(memory, weighting):
     if not _compiles():
         return ops.matmul(weighting, ops.transpose(memory, (0, 2, 1)))

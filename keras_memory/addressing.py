@@ -13,7 +13,11 @@ from keras_memory.access import put
 from keras_memory.access import read
 from keras_memory.access import spread
 from keras_memory.access import take
+from keras_memory.access import total
+from keras_memory.replay import SLOPES
+from keras_memory.replay import activate
 from keras_memory.replay import kept
+from keras_memory.replay import remember
 from keras_memory.replay import with_gradient
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
@@ -71,6 +75,12 @@ def cosine_similarity(
     Raises:
         ValueError: `memory` and `keys` differ in W.
     """
+    return _compare(memory, keys, norm_epsilon, product_epsilon, masks)[0]
+
+
+def _compare(memory, keys, norm_epsilon, product_epsilon, masks=None):
+    """Similarities (B, H, N), and the norms of keys (B, H, 1) and of slots
+    (B, 1, N), with masks (B, H, N)."""
     if memory.shape[1] != keys.shape[2]:
         raise ValueError(
             "`memory` (B, W, N) and `keys` (B, H, W) must have the same width "
@@ -88,12 +98,11 @@ def cosine_similarity(
         weights = masks * masks
         slot_norms = match(weights, squares)
         keys, masked_keys = keys * masks, keys * weights
-    dot = match(masked_keys, memory)
     key_norms = ops.sum(keys * keys, axis=-1)[:, :, None]
-    norms = ops.sqrt(key_norms + norm_epsilon) * ops.sqrt(
-        slot_norms + norm_epsilon
-    )
-    return dot / (norms + product_epsilon)
+    key_norms = ops.sqrt(key_norms + norm_epsilon)
+    slot_norms = ops.sqrt(slot_norms + norm_epsilon)
+    product = key_norms * slot_norms + product_epsilon
+    return match(masked_keys, memory) / product, key_norms, slot_norms
 
 
 def content_weighting(
@@ -115,10 +124,36 @@ def content_weighting(
     Raises:
         ValueError: `memory` and `keys` differ in W.
     """
-    similarity = cosine_similarity(
-        memory, keys, norm_epsilon, product_epsilon, masks
-    )
-    return softmax(strengths[:, :, None] * similarity)
+    if masks is not None:
+        similarity = cosine_similarity(
+            memory, keys, norm_epsilon, product_epsilon, masks
+        )
+        return activate(softmax, strengths[:, :, None] * similarity)
+
+    def weighed(memory, keys, strengths):
+        compared = _compare(memory, keys, norm_epsilon, product_epsilon)
+        return [softmax(strengths[:, :, None] * compared[0]), *compared]
+
+    def gradient(upstream, kept, memory, keys, strengths):
+        weighting, similarity, key_norms, slot_norms = kept
+        of_logits = SLOPES[softmax](upstream, weighting, None)
+        by_similarity = of_logits * similarity
+        of_strengths = of_key = total(by_similarity)
+        norms = key_norms * slot_norms
+        if product_epsilon:
+            share = norms / (norms + product_epsilon)
+            of_logits, by_similarity = share * of_logits, share * by_similarity
+            of_key = total(by_similarity)
+        of_dot = strengths[:, :, None] * of_logits / norms
+        of_key = strengths[:, :, None] * of_key / key_norms**2
+        of_slots = ops.matmul(strengths[:, None], by_similarity)
+        return (
+            spread(keys, of_dot) - memory * (of_slots / slot_norms**2),
+            read(memory, of_dot) - keys * of_key,
+            of_strengths[:, :, 0],
+        )
+
+    return kept(weighed, gradient, memory, keys, strengths)
 
 
 def interpolate(content_weighting, previous_weighting, interpolation_gate):
@@ -134,8 +169,21 @@ def interpolate(content_weighting, previous_weighting, interpolation_gate):
     Returns:
         (B, H, N) weighting.
     """
+
+    def mixed(content, previous, gate):
+        return gate * content + (1.0 - gate) * previous
+
+    def gradient(upstream, content, previous, gate):
+        return (
+            gate * upstream,
+            (1.0 - gate) * upstream,
+            total(upstream * (content - previous)),
+        )
+
     gate = interpolation_gate[:, :, None]
-    return gate * content_weighting + (1.0 - gate) * previous_weighting
+    return with_gradient(
+        mixed, gradient, content_weighting, previous_weighting, gate
+    )
 
 
 def shift(weighting, shifts):
@@ -176,12 +224,10 @@ def shift(weighting, shifts):
         )
 
     def gradient(upstream, weighting, shifts):
-        of_shifts = [
-            ops.sum(upstream * one, axis=-1) for one in rolled(weighting)
-        ]
+        of_shifts = [total(upstream * one) for one in rolled(weighting)]
         return (
             shift(upstream, ops.flip(shifts, axis=-1)),
-            ops.stack(of_shifts, axis=-1),
+            ops.concatenate(of_shifts, axis=-1),
         )
 
     return with_gradient(shifted, gradient, weighting, shifts)
@@ -202,12 +248,18 @@ def sharpen(weighting, sharpening):
         (B, H, N) weighting: non-negative, sums to 1 over N.
     """
     epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
-    logarithm = kept(
-        lambda w: [ops.log(w + epsilon)],
-        lambda upstream, kept, w: upstream / (w + epsilon),
-        weighting,
-    )
-    return softmax(sharpening[:, :, None] * logarithm)
+
+    def sharpened(weighting, power):
+        weighting = weighting + epsilon
+        logarithm = ops.log(weighting)
+        return [softmax(power * logarithm), logarithm, weighting]
+
+    def gradient(upstream, kept, _, power):
+        result, logarithm, weighting = kept
+        of_logits = SLOPES[softmax](upstream, result, None)
+        return power * of_logits / weighting, total(of_logits * logarithm)
+
+    return kept(sharpened, gradient, weighting, sharpening[:, :, None])
 
 
 def least_used(usage):
@@ -468,7 +520,7 @@ def follow_links(linkage, read_weighting):
             match(of_forward, links) + read(links, of_backward),
         )
 
-    weightings = with_gradient(both, gradient, links, weighting)
+    weightings = remember(with_gradient(both, gradient, links, weighting))
     weightings = ops.reshape(weightings, (-1, writers, 2 * readers, slots))
     return ops.split(ops.swapaxes(weightings, 1, 2), 2, axis=1)
 
@@ -565,7 +617,7 @@ def follow_sparse_links(linkage, columns, read_weighting):
         back = ops.reshape(back, (-1, entries * slots, heads))
         backward.append(put(back, places, slots))
     return tuple(
-        ops.transpose(ops.stack(found, axis=1), (0, 3, 1, 2))
+        ops.transpose(remember(ops.stack(found, axis=1)), (0, 3, 1, 2))
         for found in (forward, backward)
     )
 
@@ -604,15 +656,9 @@ def _put(x, places, size):
 def softmax(logits):
     """Softmax over the last axis, without Keras's warning where that has one
     entry: there may be one slot, or one shift."""
-    if logits.shape[-1] == 1:
-        return ops.ones_like(logits)
-
-    def gradient(dy, kept, x):
-        (y,) = kept
-        dy = dy * y
-        return dy - y * ops.sum(dy, axis=-1, keepdims=True)
-
-    return kept(lambda x: [ops.softmax(x)], gradient, logits)
+    return (
+        ops.softmax(logits) if logits.shape[-1] > 1 else ops.ones_like(logits)
+    )
 
 
 def oneplus(x):
@@ -621,6 +667,15 @@ def oneplus(x):
     Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
     """
     return 1.0 + ops.softplus(x)
+
+
+def _of_softmax(dy, y, x):
+    dy = dy * y
+    return dy - y * total(dy)
+
+
+SLOPES[softmax] = _of_softmax
+SLOPES[oneplus] = SLOPES[keras.activations.softplus]
 
 
 def activation_by_name(name):

@@ -11,9 +11,8 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
-from keras_memory.replay import SLOPES
 from keras_memory.replay import activate
-from keras_memory.replay import kept
+from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
 
 
@@ -742,24 +741,11 @@ def _lstm(controller, inputs, states, training):
     h, c = states
     z = _summed_products(controller, inputs, h, training)
     gate, activation = controller.recurrent_activation, controller.activation
-    functions = gate, activation, gate
-
-    def parts(x):  # i and f, g, o
-        units = controller.units
-        return ops.split(x, [2 * units, 3 * units], axis=-1)
-
-    def activated(z):
-        gates = [f(part) for f, part in zip(functions, parts(z))]
-        return [ops.concatenate(gates, axis=-1)]
-
-    def gradient(upstream, kept, z):
-        triples = zip(functions, parts(*kept), parts(upstream))
-        of_z = [SLOPES[f](y, dy) for f, y, dy in triples]
-        return ops.concatenate(of_z, axis=-1)
-
-    known = {gate, activation} <= set(SLOPES)
-    z = kept(activated, gradient, z) if known else activated(z)[0]
-    i, f, g, o = ops.split(z, 4, axis=-1)
+    one = (controller.units,)
+    i_and_f, g, o = activate_parts(
+        [gate, activation, gate], [(2 * controller.units,), one, one], z
+    )
+    i, f = ops.split(i_and_f, 2, axis=-1)
     c = f * c + i * g
     h = o * activate(activation, c)
     return h, [h, c]

@@ -36,6 +36,7 @@ from keras_memory.recurrent import MemoryCell
 from keras_memory.recurrent import MemoryRNN
 from keras_memory.recurrent import interface_size
 from keras_memory.recurrent import split_interface
+from keras_memory.replay import remember
 
 
 class DNCState(NamedTuple):
@@ -195,7 +196,7 @@ class DNCAccess:
             inside["backward_weighting"] = backward
             mode = interface.read_mode[:, :, :, None]
             heads = self.write_heads
-            read_weighting = (
+            read_weighting = remember(
                 ops.sum(mode[:, :, :heads] * backward, axis=2)
                 + mode[:, :, heads] * read_content
                 + ops.sum(mode[:, :, heads + 1 :] * forward, axis=2)
@@ -222,14 +223,14 @@ class DNCAccess:
             read_strength=self.strength_activation,
             write_key=self.key_activation,
             write_strength=self.strength_activation,
-            erase_vector=ops.sigmoid,
+            erase_vector=keras.activations.sigmoid,
             add_vector=self.add_activation,
-            free_gate=ops.sigmoid,
-            allocation_gate=ops.sigmoid,
-            write_gate=ops.sigmoid,
+            free_gate=keras.activations.sigmoid,
+            allocation_gate=keras.activations.sigmoid,
+            write_gate=keras.activations.sigmoid,
             read_mode=softmax,
-            read_mask=ops.sigmoid,
-            write_mask=ops.sigmoid,
+            read_mask=keras.activations.sigmoid,
+            write_mask=keras.activations.sigmoid,
             forward_sharpening=oneplus,
             backward_sharpening=oneplus,
         )

@@ -135,10 +135,10 @@ class NTMAccess:
         activations = NTMInterface(
             key=self.key_activation,
             strength=self.strength_activation,
-            interpolation_gate=ops.sigmoid,
+            interpolation_gate=keras.activations.sigmoid,
             shift=softmax,
             sharpening=oneplus,
-            erase_vector=ops.sigmoid,
+            erase_vector=keras.activations.sigmoid,
             add_vector=self.add_activation,
         )
         return split_interface(interface, self.parts, activations)

@@ -18,7 +18,6 @@ import contextvars
 import dataclasses
 import functools
 import inspect
-import itertools
 import math
 import typing
 
@@ -34,6 +33,7 @@ from keras_memory.checks import check_clip
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
 from keras_memory.replay import to_train
 
@@ -1275,16 +1275,14 @@ def split_interface(interface, shapes, activations):
     Returns:
         A record like it, with arrays (B, *shape) or None.
     """
-    sizes = [math.prod(shape) for shape in shapes if shape is not None]
-    ends = list(itertools.accumulate(sizes))
-    parts = iter(ops.split(interface, ends[:-1], axis=-1))
+    present = [
+        (activation, shape)
+        for activation, shape in zip(activations, shapes, strict=True)
+        if shape is not None
+    ]
+    parts = iter(activate_parts(*zip(*present), interface))
     return type(shapes)(
-        *(
-            None
-            if shape is None
-            else activation(ops.reshape(next(parts), (-1, *shape)))
-            for shape, activation in zip(shapes, activations, strict=True)
-        )
+        *(None if shape is None else next(parts) for shape in shapes)
     )
 
 

@@ -9,6 +9,8 @@ loop, in one matrix product each. Outside of that loop they just compute.
 
 import contextlib
 import contextvars
+import itertools
+import math
 
 import keras
 from keras import ops
@@ -57,31 +59,32 @@ def linear(inputs, kernels, bias=None):
     return result if bias is None else result + ops.cast(bias, dtype)
 
 
-def kept(function, gradient, x):
+def kept(function, gradient, *arguments):
     """The result of a function, kept with what its gradient is quicker with.
 
     Args:
-        function: from array to a list of arrays, the first is the result; not
+        function: from arrays to a list of arrays, the first is the result; not
             by `linear` or `kept`.
-        gradient: (gradient of the result, that whole list, x) -> gradient
-            of x.
-        x: array.
+        gradient: (gradient of the result, that whole list, *arguments) ->
+            gradients of the arguments.
+        *arguments: arrays.
 
     Returns:
         Array.
     """
     current = _current.get()
     if current is None:
-        return function(x)[0]
-    return current.kept(function, gradient, x)
+        return function(*arguments)[0]
+    return current.kept(function, gradient, *arguments)
 
 
-# Gradients (y, dy) -> dx of elementwise functions y of x, of those that can
-# tell them from y.
+# Gradients (dy, y, x) -> dx of functions y of x that are quicker where y is
+# known than those of the backend.
 SLOPES = {
-    keras.activations.linear: lambda y, dy: dy,
-    keras.activations.sigmoid: lambda y, dy: dy * y * (1.0 - y),
-    keras.activations.tanh: lambda y, dy: dy * (1.0 - y * y),
+    keras.activations.linear: lambda dy, y, x: dy,
+    keras.activations.sigmoid: lambda dy, y, x: dy * y * (1.0 - y),
+    keras.activations.softplus: lambda dy, y, x: dy * ops.sigmoid(x),
+    keras.activations.tanh: lambda dy, y, x: dy * (1.0 - y * y),
 }
 
 
@@ -91,8 +94,55 @@ def activate(function, x):
     if slope is None:
         return function(x)
     return kept(
-        lambda x: [function(x)], lambda dy, kept, x: slope(kept[0], dy), x
+        lambda x: [function(x)], lambda dy, kept, x: slope(dy, kept[0], x), x
     )
+
+
+def remember(x):
+    """`x`, which the second run takes as it was in the first."""
+    return activate(keras.activations.linear, x)
+
+
+def activate_parts(functions, shapes, x):
+    """Takes vectors apart, and each part by a function of its own.
+
+    Args:
+        functions: list; all are kept together that `SLOPES` has gradients of.
+        shapes: list with the shape of each part, without the batch axis, in
+            the order in which they stand in `x`.
+        x: (B, D), D entries of all parts.
+
+    Returns:
+        List of arrays (B, *shape).
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    ends = list(itertools.accumulate(sizes))[:-1]
+
+    def parts(x):
+        return [
+            ops.reshape(part, (-1, *shape))
+            for part, shape in zip(ops.split(x, ends, axis=-1), shapes)
+        ]
+
+    def joined(parts):
+        return ops.concatenate(
+            [ops.reshape(x, (-1, size)) for x, size in zip(parts, sizes)],
+            axis=-1,
+        )
+
+    def together(x):
+        return [joined(f(part) for f, part in zip(known, parts(x)))]
+
+    def gradient(upstream, kept, x):
+        of_parts = zip(known, parts(upstream), parts(kept[0]), parts(x))
+        return joined(SLOPES[f](*of_part) for f, *of_part in of_parts)
+
+    if _current.get() is not None:
+        linear = keras.activations.linear
+        known = [f if f in SLOPES else linear for f in functions]
+        functions = [linear if f in SLOPES else f for f in functions]
+        x = kept(together, gradient, x)
+    return [f(part) for f, part in zip(functions, parts(x))]
 
 
 def with_gradient(function, gradient, *arguments):
@@ -201,8 +251,8 @@ class Forward(_Pass):
         self.results.append(sum(bias, ops.matmul(self.inputs[-1], kernel)))
         return self.results[-1]
 
-    def kept(self, function, gradient, x):
-        self.values.append(function(x))
+    def kept(self, function, gradient, *arguments):
+        self.values.append(function(*arguments))
         return self.values[-1][0]
 
 
@@ -234,14 +284,17 @@ class Replay(_Pass):
 
         return again(_joined(inputs), next(self.taps))
 
-    def kept(self, function, gradient, x):
+    def kept(self, function, gradient, *arguments):
         values = next(self.values)
 
         @ops.custom_gradient
-        def again(x):
-            return values[0], lambda upstream: gradient(upstream, values, x)
+        def again(*arguments):
+            def of_arguments(upstream):
+                return gradient(upstream, values, *arguments)
 
-        return again(x)
+            return values[0], of_arguments
+
+        return again(*arguments)
 
 
 class Survey(Forward):

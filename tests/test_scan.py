@@ -141,6 +141,22 @@ def test_loops_agree_under_xla(case):
     loops_agree(case, "holes", True, "float32")
 
 
+def test_loops_agree_where_no_gradient_of_an_activation_is_known():
+    dtype = "float64" if harness.BACKEND == "tensorflow" else "float32"
+    for case in PLAIN:
+        kwargs = {
+            **case.kwargs,
+            "key_activation": "softsign",
+            "strength_activation": "exponential",
+            "product_epsilon": 0.1,
+            "controller": lambda: keras.layers.LSTMCell(
+                7, "softsign", dtype=dtype
+            ),
+        }
+        case = dataclasses.replace(case, kwargs=kwargs)
+        loops_agree(case, "whole", False, dtype)
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 @harness.needs_tensorflow
 def test_loops_agree_at_the_smallest_sizes(steps):
