@@ -162,10 +162,11 @@ def _sums(vectors, places, size):
 
 
 def total(x):
-    """Sums over slots, (B, H, N) -> (B, H, 1)."""
-    if not _compiles():
-        return ops.sum(x, axis=-1, keepdims=True)
-    return ops.matmul(x, ops.ones((x.shape[-1], 1), x.dtype))
+    """Sums over the last axis, which stays: (B, H, N) -> (B, H, 1)."""
+    devices = keras.distribution.list_devices() if _compiles() else []
+    if devices and all("cpu" in device.lower() for device in devices):
+        return ops.matmul(x, ops.ones((x.shape[-1], 1), x.dtype))
+    return ops.sum(x, axis=-1, keepdims=True)  # others round products more
 
 
 def _read(memory, weighting):

@@ -136,21 +136,22 @@ def content_weighting(
 
     def gradient(upstream, kept, memory, keys, strengths):
         weighting, similarity, key_norms, slot_norms = kept
-        of_logits = SLOPES[softmax](upstream, weighting, None)
+        of_logits = _of_softmax(upstream, weighting)
         by_similarity = of_logits * similarity
-        of_strengths = of_key = total(by_similarity)
+        sums = total(by_similarity)
+        of_strengths = sums[:, :, 0]
         norms = key_norms * slot_norms
         if product_epsilon:
             share = norms / (norms + product_epsilon)
             of_logits, by_similarity = share * of_logits, share * by_similarity
-            of_key = total(by_similarity)
+            sums = total(by_similarity)
         of_dot = strengths[:, :, None] * of_logits / norms
-        of_key = strengths[:, :, None] * of_key / key_norms**2
-        of_slots = ops.matmul(strengths[:, None], by_similarity)
+        of_key_norms = strengths[:, :, None] * sums / key_norms
+        of_slot_norms = ops.matmul(strengths[:, None], by_similarity)
         return (
-            spread(keys, of_dot) - memory * (of_slots / slot_norms**2),
-            read(memory, of_dot) - keys * of_key,
-            of_strengths[:, :, 0],
+            spread(keys, of_dot) - memory * (of_slot_norms / slot_norms**2),
+            read(memory, of_dot) - keys / key_norms * of_key_norms,
+            of_strengths,
         )
 
     return kept(weighed, gradient, memory, keys, strengths)
@@ -171,9 +172,9 @@ def interpolate(content_weighting, previous_weighting, interpolation_gate):
     """
 
     def mixed(content, previous, gate):
-        return gate * content + (1.0 - gate) * previous
+        return [gate * content + (1.0 - gate) * previous]
 
-    def gradient(upstream, content, previous, gate):
+    def gradient(upstream, _, content, previous, gate):
         return (
             gate * upstream,
             (1.0 - gate) * upstream,
@@ -181,9 +182,7 @@ def interpolate(content_weighting, previous_weighting, interpolation_gate):
         )
 
     gate = interpolation_gate[:, :, None]
-    return with_gradient(
-        mixed, gradient, content_weighting, previous_weighting, gate
-    )
+    return kept(mixed, gradient, content_weighting, previous_weighting, gate)
 
 
 def shift(weighting, shifts):
@@ -255,8 +254,9 @@ def sharpen(weighting, sharpening):
         return [softmax(power * logarithm), logarithm, weighting]
 
     def gradient(upstream, kept, _, power):
+        # The weighting that was kept: the shift need not be done again.
         result, logarithm, weighting = kept
-        of_logits = SLOPES[softmax](upstream, result, None)
+        of_logits = _of_softmax(upstream, result)
         return power * of_logits / weighting, total(of_logits * logarithm)
 
     return kept(sharpened, gradient, weighting, sharpening[:, :, None])
@@ -669,7 +669,7 @@ def oneplus(x):
     return 1.0 + ops.softplus(x)
 
 
-def _of_softmax(dy, y, x):
+def _of_softmax(dy, y, x=None):
     dy = dy * y
     return dy - y * total(dy)
 

@@ -741,11 +741,9 @@ def _lstm(controller, inputs, states, training):
     h, c = states
     z = _summed_products(controller, inputs, h, training)
     gate, activation = controller.recurrent_activation, controller.activation
-    one = (controller.units,)
-    i_and_f, g, o = activate_parts(
-        [gate, activation, gate], [(2 * controller.units,), one, one], z
+    i, f, g, o = activate_parts(
+        [gate, gate, activation, gate], [(controller.units,)] * 4, z
     )
-    i, f = ops.split(i_and_f, 2, axis=-1)
     c = f * c + i * g
     h = o * activate(activation, c)
     return h, [h, c]

@@ -78,8 +78,8 @@ def kept(function, gradient, *arguments):
     return current.kept(function, gradient, *arguments)
 
 
-# Gradients (dy, y, x) -> dx of functions y of x that are quicker where y is
-# known than those of the backend.
+# Gradients (dy, y, x) -> dx of functions y of x, quicker than the backend's as
+# nothing is computed again.
 SLOPES = {
     keras.activations.linear: lambda dy, y, x: dy,
     keras.activations.sigmoid: lambda dy, y, x: dy * y * (1.0 - y),
@@ -88,14 +88,22 @@ SLOPES = {
 }
 
 
+def _has_slope(function):
+    try:
+        return function in SLOPES
+    except TypeError:  # not hashable
+        return False
+
+
 def activate(function, x):
     """`function(x)`, kept where `SLOPES` has its gradient."""
-    slope = SLOPES.get(function)
-    if slope is None:
+    if not _has_slope(function):
         return function(x)
-    return kept(
-        lambda x: [function(x)], lambda dy, kept, x: slope(dy, kept[0], x), x
-    )
+
+    def gradient(upstream, results, x):
+        return SLOPES[function](upstream, *results, x)
+
+    return kept(lambda x: [function(x)], gradient, x)
 
 
 def remember(x):
@@ -107,9 +115,10 @@ def activate_parts(functions, shapes, x):
     """Takes vectors apart, and each part by a function of its own.
 
     Args:
-        functions: list; all are kept together that `SLOPES` has gradients of.
-        shapes: list with the shape of each part, without the batch axis, in
-            the order in which they stand in `x`.
+        functions: sequence; all are kept together that `SLOPES` has gradients
+            of, which are Keras's own activations, not those of `ops`.
+        shapes: sequence with the shape of each part, without the batch axis,
+            in the order in which they stand in `x`.
         x: (B, D), D entries of all parts.
 
     Returns:
@@ -119,9 +128,10 @@ def activate_parts(functions, shapes, x):
     ends = list(itertools.accumulate(sizes))[:-1]
 
     def parts(x):
+        parts = ops.split(x, ends, axis=-1)
         return [
             ops.reshape(part, (-1, *shape))
-            for part, shape in zip(ops.split(x, ends, axis=-1), shapes)
+            for part, shape in zip(parts, shapes, strict=True)
         ]
 
     def joined(parts):
@@ -130,19 +140,21 @@ def activate_parts(functions, shapes, x):
             axis=-1,
         )
 
-    def together(x):
-        return [joined(f(part) for f, part in zip(known, parts(x)))]
+    if _current.get() is None:
+        return [f(part) for f, part in zip(functions, parts(x), strict=True)]
+    identity = keras.activations.linear
+    first = [f if _has_slope(f) else identity for f in functions]
+    others = [identity if _has_slope(f) else f for f in functions]
 
-    def gradient(upstream, kept, x):
-        of_parts = zip(known, parts(upstream), parts(kept[0]), parts(x))
+    def together(x):
+        return [joined(f(part) for f, part in zip(first, parts(x)))]
+
+    def gradient(upstream, results, x):
+        of_parts = zip(first, parts(upstream), parts(*results), parts(x))
         return joined(SLOPES[f](*of_part) for f, *of_part in of_parts)
 
-    if _current.get() is not None:
-        linear = keras.activations.linear
-        known = [f if f in SLOPES else linear for f in functions]
-        functions = [linear if f in SLOPES else f for f in functions]
-        x = kept(together, gradient, x)
-    return [f(part) for f, part in zip(functions, parts(x))]
+    x = kept(together, gradient, x)
+    return [f(part) for f, part in zip(others, parts(x), strict=True)]
 
 
 def with_gradient(function, gradient, *arguments):

@@ -698,3 +698,13 @@ def test_masked_leading_zeros_have_finite_gradients(name):
         loss = tf.reduce_sum(layer(x, mask=(x != 0).any(-1)) ** 2)
     for gradient in tape.gradient(loss, layer.trainable_weights):
         assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", "softsign"])
+def test_gates_of_any_activation_equal_those_of_keras(activation):
+    cell = keras.layers.LSTMCell(6, recurrent_activation=activation)
+    x = np.random.default_rng(3).normal(size=(2, 5)).astype("float32")
+    states = [0.1 * x[:, :1] * np.ones((2, 6), "float32")] * 2
+    expected, _ = cell(x, states)
+    output, _ = controllers.step(cell, ops.array(x), states, False)
+    close(output, expected)

@@ -141,12 +141,20 @@ def test_loops_agree_under_xla(case):
     loops_agree(case, "holes", True, "float32")
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x):
+        return ops.tanh(x)
+
+
 def test_loops_agree_where_no_gradient_of_an_activation_is_known():
     dtype = "float64" if harness.BACKEND == "tensorflow" else "float32"
     for case in PLAIN:
         kwargs = {
             **case.kwargs,
-            "key_activation": "softsign",
+            "key_activation": Unhashable,
+            "add_activation": "softsign",
             "strength_activation": "exponential",
             "product_epsilon": 0.1,
             "controller": lambda: keras.layers.LSTMCell(
