@@ -34,7 +34,12 @@ def main_of_steps(arguments):
             "and batch."
         ),
     )
-    parser.add_argument("--cases", nargs="+", choices=cases.CASES)
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=cases.CASES,
+        help="layer and batch, or slots with a batch of 1 (default: all)",
+    )
     parser.add_argument(
         "--threads",
         type=count,
@@ -60,9 +65,15 @@ def main_of_scaling(arguments):
         prog="python -m benchmarks scaling",
         description="Times training steps over time steps, slots and batch.",
     )
-    parser.add_argument("--cases", nargs="+", choices=cases.BASES)
-    parser.add_argument("--axes", nargs="+", choices=scaling.AXES)
-    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument(
+        "--cases", nargs="+", choices=cases.BASES, help="default: both"
+    )
+    parser.add_argument(
+        "--axes", nargs="+", choices=scaling.AXES, help="default: all"
+    )
+    parser.add_argument(
+        "--threads", type=count, default=1, help="of each process (default: 1)"
+    )
     parser.add_argument(
         "--memory-limit",
         type=positive,
@@ -76,7 +87,9 @@ def main_of_scaling(arguments):
         help="for a point of a variant, without imports (default: 60)",
     )
     parser.add_argument(
-        "--out", default="runs/scaling", help="folder to write to"
+        "--out",
+        default="runs/scaling",
+        help="folder to write to (default: runs/scaling)",
     )
     options = parsed(parser, arguments, rounds=5)
     if pathlib.Path(options.out).is_file():

@@ -15,10 +15,11 @@ def job(kind, sizes, threads, checkout):
         if not (_installed("torch") and _installed("dnc")):
             return 'needs `pip install -e ".[bench]"`'
         return prepared, functools.partial(pytorch_dnc, sizes)
-    if not _installed("torch"):
-        return 'needs `pip install -e ".[bench]"`'
+    missing = [] if _installed("torch") else ['`pip install -e ".[bench]"`']
     if not checkout:
-        return "needs `--pytorch-ntm` with a checkout"
+        missing.append("`--pytorch-ntm` with a checkout")
+    if missing:
+        return f"needs {' and '.join(missing)}"
     return prepared, functools.partial(pytorch_ntm, sizes)
 
 

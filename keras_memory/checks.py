@@ -3,12 +3,13 @@
 import numpy as np
 
 
-def check_size(name, value, least=1):
-    """Raises ValueError unless `value` is an integer of at least `least`."""
+def check_size(name, value, least=1, others=""):
+    """Raises ValueError unless `value` is an integer of at least `least`;
+    `others` says what else it may be."""
     whole = isinstance(value, (int, np.integer)) and type(value) is not bool
     if not whole or value < least:
         raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
+            f"`{name}` must be an integer of at least {least}{others}. "
             f"Received: {name}={value!r}"
         )
     return value

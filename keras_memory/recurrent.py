@@ -908,7 +908,7 @@ class MemoryRNN(keras.layers.RNN):
                 f"`loop` must be one of {scan.LOOPS}. Received: loop={loop!r}"
             )
         if recompute is not None and recompute != "sqrt":
-            check_size("recompute", recompute)
+            check_size("recompute", recompute, others=', "sqrt" or None')
         if recompute is not None and (loop == "portable" or unroll):
             raise ValueError(
                 "`recompute` is a way of the fast time loop. Received: "

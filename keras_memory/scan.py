@@ -131,7 +131,7 @@ def _why_portable(loop, training, unroll):
     if unroll:
         return "unroll=True"
     if loop == "auto" and not training:
-        return "training=False needs no gradients"
+        return "not called with training=True"
     return ""
 
 
