@@ -707,4 +707,4 @@ def test_gates_of_any_activation_equal_those_of_keras(activation):
     states = [0.1 * x[:, :1] * np.ones((2, 6), "float32")] * 2
     expected, _ = cell(x, states)
     output, _ = controllers.step(cell, ops.array(x), states, False)
-    close(output, expected)
+    close(ops.convert_to_numpy(output), ops.convert_to_numpy(expected))
