@@ -140,6 +140,15 @@ def put(vectors, places, size):
     return with_gradient(added, gradient, vectors, places)
 
 
+def total(x):
+    """Sums over the last axis, which stays: (B, H, N) -> (B, H, 1)."""
+    devices = keras.distribution.list_devices() if _compiles() else []
+    if devices and all("cpu" in device.lower() for device in devices):
+        return ops.matmul(x, ops.ones((x.shape[-1], 1), x.dtype))
+    # A GPU or TPU may round the factors of a product to fewer bits.
+    return ops.sum(x, axis=-1, keepdims=True)
+
+
 def _in_batch(places, size):
     """(B, P) places of N each -> (B P,) places of all B N."""
     first = size * ops.arange(ops.shape(places)[0], dtype="int32")
@@ -159,14 +168,6 @@ def _sums(vectors, places, size):
 # One product of many small matrices is fast where each operation is a call
 # of its own. XLA is better at sums over any but the last axis, and at one
 # matrix and one vector at a time (`benchmarks/README.md`).
-
-
-def total(x):
-    """Sums over the last axis, which stays: (B, H, N) -> (B, H, 1)."""
-    devices = keras.distribution.list_devices() if _compiles() else []
-    if devices and all("cpu" in device.lower() for device in devices):
-        return ops.matmul(x, ops.ones((x.shape[-1], 1), x.dtype))
-    return ops.sum(x, axis=-1, keepdims=True)  # others round products more
 
 
 def _read(memory, weighting):
