@@ -688,9 +688,11 @@ def activation_by_name(name):
 def sparsemax(logits, axis=-1):
     """Projects logits onto the probability simplex: a softmax with zeros.
 
-    Source: Martins & Astudillo 2016 (arXiv 1602.02068), Algorithm 1.
-    Departure: the maximum is subtracted first, which changes nothing but the
-    rounding; 16-bit logits are computed in float32.
+    Source: Martins & Astudillo 2016 (arXiv 1602.02068), eqs. 2-3.
+    Departure: their Algorithm 1 sorts; here the support shrinks until it stays
+    (Michelot 1986), in a few passes over the logits. The maximum is subtracted
+    first, which changes nothing but the rounding; 16-bit logits are computed
+    in float32.
 
     `keras.ops.sparsemax` of Keras 3.15 does not sum to 1 where more than one
     entry is positive (Keras issue 23425).
@@ -710,16 +712,27 @@ def sparsemax(logits, axis=-1):
     dtype = "float64" if ops.dtype(logits) == "float64" else "float32"
     z = ops.cast(logits, dtype)
     z = z - ops.stop_gradient(ops.max(z, axis=axis, keepdims=True))
-    ranked = ops.flip(ops.sort(z, axis=axis), axis=axis)
-    rank = ops.cumsum(ops.ones_like(z), axis=axis, dtype=dtype)
-    sums = ops.cumsum(ranked, axis=axis, dtype=dtype)
-    support = 1.0 + rank * ranked > sums
 
     def total(x):
         return ops.sum(x, axis=axis, keepdims=True)
 
-    inside = ops.where(support, ranked, ops.zeros_like(ranked))
-    threshold = (total(inside) - 1.0) / total(ops.cast(support, dtype))
+    def threshold_of(z, support):
+        inside = ops.where(support, z, ops.zeros_like(z))
+        count = total(ops.cast(support, dtype))
+        return (total(inside) - 1.0) / ops.maximum(count, 1.0)
+
+    fixed = ops.stop_gradient(z)
+
+    def shrinks(support, smaller):
+        return ops.any(ops.not_equal(support, smaller))
+
+    def shrink(support, smaller):
+        return smaller, smaller & (fixed > threshold_of(fixed, smaller))
+
+    # What is 1 below the maximum or lower is outside.
+    none, first = ops.zeros_like(z, dtype="bool"), fixed > -1.0
+    _, support = ops.while_loop(shrinks, shrink, (none, first))
+    threshold = threshold_of(z, support)
     # XLA's maximum passes over NaN, but the sum does not.
     threshold = ops.where(ops.isnan(total(z)), total(z), threshold)
     return ops.cast(ops.relu(z - threshold), logits.dtype)

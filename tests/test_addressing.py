@@ -362,11 +362,11 @@ def test_gradients_of_sharpening_a_one_hot_weighting(dtype, power):
         assert np.abs(gradient).max() < 100
 
 
-# Sparsemax, against tensorflow-addons.
+# Sparsemax, against tensorflow-addons and entmax.
 
 
-def sparsemax_golden(name, case):
-    file = np.load(harness.GOLDENS / f"tfa__sparsemax_{name}.npz")
+def sparsemax_golden(file, case):
+    file = np.load(harness.GOLDENS / f"{file}.npz")
     prefix = f"{case}."
     return {
         key.removeprefix(prefix): file[key]
@@ -399,9 +399,12 @@ def gradient_of_sum_of_squares(function, z):
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.parametrize("case", ["case0", "case1", "ties", "large"])
-def test_sparsemax_equals_tensorflow_addons(name, case):
-    golden = sparsemax_golden(name, case)
+@pytest.mark.parametrize("of", ["tfa__sparsemax", "sparsemax_entmax_"])
+@pytest.mark.parametrize("case", ["case0", "case1", "ties", "large", "single"])
+def test_sparsemax_equals_references(of, name, case):
+    golden = sparsemax_golden(f"{of}_{name}", case)
+    if not golden:
+        pytest.skip(f"{of} has no such case")
     z = golden["z"]
     if ops.dtype(ops.convert_to_tensor(z)) == "float64":
         tolerances = 1e-9, 1e-7
@@ -414,6 +417,8 @@ def test_sparsemax_equals_tensorflow_addons(name, case):
         def project(logits, axis=axis):
             return addressing.sparsemax(logits, axis)
 
+        if "p" + suffix not in golden:
+            continue
         p, gradient = golden["p" + suffix], golden["grad_of_sum_p2" + suffix]
         close(project(z), p, tolerances[0])
         close(gradient_of_sum_of_squares(project, z), gradient, tolerances[1])
@@ -422,13 +427,31 @@ def test_sparsemax_equals_tensorflow_addons(name, case):
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_sparsemax_of_infinities_and_nan(name):
-    golden = sparsemax_golden(name, "nan_ok_inf")
+    golden = sparsemax_golden(f"tfa__sparsemax_{name}", "nan_ok_inf")
     close(addressing.sparsemax(golden["z"]), golden["p"], 0)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         compiled = tf.function(addressing.sparsemax, jit_compile=True)
         close(compiled(golden["z"]), golden["p"], 0)
+
+
+def test_gradients_of_sparsemax_beside_minus_infinity():
+    z = np.array([[0.3, -np.inf, 0.1], [-np.inf, 7.0, -np.inf]], "float32")
+    gradient = gradient_of_sum_of_squares(addressing.sparsemax, z)
+    close(gradient, [[0.2, 0.0, -0.2], [0.0, 0.0, 0.0]], 1e-6)
+
+
+def test_sparsemax_of_logits_that_leave_the_support_one_by_one():
+    z, below = [0.0, -0.5], 1e-5
+    while z[-1] > -1:
+        k = len(z)
+        z.append((sum(z) - 1) / k - below)  # what k of them leave out
+        below *= 1.1 * (k + 2) * k / (k + 1)
+    assert len(z) > 8
+    p = addressing.sparsemax(np.array([z[::-1], z[4:] + z[:4]], "float32"))
+    expected = np.array([0.75, 0.25] + [0.0] * (len(z) - 2))
+    close(p, [expected[::-1], np.roll(expected, -4)], 1e-6)
 
 
 def test_sparsemax_of_integers():
