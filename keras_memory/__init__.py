@@ -3,6 +3,7 @@
 from keras_memory import callbacks as callbacks
 from keras_memory import controllers as controllers
 from keras_memory import convert as convert
+from keras_memory import explanations as explanations
 from keras_memory import export as export
 from keras_memory import losses as losses
 from keras_memory import tasks as tasks
@@ -10,6 +11,11 @@ from keras_memory import visualization as visualization
 from keras_memory.dnc import DNCCell as DNCCell
 from keras_memory.dnc import DNCLayer as DNCLayer
 from keras_memory.dnc import DNCState as DNCState
+from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
+from keras_memory.memory_wrap import (
+    MemoryWrapClassifier as MemoryWrapClassifier,
+)
+from keras_memory.memory_wrap import MemoryWrapLayer as MemoryWrapLayer
 from keras_memory.ntm import MERLINState as MERLINState
 from keras_memory.ntm import NTMCell as NTMCell
 from keras_memory.ntm import NTMLayer as NTMLayer

@@ -8,6 +8,7 @@ Slots, heads, bits and time steps count from 0, slot 0 at the top.
 
 import functools
 import io
+from typing import NamedTuple
 
 import numpy as np
 
@@ -410,6 +411,115 @@ def task_picture(inputs, targets, outputs, mask, trace, title, high=1.0):
         _same_length({"Input": inputs, name: trace[name]})
         panels.append(memory_film_strip(trace[name], title=_words(name)))
     return stack(panels, title)
+
+
+class Tile(NamedTuple):
+    """An image for `tiles`.
+
+    Fields:
+        image: (H, W), (H, W, 1) or (H, W, 3), in [0, 1].
+        caption: a short text, in the colour of the frame.
+        words: text below that, above the image.
+        colour: int, which of `LINES` the frame has; None for a grey one, which
+            stands apart.
+        heat: an array like `image`, such as attributions, drawn below: what is
+            positive, summed over channels, on the greyed image; or None.
+    """
+
+    image: np.ndarray
+    caption: str
+    words: str
+    colour: int | None = None
+    heat: np.ndarray | None = None
+
+
+def tiles(row, size=96):
+    """Draws images side by side, with words above and heat maps below.
+
+    Args:
+        row: sequence of `Tile`.
+        size: int, pixels that the larger side of an image takes at least.
+
+    Returns:
+        (H, W, 3) uint8 image.
+
+    Raises:
+        ValueError: no tiles, or an array that is no image in [0, 1].
+    """
+    if not row:
+        raise ValueError(
+            "`row` must hold at least one tile, since a picture cannot be "
+            "empty. Received: no tiles."
+        )
+    Image, ImageDraw, font = _pillow()
+    columns = []
+    for tile in row:
+        image = _colours(tile.image)
+        scale = max(1, round(size / max(image.shape[:2])))
+        parts = [image]
+        if tile.heat is not None:
+            parts.append(_heated(image, tile.heat))
+        parts = [_enlarge(part, scale, scale) for part in parts]
+        height, width, _ = parts[0].shape
+        texts = (tile.caption, 12), (tile.words, 15)
+        widest = max(_widest(points, [text]) for text, points in texts)
+        end = max(width, widest) + 2 * GAP
+        canvas = Image.new(
+            "RGB", (end, 44 + len(parts) * (height + GAP)), "white"
+        )
+        draw = ImageDraw.Draw(canvas)
+        ink = INK if tile.colour is None else tuple(LINES[tile.colour])
+        draw.text((GAP, 16), tile.caption, ink, font(12), "ls")
+        draw.text((GAP, 36), tile.words, TITLE_INK, font(15), "ls")
+        for index, part in enumerate(parts):
+            y = 44 + index * (height + GAP)
+            box = (GAP - 2, y - 2, GAP + width + 1, y + height + 1)
+            draw.rectangle(box, outline=ink, width=2)
+            canvas.paste(Image.fromarray(part), (GAP, y))
+        columns.append(np.array(canvas))
+        if tile.colour is None:
+            columns.append(np.full((1, 2 * GAP, 3), 255, "uint8"))
+    highest = max(len(column) for column in columns)
+    return np.concatenate(
+        [
+            np.pad(
+                column,
+                ((0, highest - len(column)), (0, 0), (0, 0)),
+                constant_values=255,
+            )
+            for column in columns
+        ],
+        axis=1,
+    )
+
+
+def _colours(image):
+    """An image in [0, 1], also a grey one, as (H, W, 3) uint8."""
+    values = np.asarray(image, "float64")
+    if values.ndim == 2:
+        values = values[:, :, None]
+    if values.ndim != 3 or values.shape[2] not in (1, 3) or not values.size:
+        raise ValueError(
+            "An image must be (H, W), (H, W, 1) or (H, W, 3), grey or red, "
+            f"green and blue. Received: shape {np.shape(image)}."
+        )
+    if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
+        raise ValueError(
+            "An image must be in [0, 1] to be drawn: undo its normalisation. "
+            f"Received: values from {values.min():.3g} to {values.max():.3g}."
+        )
+    shades = (255 * np.clip(values, 0, 1)).round().astype("uint8")
+    return np.broadcast_to(shades, (*shades.shape[:2], 3))
+
+
+def _heated(image, heat):
+    """The image, faint, under what is positive in `heat`."""
+    heat = np.asarray(heat, "float64")
+    heat = np.maximum(heat.reshape(*image.shape[:2], -1).sum(axis=2), 0)
+    heat = heat / (heat.max() or 1.0)
+    colours = colorize(heat)
+    share = 0.25 + 0.65 * heat[:, :, None]
+    return (share * colours + (1 - share) * _grey(image)).astype("uint8")
 
 
 def curves(

@@ -19,7 +19,7 @@ LAYERS = [
     ["addressing", "retrieval"],
     ["recurrent"],
     ["ntm", "dnc", "sam", "sdnc", "esm", "memory_wrap"],
-    ["memorizing_transformer"],
+    ["memorizing_transformer", "explanations"],
     ["tasks", "losses"],
     ["config"],
     ["callbacks", "export", "convert"],
@@ -103,7 +103,7 @@ def test_one_backend_is_enough(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     absent = {"tensorflow", "jax", "torch"} - {backend}
-    absent |= {"tensorboard", "tensorflow_serving", "PIL", "scann"}
+    absent |= {"tensorboard", "tensorflow_serving", "PIL", "scann", "sklearn"}
     output = run_python(
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "import keras_memory, numpy as np\n"

@@ -1,0 +1,399 @@
+"""Why a Memory Wrap answers what it does: the examples that it used.
+
+La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440): an example in memory that
+is predicted as the input's class is an explanation by example, one of another
+class a counterfactual; those with weight 0 had no part in the answer.
+"""
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory import visualization
+from keras_memory.checks import check_size
+from keras_memory.memory_wrap import NO_LABEL
+from keras_memory.memory_wrap import MemoryWrapClassifier
+
+
+class Explanation(NamedTuple):
+    """The examples that decided one answer, the heaviest first.
+
+    Fields:
+        prediction: int, the class that the model answers for the input.
+        indices: (n,) int, which examples of the memory have a weight.
+        weights: (n,) in (0, 1], sum 1.
+        labels: (n,) int, their labels as they were given, -1 where not known.
+        predicted: (n,) int, the classes that the model predicts for them when
+            it looks at other examples; None where their inputs are not known,
+            as in a model that was saved.
+        inputs: (n, ...), the examples themselves; None where not known.
+    """
+
+    prediction: int
+    indices: np.ndarray
+    weights: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray | None
+    inputs: np.ndarray | None
+
+    @property
+    def classes(self):
+        """(n,) int: those predicted, or else the labels."""
+        return self.labels if self.predicted is None else self.predicted
+
+    @property
+    def is_example(self):
+        """(n,) bool: of the input's predicted class. The others are
+        counterfactuals."""
+        return self.classes == self.prediction
+
+
+def explain(model, x, batch_size=128):
+    """Names the examples behind each answer.
+
+    A model without a fixed memory draws one of its training data, and a second
+    one at which it looks when it classifies the examples of the first, as the
+    paper's code does. With a fixed memory each example is classified by the
+    others in it.
+
+    Args:
+        model: `MemoryWrapClassifier`, with a memory that is fixed or after
+            `fit`.
+        x: (B, ...) inputs.
+        batch_size: int, how many inputs are looked at at a time.
+
+    Returns:
+        List of B `Explanation`.
+
+    Raises:
+        TypeError: another model.
+        ValueError: no inputs, or no memory.
+
+    Example:
+
+    >>> rng = np.random.default_rng(0)
+    >>> x, y = rng.normal(size=(8, 3)).astype("float32"), np.arange(8) % 2
+    >>> model = keras_memory.MemoryWrapClassifier(keras.layers.Dense(5), 2)
+    >>> model.set_memory(x, y)
+    >>> why = keras_memory.explanations.explain(model, x[:1])[0]
+    >>> bool(why.weights[0] == why.weights.max()), len(why.inputs) < 8
+    (True, True)
+    """
+    x = _inputs_of(model, x, batch_size)
+    memory = _Memory(model)
+    found = []
+    for begin in range(0, len(x), batch_size):
+        found += memory.explain(x[begin : begin + batch_size])
+    return found
+
+
+def explanation_accuracy(model, x, y, batch_size=500):
+    """How often the heaviest example is of the predicted class.
+
+    Source: `paper/explanation_accuracy.py` of the paper's code: for each input
+    the class that the model predicts for the example with the largest weight,
+    looking at a second memory, is compared with the prediction for the input.
+    Each batch of inputs has two memories of its own, unless one is fixed.
+
+    Args:
+        model: `MemoryWrapClassifier`, after `fit`, or with a fixed memory of
+            this process.
+        x: (B, ...) inputs.
+        y: (B,) int labels, or (B, classes) one-hot.
+        batch_size: int, how many inputs have one memory. The paper's code
+            takes 500.
+
+    Returns:
+        Dict of shares in [0, 1]: `explanation_accuracy`, inputs whose heaviest
+        example is of the predicted class; `accuracy`, inputs whose prediction
+        is right; `accuracy_by_example` and `accuracy_by_counterfactual`, the
+        same among those whose heaviest example is of the predicted class and
+        among the others, None where there are none.
+
+    Raises:
+        TypeError: another model.
+        ValueError: no inputs, another number of labels, or no memory whose
+            examples could be classified.
+    """
+    x = _inputs_of(model, x, batch_size)
+    y = np.asarray(y)
+    y = y.argmax(axis=-1) if y.ndim == 2 and y.shape[1] > 1 else y.ravel()
+    if len(y) != len(x):
+        raise ValueError(
+            "`y` must have a label for each input. "
+            f"Received: {len(y)} labels, {len(x)} inputs"
+        )
+    agrees, right = [], []
+    for begin in range(0, len(x), batch_size):
+        some = x[begin : begin + batch_size]
+        memory = _Memory(model)
+        if memory.inputs is None:
+            raise ValueError(
+                "The examples of the memory must be known to be classified, "
+                "and a saved model does not keep them: call `set_memory` "
+                "again. Received: a memory of encodings"
+            )
+        logits, weights, indices = memory.look(some)
+        predictions = logits.argmax(axis=1)
+        top = np.take_along_axis(
+            indices, weights.argmax(axis=1)[:, None], axis=1
+        )[:, 0]
+        agrees.append(memory.predicted(top) == predictions)
+        right.append(predictions == y[begin : begin + batch_size])
+    agrees, right = np.concatenate(agrees), np.concatenate(right)
+
+    def share(of):
+        return float(of.mean()) if len(of) else None
+
+    return {
+        "explanation_accuracy": share(agrees),
+        "accuracy": share(right),
+        "accuracy_by_example": share(right[agrees]),
+        "accuracy_by_counterfactual": share(right[~agrees]),
+    }
+
+
+def integrated_gradients(
+    model, x, memory_inputs, target=None, baseline=0.0, steps=40
+):
+    """Which parts of an input, and of the examples it was compared with, speak
+    for a class.
+
+    Source: Sundararajan, Taly & Yan 2017 (arXiv 1703.01365), eq. 1, by the
+    midpoint rule, over input and examples together, as the paper's figures.
+
+    Args:
+        model: `MemoryWrapClassifier`.
+        x: (...) one input.
+        memory_inputs: (n, ...) the examples, such as `Explanation.inputs`; of
+            weight 0 are then those only that were.
+        target: int, the class; None for the one that is predicted.
+        baseline: what stands for nothing: a number, or an array like `x`. The
+            paper's code takes 1.0 of normalised images.
+        steps: int, points on the way from the baseline; their gradients are
+            taken at once.
+
+    Returns:
+        Arrays like `x` and like `memory_inputs`: their sum is the difference
+        of the class's output to that of the baselines, up to the rule's error.
+
+    Raises:
+        TypeError: another model.
+        ValueError: `x` is not one input, or a size is out of its range.
+    """
+    check_size("steps", steps)
+    x = np.asarray(x)
+    x = _inputs_of(model, x[None], steps)[0]
+    examples = _inputs_of(model, memory_inputs, steps)
+    if x.shape != examples.shape[1:]:
+        raise ValueError(
+            "`x` must be one input, like each of `memory_inputs`. "
+            f"Received: x of shape {x.shape}, memory_inputs of shape "
+            f"{examples.shape}"
+        )
+    if target is None:
+        outputs = model((ops.convert_to_tensor(x[None]), examples))
+        target = int(ops.argmax(outputs[0]))
+    shares = ((np.arange(steps) + 0.5) / steps).astype(x.dtype)
+
+    def path(end):  # (steps, *end.shape)
+        along = shares.reshape(-1, *[1] * end.ndim)
+        return along * end + (1 - along) * np.asarray(baseline, end.dtype)
+
+    def output(inputs, memory):
+        encoded = model.encoder(ops.reshape(memory, (-1, *x.shape)))
+        memory = ops.reshape(encoded, (steps, len(examples), -1))
+        outputs = model.memory_layer([model.encoder(inputs), memory])
+        return ops.sum(outputs[:, target])
+
+    of_x, of_examples = _gradients(output, path(x), path(examples))
+    return (
+        (x - baseline) * of_x.mean(axis=0),
+        (examples - baseline) * of_examples.mean(axis=0),
+    )
+
+
+def picture(model, x, class_names=None, most=6, attribution=True, baseline=0.0):
+    """Draws inputs beside the examples that decided the answers.
+
+    One row of tiles for each input: the input, then the examples used, the
+    heaviest first, with weight and class; counterfactuals are framed in
+    another colour. Below each tile, what speaks for the answer in it.
+
+    Args:
+        model: `MemoryWrapClassifier`, whose memory's inputs are known.
+        x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images in [0, 1].
+        class_names: sequence of texts; None for numbers.
+        most: int, the largest number of examples in a row.
+        attribution: bool, whether there are heat maps, by integrated
+            gradients of all examples used.
+        baseline: of `integrated_gradients`.
+
+    Returns:
+        (H, W, 3) uint8 image.
+
+    Raises:
+        TypeError: another model.
+        ValueError: no images, or a memory of encodings only.
+    """
+    check_size("most", most)
+    rows = []
+    for image, why in zip(x, explain(model, x)):
+        if why.inputs is None:
+            raise ValueError(
+                "The examples of the memory must be known to be drawn, and a "
+                "saved model does not keep them: call `set_memory` again. "
+                "Received: a memory of encodings"
+            )
+
+        def name(label):
+            return str(label if class_names is None else class_names[label])
+
+        heat = [None] * (1 + len(why.inputs))
+        if attribution:
+            of_x, of_examples = integrated_gradients(
+                model, image, why.inputs, why.prediction, baseline
+            )
+            heat = [of_x, *of_examples]
+        answer = name(why.prediction)
+        tiles = [visualization.Tile(image, "prediction", answer, heat=heat[0])]
+        for index in range(min(most, len(why.inputs))):
+            another = int(not why.is_example[index])
+            tiles.append(
+                visualization.Tile(
+                    why.inputs[index],
+                    ("example", "counterfactual")[another],
+                    f"{why.weights[index]:.2f}: {name(why.classes[index])}",
+                    another,
+                    heat[1 + index],
+                )
+            )
+        rows.append(visualization.tiles(tiles))
+    return visualization.stack(rows)
+
+
+class _Memory:
+    """What explanations are made of: the fixed memory, or two that are drawn,
+    the second for classifying the examples of the first."""
+
+    def __init__(self, model):
+        self.model = model
+        self.drawn = None
+        if model.fixed_memory_size is not None:
+            labels = ops.convert_to_numpy(model.memory_labels)
+            self.inputs = model.memory_inputs
+        else:
+            self.inputs, labels = model.draw()
+            second, _ = model.draw()
+            self.drawn = model.encode(self.inputs), model.encode(second)
+        if labels is None:
+            labels = np.full(len(self.inputs), NO_LABEL)
+        self.labels = labels
+
+    def look(self, x):
+        """Outputs (B, units), weights and indices (B, n), as arrays."""
+        encodings = self.model.encode(x, len(x))
+        inputs = encodings
+        if self.drawn is not None:
+            inputs = [encodings, self.drawn[0]]
+        found = self.model.memory_layer(inputs, return_weights=True)
+        outputs, weights, *indices = (
+            ops.convert_to_numpy(one).astype("float64") for one in found
+        )
+        if indices:
+            return outputs, weights, indices[0].astype(int)
+        every = np.broadcast_to(np.arange(weights.shape[1]), weights.shape)
+        return outputs, weights, every
+
+    def predicted(self, rows):
+        """The classes that the model predicts for some examples."""
+        if self.inputs is None:
+            return None
+        different, back = np.unique(rows, return_inverse=True)
+        layer = self.model.memory_layer
+        classes = []
+        for begin in range(0, len(different), 128):
+            some = different[begin : begin + 128]
+            if self.drawn is not None:
+                of_some = ops.take(self.drawn[0], some, axis=0)
+                outputs = layer([of_some, self.drawn[1]])
+            else:
+                others = np.arange(len(self.inputs)) != some[:, None]
+                encodings = self.model.encode(self.inputs[some])
+                outputs = layer(encodings, memory_mask=others)
+            classes.append(ops.convert_to_numpy(ops.argmax(outputs, axis=1)))
+        return np.concatenate(classes)[back.ravel()]
+
+    def explain(self, x):
+        outputs, weights, indices = self.look(x)
+        order = np.argsort(-weights, axis=1, kind="stable")
+        weights = np.take_along_axis(weights, order, axis=1)
+        indices = np.take_along_axis(indices, order, axis=1)
+        used = weights > 0
+        predicted = self.predicted(indices[used])
+        ends = np.cumsum(used.sum(axis=1))[:-1]
+        of_row = [None] * len(x)
+        if predicted is not None:
+            of_row = np.split(predicted, ends)
+        return [
+            Explanation(
+                int(outputs[row].argmax()),
+                indices[row][used[row]],
+                weights[row][used[row]],
+                self.labels[indices[row][used[row]]],
+                of_row[row],
+                None
+                if self.inputs is None
+                else self.inputs[indices[row][used[row]]],
+            )
+            for row in range(len(x))
+        ]
+
+
+def _inputs_of(model, x, batch_size):
+    if not isinstance(model, MemoryWrapClassifier):
+        raise TypeError(
+            "`model` must be a `MemoryWrapClassifier`, which knows its encoder "
+            f"and its memory. Received: model={model!r}"
+        )
+    check_size("batch_size", batch_size)
+    x = np.asarray(x)
+    if x.ndim < 2 or not len(x):
+        raise ValueError(
+            "Inputs must be an array (B, ...), of one at least. "
+            f"Received: shape {x.shape}"
+        )
+    return x
+
+
+def _gradients(function, *arrays):
+    """Of a function of arrays to a number, as arrays."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        arrays = [tf.convert_to_tensor(array) for array in arrays]
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            result = function(*arrays)
+        found = tape.gradient(result, arrays)
+    elif backend == "jax":
+        import jax
+
+        numbers = tuple(range(len(arrays)))
+        found = jax.grad(function, numbers)(*arrays)
+    elif backend == "torch":
+        import torch
+
+        arrays = [
+            ops.convert_to_tensor(array).requires_grad_() for array in arrays
+        ]
+        found = torch.autograd.grad(function(*arrays), arrays)
+    else:
+        raise RuntimeError(
+            "Integrated gradients need a backend with gradients: TensorFlow, "
+            f"JAX or PyTorch. Received: KERAS_BACKEND={backend}"
+        )
+    return [ops.convert_to_numpy(one) for one in found]
