@@ -55,7 +55,8 @@ def export_for_serving(
     has its inputs under their Keras names and `outputs_0`, `outputs_1`, ...
 
     `step` and `initial_state` are written if stepping a random probe gives
-    what the whole sequence gives, and left out with a warning if not. What
+    what the whole sequence gives, and left out with a warning if not; a model
+    without recurrent layers, such as a Memory Wrap, has neither of them. What
     goes into them: recurrent layers of this library and of Keras, and layers
     that act on each time step alone. What does not: `Bidirectional`,
     `go_backwards`, attention, convolution and pooling over time, and masks,
@@ -192,7 +193,8 @@ def _take_apart(model):
 
     Returns:
         Dict of concrete functions, by signature; dict of probe inputs; dict
-        of the model's outputs for them; and why there is no `step`, or None.
+        of the model's outputs for them; and why there is no `step`, None if
+        there is one, or "" where there is nothing to step.
     """
     import tensorflow as tf
 
@@ -442,7 +444,7 @@ def _try_streaming(model, probe, whole, calls):
         outputs that have a time axis.
     """
     if not calls:
-        return "it has no recurrent layer, so there are no states.", ()
+        return "", ()  # nobody expects steps of it
     if len(probe) > 1:
         return f"`step` takes one input, and it has {list(probe)}.", ()
     (inputs,) = probe.values()

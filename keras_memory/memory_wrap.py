@@ -75,7 +75,7 @@ class _MemoryWrap(keras.layers.Layer):
             )
         self._key_size = width
         if self._project is not None:
-            shape = self._shape_made_by(self._project, width)
+            shape = tuple(self._made_by(self._project, width).shape)
             if len(shape) != 2:
                 raise ValueError(
                     "`head` must make one vector of each encoding, (B, any "
@@ -95,7 +95,8 @@ class _MemoryWrap(keras.layers.Layer):
                 ],
                 name="classifier",
             )
-        shape = self._shape_made_by(self._classify, features)
+        made = self._made_by(self._classify, features)
+        self._output_dtype, shape = made.dtype, tuple(made.shape)
         if shape != (None, self.units):
             raise ValueError(
                 "`classifier` must make (B, units) of features (B, "
@@ -106,9 +107,8 @@ class _MemoryWrap(keras.layers.Layer):
             self._make_memory(self.fixed_memory_size)
         self.built = True
 
-    def _shape_made_by(self, layer, size):
-        made = layer(keras.KerasTensor((None, size), self.compute_dtype))
-        return tuple(made.shape)
+    def _made_by(self, layer, size):
+        return layer(keras.KerasTensor((None, size), self.compute_dtype))
 
     def _make_memory(self, size):
         """Makes place for so many examples, instead of those before."""
@@ -188,7 +188,7 @@ class _MemoryWrap(keras.layers.Layer):
         if len(memory.shape) != 2 or memory.shape[-1] != self._width:
             raise ValueError(
                 f"`memory_encodings` must be (M, {self._width}), encodings as "
-                f"the layer was built for. Received: shape {memory.shape}"
+                f"the layer was built for. Received: shape {tuple(memory.shape)}"
             )
         if not bool(ops.all(ops.isfinite(memory))):
             raise ValueError(
@@ -242,7 +242,8 @@ class _MemoryWrap(keras.layers.Layer):
     def _nearest(self, queries, keys, bias):
         """Indices (B, K) of the examples with the largest similarities."""
         size = keys.shape[-2]
-        top_k = self.top_k if size is None else min(self.top_k, size)
+        known = isinstance(size, int)
+        top_k = min(self.top_k, size) if known else self.top_k
         if len(keys.shape) == 2:
             return nearest(queries, keys, top_k, bias)[1]
         products = ops.stop_gradient(_dot(queries, keys) + bias)
@@ -356,12 +357,35 @@ class _MemoryWrap(keras.layers.Layer):
                 f"shape {tuple(memory.shape)}, encodings of {tuple(shape)}"
             )
 
+    def get_build_config(self):
+        return {"input_shape": (None, self._width)} if self.built else None
+
     def compute_output_shape(self, input_shape):
         return (_first_shape(input_shape)[0], self.units)
 
-    def compute_output_spec(self, *args, **kwargs):
-        # There are two or three outputs with `return_weights`.
-        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+    def compute_output_spec(
+        self,
+        encodings,
+        memory_encodings=None,
+        memory_mask=None,
+        return_weights=False,
+        training=None,
+    ):
+        if isinstance(encodings, (list, tuple)):
+            encodings, memory_encodings = _pair(encodings, memory_encodings)
+        self._check_shapes(encodings, memory_encodings, memory_mask, training)
+        batch = encodings.shape[0]
+        outputs = keras.KerasTensor((batch, self.units), self._output_dtype)
+        if not return_weights:
+            return outputs
+        memory = memory_encodings
+        size = (self.memory_keys if memory is None else memory).shape[-2]
+        if self.top_k is not None and size is not None:
+            size = min(self.top_k, size)
+        weights = keras.KerasTensor((batch, size), self.compute_dtype)
+        if self.top_k is None:
+            return outputs, weights
+        return outputs, weights, keras.KerasTensor((batch, size), "int32")
 
     def get_config(self):
         names = list(inspect.signature(_MemoryWrap.__init__).parameters)[1:-1]
@@ -708,6 +732,12 @@ class MemoryWrapClassifier(keras.Model):
             self.encoder(inputs),
             return_weights=return_weights,
             training=training,
+        )
+
+    def compute_output_spec(self, inputs, return_weights=False, training=None):
+        encoded = keras.tree.map_structure(self.encoder, inputs)
+        return self.memory_layer.compute_output_spec(
+            encoded, return_weights=return_weights, training=training
         )
 
     def encode(self, inputs, batch_size=128):

@@ -16,7 +16,7 @@ from keras_memory import controllers
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layer to test.
+    """A recurrent layer to test.
 
     Args:
         name: str, the test's name.
@@ -34,11 +34,46 @@ class Case:
     output_size: int = 3
 
     def make(self, **more):
+        return self._make({"return_sequences": True}, more)
+
+    def _make(self, defaults, more):
         kwargs = {
             key: value() if callable(value) else value
             for key, value in self.kwargs.items()
         }
-        return self.layer(**{"return_sequences": True, **kwargs, **more})
+        return self.layer(**{**defaults, **kwargs, **more})
+
+    def inputs(self, rng):
+        return rng.normal(size=self.input_shape).astype("float32")
+
+    def entry(self):
+        return keras.Input((None, self.input_shape[-1]))
+
+    def free_shapes(self, batch, time):
+        return (batch, time, self.input_shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class WrapCase(Case):
+    """A layer that takes encodings and a memory."""
+
+    input_shape: tuple = ((3, 5), (7, 5))
+
+    def make(self, **more):
+        return self._make({"units": self.output_size}, more)
+
+    def inputs(self, rng):
+        return [
+            rng.normal(size=shape).astype("float32")
+            for shape in self.input_shape
+        ]
+
+    def entry(self):
+        return [keras.Input(shape[1:]) for shape in self.input_shape]
+
+    def free_shapes(self, batch, time):
+        encodings, memory = self.input_shape
+        return [(batch, *encodings[1:]), memory]
 
 
 def own_cell():
@@ -199,6 +234,57 @@ CASES = [
         "two-blocks-one-memory",
         toy.ToyLayer,
         {"units": 3, "controller_units": 7, "share_memory": True},
+    ),
+]
+
+
+def dense(units):
+    return lambda: keras.layers.Dense(units)
+
+
+def einsum():
+    return keras.layers.EinsumDense("ij,jk->ik", 3, bias_axes="k")
+
+
+def two_layers():
+    return keras.Sequential(
+        [keras.layers.Dense(11, "tanh"), keras.layers.Dense(3)]
+    )
+
+
+WRAPS = [
+    WrapCase("wrap-default", keras_memory.MemoryWrapLayer, {}),
+    WrapCase(
+        "wrap-dense-head",
+        keras_memory.MemoryWrapLayer,
+        {"head": "dense", "classifier": two_layers},
+    ),
+    WrapCase(
+        "wrap-dot-nearest",
+        keras_memory.MemoryWrapLayer,
+        {
+            "distance": "dot",
+            "head": dense(2),
+            "classifier": einsum,
+            "top_k": 2,
+        },
+    ),
+    WrapCase("baseline-default", keras_memory.BaselineMemory, {}),
+    WrapCase(
+        "baseline-linear",
+        keras_memory.BaselineMemory,
+        {"distance": "l2", "classifier": dense(3), "top_k": 4},  # no head:
+        # its bias would have no gradient, as all are moved alike
+    ),
+    WrapCase(
+        "wrap-classifier",
+        keras_memory.MemoryWrapClassifier,
+        {"encoder": dense(2), "memory_size": 7, "head": dense(4)},
+    ),
+    WrapCase(
+        "wrap-classifier-baseline",
+        keras_memory.MemoryWrapClassifier,
+        {"encoder": dense(4), "memory_size": 7, "baseline": True},
     ),
 ]
 

@@ -14,6 +14,7 @@ import jax
 import keras
 import numpy as np
 from catalogue import CASES
+from catalogue import WRAPS
 from jax import export
 
 PLATFORMS = ("tpu", "cuda", "cpu")
@@ -25,12 +26,11 @@ def lower(function, *arguments):
 
 def lower_case(case):
     keras.utils.set_random_seed(1)
-    inputs = keras.Input((None, case.input_shape[-1]))
+    inputs = case.entry()
     model = keras.Model(inputs, case.make()(inputs))
     optimizer = keras.optimizers.Adam()
     optimizer.build(model.trainable_variables)
-    x = np.random.default_rng(3).normal(size=case.input_shape)
-    x = x.astype("float32")
+    x = case.inputs(np.random.default_rng(3))
     trainable = [v.value for v in model.trainable_variables]
     other = [v.value for v in model.non_trainable_variables]
     state = [v.value for v in optimizer.variables]
@@ -55,7 +55,11 @@ def lower_case(case):
         )
 
     b, t = export.symbolic_shape("b, t")
-    free = jax.ShapeDtypeStruct((b, t, case.input_shape[-1]), "float32")
+    free = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
+        case.free_shapes(b, t),
+        is_leaf=lambda shape: isinstance(shape, tuple),
+    )
     exported = lower(forward, trainable, other, free)
     trained = lower(train, trainable, other, state, x)
     difference = np.abs(exported.call(trainable, other, x) - model(x)).max()
@@ -81,7 +85,7 @@ def call_back(x):
 
 
 if __name__ == "__main__":
-    for case in [case for case in CASES if case.name in sys.argv]:
+    for case in [case for case in CASES + WRAPS if case.name in sys.argv]:
         print(json.dumps({"name": case.name, **lower_case(case)}), flush=True)
     controls = {
         "control-callback": call_back,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from catalogue import CASES
 from catalogue import LAYERS
+from catalogue import WRAPS
 from catalogue import each_case
 from catalogue import each_layer
 from catalogue import name_of
@@ -35,7 +36,7 @@ def covered():
         layer = case.make()
         for cls in (type(layer), type(layer.cell)):
             layers |= {cls, *cls.__bases__}
-    return layers
+    return layers | {case.layer for case in WRAPS}  # in `test_memory_wrap.py`
 
 
 def test_every_public_layer_is_in_the_catalogue():

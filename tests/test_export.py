@@ -485,7 +485,6 @@ def test_several_inputs_and_outputs(tmp_path):
 @pytest.mark.parametrize(
     "model, reason",
     [
-        (lambda: sequential(keras.layers.Dense(2)), "no recurrent layer"),
         (lambda: sequential(ntm(), shape=(1, 5)), "one time step"),
         (
             lambda: sequential(
@@ -497,7 +496,7 @@ def test_several_inputs_and_outputs(tmp_path):
             "fails on a single time step.*'wide'",
         ),
     ],
-    ids=["no-states", "one-step", "flattened"],
+    ids=["one-step", "flattened"],
 )
 def test_what_has_no_steps(model, reason, tmp_path):
     model = model()
@@ -508,6 +507,15 @@ def test_what_has_no_steps(model, reason, tmp_path):
     x = random(2, model.input_shape[1] or 3, 5)
     served = run(signatures["serving_default"], inputs=x)["outputs"]
     close(served, model(x), tolerance=1e-5)
+
+
+def test_without_recurrent_layers_there_are_no_steps_nor_warnings(
+    tmp_path, recwarn
+):
+    model = sequential(keras.layers.Dense(2))
+    signatures = load(export_for_serving(model, tmp_path / "model"))
+    assert not [w for w in recwarn if "export" in str(w.message)]
+    assert set(signatures) == {"serving_default"}
 
 
 # Files.

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from catalogue import each_layer
+from catalogue import WRAPS
+from catalogue import name_of
+from catalogue import of_layers
 
 pytest.importorskip("jax")
 
@@ -31,7 +33,7 @@ def lowered(request):
     return {line["name"]: line for line in lines}
 
 
-@each_layer
+@pytest.mark.parametrize("case", [*of_layers, *WRAPS], ids=name_of)
 def test_forward_and_training_step(case, lowered):
     line = lowered[case.name]
     assert line["forward"] == line["train"] == ["tpu", "cuda", "cpu"]

@@ -1,0 +1,640 @@
+"""Memory Wrap: its layers, and the classifier around them."""
+
+import harness
+import keras
+import numpy as np
+import pytest
+from catalogue import WRAPS
+from catalogue import name_of
+from harness import close
+from keras import ops
+
+import keras_memory
+from keras_memory import convert
+from keras_memory import memory_wrap
+from keras_memory import retrieval
+from keras_memory.memory_wrap import BaselineMemory
+from keras_memory.memory_wrap import MemoryWrapClassifier
+from keras_memory.memory_wrap import MemoryWrapLayer
+
+each_wrap = pytest.mark.parametrize("case", WRAPS, ids=name_of)
+each_distance = pytest.mark.parametrize("distance", memory_wrap.DISTANCES)
+both_layers = pytest.mark.parametrize(
+    "layer_class", [MemoryWrapLayer, BaselineMemory]
+)
+trains = pytest.mark.skipif(
+    not harness.TRAINS, reason="Keras does not train on NumPy"
+)
+
+
+# The paper, in NumPy, one input at a time.
+
+
+def sparsemax(z):
+    ranked = np.sort(z)[::-1]
+    sums = np.cumsum(ranked)
+    count = np.count_nonzero(1 + np.arange(1, len(z) + 1) * ranked > sums)
+    return np.maximum(z - (sums[count - 1] - 1) / count, 0)
+
+
+def distance_of(one, other, distance):
+    if distance == "l2":
+        return ((one - other) ** 2).sum()
+    if distance == "dot":
+        return -(one @ other)
+    norms = [np.sqrt(x @ x + 1e-6) for x in (one, other)]
+    return 1 - one @ other / np.prod(norms)
+
+
+def content_weights(encoding, memory, distance):
+    return sparsemax(
+        -np.array([distance_of(encoding, row, distance) for row in memory])
+    )
+
+
+# What every layer must do.
+
+
+@each_wrap
+def test_config_round_trip(case):
+    harness.config_round_trip(case)
+
+
+@each_wrap
+def test_file_round_trip(case, tmp_path):
+    harness.file_round_trip(case, tmp_path)
+
+
+@each_wrap
+def test_clone(case):
+    harness.clone(case)
+
+
+@each_wrap
+@pytest.mark.parametrize(
+    "policy", ["mixed_float16", "mixed_bfloat16", "float16"]
+)
+def test_mixed_precision(policy, case):
+    harness.mixed_precision(case, policy)
+
+
+@each_wrap
+def test_shapes(case):
+    x = harness.inputs_of(case)
+    layer = harness.built(case)
+    for more in ({}, {"return_weights": True}):
+        eager = keras.tree.flatten(layer(x, **more))
+        symbolic = keras.tree.flatten(layer(case.entry(), **more))
+        assert len(eager) == len(symbolic)
+        for one, other in zip(eager, symbolic):
+            assert ops.dtype(one) == other.dtype
+            assert len(one.shape) == len(other.shape)
+            assert all(n in (None, m) for n, m in zip(other.shape, one.shape))
+        assert tuple(eager[0].shape) == (3, 3)
+    if not isinstance(layer, keras.Model):
+        assert layer.compute_output_shape([(3, 5), (7, 5)]) == (3, 3)
+    weights = ops.convert_to_numpy(eager[1])
+    assert (weights >= 0).all()
+    close(weights.sum(axis=1), np.ones(3, weights.dtype))
+    assert 0 < np.count_nonzero(weights == 0)  # sparse
+
+
+@trains
+@each_wrap
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_training_step(jit_compile, case):
+    if harness.BACKEND == "torch" and jit_compile:
+        pytest.skip("not run: torch.compile takes half a minute")
+    layer = harness.built(case)
+    model = harness.compiled(
+        harness.model_of(layer, case), "sgd", "mse", jit_compile=jit_compile
+    )
+    x = [0.3 * one for one in harness.inputs_of(case)]  # for wide supports
+    before = [ops.convert_to_numpy(w) for w in model.weights]
+    for _ in range(2):
+        assert np.isfinite(model.train_on_batch(x, np.ones((3, 3))))
+    for weight, old in zip(model.weights, before):
+        moved = (ops.convert_to_numpy(weight) != old).any()
+        assert moved == weight.trainable, weight.path
+
+
+# The truth: the reference implementation, and the paper in NumPy.
+
+
+def gradients(function, *arrays):
+    import tensorflow as tf
+
+    arrays = [tf.constant(a) for a in arrays]
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        result = function(*arrays)
+    return tape.gradient(result, arrays)
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["a", "b_linear_classifier"])
+@both_layers
+@each_distance
+def test_memorywrap(distance, layer_class, name, training):
+    import tensorflow as tf
+
+    golden, arrays, _ = harness.golden(f"memorywrap__{name}")
+    of = layer_class.__name__
+    weights = {
+        key.removeprefix(f"{of}.w."): value
+        for key, value in golden.items()
+        if key.startswith(f"{of}.w.")
+    }
+    layer = convert.from_memorywrap(
+        weights, of == "BaselineMemory", distance=distance, dtype="float64"
+    )
+    assert type(layer) is layer_class
+
+    @tf.function(jit_compile=training)
+    def call(encodings, memory):
+        variables = layer.trainable_variables
+        inputs = [encodings, memory]
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs, found = layer(
+                inputs, return_weights=True, training=training
+            )
+            loss = tf.reduce_sum(outputs**2)
+        return outputs, found, loss, tape.gradient(loss, inputs + variables)
+
+    encodings, memory = golden["encoder_output"], golden["memory_set"]
+    outputs, found, loss, slopes = call(
+        tf.constant(encodings), tf.constant(memory)
+    )
+    expected = {
+        key.removeprefix(f"{of}.{distance}."): value
+        for key, value in golden.items()
+        if key.startswith(f"{of}.{distance}.")
+    }
+    close(outputs, expected["output"], 1e-9)
+    close(found, expected["content_weights"], 1e-9)
+    close(found.numpy() @ memory, expected["memory_vector"], 1e-9)
+    close(loss, expected["loss"], 1e-9)
+    names = ["encoder_output", "memory_set", *weights]
+    assert len(names) == len(slopes)
+    for one, slope in zip(names, slopes):
+        slope = tf.transpose(slope) if one.endswith(".weight") else slope
+        close(slope, expected[f"grad.{one}"], 1e-9)
+    for index, row in enumerate(encodings):  # our own oracle agrees
+        close(found[index], content_weights(row, memory, distance), 1e-9)
+
+
+@each_distance
+@pytest.mark.parametrize("head", [None, "dense", keras.layers.Dense])
+def test_layer_is_the_paper(head, distance):
+    rng = np.random.default_rng(7)
+    make = head if head in (None, "dense") else head(2, "tanh")
+    layer = MemoryWrapLayer(3, head=make, distance=distance)
+    encodings, memory = rng.normal(size=(2, 5)), rng.normal(size=(11, 5))
+    layer.build([(2, 5), (11, 5)])
+    rng = np.random.default_rng(5)
+    for weight in layer.weights:
+        weight.assign(rng.normal(size=weight.shape))
+    weights = [ops.convert_to_numpy(w) for w in layer.trainable_weights]
+    kernels = list(weights)
+
+    def projected(x):
+        if head is None:
+            return x
+        kernel, bias = kernels[0], kernels[1]
+        x = x @ kernel + bias
+        return x if head == "dense" else np.tanh(x)
+
+    first, first_bias, last, last_bias = kernels[2 if head else 0 :]
+    outputs, found = layer([encodings, memory], return_weights=True)
+    for row, encoding in enumerate(encodings):
+        w = content_weights(projected(encoding), projected(memory), distance)
+        close(found[row], w.astype("float32"), 1e-5)
+        features = np.concatenate([encoding, w @ memory])
+        hidden = np.maximum(features @ first + first_bias, 0)
+        close(outputs[row], (hidden @ last + last_bias).astype("float32"), 1e-4)
+
+
+def test_default_classifiers_are_the_papers():
+    shapes = {
+        MemoryWrapLayer: [(14, 28), (28, 3)],
+        BaselineMemory: [(7, 14), (14, 3)],
+    }
+    for layer_class, expected in shapes.items():
+        layer = layer_class(3)
+        layer.build([(2, 7), (5, 7)])
+        kernels = [w.shape for w in layer.weights if len(w.shape) == 2]
+        assert kernels == expected
+
+
+@each_wrap
+def test_keyword_form_and_memory_for_each_input(case):
+    encodings, memory = harness.inputs_of(case)
+    layer = harness.built(case)
+    if isinstance(layer, keras.Model):
+        layer = layer.memory_layer
+        width = layer._width
+        encodings, memory = encodings[:, :width], memory[:, :width]
+    expected = keras.tree.flatten(
+        layer([encodings, memory], return_weights=True)
+    )
+    by_name = layer(
+        encodings=encodings, memory_encodings=memory, return_weights=True
+    )
+    each = np.stack([memory, memory[::-1], memory])
+    of_each = layer([encodings, each], return_weights=True)
+    turned = layer([encodings, memory[::-1]], return_weights=True)
+    for one, other, several, of_turned in zip(
+        expected, by_name, of_each, turned
+    ):
+        close(other, one, 0)
+        close(several[0], one[0])
+        close(several[1], of_turned[1])
+
+
+# Options.
+
+
+@both_layers
+@each_distance
+def test_mask_is_removal(layer_class, distance):
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(2, 5)), rng.normal(size=(7, 5))
+    counts = np.array([True, False, True, True, False, False, True])
+    for top_k in (None, 2, 5):
+        layer = layer_class(3, distance=distance, top_k=top_k)
+        expected = layer([encodings, memory[counts]])
+        poisoned = np.where(counts[:, None], memory, 1e3)
+        for mask in (counts, np.stack([counts] * 2)):
+            close(layer([encodings, poisoned], memory_mask=mask), expected)
+        layer.set_memory(poisoned)
+        close(layer(encodings, memory_mask=counts), expected)
+        # Each row has a mask of its own; one has no example left.
+        masks = np.stack([counts, np.zeros(7, bool)])
+        mixed, weights = layer(
+            [encodings, memory], memory_mask=masks, return_weights=True
+        )[:2]
+        close(mixed[0], expected[0])
+        assert (ops.convert_to_numpy(weights)[1] == 0).all()
+        nothing = layer([encodings[1:], 0 * memory[:1]])
+        close(mixed[1:], nothing)
+
+
+@each_distance
+@pytest.mark.parametrize("block", [4, 100])
+def test_nearest_are_exact_where_the_support_is_among_them(
+    block, distance, monkeypatch
+):
+    monkeypatch.setattr(retrieval, "BLOCK", block)
+    rng = np.random.default_rng(7)
+    scale = 1.0 if distance == "cosine" else 0.5
+    encodings = scale * rng.normal(size=(13, 3))
+    memory = scale * rng.normal(size=(17, 3))
+    layer = MemoryWrapLayer(3, distance=distance)
+    expected, weights = layer([encodings, memory], return_weights=True)
+    weights = ops.convert_to_numpy(weights)
+    support = np.count_nonzero(weights, axis=1)
+    assert 2 <= support.min() < support.max() <= 12
+    layer.top_k = int(support.max()) - 1
+    for each in (memory, np.stack([memory] * 13)):
+        outputs, some, indices = layer([encodings, each], return_weights=True)
+        some, indices = map(ops.convert_to_numpy, (some, indices))
+        inside = support <= layer.top_k
+        assert inside.any() and not inside.all()
+        close(outputs[inside], expected[inside])
+        every = np.zeros_like(weights)
+        np.put_along_axis(every, indices, some, axis=1)
+        close(every[inside], weights[inside])
+        # A least weight of 0 tells that the row is exact.
+        assert (inside >= (some.min(axis=1) == 0)).all()
+        assert np.abs(every - weights)[~inside].max() > 1e-3
+    layer.top_k = 1000
+    close(layer([encodings, memory]), expected)
+
+
+@harness.needs_tensorflow
+@each_distance
+def test_gradients_of_the_nearest_are_those_of_all(distance):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(5, 3)), rng.normal(size=(17, 3))
+    layer = MemoryWrapLayer(3, distance=distance, dtype="float64")
+
+    def loss(encodings, memory):
+        return tf.reduce_sum(layer([encodings, memory], training=True) ** 2)
+
+    expected = gradients(loss, encodings, memory)
+    layer.top_k = 13
+    for one, other in zip(gradients(loss, encodings, memory), expected):
+        close(tf.convert_to_tensor(one), other, 1e-9)
+
+
+@each_wrap
+def test_fixed_memory_is_the_same_memory(case, tmp_path):
+    encodings, memory = harness.inputs_of(case)
+    layer = harness.built(case)
+    expected = keras.tree.flatten(
+        layer([encodings, memory], return_weights=True)
+    )
+    layer.set_memory(memory)
+    for one, other in zip(layer(encodings, return_weights=True), expected):
+        close(one, other)
+    # The memory is part of what is saved and cloned.
+    entry = keras.Input(encodings.shape[1:])
+    model = keras.Model(entry, layer(entry))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    close(loaded(encodings), expected[0])
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    close(copy(encodings), expected[0])
+    # Another one of that size takes its place, in compiled functions too.
+    model.predict(encodings, verbose=0)
+    layer.set_memory(memory[::-1] + 1)
+    changed = layer([encodings, memory[::-1] + 1])
+    close(model.predict(encodings, verbose=0), changed)
+
+
+def test_a_fixed_memory_is_folded_into_the_classifier():
+    layer = MemoryWrapLayer(3)
+    memory = np.random.default_rng(7).normal(size=(7, 5)).astype("float32")
+    layer.build([(2, 5), (7, 5)])
+    layer.set_memory(memory)
+    kernel = ops.convert_to_numpy(layer.trainable_weights[0])
+    close(layer.memory_values, memory @ kernel[5:])
+    own = MemoryWrapLayer(
+        3, classifier=keras.layers.EinsumDense("ij,jk->ik", 3)
+    )
+    own.set_memory(memory)
+    close(own.memory_values, memory)
+
+
+@harness.needs_tensorflow
+@each_wrap
+def test_export(case, tmp_path, recwarn):
+    import tensorflow as tf
+
+    encodings, memory = harness.inputs_of(case)
+    layer = harness.built(case)
+    layer.set_memory(memory)
+    keras_memory.export.export_for_serving(layer, tmp_path)
+    served = tf.saved_model.load(tmp_path / "1").signatures["serving_default"]
+    close(served(inputs=encodings)["outputs"], layer(encodings))
+    assert [w for w in recwarn.list if "export" in str(w.message)] == []
+
+
+# Where numbers are at their limits.
+
+
+@harness.needs_tensorflow
+@both_layers
+@each_distance
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "float16"])
+def test_singular_inputs(layer_class, distance, dtype):
+    import tensorflow as tf
+
+    layer = layer_class(3, distance=distance, dtype=dtype)
+    layer.build([(1, 5), (1, 5)])
+    zero, one, large = np.zeros((1, 5)), np.ones((1, 5)), np.full((1, 5), 300.0)
+    repeated = np.ones((7, 5))
+    for encodings in (zero, one, large):
+        for memory in (zero, one, large, repeated, 0 * repeated):
+
+            def loss(encodings, memory):
+                outputs = layer([encodings, memory], training=True)
+                return tf.reduce_mean(tf.cast(outputs, "float32"))
+
+            arrays = [a.astype("float32") for a in (encodings, memory)]
+            for slope in gradients(loss, *arrays):
+                assert np.isfinite(slope).all()
+            _, weights = layer([encodings, memory], return_weights=True)
+            close(weights, np.full((1, len(memory)), 1 / len(memory)), 1e-3)
+
+
+# Bad input.
+
+
+def refuses(call, *words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+@both_layers
+def test_bad_arguments(layer_class):
+    for name, value in {
+        "distance": "euclidean",
+        "head": "linear",
+        "classifier": "dense",
+        "top_k": 0,
+        "fixed_memory_size": 0,
+    }.items():
+        refuses(lambda: layer_class(3, **{name: value}), name, repr(value))  # noqa: B023
+    refuses(lambda: layer_class(0), "units")
+
+
+def test_bad_shapes():
+    layer = MemoryWrapLayer(3)
+    e, m = np.ones((2, 5)), np.ones((7, 5))
+    layer([e, m])
+    refuses(lambda: layer(e), "set_memory")
+    refuses(lambda: layer([e]), "list of 1")
+    refuses(lambda: layer([e, m], memory_encodings=m), "memory_encodings")
+    refuses(lambda: layer([e[0], m]), "`encodings`", "(5,)")
+    refuses(lambda: layer([e, m[:, :4]]), "`memory_encodings`", "(7, 4)")
+    refuses(lambda: layer([e, m[:0]]), "one example at least")
+    refuses(lambda: layer([e, np.ones((3, 7, 5))]), "(3, 7, 5)")
+    for shape in ((6,), (3, 7), (2, 6), (2, 7, 1)):
+        mask = np.ones(shape, bool)
+        refuses(lambda: layer([e, m], memory_mask=mask), "`memory_mask`")  # noqa: B023
+    wrong = MemoryWrapLayer(3, classifier=keras.layers.Dense(4))
+    refuses(lambda: wrong([e, m]), "`classifier`", "units=3", "(None, 4)")
+    wrong = MemoryWrapLayer(3, head=keras.layers.Reshape((5, 1)))
+    refuses(lambda: wrong([e, m]), "`head`")
+
+
+def test_bad_memories():
+    layer = MemoryWrapLayer(3)
+    memory = np.ones((7, 5), "float32")
+    layer.build([(2, 5), (7, 5)])
+    refuses(lambda: layer.set_memory(memory[:, :4]), "(7, 4)")
+    refuses(lambda: layer.set_memory(np.where(memory, np.nan, 0)), "finite")
+    assert layer.memory_keys is None
+    layer.set_memory(memory)
+    refuses(lambda: layer.set_memory(memory[:6]), "6 of them")
+    refuses(lambda: layer(memory, training=True), "training=True")
+
+
+def test_converter_refuses():
+    golden, _, _ = harness.golden("memorywrap__a")
+    start = "MemoryWrapLayer.w."
+    weights = {
+        key.removeprefix(start): value
+        for key, value in golden.items()
+        if key.startswith(start)
+    }
+
+    def convert_with(changed=(), **kwargs):
+        return lambda: convert.from_memorywrap(
+            {**weights, **dict(changed)}, **kwargs
+        )
+
+    refuses(convert_with({"extra": np.ones(2)}), "extra")
+    refuses(convert_with({"classifier.fc2.bias": np.ones(5)}), "(5,")
+    refuses(convert_with(units=4), "units")
+    refuses(convert_with(classifier=keras.layers.Dense(3)), "classifier")
+    refuses(convert_with(distance="far"), "distance")
+    odd = {"classifier.weight": np.ones((3, 5)), "classifier.bias": np.ones(3)}
+    refuses(lambda: convert.from_memorywrap(odd), "baseline=True")
+    assert convert.from_memorywrap(odd, baseline=True).units == 3
+
+
+# The classifier.
+
+
+@pytest.fixture
+def clusters():
+    """Points of three classes, apart."""
+    rng = np.random.default_rng(7)
+    y = np.arange(60) % 3
+    x = rng.normal(size=(60, 5), scale=0.3) + 2 * np.eye(3, 5)[y]
+    return x.astype("float32"), y
+
+
+def classifier(**kwargs):
+    arguments = {"memory_size": 11, "seed": 3, **kwargs}
+    encoder = keras.layers.Dense(7, "tanh")
+    model = MemoryWrapClassifier(encoder, 3, **arguments)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.02), loss, metrics=["accuracy"])
+    return model
+
+
+@trains
+@pytest.mark.parametrize("baseline", [False, True])
+def test_classifier_learns_predicts_and_is_saved(baseline, clusters, tmp_path):
+    x, y = clusters
+    model = classifier(baseline=baseline)
+    history = model.fit(x, y, 16, epochs=8, validation_split=0.2, verbose=0)
+    assert history.history["val_accuracy"][-1] > 0.9
+    assert model.evaluate(x, y, verbose=0, return_dict=True)["accuracy"] > 0.9
+    several = model.predict(x, draws=4, verbose=0)
+    assert (several.argmax(axis=1) == y).mean() > 0.9
+    model.set_memory(x[:13], y[:13])  # another size than it trained with
+    fixed = model.predict(x, verbose=0)
+    close(model((x, x[:13])), fixed, 1e-5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    close(loaded.predict(x, verbose=0), fixed, 0)
+    assert (ops.convert_to_numpy(loaded.memory_labels) == y[:13]).all()
+    model.set_memory(x)
+    assert model.memory_labels.shape == (60,)
+    close(model.predict(x, verbose=0), model((x, x)), 1e-5)
+    model.fit(x, y, verbose=0)  # forgets it
+    refuses(lambda: model(x), "set_memory")
+    model.predict(x, verbose=0)
+
+
+@trains
+def test_each_step_has_a_memory_of_its_own(clusters, monkeypatch):
+    x, y = clusters
+    drawn = []
+    draw = MemoryWrapClassifier.draw
+
+    def noted(model):
+        inputs, labels = draw(model)
+        drawn.append(inputs)
+        assert inputs.shape == (11, 5)
+        assert len(np.unique(inputs, axis=0)) == 11  # without replacement
+        for row, label in zip(inputs, labels):
+            ((place,),) = (np.where((x == row).all(axis=1))[0][None],)
+            assert y[place] == label
+        return inputs, labels
+
+    monkeypatch.setattr(MemoryWrapClassifier, "draw", noted)
+    histories = []
+    for seed in (3, 3, 4):
+        keras.utils.set_random_seed(1)
+        model = classifier(seed=seed)
+        histories.append(model.fit(x, y, 20, epochs=2, verbose=0).history)
+    assert histories[0] == histories[1] != histories[2]
+    several = {memory.tobytes() for memory in drawn}
+    assert len(several) >= 12  # of two seeds, six steps
+
+
+@trains
+def test_predictions_are_the_mean_over_draws(clusters):
+    x, y = clusters
+    one, other = classifier(), classifier()
+    for model in (one, other):
+        keras.utils.set_random_seed(1)
+        model.fit(x, y, verbose=0)
+    other.set_weights(one.get_weights())
+    several = one.predict(x, draws=3, verbose=0)
+    each = []
+    for _ in range(3):
+        memory, _ = other.draw()
+        each.append(ops.convert_to_numpy(other((x, memory))))
+    close(several, np.mean(each, axis=0), 1e-5)
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+
+
+@trains
+def test_sample_weights_and_examples_from_elsewhere(clusters):
+    x, y = clusters
+    model = classifier()
+    model.build(x.shape)
+    before = model.get_weights()
+    model.fit(x, y, sample_weight=np.zeros(60), verbose=0)
+    after = model.get_weights()
+    trainable = len(model.trainable_weights)
+    assert trainable == 6
+    for weight, old in zip(model.trainable_weights, before):
+        del old
+        assert np.isfinite(ops.convert_to_numpy(weight)).all()
+    for weight in model.trainable_weights:
+        place = [w is weight for w in model.weights].index(True)
+        close(after[place], before[place], 0)
+    memory = x[:20] + 1
+    model.fit(x, y, memory_data=(memory, y[:20]), verbose=0)
+    inputs, _ = model.draw()
+    assert all((memory == row).all(axis=1).any() for row in inputs)
+
+
+@harness.needs_tensorflow
+def test_fit_on_a_tf_dataset(clusters, recwarn):
+    import tensorflow as tf
+
+    x, y = clusters
+    data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(60).batch(16)
+    model = classifier()
+    history = model.fit(data, memory_data=(x, y), epochs=8, verbose=0)
+    assert history.history["accuracy"][-1] > 0.9
+    assert not recwarn.list
+    refuses(lambda: model.fit(data), "memory_data")
+
+
+@trains
+def test_classifier_refuses(clusters):
+    x, y = clusters
+    refuses(lambda: MemoryWrapClassifier("resnet", 3), "encoder")
+    refuses(lambda: classifier(memory_size=0), "memory_size")
+    refuses(lambda: classifier(baseline=1), "baseline")
+    model = MemoryWrapClassifier(keras.layers.Reshape((5, 1)), 3)
+    refuses(lambda: model((x, x)), "`encoder`", "(None, 5, 1)")
+    model = classifier()
+    refuses(lambda: model(x), "set_memory")
+    refuses(lambda: model.predict(x), "set_memory")
+    refuses(lambda: model.fit(x[:10], y[:10]), "memory_size=11", "10 examples")
+    refuses(lambda: model.fit([[1.0]], y), "tf.data.Dataset")
+    refuses(lambda: model.fit(x, y[:9]), "60")
+    refuses(lambda: model.set_memory(x, y[:9]), "(9,)", "60 examples")
+    refuses(lambda: model.set_memory(x[:0]), "one at least")
+    refuses(lambda: model.set_memory(np.where(x > 1, np.nan, x)), "finite")
+    model.set_memory(x, np.eye(3)[y])  # one-hot
+    assert (ops.convert_to_numpy(model.memory_labels) == y).all()
+    refuses(lambda: model.predict(x, draws=3), "draws=3")
+    refuses(lambda: model.encode(x, 0), "batch_size")
