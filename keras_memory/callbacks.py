@@ -9,8 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory import explanations
 from keras_memory import recurrent
 from keras_memory import visualization
+from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import written_aside
 
@@ -430,6 +432,80 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         for tag, frames in animations.items():
             written[tag] = visualization.encode_gif(frames), frames[0]
         return written
+
+
+class ExplanationTensorBoard(keras.callbacks.Callback):
+    """Shows in TensorBoard which examples a Memory Wrap uses, as it learns.
+
+    For a `MemoryWrapClassifier`: the picture of `explanations.picture`, and
+    the mean number of examples with a weight, for fixed inputs and a memory
+    that is drawn anew each time.
+
+    Args:
+        log_dir: TensorBoard's folder; the files go to `explanations` in it.
+        x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images in [0, 1], a few.
+        class_names, most, attribution: of `explanations.picture`.
+        every: int, at least 1, epochs from one look to the next.
+
+    Raises:
+        ValueError: `every` or `most` out of its range.
+        TypeError: when the training begins, another model.
+
+    Example:
+
+    >>> import os, tempfile
+    >>> x, y = np.random.rand(30, 4, 4).astype("float32"), np.arange(30) % 3
+    >>> encoder = keras.layers.Flatten()
+    >>> model = keras_memory.MemoryWrapClassifier(encoder, 3, memory_size=20)
+    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True))
+    >>> log_dir = tempfile.mkdtemp()
+    >>> board = keras_memory.callbacks.ExplanationTensorBoard(log_dir, x[:2])
+    >>> history = model.fit(x, y, verbose=0, callbacks=[board])
+    >>> os.listdir(log_dir)
+    ['explanations']
+    """
+
+    def __init__(
+        self, log_dir, x, class_names=None, most=6, attribution=True, every=1
+    ):
+        super().__init__()
+        self.folder = pathlib.Path(log_dir) / "explanations"
+        self.x = np.asarray(x)
+        self.class_names = class_names
+        self.most = check_size("most", most)
+        self.attribution = check_bool("attribution", attribution)
+        self.every = check_size("every", every)
+
+    def on_train_begin(self, logs=None):
+        explanations.check_model(self.model)
+        self._writer = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        import tensorflow as tf
+
+        if (epoch + 1) % self.every:
+            return
+        whys = explanations.explain(self.model, self.x)
+        image = explanations.picture(
+            self.model,
+            self.x,
+            self.class_names,
+            self.most,
+            self.attribution,
+            whys=whys,
+        )
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(str(self.folder))
+        with self._writer.as_default(step=epoch + 1):
+            encoded = visualization.encode_png(image)
+            _write_image("explanations", encoded, image)
+            used = [len(why.weights) for why in whys]
+            tf.summary.scalar("examples_used", np.mean(used))
+        self._writer.flush()
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _number(tag, values):

@@ -215,7 +215,15 @@ def integrated_gradients(
     )
 
 
-def picture(model, x, class_names=None, most=6, attribution=True, baseline=0.0):
+def picture(
+    model,
+    x,
+    class_names=None,
+    most=6,
+    attribution=True,
+    baseline=0.0,
+    whys=None,
+):
     """Draws inputs beside the examples that decided the answers.
 
     One row of tiles for each input: the input, then the examples used, the
@@ -230,6 +238,7 @@ def picture(model, x, class_names=None, most=6, attribution=True, baseline=0.0):
         attribution: bool, whether there are heat maps, by integrated
             gradients of all examples used.
         baseline: of `integrated_gradients`.
+        whys: what `explain` gives for `x`; None for calling it.
 
     Returns:
         (H, W, 3) uint8 image.
@@ -240,7 +249,7 @@ def picture(model, x, class_names=None, most=6, attribution=True, baseline=0.0):
     """
     check_size("most", most)
     rows = []
-    for image, why in zip(x, explain(model, x)):
+    for image, why in zip(x, whys or explain(model, x), strict=True):
         if why.inputs is None:
             raise ValueError(
                 "The examples of the memory must be known to be drawn, and a "
@@ -352,12 +361,17 @@ class _Memory:
         ]
 
 
-def _inputs_of(model, x, batch_size):
+def check_model(model):
+    """Raises TypeError unless `model` is a `MemoryWrapClassifier`."""
     if not isinstance(model, MemoryWrapClassifier):
         raise TypeError(
             "`model` must be a `MemoryWrapClassifier`, which knows its encoder "
             f"and its memory. Received: model={model!r}"
         )
+
+
+def _inputs_of(model, x, batch_size):
+    check_model(model)
     check_size("batch_size", batch_size)
     x = np.asarray(x)
     if x.ndim < 2 or not len(x):

@@ -188,7 +188,8 @@ class _MemoryWrap(keras.layers.Layer):
         if len(memory.shape) != 2 or memory.shape[-1] != self._width:
             raise ValueError(
                 f"`memory_encodings` must be (M, {self._width}), encodings as "
-                f"the layer was built for. Received: shape {tuple(memory.shape)}"
+                "the layer was built for. "
+                f"Received: shape {tuple(memory.shape)}"
             )
         if not bool(ops.all(ops.isfinite(memory))):
             raise ValueError(
@@ -681,8 +682,10 @@ class MemoryWrapClassifier(keras.Model):
         self.fixed_memory_size = fixed_memory_size
         self.memory_labels = self.memory_inputs = None
         self.seed = seed
-        self._rng = np.random.default_rng(
-            np.random.randint(2**31) if seed is None else seed
+        start = np.random.randint(2**31) if seed is None else seed
+        # Who looks at a model between its steps does not change them.
+        self._of_steps, self._of_others = (
+            np.random.default_rng([start, number]) for number in range(2)
         )
         self._examples = None  # that memories are drawn from, and labels
         self._holds_draw = False
@@ -798,7 +801,7 @@ class MemoryWrapClassifier(keras.Model):
         self.predict_function = self.test_function = None
 
     def draw(self):
-        """Draws a memory set of the training data.
+        """Draws a memory set of the training data, without replacement.
 
         Returns:
             (memory_size, ...) inputs, and (memory_size,) int labels or None.
@@ -813,8 +816,11 @@ class MemoryWrapClassifier(keras.Model):
                 "brings and a saved model does not keep: call `set_memory`. "
                 "Received: no training data in this process"
             )
+        return self._draw(self._of_others)
+
+    def _draw(self, rng):
         x, labels = self._examples
-        rows = self._rng.choice(len(x), self.memory_size, replace=False)
+        rows = rng.choice(len(x), self.memory_size, replace=False)
         return x[rows], None if labels is None else labels[rows]
 
     @contextlib.contextmanager
@@ -898,14 +904,18 @@ class MemoryWrapClassifier(keras.Model):
             )
         self.fixed_memory_size = self.memory_inputs = None
         self._make_place(self.memory_size)
+
+        def draw():
+            return self._draw(self._of_steps)[0]
+
         if is_dataset:
-            steps = _beside(x, self.draw)
+            steps = _beside(x, draw)
         else:
             arrays = [x, y]
             if sample_weight is not None:
                 arrays.append(np.asarray(sample_weight))
-            order = self._rng if shuffle else None
-            steps = _Steps(arrays, batch_size or 32, order, self.draw)
+            order = self._of_steps if shuffle else None
+            steps = _Steps(arrays, batch_size or 32, order, draw)
             kwargs.setdefault("validation_batch_size", batch_size)
         return super().fit(steps, shuffle=False, **kwargs)
 
@@ -996,7 +1006,7 @@ class _Steps(keras.utils.PyDataset):
         begin = index * self.batch_size
         rows = self.order[begin : begin + self.batch_size]
         x, *rest = (array[rows] for array in self.arrays)
-        return (x, self.draw()[0]), *rest
+        return (x, self.draw()), *rest
 
     def on_epoch_end(self):
         if self.rng is not None:
@@ -1009,9 +1019,9 @@ def _beside(dataset, draw):
 
     def memories():
         while True:
-            yield draw()[0]
+            yield draw()
 
-    first, _ = draw()
+    first = draw()
     drawn = tf.data.Dataset.from_generator(
         memories, output_signature=tf.TensorSpec(first.shape, first.dtype)
     )

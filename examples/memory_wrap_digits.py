@@ -1,0 +1,190 @@
+"""Memory Wrap with few data: which accuracy, and which examples decided.
+
+    python examples/memory_wrap_digits.py
+    python examples/memory_wrap_digits.py --samples 100 200 500 all --seeds 10
+
+Trains the same convolutional encoder with a linear layer behind it, with the
+classifier of Memory Wrap but no memory, with `BaselineMemory` and with Memory
+Wrap, on the 8 x 8 digits that come with scikit-learn, and prints accuracy on
+test images. Draws the examples behind some answers, and with `--out` writes
+the Memory Wrap of the first seed as a .keras file and a SavedModel.
+
+`--dataset cifar10` and `svhn` are downloaded (`svhn` needs SciPy); anything
+else is the path of an .npz file with x_train, y_train, x_test, y_test.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import keras
+import numpy as np
+
+import keras_memory
+from keras_memory import explanations
+from keras_memory import visualization
+
+MODELS = "standard", "standard, same classifier", "baseline", "memory wrap"
+SVHN = "http://ufldl.stanford.edu/housenumbers/"
+
+
+def load(dataset, seed):
+    """Training images in [0, 1] and labels, in random order, and test ones."""
+    rng = np.random.default_rng(seed)
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        x = x.reshape(-1, 8, 8) / 16
+        order = rng.permutation(len(x))
+        x, y = x[order], y[order]
+        parts = x[:1200], y[:1200], x[1200:], y[1200:]
+    elif dataset == "cifar10":
+        train, test = keras.datasets.cifar10.load_data()
+        parts = train[0] / 255, train[1], test[0] / 255, test[1]
+    elif dataset == "svhn":
+        parts = [array for part in ("train", "test") for array in svhn(part)]
+    else:
+        with np.load(dataset) as file:
+            names = "x_train", "y_train", "x_test", "y_test"
+            parts = [file[name] for name in names]
+    x, y, x_test, y_test = (np.asarray(part) for part in parts)
+    order = rng.permutation(len(x))
+    return (
+        images(x[order]),
+        y.ravel()[order],
+        images(x_test),
+        y_test.ravel(),
+    )
+
+
+def svhn(part):
+    from scipy.io import loadmat
+
+    name = f"{part}_32x32.mat"
+    file = loadmat(keras.utils.get_file(name, SVHN + name))
+    return file["X"].transpose(3, 0, 1, 2) / 255, file["y"] % 10
+
+
+def images(x):
+    """(N, H, W, channels) in float32."""
+    return x.reshape(*x.shape[:3], -1).astype("float32")
+
+
+def make_encoder(shape):
+    """Convolutions until 4 x 4 pixels or less are left."""
+    layers = [keras.Input(shape)]
+    size, filters = min(shape[:2]), 32
+    while size > 2:
+        layers += [
+            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
+            keras.layers.MaxPool2D(),
+        ]
+        size, filters = size // 2, min(2 * filters, 128)
+    return keras.Sequential([*layers, keras.layers.Flatten()])
+
+
+def make_model(kind, shape, classes):
+    encoder = make_encoder(shape)
+    dense = keras.layers.Dense
+    if kind == "standard":
+        return keras.Sequential([encoder, dense(classes)])
+    if kind == "standard, same classifier":  # as that of `BaselineMemory`
+        width = encoder.output_shape[-1]
+        return keras.Sequential(
+            [encoder, dense(2 * width, "relu"), dense(classes)]
+        )
+    return keras_memory.MemoryWrapClassifier(
+        encoder, classes, memory_size=100, baseline=kind == "baseline"
+    )
+
+
+def train(kind, x, y, steps, batch_size=20):
+    model = make_model(kind, x.shape[1:], int(y.max()) + 1)
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=True,
+    )
+    a_pass = -(-len(x) // batch_size)
+    epochs, rest = divmod(steps, a_pass)
+    for count, length in ((epochs, len(x)), (1, rest * batch_size)):
+        if count and length:
+            some = x[:length], y[:length]
+            extra = {}
+            if isinstance(model, keras_memory.MemoryWrapClassifier):
+                extra["memory_data"] = (x, y)
+            model.fit(*some, batch_size, epochs=count, verbose=0, **extra)
+    return model
+
+
+def measure(model, x, y, draws=5):
+    """Accuracy, of a memory as the mean over draws, and explanations'."""
+    if not isinstance(model, keras_memory.MemoryWrapClassifier):
+        return {"accuracy": model.evaluate(x, y, verbose=0)[1]}
+    results = [
+        explanations.explanation_accuracy(model, x, y) for _ in range(draws)
+    ]
+    return {
+        name: float(np.mean([r[name] for r in results if r[name] is not None]))
+        for name in results[0]
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--samples", nargs="+", default=["200"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--picture", default="memory_wrap.png")
+    parser.add_argument("--json", help="file to write all results to")
+    parser.add_argument("--out", help="folder for the first Memory Wrap")
+    options = parser.parse_args(arguments)
+    results = []
+    first = None
+    for samples in options.samples:
+        for kind in options.models:
+            found, begun = [], time.perf_counter()
+            for seed in range(1, options.seeds + 1):
+                keras.utils.set_random_seed(seed)
+                x, y, x_test, y_test = load(options.dataset, seed)
+                if samples != "all":
+                    x, y = x[: int(samples)], y[: int(samples)]
+                model = train(kind, x, y, options.steps)
+                found.append(measure(model, x_test, y_test))
+                if kind == "memory wrap" and first is None:
+                    first = model, x, y, x_test, y_test
+            seconds = (time.perf_counter() - begun) / options.seeds
+            print(f"{samples:>4} samples, {kind}:", end=" ")
+            for name in found[0]:
+                values = [100 * one[name] for one in found]
+                deviation = f" +- {np.std(values):.1f}" * (len(values) > 1)
+                print(f"{name} {np.mean(values):.1f}{deviation} %", end=", ")
+            print(f"{seconds:.0f} s a run", flush=True)
+            results.append({"samples": samples, "model": kind, "seeds": found})
+            if options.json:
+                pathlib.Path(options.json).write_text(json.dumps(results))
+    if first is None:
+        return results
+    model, x, y, x_test, y_test = first
+    model.set_memory(x, y)
+    wrong = model.predict(x_test, verbose=0).argmax(axis=1) != y_test
+    shown = [*np.flatnonzero(~wrong)[:2], *np.flatnonzero(wrong)[:2]]
+    picture = explanations.picture(model, x_test[shown])
+    path = pathlib.Path(options.picture)
+    path.write_bytes(visualization.encode_png(picture))
+    print(f"picture: {path}, the last rows are wrong answers")
+    if options.out:
+        out = pathlib.Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        model.save(out / "model.keras")
+        print(keras_memory.export.export_for_serving(model, out))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Which examples a Memory Wrap used, and which parts of them."""
+
+import harness
+import keras
+import numpy as np
+import pytest
+from harness import close
+from keras import ops
+
+from keras_memory import callbacks
+from keras_memory import explanations
+from keras_memory import visualization
+from keras_memory.memory_wrap import MemoryWrapClassifier
+
+trains = pytest.mark.skipif(
+    not harness.TRAINS, reason="Keras has no gradients on NumPy"
+)
+
+
+@pytest.fixture
+def images():
+    """3 x 3 images of three classes, each with a bright row."""
+    rng = np.random.default_rng(7)
+    y = np.arange(60) % 3
+    x = rng.uniform(0, 0.4, size=(60, 3, 3))
+    x[np.arange(60), y] += 0.6
+    return x.astype("float32"), y
+
+
+def untrained(**kwargs):
+    encoder = keras.Sequential(
+        [keras.layers.Flatten(), keras.layers.Dense(5, "tanh")]
+    )
+    model = MemoryWrapClassifier(encoder, 3, 11, seed=3, **kwargs)
+    model.compile(
+        keras.optimizers.Adam(0.02),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+@pytest.fixture
+def trained(images):
+    model = untrained()
+    model.fit(*images, epochs=15, verbose=0)
+    return model
+
+
+def answers(model, x, memory, **kwargs):
+    """Predictions, and weights where asked for, as arrays."""
+    inputs = [model.encode(x), model.encode(memory)]
+    found = model.memory_layer(inputs, **kwargs)
+    return keras.tree.map_structure(ops.convert_to_numpy, found)
+
+
+def test_explanations_of_a_fixed_memory(images):
+    x, y = images
+    for top_k in (None, 4):
+        model = untrained(top_k=top_k)
+        model.set_memory(x[:13], y[:13])
+        whys = explanations.explain(model, x[13:], batch_size=20)
+        assert len(whys) == 47
+        model.memory_layer.top_k = None
+        outputs, weights = answers(model, x[13:], x[:13], return_weights=True)
+        if top_k:
+            left_out = (weights > 0).sum(axis=1) > top_k
+            assert left_out.any() and not left_out.all()
+        for row, why in enumerate(whys):
+            if top_k and left_out[row]:
+                continue
+            assert why.prediction == outputs[row].argmax()
+            assert set(why.indices) == set(np.flatnonzero(weights[row]))
+            assert (np.diff(why.weights) <= 0).all()
+            close(why.weights, weights[row][why.indices].astype("float64"))
+            close(why.weights.sum(), np.float64(1.0), 1e-5)
+            assert (why.labels == y[why.indices]).all()
+            assert (why.inputs == x[why.indices]).all()
+            # Each of them is classified by the others.
+            for place, index in enumerate(why.indices):
+                others = np.arange(13) != index
+                alone = answers(model, x[index : index + 1], x[:13][others])
+                assert why.predicted[place] == alone.argmax()
+            expected = why.predicted == why.prediction
+            assert (why.is_example == expected).all()
+            assert (why.classes == why.predicted).all()
+
+
+def test_examples_that_are_not_known(images, tmp_path):
+    x, y = images
+    model = untrained()
+    model.set_memory(x[:13], y[:13])
+    expected = explanations.explain(model, x[13:17])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    whys = explanations.explain(loaded, x[13:17])
+    for why, other in zip(whys, expected):
+        assert (why.indices == other.indices).all()
+        assert why.predicted is None and why.inputs is None
+        assert (why.classes == other.labels).all()
+        assert (why.is_example == (other.labels == why.prediction)).all()
+    with pytest.raises(ValueError, match="does not keep them"):
+        explanations.picture(loaded, x[13:17])
+    with pytest.raises(ValueError, match="does not keep them"):
+        explanations.explanation_accuracy(loaded, x, y)
+    loaded.set_memory(x[:13])
+    (why,) = explanations.explain(loaded, x[13:14])
+    assert (why.labels == -1).all()
+    assert (why.predicted == expected[0].predicted).all()
+
+
+@trains
+def test_explanations_of_a_memory_that_is_drawn(trained, images, monkeypatch):
+    x, y = images
+    memories = [(x[:11], y[:11]), (x[11:22], y[11:22])]
+    drawn = iter(memories)
+    monkeypatch.setattr(MemoryWrapClassifier, "draw", lambda _: next(drawn))
+    whys = explanations.explain(trained, x[30:])
+    outputs, weights = answers(trained, x[30:], x[:11], return_weights=True)
+    of_memory = answers(trained, x[:11], x[11:22]).argmax(axis=1)
+    for row, why in enumerate(whys):
+        assert why.prediction == outputs[row].argmax()
+        assert set(why.indices) == set(np.flatnonzero(weights[row]))
+        assert (why.predicted == of_memory[why.indices]).all()
+        assert (why.labels == y[why.indices]).all()
+
+
+@trains
+def test_explanation_accuracy_is_that_of_the_papers_code(
+    trained, images, monkeypatch
+):
+    x, y = images
+    y = np.where(np.arange(60) % 5, y, (y + 1) % 3)  # some wrong labels
+    rng = np.random.default_rng(7)
+    memories = []
+
+    def draw(_):
+        rows = rng.choice(60, 11, replace=False)
+        memories.append(x[rows] + rng.normal(size=(11, 3, 3), scale=0.5))
+        return memories[-1], None
+
+    monkeypatch.setattr(MemoryWrapClassifier, "draw", draw)
+    found = explanations.explanation_accuracy(trained, x, y, batch_size=23)
+    assert len(memories) == 6  # two for each of three batches
+    right = {True: [], False: []}
+    for batch, begin in enumerate((0, 23, 46)):
+        some = x[begin : begin + 23]
+        memory, second = memories[2 * batch : 2 * batch + 2]
+        outputs, weights = answers(trained, some, memory, return_weights=True)
+        of_memory = answers(trained, memory, second).argmax(axis=1)
+        for row, output in enumerate(outputs):
+            prediction = output.argmax()
+            agrees = of_memory[weights[row].argmax()] == prediction
+            right[bool(agrees)].append(prediction == y[begin + row])
+    assert right[True] and right[False]
+    assert found == {
+        "explanation_accuracy": len(right[True]) / 60,
+        "accuracy": sum(right[True] + right[False]) / 60,
+        "accuracy_by_example": np.mean(right[True]),
+        "accuracy_by_counterfactual": np.mean(right[False]),
+    }
+
+
+def test_accuracy_without_counterfactuals(images):
+    x, y = images
+    model = untrained()
+    model.set_memory(x[:1], y[:1])
+    model.memory_layer._classify.set_weights(
+        [np.zeros(w.shape) for w in model.memory_layer._classify.weights[:-1]]
+        + [np.array([0.0, 1.0, 0.0])]
+    )
+    model.set_memory(x[:1], y[:1])
+    found = explanations.explanation_accuracy(model, x, np.eye(3)[y])
+    assert found == {
+        "explanation_accuracy": 1.0,
+        "accuracy": 20 / 60,
+        "accuracy_by_example": 20 / 60,
+        "accuracy_by_counterfactual": None,
+    }
+
+
+# Attribution.
+
+
+@trains
+def test_attributions_sum_to_the_difference(trained, images):
+    x, _ = images
+    for baseline in (0.0, 1.0, x[5]):
+        for target in (None, 0, 2):
+            of_x, of_examples = explanations.integrated_gradients(
+                trained, x[0], x[1:4], target, baseline, steps=300
+            )
+            assert of_x.shape == (3, 3) and of_examples.shape == (3, 3, 3)
+            ends = [
+                answers(trained, one[None], several)[0]
+                for one, several in (
+                    (x[0], x[1:4]),
+                    (0 * x[0] + baseline, 0 * x[1:4] + baseline),
+                )
+            ]
+            index = ends[0].argmax() if target is None else target
+            total = of_x.sum() + of_examples.sum()
+            close(total, ends[0][index] - ends[1][index], 0.02)
+
+
+@trains
+def test_attributions_of_a_linear_model():
+    """One example has weight 1: the output is linear in both images."""
+    model = MemoryWrapClassifier(
+        keras.layers.Flatten(),
+        2,
+        classifier=keras.layers.Dense(2, use_bias=False),
+        memory_size=1,
+    )
+    rng = np.random.default_rng(7)
+    x, example = rng.normal(size=(2, 1, 2, 3)).astype("float32")
+    model((x, example))
+    kernel = ops.convert_to_numpy(model.trainable_weights[0])
+    of_x, of_example = explanations.integrated_gradients(
+        model, x[0], example, target=1, steps=2
+    )
+    close(of_x, x[0] * kernel[:6, 1].reshape(2, 3))
+    close(of_example, example * kernel[6:, 1].reshape(1, 2, 3))
+
+
+# Pictures.
+
+
+def test_tiles():
+    image = np.full((5, 7), 0.5)
+    heat = np.zeros((5, 7, 1))
+    heat[1, 2] = 3.0
+    heat[2, 2] = -3.0
+    first = visualization.Tile(image, "prediction", "5")
+    second = visualization.Tile(np.ones((5, 7, 3)), "example", "0.3", 0, heat)
+    picture = visualization.tiles([first, second], size=70)
+    assert picture.dtype == np.uint8 and picture.shape[2] == 3
+    grey = (picture == 128).all(axis=2)
+    assert grey.sum() == 50 * 70  # ten times as large, whole
+    blue = (picture == visualization.LINES[0]).all(axis=2)
+    assert blue.sum() > 4 * 70  # two frames
+    (yellow,) = np.unique(
+        picture[(picture[:, :, 2] < 100) & (picture[:, :, 0] > 200)], axis=0
+    )[-1:]
+    assert yellow[0] > yellow[2]  # the hottest
+    alone = visualization.tiles([first], size=70)
+    assert alone.shape[0] < picture.shape[0]
+    with pytest.raises(ValueError, match="at least one tile"):
+        visualization.tiles([])
+    for wrong, words in (
+        (np.zeros((5, 7, 2)), r"\(5, 7, 2\)"),
+        (np.full((5, 7), 2.0), "from 2 to 2"),
+        (np.full((5, 7), np.nan), "from nan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            visualization.tiles([visualization.Tile(wrong, "", "")])
+
+
+@trains
+def test_picture(trained, images):
+    x, y = images
+    trained.set_memory(x, y)
+    small = explanations.picture(trained, x[:2], most=2, attribution=False)
+    large = explanations.picture(trained, x[:2], "abc", most=5)
+    assert large.shape[0] > small.shape[0]
+    assert large.shape[1] > small.shape[1]
+
+
+@harness.needs_tensorflow
+def test_in_tensorboard(images, tmp_path):
+    import tensorflow as tf
+
+    x, y = images
+    model = untrained()
+    board = callbacks.ExplanationTensorBoard(tmp_path, x[:2], every=2)
+    model.fit(x, y, epochs=5, verbose=0, callbacks=[board])
+    (path,) = (tmp_path / "explanations").iterdir()
+    events = [
+        (event.step, value.tag, value.tensor)
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        for value in event.summary.value
+    ]
+    assert [step for step, tag, _ in events if tag == "explanations"] == [2, 4]
+    tensors = [
+        tf.make_ndarray(t) for _, tag, t in events if tag != "explanations"
+    ]
+    assert all(1 <= used <= 11 for used in tensors)
+    width, height, png = next(
+        tf.make_ndarray(t) for _, tag, t in events if tag == "explanations"
+    )
+    shape = visualization.decode_png(png).shape
+    assert shape == (int(height), int(width), 3)
+    dense = keras.Sequential([keras.layers.Dense(3)])
+    dense.compile("sgd", "mse")
+    with pytest.raises(TypeError, match="MemoryWrapClassifier"):
+        dense.fit(x[:, 0], x[:, 0], callbacks=[board], verbose=0)
+
+
+# Bad input.
+
+
+def test_refusals(images):
+    x, y = images
+    model = untrained()
+    with pytest.raises(ValueError, match="set_memory"):
+        explanations.explain(model, x)
+    model.set_memory(x, y)
+    for call, words in (
+        (lambda: explanations.explain(model, x[:0]), "one at least"),
+        (lambda: explanations.explain(model, x, 0), "batch_size"),
+        (
+            lambda: explanations.explanation_accuracy(model, x, y[:9]),
+            "9 labels, 60 inputs",
+        ),
+        (
+            lambda: explanations.integrated_gradients(model, x, x),
+            "`x` must be one input",
+        ),
+        (
+            lambda: explanations.integrated_gradients(model, x[0], x, steps=0),
+            "steps",
+        ),
+        (lambda: explanations.picture(model, x, most=0), "most"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(TypeError, match="MemoryWrapClassifier"):
+        explanations.explain(keras.Sequential(), x)
