@@ -2,9 +2,11 @@
 
     python -m benchmarks [--pytorch-ntm CHECKOUT] [--rounds 20] [--json FILE]
     python -m benchmarks scaling [--pytorch-ntm CHECKOUT] [--out FOLDER]
+    python -m benchmarks memory_wrap [--rounds 20] [--json FILE]
 
-The first compares a few cases, the second varies one size at a time; README.md
-beside this file says what each number means.
+The first compares a few cases of recurrent memories, the second varies one
+size at a time, the third is of Memory Wrap; README.md beside this file says
+what each number means.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import pathlib
 import sys
 
 from benchmarks import cases
+from benchmarks import memory_wrap
 from benchmarks import references
 from benchmarks import scaling
 from benchmarks import steps
@@ -22,6 +25,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["scaling"]:
         return main_of_scaling(arguments[1:])
+    if arguments[:1] == ["memory_wrap"]:
+        return main_of_memory_wrap(arguments[1:])
     return main_of_steps(arguments)
 
 
@@ -31,7 +36,7 @@ def main_of_steps(arguments):
         description=(
             "Times training steps next to those of other implementations. "
             "`python -m benchmarks scaling --help`: over time steps, slots "
-            "and batch."
+            "and batch. `python -m benchmarks memory_wrap --help`: likewise."
         ),
     )
     parser.add_argument(
@@ -40,22 +45,36 @@ def main_of_steps(arguments):
         choices=cases.CASES,
         help="layer and batch, or slots with a batch of 1 (default: all)",
     )
-    parser.add_argument(
-        "--threads",
-        type=count,
-        nargs="+",
-        default=[1, 2],
-        help="of PyTorch as of TensorFlow; all take turns (default: 1 2)",
-    )
-    parser.add_argument("--json", help="file to write all numbers to")
+    add_comparison(parser)
     options = parsed(parser, arguments, rounds=20)
-    if options.json and not pathlib.Path(options.json).parent.is_dir():
-        parser.error(f"--json: the folder of {options.json} does not exist")
     steps.run(
         options.cases or list(cases.CASES),
         sorted(set(options.threads)),
         options.rounds,
         options.pytorch_ntm,
+        options.json,
+    )
+
+
+def main_of_memory_wrap(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks memory_wrap",
+        description="Times Memory Wrap next to the package memorywrap.",
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=memory_wrap.CASES,
+        metavar="CASE",
+        help=f"of {list(memory_wrap.CASES)} (default: all)",
+    )
+    add_comparison(parser)
+    add_rounds(parser, 20)
+    options = checked(parser, parser.parse_args(arguments))
+    memory_wrap.run(
+        options.cases or list(memory_wrap.CASES),
+        sorted(set(options.threads)),
+        options.rounds,
         options.json,
     )
 
@@ -106,16 +125,38 @@ def main_of_scaling(arguments):
     )
 
 
-def parsed(parser, arguments, rounds):
-    """The options, with those that both commands have."""
+def add_comparison(parser):
+    parser.add_argument(
+        "--threads",
+        type=count,
+        nargs="+",
+        default=[1, 2],
+        help="of PyTorch as of TensorFlow; all take turns (default: 1 2)",
+    )
+    parser.add_argument("--json", help="file to write all numbers to")
+
+
+def add_rounds(parser, rounds):
     parser.add_argument(
         "--rounds",
         type=count,
         default=rounds,
         help=f"steps of each that are measured (default: {rounds})",
     )
+
+
+def checked(parser, options):
+    path = getattr(options, "json", None)
+    if path and not pathlib.Path(path).parent.is_dir():
+        parser.error(f"--json: the folder of {path} does not exist")
+    return options
+
+
+def parsed(parser, arguments, rounds):
+    """The options, with those of both commands that need a checkout."""
+    add_rounds(parser, rounds)
     parser.add_argument("--pytorch-ntm", help="a checkout of pytorch-ntm")
-    options = parser.parse_args(arguments)
+    options = checked(parser, parser.parse_args(arguments))
     checkout = options.pytorch_ntm
     if checkout and not references.is_pytorch_ntm(checkout):
         parser.error(

@@ -12,10 +12,10 @@ def job(kind, sizes, threads, checkout):
     """What a `measure.Worker` needs, or a text that says why there is none."""
     prepared = functools.partial(prepare, threads, checkout)
     if kind == "dnc":
-        if not (_installed("torch") and _installed("dnc")):
+        if not (installed("torch") and installed("dnc")):
             return 'needs `pip install -e ".[bench]"`'
         return prepared, functools.partial(pytorch_dnc, sizes)
-    missing = [] if _installed("torch") else ['`pip install -e ".[bench]"`']
+    missing = [] if installed("torch") else ['`pip install -e ".[bench]"`']
     if not checkout:
         missing.append("`--pytorch-ntm` with a checkout")
     if missing:
@@ -47,11 +47,11 @@ def prepare(threads, checkout):
     if checkout:
         sys.path.insert(0, str(checkout))
         import ntm.aio  # noqa: F401
-    if _installed("dnc"):
+    if installed("dnc"):
         import dnc  # noqa: F401
 
 
-def _installed(name):
+def installed(name):
     return importlib.util.find_spec(name) is not None
 
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 import platform
 
-PACKAGES = "keras", "tensorflow", "torch", "dnc", "numpy"
+PACKAGES = "keras", "tensorflow", "torch", "dnc", "memorywrap", "numpy"
 
 
 def table(header, rows):
@@ -21,6 +21,13 @@ def short(number, unit=""):
     if number is None:
         return "not measured"
     return (f"{number:,.0f}" if number >= 100 else f"{number:.3g}") + unit
+
+
+def with_spread(quartiles):
+    if not quartiles:
+        return ""
+    low, middle, high = map(short, quartiles)
+    return f"{middle} ({low} to {high})"
 
 
 def counted(number, what):

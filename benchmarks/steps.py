@@ -95,7 +95,7 @@ def row(name, key, result):
         report.short(result["cpu_milliseconds"]),
         report.short(result["first_step_seconds"]),
         report.short(result["megabytes"]),
-        _with_spread(result.get("ratio_quartiles")),
+        report.with_spread(result.get("ratio_quartiles")),
         goal if variant == "fast loop" else "",
     ]
 
@@ -129,11 +129,4 @@ def best_row(name, results):
         f"({report.counted(key[1], 'thread')})"
         for key in found
     ]
-    return [[name, *shown, _with_spread(quartiles), goal]]
-
-
-def _with_spread(quartiles):
-    if not quartiles:
-        return ""
-    low, middle, high = map(report.short, quartiles)
-    return f"{middle} ({low} to {high})"
+    return [[name, *shown, report.with_spread(quartiles), goal]]

@@ -26,6 +26,7 @@ from keras_memory import explanations
 from keras_memory import visualization
 
 MODELS = "standard", "standard, same classifier", "baseline", "memory wrap"
+MEMORY = 100  # examples
 SVHN = "http://ufldl.stanford.edu/housenumbers/"
 
 
@@ -72,11 +73,11 @@ def images(x):
     return x.reshape(*x.shape[:3], -1).astype("float32")
 
 
-def make_encoder(shape):
-    """Convolutions until 4 x 4 pixels or less are left."""
+def make_encoder(shape, filters):
+    """Convolutions until 2 x 2 pixels are left, or 3 x 3."""
     layers = [keras.Input(shape)]
-    size, filters = min(shape[:2]), 32
-    while size > 2:
+    size = min(shape[:2])
+    while size > 3:
         layers += [
             keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
             keras.layers.MaxPool2D(),
@@ -85,8 +86,8 @@ def make_encoder(shape):
     return keras.Sequential([*layers, keras.layers.Flatten()])
 
 
-def make_model(kind, shape, classes):
-    encoder = make_encoder(shape)
+def make_model(kind, shape, classes, filters):
+    encoder = make_encoder(shape, filters)
     dense = keras.layers.Dense
     if kind == "standard":
         return keras.Sequential([encoder, dense(classes)])
@@ -96,12 +97,12 @@ def make_model(kind, shape, classes):
             [encoder, dense(2 * width, "relu"), dense(classes)]
         )
     return keras_memory.MemoryWrapClassifier(
-        encoder, classes, memory_size=100, baseline=kind == "baseline"
+        encoder, classes, memory_size=MEMORY, baseline=kind == "baseline"
     )
 
 
-def train(kind, x, y, steps, batch_size=20):
-    model = make_model(kind, x.shape[1:], int(y.max()) + 1)
+def train(kind, x, y, steps, filters, batch_size=20):
+    model = make_model(kind, x.shape[1:], int(y.max()) + 1, filters)
     model.compile(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -109,13 +110,13 @@ def train(kind, x, y, steps, batch_size=20):
         jit_compile=True,
     )
     a_pass = -(-len(x) // batch_size)
+    extra = {}
+    if isinstance(model, keras_memory.MemoryWrapClassifier):
+        extra["memory_data"] = (x, y)
     epochs, rest = divmod(steps, a_pass)
     for count, length in ((epochs, len(x)), (1, rest * batch_size)):
         if count and length:
             some = x[:length], y[:length]
-            extra = {}
-            if isinstance(model, keras_memory.MemoryWrapClassifier):
-                extra["memory_data"] = (x, y)
             model.fit(*some, batch_size, epochs=count, verbose=0, **extra)
     return model
 
@@ -138,7 +139,8 @@ def main(arguments=None):
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--samples", nargs="+", default=["200"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--filters", type=int, default=32, help="of the first")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--picture", default="memory_wrap.png")
     parser.add_argument("--json", help="file to write all results to")
@@ -154,7 +156,7 @@ def main(arguments=None):
                 x, y, x_test, y_test = load(options.dataset, seed)
                 if samples != "all":
                     x, y = x[: int(samples)], y[: int(samples)]
-                model = train(kind, x, y, options.steps)
+                model = train(kind, x, y, options.steps, options.filters)
                 found.append(measure(model, x_test, y_test))
                 if kind == "memory wrap" and first is None:
                     first = model, x, y, x_test, y_test
@@ -171,7 +173,7 @@ def main(arguments=None):
     if first is None:
         return results
     model, x, y, x_test, y_test = first
-    model.set_memory(x, y)
+    model.set_memory(x[:MEMORY], y[:MEMORY])
     wrong = model.predict(x_test, verbose=0).argmax(axis=1) != y_test
     shown = [*np.flatnonzero(~wrong)[:2], *np.flatnonzero(wrong)[:2]]
     picture = explanations.picture(model, x_test[shown])
@@ -182,7 +184,10 @@ def main(arguments=None):
         out = pathlib.Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
         model.save(out / "model.keras")
-        print(keras_memory.export.export_for_serving(model, out))
+        entry = keras.Input(x.shape[1:])
+        # Serves the weights of the examples, too.
+        served = keras.Model(entry, model(entry, return_weights=True))
+        print(keras_memory.export.export_for_serving(served, out))
     return results
 
 

@@ -113,17 +113,23 @@ class _MemoryWrap(keras.layers.Layer):
     def _make_memory(self, size):
         """Makes place for so many examples, instead of those before."""
         dense, _ = self._first_dense()
-        shapes = {
-            "memory_keys": (size, self._key_size),
-            "memory_values": (size, dense.units if dense else self._width),
-        }
-        if dense and self._parts == 2:
-            shapes["encoding_kernel"] = self._width, dense.units
+        width = self._width
+        shapes = {"memory_keys": (size, self._key_size)}
+        # Whether reading what has gone through the classifier's first layer
+        # takes fewer products than reading and then going through it.
+        self._folds = dense is not None and (
+            size * dense.units < size * width + width * dense.units
+        )
+        shapes["memory_values"] = size, dense.units if self._folds else width
+        if self._folds and self._parts == 2:
+            shapes["encoding_kernel"] = width, dense.units
         was_locked = self._tracker.locked
         self._tracker.unlock()  # a built layer takes no weights otherwise
-        for name, shape in shapes.items():
+        for name in ("memory_keys", "memory_values", "encoding_kernel"):
             if getattr(self, name) is not None:
                 self._untrack_variable(getattr(self, name))
+                setattr(self, name, None)
+        for name, shape in shapes.items():
             compared = name == "memory_keys"
             weight = self.add_weight(
                 shape,
@@ -159,7 +165,8 @@ class _MemoryWrap(keras.layers.Layer):
         weights, indices = self._weigh(self._keys(encodings), keys, memory_mask)
         read = ops.cast(_read(weights, values, indices), self.compute_dtype)
         with to_train(training):
-            outputs = self._classified(encodings, read, is_fixed)
+            folded = is_fixed and self._folds
+            outputs = self._classified(encodings, read, folded)
         if not return_weights:
             return outputs
         weights = ops.cast(weights, self.compute_dtype)
@@ -207,12 +214,12 @@ class _MemoryWrap(keras.layers.Layer):
                 f"fixed_memory_size={self.fixed_memory_size}"
             )
         self.memory_keys.assign(self._keys(memory))
-        dense, _ = self._first_dense()
-        if dense is not None:  # the last rows of the kernel are the memory's
+        if self._folds:  # the last rows of the kernel are the memory's
+            dense, _ = self._first_dense()
             kernel = ops.cast(dense.kernel, self.compute_dtype)
             memory = ops.matmul(memory, kernel[-self._width :])
-        if self.encoding_kernel is not None:
-            self.encoding_kernel.assign(kernel[: self._width])
+            if self.encoding_kernel is not None:
+                self.encoding_kernel.assign(kernel[: self._width])
         self.memory_values.assign(memory)
 
     # The paper's equations.
@@ -261,17 +268,17 @@ class _MemoryWrap(keras.layers.Layer):
         squares = ops.sum(keys * keys, axis=-1, keepdims=True)
         return keys / ops.sqrt(squares + NORM_EPSILON)
 
-    def _classified(self, encodings, read, is_fixed):
-        """g([e; v]), or g(v) of `BaselineMemory`. What is read of a fixed
+    def _classified(self, encodings, read, folded):
+        """g([e; v]), or g(v) of `BaselineMemory`. What is read of a folded
         memory has gone through the first layer of g."""
         dense, rest = self._first_dense()
         both = self._parts == 2
         if dense is None:
             parts = [encodings, read] if both else [read]
             return self._classify(ops.concatenate(parts, axis=-1))
-        if is_fixed and both:
+        if folded and both:
             hidden = ops.matmul(encodings, self.encoding_kernel) + read
-        elif is_fixed:
+        elif folded:
             hidden = read
         else:
             kernel = ops.cast(dense.kernel, self.compute_dtype)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 cases = pytest.importorskip("benchmarks.cases")
 command_line = pytest.importorskip("benchmarks.__main__")
 measure = pytest.importorskip("benchmarks.measure")
+memory_wrap = pytest.importorskip("benchmarks.memory_wrap")
 references = pytest.importorskip("benchmarks.references")
 report = pytest.importorskip("benchmarks.report")
 scaling = pytest.importorskip("benchmarks.scaling")
@@ -281,3 +282,71 @@ def test_wrong_options_are_told_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit):
         command_line.main(arguments.split())
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+# Memory Wrap.
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": False}, {"top_k": 2}])
+@pytest.mark.parametrize("kind", ["train", "answer"])
+def test_steps_of_memory_wrap(kind, options):
+    harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
+    step = memory_wrap.ours(kind, 5, 7, **options)
+    first, second = step(), step()
+    assert np.isfinite(first).all()
+    if kind == "train":
+        assert second < first
+    else:
+        np.testing.assert_array_equal(first, second)
+
+
+def test_reference_of_memory_wrap():
+    pytest.importorskip("memorywrap")
+    step = memory_wrap.memorywrap("train", 5, 7)
+    first = step()
+    assert step() < first
+    answers = memory_wrap.memorywrap("answer", 5, 7)()
+    assert answers.shape == (memory_wrap.BATCH, memory_wrap.CLASSES)
+
+
+def test_memory_wrap_prints_a_table(fakes, monkeypatch, tmp_path, capsys):
+    times = {"memorywrap": 6.0, "XLA": 2.0, "no XLA": 3.0}
+
+    def jobs(kind, sizes, threads):
+        found = {
+            (name, count): (name, time)
+            for name, time in times.items()
+            for count in threads
+        }
+        return (
+            found if kind == "train" else {**found, ("memorywrap", 1): "none"}
+        )
+
+    monkeypatch.setattr(memory_wrap, "jobs", jobs)
+    names = ["train, 100 examples", "answer, 100 examples"]
+    arguments = ["memory_wrap", "--rounds", "2", "--threads", "1", "--cases"]
+    path = tmp_path / "all.json"
+    command_line.main([*arguments, *names, "--json", str(path)])
+    header, _, *rows = lists_of(capsys.readouterr().out)
+    assert tuple(header) == memory_wrap.HEADER
+    assert rows[1][1:] == ["XLA", "1", "2", "7", "3 (3 to 3)", "1.5"]
+    assert rows[3][3] == "not run: none"
+    assert rows[4][3:5] == ["2", "7"]
+    results = json.loads(path.read_text())["results"]
+    assert [r["case"] for r in results] == [n for n in names for _ in range(3)]
+
+
+def test_jobs_of_memory_wrap(monkeypatch):
+    monkeypatch.setattr(references, "installed", lambda name: name != "torch")
+    jobs = memory_wrap.jobs("answer", (5, 7), [1, 2])
+    assert "pip install" in jobs["memorywrap", 2]
+    assert {name for name, _ in jobs} == {
+        "memorywrap",
+        "XLA",
+        "no XLA",
+        "no XLA, bfloat16",
+    }
+    monkeypatch.setattr(references, "installed", lambda name: True)
+    jobs = memory_wrap.jobs("answer", (5, 7000), [1])
+    assert callable(jobs["memorywrap", 1][1])
+    assert jobs["XLA, top_k=32", 1][1].keywords == {"top_k": 32}

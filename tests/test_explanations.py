@@ -131,6 +131,7 @@ def test_explanation_accuracy_is_that_of_the_papers_code(
     x, y = images
     y = np.where(np.arange(60) % 5, y, (y + 1) % 3)  # some wrong labels
     rng = np.random.default_rng(7)
+    x = x + rng.normal(size=x.shape, scale=0.5)
     memories = []
 
     def draw(_):

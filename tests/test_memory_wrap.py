@@ -359,8 +359,8 @@ def test_fixed_memory_is_the_same_memory(case, tmp_path):
 
 def test_a_fixed_memory_is_folded_into_the_classifier():
     layer = MemoryWrapLayer(3)
-    memory = np.random.default_rng(7).normal(size=(7, 5)).astype("float32")
-    layer.build([(2, 5), (7, 5)])
+    memory = np.random.default_rng(7).normal(size=(6, 5)).astype("float32")
+    layer.build([(2, 5), (6, 5)])
     layer.set_memory(memory)
     kernel = ops.convert_to_numpy(layer.trainable_weights[0])
     close(layer.memory_values, memory @ kernel[5:])
@@ -369,6 +369,15 @@ def test_a_fixed_memory_is_folded_into_the_classifier():
     )
     own.set_memory(memory)
     close(own.memory_values, memory)
+    # Of many examples that would take more products than it saves.
+    many = np.random.default_rng(7).normal(size=(8, 5)).astype("float32")
+    for size in (6, 8):
+        layer = MemoryWrapLayer(3)
+        expected = layer([memory[:2], many[:size]])
+        layer.set_memory(many[:size])
+        assert layer.memory_values.shape == (size, 20 if size < 7 else 5)
+        assert (layer.encoding_kernel is None) == (size == 8)
+        close(layer(memory[:2]), expected)
 
 
 @harness.needs_tensorflow

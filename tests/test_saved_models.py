@@ -51,6 +51,29 @@ def test_ntm_copy_streams(copier):
         )
 
 
+def test_memory_wrap_reads_digits_and_says_why():
+    digits = pytest.importorskip("sklearn.datasets")
+    x, y = digits.load_digits(return_X_y=True)
+    # As the example shuffles them with its first seed.
+    order = np.random.default_rng(1).permutation(len(x))
+    x = (x[order] / 16).reshape(-1, 8, 8, 1).astype("float32")
+    y = y[order]
+    path = str(MODELS / "memory_wrap_digits" / "1")
+    served = tf.saved_model.load(path).signatures["serving_default"]
+    found = served(inputs=tf.constant(x[1200:]))
+    answers = found["outputs_0"].numpy().argmax(axis=1)
+    assert (answers == y[1200:]).mean() > 0.96
+    weights = found["outputs_1"].numpy()
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
+    assert (weights > 0).sum(axis=1).mean() < 20  # of 100
+    # The memory holds training images in the order of another shuffling.
+    order = np.random.default_rng(1)
+    order.permutation(len(x))
+    labels = y[:1200][order.permutation(1200)][:100]
+    top = labels[weights.argmax(axis=1)]
+    assert (top == answers).mean() > 0.9
+
+
 def test_committed_models_are_small():
     files = [path for path in MODELS.rglob("*") if path.is_file()]
     assert files

@@ -1,0 +1,190 @@
+"""Memory Wrap next to memorywrap: training steps, and answers."""
+
+import functools
+import sys
+
+import numpy as np
+
+from benchmarks import cases
+from benchmarks import measure
+from benchmarks import references
+from benchmarks import report
+
+BATCH, WIDTH, CLASSES = 128, 1280, 10
+CASES = {  # what is timed, sizes, and how many times as fast it should be
+    "train, 100 examples": ("train", (WIDTH, 100), 1.5),
+    "train, 1,000 examples": ("train", (WIDTH, 1000), 1.5),
+    "answer, 100 examples": ("answer", (WIDTH, 100), 3),
+    "answer, 50,000 examples of 64": ("answer", (64, 50_000), None),
+    "answer, 1,000,000 examples of 64": ("answer", (64, 1_000_000), None),
+}
+REFERENCE = "memorywrap"
+SECONDS = 120  # that a variant may take for its first steps, or for one
+OURS = {
+    "train": {"XLA": {}, "no XLA": {"jit_compile": False}},
+    "answer": {
+        "XLA": {},
+        "no XLA": {"jit_compile": False},
+        "no XLA, bfloat16": {"jit_compile": False, "dtype": "mixed_bfloat16"},
+        "XLA, top_k=32": {"top_k": 32},
+        "no XLA, top_k=32": {"top_k": 32, "jit_compile": False},
+    },
+}
+HEADER = (
+    "case",
+    "variant",
+    "threads",
+    "ms",
+    "memory, MB",
+    "times as fast",
+    "goal",
+)
+
+
+def run(names, threads, rounds, json=None):
+    """Measures, prints a table, and returns all numbers.
+
+    Args:
+        names: of `CASES`.
+        threads: list of numbers of threads; all take turns.
+        rounds: how many steps are measured.
+        json: path of a file for all numbers, if any.
+    """
+    rows, numbers = [], []
+    machine = report.machine()
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        kind, sizes, goal = CASES[name]
+        results = measure.compare(
+            jobs(kind, sizes, threads), rounds, seconds=SECONDS
+        )
+        for (variant, count), result in results.items():
+            reference = results[REFERENCE, count]
+            cells = ["", "", ""]
+            if "not_run" in result:
+                cells[0] = f"not run: {result['not_run']}"
+            else:
+                cells[:2] = (
+                    report.short(result["milliseconds"]),
+                    report.short(result["megabytes"]),
+                )
+                if "not_run" not in reference:
+                    quartiles = measure.ratio(result, reference)
+                    result["ratio_quartiles"] = quartiles
+                    cells[2] = report.with_spread(quartiles)
+            wanted = goal if goal and variant != REFERENCE else ""
+            rows.append([name, variant, count, *cells, wanted])
+            numbers.append(
+                {"case": name, "variant": variant, "threads": count, **result}
+            )
+        if json:
+            report.write_json(json, {"machine": machine, "results": numbers})
+    print(report.table(HEADER, rows) + "\n")
+    print(
+        f"Batch {BATCH}, medians of {report.counted(rounds, 'step')} in turn, "
+        "each variant in a process of its own; ratios with the middle half.\n"
+        f"{report.on(machine)}."
+    )
+    return numbers
+
+
+def jobs(kind, sizes, threads):
+    """For each variant and number of threads what a `measure.Worker` needs, or
+    a text that says why it cannot be had."""
+    found = {}
+    variants = OURS[kind]
+    if sizes[1] <= 1000:  # where all are looked at anyway
+        variants = {n: v for n, v in variants.items() if "top_k" not in v}
+    for count in threads:
+        found[REFERENCE, count] = 'needs `pip install -e ".[bench]"`'
+        if all(map(references.installed, ("torch", "memorywrap"))):
+            found[REFERENCE, count] = (
+                functools.partial(references.prepare, count, None),
+                functools.partial(memorywrap, kind, *sizes),
+            )
+        for name, options in variants.items():
+            found[name, count] = (
+                functools.partial(cases.prepare, count),
+                functools.partial(ours, kind, *sizes, **options),
+            )
+    return found
+
+
+def data(width, examples):
+    """Encodings and memory, as of a network that ends with a ReLU, and
+    labels."""
+    rng = np.random.default_rng(1)
+    encodings, memory = (
+        np.maximum(rng.normal(size=(n, width)), 0).astype("float32")
+        for n in (BATCH, examples)
+    )
+    return encodings, memory, rng.integers(0, CLASSES, BATCH)
+
+
+def ours(kind, width, examples, jit_compile=True, dtype="float32", top_k=None):
+    """A function that makes a training step with the paper's optimizer, or
+    answers with a memory that was encoded before."""
+    import keras
+    import tensorflow as tf
+
+    import keras_memory
+
+    encodings, memory, labels = map(tf.constant, data(width, examples))
+    layer = keras_memory.MemoryWrapLayer(CLASSES, top_k=top_k, dtype=dtype)
+    layer.build([encodings.shape, memory.shape])
+    if kind == "answer":
+        layer.set_memory(memory)
+        del memory
+        answer = tf.function(
+            lambda x: layer(x), jit_compile=jit_compile, autograph=False
+        )
+        return lambda: answer(encodings).numpy()
+    optimizer = keras.optimizers.SGD(
+        1e-2, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    optimizer.build(layer.trainable_variables)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    @tf.function(jit_compile=jit_compile)
+    def step(encodings, memory, labels):
+        # Of encodings and memory too, which an encoder would need.
+        inputs, variables = [encodings, memory], layer.trainable_variables
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            loss = loss_of(labels, layer(inputs, training=True))
+        *of_inputs, a, b, c, d = tape.gradient(loss, [*inputs, *variables])
+        optimizer.apply([a, b, c, d], variables)
+        return loss, of_inputs
+
+    return lambda: float(step(encodings, memory, labels)[0])
+
+
+def memorywrap(kind, width, examples):
+    """The same with memorywrap; its answers compute all keys each time."""
+    import torch
+    from memorywrap import MemoryWrapLayer
+
+    encodings, memory, labels = map(torch.tensor, data(width, examples))
+    layer = MemoryWrapLayer(width, CLASSES)
+    if kind == "answer":
+
+        def answer():
+            with torch.no_grad():
+                return layer(encodings, memory)
+
+        return answer
+    inputs = encodings.requires_grad_(), memory.requires_grad_()
+    optimizer = torch.optim.SGD(
+        layer.parameters(), 1e-2, 0.9, nesterov=True, weight_decay=5e-4
+    )
+
+    def step():
+        optimizer.zero_grad()
+        for one in inputs:
+            one.grad = None
+        loss = torch.nn.functional.cross_entropy(layer(*inputs), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
