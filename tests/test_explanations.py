@@ -58,10 +58,10 @@ def test_explanations_of_a_fixed_memory(images):
     for top_k in (None, 4):
         model = untrained(top_k=top_k)
         model.set_memory(x[:13], y[:13])
-        whys = explanations.explain(model, x[13:], batch_size=20)
-        assert len(whys) == 47
+        whys = explanations.explain(model, x[13:36], batch_size=10)
+        assert len(whys) == 23
         model.memory_layer.top_k = None
-        outputs, weights = answers(model, x[13:], x[:13], return_weights=True)
+        outputs, weights = answers(model, x[13:36], x[:13], return_weights=True)
         if top_k:
             left_out = (weights > 0).sum(axis=1) > top_k
             assert left_out.any() and not left_out.all()
