@@ -121,27 +121,33 @@ def train(kind, x, y, steps, filters, batch_size=20):
     return model
 
 
-def measure(model, x, y, draws=5):
+def measure(model, x, y, draws):
     """Accuracy, of a memory as the mean over draws, and explanations'."""
     if not isinstance(model, keras_memory.MemoryWrapClassifier):
         return {"accuracy": model.evaluate(x, y, verbose=0)[1]}
     results = [
         explanations.explanation_accuracy(model, x, y) for _ in range(draws)
     ]
-    return {
-        name: float(np.mean([r[name] for r in results if r[name] is not None]))
-        for name in results[0]
-    }
+    found = {}
+    for name in results[0]:  # None where there is no counterfactual
+        values = [r[name] for r in results if r[name] is not None]
+        found[name] = float(np.mean(values)) if values else np.nan
+    return found
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--samples", nargs="+", default=["200"])
+    parser.add_argument(
+        "--samples", nargs="+", default=["200"], help='numbers, or "all"'
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--filters", type=int, default=32, help="of the first")
+    parser.add_argument(
+        "--filters", type=int, default=32, help="of the first convolution"
+    )
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--draws", type=int, default=5, help="of memories")
     parser.add_argument("--picture", default="memory_wrap.png")
     parser.add_argument("--json", help="file to write all results to")
     parser.add_argument("--out", help="folder for the first Memory Wrap")
@@ -157,7 +163,7 @@ def main(arguments=None):
                 if samples != "all":
                     x, y = x[: int(samples)], y[: int(samples)]
                 model = train(kind, x, y, options.steps, options.filters)
-                found.append(measure(model, x_test, y_test))
+                found.append(measure(model, x_test, y_test, options.draws))
                 if kind == "memory wrap" and first is None:
                     first = model, x, y, x_test, y_test
             seconds = (time.perf_counter() - begun) / options.seeds

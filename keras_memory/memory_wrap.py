@@ -29,7 +29,7 @@ NO_LABEL = -1  # of an example whose class is not known
 
 class _MemoryWrap(keras.layers.Layer):
     """What `MemoryWrapLayer` and `BaselineMemory` have in common: all but
-    `_features`, what is classified."""
+    `_parts`, how many vectors of width D are classified, [e; v] or v."""
 
     def __init__(
         self,
