@@ -443,12 +443,13 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
 
     Args:
         log_dir: TensorBoard's folder; the files go to `explanations` in it.
-        x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images in [0, 1], a few.
-        class_names, most, attribution: of `explanations.picture`.
+        x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images, a few.
+        class_names, most, attribution, to_image: of `explanations.picture`.
         every: int, at least 1, epochs from one look to the next.
 
     Raises:
-        ValueError: `every` or `most` out of its range.
+        ValueError: `every` or `most` out of its range, or `x` has no images in
+            [0, 1].
         TypeError: when the training begins, another model.
 
     Example:
@@ -466,7 +467,14 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, log_dir, x, class_names=None, most=6, attribution=True, every=1
+        self,
+        log_dir,
+        x,
+        class_names=None,
+        most=6,
+        attribution=True,
+        to_image=None,
+        every=1,
     ):
         super().__init__()
         self.folder = pathlib.Path(log_dir) / "explanations"
@@ -474,7 +482,11 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         self.class_names = class_names
         self.most = check_size("most", most)
         self.attribution = check_bool("attribution", attribution)
+        self.to_image = to_image
         self.every = check_size("every", every)
+        for one in self.x:  # an error now, not after the first epoch
+            image = one if to_image is None else to_image(one)
+            visualization.tiles([visualization.Tile(image, "", "")])
 
     def on_train_begin(self, logs=None):
         explanations.check_model(self.model)
@@ -492,6 +504,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             self.class_names,
             self.most,
             self.attribution,
+            to_image=self.to_image,
             whys=whys,
         )
         if self._writer is None:

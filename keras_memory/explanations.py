@@ -12,9 +12,11 @@ import numpy as np
 from keras import ops
 
 from keras_memory import visualization
+from keras_memory.checks import check_between
 from keras_memory.checks import check_size
 from keras_memory.memory_wrap import NO_LABEL
 from keras_memory.memory_wrap import MemoryWrapClassifier
+from keras_memory.memory_wrap import without_gradients
 
 
 class Explanation(NamedTuple):
@@ -156,7 +158,13 @@ def explanation_accuracy(model, x, y, batch_size=500):
 
 
 def integrated_gradients(
-    model, x, memory_inputs, target=None, baseline=0.0, steps=40
+    model,
+    x,
+    memory_inputs,
+    target=None,
+    baseline=0.0,
+    steps=40,
+    batch_size=256,
 ):
     """Which parts of an input, and of the examples it was compared with, speak
     for a class.
@@ -172,8 +180,8 @@ def integrated_gradients(
         target: int, the class; None for the one that is predicted.
         baseline: what stands for nothing: a number, or an array like `x`. The
             paper's code takes 1.0 of normalised images.
-        steps: int, points on the way from the baseline; their gradients are
-            taken at once.
+        steps: int, points on the way from the baseline.
+        batch_size: int, about how many images are encoded at a time.
 
     Returns:
         Arrays like `x` and like `memory_inputs`: their sum is the difference
@@ -184,9 +192,9 @@ def integrated_gradients(
         ValueError: `x` is not one input, or a size is out of its range.
     """
     check_size("steps", steps)
-    x = np.asarray(x)
-    x = _inputs_of(model, x[None], steps)[0]
-    examples = _inputs_of(model, memory_inputs, steps)
+    dtype = keras.config.floatx()
+    x = _inputs_of(model, np.asarray(x)[None], batch_size)[0].astype(dtype)
+    examples = _inputs_of(model, memory_inputs, batch_size).astype(dtype)
     if x.shape != examples.shape[1:]:
         raise ValueError(
             "`x` must be one input, like each of `memory_inputs`. "
@@ -196,23 +204,29 @@ def integrated_gradients(
     if target is None:
         outputs = model((ops.convert_to_tensor(x[None]), examples))
         target = int(ops.argmax(outputs[0]))
-    shares = ((np.arange(steps) + 0.5) / steps).astype(x.dtype)
+    check_between("target", target, 0, model.memory_layer.units - 1)
+    baseline = np.asarray(baseline, dtype)
 
-    def path(end):  # (steps, *end.shape)
+    def path(end, shares):  # (some of the steps, *end.shape)
         along = shares.reshape(-1, *[1] * end.ndim)
-        return along * end + (1 - along) * np.asarray(baseline, end.dtype)
+        return along * end + (1 - along) * baseline
 
     def output(inputs, memory):
         encoded = model.encoder(ops.reshape(memory, (-1, *x.shape)))
-        memory = ops.reshape(encoded, (steps, len(examples), -1))
+        memory = ops.reshape(encoded, (len(inputs), len(examples), -1))
         outputs = model.memory_layer([model.encoder(inputs), memory])
         return ops.sum(outputs[:, target])
 
-    of_x, of_examples = _gradients(output, path(x), path(examples))
-    return (
-        (x - baseline) * of_x.mean(axis=0),
-        (examples - baseline) * of_examples.mean(axis=0),
-    )
+    at_a_time = max(1, batch_size // (1 + len(examples)))
+    sums = [np.zeros_like(x), np.zeros_like(examples)]
+    for begin in range(0, steps, at_a_time):
+        numbers = np.arange(begin, min(begin + at_a_time, steps))
+        shares = ((numbers + 0.5) / steps).astype(dtype)
+        slopes = _gradients(output, path(x, shares), path(examples, shares))
+        for of_one, slope in zip(sums, slopes):
+            of_one += slope.sum(axis=0)
+    of_x, of_examples = (of_one / steps for of_one in sums)
+    return (x - baseline) * of_x, (examples - baseline) * of_examples
 
 
 def picture(
@@ -222,6 +236,7 @@ def picture(
     most=6,
     attribution=True,
     baseline=0.0,
+    to_image=None,
     whys=None,
 ):
     """Draws inputs beside the examples that decided the answers.
@@ -232,12 +247,14 @@ def picture(
 
     Args:
         model: `MemoryWrapClassifier`, whose memory's inputs are known.
-        x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images in [0, 1].
+        x: (B, ...) inputs, images (H, W), (H, W, 1) or (H, W, 3).
         class_names: sequence of texts; None for numbers.
         most: int, the largest number of examples in a row.
         attribution: bool, whether there are heat maps, by integrated
             gradients of all examples used.
         baseline: of `integrated_gradients`.
+        to_image: function from one input to an image in [0, 1], such as the
+            inverse of a normalisation; None where inputs are in [0, 1].
         whys: what `explain` gives for `x`; None for calling it.
 
     Returns:
@@ -266,13 +283,19 @@ def picture(
                 model, image, why.inputs, why.prediction, baseline
             )
             heat = [of_x, *of_examples]
+
+        def shown(one):
+            return one if to_image is None else to_image(one)
+
         answer = name(why.prediction)
-        tiles = [visualization.Tile(image, "prediction", answer, heat=heat[0])]
+        tiles = [
+            visualization.Tile(shown(image), "prediction", answer, heat=heat[0])
+        ]
         for index in range(min(most, len(why.inputs))):
             another = int(not why.is_example[index])
             tiles.append(
                 visualization.Tile(
-                    why.inputs[index],
+                    shown(why.inputs[index]),
                     ("example", "counterfactual")[another],
                     f"{why.weights[index]:.2f}: {name(why.classes[index])}",
                     another,
@@ -307,10 +330,17 @@ class _Memory:
         inputs = encodings
         if self.drawn is not None:
             inputs = [encodings, self.drawn[0]]
-        found = self.model.memory_layer(inputs, return_weights=True)
+        with without_gradients():
+            found = self.model.memory_layer(inputs, return_weights=True)
         outputs, weights, *indices = (
             ops.convert_to_numpy(one).astype("float64") for one in found
         )
+        if not np.isfinite(outputs).all():
+            raise ValueError(
+                "Only answers that are finite have an explanation. Received: "
+                "NaN or infinite outputs, of such inputs or of a model that "
+                "has diverged"
+            )
         if indices:
             return outputs, weights, indices[0].astype(int)
         every = np.broadcast_to(np.arange(weights.shape[1]), weights.shape)
@@ -325,13 +355,14 @@ class _Memory:
         classes = []
         for begin in range(0, len(different), 128):
             some = different[begin : begin + 128]
-            if self.drawn is not None:
-                of_some = ops.take(self.drawn[0], some, axis=0)
-                outputs = layer([of_some, self.drawn[1]])
-            else:
-                others = np.arange(len(self.inputs)) != some[:, None]
-                encodings = self.model.encode(self.inputs[some])
-                outputs = layer(encodings, memory_mask=others)
+            with without_gradients():
+                if self.drawn is not None:
+                    of_some = ops.take(self.drawn[0], some, axis=0)
+                    outputs = layer([of_some, self.drawn[1]])
+                else:
+                    others = np.arange(len(self.inputs)) != some[:, None]
+                    encodings = self.model.encode(self.inputs[some])
+                    outputs = layer(encodings, memory_mask=others)
             classes.append(ops.convert_to_numpy(ops.argmax(outputs, axis=1)))
         return np.concatenate(classes)[back.ravel()]
 
@@ -367,6 +398,12 @@ def check_model(model):
         raise TypeError(
             "`model` must be a `MemoryWrapClassifier`, which knows its encoder "
             f"and its memory. Received: model={model!r}"
+        )
+    if model.memory_layer.units < 2:
+        raise ValueError(
+            "Explanations need a model with an output for each class, of "
+            "which the largest is the prediction. "
+            f"Received: units={model.memory_layer.units}"
         )
 
 

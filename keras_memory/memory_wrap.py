@@ -192,6 +192,20 @@ class _MemoryWrap(keras.layers.Layer):
         memory = ops.convert_to_tensor(memory_encodings, self.compute_dtype)
         if not self.built:
             self.build((None, memory.shape[-1]))
+        self._check_memory(memory)
+        if self.fixed_memory_size is None:
+            self._make_memory(len(memory))
+        if len(memory) != self.fixed_memory_size:
+            raise ValueError(
+                "`memory_encodings` must have as many examples as before, "
+                "which compiled functions of this layer look at: make another "
+                "layer of its `get_config()`. Received: "
+                f"{len(memory)} of them, "
+                f"fixed_memory_size={self.fixed_memory_size}"
+            )
+        self._fill(memory)
+
+    def _check_memory(self, memory):
         if len(memory.shape) != 2 or memory.shape[-1] != self._width:
             raise ValueError(
                 f"`memory_encodings` must be (M, {self._width}), encodings as "
@@ -203,16 +217,8 @@ class _MemoryWrap(keras.layers.Layer):
                 "`memory_encodings` must be finite, as each answer may read "
                 "each of them. Received: NaN or infinite values"
             )
-        if self.fixed_memory_size is None:
-            self._make_memory(len(memory))
-        if len(memory) != self.fixed_memory_size:
-            raise ValueError(
-                "`memory_encodings` must have as many examples as before, "
-                "which compiled functions of this layer look at: make another "
-                "layer of its `get_config()`. Received: "
-                f"{len(memory)} of them, "
-                f"fixed_memory_size={self.fixed_memory_size}"
-            )
+
+    def _fill(self, memory):
         self.memory_keys.assign(self._keys(memory))
         if self._folds:  # the last rows of the kernel are the memory's
             dense, _ = self._first_dense()
@@ -229,14 +235,19 @@ class _MemoryWrap(keras.layers.Layer):
         None; of the `top_k` nearest ones, (B, K), and their indices."""
         bias = ops.zeros_like(keys[..., 0])
         if self.distance == "l2":  # -|q - k|^2 / 2, but for what all share
+            # Far from zero the difference of products would be rounding.
+            centre = ops.stop_gradient(ops.mean(keys, axis=-2))
+            queries, keys = queries - centre, keys - centre[..., None, :]
             bias = -0.5 * ops.sum(keys * keys, axis=-1)
         if mask is not None:
             bias = ops.where(mask, bias, -np.inf)
         indices = None
         if self.top_k is not None:
-            indices = self._nearest(queries, keys, bias)
+            found, indices = self._nearest(queries, keys, bias)
             keys = _take(keys, indices, shared=len(keys.shape) == 2)
             bias = _take(bias, indices, shared=len(bias.shape) == 1)
+            if mask is not None:  # there may be fewer than `top_k` that count
+                bias = ops.where(found > -np.inf, bias, -np.inf)
         similarity = _dot(queries, keys) + bias
         if self.distance == "l2":
             similarity = 2.0 * similarity
@@ -248,14 +259,18 @@ class _MemoryWrap(keras.layers.Layer):
         return ops.where(some, weights, 0.0), indices
 
     def _nearest(self, queries, keys, bias):
-        """Indices (B, K) of the examples with the largest similarities."""
+        """The examples with the largest similarities: these, -inf for those
+        that do not count, and their indices, (B, K)."""
         size = keys.shape[-2]
-        known = isinstance(size, int)
-        top_k = min(self.top_k, size) if known else self.top_k
+        if isinstance(size, int):
+            top_k = min(self.top_k, size)
+        else:
+            top_k = ops.minimum(self.top_k, ops.shape(keys)[-2])
         if len(keys.shape) == 2:
-            return nearest(queries, keys, top_k, bias)[1]
+            return nearest(queries, keys, top_k, bias)
         products = ops.stop_gradient(_dot(queries, keys) + bias)
-        return ops.cast(ops.top_k(products, top_k)[1], "int32")
+        found, indices = ops.top_k(products, top_k)
+        return found, ops.cast(indices, "int32")
 
     def _keys(self, encodings):
         """What is compared: unit vectors for the cosine."""
@@ -273,6 +288,13 @@ class _MemoryWrap(keras.layers.Layer):
         memory has gone through the first layer of g."""
         dense, rest = self._first_dense()
         both = self._parts == 2
+        if folded and dense is None:
+            raise ValueError(
+                "The classifier must stay as it was when the memory was "
+                "fixed, which was multiplied with its first layer: call "
+                "`set_memory` after it is changed or quantized. "
+                f"Received: classifier={self._classify!r}"
+            )
         if dense is None:
             parts = [encodings, read] if both else [read]
             return self._classify(ops.concatenate(parts, axis=-1))
@@ -409,10 +431,9 @@ class MemoryWrapLayer(_MemoryWrap):
     """Classifies encodings by themselves and by the examples nearest to them.
 
     Source: La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440), section 3.
-    Departure: none in the results. Its published package documents a linear
-    `head` where that is None, but has none, as the paper's results; here it is
-    `head="dense"`. Encodings of an unknown distance, which it finds when it is
-    called, are an error at construction.
+    Departure: none in the results. The README of its code describes a linear
+    `head` where that is None; the code has none, as the paper's results. Here
+    it is `head="dense"`.
 
     Equations:
         w = sparsemax(-distance(e, M)), content weights -> `_weigh`
@@ -427,9 +448,10 @@ class MemoryWrapLayer(_MemoryWrap):
     The products of keys, and of the examples with the classifier's kernel, are
     then computed once, and the memory is part of what is saved and exported.
 
-    Masking and dtype: `memory_mask` leaves examples out; an input for which
-    none is left reads zeros. Distances, weights and the sum of examples are
-    computed in float32 under 16-bit policies.
+    Masking and dtype: `memory_mask` leaves examples out, whose values must
+    still be finite; an input for which none is left reads zeros. Distances,
+    weights and the sum of examples are computed in float32 under 16-bit
+    policies.
 
     Args:
         units: int, width of the output, such as the number of classes.
@@ -445,7 +467,9 @@ class MemoryWrapLayer(_MemoryWrap):
             None (default) for all. The result is that of all wherever the
             least of the `top_k` weights is 0. For large memories.
         fixed_memory_size: int, how many examples a memory has that
-            `set_memory` fixes; None (default) until then.
+            `set_memory` fixes; None (default) until then. Where a layer is
+            made with it, the memory is zeros until `set_memory` or loaded
+            weights fill it.
         **kwargs: as of `keras.layers.Layer`.
 
     Call arguments:
@@ -458,8 +482,9 @@ class MemoryWrapLayer(_MemoryWrap):
 
     Returns:
         (B, units). With `return_weights` also the weights (B, M), at least 0
-        and with the sum 1; with `top_k` the weights (B, K) and the int32
-        indices (B, K) of those examples, K the smaller one of `top_k` and M.
+        and with the sum 1 up to rounding; with `top_k` the weights (B, K) and
+        the int32 indices (B, K) of those examples, K the smaller one of
+        `top_k` and M.
 
     Raises:
         ValueError: an argument out of its range; shapes that do not fit; no
@@ -577,6 +602,15 @@ def _with_layers(config):
     }
 
 
+def without_gradients():
+    """A context in which PyTorch keeps nothing for gradients."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
 def _first_shape(shape):
     """Of the encodings, alone or beside that of the memory."""
     first = shape[0]
@@ -618,7 +652,8 @@ class MemoryWrapClassifier(keras.Model):
             default.
         baseline: bool, whether the layer is `BaselineMemory`.
         head, classifier, distance, top_k: see `MemoryWrapLayer`.
-        fixed_memory_size: int, as of `MemoryWrapLayer`; set by `set_memory`.
+        fixed_memory_size: int, set by `set_memory`; a model that is made with
+            it has place for a memory, which loaded weights fill.
         seed: int of what is drawn; None takes one from NumPy's, which
             `keras.utils.set_random_seed` sets.
         **kwargs: as of `keras.Model`.
@@ -680,7 +715,9 @@ class MemoryWrapClassifier(keras.Model):
             classifier=classifier,
             distance=distance,
             top_k=top_k,
-            fixed_memory_size=fixed_memory_size or memory_size,
+            fixed_memory_size=(
+                memory_size if fixed_memory_size is None else fixed_memory_size
+            ),
             dtype=self.dtype_policy,
             name="memory",
         )
@@ -688,6 +725,8 @@ class MemoryWrapClassifier(keras.Model):
         # one that is drawn; None here says that none is fixed.
         self.fixed_memory_size = fixed_memory_size
         self.memory_labels = self.memory_inputs = None
+        if seed is not None:
+            check_size("seed", seed, least=0, others=", or None")
         self.seed = seed
         start = np.random.randint(2**31) if seed is None else seed
         # Who looks at a model between its steps does not change them.
@@ -762,18 +801,22 @@ class MemoryWrapClassifier(keras.Model):
         """
         check_size("batch_size", batch_size)
         starts = range(0, len(inputs), batch_size)
-        encodings = [
-            self.encoder(inputs[start : start + batch_size], training=False)
-            for start in starts
-        ]
-        return ops.concatenate(encodings, axis=0)
+        with without_gradients():
+            encodings = [
+                self.encoder(inputs[start : start + batch_size], training=False)
+                for start in starts
+            ]
+            return ops.concatenate(encodings, axis=0)
 
     def set_memory(self, x, y=None, batch_size=128):
         """Fixes the memory: these examples are encoded once, and looked at by
         all calls without a memory until the next `fit`.
 
         The encodings are weights of the model: they are saved and exported
-        with it. The inputs are not: `memory_inputs` has those of this process.
+        with it. The inputs are not: `memory_inputs` has a copy in this process.
+        Call this again after training in another way than by `fit`. A model or
+        function that was compiled around this one must be compiled again where
+        the number of examples changes.
 
         Args:
             x: (M, ...) inputs; M may be another number than `memory_size`.
@@ -787,16 +830,20 @@ class MemoryWrapClassifier(keras.Model):
         x, labels = _examples(x, y)
         if not self.built:
             self.build(x.shape)
-        self._put(x, labels, batch_size)
-        self.memory_inputs = x
+        encodings = self.encode(x, batch_size)
+        self.memory_layer._check_memory(encodings)
+        self._put(encodings, labels)
+        self.memory_inputs = x.copy()
         self.fixed_memory_size = len(x)
 
-    def _put(self, x, labels, batch_size=128):
-        encodings = self.encode(x, batch_size)
-        self._make_place(len(x))
-        self.memory_layer.set_memory(encodings)
+    def _put(self, encodings, labels):
+        self._make_place(len(encodings))
+        with without_gradients():
+            self.memory_layer._fill(
+                ops.cast(encodings, self.memory_layer.compute_dtype)
+            )
         if labels is None:
-            labels = np.full(len(x), NO_LABEL)
+            labels = np.full(len(encodings), NO_LABEL)
         self.memory_labels.assign(labels)
 
     def _make_place(self, size):
@@ -833,10 +880,11 @@ class MemoryWrapClassifier(keras.Model):
     @contextlib.contextmanager
     def _drawn(self):
         """Holds a memory that is drawn, unless one is fixed."""
-        if self.fixed_memory_size is not None:
+        if self.fixed_memory_size is not None or self._examples is None:
             yield
             return
-        self._put(*self.draw())
+        inputs, labels = self.draw()
+        self._put(self.encode(inputs), labels)
         self._holds_draw = True
         try:
             yield
@@ -848,11 +896,16 @@ class MemoryWrapClassifier(keras.Model):
         x=None,
         y=None,
         batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
         *,
         memory_data=None,
-        validation_split=0.0,
-        shuffle=True,
-        sample_weight=None,
         **kwargs,
     ):
         """Trains with a fresh memory at each step, drawn of the training data
@@ -863,11 +916,12 @@ class MemoryWrapClassifier(keras.Model):
                 batches `(x, y)` or `(x, y, sample_weight)`, with `memory_data`.
             y: array of targets.
             batch_size: int, 32 by default.
+            epochs, verbose, callbacks, validation_split, validation_data,
+                shuffle, class_weight, sample_weight: as of `keras.Model.fit`.
+                Validation looks at one memory an epoch.
             memory_data: inputs that memories are drawn from, or a pair of
                 inputs and int labels; None for `x` and `y`.
-            validation_split, shuffle, sample_weight, **kwargs: as of
-                `keras.Model.fit`. `validation_data` is looked at with one
-                memory an epoch.
+            **kwargs: as of `keras.Model.fit`.
 
         Returns:
             `keras.callbacks.History`.
@@ -880,7 +934,24 @@ class MemoryWrapClassifier(keras.Model):
         if is_dataset and not type(x).__module__.startswith("tensorflow."):
             raise ValueError(
                 "`x` must be an array or a `tf.data.Dataset`, so that a memory "
-                f"can be put beside each batch. Received: x={x!r}"
+                f"can be put beside each batch. Received: {type(x).__name__}"
+            )
+        if not is_dataset and y is None:
+            raise ValueError(
+                "`y` must be given with arrays, what is to be learned. "
+                "Received: y=None"
+            )
+        of_arrays = {
+            "y": y,
+            "batch_size": batch_size,
+            "validation_split": validation_split or None,
+            "sample_weight": sample_weight,
+        }
+        given = [name for name, one in of_arrays.items() if one is not None]
+        if is_dataset and given:
+            raise ValueError(
+                "A `tf.data.Dataset` brings targets, weights and batches "
+                f"itself. Received: {given} beside it"
             )
         if is_dataset and memory_data is None:
             raise ValueError(
@@ -889,26 +960,34 @@ class MemoryWrapClassifier(keras.Model):
             )
         if not is_dataset:
             x, y = np.asarray(x), np.asarray(y)
-            if validation_split and kwargs.get("validation_data") is None:
+            if validation_split and validation_data is None:
                 check_between("validation_split", validation_split, 0.0, 1.0)
                 first = int(len(x) * (1.0 - validation_split))
                 parts = [x, y]
                 if sample_weight is not None:
                     parts.append(np.asarray(sample_weight))
-                kwargs["validation_data"] = tuple(p[first:] for p in parts)
+                validation_data = tuple(part[first:] for part in parts)
                 x, y, *rest = (part[:first] for part in parts)
                 sample_weight = rest[0] if rest else None
         if memory_data is None:
-            memory_data = (x, y)
-        elif not isinstance(memory_data, tuple):
+            memory_data = x, y
+        elif not isinstance(memory_data, (tuple, list)):
             memory_data = (memory_data, None)
-        self._examples = _examples(*memory_data)
-        if len(self._examples[0]) < self.memory_size:
+        if len(memory_data) != 2:
+            raise ValueError(
+                "`memory_data` must be an array of inputs, or a pair of inputs "
+                f"and labels. Received: {len(memory_data)} parts"
+            )
+        examples = _examples(*memory_data)
+        if len(examples[0]) < self.memory_size:
             raise ValueError(
                 "There must be at least `memory_size` examples to draw a "
                 f"memory from. Received: memory_size={self.memory_size}, "
-                f"{len(self._examples[0])} examples"
+                f"{len(examples[0])} examples"
             )
+        self._examples = examples
+        if not self.built:
+            self.build(examples[0].shape)
         self.fixed_memory_size = self.memory_inputs = None
         self._make_place(self.memory_size)
 
@@ -924,7 +1003,16 @@ class MemoryWrapClassifier(keras.Model):
             order = self._of_steps if shuffle else None
             steps = _Steps(arrays, batch_size or 32, order, draw)
             kwargs.setdefault("validation_batch_size", batch_size)
-        return super().fit(steps, shuffle=False, **kwargs)
+        return super().fit(
+            steps,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_data=validation_data,
+            shuffle=False,
+            class_weight=class_weight,
+            **kwargs,
+        )
 
     def evaluate(self, *args, **kwargs):
         """As `keras.Model.evaluate`, with the fixed memory, or else with one
@@ -962,6 +1050,10 @@ class MemoryWrapClassifier(keras.Model):
             with self._drawn():
                 outputs.append(super().predict(x, *args, **kwargs))
         return np.mean(outputs, axis=0) if draws else outputs[0]
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.memory_inputs = None  # they were those of another memory
 
     def get_build_config(self):
         return {"input_shape": self._input_shape} if self.built else None
@@ -1059,5 +1151,11 @@ def _examples(x, y):
             "Labels of examples must be (M,) integers or (M, classes) "
             f"one-hot, one for each example. Received: shape {np.shape(y)}, "
             f"{len(x)} examples"
+        )
+    kind = labels.dtype.kind
+    if kind not in "iubf" or (kind == "f" and (labels % 1 != 0).any()):
+        raise ValueError(
+            "Labels of examples must be whole numbers, classes. "
+            f"Received: {labels.dtype} such as {labels[:3]}"
         )
     return x, labels.astype("int32")

@@ -15,7 +15,7 @@ def nearest(queries, keys, top_k, bias=None):
     Args:
         queries: (B, D), any real value.
         keys: (M, D), any real value.
-        top_k: int, from 1 to M.
+        top_k: int, from 1 to M; a tensor where M is not known.
         bias: (M,) or (B, M), added to the products; -inf leaves a key out.
             None for 0.
 

@@ -224,6 +224,12 @@ def test_attributions_of_a_linear_model():
     )
     close(of_x, x[0] * kernel[:6, 1].reshape(2, 3))
     close(of_example, example * kernel[6:, 1].reshape(1, 2, 3))
+    images = (100 * np.abs(x)).astype("uint8")
+    for size in (1, 2, 100):
+        of_x, _ = explanations.integrated_gradients(
+            model, images[0], images, target=1, steps=3, batch_size=size
+        )
+        close(of_x / 100, images[0] / 100 * kernel[:6, 1].reshape(2, 3), 1e-5)
 
 
 # Pictures.
@@ -267,6 +273,11 @@ def test_picture(trained, images):
     large = explanations.picture(trained, x[:2], "abc", most=5)
     assert large.shape[0] > small.shape[0]
     assert large.shape[1] > small.shape[1]
+    assert (explanations.picture(trained, x[:2], "abc", most=5) == large).all()
+    inverse = explanations.picture(
+        trained, x[:2], most=2, attribution=False, to_image=lambda one: 1 - one
+    )
+    assert inverse.shape == small.shape and (inverse != small).any()
 
 
 @harness.needs_tensorflow
@@ -324,6 +335,21 @@ def test_refusals(images):
             "steps",
         ),
         (lambda: explanations.picture(model, x, most=0), "most"),
+        (lambda: explanations.explain(model, x * np.nan), "finite"),
+        (
+            lambda: explanations.integrated_gradients(model, x[0], x, 3),
+            "`target`",
+        ),
+        (
+            lambda: callbacks.ExplanationTensorBoard("logs", 2 * x),
+            "normalisation",
+        ),
+        (
+            lambda: explanations.explain(
+                MemoryWrapClassifier(keras.layers.Flatten(), 1), x
+            ),
+            "units=1",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -313,6 +313,51 @@ def test_nearest_are_exact_where_the_support_is_among_them(
     close(layer([encodings, memory]), expected)
 
 
+@pytest.mark.parametrize("block", [4, 100])
+def test_fewer_that_count_than_top_k(block, monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", block)
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(3, 5)), rng.normal(size=(11, 5))
+    counts = np.isin(np.arange(11), [0, 3, 9])
+    layer = MemoryWrapLayer(3, distance="dot")
+    expected = layer([encodings, memory[counts]])
+    layer.top_k = 6
+    for each in (memory, np.stack([memory] * 3)):
+        close(layer([encodings, each], memory_mask=counts), expected)
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_top_k_of_a_memory_of_unknown_size(jit_compile):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(2, 3, 5)).astype("float32")
+    layer = MemoryWrapLayer(3, top_k=7)
+    expected = layer([encodings, memory])
+    free = tf.TensorSpec((None, 5))
+
+    @tf.function(input_signature=[free, free], jit_compile=jit_compile)
+    def call(encodings, memory):
+        return layer([encodings, memory])
+
+    close(call(encodings, memory), expected)
+
+
+def test_l2_far_from_zero():
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(2, 3, 64), scale=0.2)
+    layer = MemoryWrapLayer(3, distance="l2")
+    _, expected = layer([encodings, memory], return_weights=True)
+    moved = [x + 1024.0 for x in (encodings, memory)]
+    moved = [x.astype("float32") for x in moved]
+    _, weights = layer(moved, return_weights=True)
+    close(weights, expected, 1e-2)  # what is left of the encodings themselves
+    layer.set_memory(moved[1])
+    _, fixed = layer(moved[0], return_weights=True)
+    close(fixed, weights)
+
+
 @harness.needs_tensorflow
 @each_distance
 def test_gradients_of_the_nearest_are_those_of_all(distance):
@@ -609,6 +654,38 @@ def test_sample_weights_and_examples_from_elsewhere(clusters):
     assert all((memory == row).all(axis=1).any() for row in inputs)
 
 
+def test_a_refused_memory_leaves_the_old_one(clusters):
+    x, y = clusters
+    model = classifier()
+    model.set_memory(x[:13], y[:13])
+    expected = model.predict(x, verbose=0)
+    bad = x[:20].copy()
+    bad[3] = np.nan
+    refuses(lambda: model.set_memory(bad, y[:20]), "finite")
+    close(model.predict(x, verbose=0), expected, 0)
+    assert model.get_config()["fixed_memory_size"] == 13
+    inputs = x.copy()
+    model.set_memory(inputs, y)
+    inputs[:] = 0
+    assert (model.memory_inputs == x).all()
+
+
+@trains
+def test_ways_to_begin(clusters):
+    x, y = clusters
+    model = classifier(fixed_memory_size=5, top_k=32)  # more than there are
+    model.fit(x, y, 20, 2, 0)  # batch_size, epochs, verbose
+    model.set_memory(x[:30], y[:30])
+    copy = MemoryWrapClassifier.from_config(model.get_config())
+    copy.compile("sgd", model.loss)
+    history = copy.fit(x, y, validation_split=0.5, verbose=0)
+    assert np.isfinite(history.history["val_loss"]).all()
+    # What diverges is shown as Keras shows it.
+    copy.compile(keras.optimizers.SGD(1e30), model.loss)
+    history = copy.fit(x, y, validation_data=(x, y), epochs=2, verbose=0)
+    assert np.isnan(history.history["val_loss"][-1])
+
+
 @harness.needs_tensorflow
 def test_fit_on_a_tf_dataset(clusters, recwarn):
     import tensorflow as tf
@@ -620,6 +697,9 @@ def test_fit_on_a_tf_dataset(clusters, recwarn):
     assert history.history["accuracy"][-1] > 0.9
     assert not recwarn.list
     refuses(lambda: model.fit(data), "memory_data")
+    refuses(
+        lambda: model.fit(data, batch_size=7, memory_data=(x, y)), "batch_size"
+    )
 
 
 @trains
@@ -627,6 +707,8 @@ def test_classifier_refuses(clusters):
     x, y = clusters
     refuses(lambda: MemoryWrapClassifier("resnet", 3), "encoder")
     refuses(lambda: classifier(memory_size=0), "memory_size")
+    refuses(lambda: classifier(fixed_memory_size=0), "fixed_memory_size")
+    refuses(lambda: classifier(seed=-1), "seed")
     refuses(lambda: classifier(baseline=1), "baseline")
     model = MemoryWrapClassifier(keras.layers.Reshape((5, 1)), 3)
     refuses(lambda: model((x, x)), "`encoder`", "(None, 5, 1)")
@@ -634,7 +716,11 @@ def test_classifier_refuses(clusters):
     refuses(lambda: model(x), "set_memory")
     refuses(lambda: model.predict(x), "set_memory")
     refuses(lambda: model.fit(x[:10], y[:10]), "memory_size=11", "10 examples")
-    refuses(lambda: model.fit([[1.0]], y), "tf.data.Dataset")
+    refuses(lambda: model.fit([[1.0]], y), "tf.data.Dataset", "list")
+    refuses(lambda: model.fit(x), "`y`")
+    refuses(lambda: model.fit(x, y, memory_data=[x]), "1 parts")
+    refuses(lambda: model.set_memory(x, y + 0.5), "whole numbers")
+    refuses(lambda: model.set_memory(x, y.astype(str)), "whole numbers")
     refuses(lambda: model.fit(x, y[:9]), "60")
     refuses(lambda: model.set_memory(x, y[:9]), "(9,)", "60 examples")
     refuses(lambda: model.set_memory(x[:0]), "one at least")
