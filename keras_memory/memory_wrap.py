@@ -878,9 +878,11 @@ class MemoryWrapClassifier(keras.Model):
         return x[rows], None if labels is None else labels[rows]
 
     @contextlib.contextmanager
-    def _drawn(self):
-        """Holds a memory that is drawn, unless one is fixed."""
-        if self.fixed_memory_size is not None or self._examples is None:
+    def _drawn(self, x):
+        """Holds a memory that is drawn, unless one is fixed, or comes with the
+        inputs, as it must where there is nothing to draw from."""
+        may_bring_it = self._examples is None and not hasattr(x, "shape")
+        if self.fixed_memory_size is not None or may_bring_it:
             yield
             return
         inputs, labels = self.draw()
@@ -1014,11 +1016,11 @@ class MemoryWrapClassifier(keras.Model):
             **kwargs,
         )
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, x=None, *args, **kwargs):
         """As `keras.Model.evaluate`, with the fixed memory, or else with one
         that is drawn of the training data."""
-        with self._drawn():
-            return super().evaluate(*args, **kwargs)
+        with self._drawn(x):
+            return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, draws=None, **kwargs):
         """As `keras.Model.predict`, with the fixed memory, or else with some
@@ -1047,7 +1049,7 @@ class MemoryWrapClassifier(keras.Model):
                 )
         outputs = []
         for _ in range(draws or 1):
-            with self._drawn():
+            with self._drawn(x):
                 outputs.append(super().predict(x, *args, **kwargs))
         return np.mean(outputs, axis=0) if draws else outputs[0]
 

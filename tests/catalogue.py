@@ -288,8 +288,12 @@ WRAPS = [
     ),
 ]
 
-# One case for each layer.
-LAYERS = list({case.layer: case for case in reversed(CASES)}.values())
+
+def one_of_each_layer(cases):
+    return list({case.layer: case for case in reversed(cases)}.values())
+
+
+LAYERS = one_of_each_layer(CASES)
 
 
 def slow_unless(first, *values):
