@@ -489,7 +489,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             visualization.tiles([visualization.Tile(image, "", "")])
 
     def on_train_begin(self, logs=None):
-        explanations.check_model(self.model)
+        explanations.check_model(self.model, self.class_names)
         self._writer = None
 
     def on_epoch_end(self, epoch, logs=None):

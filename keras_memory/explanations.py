@@ -248,7 +248,7 @@ def picture(
     Args:
         model: `MemoryWrapClassifier`, whose memory's inputs are known.
         x: (B, ...) inputs, images (H, W), (H, W, 1) or (H, W, 3).
-        class_names: sequence of texts; None for numbers.
+        class_names: sequence of texts, one for each class; None for numbers.
         most: int, the largest number of examples in a row.
         attribution: bool, whether there are heat maps, by integrated
             gradients of all examples used.
@@ -262,8 +262,10 @@ def picture(
 
     Raises:
         TypeError: another model.
-        ValueError: no images, or a memory of encodings only.
+        ValueError: no images, a memory of encodings only, or another number
+            of class names.
     """
+    check_model(model, class_names)
     check_size("most", most)
     rows = []
     for image, why in zip(x, whys or explain(model, x), strict=True):
@@ -392,18 +394,25 @@ class _Memory:
         ]
 
 
-def check_model(model):
-    """Raises TypeError unless `model` is a `MemoryWrapClassifier`."""
+def check_model(model, class_names=None):
+    """Raises TypeError unless `model` is a `MemoryWrapClassifier`, and
+    ValueError unless it has classes, with as many names."""
     if not isinstance(model, MemoryWrapClassifier):
         raise TypeError(
             "`model` must be a `MemoryWrapClassifier`, which knows its encoder "
             f"and its memory. Received: model={model!r}"
         )
-    if model.memory_layer.units < 2:
+    units = model.memory_layer.units
+    if units < 2:
         raise ValueError(
             "Explanations need a model with an output for each class, of "
             "which the largest is the prediction. "
-            f"Received: units={model.memory_layer.units}"
+            f"Received: units={units}"
+        )
+    if class_names is not None and len(class_names) != units:
+        raise ValueError(
+            "`class_names` must have a name for each class of the model. "
+            f"Received: {len(class_names)} names, units={units}"
         )
 
 

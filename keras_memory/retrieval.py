@@ -24,6 +24,9 @@ def nearest(queries, keys, top_k, bias=None):
         indices of the keys. Where fewer than `top_k` are above -inf, the last
         products are -inf and their indices have no meaning.
 
+    Raises:
+        ValueError: `top_k` is not from 1 to M.
+
     Example:
 
     >>> keys = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]], "float32")
@@ -35,6 +38,12 @@ def nearest(queries, keys, top_k, bias=None):
     if bias is not None:
         bias = ops.stop_gradient(bias)
     number = keys.shape[0]
+    both = isinstance(number, int) and isinstance(top_k, int)
+    if both and not 1 <= top_k <= number:
+        raise ValueError(
+            "`top_k` must be from 1 to the number of keys. "
+            f"Received: top_k={top_k}, keys of shape {tuple(keys.shape)}"
+        )
     if not isinstance(number, int) or number <= BLOCK:  # a free one is small
         products = ops.matmul(queries, ops.transpose(keys))
         if bias is not None:

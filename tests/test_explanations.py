@@ -308,6 +308,9 @@ def test_in_tensorboard(images, tmp_path):
     dense.compile("sgd", "mse")
     with pytest.raises(TypeError, match="MemoryWrapClassifier"):
         dense.fit(x[:, 0], x[:, 0], callbacks=[board], verbose=0)
+    board = callbacks.ExplanationTensorBoard(tmp_path, x[:2], ["one"])
+    with pytest.raises(ValueError, match="1 names"):
+        model.fit(x, y, callbacks=[board], verbose=0)
 
 
 # Bad input.
@@ -335,6 +338,7 @@ def test_refusals(images):
             "steps",
         ),
         (lambda: explanations.picture(model, x, most=0), "most"),
+        (lambda: explanations.picture(model, x, ["one"]), "1 names"),
         (lambda: explanations.explain(model, x * np.nan), "finite"),
         (
             lambda: explanations.integrated_gradients(model, x[0], x, 3),

@@ -46,6 +46,13 @@ def test_keys_with_minus_infinity_come_last(monkeypatch):
         assert ops.convert_to_numpy(places)[:, :2].tolist() == [[2, 1]]
 
 
+@pytest.mark.parametrize("top_k", [0, 6])
+def test_another_top_k_is_refused(top_k):
+    keys = ops.ones((5, 2))
+    with pytest.raises(ValueError, match=r"top_k=.*keys of shape \(5, 2\)"):
+        retrieval.nearest(keys, keys, top_k)
+
+
 @harness.needs_tensorflow
 def test_nearest_compiles_with_a_free_number_of_keys(monkeypatch):
     import tensorflow as tf
