@@ -10,7 +10,9 @@ test images. Draws the examples behind some answers, and with `--out` writes
 the Memory Wrap of the first seed as a .keras file and a SavedModel.
 
 `--dataset cifar10` and `svhn` are downloaded (`svhn` needs SciPy); anything
-else is the path of an .npz file with x_train, y_train, x_test, y_test.
+else is the path of an .npz file with x_train, y_train, x_test, y_test: images
+(N, H, W) or (N, H, W, channels), from 0 to 1 or whole numbers from 0 to 255,
+and labels, whole numbers or one-hot.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def load(dataset, seed):
         parts = x[:1200], y[:1200], x[1200:], y[1200:]
     elif dataset == "cifar10":
         train, test = keras.datasets.cifar10.load_data()
-        parts = train[0] / 255, train[1], test[0] / 255, test[1]
+        parts = *train, *test
     elif dataset == "svhn":
         parts = [array for part in ("train", "test") for array in svhn(part)]
     else:
@@ -52,12 +54,7 @@ def load(dataset, seed):
             parts = [file[name] for name in names]
     x, y, x_test, y_test = (np.asarray(part) for part in parts)
     order = rng.permutation(len(x))
-    return (
-        images(x[order]),
-        y.ravel()[order],
-        images(x_test),
-        y_test.ravel(),
-    )
+    return images(x)[order], classes(y)[order], images(x_test), classes(y_test)
 
 
 def svhn(part):
@@ -65,12 +62,26 @@ def svhn(part):
 
     name = f"{part}_32x32.mat"
     file = loadmat(keras.utils.get_file(name, SVHN + name))
-    return file["X"].transpose(3, 0, 1, 2) / 255, file["y"] % 10
+    return file["X"].transpose(3, 0, 1, 2), file["y"] % 10
 
 
 def images(x):
-    """(N, H, W, channels) in float32."""
-    return x.reshape(*x.shape[:3], -1).astype("float32")
+    """(N, H, W, channels) in float32, from 0 to 1."""
+    scale = 255 if x.dtype.kind in "iu" else 1
+    x = x.reshape(*x.shape[:3], -1).astype("float32") / scale
+    if not (x.shape[-1] in (1, 3) and x.min() >= 0 and x.max() <= 1):
+        raise SystemExit(
+            "Images must have one channel or three, and values from 0 to 1 or "
+            f"whole numbers from 0 to 255. Received: {x.shape[-1]} channels, "
+            f"values from {scale * x.min():g} to {scale * x.max():g}"
+        )
+    return x
+
+
+def classes(y):
+    """(N,) of (N,), (N, 1) or one-hot."""
+    one_hot = y.ndim == 2 and y.shape[1] > 1
+    return y.argmax(axis=1) if one_hot else y.ravel()
 
 
 def make_encoder(shape, filters):
@@ -137,21 +148,43 @@ def measure(model, x, y, draws):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", default="digits")
     parser.add_argument(
-        "--samples", nargs="+", default=["200"], help='numbers, or "all"'
+        "--dataset",
+        default="digits",
+        help="digits, cifar10, svhn, or the path of an .npz file with x_train, "
+        "y_train, x_test, y_test",
+    )
+    parser.add_argument(
+        "--samples",
+        nargs="+",
+        default=["200"],
+        help=f'of the training data, at least {MEMORY}, or "all"',
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--steps", type=int, default=300)
+    for name, default, of in (
+        ("--steps", 300, "of training, 20 images each"),
+        ("--filters", 32, "of the first convolution"),
+        ("--seeds", 1, "runs of each model"),
+        ("--draws", 5, "memories of each measurement"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=of)
     parser.add_argument(
-        "--filters", type=int, default=32, help="of the first convolution"
+        "--picture", default="memory_wrap.png", help="file for explanations"
     )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--draws", type=int, default=5, help="of memories")
-    parser.add_argument("--picture", default="memory_wrap.png")
     parser.add_argument("--json", help="file to write all results to")
     parser.add_argument("--out", help="folder for the first Memory Wrap")
     options = parser.parse_args(arguments)
+    for samples in options.samples:
+        if samples != "all" and not (
+            samples.isdecimal() and int(samples) >= MEMORY
+        ):
+            parser.error(
+                f'--samples must be "all", or {MEMORY}, the size of a memory, '
+                f"or more. Received: {samples}"
+            )
+    for name in ("steps", "filters", "seeds", "draws"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
     results = []
     first = None
     for samples in options.samples:
@@ -180,12 +213,6 @@ def main(arguments=None):
         return results
     model, x, y, x_test, y_test = first
     model.set_memory(x[:MEMORY], y[:MEMORY])
-    wrong = model.predict(x_test, verbose=0).argmax(axis=1) != y_test
-    shown = [*np.flatnonzero(~wrong)[:2], *np.flatnonzero(wrong)[:2]]
-    picture = explanations.picture(model, x_test[shown])
-    path = pathlib.Path(options.picture)
-    path.write_bytes(visualization.encode_png(picture))
-    print(f"picture: {path}, the last rows are wrong answers")
     if options.out:
         out = pathlib.Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
@@ -194,6 +221,13 @@ def main(arguments=None):
         # Serves the weights of the examples, too.
         served = keras.Model(entry, model(entry, return_weights=True))
         print(keras_memory.export.export_for_serving(served, out))
+    wrong = model.predict(x_test, verbose=0).argmax(axis=1) != y_test
+    right, wrong = (np.flatnonzero(one)[:2] for one in (~wrong, wrong))
+    shown = [*right, *wrong]
+    picture = explanations.picture(model, x_test[shown])
+    path = pathlib.Path(options.picture)
+    path.write_bytes(visualization.encode_png(picture))
+    print(f"picture: {path}, {len(wrong)} wrong answers at its end")
     return results
 
 

@@ -16,6 +16,7 @@ from keras_memory.checks import check_between
 from keras_memory.checks import check_size
 from keras_memory.memory_wrap import NO_LABEL
 from keras_memory.memory_wrap import MemoryWrapClassifier
+from keras_memory.memory_wrap import labels_of
 from keras_memory.memory_wrap import without_gradients
 
 
@@ -103,7 +104,7 @@ def explanation_accuracy(model, x, y, batch_size=500):
         model: `MemoryWrapClassifier`, after `fit`, or with a fixed memory of
             this process.
         x: (B, ...) inputs.
-        y: (B,) int labels, or (B, classes) one-hot.
+        y: (B,) int labels, or (B, units) one-hot.
         batch_size: int, how many inputs have one memory. The paper's code
             takes 500.
 
@@ -116,17 +117,11 @@ def explanation_accuracy(model, x, y, batch_size=500):
 
     Raises:
         TypeError: another model.
-        ValueError: no inputs, another number of labels, or no memory whose
-            examples could be classified.
+        ValueError: no inputs; labels of another number, or of no class; no
+            memory whose examples could be classified.
     """
     x = _inputs_of(model, x, batch_size)
-    y = np.asarray(y)
-    y = y.argmax(axis=-1) if y.ndim == 2 and y.shape[1] > 1 else y.ravel()
-    if len(y) != len(x):
-        raise ValueError(
-            "`y` must have a label for each input. "
-            f"Received: {len(y)} labels, {len(x)} inputs"
-        )
+    y = labels_of(y, len(x), model.memory_layer.units)
     agrees, right = [], []
     for begin in range(0, len(x), batch_size):
         some = x[begin : begin + batch_size]
@@ -189,7 +184,8 @@ def integrated_gradients(
 
     Raises:
         TypeError: another model.
-        ValueError: `x` is not one input, or a size is out of its range.
+        ValueError: `x` is not one input, a size is out of its range, or the
+            encoder has no gradient, as one of whole numbers (on JAX it is 0).
     """
     check_size("steps", steps)
     dtype = keras.config.floatx()
@@ -217,12 +213,13 @@ def integrated_gradients(
         outputs = model.memory_layer([model.encoder(inputs), memory])
         return ops.sum(outputs[:, target])
 
+    gradient = _gradient_of(output)
     at_a_time = max(1, batch_size // (1 + len(examples)))
     sums = [np.zeros_like(x), np.zeros_like(examples)]
     for begin in range(0, steps, at_a_time):
         numbers = np.arange(begin, min(begin + at_a_time, steps))
         shares = ((numbers + 0.5) / steps).astype(dtype)
-        slopes = _gradients(output, path(x, shares), path(examples, shares))
+        slopes = gradient(path(x, shares), path(examples, shares))
         for of_one, slope in zip(sums, slopes):
             of_one += slope.sum(axis=0)
     of_x, of_examples = (of_one / steps for of_one in sums)
@@ -268,7 +265,9 @@ def picture(
     check_model(model, class_names)
     check_size("most", most)
     rows = []
-    for image, why in zip(x, whys or explain(model, x), strict=True):
+    if whys is None:
+        whys = explain(model, x)
+    for image, why in zip(x, whys, strict=True):
         if why.inputs is None:
             raise ValueError(
                 "The examples of the memory must be known to be drawn, and a "
@@ -316,6 +315,7 @@ class _Memory:
         self.model = model
         self.drawn = None
         if model.fixed_memory_size is not None:
+            model.check_memory()
             labels = ops.convert_to_numpy(model.memory_labels)
             self.inputs = model.memory_inputs
         else:
@@ -428,32 +428,49 @@ def _inputs_of(model, x, batch_size):
     return x
 
 
-def _gradients(function, *arrays):
-    """Of a function of arrays to a number, as arrays."""
+def _gradient_of(function):
+    """Of a function of two arrays to a number: one of these to two arrays."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
-        arrays = [tf.convert_to_tensor(array) for array in arrays]
-        with tf.GradientTape() as tape:
-            tape.watch(arrays)
-            result = function(*arrays)
-        found = tape.gradient(result, arrays)
+        def differentiate(*arrays):
+            arrays = [tf.convert_to_tensor(array) for array in arrays]
+            with tf.GradientTape() as tape:
+                tape.watch(arrays)
+                result = function(*arrays)
+            return tape.gradient(result, arrays)
+
     elif backend == "jax":
         import jax
 
-        numbers = tuple(range(len(arrays)))
-        found = jax.grad(function, numbers)(*arrays)
+        differentiate = jax.jit(jax.grad(function, (0, 1)))
     elif backend == "torch":
         import torch
 
-        arrays = [
-            ops.convert_to_tensor(array).requires_grad_() for array in arrays
-        ]
-        found = torch.autograd.grad(function(*arrays), arrays)
+        def differentiate(*arrays):
+            arrays = [
+                ops.convert_to_tensor(array).requires_grad_()
+                for array in arrays
+            ]
+            return torch.autograd.grad(
+                function(*arrays), arrays, allow_unused=True
+            )
+
     else:
         raise RuntimeError(
             "Integrated gradients need a backend with gradients: TensorFlow, "
             f"JAX or PyTorch. Received: KERAS_BACKEND={backend}"
         )
-    return [ops.convert_to_numpy(one) for one in found]
+
+    def gradient(*arrays):
+        found = differentiate(*arrays)
+        if any(one is None for one in found):
+            raise ValueError(
+                "Integrated gradients need an encoder whose output has a "
+                "gradient to its inputs, as one of whole numbers has not. "
+                "Received: one without"
+            )
+        return [ops.convert_to_numpy(one) for one in found]
+
+    return gradient

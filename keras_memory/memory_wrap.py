@@ -25,6 +25,7 @@ from keras_memory.retrieval import nearest
 DISTANCES = ("cosine", "l2", "dot")
 NORM_EPSILON = 1e-6  # in the roots, as the paper's code has it
 NO_LABEL = -1  # of an example whose class is not known
+NOT_FILLED = -2  # of a memory's place, until it is filled
 
 
 class _MemoryWrap(keras.layers.Layer):
@@ -154,6 +155,8 @@ class _MemoryWrap(keras.layers.Layer):
     ):
         if isinstance(encodings, (list, tuple)):
             encodings, memory_encodings = _pair(encodings, memory_encodings)
+        if memory_mask is not None:
+            memory_mask = ops.convert_to_tensor(memory_mask, "bool")
         is_fixed = memory_encodings is None
         self._check_shapes(encodings, memory_encodings, memory_mask, training)
         if is_fixed:
@@ -206,11 +209,12 @@ class _MemoryWrap(keras.layers.Layer):
         self._fill(memory)
 
     def _check_memory(self, memory):
-        if len(memory.shape) != 2 or memory.shape[-1] != self._width:
+        shape = tuple(memory.shape)
+        if len(shape) != 2 or shape[-1] != self._width or not shape[0]:
             raise ValueError(
                 f"`memory_encodings` must be (M, {self._width}), encodings as "
-                "the layer was built for. "
-                f"Received: shape {tuple(memory.shape)}"
+                "the layer was built for, of one example at least. "
+                f"Received: shape {shape}"
             )
         if not bool(ops.all(ops.isfinite(memory))):
             raise ValueError(
@@ -462,7 +466,9 @@ class MemoryWrapLayer(_MemoryWrap):
             for the paper's, `Dense(4 D, "relu")` and `Dense(units)`: outputs
             are then logits.
         distance: `"cosine"` (default), `"l2"`, the squared Euclidean distance,
-            or `"dot"`, minus the inner product.
+            or `"dot"`, minus the inner product. Lengths in the cosine are
+            roots of 1e-6 more than the squares, as in the paper's code: those
+            of 0.01 and less count as longer than they are.
         top_k: int, at least 1, how many of the nearest examples are looked at;
             None (default) for all. The result is that of all wherever the
             least of the `top_k` weights is 0. For large memories.
@@ -613,6 +619,11 @@ def without_gradients():
 
 def _first_shape(shape):
     """Of the encodings, alone or beside that of the memory."""
+    if isinstance(shape, dict):
+        raise ValueError(
+            "Inputs must be a tensor, or a list of this and the memory. "
+            f"Received: a dict of {sorted(shape)}"
+        )
     first = shape[0]
     return shape if first is None or isinstance(first, int) else first
 
@@ -640,13 +651,18 @@ class MemoryWrapClassifier(keras.Model):
     batch. Afterwards `predict` and `evaluate` draw memories likewise, or look
     at the one that `set_memory` fixes, which is encoded once.
 
+    `train_on_batch`, `test_on_batch`, `predict_on_batch` and a call of the
+    model draw nothing: they look at the fixed memory, or at the one that comes
+    with the inputs.
+
     State: the weights `memory_keys`, `memory_values`, `encoding_kernel` (what
     a fixed memory comes to) and `memory_labels` (M,) int32, -1 where not
-    known; `set_memory` fills them. They are saved and exported with the model;
-    training data and the memory's inputs are not.
+    known, -2 until `set_memory` or loaded weights fill them. They are saved
+    and exported with the model; training data and the memory's inputs are not.
 
     Args:
-        encoder: a layer or model that makes (B, D) of the inputs.
+        encoder: a layer or model that makes (B, D) of the inputs, one array
+            (B, ...).
         units: int, number of classes.
         memory_size: int, how many examples are drawn; the paper's 100 by
             default.
@@ -756,7 +772,7 @@ class MemoryWrapClassifier(keras.Model):
             self._untrack_variable(self.memory_labels)
         self.memory_labels = self.add_weight(
             (self.memory_layer.fixed_memory_size,),
-            initializer=keras.initializers.Constant(NO_LABEL),
+            initializer=keras.initializers.Constant(NOT_FILLED),
             dtype="int32",
             trainable=False,
             name="memory_labels",
@@ -820,14 +836,14 @@ class MemoryWrapClassifier(keras.Model):
 
         Args:
             x: (M, ...) inputs; M may be another number than `memory_size`.
-            y: (M,) int labels, or (M, classes) one-hot, or None.
+            y: (M,) int labels, or (M, units) one-hot, or None.
             batch_size: int, how many are encoded at a time.
 
         Raises:
-            ValueError: there are no inputs, or another number of labels; an
-                encoding is not finite.
+            ValueError: there are no inputs; labels of another number, or of
+                no class; an encoding is not finite.
         """
-        x, labels = _examples(x, y)
+        x, labels = self._examples_of(x, y)
         if not self.built:
             self.build(x.shape)
         encodings = self.encode(x, batch_size)
@@ -835,6 +851,18 @@ class MemoryWrapClassifier(keras.Model):
         self._put(encodings, labels)
         self.memory_inputs = x.copy()
         self.fixed_memory_size = len(x)
+
+    def _examples_of(self, x, y):
+        """Inputs, and int labels or None, as arrays of one length."""
+        x = np.asarray(x)
+        if x.ndim < 2 or not len(x):
+            raise ValueError(
+                "Examples for the memory must be an array (any number, ...), "
+                f"of one at least. Received: shape {x.shape}"
+            )
+        if y is None:
+            return x, None
+        return x, labels_of(y, len(x), self.memory_layer.units)
 
     def _put(self, encodings, labels):
         self._make_place(len(encodings))
@@ -853,6 +881,20 @@ class MemoryWrapClassifier(keras.Model):
         self._make_labels()
         # Compiled functions look at the memory before.
         self.predict_function = self.test_function = None
+
+    def check_memory(self):
+        """Raises ValueError where a memory is fixed that nothing has filled."""
+        if self.fixed_memory_size is None:
+            return
+        if self.built:
+            labels = ops.convert_to_numpy(self.memory_labels)
+            if (labels != NOT_FILLED).all():
+                return
+        raise ValueError(
+            "The fixed memory must be filled before it is looked at: call "
+            "`set_memory`, or load weights. Received: "
+            f"fixed_memory_size={self.fixed_memory_size}, and nothing in it"
+        )
 
     def draw(self):
         """Draws a memory set of the training data, without replacement.
@@ -881,6 +923,8 @@ class MemoryWrapClassifier(keras.Model):
     def _drawn(self, x):
         """Holds a memory that is drawn, unless one is fixed, or comes with the
         inputs, as it must where there is nothing to draw from."""
+        _check_one(x)
+        self.check_memory()
         may_bring_it = self._examples is None and not hasattr(x, "shape")
         if self.fixed_memory_size is not None or may_bring_it:
             yield
@@ -960,6 +1004,8 @@ class MemoryWrapClassifier(keras.Model):
                 "`memory_data` must be given with a `tf.data.Dataset`, of "
                 "which no memories can be drawn. Received: memory_data=None"
             )
+        if isinstance(validation_data, (list, tuple)) and validation_data:
+            _check_one(validation_data[0])
         if not is_dataset:
             x, y = np.asarray(x), np.asarray(y)
             if validation_split and validation_data is None:
@@ -980,7 +1026,12 @@ class MemoryWrapClassifier(keras.Model):
                 "`memory_data` must be an array of inputs, or a pair of inputs "
                 f"and labels. Received: {len(memory_data)} parts"
             )
-        examples = _examples(*memory_data)
+        examples = self._examples_of(*memory_data)
+        if not is_dataset and x.shape[1:] != examples[0].shape[1:]:
+            raise ValueError(
+                "`memory_data` must have inputs like those of `x`. Received: "
+                f"shape {examples[0].shape}, and x of shape {x.shape}"
+            )
         if len(examples[0]) < self.memory_size:
             raise ValueError(
                 "There must be at least `memory_size` examples to draw a "
@@ -1018,7 +1069,8 @@ class MemoryWrapClassifier(keras.Model):
 
     def evaluate(self, x=None, *args, **kwargs):
         """As `keras.Model.evaluate`, with the fixed memory, or else with one
-        that is drawn of the training data."""
+        that is drawn of the training data. Of batches `((x, memory), y)` of a
+        `tf.data.Dataset` each brings its own."""
         with self._drawn(x):
             return super().evaluate(x, *args, **kwargs)
 
@@ -1038,7 +1090,8 @@ class MemoryWrapClassifier(keras.Model):
 
         Raises:
             ValueError: there is no memory and nothing to draw one from, or
-                `draws` is given where the memory is fixed.
+                `draws` is given where the memory is fixed or `x` can be read
+                only once.
         """
         if draws is not None:
             check_size("draws", draws, others=", or None")
@@ -1046,6 +1099,12 @@ class MemoryWrapClassifier(keras.Model):
                 raise ValueError(
                     "`draws` must be None where the memory is fixed, which "
                     f"gives one answer. Received: draws={draws}"
+                )
+            if hasattr(x, "__next__"):
+                raise ValueError(
+                    "`draws` must be None where inputs come once, as each "
+                    "draw looks at all of them. "
+                    f"Received: draws={draws}, x={type(x).__name__}"
                 )
         outputs = []
         for _ in range(draws or 1):
@@ -1134,30 +1193,46 @@ def _beside(dataset, draw):
     return both
 
 
-def _examples(x, y):
-    """Inputs, and int labels or None, as arrays of one length."""
-    x = np.asarray(x)
-    if x.ndim < 2 or not len(x):
+def _check_one(x):
+    if isinstance(x, (list, tuple)):
         raise ValueError(
-            "Examples for the memory must be an array (any number, ...), of "
-            f"one at least. Received: shape {x.shape}"
+            "Inputs must be one array, as a memory beside them would be cut "
+            "into batches like them: fix it by `set_memory`, call the model "
+            "itself, or use a `tf.data.Dataset` of `((x, memory), y)`. "
+            f"Received: a {type(x).__name__} of {len(x)}"
         )
-    if y is None:
-        return x, None
+
+
+def labels_of(y, number, units):
+    """Labels as int32 (number,).
+
+    Args:
+        y: (number,) or (number, 1) whole numbers, from -1, which is none, to
+            `units` - 1; or (number, units) one-hot.
+        number: int, how many there must be.
+        units: int, how many outputs a model has; with one the classes may be
+            any.
+
+    Raises:
+        ValueError: another shape, or what is no class.
+    """
     labels = np.asarray(y)
-    if labels.ndim == 2:
-        wide = labels.shape[1] > 1
-        labels = labels.argmax(axis=1) if wide else labels[:, 0]
-    if labels.shape != x.shape[:1]:
+    if labels.ndim == 2 and labels.shape[1] in (1, units):
+        one_hot = labels.shape[1] > 1
+        labels = labels.argmax(axis=1) if one_hot else labels[:, 0]
+    if labels.shape != (number,):
         raise ValueError(
-            "Labels of examples must be (M,) integers or (M, classes) "
-            f"one-hot, one for each example. Received: shape {np.shape(y)}, "
-            f"{len(x)} examples"
+            f"Labels must be ({number},) whole numbers or ({number}, {units}) "
+            "one-hot, one for each input or example. "
+            f"Received: shape {np.shape(y)}"
         )
     kind = labels.dtype.kind
     if kind not in "iubf" or (kind == "f" and (labels % 1 != 0).any()):
         raise ValueError(
-            "Labels of examples must be whole numbers, classes. "
+            "Labels must be whole numbers, classes. "
             f"Received: {labels.dtype} such as {labels[:3]}"
         )
-    return x, labels.astype("int32")
+    if units > 1 and number:
+        check_between("label", int(labels.min()), NO_LABEL, units - 1)
+        check_between("label", int(labels.max()), NO_LABEL, units - 1)
+    return labels.astype("int32")

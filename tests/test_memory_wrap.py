@@ -11,6 +11,7 @@ from keras import ops
 
 import keras_memory
 from keras_memory import convert
+from keras_memory import explanations
 from keras_memory import memory_wrap
 from keras_memory import retrieval
 from keras_memory.memory_wrap import BaselineMemory
@@ -500,6 +501,10 @@ def test_bad_shapes():
     refuses(lambda: layer([e[0], m]), "`encodings`", "(5,)")
     refuses(lambda: layer([e, m[:, :4]]), "`memory_encodings`", "(7, 4)")
     refuses(lambda: layer([e, m[:0]]), "one example at least")
+    pair = {"encodings": e, "memory_encodings": m}
+    refuses(lambda: MemoryWrapLayer(3)(pair), "dict", "memory_encodings")
+    of_list = layer([e, m], memory_mask=[True] * 3 + [False] * 4)
+    close(of_list, layer([e, m[:3]]), 1e-6)
     refuses(lambda: layer([e, np.ones((3, 7, 5))]), "(3, 7, 5)")
     for shape in ((6,), (3, 7), (2, 6), (2, 7, 1)):
         mask = np.ones(shape, bool)
@@ -515,6 +520,7 @@ def test_bad_memories():
     memory = np.ones((7, 5), "float32")
     layer.build([(2, 5), (7, 5)])
     refuses(lambda: layer.set_memory(memory[:, :4]), "(7, 4)")
+    refuses(lambda: layer.set_memory(memory[:0]), "one example at least")
     refuses(lambda: layer.set_memory(np.where(memory, np.nan, 0)), "finite")
     assert layer.memory_keys is None
     layer.set_memory(memory)
@@ -722,10 +728,30 @@ def test_classifier_refuses(clusters):
     refuses(lambda: model.set_memory(x, y + 0.5), "whole numbers")
     refuses(lambda: model.set_memory(x, y.astype(str)), "whole numbers")
     refuses(lambda: model.fit(x, y[:9]), "60")
-    refuses(lambda: model.set_memory(x, y[:9]), "(9,)", "60 examples")
+    refuses(lambda: model.set_memory(x, y[:9]), "(9,)", "(60,)")
+    refuses(lambda: model.set_memory(x, y + 1), "[-1, 2]", "label=3")
+    refuses(lambda: model.set_memory(x, np.ones((60, 4))), "(60, 3)")
+    wide = np.ones((60, 6))
+    refuses(lambda: model.fit(x, y, memory_data=wide), "memory_data", "(60, 6)")
+    pair = (x, x[:20])  # which Keras would cut into batches
+    refuses(lambda: model.evaluate(pair, y), "tuple of 2")
+    refuses(lambda: model.fit(x, y, validation_data=(pair, y)), "tuple of 2")
     refuses(lambda: model.set_memory(x[:0]), "one at least")
     refuses(lambda: model.set_memory(np.where(x > 1, np.nan, x)), "finite")
     model.set_memory(x, np.eye(3)[y])  # one-hot
     assert (ops.convert_to_numpy(model.memory_labels) == y).all()
     refuses(lambda: model.predict(x, draws=3), "draws=3")
+    refuses(lambda: model.predict([x]), "list of 1")
+    trained = classifier()
+    trained.fit(x, y, verbose=0)
+    once = (x for _ in range(2))
+    refuses(lambda: trained.predict(once, draws=2), "draws=2", "generator")
+    empty = keras.models.clone_model(model)
+    empty.compile()
+    for look in (
+        lambda: empty.predict(x),
+        lambda: empty.evaluate(x, y),
+        lambda: explanations.explain(empty, x),
+    ):
+        refuses(look, "must be filled", "fixed_memory_size=60")
     refuses(lambda: model.encode(x, 0), "batch_size")

@@ -222,17 +222,24 @@ def test_steps_are_computed_again_under_xla_and_of_any_number():
         slopes = tape.gradient(loss, [weight.value for weight in weights])
         return [*results, *slopes]
 
-    compiled = tf.function(slopes, jit_compile=True)
-    same(compiled(of_root, tf.constant(x)), slopes(layer, x), 1e-10)
-    for again, jit_compile in ((of_root, False), (of_three, True)):
-        free = tf.function(
-            lambda x, again=again: slopes(again, x),
+    def free(layer, jit_compile=False):
+        return tf.function(
+            lambda x: slopes(layer, x),
             input_signature=[tf.TensorSpec((None, None, 5), "float64")],
             jit_compile=jit_compile,
         )
-        for steps in (1, 3, 10):
-            some = tf.constant(x[:, :steps])
-            same(free(some), slopes(layer, some), 1e-10)
+
+    expected = free(layer)
+    compiled = tf.function(slopes, jit_compile=True)
+    x = tf.constant(x)
+    same(compiled(of_root, x), expected(x), 1e-10)
+    for again, several in (
+        (free(of_root), (1, 3, 10)),
+        (free(of_three, jit_compile=True), (1, 10)),
+    ):
+        for steps in several:
+            some = x[:, :steps]
+            same(again(some), expected(some), 1e-10)
 
 
 @harness.needs_tensorflow
