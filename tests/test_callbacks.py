@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from catalogue import slow_unless
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -95,7 +96,7 @@ def tensors(read, tag):
     ]
 
 
-@pytest.mark.parametrize("sparse_links", [None, 3])
+@pytest.mark.parametrize("sparse_links", [slow_unless(False, None), 3])
 def test_what_tensorboard_gets_of_a_dnc(tmp_path, sparse_links):
     options = {"write_heads": 2, "sparse_links": sparse_links}
     model = sequential(dnc(name="dnc", **options))
@@ -367,7 +368,11 @@ def shorter():
 
 
 @pytest.mark.parametrize(
-    "make", [last_only, tokens, two_outputs, two_inputs, shorter]
+    "make",
+    [
+        slow_unless(make in (last_only, two_outputs), make)
+        for make in (last_only, tokens, two_outputs, two_inputs, shorter)
+    ],
 )
 def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
     model, (x, y) = make()

@@ -53,7 +53,7 @@ def test_file_round_trip(case, tmp_path):
     harness.file_round_trip(case, tmp_path)
 
 
-@each_case
+@each_layer
 def test_clone(case):
     harness.clone(case)
 
@@ -111,7 +111,7 @@ def test_in_models(case):
 @pytest.mark.parametrize(
     ("policy", "case"),
     [
-        slow_unless(policy == "mixed_float16" or case in LAYERS, policy, case)
+        slow_unless(case in LAYERS, policy, case)
         for policy in ("mixed_float16", "mixed_bfloat16", "float16")
         for case in CASES
     ],

@@ -605,7 +605,8 @@ def gradients_of(layer, x, states, jit_compile):
 
 
 @pytest.mark.parametrize(
-    ("loop", "jit_compile"), [("auto", True), ("portable", False)]
+    ("loop", "jit_compile"),
+    [("auto", True), slow_unless(False, "portable", False)],
 )
 @needs_tensorflow
 def test_as_many_sparse_links_as_slots_are_all_links(loop, jit_compile):
