@@ -1233,6 +1233,6 @@ def labels_of(y, number, units):
             f"Received: {labels.dtype} such as {labels[:3]}"
         )
     if units > 1 and number:
-        check_between("label", int(labels.min()), NO_LABEL, units - 1)
-        check_between("label", int(labels.max()), NO_LABEL, units - 1)
+        for label in (labels.min(), labels.max()):
+            check_between("label", int(label), NO_LABEL, units - 1)
     return labels.astype("int32")

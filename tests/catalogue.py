@@ -288,12 +288,8 @@ WRAPS = [
     ),
 ]
 
-
-def one_of_each_layer(cases):
-    return list({case.layer: case for case in reversed(cases)}.values())
-
-
-LAYERS = one_of_each_layer(CASES)
+# One case for each layer.
+LAYERS = list({c.layer: c for c in reversed([*CASES, *WRAPS])}.values())
 
 
 def slow_unless(first, *values):
@@ -308,4 +304,5 @@ def name_of(value):
 # for what takes long and hardly depends on the options.
 each_case = pytest.mark.parametrize("case", CASES, ids=name_of)
 of_layers = [slow_unless(case in LAYERS, case) for case in CASES]
+of_wraps = [slow_unless(case in LAYERS, case) for case in WRAPS]
 each_layer = pytest.mark.parametrize("case", of_layers, ids=name_of)

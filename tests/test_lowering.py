@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from catalogue import WRAPS
 from catalogue import name_of
 from catalogue import of_layers
-from catalogue import one_of_each_layer
+from catalogue import of_wraps
 
 pytest.importorskip("jax")
 
@@ -34,9 +33,7 @@ def lowered(request):
     return {line["name"]: line for line in lines}
 
 
-@pytest.mark.parametrize(
-    "case", [*of_layers, *one_of_each_layer(WRAPS)], ids=name_of
-)
+@pytest.mark.parametrize("case", [*of_layers, *of_wraps], ids=name_of)
 def test_forward_and_training_step(case, lowered):
     line = lowered[case.name]
     assert line["forward"] == line["train"] == ["tpu", "cuda", "cpu"]

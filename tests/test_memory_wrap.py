@@ -693,6 +693,23 @@ def test_ways_to_begin(clusters):
 
 
 @harness.needs_tensorflow
+def test_batches_that_bring_their_memory(clusters):
+    import tensorflow as tf
+
+    x, y = clusters
+    memory = x[:7]  # not as many as inputs in a batch
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    pairs = data.map(lambda inputs, targets: ((inputs, memory), targets))
+    model = classifier()  # without a memory of its own
+    expected = ops.convert_to_numpy(model((x, memory)))
+    close(model.predict(pairs, verbose=0), expected)
+    accuracy = model.evaluate(pairs, verbose=0)[1]
+    close(accuracy, (expected.argmax(axis=1) == y).mean(), 1e-6)
+    with pytest.raises(ValueError, match="There must be a memory"):
+        model.predict(data, verbose=0)
+
+
+@harness.needs_tensorflow
 def test_fit_on_a_tf_dataset(clusters, recwarn):
     import tensorflow as tf
 
