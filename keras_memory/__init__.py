@@ -6,11 +6,13 @@ from keras_memory import convert as convert
 from keras_memory import explanations as explanations
 from keras_memory import export as export
 from keras_memory import losses as losses
+from keras_memory import retrieval as retrieval
 from keras_memory import tasks as tasks
 from keras_memory import visualization as visualization
 from keras_memory.dnc import DNCCell as DNCCell
 from keras_memory.dnc import DNCLayer as DNCLayer
 from keras_memory.dnc import DNCState as DNCState
+from keras_memory.knn_memory import KNNMemory as KNNMemory
 from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
 from keras_memory.memory_wrap import (
     MemoryWrapClassifier as MemoryWrapClassifier,
@@ -24,5 +26,6 @@ from keras_memory.recurrent import MemoryCell as MemoryCell
 from keras_memory.recurrent import MemoryRNN as MemoryRNN
 from keras_memory.recurrent import trace as trace
 from keras_memory.recurrent import trace_model as trace_model
+from keras_memory.retrieval import KNNMemoryLayer as KNNMemoryLayer
 
 __version__ = "0.1.0"

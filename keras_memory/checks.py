@@ -40,6 +40,16 @@ def check_bool(name, value):
     return value
 
 
+def check_one_of(name, value, choices):
+    """Raises ValueError unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {tuple(choices)}. "
+            f"Received: {name}={value!r}"
+        )
+    return value
+
+
 def check_between(name, value, least, most=np.inf, or_none=False):
     """Raises ValueError unless `value` is a number from `least` to `most`, or
     None where that has a meaning."""

@@ -31,21 +31,21 @@ def written_aside(path):
 
 @contextlib.contextmanager
 def locked(path):
-    """Keeps other processes out, until the end or the death of this one.
+    """Keeps others out, until the end of this or the death of the process.
 
     Args:
-        path: `pathlib.Path` of a file that is there.
+        path: `pathlib.Path` of a file, which is made where there is none.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: it is locked, by another process or in this one.
     """
-    with open(path) as file:
+    with open(path, "a") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
-                    "Only one process at a time can work in a folder. "
-                    f"Received: {path.parent}, where another one does"
+                    "Only one process at a time, and only once, can work in a "
+                    f"folder. Received: {path.parent}, where one does already"
                 ) from None
         yield

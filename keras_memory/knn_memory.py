@@ -1,0 +1,771 @@
+"""A memory of (key, value) pairs in host memory, which finds nearest keys.
+
+Wu et al., "Memorizing Transformers", 2022 (arXiv 2203.08913), section 3. Axes:
+R rows, each with a memory of its own, n entries, N slots of a row, D width of
+keys, V width of values, K neighbours.
+"""
+
+import contextlib
+import threading
+from concurrent import futures
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory import durable
+from keras_memory.checks import check_between
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_size
+from keras_memory.retrieval import LARGEST
+from keras_memory.retrieval import NORM_EPSILON
+from keras_memory.retrieval import QUERIES
+from keras_memory.retrieval import SIMILARITIES
+from keras_memory.retrieval import Neighbours
+from keras_memory.retrieval import RingMemory
+from keras_memory.retrieval import RingState
+from keras_memory.scann_index import ScannRow
+from keras_memory.scann_index import check_scann
+from keras_memory.scann_index import import_error
+from keras_memory.scann_index import recall
+
+STORES = ("auto", "ring", "scann")
+MODES = ("r", "a")
+LOG_FACTOR = 2  # a file larger than so many times its entries is rewritten
+LOG_LEAST = 1 << 24  # bytes of a file that is never rewritten
+
+
+class Statistics(NamedTuple):
+    """How entries of a row have been used, the oldest entry first.
+
+    Args:
+        hits: (n,) int64, how often each was found.
+        age: (n,) int64, searches of the row since it was added.
+        age_since_hit: (n,) int64, searches since it was last found, or added.
+    """
+
+    hits: Any
+    age: Any
+    age_since_hit: Any
+
+
+class KNNMemory:
+    """Entries (key, value) in rows, and a search for the nearest keys.
+
+    Source: Wu et al. 2022 (arXiv 2203.08913), section 3: each row of a batch
+    has a memory, not differentiated, of which the oldest entries are dropped,
+    one by one.
+
+    Arrays come in and go out, as NumPy's or as tensors of any backend. Several
+    threads may use a memory at a time; they take turns. For a memory within a
+    compiled model there are `KNNMemoryLayer` and `retrieval.RingMemory`.
+
+    Stores: `"ring"` compares with all entries, by the Keras backend, on a GPU
+    where it has one. `"scann"` does by ScaNN up to 16,384 entries a row, which
+    is sooner on a CPU; beyond it builds a tree that finds `target_recall` of
+    the neighbours, in the background, while searches go on with what was
+    there, and again as entries change. Where no tree would do with a quarter of
+    the entries, as in data without any clusters, all are compared. `recall`
+    tells what is found.
+
+    Durability: `save` and `load`; or `open` a folder, to which `flush` writes
+    what was added, so that it survives a kill and a loss of power.
+
+    Args:
+        dim: int, D, width of keys and queries.
+        max_memories: int, N, entries of each row; one more takes the place of
+            the oldest.
+        num_rows: int, R, 1 by default.
+        value_dim: int, V, width of values, 0 for none; None (default) for D.
+        similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
+            0 from all others, or `"l2"`, minus the squared distance.
+        store: `"scann"`, `"ring"`, or `"auto"` (default), ScaNN where it can be
+            imported and the backend sees no accelerator.
+        target_recall: float in (0, 1), 0.95 by default, the share of the
+            neighbours that a tree is to find.
+        background: bool. True (default): trees are built beside the searches,
+            and which of them have an answer of the new one depends on the
+            machine. False: whoever adds waits for it, and runs repeat.
+        keep_statistics: bool, False by default; see `statistics`.
+
+    Raises:
+        ValueError: an argument out of its range.
+        ImportError: `store="scann"` where ScaNN cannot be imported.
+
+    Example:
+
+    >>> memory = KNNMemory(dim=2, max_memories=3, num_rows=2, value_dim=1)
+    >>> keys = np.eye(2, dtype="float32")[None].repeat(2, axis=0)
+    >>> memory.add(keys, values=[[[1.0], [2.0]], [[3.0], [4.0]]])
+    array([[0, 1],
+           [0, 1]], dtype=int32)
+    >>> memory.clear(rows=[0])
+    >>> memory.size()
+    array([0, 2], dtype=int32)
+    >>> found = memory.search([[[2.0, 1.0]]], top_k=2, rows=[1])
+    >>> found.values[0, 0, :, 0], found.scores[0, 0]
+    (array([3., 4.], dtype=float32), array([2., 1.], dtype=float32))
+    """
+
+    def __init__(
+        self,
+        dim,
+        max_memories,
+        num_rows=1,
+        value_dim=None,
+        similarity="dot",
+        store="auto",
+        target_recall=0.95,
+        background=True,
+        keep_statistics=False,
+    ):
+        self.dim = check_size("dim", dim)
+        self.max_memories = check_size("max_memories", max_memories)
+        if max_memories >= 1 << 31:
+            raise ValueError(
+                "`max_memories` must be below 2^31, as indices are int32. "
+                f"Received: max_memories={max_memories}"
+            )
+        self.num_rows = check_size("num_rows", num_rows)
+        if value_dim is None:
+            value_dim = dim
+        self.value_dim = check_size("value_dim", value_dim, least=0)
+        self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
+        check_between("target_recall", target_recall, 0.0, 1.0)
+        self.target_recall = target_recall
+        self.background = check_bool("background", background)
+        self.keep_statistics = check_bool("keep_statistics", keep_statistics)
+        check_one_of("store", store, STORES)
+        if store == "auto":
+            may = import_error() is None and not _has_accelerator()
+            store = "scann" if may else "ring"
+        if store == "scann":
+            check_scann('`KNNMemory(store="scann")`', '`store="ring"` is exact')
+        self.store = store
+        slots = (num_rows, max_memories)
+        self._keys = np.zeros((*slots, dim), "float32")
+        self._values = np.zeros((*slots, value_dim), "float32")
+        self._count = np.zeros(num_rows, "int64")  # added since it was cleared
+        self._lock = threading.RLock()
+        self._builder = None
+        if store == "scann" and background:
+            self._builder = futures.ThreadPoolExecutor(1, "KNNMemory")
+        self._indexes = [self._index(row) for row in range(num_rows)]
+        if keep_statistics:
+            self._searches = np.zeros(num_rows, "int64")
+            self._hits = np.zeros(slots, "int64")
+            self._added_at = np.zeros(slots, "int64")
+            self._hit_at = np.zeros(slots, "int64")
+        self._log = self._mode = None
+
+    def _index(self, row):
+        if self.store == "ring":
+            return _ExactRow(self._keys[row], self.similarity)
+
+        def vectors(slots):
+            keys = self._keys[row, slots]
+            return _unit(keys) if self.similarity == "cosine" else keys
+
+        distance = "squared_l2" if self.similarity == "l2" else "dot_product"
+        return ScannRow(
+            vectors, distance, self.target_recall, self._lock, self._builder
+        )
+
+    def add(self, keys, values=None, mask=None, rows=None):
+        """Appends entries to rows, in the place of their oldest ones.
+
+        Args:
+            keys: (R, n, D), finite, each component within +-1e15.
+            values: (R, n, V), likewise; None where V is 0.
+            mask: (R, n) bool, False for entries that are left out; None for
+                all.
+            rows: ints of the rows meant, or (num_rows,) bool; None for all. No
+                other row is touched.
+
+        Returns:
+            (R, n) int32, the slot of each entry, for what else you keep of it;
+            -1 where it was left out, or where later ones took its place.
+
+        Raises:
+            ValueError: wrong shapes, dtypes, values or rows, or a memory that
+                was opened for reading. Nothing was added.
+            OSError: a memory that was opened for appending could not write
+                its file. Nothing was added.
+        """
+        with self._lock:
+            self._check_writable()
+            rows = self._rows(rows)
+            keys = _vectors("keys", keys, (len(rows), None, self.dim), rows)
+            if values is None and not self.value_dim:
+                values = np.zeros((*keys.shape[:2], 0), "float32")
+            shape = (*keys.shape[:2], self.value_dim)
+            values = _vectors("values", values, shape, rows)
+            kept = np.ones(shape[:2], bool)
+            if mask is not None:
+                kept = _bools("mask", mask, shape[:2], "one for each entry")
+            entries = [
+                durable.Operation(int(row), keys[i, some], values[i, some])
+                for i, (row, some) in enumerate(zip(rows, kept))
+                if some.any()
+            ]
+            if self._log is not None:
+                self._log.append(entries)
+            slots = np.full(kept.shape, -1, "int32")
+            added = iter(entries)
+            for i, some in enumerate(kept):
+                if some.any():
+                    slots[i, some] = self._add(*next(added))
+            return slots
+
+    def _add(self, row, keys, values):
+        """Appends to one row; returns slots, as `add`."""
+        number, size = len(keys), self.max_memories
+        first = max(0, number - size)  # what comes later takes their place
+        self._count[row] += number
+        numbers = np.arange(self._count[row] - number, self._count[row])
+        slots = numbers[first:] % size
+        self._keys[row, slots] = keys[first:]
+        self._values[row, slots] = values[first:]
+        if self.keep_statistics:
+            self._hits[row, slots] = 0
+            self._added_at[row, slots] = self._searches[row]
+            self._hit_at[row, slots] = self._searches[row]
+        if len(slots):
+            self._indexes[row].write(slots)
+        return np.concatenate([np.full(first, -1), slots])
+
+    def search(self, queries, top_k, rows=None, keys=True, values=True):
+        """Finds the nearest entries of each query, in its row.
+
+        Args:
+            queries: (R, ..., D), finite, each component within +-1e15.
+            top_k: int, K, at least 1. Where a row has fewer entries the mask
+                tells.
+            rows: ints of the rows meant, or (num_rows,) bool; None for all.
+            keys, values: bool, False where they are not needed, which takes
+                less time; (R, ..., K, 0) is returned.
+
+        Returns:
+            `retrieval.Neighbours` of NumPy arrays.
+
+        Raises:
+            ValueError: wrong shapes, dtypes, values or rows.
+        """
+        check_size("top_k", top_k)
+        with self._lock:
+            rows = self._rows(rows)
+            queries = _vectors(
+                "queries", queries, (len(rows), ..., self.dim), rows
+            )
+            flat = queries.reshape(len(rows), -1, self.dim)
+            shape = (len(rows), flat.shape[1], top_k)
+            slots = np.full(shape, -1, "int32")
+            scores = np.full(shape, -np.inf, "float32")
+            for i, row in enumerate(rows):
+                self._search(row, flat[i], slots[i], scores[i])
+            widths = (self.dim if keys else 0, self.value_dim if values else 0)
+            found = Neighbours(
+                scores,
+                slots,
+                slots >= 0,
+                *(np.empty((*shape, width), "float32") for width in widths),
+            )
+            for i, row in enumerate(rows):
+                for of_all, of_found in (
+                    (self._keys, found.keys),
+                    (self._values, found.values),
+                ):
+                    if of_found.size:
+                        # "wrap" looks at no bounds, and takes -1 for the last.
+                        np.take(
+                            of_all[row],
+                            slots[i],
+                            axis=0,
+                            out=of_found[i],
+                            mode="wrap",
+                        )
+                        of_found[i][slots[i] < 0] = 0.0
+        shape = (*queries.shape[:-1], top_k)
+        return Neighbours(
+            *(part.reshape(shape) for part in found[:3]),
+            found.keys.reshape(*shape, widths[0]),
+            found.values.reshape(*shape, widths[1]),
+        )
+
+    def _search(self, row, queries, slots, scores):
+        """Writes what is found to (Q, K) `slots` and `scores`."""
+        size = int(self.size()[row])
+        if self.keep_statistics:
+            self._searches[row] += 1
+        if not size or not len(queries):
+            return
+        if self.similarity == "cosine":
+            queries = _unit(queries)
+        most = min(slots.shape[1], size)
+        found, of_found = self._indexes[row].search(queries, most)
+        is_found = of_found > -np.inf
+        slots[:, :most] = np.where(is_found, found, -1)
+        scores[:, :most] = of_found
+        if self.keep_statistics:
+            hits = np.bincount(found[is_found], minlength=self.max_memories)
+            self._hits[row] += hits
+            self._hit_at[row, hits > 0] = self._searches[row]
+
+    def clear(self, rows=None):
+        """Forgets all entries of rows, and of no other.
+
+        Args:
+            rows: ints of the rows meant, or (num_rows,) bool; None for all.
+
+        Raises:
+            ValueError: wrong rows, or a memory that was opened for reading.
+            OSError: as `add`.
+        """
+        with self._lock:
+            self._check_writable()
+            rows = self._rows(rows)
+            if self._log is not None:
+                self._log.append(
+                    [durable.Operation(int(row), None, None) for row in rows]
+                )
+            for row in rows:
+                self._clear(row)
+
+    def _clear(self, row):
+        self._count[row] = 0
+        self._indexes[row].clear()
+
+    def size(self):
+        """(num_rows,) int32, how many entries each row has."""
+        return np.minimum(self._count, self.max_memories).astype("int32")
+
+    def entries(self, row=0):
+        """The entries of a row, the oldest first.
+
+        Args:
+            row: int, from 0 to `num_rows` - 1.
+
+        Returns:
+            (n, D) keys and (n, V) values, copies.
+        """
+        with self._lock:
+            slots = self._slots(row)
+            return self._keys[row, slots], self._values[row, slots]
+
+    def statistics(self, row=0):
+        """How the entries of a row have been used.
+
+        Args:
+            row: int, from 0 to `num_rows` - 1.
+
+        Returns:
+            `Statistics`, in the order of `entries`.
+
+        Raises:
+            ValueError: the memory was made without `keep_statistics`.
+        """
+        if not self.keep_statistics:
+            raise ValueError(
+                "Statistics must be asked for when a memory is made, as "
+                "searches count. Received: keep_statistics=False"
+            )
+        with self._lock:
+            slots = self._slots(row)
+            now = self._searches[row]
+            return Statistics(
+                self._hits[row, slots],
+                now - self._added_at[row, slots],
+                now - self._hit_at[row, slots],
+            )
+
+    def _slots(self, row):
+        """All slots of a row that have entries, the oldest first."""
+        (row,) = self._rows([row])
+        count = int(self._count[row])
+        first = max(0, count - self.max_memories)
+        return np.arange(first, count) % self.max_memories
+
+    def recall(self, queries=None, top_k=32, rows=None, sample=1000):
+        """The share of the nearest entries that searches find.
+
+        Args:
+            queries: (R, ..., D), of which a sample is looked at; None for keys
+                in the memory, which are easier to find than others are.
+            top_k: int, K, at least 1.
+            rows: ints of the rows meant, or (num_rows,) bool; None for all.
+            sample: int, queries of each row that are looked at.
+
+        Returns:
+            float in [0, 1]; 1.0 where there is nothing to find.
+        """
+        check_size("top_k", top_k)
+        check_size("sample", sample)
+        found = wanted = 0
+        with self._lock, self._without_statistics():
+            rows = self._rows(rows)
+            if queries is not None:
+                queries = _vectors(
+                    "queries", queries, (len(rows), ..., self.dim), rows
+                ).reshape(len(rows), -1, self.dim)
+            for i, row in enumerate(rows):
+                of_row = queries[i] if queries is not None else None
+                if of_row is None:
+                    of_row = self._keys[row, self._slots(row)]
+                step = max(1, -(-len(of_row) // sample))
+                of_row = of_row[::step]
+                most = min(top_k, int(self.size()[row]))
+                if not most or not len(of_row):
+                    continue
+                slots = self.search(
+                    of_row[None], most, [row], keys=False, values=False
+                ).indices[0]
+                exact = _ExactRow(self._keys[row], self.similarity)
+                exact.size = self._indexes[row].size
+                right, _ = exact.search(of_row, most)
+                found += recall(slots, slots >= 0, right) * right.size
+                wanted += right.size
+        return found / wanted if wanted else 1.0
+
+    @contextlib.contextmanager
+    def _without_statistics(self):
+        before, self.keep_statistics = self.keep_statistics, False
+        try:
+            yield
+        finally:
+            self.keep_statistics = before
+
+    def wait(self):
+        """Waits until trees that are being built are in use."""
+        for index in self._indexes:
+            index.wait()
+
+    # Files.
+
+    def save(self, folder):
+        """Writes all entries to a folder, in the place of a memory there.
+
+        Whoever reads the folder finds the memory before or this one, whole,
+        also if this process is killed.
+
+        Args:
+            folder: path; made where it is absent.
+
+        Raises:
+            OSError: it could not be written; what was there is there.
+            ValueError: another process has it open for appending.
+        """
+        with self._lock:
+            durable.write(folder, self._config(), self._operations())
+
+    @classmethod
+    def load(cls, folder, **options):
+        """The memory that `save` wrote, or that is written by `open`.
+
+        Args:
+            folder: path.
+            **options: `store`, `target_recall`, `background` and
+                `keep_statistics`, as of `KNNMemory`.
+
+        Returns:
+            `KNNMemory`, which is not connected with the folder.
+
+        Raises:
+            FileNotFoundError: there is no memory.
+            ValueError: its files are damaged, or of a newer version.
+        """
+        memory = cls.open(folder, "r", **options)
+        memory.close()
+        memory._log = memory._mode = None
+        return memory
+
+    @classmethod
+    def open(cls, folder, mode="r", **options):
+        """A memory whose entries are on a disk.
+
+        With `mode="a"` what is added and cleared is appended to a file in the
+        folder, and from `flush` on survives a kill and a loss of power; only
+        one process at a time can have it open so. With `mode="r"` any number
+        of processes read what was flushed, also beside one that appends;
+        `refresh` brings what was flushed since.
+
+        Args:
+            folder: path; with `"a"` made where it is absent.
+            mode: `"r"` (default) or `"a"`.
+            **options: arguments of `KNNMemory`, for a new memory, or
+                `store`, `target_recall`, `background` and `keep_statistics`;
+                sizes and similarity must be those of a memory that is there.
+
+        Returns:
+            `KNNMemory`, all entries in RAM. `close` it, or use it in `with`.
+
+        Raises:
+            FileNotFoundError: there is no memory, and nothing to make one.
+            ValueError: another process has it open for appending; its sizes or
+                similarity are others; its files are damaged, or of a newer
+                version. The files are as they were.
+        """
+        check_one_of("mode", mode, MODES)
+        is_new = mode == "a" and not durable.exists(folder)
+        if is_new and not {"dim", "max_memories"} <= set(options):
+            raise FileNotFoundError(
+                "There must be a memory in `folder`, or `dim` and "
+                "`max_memories` to make one. Received: no memory in "
+                f"{folder}, and {sorted(options)}"
+            )
+        if is_new:
+            log = durable.Log(folder, mode, cls(**options)._config())
+        else:
+            log = durable.Log(folder, mode)
+        try:
+            for name, stored in log.config.items():
+                given = options.get(name, stored)
+                if name == "value_dim" and given is None:
+                    given = options.get("dim", log.config["dim"])
+                if given != stored:
+                    raise ValueError(
+                        f"`{name}` must be that of the memory that is there. "
+                        f"Received: {name}={given!r}, and {name}={stored!r} in "
+                        f"{folder}"
+                    )
+            memory = cls(**{**options, **log.config})
+            memory._log, memory._mode = log, mode
+            memory._replay()
+        except BaseException:
+            log.close()
+            raise
+        return memory
+
+    def flush(self):
+        """Waits until all that was added and cleared is on the disk.
+
+        Raises:
+            OSError: the disk is full, say. Nothing is lost: what is in memory
+                stays, and may be flushed again.
+            ValueError: the memory is not open for appending.
+        """
+        with self._lock:
+            if self._mode != "a" or self._log is None:
+                raise ValueError(
+                    "`flush` needs a memory that is open for appending: "
+                    '`KNNMemory.open(folder, "a")`. '
+                    f"Received: mode={self._mode!r}"
+                )
+            entries = int(self.size().sum())
+            least = entries * 4 * (self.dim + self.value_dim)
+            if self._log.size > max(LOG_LEAST, LOG_FACTOR * least):
+                self._log.rewrite(self._operations())
+            else:
+                self._log.flush()
+
+    def refresh(self):
+        """Brings what another process has flushed since.
+
+        Returns:
+            bool, whether there was something.
+
+        Raises:
+            ValueError: the memory is not open for reading, or the files are
+                damaged.
+        """
+        with self._lock:
+            if self._mode != "r" or self._log is None:
+                raise ValueError(
+                    "`refresh` needs a memory that is open for reading: "
+                    '`KNNMemory.open(folder, "r")`. '
+                    f"Received: mode={self._mode!r}"
+                )
+            news = self._log.refresh()
+            if news == "anew":
+                for row in range(self.num_rows):
+                    self._clear(row)
+            if news:
+                self._replay()
+            return news is not None
+
+    def close(self):
+        """Flushes, and lets other processes write. Searches still work."""
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+                self._mode = "closed"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __repr__(self):
+        names = (*self._config(), "store", "target_recall")
+        values = (f"{name}={getattr(self, name)!r}" for name in names)
+        return f"KNNMemory({', '.join(values)})"
+
+    def _config(self):
+        names = "dim", "max_memories", "num_rows", "value_dim", "similarity"
+        return {name: getattr(self, name) for name in names}
+
+    def _operations(self):
+        """All that a file needs to make this memory again."""
+        for row in range(self.num_rows):
+            keys, values = self.entries(row)
+            if len(keys):
+                yield durable.Operation(row, keys, values)
+
+    def _replay(self):
+        for row, keys, values in self._log.operations():
+            if keys is None:
+                self._clear(row)
+            else:
+                self._add(row, keys, values)
+
+    def _check_writable(self):
+        if self._mode not in (None, "a"):
+            raise ValueError(
+                "A memory must be open for appending to be changed, or not "
+                f"be connected with a folder. Received: mode={self._mode!r}"
+            )
+
+    def _rows(self, rows):
+        """Ints of rows, of what a user may give."""
+        if rows is None:
+            return np.arange(self.num_rows)
+        wanted = (
+            "`rows` must be different ints from 0 to num_rows - 1, or "
+            f"({self.num_rows},) bool. Received: rows={rows!r}, "
+            f"num_rows={self.num_rows}"
+        )
+        rows = _numpy("rows", rows)
+        if rows.dtype == bool:
+            if rows.shape != (self.num_rows,):
+                raise ValueError(wanted)
+            return np.flatnonzero(rows)
+        if rows.ndim == 1 and not rows.size:
+            return rows.astype("int64")
+        is_int = rows.dtype.kind in "iu" and rows.ndim == 1
+        if not is_int or len(set(rows.tolist())) < len(rows):
+            raise ValueError(wanted)
+        if rows.min() < 0 or rows.max() >= self.num_rows:
+            raise ValueError(wanted)
+        return rows
+
+
+class _ExactRow:
+    """The index of one row that compares with all entries, by the backend."""
+
+    def __init__(self, keys, similarity):
+        self.keys, self.similarity = keys, similarity
+        self.size = 0
+        self._on_device = None
+
+    def write(self, slots):
+        self.size = max(self.size, int(slots.max()) + 1)
+        self._on_device = None
+
+    def clear(self):
+        self.size = 0
+        self._on_device = None
+
+    def wait(self):
+        pass
+
+    def search(self, queries, top_k):
+        """(Q, top_k) slots and scores."""
+        if self._on_device is None:
+            # As few shapes as there are powers of two, for what is compiled.
+            power = 1 << max(10, (self.size - 1).bit_length())
+            slots = min(len(self.keys), power)
+            keys = ops.convert_to_tensor(self.keys[None, :slots])
+            none = ops.zeros((1, slots, 0))
+            size = ops.convert_to_tensor(np.array([self.size], "int32"))
+            self._on_device = RingState(keys, none, size)
+        state = self._on_device
+        ring = RingMemory(
+            queries.shape[1], state.keys.shape[1], 0, self.similarity, "blocked"
+        )
+        slots, scores = [], []
+        for begin in range(0, len(queries), QUERIES):
+            some = ops.convert_to_tensor(queries[None, begin : begin + QUERIES])
+            found = ring.search(state, some, top_k)
+            slots.append(ops.convert_to_numpy(found.indices[0]))
+            scores.append(ops.convert_to_numpy(found.scores[0]))
+        return np.concatenate(slots), np.concatenate(scores)
+
+
+def _has_accelerator():
+    devices = keras.distribution.list_devices()
+    return any(not device.lower().startswith("cpu") for device in devices)
+
+
+def _unit(vectors):
+    """As `retrieval.unit`."""
+    squares = np.sum(vectors * vectors, axis=-1, keepdims=True)
+    return vectors / np.sqrt(squares + np.float32(NORM_EPSILON))
+
+
+def _numpy(name, values):
+    """An array of what a user may give."""
+    try:
+        if keras.ops.is_tensor(values) or isinstance(values, keras.Variable):
+            return np.asarray(ops.convert_to_numpy(values))
+        return np.asarray(values)
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` must be an array or a tensor. "
+            f"Received: {type(values).__name__} ({error})"
+        ) from error
+
+
+def _vectors(name, values, shape, rows):
+    """A float32 array (rows, ..., width), checked.
+
+    Args:
+        name: str, of the argument.
+        values: what was given.
+        shape: tuple of what it must be, None for any size, ... for any axes.
+        rows: (R,) ints of the rows, for the error.
+    """
+    array = _numpy(name, values)
+    asked = str(shape).replace("Ellipsis", "...").replace("None", "n")
+    is_right = array.ndim >= 2 and array.shape[-1] == shape[-1]
+    if ... in shape:
+        is_right = is_right and array.shape[0] == shape[0]
+    else:
+        sizes = zip(array.shape, shape)
+        is_right = array.ndim == len(shape) and all(
+            size == wanted or wanted is None for size, wanted in sizes
+        )
+    if not is_right:
+        raise ValueError(
+            f"`{name}` must be {asked}, vectors for each row that is meant. "
+            f"Received: shape {array.shape}, rows={rows.tolist()}"
+        )
+    is_number = array.dtype.kind in "fiu" or "float" in array.dtype.name
+    if not is_number:
+        raise ValueError(
+            f"`{name}` must be real numbers. Received: dtype {array.dtype}"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.ascontiguousarray(array, "float32")
+        is_sound = np.abs(array) <= LARGEST
+    if not is_sound.all():
+        place = tuple(map(int, np.argwhere(~is_sound)[0]))
+        raise ValueError(
+            f"`{name}` must be finite, and within +-{LARGEST:.0e} so that "
+            f"products are, or searches would find nonsense. Received: "
+            f"{array[place]} in row {rows[place[0]]}, at {place}"
+        )
+    return array
+
+
+def _bools(name, values, shape, meaning):
+    array = _numpy(name, values)
+    if array.shape != shape or array.dtype != bool:
+        raise ValueError(
+            f"`{name}` must be {shape} bool, {meaning}. "
+            f"Received: shape {array.shape}, dtype {array.dtype}"
+        )
+    return array
