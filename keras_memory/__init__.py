@@ -27,5 +27,6 @@ from keras_memory.recurrent import MemoryRNN as MemoryRNN
 from keras_memory.recurrent import trace as trace
 from keras_memory.recurrent import trace_model as trace_model
 from keras_memory.retrieval import KNNMemoryLayer as KNNMemoryLayer
+from keras_memory.scann_index import ScannIndex as ScannIndex
 
 __version__ = "0.1.0"

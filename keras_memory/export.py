@@ -20,7 +20,9 @@ import keras
 import numpy as np
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
+from keras_memory.scann_index import ScannIndex
 
 MOST_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses a model with more
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-1}  # else 1e-5, as for float32
@@ -37,7 +39,12 @@ model_config_list {{
 
 
 def export_for_serving(
-    model, folder, version=1, name=None, warm_up=((1, 1), (8, 32))
+    model,
+    folder,
+    version=1,
+    name=None,
+    warm_up=((1, 1), (8, 32)),
+    exact_search=False,
 ):
     """Writes a SavedModel that TensorFlow Serving runs without this library.
 
@@ -91,6 +98,9 @@ def export_for_serving(
             every signature, are stored with the model, and the server runs
             them before it takes others. Needs tensorflow-serving-api; without
             it none are stored, with a warning.
+        exact_search: bool. False (default): a `ScannIndex` is served by ScaNN,
+            whose ops the server must have, with a warning. True: it compares
+            with all entries, by ops that every server has.
 
     Returns:
         `pathlib.Path` of the version's folder.
@@ -110,7 +120,21 @@ def export_for_serving(
     check_size("version", version)
     _check_name(name)
     _check_warm_up(warm_up)
-    with _appearing(target) as temporary:
+    check_bool("exact_search", exact_search)
+    with contextlib.ExitStack() as changes:
+        for layer in _by_scann(model):
+            if exact_search:
+                changes.enter_context(_changed(layer, _index=None))
+            else:
+                warnings.warn(
+                    f"{_titled(layer)} is exported with ScaNN's ops, which a "
+                    "server must load, `_scann_ops.so` of the package scann; "
+                    "the stock image of TensorFlow Serving has none. With "
+                    "`exact_search=True` it compares with all entries, by "
+                    "ops that every server has.",
+                    stacklevel=2,
+                )
+        temporary = changes.enter_context(_appearing(target))
         functions, probe, expected, obstacle = _take_apart(model)
         if obstacle:
             warnings.warn(
@@ -179,6 +203,15 @@ def _check_warm_up(warm_up):
             f"Serving refuses a model with more than {MOST_WARM_UP_RECORDS}. "
             f"Received: {len(warm_up)} pairs"
         )
+
+
+def _by_scann(model):
+    """The layers whose SavedModel needs ScaNN's ops."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, ScannIndex) and layer.is_by_scann
+    ]
 
 
 def _titled(layer):

@@ -252,7 +252,7 @@ class RingMemory:
             ValueError: wrong shapes.
         """
         keys, values = self._entries(state, keys, values)
-        kept = _is_sound(keys) & _is_sound(values)
+        kept = is_sound(keys) & is_sound(values)
         if mask is not None:
             mask = ops.convert_to_tensor(mask, "bool")
             if tuple(mask.shape) != tuple(keys.shape[:2]):
@@ -321,11 +321,11 @@ class RingMemory:
             )
         shape = (*ops.shape(queries)[:-1], top_k)
         flat = ops.reshape(queries, (shape[0], -1, self.dim))
-        is_sound = _is_sound(flat)[..., None]
-        flat = ops.where(is_sound, ops.cast(flat, "float32"), 0.0)
+        sound = is_sound(flat)[..., None]
+        flat = ops.where(sound, ops.cast(flat, "float32"), 0.0)
         state = RingState(*map(ops.stop_gradient, state))
         found, slots = self._find(state, ops.stop_gradient(flat), top_k)
-        mask = is_sound & (found > -np.inf)
+        mask = sound & (found > -np.inf)
         keys = _rows_at(state.keys, slots)
         scores = similarity_of(flat[:, :, None], keys, self.similarity)
         neighbours = Neighbours(
@@ -615,7 +615,7 @@ def similarity_of(queries, keys, similarity):
     return ops.sum(queries * keys, axis=-1)
 
 
-def _is_sound(vectors):
+def is_sound(vectors):
     """True where all components are numbers that can be computed with."""
     vectors = ops.cast(vectors, "float32")
     return ops.all(ops.abs(vectors) <= LARGEST, axis=-1)

@@ -1,17 +1,33 @@
-"""Approximate nearest neighbours by ScaNN, in host memory.
+"""Approximate nearest neighbours by ScaNN, in host memory or in a SavedModel.
 
 Guo et al. 2020, "Accelerating Large-Scale Inference with Anisotropic Vector
 Quantization" (arXiv 1908.10396). ScaNN crashes, or answers wrongly, on what it
 does not expect: whoever calls what is here has checked vectors and sizes.
+Axes: Q queries, M entries, D width of keys, V width of values, K neighbours.
 """
 
+import contextlib
 import functools
 import importlib
 import math
 import os
+import uuid
 import warnings
 
+import keras
 import numpy as np
+from keras import ops
+
+from keras_memory.checks import check_between
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_size
+from keras_memory.retrieval import SIMILARITIES
+from keras_memory.retrieval import Neighbours
+from keras_memory.retrieval import is_sound
+from keras_memory.retrieval import nearest
+from keras_memory.retrieval import similarity_of
+from keras_memory.retrieval import unit
 
 FLAT = 16384  # entries up to which all are compared
 HASHED = 500_000  # entries beyond which compressed ones are compared
@@ -78,7 +94,7 @@ class ScannRow:
     def __init__(self, vectors, distance, target_recall, lock, builder):
         self._vectors = vectors
         self._distance = distance
-        self._target = 1 - (1 - MARGIN) * (1 - target_recall)
+        self._target = target_recall
         self._lock = lock
         self._builder = builder
         self._epoch = 0
@@ -92,7 +108,6 @@ class ScannRow:
         self.building = None  # a future, while a tree is built
         self._epoch += 1
         self._searcher = None
-        self._is_hashed = False
         self._since = self._built_of = 0  # entries written, since how many were
         self._changed = None  # slots written since a tree began to be built
         self._latest = None  # queries
@@ -109,7 +124,7 @@ class ScannRow:
         before, self.size = self.size, max(self.size, int(slots.max()) + 1)
         try:
             if self._searcher is not None:
-                self._upsert(self._searcher, slots, before)
+                self._searcher.upsert(slots, before, self._vectors(slots))
         except Exception as error:  # it may be half written
             self._searcher, self._built_of = None, 0
             _warn("followed what was written", error)
@@ -126,11 +141,6 @@ class ScannRow:
         if building is not None:
             building.result()
 
-    def _upsert(self, searcher, slots, size):
-        """Slots below `size` are there, the others are new."""
-        places = [int(slot) if slot < size else None for slot in slots]
-        searcher.upsert(places, self._vectors(slots), len(places))
-
     def search(self, queries, top_k):
         """Finds the nearest entries.
 
@@ -145,17 +155,13 @@ class ScannRow:
         step = -(-len(queries) // SAMPLE)
         self._latest, self._top_k = queries[::step].copy(), top_k
         if self._searcher is None:
-            self._searcher = self._build(self._vectors(np.arange(self.size)))
+            vectors = self._vectors(np.arange(self.size))
+            self._searcher = Searcher(vectors, self._distance)
             self.leaves = self.leaves_to_search = None
-            self._is_hashed = False
-        slots, scores = self._search(
-            self._searcher,
-            queries,
-            top_k,
-            self.leaves_to_search,
-            self._is_hashed,
+        slots, scores = self._searcher.search(
+            queries, top_k, self.leaves_to_search
         )
-        if not self._is_hashed:
+        if not self._searcher.is_hashed:
             return slots, scores
         # Scores of compressed vectors are rough: the best of twice as many.
         vectors = self._vectors(slots.ravel()).reshape(*slots.shape, -1)
@@ -169,45 +175,6 @@ class ScannRow:
             np.take_along_axis(slots, best, axis=1),
             np.take_along_axis(exact, best, axis=1),
         )
-
-    def _search(self, searcher, queries, top_k, leaves_to_search, is_hashed):
-        """As `search`; of compressed vectors twice as many."""
-        before_reordering = -1
-        if is_hashed:
-            before_reordering, top_k = 5 * top_k + 50, 2 * top_k
-        batch = min(256, max(16, len(queries) // (4 * threads())))
-        slots, distances = searcher.search_batched(
-            queries,
-            top_k,
-            before_reordering,
-            leaves_to_search or -1,
-            True,
-            batch,
-        )
-        if self._distance == "squared_l2":
-            distances = -distances
-        # Where there are fewer, ScaNN answers with NaN.
-        return slots, np.where(np.isnan(distances), -np.inf, distances)
-
-    def _build(self, vectors, leaves=None, is_hashed=False, training_threads=1):
-        from scann.scann_ops.py import scann_ops_pybind
-
-        builder = scann_ops_pybind.builder(vectors, 10, self._distance)
-        if leaves is not None:
-            builder = builder.tree(
-                leaves,
-                1,
-                training_sample_size=min(len(vectors), 100 * leaves),
-                training_iterations=6,
-            )
-        if is_hashed:
-            builder = builder.score_ah(2, 0.2).reorder(100, quantize=True)
-        else:
-            builder = builder.score_brute_force()
-        builder = builder.set_n_training_threads(training_threads)
-        searcher = builder.build().searcher
-        searcher.set_num_threads(threads())
-        return searcher
 
     # The builder's side.
 
@@ -246,35 +213,107 @@ class ScannRow:
                 if self.leaves is not None:
                     self._searcher = None  # flat, at the next search
                 return
+            searcher, leaves, leaves_to_search = best
             if changed:
                 slots = np.unique(np.concatenate(changed))
-                self._upsert(best[0], slots, size)
-            self._searcher, self.leaves, self.leaves_to_search = best
-            self._is_hashed = size > HASHED
+                searcher.upsert(slots, size, self._vectors(slots))
+            self._searcher = searcher
+            self.leaves, self.leaves_to_search = leaves, leaves_to_search
 
     def _best_tree(self, vectors, queries, top_k):
-        """The searcher, its leaves, and how many to search; or None."""
-        size, is_hashed = len(vectors), len(vectors) > HASHED
-        flat = self._build(vectors)
-        right, _ = self._search(flat, queries, top_k, None, False)
-        del flat
-        best, least = None, WORTH * size
+        make = functools.partial(Searcher, vectors, self._distance)
+        is_hashed = len(vectors) > HASHED
+        return best_tree(
+            make, len(vectors), queries, top_k, self._target, is_hashed
+        )
+
+
+class Searcher:
+    """ScaNN over (M, D) vectors: flat, or a tree with so many leaves, of
+    vectors as they are or compressed."""
+
+    def __init__(self, vectors, distance, leaves=None, is_hashed=False):
+        from scann.scann_ops.py import scann_ops_pybind
+
+        self.is_hashed = is_hashed
+        self._negative = distance == "squared_l2"
+        builder = scann_ops_pybind.builder(vectors, 10, distance)
+        builder = configured(builder, leaves, is_hashed)
+        self._scann = builder.build().searcher
+        self._scann.set_num_threads(threads())
+
+    def search(self, queries, top_k, leaves_to_search=None):
+        """(Q, K) slots, and scores, the larger the nearer, -inf where nothing
+        was found; of compressed vectors 2 K, and rough scores."""
+        top_k, reordered = candidates(top_k, self.is_hashed)
+        batch = min(256, max(16, len(queries) // (4 * threads())))
+        slots, distances = self._scann.search_batched(
+            queries, top_k, reordered, leaves_to_search or -1, True, batch
+        )
+        if self._negative:
+            distances = -distances
+        # Where there are fewer, ScaNN answers with NaN.
+        return slots, np.where(np.isnan(distances), -np.inf, distances)
+
+    def upsert(self, slots, size, vectors):
+        """Writes (n, D) vectors to (n,) ascending slots. Those below `size` are
+        there, the others are new and leave no gap."""
+        places = [int(slot) if slot < size else None for slot in slots]
+        self._scann.upsert(places, vectors, len(places))
+
+
+def configured(builder, leaves, is_hashed):
+    """A builder of ScaNN's, told what to build."""
+    if leaves is not None:
+        builder = builder.tree(
+            leaves, 1, training_sample_size=100 * leaves, training_iterations=6
+        )
+    if is_hashed:
+        return builder.score_ah(2, 0.2).reorder(100, quantize=True)
+    return builder.score_brute_force()
+
+
+def candidates(top_k, is_hashed):
+    """How many to take from ScaNN, and how many it looks at closely. Scores of
+    compressed vectors are rough: the best of twice as many are to be found by
+    the vectors themselves."""
+    return (2 * top_k, 5 * top_k + 50) if is_hashed else (top_k, -1)
+
+
+def best_tree(make, size, queries, top_k, target, is_hashed):
+    """The tree that finds enough and compares least.
+
+    Args:
+        make: function of a number of leaves, or None for all entries flat, and
+            whether vectors are compressed, to a searcher.
+        size: int, M, its entries.
+        queries: (Q, D) float32, which it is tried with.
+        top_k: int, K, likewise.
+        target: float in (0, 1), the share of neighbours that should be found.
+        is_hashed: bool, whether to compress vectors, where that finds enough.
+
+    Returns:
+        Searcher, its leaves, and how many of them to search; or None where
+        comparing all entries is as good.
+    """
+    target = 1 - (1 - MARGIN) * (1 - target)
+    right, _ = make(None, False).search(queries, top_k)
+    best, least = None, WORTH * size
+    for compress in (True, False) if is_hashed else (False,):
         for leaves in (math.isqrt(size), 2 * math.isqrt(size)):
-            tree = self._build(vectors, leaves, is_hashed)
+            tree = make(leaves, compress)
             low, high = 0, leaves // 2  # at `high` it is taken for enough
             while high - low > 1:
                 middle = (low + high) // 2
-                slots, scores = self._search(
-                    tree, queries, top_k, middle, is_hashed
-                )
-                share = recall(slots, scores > -np.inf, right)
-                low, high = (
-                    (low, middle) if share >= self._target else (middle, high)
-                )
+                slots, scores = tree.search(queries, top_k, middle)
+                enough = recall(slots, scores > -np.inf, right) >= target
+                low, high = (low, middle) if enough else (middle, high)
             compared = leaves + high * size / leaves
             if compared < least:
                 best, least = (tree, leaves, high), compared
-        return best
+        if best is not None:
+            break
+    return best
 
 
 def _warn(what, error):
@@ -297,8 +336,379 @@ def recall(slots, found, right):
     Returns:
         float in [0, 1].
     """
+    slots, found, right = map(np.asarray, (slots, found, right))
     hits = [
         np.isin(row, one[some], assume_unique=True).sum()
         for row, one, some in zip(right, slots, found)
     ]
     return float(np.sum(hits) / right.size)
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class ScannIndex(keras.layers.Layer):
+    """Finds the nearest of many fixed entries, in the graph, by ScaNN's ops.
+
+    For a store that no longer changes: kNN language models, Memory Wrap over a
+    whole training set. The index, a tree of compressed vectors, is part of a
+    SavedModel; candidates are compared exactly with the keys themselves, which
+    are weights.
+
+    Where it runs: TensorFlow on a CPU, with ScaNN's ops, which XLA cannot
+    compile (`jit_compile=False`) and through which no gradient flows to the
+    indices. A process that loads such a SavedModel, a server too, must load
+    them first: `tf.load_op_library` of `_scann_ops.so` in the package scann;
+    the stock image of TensorFlow Serving has none. `exact=True` compares with
+    all entries instead, by stock ops on any backend; `export_for_serving(...,
+    exact_search=True)` exports so what was trained with ScaNN.
+
+    State: weights that are not trained, `memory_keys` (M, D), `memory_values`
+    (M, V) and `memory_version`, which counts `set_memory`. A `.keras` file has
+    these; the index is built anew from them.
+
+    Up to 16,384 entries, and where no tree would do with a quarter of the
+    entries, all are compared, by ScaNN.
+
+    Args:
+        memory_size: int, M, how many entries it will hold.
+        top_k: int, K, from 1 to M, 10 by default.
+        value_dim: int, V, width of values, 0 (default) for none.
+        similarity: `"dot"` (default), `"cosine"` or `"l2"`, minus the squared
+            distance.
+        target_recall: float in (0, 1), 0.95 by default, the share of the
+            neighbours that a tree is to find.
+        exact: bool, False by default.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        queries: (..., D). One with a NaN, an infinity or a component beyond
+            1e15 finds nothing.
+
+    Returns:
+        `retrieval.Neighbours`. Gradients flow from scores to queries.
+
+    Raises:
+        ImportError: ScaNN cannot be imported, and `exact` is False.
+        ValueError: an argument out of its range, another backend, entries that
+            are not finite, or a call before `set_memory`.
+
+    Example:
+
+    >>> index = ScannIndex(memory_size=3, top_k=2)
+    >>> index.set_memory(np.eye(3, dtype="float32"))
+    >>> index(np.array([[0.0, 2.0, 1.0]], "float32")).indices
+    <tf.Tensor: shape=(1, 2), dtype=int32, numpy=array([[1, 2]], dtype=int32)>
+    """
+
+    def __init__(
+        self,
+        memory_size,
+        top_k=10,
+        value_dim=0,
+        similarity="dot",
+        target_recall=0.95,
+        exact=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.memory_size = check_size("memory_size", memory_size)
+        self.top_k = check_size("top_k", top_k)
+        if top_k > memory_size:
+            raise ValueError(
+                "`top_k` must be at most `memory_size`, as more can never be "
+                f"found. Received: top_k={top_k}, memory_size={memory_size}"
+            )
+        self.value_dim = check_size("value_dim", value_dim, least=0)
+        self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
+        check_between("target_recall", target_recall, 0.0, 1.0)
+        self.target_recall = target_recall
+        self.exact = check_bool("exact", exact)
+        if not exact:
+            check_scann("`ScannIndex`", "`exact=True` needs none")
+            if keras.backend.backend() != "tensorflow":
+                raise ValueError(
+                    "`ScannIndex` needs TensorFlow, for which ScaNN has ops; "
+                    "`exact=True` does not. Received: "
+                    f"KERAS_BACKEND={keras.backend.backend()}"
+                )
+        self._index = None  # of the graph, of this version of the memory
+        self._version = 0
+
+    def build(self, queries_shape):
+        dim = queries_shape[-1]
+        if dim is None:
+            raise ValueError(
+                "The last axis of `queries` must have a known size, that of "
+                f"the keys. Received: shape {tuple(queries_shape)}"
+            )
+
+        def weight(name, shape, dtype="float32"):
+            return self.add_weight(
+                shape=shape,
+                initializer="zeros",
+                dtype=dtype,
+                trainable=False,
+                autocast=False,
+                name=name,
+            )
+
+        self.memory_keys = weight("memory_keys", (self.memory_size, dim))
+        self.memory_values = None
+        if self.value_dim:
+            shape = (self.memory_size, self.value_dim)
+            self.memory_values = weight("memory_values", shape)
+        self.memory_version = weight("memory_version", (), "int32")
+        self.built = True
+
+    def set_memory(self, keys, values=None):
+        """Fixes the entries, and builds the index, which takes seconds for
+        100,000 of them.
+
+        A function that was traced before, such as a model's for `predict`,
+        refuses to answer from the entries before: trace it anew, by
+        `model.make_predict_function(force=True)`.
+
+        Args:
+            keys: (M, D), finite, each component within +-1e15.
+            values: (M, V), likewise; None where V is 0.
+
+        Raises:
+            ValueError: wrong shapes, or values that are not finite.
+        """
+        keys = ops.convert_to_tensor(keys, "float32")
+        shape = tuple(keys.shape)
+        dim = self.memory_keys.shape[-1] if self.built else shape[-1:]
+        dim = dim if isinstance(dim, int) else (dim or ("D",))[0]
+        if shape != (self.memory_size, dim):
+            raise ValueError(
+                f"`keys` must be (memory_size, D), ({self.memory_size}, "
+                f"{dim}). Received: shape {shape}"
+            )
+        entries = [keys]
+        if self.value_dim or values is not None:
+            if values is not None:
+                values = ops.convert_to_tensor(values, "float32")
+            of_values = None if values is None else tuple(values.shape)
+            if of_values != (self.memory_size, self.value_dim):
+                raise ValueError(
+                    "`values` must be (memory_size, value_dim), "
+                    f"({self.memory_size}, {self.value_dim}). "
+                    f"Received: shape {of_values}"
+                )
+            entries.append(values)
+        if not all(bool(ops.all(is_sound(part))) for part in entries):
+            raise ValueError(
+                "Entries must be finite, and within +-1e15 so that products "
+                "are. Received: NaN, infinity or larger values"
+            )
+        if not self.built:
+            self.build(shape)
+        self.memory_keys.assign(keys)
+        if self.value_dim:
+            self.memory_values.assign(values)
+        self.memory_version.assign(self.memory_version + 1)
+        self._make_index()
+
+    def _make_index(self):
+        self._version = int(self.memory_version)
+        self._index = None
+        if not self.exact and self._version:
+            keys = ops.convert_to_numpy(self.memory_keys)
+            self._index = _Index(
+                keys, self.similarity, self.top_k, self.target_recall
+            )
+
+    @property
+    def is_by_scann(self):
+        """Whether ScaNN finds the entries, now."""
+        return self._index is not None
+
+    def call(self, queries):
+        queries = ops.convert_to_tensor(queries)
+        self._check(queries.shape)
+        if not self._version:
+            raise ValueError(
+                "There must be entries to find: call `set_memory`, or load "
+                "weights. Received: nothing to look at yet"
+            )
+        shape = (*ops.shape(queries)[:-1], self.top_k)
+        flat = ops.reshape(queries, (-1, queries.shape[-1]))
+        sound = is_sound(flat)[:, None]
+        flat = ops.where(sound, ops.cast(flat, "float32"), 0.0)
+        keys = ops.convert_to_tensor(self.memory_keys)
+        with self._current():
+            if self._index is None:
+                slots, found = self._compare(ops.stop_gradient(flat), keys)
+            else:
+                slots, found = self._index.search(
+                    ops.stop_gradient(flat), self.top_k
+                )
+        keys = ops.take(keys, slots, axis=0)
+        scores = similarity_of(flat[:, None], keys, self.similarity)
+        if slots.shape[1] != self.top_k:  # the best of more candidates
+            scores = ops.where(found > -np.inf, scores, -np.inf)
+            found, best = ops.top_k(scores, self.top_k)
+            scores = ops.take_along_axis(scores, best, axis=1)
+            slots = ops.take_along_axis(slots, best, axis=1)
+            keys = ops.take_along_axis(keys, best[..., None], axis=1)
+        mask = sound & (found > -np.inf)
+        keys = ops.where(mask[..., None], keys, 0.0)
+        if self.value_dim:
+            values = ops.take(
+                ops.convert_to_tensor(self.memory_values), slots, axis=0
+            )
+            values = ops.where(mask[..., None], values, 0.0)
+        else:
+            values = ops.zeros((*ops.shape(slots), 0))
+        cast = functools.partial(ops.cast, dtype=self.compute_dtype)
+        return Neighbours(
+            ops.reshape(ops.where(mask, scores, -np.inf), shape),
+            ops.reshape(ops.where(mask, slots, -1), shape),
+            ops.reshape(mask, shape),
+            ops.reshape(cast(keys), (*shape, keys.shape[-1])),
+            ops.reshape(cast(values), (*shape, self.value_dim)),
+        )
+
+    def _compare(self, queries, keys):
+        bias = None
+        if self.similarity == "cosine":
+            keys = unit(keys)
+        if self.similarity == "l2":  # far from zero, differences are rounding
+            centre = ops.mean(keys, axis=0)
+            queries, keys = queries - centre, keys - centre
+            bias = -0.5 * ops.sum(keys * keys, axis=-1)
+        return nearest(queries, keys, self.top_k, bias)[::-1]
+
+    @contextlib.contextmanager
+    def _current(self):
+        """In a graph of another version of the memory, an error."""
+        if self._index is None:
+            yield
+            return
+        import tensorflow as tf
+
+        check = tf.debugging.assert_equal(
+            self.memory_version.value,
+            self._version,
+            "The entries were changed after this function was traced, which "
+            "would go on finding those before: trace it anew, a model's by "
+            "`model.make_predict_function(force=True)`",
+        )
+        with tf.control_dependencies([check] if check is not None else []):
+            yield
+
+    def _check(self, shape):
+        dim = self.memory_keys.shape[-1]
+        if len(shape) < 2 or shape[-1] != dim:
+            raise ValueError(
+                f"`queries` must be (..., {dim}), vectors as wide as the keys. "
+                f"Received: shape {tuple(shape)}"
+            )
+
+    def compute_output_spec(self, queries):
+        self._check(queries.shape)
+        shape = (*queries.shape[:-1], self.top_k)
+        dtype = self.compute_dtype
+        return Neighbours(
+            keras.KerasTensor(shape, "float32"),
+            keras.KerasTensor(shape, "int32"),
+            keras.KerasTensor(shape, "bool"),
+            keras.KerasTensor((*shape, queries.shape[-1]), dtype),
+            keras.KerasTensor((*shape, self.value_dim), dtype),
+        )
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self._make_index()
+
+    def get_build_config(self):
+        if not self.built:
+            return None
+        return {"input_shape": (None, self.memory_keys.shape[-1])}
+
+    def build_from_config(self, config):
+        self.build(config["input_shape"])
+
+    def get_config(self):
+        names = ("memory_size", "top_k", "value_dim", "similarity")
+        names += ("target_recall", "exact")
+        config = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), **config}
+
+
+class _Index:
+    """ScaNN's ops over (M, D) keys, and the tensors that make their index
+    anew in another process."""
+
+    def __init__(self, keys, similarity, top_k, target_recall):
+        from scann.scann_ops.py import scann_ops
+
+        self._negative = similarity == "l2"
+        self._is_unit = similarity == "cosine"
+        vectors = (
+            keras.ops.convert_to_numpy(unit(keys)) if self._is_unit else keys
+        )
+        distance = "squared_l2" if similarity == "l2" else "dot_product"
+
+        def make(leaves, is_hashed):
+            builder = scann_ops.builder(vectors, 10, distance)
+            builder = configured(builder, leaves, is_hashed)
+            return _GraphSearcher(builder.build(), is_hashed, self._negative)
+
+        best = None
+        if len(keys) > FLAT:
+            queries = vectors[:: -(-len(keys) // SAMPLE)]
+            best = best_tree(
+                make, len(keys), queries, top_k, target_recall, is_hashed=True
+            )
+        self.leaves = self.leaves_to_search = None
+        searcher = make(None, False)
+        if best is not None:
+            searcher, self.leaves, self.leaves_to_search = best
+        self.is_hashed = searcher.is_hashed
+        self.tensors = searcher.scann.serialize_to_module()
+        self._name = f"keras_memory-{uuid.uuid4()}"
+
+    def search(self, queries, top_k):
+        """As `Searcher`, of tensors."""
+        from scann.scann_ops.py import scann_ops
+
+        part = self.tensors
+        handle = scann_ops.tensors_to_scann(
+            part.dataset,
+            part.scann_config,
+            part.serialized_partitioner,
+            part.datapoint_to_token,
+            part.ah_codebook,
+            part.hashed_dataset,
+            part.int8_dataset,
+            part.int8_multipliers,
+            part.dp_norms,
+            shared_name=self._name,  # or another index of the process answers
+        )
+        scann = scann_ops.ScannSearcher(handle)
+        searcher = _GraphSearcher(scann, self.is_hashed, self._negative)
+        if self._is_unit:
+            queries = unit(queries)
+        return searcher.search(queries, top_k, self.leaves_to_search)
+
+
+class _GraphSearcher:
+    """`Searcher`, by ScaNN's ops."""
+
+    def __init__(self, scann, is_hashed, negative):
+        self.scann, self.is_hashed, self._negative = scann, is_hashed, negative
+
+    def search(self, queries, top_k, leaves_to_search=None):
+        """As of `Searcher`."""
+        top_k, reordered = candidates(top_k, self.is_hashed)
+        slots, distances = self.scann.search_batched_parallel(
+            queries, top_k, reordered, leaves_to_search
+        )
+        # Its shape is not known in a graph, and for no queries it is (0, 0).
+        shape = (ops.shape(queries)[0], top_k)
+        slots, distances = (
+            ops.reshape(part, shape) for part in (slots, distances)
+        )
+        if self._negative:
+            distances = -distances
+        return slots, ops.where(ops.isnan(distances), -np.inf, distances)

@@ -14,9 +14,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # Each module may import modules of the lines above its own, and of its own
 # line where that says so.
 LAYERS = [
-    ["checks", "files", "replay", "geometry", "scann_index", "visualization"],
+    ["checks", "files", "replay", "geometry", "visualization"],
     ["access", "controllers", "durable", "scan"],
     ["addressing", "retrieval"],
+    ["scann_index"],
     ["knn_memory"],
     ["recurrent"],
     ["ntm", "dnc", "sam", "sdnc", "esm", "memory_wrap"],
