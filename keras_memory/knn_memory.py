@@ -696,6 +696,13 @@ class _ExactRow:
 
 
 def _has_accelerator():
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if backend not in ("tensorflow", "jax"):
+        return False
     devices = keras.distribution.list_devices()
     return any(not device.lower().startswith("cpu") for device in devices)
 

@@ -14,6 +14,7 @@ from keras_memory import convert
 from keras_memory import explanations
 from keras_memory import memory_wrap
 from keras_memory import retrieval
+from keras_memory.knn_memory import KNNMemory
 from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapClassifier
 from keras_memory.memory_wrap import MemoryWrapLayer
@@ -312,6 +313,44 @@ def test_nearest_are_exact_where_the_support_is_among_them(
         assert np.abs(every - weights)[~inside].max() > 1e-3
     layer.top_k = 1000
     close(layer([encodings, memory]), expected)
+
+
+@pytest.mark.parametrize(
+    "size", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
+)
+def test_candidates_of_a_knn_memory(size):
+    """Exact wherever the support is among the candidates that it finds."""
+    rng = np.random.default_rng(7)
+    centres = rng.normal(size=(500, 16))
+    memory, encodings = (
+        (centres[rng.integers(500, size=n)] + 0.3 * rng.normal(size=(n, 16)))
+        for n in (size, 101)
+    )
+    memory, encodings = memory.astype("float32"), encodings.astype("float32")
+    knn = KNNMemory(16, size, value_dim=0, background=False)
+    knn.add(memory[None])
+    found = knn.search(encodings[None], 32)
+    layer = MemoryWrapLayer(3, distance="dot")
+    expected, weights = layer([encodings, memory], return_weights=True)
+    outputs, some = layer(
+        [encodings, found.keys[0]],
+        memory_mask=found.mask[0],
+        return_weights=True,
+    )
+    support = ops.convert_to_numpy(weights) > 0
+    assert support.sum(axis=1).max() > 1
+    inside = np.array(
+        [
+            np.isin(np.flatnonzero(row), indices).all()
+            for row, indices in zip(support, found.indices[0])
+        ]
+    )
+    assert np.mean(inside) > 0.8
+    close(outputs[inside], expected[inside], 1e-5)
+    some, weights = map(ops.convert_to_numpy, (some, weights))
+    every = np.zeros_like(weights)
+    np.put_along_axis(every, found.indices[0], some, axis=1)
+    close(every[inside], weights[inside], 1e-5)
 
 
 @pytest.mark.parametrize("block", [4, 100])
