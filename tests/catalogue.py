@@ -288,6 +288,48 @@ WRAPS = [
     ),
 ]
 
+
+@dataclasses.dataclass(frozen=True)
+class StoreCase:
+    """A layer that keeps what it is given, and finds it again; `test_retrieval`
+    and `test_scann_index` have the rest of what the harness does."""
+
+    name: str
+    layer: type
+    kwargs: dict
+
+    def make(self):
+        return self.layer(**self.kwargs)
+
+
+STORES = [
+    StoreCase(
+        "knn-memory-layer",
+        keras_memory.KNNMemoryLayer,
+        {
+            "max_memories": 11,
+            "top_k": 5,
+            "similarity": "l2",
+            "method": "blocked",
+            "target_recall": 0.8,
+            "write": "always",
+            "memory_dtype": "bfloat16",
+        },
+    ),
+    StoreCase(
+        "scann-index",
+        keras_memory.ScannIndex,
+        {
+            "memory_size": 11,
+            "top_k": 5,
+            "value_dim": 3,
+            "similarity": "cosine",
+            "target_recall": 0.8,
+            "exact": True,
+        },
+    ),
+]
+
 # One case for each layer.
 LAYERS = list({c.layer: c for c in reversed([*CASES, *WRAPS])}.values())
 

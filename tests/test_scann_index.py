@@ -1,0 +1,319 @@
+"""ScaNN's ops in a model and in a SavedModel, and the exact search instead."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import harness
+import keras
+import numpy as np
+import pytest
+from harness import close
+from keras import ops
+
+from keras_memory import ScannIndex
+from keras_memory import export
+from keras_memory import scann_index
+
+needs_scann = [
+    pytest.mark.scann,
+    harness.needs_tensorflow,
+    pytest.mark.skipif(
+        scann_index.import_error() is not None,
+        reason=f"needs ScaNN: {scann_index.import_error()}",
+    ),
+]
+variants = pytest.mark.parametrize(
+    "exact",
+    [pytest.param(False, marks=needs_scann, id="scann"), True],
+)
+similarities = pytest.mark.parametrize("similarity", ["dot", "cosine", "l2"])
+
+
+def clustered(number, width=7, seed=3):
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(1).normal(size=(50, width))
+    places = centres[rng.integers(50, size=number)]
+    return (places + 0.3 * rng.normal(size=(number, width))).astype("float32")
+
+
+def filled(number, exact, keys=None, value_dim=2, **options):
+    index = ScannIndex(number, value_dim=value_dim, exact=exact, **options)
+    keys = clustered(number) if keys is None else keys
+    values = np.arange(2.0 * number).reshape(number, 2)[:, :value_dim]
+    index.set_memory(keys, values if value_dim else None)
+    return index, keys, values.astype("float32")
+
+
+def model_of(index, width=7):
+    queries = keras.Input((width,))
+    found = index(queries)
+    return keras.Model(queries, [found.scores, found.indices, found.values])
+
+
+def brute_force(queries, keys, top_k, similarity):
+    queries, keys = queries.astype("float64"), keys.astype("float64")
+    if similarity == "l2":
+        scores = -((queries[:, None] - keys) ** 2).sum(axis=-1)
+    else:
+        if similarity == "cosine":
+            queries, keys = (
+                x / np.linalg.norm(x, axis=-1, keepdims=True)
+                for x in (queries, keys)
+            )
+        scores = queries @ keys.T
+    order = np.argsort(-scores, axis=1)[:, :top_k]
+    return np.take_along_axis(scores, order, axis=1), order
+
+
+@variants
+@similarities
+def test_it_finds_what_is_nearest(exact, similarity):
+    index, keys, values = filled(101, exact, similarity=similarity, top_k=5)
+    queries = clustered(22, seed=5)
+    found = index(queries.reshape(2, 11, 7))
+    scores, order = brute_force(queries, keys, 5, similarity)
+    close(ops.reshape(found.scores, (22, 5)), scores.astype("f4"), 1e-5)
+    assert (ops.convert_to_numpy(found.indices).reshape(22, 5) == order).all()
+    close(ops.reshape(found.keys, (22, 5, 7)), keys[order], 0)
+    close(ops.reshape(found.values, (22, 5, 2)), values[order], 0)
+    assert ops.convert_to_numpy(found.mask).all()
+
+
+@pytest.mark.parametrize("similarity", ["dot", "l2"])
+@pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
+def test_a_tree_finds_most_and_scores_exactly(exact, similarity, monkeypatch):
+    monkeypatch.setattr(scann_index, "FLAT", 1000)
+    index, keys, values = filled(5000, exact, similarity=similarity)
+    assert index._index.leaves is not None
+    queries = clustered(300, seed=5)
+    found = index(queries)
+    indices = found.indices.numpy()
+    scores, order = brute_force(queries, keys, 10, similarity)
+    assert scann_index.recall(indices, found.mask, order) > 0.92
+    assert (np.diff(found.scores.numpy(), axis=1) <= 0).all()
+    close(found.values, values[indices], 0)
+    for row in (0, 299):
+        all_scores, all_order = brute_force(
+            queries[row : row + 1], keys, 5000, similarity
+        )
+        expected = all_scores[0, np.argsort(all_order[0])][indices[row]]
+        close(found.scores[row], expected.astype("f4"), 1e-4)
+
+
+@variants
+def test_in_models_and_files(exact, tmp_path):
+    index, keys, _ = filled(101, exact, top_k=5)
+    model = model_of(index)
+    queries = clustered(22, seed=5)
+    expected = model.predict(queries, verbose=0)
+    close(expected[0], index(queries).scores, 1e-5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for one, other in zip(loaded.predict(queries, verbose=0), expected):
+        close(one, other, 0)
+    fresh = model_of(ScannIndex.from_config(index.get_config()))
+    fresh.set_weights(model.get_weights())
+    fresh.save_weights(tmp_path / "model.weights.h5")
+    again = model_of(ScannIndex.from_config(index.get_config()))
+    again.load_weights(tmp_path / "model.weights.h5")
+    close(again.predict(queries, verbose=0)[0], expected[0], 0)
+
+
+@variants
+def test_what_no_number_is_finds_nothing(exact):
+    index, keys, _ = filled(101, exact, top_k=5)
+    queries = clustered(3)
+    expected = index(queries)
+    queries = np.repeat(queries, 2, axis=0)
+    queries[::2, 3] = [np.nan, np.inf, 1e20]
+    found = index(queries)
+    assert not ops.convert_to_numpy(found.mask)[::2].any()
+    for name in ("keys", "values"):
+        assert (ops.convert_to_numpy(getattr(found, name))[::2] == 0).all()
+    assert (ops.convert_to_numpy(found.indices)[::2] == -1).all()
+    close(found.scores[1::2], expected.scores, 1e-6)
+    nothing = index(np.zeros((0, 7), "float32"))
+    assert tuple(nothing.values.shape) == (0, 5, 2)
+    zeros = filled(
+        5, exact, keys=np.zeros((5, 7), "f4"), similarity="cosine", top_k=3
+    )[0]
+    close(zeros(queries[1:2]).scores, np.zeros((1, 3), "f4"), 0)
+
+
+@harness.needs_tensorflow
+@variants
+def test_gradients_of_scores_reach_the_queries(exact):
+    import tensorflow as tf
+
+    index, keys, _ = filled(101, exact, top_k=1)
+    queries = tf.constant(clustered(3, seed=5))
+    with tf.GradientTape() as tape:
+        tape.watch(queries)
+        found = index(queries)
+        total = tf.reduce_sum(found.scores)
+    close(tape.gradient(total, queries), found.keys[:, 0])
+
+
+@pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
+def test_new_content_is_found_and_old_functions_refuse(exact):
+    index, _, _ = filled(101, exact, top_k=5)
+    model = model_of(index)
+    queries = clustered(22, seed=5)
+    before = model.predict(queries, verbose=0)[0]
+    index.set_memory(2 * clustered(101, seed=9), np.zeros((101, 2)))
+    with pytest.raises(Exception, match="make_predict_function"):
+        model.predict(queries, verbose=0)
+    model.make_predict_function(force=True)
+    after = model.predict(queries, verbose=0)[0]
+    close(after, index(queries).scores, 1e-5)
+    assert np.abs(after - before).max() > 0.1
+    # Two indexes in one graph do not answer for each other.
+    other, _, _ = filled(101, exact, top_k=5)
+    entry = keras.Input((7,))
+    both = keras.Model(entry, [index(entry).scores, other(entry).scores])
+    for one, alone in zip(both.predict(queries, verbose=0), (index, other)):
+        close(one, alone(queries).scores, 1e-5)
+
+
+def test_new_content_of_the_exact_search_needs_nothing():
+    index, _, _ = filled(101, True, top_k=5)
+    model = model_of(index)
+    queries = clustered(22, seed=5)
+    model.predict(queries, verbose=0)
+    index.set_memory(2 * clustered(101, seed=9), np.zeros((101, 2)))
+    close(model.predict(queries, verbose=0)[0], index(queries).scores, 1e-5)
+
+
+SERVED = """
+import sys
+import numpy as np
+import tensorflow as tf
+if sys.argv[1]:
+    tf.load_op_library(sys.argv[1])
+served = tf.saved_model.load(sys.argv[2]).signatures["serving_default"]
+assert not {"scann", "keras_memory"} & set(sys.modules)
+found = served(tf.constant(np.load(sys.argv[3])))
+np.savez(sys.argv[4], **{name: x.numpy() for name, x in found.items()})
+"""
+
+
+@pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
+def test_serving_with_ops_or_exactly(exact, tmp_path, monkeypatch):
+    import scann
+
+    monkeypatch.setattr(scann_index, "FLAT", 1000)
+    index, _, _ = filled(3000, exact, top_k=5)
+    assert index._index.leaves is not None
+    model = model_of(index)
+    queries = clustered(22, seed=5)
+    np.save(tmp_path / "queries.npy", queries)
+    with pytest.warns(UserWarning, match="exact_search=True"):
+        export.export_for_serving(model, tmp_path / "by_scann")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export.export_for_serving(model, tmp_path / "exact", exact_search=True)
+    assert index.is_by_scann
+    library = pathlib.Path(scann.__file__).parent / "scann_ops/cc/_scann_ops.so"
+
+    def served(folder, library):
+        files = [tmp_path / folder / "1", tmp_path / "queries.npy"]
+        code = subprocess.run(
+            [sys.executable, "-c", SERVED, library, *files, tmp_path / "x.npz"],
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            capture_output=True,
+            text=True,
+        )
+        if code.returncode:
+            return {"error": code.stderr}
+        return np.load(tmp_path / "x.npz")
+
+    assert "Scann>" in served("by_scann", "")["error"]
+    close(served("by_scann", library)["outputs_0"], index(queries).scores, 1e-6)
+    alone = ScannIndex(3000, 5, 2, exact=True)
+    alone.set_memory(index.memory_keys, index.memory_values)
+    close(served("exact", "")["outputs_0"], alone(queries).scores, 1e-5)
+
+
+@variants
+def test_what_is_refused(exact):
+    index = ScannIndex(11, top_k=3, value_dim=2, exact=exact)
+    keys, values = clustered(11), np.zeros((11, 2))
+    with pytest.raises(ValueError, match="call `set_memory`"):
+        index(keys)
+    for wrong, what in (
+        ((keys[:10], values), r"`keys` must be.*\(10, 7\)"),
+        ((keys[None], values), "`keys` must be"),
+        ((keys, None), r"`values` must be.*None"),
+        ((keys, values[:, :1]), r"`values` must be.*\(11, 1\)"),
+        ((np.where(keys > 1, np.nan, keys), values), "finite"),
+        ((keys * 1e20, values), "1e15"),
+        ((keys, values + np.inf), "finite"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            index.set_memory(*wrong)
+        assert int(index.memory_version) == 0
+    index.set_memory(keys, values)
+    with pytest.raises(ValueError, match=r"`keys` must be.*\(11, 6\)"):
+        index.set_memory(keys[:, :6], values)
+    for queries in (keys[:, :6], keys[0]):
+        with pytest.raises(ValueError, match="`queries` must be"):
+            index(queries)
+    for options, what in (
+        ({"memory_size": 0}, "memory_size=0"),
+        ({"top_k": 12}, "top_k=12, memory_size=11"),
+        ({"value_dim": -1}, "value_dim=-1"),
+        ({"similarity": "hamming"}, "similarity='hamming'"),
+        ({"target_recall": 1.5}, "target_recall=1.5"),
+        ({"exact": 1}, "exact=1"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            ScannIndex(**{"memory_size": 11, "exact": exact, **options})
+    with pytest.raises(ValueError, match="known size"):
+        ScannIndex(11, exact=exact).build((None, None))
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_without_scann(backend):
+    pytest.importorskip(backend)
+    code = (
+        "import sys; sys.modules['scann'] = None\n"
+        "import numpy as np, keras_memory\n"
+        "index = keras_memory.ScannIndex(5, 2, exact=True)\n"
+        "index.set_memory(np.eye(5))\n"
+        "print(np.asarray(index(np.eye(5)).indices)[:, 0].tolist())\n"
+        "try: keras_memory.ScannIndex(5, 2)\n"
+        "except ImportError as error: print(error)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert output[0] == "[0, 1, 2, 3, 4]"
+    assert "pip install scann==1.4.2" in output[1]
+    assert "exact=True" in output[1] and "ModuleNotFoundError" in output[1]
+
+
+@variants
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(exact, policy):
+    index, keys, _ = filled(101, exact, top_k=5, dtype=policy)
+    found = index(keys[:3])
+    assert ops.dtype(found.values) == index.compute_dtype
+    assert ops.dtype(found.scores) == "float32"
+    assert np.isfinite(ops.convert_to_numpy(found.scores)).all()
+
+
+@harness.needs_tensorflow
+def test_the_exact_search_compiles():
+    import tensorflow as tf
+
+    index, _, _ = filled(101, True, top_k=5)
+    queries = clustered(22, seed=5)
+    compiled = tf.function(index, jit_compile=True)
+    close(compiled(queries).scores, index(queries).scores, 1e-6)
