@@ -3,10 +3,11 @@
     python -m benchmarks [--pytorch-ntm CHECKOUT] [--rounds 20] [--json FILE]
     python -m benchmarks scaling [--pytorch-ntm CHECKOUT] [--out FOLDER]
     python -m benchmarks memory_wrap [--rounds 20] [--json FILE]
+    python -m benchmarks retrieval [--cases 2K static] [--json FILE]
 
 The first compares a few cases of recurrent memories, the second varies one
-size at a time, the third is of Memory Wrap; README.md beside this file says
-what each number means.
+size at a time, the third is of Memory Wrap, the fourth of memories of nearest
+neighbours; README.md beside this file says what each number means.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import sys
 
 from benchmarks import cases
 from benchmarks import memory_wrap
+from benchmarks import neighbours
 from benchmarks import references
+from benchmarks import retrieval
 from benchmarks import scaling
 from benchmarks import steps
 
@@ -27,6 +30,8 @@ def main(arguments=None):
         return main_of_scaling(arguments[1:])
     if arguments[:1] == ["memory_wrap"]:
         return main_of_memory_wrap(arguments[1:])
+    if arguments[:1] == ["retrieval"]:
+        return main_of_retrieval(arguments[1:])
     return main_of_steps(arguments)
 
 
@@ -36,7 +41,8 @@ def main_of_steps(arguments):
         description=(
             "Times training steps next to those of other implementations. "
             "`python -m benchmarks scaling --help`: over time steps, slots "
-            "and batch. `python -m benchmarks memory_wrap --help`: likewise."
+            "and batch. `python -m benchmarks memory_wrap --help` and "
+            "`python -m benchmarks retrieval --help`: likewise."
         ),
     )
     parser.add_argument(
@@ -75,6 +81,53 @@ def main_of_memory_wrap(arguments):
         options.cases or list(memory_wrap.CASES),
         sorted(set(options.threads)),
         options.rounds,
+        options.json,
+    )
+
+
+def main_of_retrieval(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks retrieval",
+        description=(
+            "Times memories of nearest neighbours next to "
+            "memorizing-transformers-pytorch and faiss, with their recall."
+        ),
+    )
+    names = [*retrieval.CASES, "static", "drift"]
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=names,
+        default=names,
+        help=(
+            "entries a row of a memory that is written, a store of a million "
+            "that is not, or keys that drift in training (default: all)"
+        ),
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        choices=neighbours.KINDS,
+        default=neighbours.KINDS,
+        help="default: both",
+    )
+    parser.add_argument(
+        "--threads", type=count, default=2, help="of each process (default: 2)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few indexes of faiss for the static store, not all",
+    )
+    parser.add_argument("--json", help="file to write all numbers to")
+    add_rounds(parser, 15)
+    options = checked(parser, parser.parse_args(arguments))
+    retrieval.run(
+        options.cases,
+        options.data,
+        options.rounds,
+        options.threads,
+        options.quick,
         options.json,
     )
 

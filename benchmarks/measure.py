@@ -5,6 +5,8 @@ import ctypes
 import gc
 import math
 import multiprocessing
+import os
+import signal
 import time
 
 import numpy as np
@@ -50,13 +52,23 @@ def peak(before):
 
 
 def timed(step):
-    """Milliseconds of a step: by the clock, and of all the CPUs' time."""
+    """Milliseconds of a step: by the clock, and of all the CPUs' time. Its
+    `before()`, if it has one, is called first, and is not timed."""
+    before = getattr(step, "before", None)
+    if before is not None:
+        before()
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return (
         1e3 * (time.perf_counter() - wall),
         1e3 * (time.process_time() - cpu),
     )
+
+
+def end_with_parent():
+    """Lets Linux kill this process when its parent has ended."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def serve(connection, prepare, make, rounds, seconds):
@@ -67,18 +79,25 @@ def serve(connection, prepare, make, rounds, seconds):
         before = memory()
         begun = time.perf_counter()
         step = make()
-        step()
+        if hasattr(step, "tell"):
+            end_with_parent()  # even if it is halted
+        timed(step)
         first = time.perf_counter() - begun
         for _ in range(WARM_UP):
-            step()
+            timed(step)
         forget_peak()
         times = [timed(step)]
         while len(times) < rounds and time.perf_counter() < begun + seconds / 2:
             times.append(timed(step))
         result = {"first_step_seconds": first, "megabytes": peak(before)}
+        if hasattr(step, "tell"):
+            result["told"] = step.tell()
         connection.send(("alone", (result, times)))
-        while connection.recv():
-            step()  # the others have left nothing of ours in the caches
+        while asked := connection.recv():
+            if asked == "tell":
+                connection.send(("told", step.tell()))
+                continue
+            timed(step)  # the others have left nothing of ours in the caches
             connection.send(("step", timed(step)))
     except (EOFError, KeyboardInterrupt):
         pass  # the parent has ended
@@ -96,7 +115,10 @@ class Worker:
     Args:
         prepare: function that imports what `make` needs, which is not timed.
         make: function that returns a function that makes one step. Both are
-            pickled.
+            pickled. A step may have `before()`, which is called before each
+            and is not timed, and `tell()`, which is called behind the steps on
+            its own, `told` in the result, and when `compare` is through; its
+            process is halted while it is not in turn.
         rounds: how many steps it makes on its own; fewer, but one, once half
             of the seconds are over.
         seconds: the longest that it may take for all this, and then for one
@@ -130,14 +152,30 @@ class Worker:
         theirs.close()
         self._receive(math.inf)
         self.result, self.alone = self._receive(seconds, list(others))
+        self._signal("SIGSTOP")
 
     def step(self):
         """Milliseconds of one more step: by the clock, and of the CPUs."""
+        return self._ask("step")
+
+    def tell(self):
+        """What its step tells; None if that has no `tell`."""
+        return self._ask("tell") if "told" in self.result else None
+
+    def _ask(self, what):
+        self._signal("SIGCONT")
         try:
-            self.connection.send(True)
+            self.connection.send(what)
         except OSError:
             raise Stopped("its process has ended") from None
-        return self._receive(self.seconds)
+        answer = self._receive(self.seconds)
+        self._signal("SIGSTOP")
+        return answer
+
+    def _signal(self, name):
+        """Halts or wakes what works in the background of a step that tells."""
+        if "told" in self.result and hasattr(signal, name) and self.alive:
+            os.kill(self.process.pid, getattr(signal, name))
 
     @property
     def size(self):
@@ -198,8 +236,8 @@ def compare(jobs, rounds, alone=3, **limits):
     Returns:
         Dict from the key to a dict: medians `milliseconds` and
         `cpu_milliseconds`, `first_step_seconds`, `megabytes` (None where not
-        measured), `in_turn`, and all `rounds` (wall, CPU); or `not_run`, the
-        reason.
+        measured), `in_turn`, all `rounds` (wall, CPU), and where a step tells,
+        `told` and `told_after`; or `not_run`, the reason.
     """
     workers, results = {}, {}
     try:
@@ -222,6 +260,8 @@ def compare(jobs, rounds, alone=3, **limits):
                 "in_turn": bool(times),
                 "rounds": steps,
             }
+            if times and "told" in worker.result:
+                results[key]["told_after"] = worker.tell()
     finally:
         for worker in workers.values():
             worker.end()

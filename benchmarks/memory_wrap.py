@@ -28,6 +28,7 @@ OURS = {
         "no XLA, bfloat16": {"jit_compile": False, "dtype": "mixed_bfloat16"},
         "XLA, top_k=32": {"top_k": 32},
         "no XLA, top_k=32": {"top_k": 32, "jit_compile": False},
+        "no XLA, 32 of KNNMemory": {"candidates": 32, "jit_compile": False},
     },
 }
 HEADER = (
@@ -94,7 +95,11 @@ def jobs(kind, sizes, threads):
     found = {}
     variants = OURS[kind]
     if sizes[1] <= 1000:  # where all are looked at anyway
-        variants = {n: v for n, v in variants.items() if "top_k" not in v}
+        variants = {
+            name: options
+            for name, options in variants.items()
+            if not {"top_k", "candidates"} & set(options)
+        }
     for count in threads:
         found[REFERENCE, count] = 'needs `pip install -e ".[bench]"`'
         if all(map(references.installed, ("torch", "memorywrap"))):
@@ -121,9 +126,18 @@ def data(width, examples):
     return encodings, memory, rng.integers(0, CLASSES, BATCH)
 
 
-def ours(kind, width, examples, jit_compile=True, dtype="float32", top_k=None):
+def ours(
+    kind,
+    width,
+    examples,
+    jit_compile=True,
+    dtype="float32",
+    top_k=None,
+    candidates=None,
+):
     """A function that makes a training step with the paper's optimizer, or
-    answers with a memory that was encoded before."""
+    answers with a memory that was encoded before, or with so many candidates
+    that a `KNNMemory` finds in it."""
     import keras
     import tensorflow as tf
 
@@ -132,6 +146,25 @@ def ours(kind, width, examples, jit_compile=True, dtype="float32", top_k=None):
     encodings, memory, labels = map(tf.constant, data(width, examples))
     layer = keras_memory.MemoryWrapLayer(CLASSES, top_k=top_k, dtype=dtype)
     layer.build([encodings.shape, memory.shape])
+    if candidates is not None:
+        knn = keras_memory.KNNMemory(
+            width, examples, value_dim=0, similarity="cosine"
+        )
+        knn.add(memory[None])
+        knn.search(encodings[None], candidates)
+        knn.wait()
+        answer = tf.function(
+            lambda *parts: layer(parts[:2], memory_mask=parts[2]),
+            jit_compile=jit_compile,
+            autograph=False,
+        )
+
+        def answered():
+            found = knn.search(encodings[None], candidates)
+            parts = encodings, found.keys[0], found.mask[0]
+            return answer(*map(tf.constant, parts)).numpy()
+
+        return answered
     if kind == "answer":
         layer.set_memory(memory)
         del memory

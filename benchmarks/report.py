@@ -1,7 +1,7 @@
 """Tables, and what the numbers were measured on."""
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -35,18 +35,21 @@ def counted(number, what):
     return f"{number} {what}{'s' if number != 1 else ''}"
 
 
-def machine():
+def machine(packages=PACKAGES):
     """Versions, and what they ran on."""
     import keras_memory
 
-    found = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {
         "processor": _processor(),
         "cores": _cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "keras_memory": keras_memory.__version__,
-        **{name: importlib.metadata.version(name) for name in found},
+        **found,
     }
 
 

@@ -7,22 +7,28 @@ import pathlib
 import re
 import sys
 import time
+from unittest import mock
 
 import harness
 import numpy as np
 import pytest
 
+from keras_memory import scann_index
 from keras_memory import visualization
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 cases = pytest.importorskip("benchmarks.cases")
 command_line = pytest.importorskip("benchmarks.__main__")
+key_drift = pytest.importorskip("benchmarks.key_drift")
 measure = pytest.importorskip("benchmarks.measure")
 memory_wrap = pytest.importorskip("benchmarks.memory_wrap")
+neighbours = pytest.importorskip("benchmarks.neighbours")
 references = pytest.importorskip("benchmarks.references")
 report = pytest.importorskip("benchmarks.report")
+retrieval = pytest.importorskip("benchmarks.retrieval")
 scaling = pytest.importorskip("benchmarks.scaling")
+static_store = pytest.importorskip("benchmarks.static_store")
 steps = pytest.importorskip("benchmarks.steps")
 
 TINY = {"steps": 3, "slots": 5, "width": 3, "units": 3, "batch": 2}
@@ -276,6 +282,10 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
         ("scaling --seconds 0", "above 0, not 0"),
         ("scaling --memory-limit nan", "above 0, not nan"),
         ("scaling --pytorch-ntm /nowhere", "/nowhere is no checkout"),
+        ("retrieval --cases 3K", "invalid choice: '3K'"),
+        ("retrieval --data some", "invalid choice: 'some'"),
+        ("retrieval --threads 0", "at least 1, not 0"),
+        ("retrieval --json /nowhere/x.json", "the folder of /nowhere/x.json"),
     ],
 )
 def test_wrong_options_are_told_at_once(arguments, message, capsys):
@@ -350,3 +360,325 @@ def test_jobs_of_memory_wrap(monkeypatch):
     jobs = memory_wrap.jobs("answer", (5, 7000), [1])
     assert callable(jobs["memorywrap", 1][1])
     assert jobs["XLA, top_k=32", 1][1].keywords == {"top_k": 32}
+
+
+# Retrieval.
+
+
+def test_a_step_may_be_prepared_and_tell():
+    make = functools.partial(mock.Mock, **{"tell.return_value": {"x": 3}})
+    worker = measure.Worker(int, make, rounds=2)
+
+    def state():
+        path = pathlib.Path(f"/proc/{worker.process.pid}/stat")
+        return path.read_text().rsplit(")")[1].split()[0]
+
+    try:
+        assert worker.result["told"] == {"x": 3}
+        if measure.memory():  # it is halted, but when it is in turn
+            deadline = time.monotonic() + 10
+            while state() != "T" and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert state() == "T"
+        assert len(worker.step()) == 2
+        assert worker.tell() == {"x": 3}
+    finally:
+        worker.end()
+
+
+def test_what_prepares_a_step_is_not_timed():
+    step = mock.Mock()
+    step.before = functools.partial(time.sleep, 0.2)
+    assert measure.timed(step)[0] < 100 and step.call_count == 1
+
+
+class InProcess:
+    """A worker without a process that makes the steps it was told to."""
+
+    def __init__(self, prepare, make, rounds, others, **limits):
+        self.made, self.alive = make(), True
+        self.alone = [self.step() for _ in range(rounds)]
+        self.result = {"first_step_seconds": 0.5, "megabytes": 7.0}
+        if hasattr(self.made, "tell"):
+            self.result["told"] = self.made.tell()
+
+    def step(self):
+        return measure.timed(self.made)
+
+    def tell(self):
+        return self.made.tell()
+
+    def end(self):
+        self.alive = False
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sizes of the benchmark of retrieval, and all of it in this process."""
+    harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
+    monkeypatch.setattr(measure, "Worker", InProcess)
+    monkeypatch.setattr(measure, "forget_peak", int)  # a second here
+    monkeypatch.setattr(static_store, "alone", lambda do, *given: do(*given))
+    for module, sizes in (
+        (neighbours, {"CLUSTERS": 13}),
+        (retrieval, {"HEADS": 3, "QUERIES": 5, "TOP_K": 7, "ADDED": 11}),
+        (retrieval, {"SAMPLE": 17}),
+        (static_store, {"SIZE": 2003, "QUERIES": 47, "BATCH": 20, "FEW": 7}),
+        (static_store, {"SAMPLE": 23, "REPEATS": 1, "FACTORS": (2, 64)}),
+        (key_drift, {"ENTRIES": 880, "STEPS": 40, "ADDED": 22, "EVERY": 20}),
+        (key_drift, {"SEARCHED": 32, "QUERIES": 19, "TOP_K": 7, "BATCH": 16}),
+    ):
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
+    for name in ("use_cores", "prepare"):
+        monkeypatch.setattr(neighbours, name, lambda threads: None)
+    prepared = dict.fromkeys(static_store.PREPARED, lambda threads: None)
+    monkeypatch.setattr(static_store, "PREPARED", prepared)
+    build = scann_index.ScannRow._build_tree
+    monkeypatch.setattr(scann_index.ScannRow, "_build_tree", build)
+
+
+@pytest.fixture
+def trees(monkeypatch):
+    """ScaNN builds trees of some hundred entries."""
+    pytest.importorskip("scann")
+    monkeypatch.setattr(scann_index, "FLAT", 300)
+    monkeypatch.setattr(scann_index, "WORTH", 10.0)
+
+
+def test_recall_is_counted():
+    keys = np.array([[3.0], [1.0], [4.0], [2.0]], "float32")
+    numbers = np.array([13, 11, 14, 12])
+    queries = np.ones((5, 1), "float32")
+    least = neighbours.least_right(queries, keys, 2)
+    assert least.tolist() == [3.0] * 5
+
+    def recall(*found):
+        found = np.array([found] * 5)
+        return neighbours.recall(queries, keys, numbers, found, least)
+
+    assert recall(13, 14) == recall(14, 13) == 1.0
+    assert recall(14, 14) == recall(14, 11) == recall(14, -1) == 0.5
+    assert recall(14, 99) == recall(14, 0) == 0.5
+    assert recall(11, 12) == 0.0
+    keys[3] = 3.0  # as near as another
+    assert recall(14, 12) == 1.0
+
+
+def test_data_is_drawn_again_alike():
+    for kind in neighbours.KINDS:
+        one, other = (neighbours.Data(kind, 3).draw(2, 5) for _ in range(2))
+        assert one.shape == (2, 5, neighbours.DIM) and one.dtype == "float32"
+        np.testing.assert_array_equal(one, other)
+        assert np.abs(one - neighbours.Data(kind, 4).draw(2, 5)).max() > 0
+    vectors, clusters = neighbours.Data("clustered", 3).draw_with_clusters(500)
+    centres = neighbours.Data("clustered", 5).centres
+    np.testing.assert_allclose(np.std(vectors - centres[clusters]), 0.5, 0.05)
+
+
+def take(step, rounds=2):
+    """Rounds of two steps each, and what is told then."""
+    for _ in range(2 * rounds):
+        measure.timed(step)
+    return step.tell()
+
+
+@pytest.mark.parametrize("kind", neighbours.KINDS)
+def test_steps_in_a_graph_and_in_host_memory(tiny, kind):
+    made = [
+        retrieval.OfRingMemory(101, kind, jit_compile=False),
+        retrieval.OfKNNMemory(101, kind, "ring"),
+    ]
+    for step in made:
+        told = take(step)
+        assert told["recall"] == 1.0
+        assert told["search_ms"] > 0 and told["add_ms"] > 0
+        keys, values = step.held(1)
+        assert keys.shape == values.shape == (101, neighbours.DIM)
+        # Four steps' entries, the last of all.
+        assert max(values[:, 0]) == 101 + 4 * retrieval.ADDED - 1
+    np.testing.assert_array_equal(*(step.queries for step in made))
+
+
+@pytest.mark.scann
+def test_steps_with_trees(tiny, trees):
+    step = retrieval.OfKNNMemory(1000, "clustered", "scann")
+    assert step.trees.tell()["trees_built"] == 2
+    assert step.number > 1000  # half-way to the next tree
+    step.memory.wait()
+    told = take(step, rounds=6)
+    step.memory.wait()
+    assert told["recall"] > 0.5
+    assert len(told["leaves"]) == 2 and told["leaves"][0][0]
+    built = told["trees_built"] + step.trees.tell()["trees_built"]
+    assert built == 2
+
+
+@pytest.mark.parametrize(
+    "processes", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_the_reference_of_retrieval_is_restored(tiny, tmp_path, processes):
+    if not retrieval.has_reference():
+        pytest.skip("memorizing-transformers-pytorch is absent")
+    step = retrieval.Reference(300, "clustered", tmp_path / "db", processes)
+    told = take(step)
+    assert 0.5 < told["recall"] <= 1.0
+    for _ in range(2):
+        step.before()
+        assert step.memory.db_offsets.tolist() == [300, 300]
+        assert [knn.index.ntotal for knn in step.memory.knns] == [300, 300]
+        assert [len(knn.ids) for knn in step.memory.knns] == [300, 300]
+        assert step.memory.n_jobs == step.jobs
+        assert sorted(step.held(0)[1][:, 0]) == list(range(300))
+        step()
+        assert step.memory.knns[1].index.ntotal == 311
+
+
+def test_jobs_of_retrieval(monkeypatch):
+    monkeypatch.setattr(references, "installed", lambda name: name != "faiss")
+    jobs = retrieval.jobs(2048, "clustered", 2, "folder")
+    assert all("pip install" in jobs[name] for name in retrieval.REFERENCES)
+    assert len(jobs) == 6 and callable(jobs["RingMemory, XLA"][1])
+    monkeypatch.setattr(references, "installed", lambda name: name != "scann")
+    jobs = retrieval.jobs(1 << 18, "clustered", 2, "folder")
+    assert len(jobs) == 4  # all entries are not compared in a graph
+    assert "retrieval" in jobs['KNNMemory, store="scann"']
+    assert callable(jobs["reference, one process"][1])
+
+
+class Telling(Fake):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.result["told"] = self.told(1.0)
+
+    def told(self, recall):
+        told = {"recall": recall, "search_ms": 1.5, "add_ms": 0.25}
+        return {**told, "trees_built": 3}
+
+    def tell(self):
+        return self.told(0.9)
+
+
+def test_retrieval_prints_a_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure, "Worker", Telling)
+    one, other = retrieval.REFERENCES
+    times = {one: 6.0, other: 4.0, "ours": 2.0}
+    monkeypatch.setattr(
+        retrieval,
+        "jobs",
+        lambda size, kind, threads, folder: {
+            **{name: (name, time) for name, time in times.items()},
+            "absent": "no such package",
+        },
+    )
+    path = tmp_path / "all.json"
+    arguments = "retrieval --rounds 2 --data clustered --cases 64K --json"
+    command_line.main([*arguments.split(), str(path)])
+    header, _, *rows = lists_of(capsys.readouterr().out)
+    assert tuple(header) == retrieval.HEADER
+    assert [row[2] for row in rows] == [one, f"{other} (*)", "ours", "absent"]
+    text = "2 | 1.5 | 0.25 | 1.000, 0.900 | 0.95 | 2 (2 to 2) | 3 | 3"
+    assert rows[2][3:] == text.split(" | ")
+    assert rows[3][3] == "not run: no such package"
+    results = json.loads(path.read_text())["dynamic"]
+    assert results[2]["ratios"] == {one: [3.0] * 3, other: [2.0] * 3}
+    assert results[2]["faster_reference"] == other
+
+
+def test_without_the_reference_there_are_no_ratios(monkeypatch):
+    monkeypatch.setattr(measure, "Worker", Telling)
+    jobs = {**dict.fromkeys(retrieval.REFERENCES, "absent"), "ours": ("o", 2.0)}
+    monkeypatch.setattr(retrieval, "jobs", lambda *arguments: jobs)
+    results = retrieval.measured("2K", "clustered", 1, 2)
+    assert retrieval.rows_of("2K", "clustered", results)[2][8] == ""
+
+
+def test_bisection_finds_the_first_that_is_enough():
+    shares = np.linspace(0.5, 1.0, 101)
+    points = static_store.bisected(shares, lambda share: {"recall": share})
+    recalls = [point["recall"] for point in points]
+    assert recalls == sorted(recalls) and len(recalls) < 20
+    for target in static_store.TARGETS:
+        assert min(s for s in recalls if s >= target) == min(
+            s for s in shares if s >= target
+        )
+    assert static_store.bisected([0.5], lambda s: {"recall": s})
+
+
+def test_a_static_store(tiny, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    grid = {"IVF11,Flat": "nprobe", "IVF7,PQ32x4fs,RFlat": "nprobe"}
+    monkeypatch.setattr(static_store, "GRID", {**grid, "HNSW4": "efSearch"})
+    path = tmp_path / "all.json"
+    arguments = "retrieval --cases static --data unclustered --rounds 1 "
+    arguments += "--threads 1"
+    command_line.main([*arguments.split(), "--json", str(path)])
+    found = json.loads(path.read_text())["static"]["unclustered"]
+    assert list(found["grid"]) == list(static_store.GRID)
+    flat = found["grid"]["IVF11,Flat"]
+    assert flat["best"]["0.95"]["recall"] >= 0.95
+    assert flat["best"]["0.99"]["parameters"] == {"nprobe": 11}
+    assert len(found["results"]) == 5
+    by_kind = {(r["kind"], r["asked_for"]): r for r in found["results"]}
+    exact = by_kind["exact", 1.0]
+    assert exact["recall"] == 1.0 and exact["queries"] == 20
+    if scann_index.import_error() is None:
+        ours = by_kind["ours", 0.95]
+        assert ours["recall"] == 1.0 and ours["queries"] == 47
+        assert len(ours["times_faiss"]) == len(ours["times_exact"]) == 3
+        rate, other = (r["queries_per_second"] for r in (ours, exact))
+        np.testing.assert_allclose(ours["times_exact"][1], rate / other)
+    first, last = capsys.readouterr().out.split("\n\n")[:2]
+    assert len(lists_of(first)) == 2 + 2 * 3
+    assert len(lists_of(last)) == 2 + 5
+
+
+def test_a_static_store_without_faiss(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(references, "installed", lambda name: False)
+    found = static_store.run("clustered", 1, 2, quick=True)
+    by_kind = {(r["kind"], r["asked_for"]): r for r in found["results"]}
+    assert by_kind["exact", 1.0]["name"] == "NumPy"
+    assert by_kind["exact", 1.0]["recall"] == 1.0
+    assert "not_run" in by_kind["faiss", 0.95]
+    assert "not run" in capsys.readouterr().out
+
+
+def test_what_fails_alone_is_told():
+    with_bar = functools.partial(math.sqrt, -1)
+    told = static_store.alone(with_bar)
+    assert told == {"not_run": "ValueError: math domain error"}
+
+
+@pytest.mark.scann
+def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
+    rules = {"never": math.inf, "25 %": 0.25, "100 %": 1.0}
+    monkeypatch.setattr(key_drift, "RULES", rules)
+    rule = scann_index.REBUILT
+
+    class Pool:  # in this process, where sizes are tiny
+        def __init__(self, *arguments):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, do, *given):
+            return mock.Mock(**{"result.return_value": do(*given)})
+
+    monkeypatch.setattr(key_drift.futures, "ProcessPoolExecutor", Pool)
+    numbers = key_drift.run(2)
+    assert scann_index.REBUILT == rule
+    found = numbers["rules"]
+    # 22 of 880 at each of 40 steps.
+    assert [one["trees_built"] for one in found.values()] == [0, 4, 1]
+    for one in found.values():
+        assert one["steps"] == [1, 20, 40]
+        assert all(0 < recall <= 1 for recall in one["recalls"])
+        assert one["leaves"][0][0]
+    assert len(numbers["losses"]) == 40 and numbers["moved"] > 0
+    first, last = capsys.readouterr().out.split("\n\n")[:2]
+    assert lists_of(first)[0] == ["step", *rules]
+    assert len(lists_of(last)) == 2 + 3
