@@ -19,12 +19,14 @@ ENTRIES, STEPS, ADDED = 64_000, 2000, 32  # all are overwritten once
 QUERIES, EVERY, TOP_K = 500, 100, 32  # of which recall is measured, and when
 SEARCHED = 256  # queries of each step, which tune trees
 BATCH, LEARNING_RATE = 256, 1e-3
-RULES = {  # share of entries that are overwritten until a tree is built anew
-    "never": math.inf,
-    "12.5 %": 0.125,
-    "25 %": 0.25,
-    "50 %": 0.5,
-    "100 %": 1.0,
+NEVER = {"REBUILT": math.inf, "WORN": math.inf}
+UNTRIED = {"TRIED": (math.inf, math.inf)}
+RULES = {  # constants of `scann_index`, but for those of the first tree
+    "never": {**NEVER, **UNTRIED},
+    "after 12.5 %": {"REBUILT": 0.125, **UNTRIED},
+    "after 50 %": {"REBUILT": 0.5, **UNTRIED},
+    "never, but tried": NEVER,
+    "tried, after 50 % or when worn": {},
 }
 HEADER = (
     "built anew",
@@ -96,7 +98,7 @@ def measured(threads):
     return {
         "losses": drift.losses,
         "moved": drift.moved,
-        "rules": {name: drift.tried(share) for name, share in RULES.items()},
+        "rules": {name: drift.tried(rule) for name, rule in RULES.items()},
     }
 
 
@@ -141,28 +143,27 @@ class Drift:
         moved = np.linalg.norm(encoder(fixed).numpy() - before, axis=1)
         self.moved = float(np.mean(moved / np.linalg.norm(before, axis=1)))
 
-    def tried(self, share):
+    def tried(self, rule):
         """Recall of a memory whose trees are built anew by a rule."""
         import keras_memory
         from keras_memory import scann_index
 
-        rule, scann_index.REBUILT = scann_index.REBUILT, share
+        before = {name: getattr(scann_index, name) for name in rule}
         try:
-            return self._tried(keras_memory.KNNMemory, scann_index)
+            return self._tried(keras_memory.KNNMemory, scann_index, rule)
         finally:
-            scann_index.REBUILT = rule
+            vars(scann_index).update(before)
 
-    def _tried(self, made, scann_index):
+    def _tried(self, made, scann_index, rule):
         memory = made(
             DIM, ENTRIES, 1, value_dim=0, store="scann", background=False
         )
-        share, scann_index.REBUILT = scann_index.REBUILT, 1.0
         index = memory._indexes[0]
         some = min(ADDED, ENTRIES)
         memory.add(self.first[None, :some])
         memory.search(self.queries[0][None], TOP_K)  # a tree is tuned by them
         memory.add(self.first[None, some:])
-        scann_index.REBUILT = share
+        vars(scann_index).update(rule)
         trees = neighbours.Trees()
         found = {"steps": [], "recalls": [], "leaves": []}
         times = []

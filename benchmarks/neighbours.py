@@ -64,7 +64,7 @@ class Trees:
         from keras_memory import scann_index
 
         self.built, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
-        build = scann_index.ScannRow._build_tree
+        build = scann_index.ScannRow._build
         build = getattr(build, "__wrapped__", build)
 
         @functools.wraps(build)
@@ -77,7 +77,7 @@ class Trees:
                 self.seconds += time.perf_counter() - begun
                 self.cpu_seconds += time.thread_time() - cpu_begun
 
-        scann_index.ScannRow._build_tree = timed
+        scann_index.ScannRow._build = timed
 
     def tell(self):
         """What was built since it was called before."""

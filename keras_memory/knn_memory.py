@@ -159,6 +159,7 @@ class KNNMemory:
             self._hits = np.zeros(slots, "int64")
             self._added_at = np.zeros(slots, "int64")
             self._hit_at = np.zeros(slots, "int64")
+        self._is_counted = True  # what is searched
         self._log = self._mode = None
 
     def _index(self, row):
@@ -287,7 +288,8 @@ class KNNMemory:
                             out=of_found[i],
                             mode="wrap",
                         )
-                        of_found[i][slots[i] < 0] = 0.0
+                        if (slots[i] < 0).any():
+                            of_found[i][slots[i] < 0] = 0.0
         shape = (*queries.shape[:-1], top_k)
         return Neighbours(
             *(part.reshape(shape) for part in found[:3]),
@@ -298,18 +300,20 @@ class KNNMemory:
     def _search(self, row, queries, slots, scores):
         """Writes what is found to (Q, K) `slots` and `scores`."""
         size = int(self.size()[row])
-        if self.keep_statistics:
+        if self.keep_statistics and self._is_counted:
             self._searches[row] += 1
         if not size or not len(queries):
             return
         if self.similarity == "cosine":
             queries = _unit(queries)
         most = min(slots.shape[1], size)
-        found, of_found = self._indexes[row].search(queries, most)
+        found, of_found = self._indexes[row].search(
+            queries, most, self._is_counted
+        )
         is_found = of_found > -np.inf
         slots[:, :most] = np.where(is_found, found, -1)
         scores[:, :most] = of_found
-        if self.keep_statistics:
+        if self.keep_statistics and self._is_counted:
             hits = np.bincount(found[is_found], minlength=self.max_memories)
             self._hits[row] += hits
             self._hit_at[row, hits > 0] = self._searches[row]
@@ -404,7 +408,7 @@ class KNNMemory:
         check_size("top_k", top_k)
         check_size("sample", sample)
         found = wanted = 0
-        with self._lock, self._without_statistics():
+        with self._lock, self._uncounted():
             rows = self._rows(rows)
             if queries is not None:
                 queries = _vectors(
@@ -430,12 +434,12 @@ class KNNMemory:
         return found / wanted if wanted else 1.0
 
     @contextlib.contextmanager
-    def _without_statistics(self):
-        before, self.keep_statistics = self.keep_statistics, False
+    def _uncounted(self):
+        self._is_counted = False
         try:
             yield
         finally:
-            self.keep_statistics = before
+            self._is_counted = True
 
     def wait(self):
         """Waits until trees that are being built are in use."""
@@ -672,7 +676,7 @@ class _ExactRow:
     def wait(self):
         pass
 
-    def search(self, queries, top_k):
+    def search(self, queries, top_k, is_counted=True):
         """(Q, top_k) slots and scores."""
         if self._on_device is None:
             # As few shapes as there are powers of two, for what is compiled.

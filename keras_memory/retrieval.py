@@ -565,7 +565,7 @@ class KNNMemoryLayer(keras.layers.Layer):
 
     def reset_state(self):
         """Forgets all entries."""
-        self.memory_count.assign(ops.zeros_like(self.memory_count))
+        self.memory_count.assign(ops.zeros_like(self.state.count))
 
     def call(
         self,

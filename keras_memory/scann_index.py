@@ -31,9 +31,12 @@ from keras_memory.retrieval import unit
 
 FLAT = 16384  # entries up to which all are compared
 HASHED = 500_000  # entries beyond which compressed ones are compared
-REBUILT = 0.25  # share of entries that are written until a tree is built anew
+REBUILT = 0.5  # share of entries that are written until a tree is built anew
+TRIED = 0.005, 0.05  # likewise, until it is tried again how much of it must be
+# searched: a new tree soon, later seldom
+WORN = 2.0  # times as much as at first must be searched of a tree to rebuild it
 WORTH = 0.25  # share of entries, compared by a tree, from which all are
-SAMPLE = 256  # queries that a new tree is tried with
+SAMPLE = 256  # queries that a tree is tried with
 MARGIN = 0.2  # of what a tree may miss, that it is to find all the same
 
 
@@ -78,8 +81,10 @@ class ScannRow:
     searches, of two sizes, each with as many of its leaves searched as find
     `target_recall` of what a sample of the latest queries should find; the one
     that compares fewer entries takes over, unless comparing all is as good. It
-    follows what is written, and is built anew when `REBUILT` of its entries
-    have been.
+    follows what is written. As keys and queries may drift apart, which an
+    encoder's do that is being trained, it is tried again and again (`TRIED`)
+    how many leaves must be searched; it is built anew when these are `WORN`
+    times as many as at first, or `REBUILT` of its entries have been written.
 
     Args:
         vectors: function of an array of slots: their (n, D) float32 vectors,
@@ -108,7 +113,11 @@ class ScannRow:
         self.building = None  # a future, while a tree is built
         self._epoch += 1
         self._searcher = None
-        self._since = self._built_of = 0  # entries written, since how many were
+        self._built_of = 0  # entries
+        self._since_built = self._since_tried = 0  # entries that were written
+        self._compared = 0  # entries for a query, of the tree when it was new
+        self._is_worn = False  # so much that it is to be built anew
+        self._is_busy = False  # building or trying
         self._changed = None  # slots written since a tree began to be built
         self._latest = None  # queries
         self._top_k = 32
@@ -126,14 +135,13 @@ class ScannRow:
             if self._searcher is not None:
                 self._searcher.upsert(slots, before, self._vectors(slots))
         except Exception as error:  # it may be half written
-            self._searcher, self._built_of = None, 0
+            self._searcher, self._is_worn = None, True
             _warn("followed what was written", error)
         if self._changed is not None:
             self._changed.append(slots)
-        self._since += len(slots)
-        if self.size > FLAT and self._changed is None:
-            if self._since >= REBUILT * self._built_of:
-                self._begin()
+        self._since_built += len(slots)
+        self._since_tried += len(slots)
+        self._follow()
 
     def wait(self):
         """Waits for a tree that is being built; without the lock."""
@@ -141,19 +149,21 @@ class ScannRow:
         if building is not None:
             building.result()
 
-    def search(self, queries, top_k):
+    def search(self, queries, top_k, is_counted=True):
         """Finds the nearest entries.
 
         Args:
             queries: (Q, D) float32, finite, Q at least 1.
             top_k: int, from 1 to `size`.
+            is_counted: bool, whether trees are to be tried with them.
 
         Returns:
             (Q, top_k) slots, and float32 scores, the larger the nearer, -inf
             where nothing was found.
         """
-        step = -(-len(queries) // SAMPLE)
-        self._latest, self._top_k = queries[::step].copy(), top_k
+        if is_counted:
+            step = -(-len(queries) // SAMPLE)
+            self._latest, self._top_k = queries[::step].copy(), top_k
         if self._searcher is None:
             vectors = self._vectors(np.arange(self.size))
             self._searcher = Searcher(vectors, self._distance)
@@ -161,7 +171,9 @@ class ScannRow:
         slots, scores = self._searcher.search(
             queries, top_k, self.leaves_to_search
         )
-        if not self._searcher.is_hashed:
+        is_hashed = self._searcher.is_hashed
+        self._follow()
+        if not is_hashed:
             return slots, scores
         # Scores of compressed vectors are rough: the best of twice as many.
         vectors = self._vectors(slots.ravel()).reshape(*slots.shape, -1)
@@ -178,47 +190,84 @@ class ScannRow:
 
     # The builder's side.
 
-    def _begin(self):
-        self._changed = []
-        self._since, self._built_of = 0, self.size
-        if self._builder is None:
-            self._build_tree(self._epoch, self.size)
+    def _follow(self):
+        """Begins to build or to try a tree, where that is due."""
+        if self.size <= FLAT or self._is_busy:
+            return
+        if self._is_worn or self._since_built >= REBUILT * self._built_of:
+            work, self._changed, self._is_worn = self._build, [], False
+            self._since_built = self._since_tried = 0
+            self._built_of = self.size
+        elif self._is_to_be_tried():
+            work = self._try
+            self._since_tried = 0
         else:
-            self.building = self._builder.submit(
-                self._build_tree, self._epoch, self.size
-            )
+            return
+        self._is_busy = True
+        arguments = work, self._epoch, self.size
+        if self._builder is None:
+            self._work(*arguments)
+        else:
+            self.building = self._builder.submit(self._work, *arguments)
 
-    def _build_tree(self, epoch, size):
+    def _is_to_be_tried(self):
+        if self.leaves is None or self._latest is None:
+            return False
+        least, most = (share * self._built_of for share in TRIED)
+        return self._since_tried >= np.clip(self._since_built / 2, least, most)
+
+    def _work(self, work, epoch, size):
         try:
-            self._try_to_build(epoch, size)
+            work(epoch, size)
         except Exception as error:  # the index before serves on
+            _warn("built a tree", error)
+        finally:
             with self._lock:
                 if self._epoch == epoch:
-                    self._changed = None
-            _warn("built a tree", error)
+                    self._is_busy, self._changed = False, None
 
-    def _try_to_build(self, epoch, size):
+    def _build(self, epoch, size):
         # What is written meanwhile may be copied in parts: it is in `_changed`.
         vectors = self._vectors(np.arange(size))
         queries, top_k = self._latest, self._top_k
-        if queries is None:
-            step = -(-size // SAMPLE)
-            queries = vectors[::step]
+        is_guess = queries is None  # keys are easier to find than queries
+        if is_guess:
+            queries = vectors[:: -(-size // SAMPLE)]
         best = self._best_tree(vectors, queries, top_k)
         with self._lock:
             if self._epoch != epoch:  # it was cleared
                 return
-            changed, self._changed = self._changed, None
             if best is None:
                 if self.leaves is not None:
                     self._searcher = None  # flat, at the next search
                 return
             searcher, leaves, leaves_to_search = best
-            if changed:
-                slots = np.unique(np.concatenate(changed))
+            if self._changed:
+                slots = np.unique(np.concatenate(self._changed))
                 searcher.upsert(slots, size, self._vectors(slots))
             self._searcher = searcher
             self.leaves, self.leaves_to_search = leaves, leaves_to_search
+            self._compared = compared(size, leaves, leaves_to_search)
+            if is_guess:
+                self._since_tried = self._built_of
+
+    def _try(self, epoch, size):
+        vectors, queries = self._vectors(np.arange(size)), self._latest
+        top_k = self._top_k
+        right, _ = Searcher(vectors, self._distance).search(queries, top_k)
+        searcher, leaves = self._searcher, self.leaves
+
+        def search(leaves_to_search):
+            with self._lock:  # or it would be written to meanwhile
+                return searcher.search(queries, top_k, leaves_to_search)
+
+        fewest = fewest_leaves(search, leaves, right, self._target)
+        with self._lock:
+            if self._epoch != epoch or self._searcher is not searcher:
+                return
+            self.leaves_to_search = fewest
+            worn = compared(size, leaves, fewest) > WORN * self._compared
+            self._is_worn = worn
 
     def _best_tree(self, vectors, queries, top_k):
         make = functools.partial(Searcher, vectors, self._distance)
@@ -296,24 +345,46 @@ def best_tree(make, size, queries, top_k, target, is_hashed):
         Searcher, its leaves, and how many of them to search; or None where
         comparing all entries is as good.
     """
-    target = 1 - (1 - MARGIN) * (1 - target)
     right, _ = make(None, False).search(queries, top_k)
     best, least = None, WORTH * size
     for compress in (True, False) if is_hashed else (False,):
         for leaves in (math.isqrt(size), 2 * math.isqrt(size)):
             tree = make(leaves, compress)
-            low, high = 0, leaves // 2  # at `high` it is taken for enough
-            while high - low > 1:
-                middle = (low + high) // 2
-                slots, scores = tree.search(queries, top_k, middle)
-                enough = recall(slots, scores > -np.inf, right) >= target
-                low, high = (low, middle) if enough else (middle, high)
-            compared = leaves + high * size / leaves
-            if compared < least:
-                best, least = (tree, leaves, high), compared
+            search = functools.partial(tree.search, queries, top_k)
+            fewest = fewest_leaves(search, leaves, right, target)
+            number = compared(size, leaves, fewest)
+            if number < least:
+                best, least = (tree, leaves, fewest), number
         if best is not None:
             break
     return best
+
+
+def fewest_leaves(search, leaves, right, target):
+    """How many leaves must be searched; half of them are taken for enough.
+
+    Args:
+        search: function of a number of leaves, to slots and scores.
+        leaves: int, how many the tree has.
+        right: (Q, K) the neighbours of each query.
+        target: float in (0, 1), the share of them that should be found.
+
+    Returns:
+        int.
+    """
+    target = 1 - (1 - MARGIN) * (1 - target)
+    low, high = 0, leaves // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        slots, scores = search(middle)
+        enough = recall(slots, scores > -np.inf, right) >= target
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def compared(size, leaves, leaves_to_search):
+    """With how many vectors a query is compared, the leaves' own among them."""
+    return leaves + leaves_to_search * size / leaves
 
 
 def _warn(what, error):
