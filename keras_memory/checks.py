@@ -66,6 +66,15 @@ def check_between(name, value, least, most=np.inf, or_none=False):
     return value
 
 
+def check_within(name, value):
+    """Raises ValueError unless `value` is above 0 and below 1."""
+    if not is_number(value) or not 0.0 < value < 1.0:
+        raise ValueError(
+            f"`{name}` must be above 0 and below 1. Received: {name}={value!r}"
+        )
+    return value
+
+
 def check_share(name, value):
     """Raises ValueError unless `value` is in [0, 1)."""
     if not is_number(value) or not 0.0 <= value < 1.0:

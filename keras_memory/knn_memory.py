@@ -6,6 +6,7 @@ keys, V width of values, K neighbours.
 """
 
 import contextlib
+import math
 import threading
 from concurrent import futures
 from typing import Any
@@ -16,10 +17,10 @@ import numpy as np
 from keras import ops
 
 from keras_memory import durable
-from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
+from keras_memory.checks import check_within
 from keras_memory.retrieval import LARGEST
 from keras_memory.retrieval import NORM_EPSILON
 from keras_memory.retrieval import QUERIES
@@ -34,6 +35,7 @@ from keras_memory.scann_index import recall
 
 STORES = ("auto", "ring", "scann")
 MODES = ("r", "a")
+STORED = ("dim", "max_memories", "num_rows", "value_dim", "similarity")
 LOG_FACTOR = 2  # a file larger than so many times its entries is rewritten
 LOG_LEAST = 1 << 24  # bytes of a file that is never rewritten
 
@@ -122,20 +124,19 @@ class KNNMemory:
         background=True,
         keep_statistics=False,
     ):
-        self.dim = check_size("dim", dim)
-        self.max_memories = check_size("max_memories", max_memories)
+        self.dim = int(check_size("dim", dim))
+        self.max_memories = int(check_size("max_memories", max_memories))
         if max_memories >= 1 << 31:
             raise ValueError(
                 "`max_memories` must be below 2^31, as indices are int32. "
                 f"Received: max_memories={max_memories}"
             )
-        self.num_rows = check_size("num_rows", num_rows)
+        self.num_rows = int(check_size("num_rows", num_rows))
         if value_dim is None:
             value_dim = dim
-        self.value_dim = check_size("value_dim", value_dim, least=0)
+        self.value_dim = int(check_size("value_dim", value_dim, least=0))
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
-        check_between("target_recall", target_recall, 0.0, 1.0)
-        self.target_recall = target_recall
+        self.target_recall = check_within("target_recall", target_recall)
         self.background = check_bool("background", background)
         self.keep_statistics = check_bool("keep_statistics", keep_statistics)
         check_one_of("store", store, STORES)
@@ -149,6 +150,7 @@ class KNNMemory:
         self._keys = np.zeros((*slots, dim), "float32")
         self._values = np.zeros((*slots, value_dim), "float32")
         self._count = np.zeros(num_rows, "int64")  # added since it was cleared
+        self._centre = np.zeros((num_rows, dim), "float32")  # of the first
         self._lock = threading.RLock()
         self._builder = None
         if store == "scann" and background:
@@ -161,18 +163,27 @@ class KNNMemory:
             self._hit_at = np.zeros(slots, "int64")
         self._is_counted = True  # what is searched
         self._log = self._mode = None
+        self._news, self._operations_read = None, []  # not yet in this memory
 
     def _index(self, row):
         if self.store == "ring":
             return _ExactRow(self._keys[row], self.similarity)
 
-        def vectors(slots):
-            keys = self._keys[row, slots]
-            return _unit(keys) if self.similarity == "cosine" else keys
+        def prepared(vectors):
+            if self.similarity == "cosine":
+                return _unit(vectors)
+            if self.similarity == "l2":
+                # Far from zero ScaNN's distances would be rounding.
+                return vectors - self._centre[row]
+            return vectors
 
-        distance = "squared_l2" if self.similarity == "l2" else "dot_product"
         return ScannRow(
-            vectors, distance, self.target_recall, self._lock, self._builder
+            self._keys[row],
+            prepared,
+            "squared_l2" if self.similarity == "l2" else "dot_product",
+            self.target_recall,
+            self._lock,
+            self._builder,
         )
 
     def add(self, keys, values=None, mask=None, rows=None):
@@ -224,6 +235,8 @@ class KNNMemory:
     def _add(self, row, keys, values):
         """Appends to one row; returns slots, as `add`."""
         number, size = len(keys), self.max_memories
+        if not self._count[row] and number:
+            self._centre[row] = keys.mean(axis=0, dtype="float64")
         first = max(0, number - size)  # what comes later takes their place
         self._count[row] += number
         numbers = np.arange(self._count[row] - number, self._count[row])
@@ -261,7 +274,7 @@ class KNNMemory:
             queries = _vectors(
                 "queries", queries, (len(rows), ..., self.dim), rows
             )
-            flat = queries.reshape(len(rows), -1, self.dim)
+            flat = _flat(queries)
             shape = (len(rows), flat.shape[1], top_k)
             slots = np.full(shape, -1, "int32")
             scores = np.full(shape, -np.inf, "float32")
@@ -304,8 +317,6 @@ class KNNMemory:
             self._searches[row] += 1
         if not size or not len(queries):
             return
-        if self.similarity == "cosine":
-            queries = _unit(queries)
         most = min(slots.shape[1], size)
         found, of_found = self._indexes[row].search(
             queries, most, self._is_counted
@@ -387,6 +398,8 @@ class KNNMemory:
 
     def _slots(self, row):
         """All slots of a row that have entries, the oldest first."""
+        if isinstance(row, (bool, np.bool_)):  # is a row in lists of them
+            check_size("row", row, least=0)
         (row,) = self._rows([row])
         count = int(self._count[row])
         first = max(0, count - self.max_memories)
@@ -411,9 +424,11 @@ class KNNMemory:
         with self._lock, self._uncounted():
             rows = self._rows(rows)
             if queries is not None:
-                queries = _vectors(
-                    "queries", queries, (len(rows), ..., self.dim), rows
-                ).reshape(len(rows), -1, self.dim)
+                queries = _flat(
+                    _vectors(
+                        "queries", queries, (len(rows), ..., self.dim), rows
+                    )
+                )
             for i, row in enumerate(rows):
                 of_row = queries[i] if queries is not None else None
                 if of_row is None:
@@ -524,6 +539,11 @@ class KNNMemory:
         else:
             log = durable.Log(folder, mode)
         try:
+            if set(log.config) != set(STORED):
+                raise ValueError(
+                    f"`folder` must be of a `KNNMemory`, with {STORED}. "
+                    f"Received: {folder}, with {tuple(log.config)}"
+                )
             for name, stored in log.config.items():
                 given = options.get(name, stored)
                 if name == "value_dim" and given is None:
@@ -536,7 +556,9 @@ class KNNMemory:
                     )
             memory = cls(**{**options, **log.config})
             memory._log, memory._mode = log, mode
-            memory._replay()
+            for operation in log.operations():
+                memory._check_stored(*operation)
+                memory._do(*operation)
         except BaseException:
             log.close()
             raise
@@ -583,11 +605,10 @@ class KNNMemory:
                 )
             news = self._log.refresh()
             if news == "anew":
-                for row in range(self.num_rows):
-                    self._clear(row)
-            if news:
-                self._replay()
-            return news is not None
+                self._operations_read = []
+            if self._news != "anew":
+                self._news = news or self._news
+            return self._catch_up()
 
     def close(self):
         """Flushes, and lets other processes write. Searches still work."""
@@ -609,8 +630,7 @@ class KNNMemory:
         return f"KNNMemory({', '.join(values)})"
 
     def _config(self):
-        names = "dim", "max_memories", "num_rows", "value_dim", "similarity"
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in STORED}
 
     def _operations(self):
         """All that a file needs to make this memory again."""
@@ -619,12 +639,44 @@ class KNNMemory:
             if len(keys):
                 yield durable.Operation(row, keys, values)
 
-    def _replay(self):
-        for row, keys, values in self._log.operations():
-            if keys is None:
+    def _do(self, row, keys, values):
+        if keys is None:
+            self._clear(row)
+        else:
+            self._add(row, keys, values)
+
+    def _catch_up(self):
+        """Does what the log tells, or, if it is damaged, nothing of it."""
+        if self._news is None:
+            return False
+        for operation in self._log.operations():
+            self._operations_read.append(operation)
+        for operation in self._operations_read:
+            self._check_stored(*operation)
+        if self._news == "anew":
+            for row in range(self.num_rows):
                 self._clear(row)
-            else:
-                self._add(row, keys, values)
+        for operation in self._operations_read:
+            self._do(*operation)
+        self._news, self._operations_read = None, []
+        return True
+
+    def _check_stored(self, row, keys, values):
+        widths = (self.dim, self.value_dim)
+        is_right = row < self.num_rows and (
+            keys is None
+            or (
+                (keys.shape[1], values.shape[1]) == widths
+                and all((np.abs(x) <= LARGEST).all() for x in (keys, values))
+            )
+        )
+        if not is_right:
+            shapes = None if keys is None else (keys.shape, values.shape)
+            raise ValueError(
+                "A stored entry must fit the memory that it is in, and be "
+                f"finite. Received: row {row}, shapes {shapes}, in the file "
+                f"of {self!r}"
+            )
 
     def _check_writable(self):
         if self._mode not in (None, "a"):
@@ -709,6 +761,12 @@ def _has_accelerator():
         return False
     devices = keras.distribution.list_devices()
     return any(not device.lower().startswith("cpu") for device in devices)
+
+
+def _flat(queries):
+    """(R, ..., D) as (R, Q, D)."""
+    rows, *number, width = queries.shape
+    return queries.reshape(rows, math.prod(number), width)
 
 
 def _unit(vectors):

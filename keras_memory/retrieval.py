@@ -12,9 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory.checks import check_between
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
+from keras_memory.checks import check_within
 
 BLOCK = 16384  # keys that are compared at a time
 QUERIES = 1024  # queries that are compared at a time
@@ -198,7 +198,7 @@ class RingMemory:
         check_size("value_dim", self.value_dim, least=0)
         check_one_of("similarity", self.similarity, SIMILARITIES)
         check_one_of("method", self.method, METHODS)
-        check_between("target_recall", self.target_recall, 0.0, 1.0)
+        check_within("target_recall", self.target_recall)
 
     def initial_state(self, batch_size, dtype="float32"):
         """An empty memory for each row.
@@ -232,7 +232,18 @@ class RingMemory:
         Returns:
             `RingState`.
         """
-        rows = ops.convert_to_tensor(rows, "bool")
+        rows = ops.convert_to_tensor(rows)
+        is_bool = keras.backend.standardize_dtype(rows.dtype) == "bool"
+        if (
+            not is_bool
+            or len(rows.shape) != 1
+            or _differ(rows.shape, state.keys)
+        ):
+            raise ValueError(
+                "`rows` must be (B,) bool, True for each row of the memory "
+                f"that is cleared. Received: shape {tuple(rows.shape)}, dtype "
+                f"{rows.dtype}, a memory of shape {tuple(state.keys.shape)}"
+            )
         return state._replace(count=ops.where(rows, 0, state.count))
 
     def add(self, state, keys, values=None, mask=None):
@@ -261,6 +272,8 @@ class RingMemory:
                     f"{tuple(mask.shape)}, keys of shape {tuple(keys.shape)}"
                 )
             kept = kept & mask
+        if keys.shape[1] == 0:
+            return state
         size = self.max_memories
         order = ops.cumsum(ops.cast(kept, "int32"), axis=1)
         added = order[:, -1:]
@@ -410,7 +423,9 @@ class RingMemory:
         slots = ops.reshape(slots, (*shape[:2], GROUP * top_k))
         products = ops.take_along_axis(products, slots, axis=2)
         found, places = ops.top_k(products, top_k)
-        return found, ops.take_along_axis(slots, places, axis=2)
+        slots = ops.take_along_axis(slots, places, axis=2)
+        # Where all are at -inf it may be a slot that only fills the groups.
+        return found, ops.minimum(slots, self.max_memories - 1)
 
     def _entries(self, state, keys, values):
         """Checked, without gradient, in the dtype of the state."""

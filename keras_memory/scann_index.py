@@ -18,10 +18,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
+from keras_memory.checks import check_within
 from keras_memory.retrieval import SIMILARITIES
 from keras_memory.retrieval import Neighbours
 from keras_memory.retrieval import is_sound
@@ -87,8 +87,8 @@ class ScannRow:
     times as many as at first, or `REBUILT` of its entries have been written.
 
     Args:
-        vectors: function of an array of slots: their (n, D) float32 vectors,
-            finite, as they are compared.
+        keys: (N, D) float32, finite, of all slots; whoever writes to it tells.
+        prepared: function of (n, D) keys or queries, to what is compared.
         distance: `"dot_product"` or `"squared_l2"`.
         target_recall: float in (0, 1).
         lock: held by whoever calls a method; the builder takes it to swap.
@@ -96,8 +96,8 @@ class ScannRow:
             writes waits for them.
     """
 
-    def __init__(self, vectors, distance, target_recall, lock, builder):
-        self._vectors = vectors
+    def __init__(self, keys, prepared, distance, target_recall, lock, builder):
+        self._keys, self._prepared = keys, prepared
         self._distance = distance
         self._target = target_recall
         self._lock = lock
@@ -122,6 +122,9 @@ class ScannRow:
         self._latest = None  # queries
         self._top_k = 32
 
+    def _vectors(self, slots):
+        return self._prepared(np.take(self._keys, slots, axis=0))
+
     def write(self, slots):
         """Follows what was written.
 
@@ -131,17 +134,24 @@ class ScannRow:
         """
         slots = np.sort(slots)  # ScaNN numbers new ones as they come
         before, self.size = self.size, max(self.size, int(slots.max()) + 1)
+        failed = None
         try:
             if self._searcher is not None:
                 self._searcher.upsert(slots, before, self._vectors(slots))
         except Exception as error:  # it may be half written
-            self._searcher, self._is_worn = None, True
-            _warn("followed what was written", error)
+            self._compare_all()
+            self._is_worn, failed = True, error
         if self._changed is not None:
             self._changed.append(slots)
         self._since_built += len(slots)
         self._since_tried += len(slots)
         self._follow()
+        if failed is not None:
+            _warn("followed what was written", failed)
+
+    def _compare_all(self):
+        """From the next search on, until there is another tree."""
+        self._searcher = self.leaves = self.leaves_to_search = None
 
     def wait(self):
         """Waits for a tree that is being built; without the lock."""
@@ -161,13 +171,13 @@ class ScannRow:
             (Q, top_k) slots, and float32 scores, the larger the nearer, -inf
             where nothing was found.
         """
+        queries = self._prepared(queries)
         if is_counted:
             step = -(-len(queries) // SAMPLE)
             self._latest, self._top_k = queries[::step].copy(), top_k
         if self._searcher is None:
             vectors = self._vectors(np.arange(self.size))
             self._searcher = Searcher(vectors, self._distance)
-            self.leaves = self.leaves_to_search = None
         slots, scores = self._searcher.search(
             queries, top_k, self.leaves_to_search
         )
@@ -177,10 +187,7 @@ class ScannRow:
             return slots, scores
         # Scores of compressed vectors are rough: the best of twice as many.
         vectors = self._vectors(slots.ravel()).reshape(*slots.shape, -1)
-        if self._distance == "squared_l2":
-            exact = -np.sum((vectors - queries[:, None]) ** 2, axis=-1)
-        else:
-            exact = np.einsum("qkd,qd->qk", vectors, queries)
+        exact = np.einsum("qkd,qd->qk", vectors, queries)
         exact = np.where(scores > -np.inf, exact, -np.inf)
         best = np.argsort(-exact, axis=1)[:, :top_k]
         return (
@@ -239,7 +246,7 @@ class ScannRow:
                 return
             if best is None:
                 if self.leaves is not None:
-                    self._searcher = None  # flat, at the next search
+                    self._compare_all()
                 return
             searcher, leaves, leaves_to_search = best
             if self._changed:
@@ -252,10 +259,13 @@ class ScannRow:
                 self._since_tried = self._built_of
 
     def _try(self, epoch, size):
-        vectors, queries = self._vectors(np.arange(size)), self._latest
-        top_k = self._top_k
+        with self._lock:
+            if self._epoch != epoch or self.leaves is None:
+                return
+            searcher, leaves = self._searcher, self.leaves
+            queries, top_k = self._latest, self._top_k
+        vectors = self._vectors(np.arange(size))
         right, _ = Searcher(vectors, self._distance).search(queries, top_k)
-        searcher, leaves = self._searcher, self.leaves
 
         def search(leaves_to_search):
             with self._lock:  # or it would be written to meanwhile
@@ -271,7 +281,8 @@ class ScannRow:
 
     def _best_tree(self, vectors, queries, top_k):
         make = functools.partial(Searcher, vectors, self._distance)
-        is_hashed = len(vectors) > HASHED
+        # ScaNN cannot write to compressed vectors of the other distance.
+        is_hashed = len(vectors) > HASHED and self._distance == "dot_product"
         return best_tree(
             make, len(vectors), queries, top_k, self._target, is_hashed
         )
@@ -490,7 +501,7 @@ class ScannIndex(keras.layers.Layer):
             )
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
-        check_between("target_recall", target_recall, 0.0, 1.0)
+        check_within("target_recall", target_recall)
         self.target_recall = target_recall
         self.exact = check_bool("exact", exact)
         if not exact:

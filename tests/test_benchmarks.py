@@ -434,8 +434,8 @@ def tiny(monkeypatch):
         monkeypatch.setattr(neighbours, name, lambda threads: None)
     prepared = dict.fromkeys(static_store.PREPARED, lambda threads: None)
     monkeypatch.setattr(static_store, "PREPARED", prepared)
-    build = scann_index.ScannRow._build_tree
-    monkeypatch.setattr(scann_index.ScannRow, "_build_tree", build)
+    build = scann_index.ScannRow._build
+    monkeypatch.setattr(scann_index.ScannRow, "_build", build)
 
 
 @pytest.fixture

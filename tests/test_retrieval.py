@@ -1,6 +1,17 @@
-"""Nearest neighbours."""
+"""Nearest neighbours, and a memory of entries in the graph.
+
+Run as a program on the JAX backend, lowers the memory for other devices.
+"""
+
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
 
 import harness
+import keras
 import numpy as np
 import pytest
 from harness import close
@@ -74,3 +85,856 @@ def test_nearest_compiles_with_a_free_number_of_keys(monkeypatch):
     ):
         for one, other in zip(function(queries, keys), expected):
             close(one, other, 1e-6)
+
+
+# A memory in the graph.
+
+SOME = [("exact", "dot"), ("blocked", "l2")]
+SIMILARITY = pytest.mark.parametrize("similarity", retrieval.SIMILARITIES)
+METHOD = pytest.mark.parametrize("method", retrieval.METHODS)
+
+
+def random(*shape, seed=7):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def tensors(*arrays):
+    return [a if a is None else ops.convert_to_tensor(a) for a in arrays]
+
+
+def arrays_of(record):
+    """A state, or what was found, in NumPy; 16 bits as float32."""
+    parts = [
+        ops.cast(part, "float32") if "float" in ops.dtype(part) else part
+        for part in record
+    ]
+    parts = map(ops.convert_to_numpy, parts)
+    return type(record)(*parts) if hasattr(record, "_fields") else tuple(parts)
+
+
+class Model:
+    """A memory as lists of (slot, key, value), the oldest first."""
+
+    def __init__(self, ring, batch):
+        self.ring = ring
+        self.rows, self.added = [[] for _ in range(batch)], [0] * batch
+
+    def add(self, keys, values, mask=None):
+        kept = np.ones(keys.shape[:2], bool) if mask is None else mask
+        for row, i in np.argwhere(kept):
+            slot = self.added[row] % self.ring.max_memories
+            self.rows[row].append((slot, keys[row, i], values[row, i]))
+            del self.rows[row][: -self.ring.max_memories]
+            self.added[row] += 1
+
+    def clear(self, rows):
+        for row in np.flatnonzero(rows):
+            self.rows[row], self.added[row] = [], 0
+
+    def scores(self, row, query):
+        keys = np.array([key for _, key, _ in self.rows[row]], "float64")
+        keys = keys.reshape(-1, self.ring.dim)
+        return similarities(query.astype("float64"), keys, self.ring.similarity)
+
+
+def similarities(query, keys, similarity):
+    if similarity == "l2":
+        return -((query - keys) ** 2).sum(-1)
+    products = keys @ query
+    if similarity == "cosine":
+        lengths = np.linalg.norm(query) * np.linalg.norm(keys, axis=1)
+        return products / np.where(lengths > 0, lengths, 1)
+    return products
+
+
+def check_found(found, model, queries, top_k, tolerance=1e-5):
+    """The nearest entries, as they were added."""
+    found = arrays_of(found)
+    shape = (*queries.shape[:-1], top_k)
+    widths = (), (), (), (model.ring.dim,), (model.ring.value_dim,)
+    assert [part.shape for part in found] == [(*shape, *w) for w in widths]
+    assert found.scores.dtype == "float32" and found.mask.dtype == bool
+    assert found.indices.dtype == "int32"
+    for place in np.ndindex(shape[:-1]):
+        scores, slots, mask, keys, values = (part[place] for part in found)
+        entries = {slot: rest for slot, *rest in model.rows[place[0]]}
+        truths = model.scores(place[0], queries[place])
+        n = min(top_k, len(entries))
+        assert mask.tolist() == [True] * n + [False] * (top_k - n)
+        assert (slots[n:] == -1).all() and (scores[n:] == -np.inf).all()
+        assert not keys[n:].any() and not values[n:].any()
+        assert len(set(slots[:n])) == n
+        best = np.sort(truths)[::-1][:n]
+        np.testing.assert_allclose(scores[:n], best, tolerance, tolerance)
+        of_slot = dict(zip(entries, truths))
+        true = [of_slot[slot] for slot in slots[:n]]
+        np.testing.assert_allclose(scores[:n], true, tolerance, tolerance)
+        for slot, key, value in zip(slots[:n], keys, values):
+            assert (key == entries[slot][0]).all()
+            assert (value == entries[slot][1]).all()
+
+
+def check_state(state, model):
+    state, size = arrays_of(state), model.ring.max_memories
+    assert state.count.dtype == "int32"
+    assert (0 <= state.count).all() and (state.count < 2 * size).all()
+    assert (state.count % size == np.array(model.added) % size).all()
+    sizes = ops.convert_to_numpy(model.ring.size(retrieval.RingState(*state)))
+    assert sizes.tolist() == list(map(len, model.rows))
+    for row, entries in enumerate(model.rows):
+        for slot, key, value in entries:
+            assert (state.keys[row, slot] == key).all()
+            assert (state.values[row, slot] == value).all()
+
+
+class Pair:
+    """A state and its model, of which each does what the other does."""
+
+    def __init__(self, ring, batch, dtype="float32"):
+        self.ring, self.model = ring, Model(ring, batch)
+        self.state = ring.initial_state(batch, dtype)
+
+    def add(self, keys, values, mask=None):
+        self.state = self.ring.add(self.state, *tensors(keys, values, mask))
+        self.model.add(keys, values, mask)
+        check_state(self.state, self.model)
+
+    def clear(self, rows):
+        rows = np.array(rows)
+        self.state = self.ring.clear(self.state, *tensors(rows))
+        self.model.clear(rows)
+        check_state(self.state, self.model)
+
+    def search(self, queries, top_k, **options):
+        found = self.ring.search(self.state, *tensors(queries), top_k)
+        check_found(found, self.model, queries, top_k, **options)
+        return found
+
+    def fill(self, n, seed=0, mask=None):
+        batch = len(self.model.rows)
+        keys = random(batch, n, self.ring.dim, seed=seed)
+        values = random(batch, n, self.ring.value_dim, seed=seed + 1)
+        self.add(keys, values, mask)
+
+
+@METHOD
+@SIMILARITY
+def test_the_ring_is_a_list(similarity, method):
+    ring = retrieval.RingMemory(5, 40, 2, similarity, method)
+    both, queries = Pair(ring, 3), random(3, 2, 5)
+    both.search(queries, 3)
+    both.fill(1)
+    both.search(queries, 3)
+    both.fill(7, seed=1, mask=np.random.default_rng(1).random((3, 7)) < 0.5)
+    both.fill(7, seed=2, mask=np.zeros((3, 7), bool))
+    both.fill(29, seed=3)  # not full
+    both.search(queries, 3)
+    both.fill(7, seed=4)  # around the end
+    both.search(queries, 3)
+    both.fill(93, seed=5)  # more than there is room for
+    both.search(queries, 40)
+    both.search(random(3, 2, 1, 5, seed=3), 3)
+    both.search(random(3, 5, seed=3), 3)
+    both.clear([True, False, True])
+    some = np.random.default_rng(2).random((3, 93)) < [[0.1], [0.5], [0.9]]
+    both.fill(93, seed=6, mask=some)
+    both.search(queries, 3)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("size", [9, 17, 31])
+def test_groups_that_are_not_full(size, top_k):
+    """As `GROUP` does not divide the number of slots."""
+    ring = retrieval.RingMemory(2, size, method="blocked")
+    both = Pair(ring, 2)
+    for n in (0, 1, 1, size - 2):
+        if n:
+            both.fill(n, seed=n)
+        both.search(random(2, 3, 2), top_k)
+
+
+@pytest.mark.parametrize(
+    "dim, size, value_dim, batch",
+    [(1, 5, 2, 2), (3, 1, 2, 2), (3, 5, 0, 2), (3, 5, None, 1), (1, 1, 1, 1)],
+)
+def test_the_smallest_sizes(dim, size, value_dim, batch):
+    ring = retrieval.RingMemory(dim, size, value_dim)
+    both = Pair(ring, batch)
+    for n in (1, 3, 2 * size + 1):
+        both.fill(n, seed=n)
+        both.search(random(batch, 2, dim), size)
+        both.search(random(batch, 0, dim), 1)
+
+
+def test_values_may_be_left_out():
+    ring = retrieval.RingMemory(3, 5, value_dim=0)
+    state = ring.initial_state(2)
+    keys = random(2, 2, 3)
+    for one, other in zip(
+        ring.add(state, *tensors(keys)),
+        ring.add(state, *tensors(keys, np.zeros((2, 2, 0), "float32"))),
+    ):
+        assert (ops.convert_to_numpy(one) == ops.convert_to_numpy(other)).all()
+
+
+def test_no_entries_are_added():
+    both = Pair(retrieval.RingMemory(3, 5), 2)
+    both.fill(0)
+
+
+def test_no_slot_is_written_with_two_contents(monkeypatch):
+    """Which of both stays would be up to the device."""
+    written = []
+
+    def noted(entries, slots, new):
+        written.append(arrays_of((slots, new)))
+        return write(entries, slots, new)
+
+    write = retrieval._with_rows_at
+    monkeypatch.setattr(retrieval, "_with_rows_at", noted)
+    both = Pair(retrieval.RingMemory(3, 5, 2), 2)
+    for seed, n in enumerate((1, 4, 7, 23)):
+        both.fill(n, seed=seed, mask=random(2, n, seed=seed) > [[-0.5], [0.5]])
+        both.fill(n, seed=seed + 9)
+    assert len(written) == 16
+    for slots, new in written:
+        for row, some in zip(slots, new):
+            pairs = {(slot, x.tobytes()) for slot, x in zip(row, some)}
+            assert len(pairs) == len(set(row))
+
+
+def test_counts_stay_small():
+    both = Pair(retrieval.RingMemory(1, 3), 2)
+    rng = np.random.default_rng(0)
+    for step in range(20):
+        n = (1, 2, 7)[step % 3]
+        both.fill(n, seed=step, mask=rng.random((2, n)) < 0.8)
+    assert min(both.model.added) > 40
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1.1e15])
+def test_what_cannot_be_compared_is_not_kept(number):
+    ring = retrieval.RingMemory(3, 7, 2, "l2")
+    both, queries = Pair(ring, 2), random(2, 3, 3)
+    keys, values = random(2, 5, 3), random(2, 5, 2)
+    both.add(keys.copy(), values.copy())
+    keys[0, 1, 2] = values[1, 3, 0] = keys[1, 4, 0] = number
+    kept = np.ones((2, 5), bool)
+    kept[[0, 1, 1], [1, 3, 4]] = False
+    both.state = ring.add(both.state, *tensors(keys, values))
+    both.model.add(keys, values, kept)
+    check_state(both.state, both.model)
+    found = both.search(queries, 4)
+    # A query with it finds nothing, and the others what they did.
+    broken = queries.copy()
+    broken[1, 1, 0] = number
+    after = ring.search(both.state, *tensors(broken), 4)
+    of_broken = np.arange(6).reshape(2, 3) == 4
+    for one, other, missing in zip(
+        arrays_of(found), arrays_of(after), (-np.inf, -1, False, 0.0, 0.0)
+    ):
+        assert (one[~of_broken] == other[~of_broken]).all()
+        assert (other[of_broken] == missing).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_state_in_16_bits(dtype):
+    ring = retrieval.RingMemory(3, 5, 2)
+    both = Pair(ring, 2, dtype)
+    keys, values = (
+        ops.convert_to_numpy(ops.cast(ops.cast(x, dtype), "float32"))
+        for x in (random(2, 3, 3), random(2, 3, 2))
+    )
+    both.add(keys, values)
+    found = both.search(random(2, 2, 3), 5)
+    assert ops.dtype(found.keys) == ops.dtype(found.values) == dtype
+    assert ops.dtype(both.state.keys) == dtype
+    # What is too large for it is not kept.
+    large = np.full((2, 1, 3), 1e5, "float32")
+    state = ring.add(both.state, *tensors(large, values[:, :1]))
+    expected = 3 if dtype == "float16" else 4
+    assert ops.convert_to_numpy(state.count).tolist() == [expected] * 2
+
+
+def test_inputs_of_other_dtypes():
+    ring = retrieval.RingMemory(2, 5)
+    state = ring.initial_state(1)
+    keys = np.arange(6).reshape(1, 3, 2)
+    state = ring.add(state, keys.astype("uint8"), keys.astype("float64"))
+    for queries in (
+        keys.astype("int32"),
+        keys.tolist(),
+        keys.astype("float16"),
+    ):
+        found = arrays_of(ring.search(state, queries, 1))
+        assert found.scores[0, :, 0].tolist() == [5.0, 23.0, 41.0]
+        assert (found.keys == [4.0, 5.0]).all()
+
+
+def test_zeros_have_no_direction():
+    ring = retrieval.RingMemory(2, 5, similarity="cosine")
+    both = Pair(ring, 1)
+    keys = np.array([[[0.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]], "float32")
+    both.add(keys, keys)
+    found = arrays_of(both.search(keys, 3))
+    assert (found.scores[0, 0] == 0.0).all()
+    assert found.indices[0, 1].tolist() == [1, 0, 2]
+
+
+@METHOD
+def test_l2_is_exact_far_from_zero(method):
+    ring = retrieval.RingMemory(3, 40, similarity="l2", method=method)
+    both = Pair(ring, 2)
+    keys = random(2, 35, 3) + np.float32(1e4)
+    both.add(keys, keys)
+    queries = random(2, 4, 3, seed=2) + np.float32(1e4)
+    both.search(queries, 4, tolerance=1e-4)
+
+
+@METHOD
+@pytest.mark.parametrize("number", [4, 8, 11])
+def test_more_queries_than_are_compared_at_a_time(method, number, monkeypatch):
+    monkeypatch.setattr(retrieval, "QUERIES", 4)
+    both = Pair(retrieval.RingMemory(3, 40, method=method), 2)
+    both.fill(30)
+    queries = random(2, number, 3)
+    queries[1, number - 1] = np.nan
+    found = both.ring.search(both.state, *tensors(queries), 3)
+    monkeypatch.setattr(retrieval, "QUERIES", 100)
+    expected = both.ring.search(both.state, *tensors(queries), 3)
+    for one, other in zip(arrays_of(found), arrays_of(expected)):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert arrays_of(found).mask.sum() == 3 * (2 * number - 1)
+
+
+def gradient(function, x):
+    """Of a number by an array."""
+    (x,) = tensors(x)
+    if harness.BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tape.gradient(y, x, unconnected_gradients="zero").numpy()
+    if harness.BACKEND == "jax":
+        import jax
+
+        return np.asarray(jax.grad(function)(x))
+    x.requires_grad_()
+    y = function(x)
+    if y.requires_grad:
+        y.backward()
+    return np.zeros_like(x.detach()) if x.grad is None else x.grad.numpy()
+
+
+@METHOD
+@SIMILARITY
+def test_gradients_equal_finite_differences(similarity, method):
+    """From scores to queries, and none to what is remembered."""
+    harness.skip_on("numpy", because="not applicable: no gradients here")
+    ring = retrieval.RingMemory(3, 40, 2, similarity, method)
+    keys, values = random(2, 4, 3), random(2, 4, 2)
+    mask = np.array([[True] * 4, [True, False, False, True]])
+    state = ring.add(ring.initial_state(2), *tensors(keys, values, mask))
+    queries, weights = random(2, 2, 3, seed=3), random(2, 2, 3, seed=4)
+    queries[0, 1] = np.nan
+    found = arrays_of(ring.search(state, *tensors(queries), 3))
+    assert found.mask[0, 0].all() and found.mask[1, 0].sum() == 2
+
+    def total(queries, state=state):
+        found = ring.search(state, queries, 3)
+        scores = ops.where(found.mask, found.scores, 0.0)
+        return ops.sum(scores * ops.convert_to_tensor(weights))
+
+    actual = gradient(total, queries)
+    expected, step = np.zeros((2, 2, 3)), 1e-5
+    for row, query, axis in np.ndindex(2, 2, 3):
+        there = found.mask[row, query]
+        moved = queries[row, query].astype("float64")
+        for sign in (1, -1) if there.any() else ():
+            moved[axis] = float(queries[row, query, axis]) + sign * step
+            near = found.keys[row, query, there].astype("float64")
+            scores = similarities(moved, near, similarity)
+            change = scores @ weights[row, query, there]
+            expected[row, query, axis] += sign * change / (2 * step)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+    def through_memory(keys):
+        more = ring.add(state, keys, keys[:, :, :2])
+        found = ring.search(more, *tensors(queries), 3)
+        kept = ops.sum(ops.where(found.mask, found.scores, 0.0))
+        return kept + ops.sum(found.keys) + ops.sum(found.values)
+
+    assert (gradient(through_memory, keys) == 0).all()
+
+    def through_state(keys):
+        return total(*tensors(queries), state._replace(keys=keys))
+
+    assert (gradient(through_state, arrays_of(state).keys) == 0).all()
+    # Where vectors are zeros, it is finite.
+    zeros = gradient(total, np.zeros_like(queries))
+    assert np.isfinite(zeros).all()
+
+
+SOME_OR_ALL = pytest.mark.parametrize(
+    "method, similarity",
+    [
+        pytest.param(*both, marks=[] if both in SOME else pytest.mark.slow)
+        for both in itertools.product(retrieval.METHODS, retrieval.SIMILARITIES)
+    ],
+)
+
+
+@harness.needs_tensorflow
+@SOME_OR_ALL
+def test_the_ring_compiles_with_a_free_batch(similarity, method, monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(retrieval, "QUERIES", 4)
+    ring = retrieval.RingMemory(3, 40, 2, similarity, method)
+
+    def step(state, keys, values, mask, rows, queries):
+        state = ring.clear(state, rows)
+        found = ring.search(state, queries, 3)
+        return ring.add(state, keys, values, mask), found
+
+    free = [(None, 5, 3), (None, 5, 2), (None, 5), (None,), (None, 6, 3)]
+    dtypes = ["float32", "float32", "bool", "bool", "float32"]
+    of_state = retrieval.RingState(
+        tf.TensorSpec((None, 40, 3)),
+        tf.TensorSpec((None, 40, 2)),
+        tf.TensorSpec((None,), "int32"),
+    )
+    signature = [of_state, *map(tf.TensorSpec, free, dtypes)]
+    compiled = tf.function(step, input_signature=signature, jit_compile=True)
+    for batch in (1, 3):
+        both = Pair(ring, batch)
+        both.fill(38)
+        state = both.state
+        for seed in range(2):
+            mask = random(batch, 5, seed=seed) > 0
+            given = random(batch, 5, 3, seed=seed), random(batch, 5, 2)
+            rows = np.arange(batch) == 1 + seed
+            queries = random(batch, 6, 3, seed=seed + 1)
+            state, found = compiled(
+                state, *tensors(*given, mask, rows, queries)
+            )
+            both.clear(rows)
+            check_found(found, both.model, queries, 3)
+            both.add(*given, mask)
+            check_state(state, both.model)
+
+
+WRONG_CALLS = {
+    "key-width": ("add", [(2, 3, 4), (2, 3, 2)], r"`keys` .*\(B, n, 3\)"),
+    "key-axes": ("add", [(2, 3), (2, 3, 2)], r"`keys` .*\(B, n, 3\)"),
+    "key-rows": ("add", [(1, 3, 3), (1, 3, 2)], "`keys` .*as many rows"),
+    "value-width": ("add", [(2, 3, 3), (2, 3, 3)], r"`values` .*\(B, n, 2\)"),
+    "value-rows": ("add", [(2, 3, 3), (1, 3, 2)], "`values` .*as many rows"),
+    "value-number": ("add", [(2, 3, 3), (2, 4, 2)], "`values` .*many entries"),
+    "no-values": ("add", [(2, 3, 3), None], r"`values` .*\(B, n, 2\)"),
+    "mask": ("add", [(2, 3, 3), (2, 3, 2), (2, 2)], r"`mask` .*\(B, n\)"),
+    "mask-axes": ("add", [(2, 3, 3), (2, 3, 2), (2, 3, 1)], r"`mask` .*\(B, n"),
+    "query-width": ("search", [(2, 3, 4)], r"`queries` .*\(B, \.\.\., 3\)"),
+    "query-rows": ("search", [(3, 1, 3)], r"`queries` .*each row"),
+    "query-axes": ("search", [(3,)], r"`queries` .*\(B, \.\.\., 3\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_shapes_are_refused(name):
+    ring = retrieval.RingMemory(3, 5, 2)
+    method, shapes, wanted = WRONG_CALLS[name]
+    given = [None if s is None else np.ones(s, "float32") for s in shapes]
+    if method == "search":
+        given.append(2)
+    with pytest.raises(ValueError, match=f"(?s){wanted}.*Received: .*shape"):
+        getattr(ring, method)(ring.initial_state(2), *given)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 6, 1.0, True, None, "1"])
+def test_another_top_k_of_the_ring_is_refused(top_k):
+    ring = retrieval.RingMemory(3, 5)
+    with pytest.raises(ValueError, match="`top_k` must .*Received: top_k="):
+        ring.search(ring.initial_state(2), random(2, 1, 3), top_k)
+    if type(top_k) is int:
+        with pytest.raises(ValueError, match="`top_k` must .*Received: top_k="):
+            retrieval.KNNMemoryLayer(5, top_k=top_k)
+
+
+@pytest.mark.parametrize("rows", [[[True], [False]], [True], [0], [0, 1], True])
+def test_wrong_rows_are_not_cleared(rows):
+    ring = retrieval.RingMemory(3, 5)
+    state = ring.initial_state(2)
+    state = ring.add(state, *tensors(random(2, 2, 3), random(2, 2, 3)))
+    with pytest.raises(ValueError, match="`rows` must .*Received: "):
+        ring.clear(state, np.array(rows))
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("dim", [0, 1.5, None]),
+        ("max_memories", [0, -1, True]),
+        ("value_dim", [-1, 2.0]),
+        ("similarity", ["euclid", None]),
+        ("method", ["fast", None]),
+        ("target_recall", [-0.1, 1.1, np.nan, None]),
+    ],
+)
+def test_arguments_of_the_ring_out_of_range(name, values):
+    for value in values:
+        options = {"dim": 3, "max_memories": 5, name: value}
+        told = f"`{name}` must be .*Received: {name}={value!r}"
+        with pytest.raises(ValueError, match=told):
+            retrieval.RingMemory(**options)
+        if name in ("max_memories", "similarity", "method", "target_recall"):
+            options = {"max_memories": 5, "top_k": 1, name: value}
+            with pytest.raises(ValueError, match=told):
+                retrieval.KNNMemoryLayer(**options)
+    with pytest.raises(ValueError, match="`write` must .*write='sometimes'"):
+        retrieval.KNNMemoryLayer(5, top_k=1, write="sometimes")
+
+
+def test_a_target_of_nothing():
+    with pytest.raises(ValueError, match="`target_recall`"):
+        retrieval.RingMemory(3, 5, target_recall=0.0)
+
+
+# The layer.
+
+
+def layer_of(max_memories=11, top_k=3, **options):
+    return retrieval.KNNMemoryLayer(max_memories, top_k, **options)
+
+
+def contents(layer):
+    return arrays_of(layer.state)
+
+
+def same(one, other):
+    return all((a == b).all() for a, b in zip(one, other))
+
+
+def test_a_query_finds_what_earlier_calls_have_written():
+    layer = layer_of()
+    model = Model(retrieval.RingMemory(5, 11, 2), 3)
+    for seed in range(4):
+        keys, values = random(3, 4, 5, seed=seed), random(3, 4, 2, seed=seed)
+        found = layer(*tensors(keys, keys, values), training=True)
+        check_found(found, model, keys, 3)  # without what comes with it
+        model.add(keys, values)
+        check_state(layer.state, model)
+        check_found(layer(*tensors(keys)), model, keys, 3)
+        check_state(layer.state, model)
+    names = [weight.name for weight in layer.non_trainable_weights]
+    assert names == ["memory_keys", "memory_values", "memory_count"]
+    assert not layer.trainable_weights
+    layer.reset_state()
+    assert not contents(layer).count.any()
+    assert not arrays_of(layer(*tensors(keys))).mask.any()
+
+
+@pytest.mark.parametrize("write", retrieval.WRITES)
+@pytest.mark.parametrize("training", [True, False])
+def test_when_it_writes(write, training):
+    layer = layer_of(write=write)
+    keys = random(2, 4, 3)
+    found = layer(*tensors(keys, keys, keys), training=training)
+    assert not arrays_of(found).mask.any()
+    writes = write == "always" or write == "training" and training
+    assert contents(layer).count.tolist() == [4 * writes] * 2
+    rows = np.array([True, False])
+    found = layer(*tensors(keys), clear=rows, training=training)
+    assert arrays_of(found).mask.any((1, 2)).tolist() == [False, writes]
+    expected = [0, 4] if writes else [0, 0]
+    assert contents(layer).count.tolist() == expected
+    # What is cleared in passing comes back.
+    layer.write = "always"
+    layer(*tensors(keys, keys, keys))
+    layer.write = "never"
+    assert not arrays_of(layer(*tensors(keys), clear=[True] * 2)).mask.any()
+    assert arrays_of(layer(*tensors(keys))).mask.all()
+
+
+def test_masked_keys_are_not_written():
+    keys, kept = (
+        random(2, 4, 3),
+        np.array([[True] * 4, [False, True, True, False]]),
+    )
+    layer = layer_of(write="always")
+    model = Model(retrieval.RingMemory(3, 11), 2)
+    layer(*tensors(keys, keys, keys), keys_mask=kept)
+    model.add(keys, keys, kept)
+    check_state(layer.state, model)
+    # One that comes with the keys, in a Functional model.
+    queries = keras.Input(batch_shape=(2, 5, 3))
+    entry = keras.Input(batch_shape=(2, 4, 3))
+    masked = keras.layers.Masking()(entry)
+    other = layer_of(write="always")
+    model_of_it = keras.Model([queries, entry], other(queries, masked, masked))
+    marked = np.where(kept[..., None], keys, 0.0)
+    model_of_it([random(2, 5, 3), marked])
+    check_state(other.state, model)
+
+
+def test_keys_or_values_alone():
+    layer = layer_of(write="always")
+    keys = random(2, 4, 3)
+    assert not arrays_of(layer(*tensors(keys))).mask.any()
+    layer(*tensors(keys, keys))
+    found = layer(*tensors(keys))
+    model = Model(retrieval.RingMemory(3, 11, 0), 2)
+    model.add(keys, np.zeros((2, 4, 0), "float32"))
+    check_found(found, model, keys, 3)
+    with pytest.raises(ValueError, match=r"`values` must be \(B, n, 0\)"):
+        layer(*tensors(keys, keys, keys))
+
+
+def test_an_unknown_batch_size_is_refused():
+    entry = keras.Input((4, 3))
+    with pytest.raises(ValueError, match="known batch size.*Received: shape"):
+        layer_of()(entry, entry, entry)
+
+
+def test_config_round_trip():
+    layer = layer_of(
+        similarity="l2",
+        method="blocked",
+        target_recall=0.9,
+        write="always",
+        memory_dtype="float16",
+        name="remembers",
+        dtype="mixed_float16",
+    )
+    config = json.loads(json.dumps(layer.get_config()))
+    copy = retrieval.KNNMemoryLayer.from_config(config)
+    assert copy.get_config() == layer.get_config()
+    arguments = inspect.signature(retrieval.KNNMemoryLayer).parameters
+    assert set(arguments) - {"kwargs"} <= set(config)
+    assert all(
+        getattr(copy, n) == getattr(layer, n)
+        for n in arguments
+        if n != "kwargs"
+    )
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    layer = layer_of(write="always", dtype=policy, similarity="cosine")
+    keys = random(2, 4, 3)
+    for _ in range(2):
+        found = layer(*tensors(keys, keys, keys))
+    assert ops.dtype(found.scores) == "float32"
+    assert ops.dtype(found.keys) == ops.dtype(found.values) == policy[6:]
+    found = arrays_of(found)
+    assert found.mask.all() and found.indices[0, :, 0].tolist() == [0, 1, 2, 3]
+    assert all(np.isfinite(part).all() for part in found)
+    np.testing.assert_allclose(found.scores[..., 0], 1.0, atol=1e-2)
+    np.testing.assert_allclose(found.values[:, :, 0], keys, atol=2e-2)
+    assert ops.dtype(layer.memory_keys) == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_memory_in_16_bits(dtype):
+    layer = layer_of(write="always", memory_dtype=dtype)
+    keys = random(2, 4, 3)
+    layer(*tensors(keys, keys, keys))
+    found = layer(*tensors(keys))
+    assert (
+        ops.dtype(layer.memory_keys) == ops.dtype(layer.memory_values) == dtype
+    )
+    assert ops.dtype(found.keys) == "float32"
+    rounded = ops.convert_to_numpy(ops.cast(ops.cast(keys, dtype), "float32"))
+    model = Model(retrieval.RingMemory(3, 11), 2)
+    model.add(rounded, rounded)
+    check_found(found, model, keys, 3)
+
+
+BATCH, TIME = 3, 4
+
+
+def remembering(has_clear=False, **options):
+    """A model that answers with what it remembers; its layer."""
+    layer = layer_of(17, name="memory", **options)
+    x = keras.Input(batch_shape=(BATCH, TIME, 5))
+    y = keras.Input(batch_shape=(BATCH, TIME, 2))
+    clear = [keras.Input(batch_shape=(BATCH,), dtype="bool")] * has_clear
+    keys = keras.layers.Dense(3, name="keys")(x)
+    found = layer(keys, keys, y, clear=clear[0] if clear else None)
+    near = ops.softmax(ops.where(found.mask, found.scores, -1e9))
+    read = ops.sum(near[..., None] * found.values, axis=2)
+    outputs = keras.layers.Dense(2)(ops.concatenate([keys, read], axis=-1))
+    return keras.Model([x, y, *clear], outputs), layer
+
+
+def fed(steps, seed=0):
+    shape = BATCH * steps, TIME
+    return random(*shape, 5, seed=seed), random(*shape, 2, seed=seed)
+
+
+HOW = {
+    "eager": {"run_eagerly": True},
+    "graph": {"jit_compile": False},
+    "xla": {"jit_compile": True},
+}
+
+
+@pytest.mark.parametrize(
+    "write, how",
+    [
+        ("training", "xla"),
+        ("training", "graph"),
+        ("always", "eager"),
+        ("never", "eager"),
+        pytest.param("always", "xla", marks=pytest.mark.slow),
+        pytest.param("never", "xla", marks=pytest.mark.slow),
+    ],
+)
+def test_fit_fills_it_and_evaluation_leaves_it_alone(write, how):
+    harness.skip_on(
+        "numpy", because="not applicable: Keras does not train here"
+    )
+    if how == "xla":
+        harness.skip_on("torch", because="not run: a minute of compilation")
+    model, layer = remembering(write=write)
+    model.compile("sgd", "mse", **HOW[how])
+    x, y = fed(steps=3)
+    fit = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+    loss = model.fit([x, y], y, **fit).history["loss"]
+    assert np.isfinite(loss).all()
+    after = contents(layer)
+    count = 0 if write == "never" else 3 * TIME
+    assert after.count.tolist() == [count] * BATCH
+    for step in range(3 if count else 0):  # they are in order
+        values = after.values[:, step * TIME : (step + 1) * TIME]
+        assert (values == y[step * BATCH : (step + 1) * BATCH]).all()
+    assert after.keys[:, :count].any() or not count
+    model.evaluate([x, y], y, batch_size=BATCH, verbose=0)
+    model.predict([x, y], batch_size=BATCH, verbose=0)
+    assert same(contents(layer), after) == (write != "always")
+    if write == "always":
+        assert (contents(layer).count % 17 == 9 * TIME % 17).all()
+    weights = {w.path: ops.convert_to_numpy(w) for w in model.weights}
+    model.fit([x, y], y, **fit)
+    assert (contents(layer).count == after.count).all() == (write == "never")
+    for weight in model.trainable_weights:
+        moved = weights[weight.path] != ops.convert_to_numpy(weight)
+        assert moved.any() and np.isfinite(ops.convert_to_numpy(weight)).all()
+
+
+def test_a_model_with_clear_as_an_input():
+    model, layer = remembering(has_clear=True, write="always")
+    x, y = fed(steps=1)
+    none, some = np.zeros(BATCH, bool), np.array([True, False, False])
+    model.predict([x, y, none], verbose=0)
+    model.predict([x, y, some], verbose=0)
+    assert contents(layer).count.tolist() == [4, 8, 8]
+    model.predict([x, y, ~some], verbose=0)
+    assert contents(layer).count.tolist() == [8, 4, 4]
+
+
+def test_a_file_keeps_what_is_remembered(tmp_path):
+    model, layer = remembering(write="always")
+    x, y = fed(steps=1)
+    for seed in range(5):  # around the end
+        model.predict(list(fed(steps=1, seed=seed)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    fresh, other = remembering(write="always")
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    for copy in (loaded.get_layer("memory"), other):
+        assert same(contents(copy), contents(layer))
+    for copy in (loaded.get_layer("memory"), other, layer):
+        copy.write = "never"
+    for copy in (loaded, fresh):
+        close(copy([x, y]), model([x, y]), tolerance=0)
+    layer.reset_state()
+    assert not arrays_of(layer.state).count.any()
+
+
+def test_a_clone_begins_empty():
+    model, layer = remembering(write="always")
+    model.predict(list(fed(steps=1)), verbose=0)
+    copy = keras.models.clone_model(model)
+    assert not contents(copy.get_layer("memory")).count.any()
+    assert contents(layer).count.all()
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize(
+    "method",
+    [
+        "blocked",
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ("exact", "approximate")
+        ),
+    ],
+)
+def test_an_export_gives_the_same(method, tmp_path):
+    import tensorflow as tf
+
+    model, layer = remembering(method=method)
+    for seed in range(5):
+        model(list(fed(steps=1, seed=seed)), training=True)
+    before = contents(layer)
+    model.export(tmp_path / "model", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "model"))
+    x, y = fed(steps=1, seed=9)
+    expected = model([x, y])
+    for _ in range(2):
+        close(served.serve([x, y]), expected, tolerance=1e-6)
+    assert same(contents(layer), before)
+
+
+# Other devices.
+
+
+@harness.needs_tensorflow
+def test_the_ring_lowers_for_other_devices():
+    """By JAX, which needs no such device for it."""
+    pytest.importorskip("jax")
+    result = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = dict(map(json.loads, result.stdout.splitlines()))
+    assert list(lines) == list(retrieval.METHODS)
+    for platforms, difference in lines.values():
+        assert platforms == ["tpu", "cuda", "cpu"] and difference < 1e-5
+
+
+def lower():
+    """Prints a line for each ring that could be lowered."""
+    import jax
+    from jax import export
+
+    for method, similarity in zip(retrieval.METHODS, retrieval.SIMILARITIES):
+        ring = retrieval.RingMemory(3, 40, 2, similarity, method)
+
+        @jax.jit
+        def step(state, keys, values, mask, queries, ring=ring):
+            state = ring.add(state, keys, values, mask)
+            return ring.search(state, queries, 3).scores
+
+        state = retrieval.RingState(*map(np.asarray, ring.initial_state(2)))
+        given = random(2, 5, 3), random(2, 5, 2), random(2, 5) > 0
+        given += (random(2, 7, 3, seed=1),)
+        lowered = export.export(step, platforms=("tpu", "cuda", "cpu"))(
+            state, *given
+        )
+        scores = np.asarray(step(state, *given))
+        there = scores > -np.inf
+        difference = (np.asarray(lowered.call(state, *given)) - scores)[there]
+        told = list(lowered.platforms), float(np.abs(difference).max())
+        print(json.dumps([method, told]), flush=True)
+
+
+if __name__ == "__main__":
+    lower()
