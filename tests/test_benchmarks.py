@@ -444,6 +444,8 @@ def trees(monkeypatch):
     pytest.importorskip("scann")
     monkeypatch.setattr(scann_index, "FLAT", 300)
     monkeypatch.setattr(scann_index, "WORTH", 10.0)
+    monkeypatch.setattr(scann_index, "WORN", math.inf)
+    monkeypatch.setattr(scann_index, "REBUILT", 0.25)
 
 
 def test_recall_is_counted():
@@ -506,7 +508,7 @@ def test_steps_with_trees(tiny, trees):
     assert step.trees.tell()["trees_built"] == 2
     assert step.number > 1000  # half-way to the next tree
     step.memory.wait()
-    told = take(step, rounds=6)
+    told = take(step, rounds=12)
     step.memory.wait()
     assert told["recall"] > 0.5
     assert len(told["leaves"]) == 2 and told["leaves"][0][0]
@@ -651,7 +653,10 @@ def test_what_fails_alone_is_told():
 
 @pytest.mark.scann
 def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
-    rules = {"never": math.inf, "25 %": 0.25, "100 %": 1.0}
+    rules = {
+        name: {"REBUILT": share, **key_drift.UNTRIED}
+        for name, share in (("never", math.inf), ("25 %", 0.25), ("all", 1.0))
+    }
     monkeypatch.setattr(key_drift, "RULES", rules)
     rule = scann_index.REBUILT
 
