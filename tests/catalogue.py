@@ -14,7 +14,7 @@ import keras_memory
 from keras_memory import controllers
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a key of `harness.ran`
 class Case:
     """A recurrent layer to test.
 
@@ -46,6 +46,10 @@ class Case:
     def inputs(self, rng):
         return rng.normal(size=self.input_shape).astype("float32")
 
+    def few_inputs(self, rng):
+        """Of four time steps, where more would show nothing else."""
+        return self.inputs(rng)[:, :4]
+
     def entry(self):
         return keras.Input((None, self.input_shape[-1]))
 
@@ -53,7 +57,7 @@ class Case:
         return (batch, time, self.input_shape[-1])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class WrapCase(Case):
     """A layer that takes encodings and a memory."""
 
@@ -67,6 +71,8 @@ class WrapCase(Case):
             rng.normal(size=shape).astype("float32")
             for shape in self.input_shape
         ]
+
+    few_inputs = inputs
 
     def entry(self):
         return [keras.Input(shape[1:]) for shape in self.input_shape]
@@ -348,3 +354,20 @@ each_case = pytest.mark.parametrize("case", CASES, ids=name_of)
 of_layers = [slow_unless(case in LAYERS, case) for case in CASES]
 of_wraps = [slow_unless(case in LAYERS, case) for case in WRAPS]
 each_layer = pytest.mark.parametrize("case", of_layers, ids=name_of)
+
+# Whose parts others have, and whose options change neither weights nor states.
+COVERED = "dnc-two-layers-as-pytorch-dnc", "ntm-heads-in-turn-random-start"
+OF_OPTIONS = "ntm-content-dense", "ntm-clips-dropout", "dnc-all-options"
+
+
+def each_case_without(*names):
+    cases = [slow_unless(case.name not in names, case) for case in CASES]
+    return pytest.mark.parametrize("case", cases, ids=name_of)
+
+
+each_shape = each_case
+each_structure = each_case_without(*COVERED)
+each_state = each_case_without(*COVERED, *OF_OPTIONS)
+if keras.backend.backend() in ("jax", "torch"):
+    # `test_same_numbers` has outputs, states and gradients of each case.
+    each_shape = each_structure = each_state = each_layer

@@ -82,6 +82,16 @@ def fitted(model, *made, epochs=3):
     return model
 
 
+def watched(model, *made, epochs=1):
+    """Calls callbacks as `fit` does, without steps: tracing takes longest."""
+    calls = keras.callbacks.CallbackList(list(made), model=model)
+    calls.on_train_begin()
+    for epoch in range(epochs):
+        calls.on_epoch_begin(epoch)
+        calls.on_epoch_end(epoch)
+    calls.on_train_end()
+
+
 def events(folder):
     guidance = event_accumulator.STORE_EVERYTHING_SIZE_GUIDANCE
     read = event_accumulator.EventAccumulator(str(folder / "memory"), guidance)
@@ -100,7 +110,7 @@ def tensors(read, tag):
 def test_what_tensorboard_gets_of_a_dnc(tmp_path, sparse_links):
     options = {"write_heads": 2, "sparse_links": sparse_links}
     model = sequential(dnc(name="dnc", **options))
-    fitted(model, callbacks.MemoryTensorBoard(tmp_path, BATCH), epochs=1)
+    watched(model, callbacks.MemoryTensorBoard(tmp_path, BATCH))
     read = events(tmp_path)
     inside = keras_memory.trace(model.layers[0], BATCH.inputs)
 
@@ -212,13 +222,17 @@ class OtherLayer(keras_memory.MemoryRNN, cell=OtherCell):
     pass
 
 
+def own(units=3, **arguments):
+    """The quickest memory that can be drawn."""
+    return OtherLayer(
+        units, controller_units=7, return_sequences=True, **arguments
+    )
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_memory_of_other_shapes_is_seen_as_well(blocks, tmp_path):
-    layer = OtherLayer(
-        3, blocks, controller_units=7, return_sequences=True, name="own"
-    )
-    model = sequential(layer)
-    fitted(model, callbacks.MemoryTensorBoard(tmp_path, BATCH), epochs=1)
+    model = sequential(own(blocks=blocks, name="own"))
+    watched(model, callbacks.MemoryTensorBoard(tmp_path, BATCH))
     tags = events(tmp_path).Tags()["tensors"]
     first = "own/block0/" if blocks > 1 else "own/"
     drawn = {"read_weighting", "key_memory", "key_memory_over_time"}
@@ -282,7 +296,8 @@ def test_what_tensorboard_gets(tmp_path):
 
 
 def test_no_tag_is_of_two_kinds(tmp_path):
-    fitted(sequential(ntm()), callbacks.MemoryTensorBoard(tmp_path, BATCH, 1))
+    board = callbacks.MemoryTensorBoard(tmp_path, BATCH, 1)
+    watched(sequential(ntm()), board, epochs=3)
     read = events(tmp_path)
     kinds = [
         set(read.PluginTagToContent(plugin))
@@ -294,21 +309,24 @@ def test_no_tag_is_of_two_kinds(tmp_path):
         assert {len(values) for _, values in tensors(read, tag)} == {3}
 
 
-@pytest.mark.parametrize(
-    "probe", [BATCH, BATCH[:2], BATCH.inputs], ids=["mask", "targets", "inputs"]
-)
-def test_a_subclassed_model_and_any_probe(probe, tmp_path):
+def test_a_subclassed_model_and_any_probe(tmp_path):
     model = Subclassed()
-    fitted(model, callbacks.MemoryTensorBoard(tmp_path, probe))
-    tags = events(tmp_path).Tags()["tensors"]
-    assert f"{model.memory.name}/read_weighting" in tags
-    assert ("probe" in tags) == (probe is not BATCH.inputs)
+    probes = {"mask": BATCH, "targets": BATCH[:2], "inputs": BATCH.inputs}
+    boards = [
+        callbacks.MemoryTensorBoard(tmp_path / name, probe)
+        for name, probe in probes.items()
+    ]
+    fitted(model, *boards)
+    for name in probes:
+        tags = events(tmp_path / name).Tags()["tensors"]
+        assert f"{model.memory.name}/read_weighting" in tags
+        assert ("probe" in tags) == (name != "inputs")
 
 
 def test_a_look_shows_each_call_of_each_layer():
-    shared = ntm(4, name="shared")
+    shared = own(4, name="shared")
     inputs = keras.Input((None, 4))
-    model = keras.Model(inputs, ntm(3, name="last")(shared(shared(inputs))))
+    model = keras.Model(inputs, own(3, name="last")(shared(shared(inputs))))
     seen = callbacks.Probe(BATCH).look(model)
     assert list(seen.traces) == ["shared", "shared_2", "last"]
     first = keras_memory.trace(shared, BATCH.inputs)
@@ -377,12 +395,13 @@ def shorter():
 def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
     model, (x, y) = make()
     model.compile("sgd", "mse", run_eagerly=True)
-    board = callbacks.MemoryTensorBoard(tmp_path, (x, y), every=1)
+    probe = callbacks.Probe((x, y))
+    board = callbacks.MemoryTensorBoard(tmp_path, probe, every=1)
     model.fit(x, y, verbose=0, callbacks=[board])
     tags = events(tmp_path).Tags()["tensors"]
     assert "probe" not in tags
     assert any(tag.endswith("/read_weighting") for tag in tags)
-    pictures = callbacks.ProbePictures((x, y), tmp_path / "pictures")
+    pictures = callbacks.ProbePictures(probe, tmp_path / "pictures")
     with pytest.raises(ValueError, match="A picture of a probe needs"):
         model.fit(x, y, verbose=0, callbacks=[pictures])
 
@@ -438,7 +457,7 @@ def test_by_default_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
         written.append(now[0])
         return {}
 
-    board.set_model(sequential(ntm()))
+    board.set_model(sequential(own()))
     board._images = images
     board.on_train_begin()
     for epoch in range(100):

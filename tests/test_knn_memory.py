@@ -100,6 +100,7 @@ class Model:
         self.similarity = similarity
         self.rows = [[] for _ in range(num_rows)]
         self.added = [0] * num_rows
+        self.longest = [0.0] * num_rows  # key that was added
 
     def which(self, rows):
         if rows is None:
@@ -119,18 +120,22 @@ class Model:
                 slots[i, slots[i] == slot] = -1
                 slots[i, j] = slot
                 self.rows[row].append(Entry(slot, keys[i, j], values[i, j]))
+                length = np.linalg.norm(keys[i, j].astype("float64"))
+                self.longest[row] = max(self.longest[row], length)
                 del self.rows[row][: -self.max_memories]
                 self.added[row] += 1
         return slots
 
     def clear(self, rows=None):
         for row in self.which(rows):
-            self.rows[row], self.added[row] = [], 0
+            self.rows[row], self.added[row], self.longest[row] = [], 0, 0.0
 
     def load(self):
         """What a file keeps: entries, in slots as they come."""
         for row, entries in enumerate(self.rows):
             self.added[row] = len(entries)
+            lengths = [np.linalg.norm(entry.key) for entry in entries]
+            self.longest[row] = max(lengths, default=0.0)
             self.rows[row] = [
                 Entry(slot, entry.key, entry.value)
                 for slot, entry in enumerate(entries)
@@ -142,15 +147,16 @@ class Model:
         keys = [entry.key for entry in self.rows[row]]
         keys = np.array(keys, "float64").reshape(shape)
         queries = queries.astype("float64")
-        longest = np.linalg.norm(keys, axis=1).max(initial=0.0)
+        of_keys = np.linalg.norm(keys, axis=1)
         lengths = np.linalg.norm(queries, axis=1)[:, None]
         if self.similarity == "l2":
             squares = (queries[:, None] - keys) ** 2
-            return -squares.sum(-1), (lengths + longest) ** 2
+            # ScaNN's distances are from a mean of keys that may be gone.
+            return -squares.sum(-1), (lengths + self.longest[row]) ** 2
         products = queries @ keys.T
         if self.similarity == "dot":
-            return products, lengths * longest
-        both = lengths * np.linalg.norm(keys, axis=1)
+            return products, lengths * of_keys.max(initial=0.0)
+        both = lengths * of_keys
         cosines = np.where(both > 0, products / np.where(both > 0, both, 1), 0)
         return cosines, np.ones_like(lengths)
 
@@ -622,18 +628,20 @@ def test_a_tree_follows_what_is_written(trees, monkeypatch):
     memory, model = pair("scann", 8, 1000, similarity="l2")
     arrays = [clustered(1, 1000, 8)] * 2
     check_add(memory, model, *arrays)
-    queries = clustered(1, 60, 8, seed=5)
-    assert len(built) == 1 and memory.recall(queries, top_k=10) > 0.92
+    queries = clustered(1, 256, 8, seed=5)
+    memory.search(queries, 10)
+    assert len(built) == 1 and memory.recall(queries, top_k=10) >= 0.92
     # All are overwritten, by others that lie elsewhere.
     moved = clustered(1, 1000, 8, centres=2)
+    queries = clustered(1, 256, 8, seed=5, centres=2)
     for begin in range(0, 1000, 40):
         some = moved[:, begin : begin + 40]
         check_add(memory, model, some, some)
         # What was just written is found, though no tree was built of it.
         found = memory.search(some, 10)
         assert (found.scores[..., 0] > -1e-3).mean() > 0.9
+        memory.search(queries, 10)
     assert len(built) >= 4 and all(built)
-    queries = clustered(1, 60, 8, seed=5, centres=2)
     assert memory.recall(queries, top_k=10) >= 0.92
     right, wanted = check_search(memory, model, queries, 10, is_exact=False)
     assert right / wanted >= 0.92
@@ -960,7 +968,7 @@ def test_many_threads(store, monkeypatch):
     """All add, search and clear at once; a value is twice its key."""
     monkeypatch.setattr(scann_index, "FLAT", 200)
     memory = KNNMemory(4, 600, num_rows=2, store=store, keep_statistics=True)
-    end = time.monotonic() + 1.0
+    end = time.monotonic() + 0.7
     done = collections.Counter()
 
     def work(kind, seed):
@@ -1471,21 +1479,41 @@ def run_cases(store):
         print(name, said, flush=True)
 
 
-@pytest.mark.scann
-def test_l2_far_from_zero_with_scann():
-    need_scann()
-    check_far_from_zero("scann")
-
-
-def test_l2_far_from_zero_with_the_ring():
-    check_far_from_zero("ring")
-
-
-def check_far_from_zero(store):
+def test_l2_far_from_zero(store):
     memory, model = pair(store, 5, 90, similarity="l2")
-    keys, queries = (
-        (random(1, n, 5, seed=n) + 1e4).astype("float32") for n in (70, 11)
-    )
+    keys, queries = random(1, 70, 5) + 1e4, random(1, 11, 5, seed=1) + 1e4
+    check_far(memory, model, keys, queries)
+
+
+far_away = pytest.mark.xfail(
+    reason="keys are compared by what is left of a mean, of all in the ring "
+    "and of the first ones in ScaNN: where that is far from most keys, "
+    "rounding is larger than their distances",
+    strict=True,
+)
+
+
+@far_away
+def test_l2_beside_one_key_far_away(store):
+    memory, model = pair(store, 5, 90, similarity="l2")
+    keys, queries = random(1, 70, 5), random(1, 11, 5, seed=1)
+    keys[0, 7] = 1e6
+    check_far(memory, model, keys, queries)
+
+
+@pytest.mark.scann
+@far_away
+def test_l2_where_the_first_keys_are_far_away():
+    need_scann()
+    memory, model = pair("scann", 5, 90, similarity="l2")
+    check_add(memory, model, random(1, 4, 5), random(1, 4, 5))
+    keys, queries = random(1, 70, 5) + 1e4, random(1, 11, 5, seed=1) + 1e4
+    check_far(memory, model, keys, queries)
+
+
+def check_far(memory, model, keys, queries):
+    """Rounding is small beside the distances of near neighbours."""
+    keys, queries = keys.astype("float32"), queries.astype("float32")
     check_add(memory, model, keys, keys)
     found = memory.search(queries, 7)
     truths, _ = model.scores(0, queries[0])

@@ -4,8 +4,10 @@ import harness
 import keras
 import numpy as np
 import pytest
+from catalogue import LAYERS
 from catalogue import WRAPS
 from catalogue import name_of
+from catalogue import slow_unless
 from harness import close
 from keras import ops
 
@@ -102,8 +104,15 @@ def test_shapes(case):
 
 
 @trains
-@each_wrap
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("jit_compile", "case"),
+    [
+        slow_unless(case in LAYERS or not jit_compile, jit_compile, case)
+        for jit_compile in (False, True)
+        for case in WRAPS
+    ],
+    ids=name_of,
+)
 def test_training_step(jit_compile, case):
     if harness.BACKEND == "torch" and jit_compile:
         pytest.skip("not run: torch.compile takes half a minute")
@@ -485,7 +494,9 @@ def test_export(case, tmp_path, recwarn):
 @harness.needs_tensorflow
 @both_layers
 @each_distance
-@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "mixed_float16", slow_unless(False, "float16")]
+)
 def test_singular_inputs(layer_class, distance, dtype):
     import tensorflow as tf
 

@@ -392,6 +392,21 @@ def test_l2_is_exact_far_from_zero(method):
 
 
 @METHOD
+@pytest.mark.xfail(
+    reason="one key moves the centre of all, far from which rounding is larger "
+    "than the distances of the others",
+    strict=True,
+)
+def test_l2_is_exact_beside_a_key_far_away(method):
+    ring = retrieval.RingMemory(3, 40, similarity="l2", method=method)
+    both = Pair(ring, 2)
+    keys = random(2, 35, 3)
+    keys[:, 7] = 1e6
+    both.add(keys, keys)
+    both.search(random(2, 4, 3, seed=2), 4, tolerance=1e-4)
+
+
+@METHOD
 @pytest.mark.parametrize("number", [4, 8, 11])
 def test_more_queries_than_are_compared_at_a_time(method, number, monkeypatch):
     monkeypatch.setattr(retrieval, "QUERIES", 4)
@@ -786,8 +801,8 @@ HOW = {
     [
         ("training", "xla"),
         ("training", "graph"),
-        ("always", "eager"),
-        ("never", "eager"),
+        pytest.param("always", "eager", marks=pytest.mark.slow),
+        pytest.param("never", "eager", marks=pytest.mark.slow),
         pytest.param("always", "xla", marks=pytest.mark.slow),
         pytest.param("never", "xla", marks=pytest.mark.slow),
     ],

@@ -40,6 +40,7 @@ SMALL = [
     "initialization=keras",
     "jit_compile=False",
 ]
+OF_A_MEMORY = ("memory_slots", "slot_size", "controller_units", "initializ")
 
 
 def small(*settings):
@@ -48,18 +49,46 @@ def small(*settings):
     )
 
 
+def plain(*settings):
+    """Of an LSTM, which is traced soonest: where only the run matters."""
+    fit = [one for one in SMALL if not one.startswith(OF_A_MEMORY)]
+    return config.override(
+        config.PRESETS["copy"]["lstm"], [*fit, "units=13", *settings]
+    )
+
+
+# Of runs that are broken and resumed, and of others that they are compared
+# with.
+RESUMED = [
+    "steps=50",
+    "checkpoint_every=10",
+    "curriculum=(1, 3)",
+    "curriculum_steps=15",
+    "learning_rate_decay=True",
+    "picture_every=10",
+]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run: its folder, what was shown, and what was returned."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     shown = []
-    results = training.train(small("steps=50"), folder, shown.append)
+    results = training.train(small(*RESUMED), folder, shown.append)
     return folder, shown, results
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    training.train(plain(*RESUMED), folder, lambda line: None)
+    return folder
 
 
 def test_a_run_leaves_everything(run):
     folder, shown, results = run
-    assert runs.read_config(folder) == small("steps=50")
+    assert runs.read_config(folder) == small(*RESUMED)
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["steps"] == 50
     assert results["sequences"] == 100
@@ -77,12 +106,10 @@ def test_a_run_leaves_everything(run):
     assert any(folder.glob("logs/memory/events*"))
     frames = folder / "pictures" / "length-4"
     assert [path.stem for path in sorted(frames.iterdir())] == [
-        "00000000",
-        "00000005",
-        "00000010",  # reports
+        f"{reports:08}" for reports in (0, 2, 4, 6, 8, 10)
     ]
     with Image.open(folder / "pictures" / "length-4.gif") as gif:
-        assert gif.n_frames == 3
+        assert gif.n_frames == 6
     for name in ("length-4", "learning"):
         with Image.open(folder / "pictures" / f"{name}.png") as png:
             assert png.format == "PNG"
@@ -120,14 +147,13 @@ def without_seconds(folder):
     ]
 
 
-def test_same_seed_same_run(run, tmp_path):
-    folder, _, _ = run
-    training.train(small("steps=50"), tmp_path / "two", lambda line: None)
-    assert without_seconds(tmp_path / "two") == without_seconds(folder)
+def test_same_seed_same_run(plain_run, tmp_path):
+    training.train(plain(*RESUMED), tmp_path / "two", lambda line: None)
+    assert without_seconds(tmp_path / "two") == without_seconds(plain_run)
 
 
 def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
-    settings = small("steps=7", "picture_every=0", "checkpoint_every=0")
+    settings = plain("steps=7", "picture_every=0", "checkpoint_every=0")
     results = training.train(settings, tmp_path / "run", lambda line: None)
     assert results["steps"] == 7
     assert (tmp_path / "run" / "pictures" / "length-4.png").exists()
@@ -197,23 +223,6 @@ def test_a_preset_can_drop_of_its_controllers_inputs(preset):
 
 # Resuming.
 
-STEPS = "steps=40"
-RESUMED = [
-    STEPS,
-    "checkpoint_every=10",
-    "curriculum=(1, 3)",
-    "curriculum_steps=15",
-    "learning_rate_decay=True",
-    "picture_every=10",
-]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    training.train(small(*RESUMED), folder, lambda line: None)
-    return folder
-
 
 class Killed(Exception):
     pass
@@ -239,9 +248,9 @@ def same_run(folder, other):
 
 
 @pytest.mark.parametrize(  # before, after a checkpoint; last
-    "line", [1, slow_unless(False, 4), slow_unless(False, 8)]
+    "line", [1, slow_unless(False, 4), slow_unless(False, 10)]
 )
-def test_a_broken_run_goes_on_as_if_unbroken(line, unbroken, tmp_path):
+def test_a_broken_run_goes_on_as_if_unbroken(line, run, tmp_path):
     folder, shown = tmp_path / "run", []
 
     def show(text):
@@ -252,12 +261,12 @@ def test_a_broken_run_goes_on_as_if_unbroken(line, unbroken, tmp_path):
     with pytest.raises(Killed):
         training.train(small(*RESUMED), folder, show)
     training.resume(folder, lambda text: None)
-    same_run(folder, unbroken)
+    same_run(folder, run[0])
     with pytest.raises(ValueError, match="finished"):
         training.resume(folder)
 
 
-def test_ctrl_c_saves_and_leaves(unbroken, tmp_path):
+def test_ctrl_c_saves_and_leaves(plain_run, tmp_path):
     folder, shown = tmp_path / "run", []
 
     def show(text):
@@ -267,13 +276,13 @@ def test_ctrl_c_saves_and_leaves(unbroken, tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        training.train(small(*RESUMED), folder, show)
+        training.train(plain(*RESUMED), folder, show)
     assert signal.getsignal(signal.SIGINT) is before
     assert "once more" in shown[-1] or "once more" in shown[-2]
     saved = runs.load(folder / "checkpoint.keras")
     assert int(saved.optimizer.iterations) == len(shown[2:]) * 5
     training.resume(folder, lambda text: None)
-    same_run(folder, unbroken)
+    same_run(folder, plain_run)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
@@ -284,7 +293,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(small(*RESUMED), folder, show)
+        training.train(plain(*RESUMED), folder, show)
     saved = runs.load(folder / "checkpoint.keras")
     assert int(saved.optimizer.iterations) == 10
 
@@ -303,7 +312,7 @@ def test_a_training_that_diverges_ends_and_keeps_what_was_good(
             inputs[:] += np.nan if Broken.drawn >= 8 else 0.0
             return tasks.Batch(inputs, *rest)
 
-    start = small("steps=50", "checkpoint_every=5")
+    start = plain("steps=50", "checkpoint_every=5")
     task = Broken(**dataclasses.asdict(start.task))
     with pytest.raises(ValueError, match="TASKS.*Received: .*Broken"):
         config.to_json(dataclasses.replace(start, task=task))
@@ -320,9 +329,9 @@ def test_a_training_that_diverges_ends_and_keeps_what_was_good(
     assert len(runs.read_history(folder, start)) == 1
 
 
-def test_one_run_is_trained_by_one_process(unbroken, tmp_path):
+def test_one_run_is_trained_by_one_process(plain_run, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(unbroken, folder)
+    shutil.copytree(plain_run, folder)
     (folder / "results.json").unlink()
     code = (
         "import fcntl, sys, time\n"
@@ -354,7 +363,7 @@ def test_ctrl_c_at_the_very_end_saves(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     settings = ["steps=10", "checkpoint_every=0"]
     with pytest.raises(KeyboardInterrupt):
-        training.train(small(*settings), folder, lambda line: None)
+        training.train(plain(*settings), folder, lambda line: None)
     saved = runs.load(folder / "checkpoint.keras")
     assert int(saved.optimizer.iterations) == 10
 
@@ -510,11 +519,8 @@ def test_presets_are_of_known_parts(task, name):
 @pytest.mark.parametrize(
     "task",
     [
-        # One in bits and one in numbers, and the others with `-m slow`.
-        slow_unless(
-            task in ("copy", "adding"),
-            task,
-        )
+        # One in numbers, `run` is one in bits, and the others with `-m slow`.
+        slow_unless(task == "adding", task)
         for task in tasks.TASKS
     ],
 )
@@ -633,8 +639,9 @@ def test_the_command_trains_and_says_where(tmp_path, capsys, monkeypatch):
 # What else the command does with runs.
 
 
-def test_evaluate_tells_the_errors(run, capsys):
-    folder, _, results = run
+def test_evaluate_tells_the_errors(plain_run, capsys):
+    folder = plain_run
+    results = json.loads((folder / "results.json").read_text())
     assert cli.main(["evaluate", str(folder), "--length", "7", "3"]) == 0
     text = capsys.readouterr().out
     error = results["wrong_bits_per_sequence_at_7"]
@@ -644,13 +651,12 @@ def test_evaluate_tells_the_errors(run, capsys):
     assert "up to 4" in capsys.readouterr().out
 
 
-def test_plot_draws(run, tmp_path, capsys):
+def test_plot_draws(plain_run, tmp_path, capsys):
     folder = tmp_path / "run"
-    shutil.copytree(run[0], folder)
+    shutil.copytree(plain_run, folder)
     shutil.rmtree(folder / "pictures")
-    shutil.copytree(
-        run[0] / "pictures" / "length-4", folder / "pictures" / "length-4"
-    )
+    frames = plain_run / "pictures" / "length-4"
+    shutil.copytree(frames, folder / "pictures" / "length-4")
     assert cli.main(["plot", str(folder)]) == 0
     paths = capsys.readouterr().out.split()
     assert [os.path.basename(path) for path in paths] == [
@@ -664,17 +670,17 @@ def test_plot_draws(run, tmp_path, capsys):
             image.verify()
 
 
-def test_compare_draws_seeds_as_one_and_tells_when(run, tmp_path, capsys):
+def test_compare_draws_seeds_as_one_and_tells_when(plain_run, tmp_path, capsys):
     other = tmp_path / "other"
-    training.train(small("steps=30", "seed=7"), other, lambda line: None)
+    training.train(plain("steps=30", "seed=7"), other, lambda line: None)
     out = tmp_path / "out.png"
-    rows = runs.compare([run[0], other], out, below=1e9)
+    rows = runs.compare([plain_run, other], out, below=1e9)
     assert [row["seed"] for row in rows] == [1, 7]
     assert [row["sequences_below_1e+09"] for row in rows] == [10, 10]
     last = runs.read_history(other, small())[-1]["wrong_bits_per_sequence"]
     assert rows[1]["last_error"] == round(last, 4)
     assert all(row["finished"] for row in rows)
-    command = ["compare", str(run[0]), str(other), "--by", "seconds"]
+    command = ["compare", str(plain_run), str(other), "--by", "seconds"]
     assert cli.main([*command, "--below", "0", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "sequences_below_0" in text
@@ -699,7 +705,7 @@ def test_the_legend_of_a_comparison(run, changes, label, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(run[0] / "history.csv", other)
-    changed = dataclasses.replace(small("steps=50"), **changes)
+    changed = dataclasses.replace(small(*RESUMED), **changes)
     (other / "config.json").write_text(config.to_json(changed))
     drawn = []
     curves = visualization.curves
