@@ -841,7 +841,7 @@ def test_a_memory_that_is_cleared_before_a_tree_is_tried(trees):
 @pytest.mark.scann
 @pytest.mark.parametrize("background", [True, False])
 def test_a_tree_that_cannot_be_built(trees, background, monkeypatch):
-    memory, model = beside("dot", background)
+    memory, model = beside("l2", background)
     keys, queries = clustered(1, 1000, 8), clustered(1, 50, 8, seed=5)
 
     def fails(*arguments):
