@@ -22,7 +22,6 @@ from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
 from keras_memory.retrieval import LARGEST
-from keras_memory.retrieval import NORM_EPSILON
 from keras_memory.retrieval import QUERIES
 from keras_memory.retrieval import SIMILARITIES
 from keras_memory.retrieval import Neighbours
@@ -150,7 +149,6 @@ class KNNMemory:
         self._keys = np.zeros((*slots, dim), "float32")
         self._values = np.zeros((*slots, value_dim), "float32")
         self._count = np.zeros(num_rows, "int64")  # added since it was cleared
-        self._centre = np.zeros((num_rows, dim), "float32")  # of the first
         self._lock = threading.RLock()
         self._builder = None
         if store == "scann" and background:
@@ -168,19 +166,9 @@ class KNNMemory:
     def _index(self, row):
         if self.store == "ring":
             return _ExactRow(self._keys[row], self.similarity)
-
-        def prepared(vectors):
-            if self.similarity == "cosine":
-                return _unit(vectors)
-            if self.similarity == "l2":
-                # Far from zero ScaNN's distances would be rounding.
-                return vectors - self._centre[row]
-            return vectors
-
         return ScannRow(
             self._keys[row],
-            prepared,
-            "squared_l2" if self.similarity == "l2" else "dot_product",
+            self.similarity,
             self.target_recall,
             self._lock,
             self._builder,
@@ -199,7 +187,10 @@ class KNNMemory:
 
         Returns:
             (R, n) int32, the slot of each entry, for what else you keep of it;
-            -1 where it was left out, or where later ones took its place.
+            -1 where it was left out, or where later ones took its place. It
+            stays the entry's in this object. A memory that is made from files
+            may number entries anew, from the oldest: what must be found again
+            then belongs into `values`.
 
         Raises:
             ValueError: wrong shapes, dtypes, values or rows, or a memory that
@@ -235,8 +226,6 @@ class KNNMemory:
     def _add(self, row, keys, values):
         """Appends to one row; returns slots, as `add`."""
         number, size = len(keys), self.max_memories
-        if not self._count[row] and number:
-            self._centre[row] = keys.mean(axis=0, dtype="float64")
         first = max(0, number - size)  # what comes later takes their place
         self._count[row] += number
         numbers = np.arange(self._count[row] - number, self._count[row])
@@ -767,12 +756,6 @@ def _flat(queries):
     """(R, ..., D) as (R, Q, D)."""
     rows, *number, width = queries.shape
     return queries.reshape(rows, math.prod(number), width)
-
-
-def _unit(vectors):
-    """As `retrieval.unit`."""
-    squares = np.sum(vectors * vectors, axis=-1, keepdims=True)
-    return vectors / np.sqrt(squares + np.float32(NORM_EPSILON))
 
 
 def _numpy(name, values):

@@ -21,6 +21,7 @@ QUERIES = 1024  # queries that are compared at a time
 GROUP = 8  # slots whose largest product is looked at first, if "blocked"
 LARGEST = 1e15  # of a component: products of two must be finite in float32
 NORM_EPSILON = 1e-24  # in the roots
+SAMPLE = 63  # keys amid which distances are measured from
 
 SIMILARITIES = ("dot", "cosine", "l2")
 METHODS = ("exact", "blocked", "approximate")
@@ -366,9 +367,9 @@ class RingMemory:
             keys = unit(keys)
         if self.similarity == "l2":  # -|q - k|^2 / 2, but for what all share
             # Far from zero the difference of products would be rounding.
-            count = ops.cast(ops.maximum(size, 1), "float32")
-            some = ops.where((slots < size)[..., None], keys, 0.0)
-            centre = ops.sum(some, 1, keepdims=True) / count[..., None]
+            steps = ops.arange(SAMPLE, dtype="int32")
+            places = steps * (ops.maximum(size, 1) - 1) // (SAMPLE - 1)
+            centre = middle(_rows_at(keys, places))
             queries, keys = queries - centre, keys - centre
             bias = bias - 0.5 * ops.sum(keys * keys, axis=-1)
         keys = ops.swapaxes(keys, 1, 2)
@@ -429,6 +430,7 @@ class RingMemory:
 
     def _entries(self, state, keys, values):
         """Checked, without gradient, in the dtype of the state."""
+        keys = ops.convert_to_tensor(keys)
         if values is None and not self.value_dim:
             values = ops.zeros((*ops.shape(keys)[:2], 0))
         checked = []
@@ -436,6 +438,8 @@ class RingMemory:
             ("keys", keys, self.dim, state.keys),
             ("values", values, self.value_dim, state.values),
         ):
+            if entries is not None:
+                entries = ops.convert_to_tensor(entries)
             shape = None if entries is None else tuple(ops.shape(entries))
             if shape is None or len(shape) != 3 or shape[-1] != width:
                 raise ValueError(
@@ -449,7 +453,6 @@ class RingMemory:
                     f"shape {tuple(keys.shape)}, and a memory of shape "
                     f"{tuple(before.shape)}"
                 )
-            entries = ops.convert_to_tensor(entries)
             checked.append(
                 ops.stop_gradient(ops.cast(entries, ops.dtype(before)))
             )
@@ -538,6 +541,11 @@ class KNNMemoryLayer(keras.layers.Layer):
         self.target_recall = target_recall
         self.write = check_one_of("write", write, WRITES)
         self.memory_dtype = keras.backend.standardize_dtype(memory_dtype)
+        if "float" not in self.memory_dtype:
+            raise ValueError(
+                "`memory_dtype` must be a floating point type, or entries would "
+                f"be rounded to integers. Received: memory_dtype={memory_dtype!r}"
+            )
 
     def build(self, queries_shape, keys_shape=None, values_shape=None):
         batch, dim = queries_shape[0], queries_shape[-1]
@@ -628,6 +636,18 @@ def similarity_of(queries, keys, similarity):
     if similarity == "cosine":
         queries, keys = unit(queries), unit(keys)
     return ops.sum(queries * keys, axis=-1)
+
+
+def places_of_sample(size):
+    """(SAMPLE,) ints from 0 to size - 1, where to look for the `middle`."""
+    return np.arange(SAMPLE) * (size - 1) // (SAMPLE - 1)
+
+
+def middle(vectors):
+    """A point amid most of (..., SAMPLE, D) vectors, however far some are: the
+    medians of the components; (..., 1, D)."""
+    half = SAMPLE // 2
+    return ops.sort(vectors, axis=-2)[..., half : half + 1, :]
 
 
 def is_sound(vectors):

@@ -22,10 +22,13 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
+from keras_memory.retrieval import NORM_EPSILON
 from keras_memory.retrieval import SIMILARITIES
 from keras_memory.retrieval import Neighbours
 from keras_memory.retrieval import is_sound
+from keras_memory.retrieval import middle
 from keras_memory.retrieval import nearest
+from keras_memory.retrieval import places_of_sample
 from keras_memory.retrieval import similarity_of
 from keras_memory.retrieval import unit
 
@@ -37,6 +40,11 @@ TRIED = 0.005, 0.05  # likewise, until it is tried again how much of it must be
 WORN = 2.0  # times as much as at first must be searched of a tree to rebuild it
 WORTH = 0.25  # share of entries, compared by a tree, from which all are
 SAMPLE = 256  # queries that a tree is tried with
+DISTANCES = {
+    "dot": "dot_product",
+    "cosine": "dot_product",
+    "l2": "squared_l2",
+}
 MARGIN = 0.2  # of what a tree may miss, that it is to find all the same
 
 
@@ -88,17 +96,15 @@ class ScannRow:
 
     Args:
         keys: (N, D) float32, finite, of all slots; whoever writes to it tells.
-        prepared: function of (n, D) keys or queries, to what is compared.
-        distance: `"dot_product"` or `"squared_l2"`.
+        similarity: `"dot"`, `"cosine"` or `"l2"`.
         target_recall: float in (0, 1).
         lock: held by whoever calls a method; the builder takes it to swap.
         builder: `concurrent.futures.Executor` that builds trees, or None: who
             writes waits for them.
     """
 
-    def __init__(self, keys, prepared, distance, target_recall, lock, builder):
-        self._keys, self._prepared = keys, prepared
-        self._distance = distance
+    def __init__(self, keys, similarity, target_recall, lock, builder):
+        self._keys, self._similarity = keys, similarity
         self._target = target_recall
         self._lock = lock
         self._builder = builder
@@ -115,6 +121,7 @@ class ScannRow:
         self._searcher = None
         self._built_of = 0  # entries
         self._since_built = self._since_tried = 0  # entries that were written
+        self._flat_for = 0  # likewise, until a flat searcher is made anew
         self._compared = 0  # entries for a query, of the tree when it was new
         self._is_worn = False  # so much that it is to be built anew
         self._is_busy = False  # building or trying
@@ -123,7 +130,7 @@ class ScannRow:
         self._top_k = 32
 
     def _vectors(self, slots):
-        return self._prepared(np.take(self._keys, slots, axis=0))
+        return np.take(self._keys, slots, axis=0)
 
     def write(self, slots):
         """Follows what was written.
@@ -143,6 +150,7 @@ class ScannRow:
             self._is_worn, failed = True, error
         if self._changed is not None:
             self._changed.append(slots)
+        self._flat_for -= len(slots)
         self._since_built += len(slots)
         self._since_tried += len(slots)
         self._follow()
@@ -171,29 +179,37 @@ class ScannRow:
             (Q, top_k) slots, and float32 scores, the larger the nearer, -inf
             where nothing was found.
         """
-        queries = self._prepared(queries)
         if is_counted:
             step = -(-len(queries) // SAMPLE)
             self._latest, self._top_k = queries[::step].copy(), top_k
+        if self._is_stale():
+            self._compare_all()
         if self._searcher is None:
             vectors = self._vectors(np.arange(self.size))
-            self._searcher = Searcher(vectors, self._distance)
+            self._searcher = Searcher(vectors, self._similarity)
+            self._flat_for = self.size
         slots, scores = self._searcher.search(
             queries, top_k, self.leaves_to_search
         )
-        is_hashed = self._searcher.is_hashed
+        searcher = self._searcher
         self._follow()
-        if not is_hashed:
+        if not searcher.is_hashed:
             return slots, scores
         # Scores of compressed vectors are rough: the best of twice as many.
-        vectors = self._vectors(slots.ravel()).reshape(*slots.shape, -1)
-        exact = np.einsum("qkd,qd->qk", vectors, queries)
+        vectors = searcher.prepared(self._vectors(slots.ravel()))
+        vectors = vectors.reshape(*slots.shape, -1)
+        exact = np.einsum("qkd,qd->qk", vectors, searcher.prepared(queries))
         exact = np.where(scores > -np.inf, exact, -np.inf)
         best = np.argsort(-exact, axis=1)[:, :top_k]
         return (
             np.take_along_axis(slots, best, axis=1),
             np.take_along_axis(exact, best, axis=1),
         )
+
+    def _is_stale(self):
+        """Whether a flat searcher's origin may be far from most keys now."""
+        is_flat = self._searcher is not None and self.leaves is None
+        return is_flat and self._similarity == "l2" and self._flat_for <= 0
 
     # The builder's side.
 
@@ -265,7 +281,7 @@ class ScannRow:
             searcher, leaves = self._searcher, self.leaves
             queries, top_k = self._latest, self._top_k
         vectors = self._vectors(np.arange(size))
-        right, _ = Searcher(vectors, self._distance).search(queries, top_k)
+        right, _ = Searcher(vectors, self._similarity).search(queries, top_k)
 
         def search(leaves_to_search):
             with self._lock:  # or it would be written to meanwhile
@@ -280,9 +296,9 @@ class ScannRow:
             self._is_worn = worn
 
     def _best_tree(self, vectors, queries, top_k):
-        make = functools.partial(Searcher, vectors, self._distance)
+        make = functools.partial(Searcher, vectors, self._similarity)
         # ScaNN cannot write to compressed vectors of the other distance.
-        is_hashed = len(vectors) > HASHED and self._distance == "dot_product"
+        is_hashed = len(vectors) > HASHED and self._similarity != "l2"
         return best_tree(
             make, len(vectors), queries, top_k, self._target, is_hashed
         )
@@ -292,25 +308,38 @@ class Searcher:
     """ScaNN over (M, D) vectors: flat, or a tree with so many leaves, of
     vectors as they are or compressed."""
 
-    def __init__(self, vectors, distance, leaves=None, is_hashed=False):
+    def __init__(self, vectors, similarity, leaves=None, is_hashed=False):
         from scann.scann_ops.py import scann_ops_pybind
 
         self.is_hashed = is_hashed
-        self._negative = distance == "squared_l2"
-        builder = scann_ops_pybind.builder(vectors, 10, distance)
+        self._similarity = similarity
+        self._centre = np.median(vectors[places_of_sample(len(vectors))], axis=0)
+        vectors = self.prepared(vectors)
+        builder = scann_ops_pybind.builder(vectors, 10, DISTANCES[similarity])
         builder = configured(builder, leaves, is_hashed)
         self._scann = builder.build().searcher
         self._scann.set_num_threads(threads())
 
+    def prepared(self, vectors):
+        """What ScaNN compares of (n, D) keys or queries."""
+        if self._similarity == "cosine":
+            squares = np.sum(vectors * vectors, axis=-1, keepdims=True)
+            return vectors / np.sqrt(squares + np.float32(NORM_EPSILON))
+        if self._similarity == "l2":
+            # Far from zero ScaNN's distances would be rounding.
+            return vectors - self._centre
+        return vectors
+
     def search(self, queries, top_k, leaves_to_search=None):
         """(Q, K) slots, and scores, the larger the nearer, -inf where nothing
         was found; of compressed vectors 2 K, and rough scores."""
+        queries = self.prepared(queries)
         top_k, reordered = candidates(top_k, self.is_hashed)
         batch = min(256, max(16, len(queries) // (4 * threads())))
         slots, distances = self._scann.search_batched(
             queries, top_k, reordered, leaves_to_search or -1, True, batch
         )
-        if self._negative:
+        if self._similarity == "l2":
             distances = -distances
         # Where there are fewer, ScaNN answers with NaN.
         return slots, np.where(np.isnan(distances), -np.inf, distances)
@@ -319,7 +348,7 @@ class Searcher:
         """Writes (n, D) vectors to (n,) ascending slots. Those below `size` are
         there, the others are new and leave no gap."""
         places = [int(slot) if slot < size else None for slot in slots]
-        self._scann.upsert(places, vectors, len(places))
+        self._scann.upsert(places, self.prepared(vectors), len(places))
 
 
 def configured(builder, leaves, is_hashed):
@@ -655,7 +684,8 @@ class ScannIndex(keras.layers.Layer):
         if self.similarity == "cosine":
             keys = unit(keys)
         if self.similarity == "l2":  # far from zero, differences are rounding
-            centre = ops.mean(keys, axis=0)
+            sample = ops.take(keys, places_of_sample(keys.shape[0]), axis=0)
+            centre = middle(sample)
             queries, keys = queries - centre, keys - centre
             bias = -0.5 * ops.sum(keys * keys, axis=-1)
         return nearest(queries, keys, self.top_k, bias)[::-1]
@@ -725,14 +755,12 @@ class _Index:
         from scann.scann_ops.py import scann_ops
 
         self._negative = similarity == "l2"
-        self._is_unit = similarity == "cosine"
-        vectors = (
-            keras.ops.convert_to_numpy(unit(keys)) if self._is_unit else keys
-        )
-        distance = "squared_l2" if similarity == "l2" else "dot_product"
+        self._similarity = similarity
+        self._centre = np.median(keys[places_of_sample(len(keys))], axis=0)
+        vectors = ops.convert_to_numpy(self._prepared(keys))
 
         def make(leaves, is_hashed):
-            builder = scann_ops.builder(vectors, 10, distance)
+            builder = scann_ops.builder(vectors, 10, DISTANCES[similarity])
             builder = configured(builder, leaves, is_hashed)
             return _GraphSearcher(builder.build(), is_hashed, self._negative)
 
@@ -749,6 +777,11 @@ class _Index:
         self.is_hashed = searcher.is_hashed
         self.tensors = searcher.scann.serialize_to_module()
         self._name = f"keras_memory-{uuid.uuid4()}"
+
+    def _prepared(self, vectors):
+        if self._similarity == "l2":
+            return vectors - self._centre
+        return unit(vectors) if self._similarity == "cosine" else vectors
 
     def search(self, queries, top_k):
         """As `Searcher`, of tensors."""
@@ -769,8 +802,7 @@ class _Index:
         )
         scann = scann_ops.ScannSearcher(handle)
         searcher = _GraphSearcher(scann, self.is_hashed, self._negative)
-        if self._is_unit:
-            queries = unit(queries)
+        queries = self._prepared(queries)
         return searcher.search(queries, top_k, self.leaves_to_search)
 
 

@@ -392,11 +392,6 @@ def test_l2_is_exact_far_from_zero(method):
 
 
 @METHOD
-@pytest.mark.xfail(
-    reason="one key moves the centre of all, far from which rounding is larger "
-    "than the distances of the others",
-    strict=True,
-)
 def test_l2_is_exact_beside_a_key_far_away(method):
     ring = retrieval.RingMemory(3, 40, similarity="l2", method=method)
     both = Pair(ring, 2)
@@ -620,6 +615,14 @@ def test_a_target_of_nothing():
 # The layer.
 
 
+def test_entries_may_be_lists():
+    ring = retrieval.RingMemory(2, 3, value_dim=1)
+    state = ring.add(ring.initial_state(1), [[[1.0, 2.0]]], [[[3.0]]], [[True]])
+    found = arrays_of(ring.search(state, [[[1.0, 0.0]]], 1))
+    assert found.keys.tolist() == [[[[1.0, 2.0]]]]
+    assert found.values.tolist() == [[[[3.0]]]]
+
+
 def layer_of(max_memories=11, top_k=3, **options):
     return retrieval.KNNMemoryLayer(max_memories, top_k, **options)
 
@@ -765,6 +768,12 @@ def test_a_memory_in_16_bits(dtype):
     model = Model(retrieval.RingMemory(3, 11), 2)
     model.add(rounded, rounded)
     check_found(found, model, keys, 3)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_a_memory_of_integers_is_refused(dtype):
+    with pytest.raises(ValueError, match="floating point.*Received: memory_"):
+        layer_of(memory_dtype=dtype)
 
 
 BATCH, TIME = 3, 4
