@@ -521,6 +521,24 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             self._writer.close()
 
 
+def write_images(folder, name, images):
+    """Writes images to TensorBoard, one a step, from step 1.
+
+    Args:
+        folder: path of the logs.
+        name: str, of the images in TensorBoard.
+        images: list of (H, W, 3) uint8 arrays.
+    """
+    import tensorflow as tf
+
+    writer = tf.summary.create_file_writer(str(folder))
+    with writer.as_default(step=0):
+        for step, image in enumerate(images, 1):
+            tf.summary.experimental.set_step(step)
+            _write_image(name, visualization.encode_png(image), image)
+    writer.close()
+
+
 def _number(tag, values):
     """Tag and value of the one number that says most of a quantity."""
     if tag.endswith("_weighting"):

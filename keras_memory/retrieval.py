@@ -543,8 +543,9 @@ class KNNMemoryLayer(keras.layers.Layer):
         self.memory_dtype = keras.backend.standardize_dtype(memory_dtype)
         if "float" not in self.memory_dtype:
             raise ValueError(
-                "`memory_dtype` must be a floating point type, or entries would "
-                f"be rounded to integers. Received: memory_dtype={memory_dtype!r}"
+                "`memory_dtype` must be a floating point type, or entries "
+                "would be rounded to integers. Received: "
+                f"memory_dtype={memory_dtype!r}"
             )
 
     def build(self, queries_shape, keys_shape=None, values_shape=None):

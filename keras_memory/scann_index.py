@@ -313,7 +313,9 @@ class Searcher:
 
         self.is_hashed = is_hashed
         self._similarity = similarity
-        self._centre = np.median(vectors[places_of_sample(len(vectors))], axis=0)
+        self._centre = np.median(
+            vectors[places_of_sample(len(vectors))], axis=0
+        )
         vectors = self.prepared(vectors)
         builder = scann_ops_pybind.builder(vectors, 10, DISTANCES[similarity])
         builder = configured(builder, leaves, is_hashed)

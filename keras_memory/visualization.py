@@ -522,6 +522,70 @@ def _heated(image, heat):
     return (share * colours + (1 - share) * _grey(image)).astype("uint8")
 
 
+def sphere(mean, variance=None, farthest=None, title="Map"):
+    """Draws the map of an egospheric memory: colour, depth, uncertainty.
+
+    Args:
+        mean: (H, W, C) map, C at least 3: column, row, depth in metres, and
+            features. Of these the first three are drawn as red, green and blue
+            in [0, 1], or the first as grey if there are fewer.
+        variance: (H, W, C) of it, whose standard deviation of depth is drawn;
+            None to leave that out.
+        farthest: metres at the last colour of depth; the largest by default.
+        title: the line above.
+
+    Returns:
+        (H', W', 3) uint8 image.
+
+    Raises:
+        ValueError: arrays of another shape.
+    """
+    mean = _array(mean, "mean", "(H, W, C)")
+    height, width, channels = mean.shape
+    if channels < 3:
+        raise ValueError(
+            "`mean` must have columns, rows and depth, or it is no map. "
+            f"Received: shape {mean.shape}."
+        )
+    scale = max(1, round(PLOT_WIDTH / width))
+    depth = mean[:, :, 2]
+    farthest = float(depth.max()) if farthest is None else farthest
+    bar = _colour_bar(height * scale, 0.0, farthest, name="m")
+    parts = []
+    if channels > 3:
+        shown = mean[:, :, 3:6] if channels > 5 else mean[:, :, 3:4]
+        parts.append((_colours(np.clip(shown, 0, 1)), title, []))
+    parts.append((colorize(depth, 0.0, farthest), "depth", [bar]))
+    if variance is not None:
+        variance = _array(variance, "variance", "(H, W, C)")
+        if variance.shape != mean.shape:
+            raise ValueError(
+                "`variance` must be of the shape of `mean`. Received: shapes "
+                f"{variance.shape} and {mean.shape}."
+            )
+        spread = np.log10(np.maximum(variance[:, :, 2], 1e-12)) / 2
+        bar = _colour_bar(height * scale, -2.0, 1.0, name="log10 m")
+        name = "standard deviation of depth"
+        parts.append((colorize(spread, -2.0, 1.0), name, [bar]))
+    sides = ["behind", "left", "ahead", "right"]
+    x_ticks = [(width * scale * i // 4, side) for i, side in enumerate(sides)]
+    y_ticks = [
+        (height * scale * i // 2, side)
+        for i, side in enumerate(["up", "level", "down"])
+    ]
+    panels = [
+        _figure(
+            [_enlarge(image, scale, scale)],
+            name,
+            ("", x_ticks),
+            ("", y_ticks),
+            beside,
+        )
+        for image, name, beside in parts
+    ]
+    return stack(panels)
+
+
 def curves(
     series,
     title,

@@ -296,9 +296,9 @@ WRAPS = [
 
 
 @dataclasses.dataclass(frozen=True)
-class StoreCase:
-    """A layer that keeps what it is given, and finds it again; `test_retrieval`
-    and `test_scann_index` have the rest of what the harness does."""
+class OtherCase:
+    """A layer that takes or gives something else: `test_retrieval`,
+    `test_scann_index` and `test_esm` have the rest of what the harness does."""
 
     name: str
     layer: type
@@ -308,8 +308,20 @@ class StoreCase:
         return self.layer(**self.kwargs)
 
 
-STORES = [
-    StoreCase(
+ESM = {
+    "height": 6,
+    "width": 10,
+    "feature_channels": 2,
+    "depth_limits": [0.1, 5.0],
+    "variance_limits": [0.01, 100.0],
+    "depth_prior": 1.0,
+    "feature_prior": 0.1,
+    "smooth_kernel_size": None,
+    "depth_buffer": False,
+}
+
+OTHERS = [
+    OtherCase(
         "knn-memory-layer",
         keras_memory.KNNMemoryLayer,
         {
@@ -322,7 +334,7 @@ STORES = [
             "memory_dtype": "bfloat16",
         },
     ),
-    StoreCase(
+    OtherCase(
         "scann-index",
         keras_memory.ScannIndex,
         {
@@ -334,6 +346,8 @@ STORES = [
             "exact": True,
         },
     ),
+    OtherCase("esm-layer", keras_memory.ESMLayer, {**ESM, "stateful": True}),
+    OtherCase("esm-cell", keras_memory.ESMCell, ESM),
 ]
 
 # One case for each layer.

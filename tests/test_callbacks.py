@@ -590,3 +590,15 @@ def test_tensorboard_shows_the_images_in_a_browser(tmp_path):
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     for colour in visualization.SEQUENTIAL[[0, -1]]:  # weightings are there
         assert (np.abs(pixels - colour.astype(int)).max(-1) < 8).sum() > 200
+
+
+def test_images_are_steps(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (4, 5, 3), "uint8") for _ in range(3)]
+    callbacks.write_images(tmp_path / "memory", "map", images)
+    found = tensors(events(tmp_path), "map")
+    assert [step for step, _ in found] == [1, 2, 3]
+    for (_, values), image in zip(found, images):
+        width, height, encoded = values
+        assert (int(width), int(height)) == (5, 4)
+        assert (np.asarray(Image.open(io.BytesIO(encoded))) == image).all()

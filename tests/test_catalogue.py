@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from catalogue import CASES
 from catalogue import LAYERS
-from catalogue import STORES
+from catalogue import OTHERS
 from catalogue import WRAPS
 from catalogue import each_case
 from catalogue import each_layer
@@ -40,14 +40,14 @@ def covered():
         layer = case.make()
         for cls in (type(layer), type(layer.cell)):
             layers |= {cls, *cls.__bases__}
-    return layers | {case.layer for case in [*WRAPS, *STORES]}
+    return layers | {case.layer for case in [*WRAPS, *OTHERS]}
 
 
 def test_every_public_layer_is_in_the_catalogue():
     assert public_layers() <= covered()
 
 
-@pytest.mark.parametrize("case", [*CASES, *STORES], ids=name_of)
+@pytest.mark.parametrize("case", [*CASES, *OTHERS], ids=name_of)
 def test_config_round_trip(case):
     harness.config_round_trip(case)
 

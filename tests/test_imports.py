@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # line where that says so.
 LAYERS = [
     ["checks", "files", "replay", "geometry", "visualization"],
-    ["access", "controllers", "durable", "scan"],
+    ["access", "controllers", "durable", "scan", "rgbd", "rooms"],
     ["addressing", "retrieval"],
     ["scann_index"],
     ["knn_memory"],

@@ -1280,3 +1280,49 @@ def test_without_pillow_the_error_names_the_remedy(monkeypatch):
     ):
         with pytest.raises(ImportError, match="pip install Pillow"):
             draw()
+
+
+# ------------------------------------------------------------------ sphere
+
+
+def a_map(channels=6):
+    """90 x 180, all at 2 m but for what is ahead, at 4 m and red."""
+    mean = np.zeros((90, 180, channels))
+    mean[..., 2] = 2.0
+    mean[40:50, 85:95, 2] = 4.0
+    mean[40:50, 85:95, 3:4] = 1.0
+    return mean
+
+
+def test_a_sphere_is_drawn_ahead_in_the_middle():
+    mean = a_map()
+    image = visualization.sphere(mean, np.ones_like(mean))
+    red = np.argwhere(is_colour(image, [255, 0, 0]))
+    scale = round(visualization.PLOT_WIDTH / 180)
+    assert len(red) == (10 * scale) ** 2
+    middle = visualization.LEFT + 90 * scale
+    assert abs(red[:, 1].mean() - middle) < scale
+    assert abs(red[:, 0].mean() - visualization.TOP - 45 * scale) < scale
+    yellow = is_colour(image[:, : visualization.LEFT + 180 * scale], HOT)
+    assert yellow.sum() == (10 * scale) ** 2  # of depth, below
+    assert np.argwhere(yellow)[:, 0].min() > red[:, 0].max()
+
+
+def test_a_sphere_of_fewer_features_and_without_variance():
+    grey = visualization.sphere(a_map(4))
+    assert is_colour(grey, [255, 255, 255]).any()
+    assert is_colour(grey, HOT).any()
+    only_depth = visualization.sphere(a_map(6)[..., :3], farthest=4.0)
+    assert len(only_depth) < len(grey)
+    three = visualization.sphere(a_map(), a_map() + 1)
+    assert len(three) > len(visualization.sphere(a_map()))
+
+
+def test_no_map_is_refused():
+    for mean, variance in (
+        (np.zeros((4, 8)), None),
+        (np.zeros((4, 8, 2)), None),
+        (np.zeros((4, 8, 3)), np.zeros((4, 8, 4))),
+    ):
+        with pytest.raises(ValueError, match="must.*Received: shape"):
+            visualization.sphere(mean, variance)

@@ -1,0 +1,174 @@
+"""An egospheric map of a room grows while a camera is carried through it.
+
+    python examples/mapping_a_room.py --out runs/room
+    python examples/mapping_a_room.py --frames my_frames --out runs/mine
+    tensorboard --logdir runs/room/logs
+
+By default the room is drawn, with a little noise of depth; `--frames` takes a
+folder of your own, of which `keras_memory.rgbd` has the layout (`--write`
+leaves the drawn frames in that layout). Prints how far off the map is, and
+writes `room.gif`, what the camera sees beside the map of colour, depth and
+uncertainty, `room.png`, its last picture, the same to TensorBoard, and
+`room.ply`, what the map knows in the end as coloured points.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_memory
+from keras_memory import callbacks
+from keras_memory import geometry
+from keras_memory import rgbd
+from keras_memory import rooms
+from keras_memory import visualization
+
+HEIGHT, WIDTH = 180, 360  # of the map, pixels
+SIZE = 128  # of the camera's images, pixels
+NOISE = 0.01  # metres, standard deviation of the drawn depth
+
+
+def walk(steps):
+    """Poses of a camera that turns around once, on a small circle."""
+    angles = np.linspace(0, 2 * np.pi, steps, endpoint=False)
+    vectors = np.zeros((steps, 6), "float32")
+    vectors[:, 0] = 0.5 * np.sin(angles)
+    vectors[:, 1] = 0.1 * np.sin(2 * angles)
+    vectors[:, 2] = 0.5 * np.cos(angles) - 0.5
+    vectors[:, 4] = angles
+    return ops.convert_to_numpy(geometry.pose_matrix(vectors))
+
+
+def drawn(room, steps, seed=1):
+    """`rgbd.Frames` of the walk."""
+    poses = walk(steps)
+    depth, colour = zip(*(room.render(pose, SIZE, SIZE) for pose in poses))
+    noise = np.random.default_rng(seed).normal(size=np.shape(depth))
+    return rgbd.Frames(
+        (depth + NOISE * noise).astype("float32"),
+        np.stack(colour),
+        poses,
+        rooms.right_angle(SIZE, SIZE),
+    )
+
+
+def mapped(frames):
+    """The maps after each frame, one by one, as they would be in use."""
+    cell = keras_memory.ESMCell(HEIGHT, WIDTH)
+    step = cell
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(cell, jit_compile=True)
+    state = cell.get_initial_state(batch_size=1)
+    motions = geometry.motions(frames.poses)
+    variance = np.full((1, *frames.depth.shape[1:], 6), 1e-3, "float32")
+    variance[..., 2] = NOISE**2
+    for depth, colour, motion in zip(frames.depth, frames.colour, motions):
+        camera = {
+            "depth": depth[None],
+            "features": colour[None],
+            "inverse_intrinsics": frames.inverse_intrinsics[None],
+            "variance": variance,
+        }
+        shown, state = step({"cameras": camera, "motion": motion[None]}, state)
+        yield tuple(ops.convert_to_numpy(part)[0] for part in (*shown, *state))
+
+
+def picture(frames, number, shown, farthest):
+    """What the camera sees, beside the map."""
+    depth = np.where(frames.depth[number] > 0, frames.depth[number], np.nan)
+    left = visualization.stack(
+        [
+            visualization.tiles([visualization.Tile(image, words, "")], SIZE)
+            for image, words in (
+                (np.clip(frames.colour[number], 0, 1), "the camera sees"),
+                (
+                    visualization.colorize(depth, 0.0, farthest) / 255,
+                    f"frame {number}",
+                ),
+            )
+        ]
+    )
+    right = visualization.sphere(*shown, farthest, "the map, smoothed")
+    rows = max(len(left), len(right))
+    return np.concatenate(
+        [
+            np.pad(
+                part,
+                ((0, rows - len(part)), (0, 0), (0, 0)),
+                constant_values=255,
+            )
+            for part in (left, right)
+        ],
+        axis=1,
+    )
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--steps", type=int, default=48, help="frames (default: 48)"
+    )
+    parser.add_argument("--frames", help="folder of your own frames")
+    parser.add_argument("--write", help="folder to leave the drawn frames in")
+    parser.add_argument("--out", help="folder for pictures, logs and points")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, not {options.steps}")
+    with tempfile.TemporaryDirectory() as temporary:
+        run(options, pathlib.Path(options.out or temporary))
+
+
+def run(options, folder):
+    room = None
+    if options.frames:
+        frames = rgbd.read_frames(options.frames)
+        frames = rgbd.Frames(
+            *(part[: options.steps] for part in frames[:3]),
+            frames.inverse_intrinsics,
+        )
+    else:
+        room = rooms.Room()
+        frames = drawn(room, options.steps)
+        if options.write:
+            rgbd.write_frames(options.write, frames)
+    farthest = float(frames.depth.max())
+    pictures, began = [], time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (*shown, mean, variance) in enumerate(mapped(frames)):
+        pictures.append(picture(frames, number, shown, farthest))
+        seen = variance[..., 2] < 1.0
+        if room is not None and (number + 1) % 12 in (0, options.steps):
+            distance, _ = room.render_sphere(
+                frames.poses[number], mean[..., :2], HEIGHT, WIDTH
+            )
+            error = np.abs(mean[..., 2] - distance)[seen] / distance[seen]
+            print(
+                f"frame {number + 1}: {seen.mean():.0%} of the sphere seen, "
+                f"median error of depth {np.median(error):.2%}"
+            )
+    seconds = time.perf_counter() - began
+    print(f"{len(pictures)} frames in {seconds:.1f} s, pictures included")
+
+    sphere = geometry.from_pixels(mean[None, seen, :3], HEIGHT, WIDTH)
+    points = geometry.transform(geometry.from_sphere(sphere), frames.poses[-1:])
+    points = ops.convert_to_numpy(points)[0]
+    rgbd.write_points(folder / "room.ply", points, mean[seen, 3:])
+    (folder / "room.gif").write_bytes(visualization.encode_gif(pictures, 150))
+    (folder / "room.png").write_bytes(visualization.encode_png(pictures[-1]))
+    callbacks.write_images(folder / "logs", "map", pictures)
+    if options.out:
+        print(f"wrote room.gif, room.png, room.ply and logs to {folder}")
+
+
+if __name__ == "__main__":
+    main()

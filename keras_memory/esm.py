@@ -1,0 +1,802 @@
+"""Egospheric Spatial Memory: a map of what is around a moving agent.
+
+Lenton et al. 2021, "End-to-End Egospheric Spatial Memory" (arXiv 2102.07764).
+Axes: B batch, T time, h rows and w columns of a camera's image, H rows and W
+columns of the map, F features.
+"""
+
+import functools
+import itertools
+import math
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src import backend
+
+from keras_memory import geometry
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_size
+from keras_memory.checks import is_number
+
+SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
+
+# Axes behind batch and time of what a camera tells, and of the motion.
+CAMERA = {
+    "features": ("h", "w", "F"),
+    "points": ("h", "w", 3),
+    "depth": ("h", "w"),
+    "inverse_intrinsics": (3, 3),
+    "variance": ("h", "w", "3 + F"),
+    "mask": ("h", "w"),
+    "pose": (3, 4),
+    "pose_covariance": (6, 6),
+}
+MOTION = {"motion": (3, 4), "motion_covariance": (6, 6)}
+CONSTANT = "inverse_intrinsics", "pose", "pose_covariance"  # they may be
+
+
+class ESMMap(NamedTuple):
+    """A map on the sphere around an agent, in the agent's frame.
+
+    Args:
+        mean: (..., H, W, 3 + F). The first two channels are column and row of
+            the point that a pixel shows, in pixels, within one of the pixel's
+            middle; the third its distance, in metres; the others its
+            features.
+        variance: (..., H, W, 3 + F), of each of them: squared pixels, squared
+            metres, squared units of the features. Where nothing was seen it is
+            the prior's.
+    """
+
+    mean: Any
+    variance: Any
+
+
+class _Map(keras.layers.Layer):
+    """What `ESMCell` and `ESMLayer` share: arguments, and the paper's step."""
+
+    def __init__(
+        self,
+        height=180,
+        width=360,
+        feature_channels=3,
+        depth_limits=(1e-3, 10.0),
+        variance_limits=(1e-3, 1e4),
+        depth_prior=0.01,
+        feature_prior=0.5,
+        smooth_kernel_size=25,
+        depth_buffer=True,
+        **kwargs,
+    ):
+        # Coordinates in half precision would be pixels off.
+        super().__init__(autocast=False, **kwargs)
+        self.height = check_size("height", height)
+        self.width = check_size("width", width)
+        if width % 2:
+            raise ValueError(
+                "`width` must be even, as beyond a pole the map goes on half "
+                f"way around. Received: width={width}"
+            )
+        self.feature_channels = check_size(
+            "feature_channels", feature_channels, least=0
+        )
+        self.depth_limits = _check_limits("depth_limits", depth_limits)
+        self.variance_limits = _check_limits("variance_limits", variance_limits)
+        self.depth_prior = _check_number("depth_prior", depth_prior)
+        self.feature_prior = _check_number("feature_prior", feature_prior)
+        self.smooth_kernel_size = smooth_kernel_size
+        if smooth_kernel_size is not None:
+            check_size(
+                "smooth_kernel_size", smooth_kernel_size, others=" or None"
+            )
+            if smooth_kernel_size % 2 == 0:
+                raise ValueError(
+                    "`smooth_kernel_size` must be odd, to have a middle. "
+                    f"Received: smooth_kernel_size={smooth_kernel_size}"
+                )
+        self.depth_buffer = check_bool("depth_buffer", depth_buffer)
+        self.supports_masking = True
+        self._prior = ESMMap(*map(self._array, self._prior_of_pixels()))
+
+    @property
+    def map_dtype(self):
+        """Of all that is computed: float64 if that is the layer's, else
+        float32, under any policy."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def _array(self, values):
+        return np.asarray(values, self.map_dtype)
+
+    def _prior_of_pixels(self):
+        """(H, W, 3 + F) mean and variance of what nothing is known of."""
+        grid = geometry.pixel_grid(self.height, self.width)
+        rest = [self.depth_prior] + [self.feature_prior] * self.feature_channels
+        mean = np.concatenate(
+            [grid, np.broadcast_to(rest, (*grid.shape[:2], len(rest)))], -1
+        )
+        # Coordinates are as uncertain as the map is high.
+        variance = [self.height] * 2 + [self.variance_limits[1]] * len(rest)
+        return mean, np.broadcast_to(variance, mean.shape)
+
+    def get_initial_state(self, batch_size):
+        """A map of which nothing was seen.
+
+        Args:
+            batch_size: int or scalar tensor, B.
+
+        Returns:
+            `ESMMap`, (B, H, W, 3 + F).
+        """
+        shape = (batch_size, *self._prior.mean.shape)
+        return ESMMap(
+            *(
+                ops.broadcast_to(ops.convert_to_tensor(part), shape)
+                for part in self._prior
+            )
+        )
+
+    # The paper's step.
+
+    def step(self, cameras, motion, state):
+        """Moves the map with the agent, and fuses it with what is seen.
+
+        Args:
+            cameras: list of dicts, the arguments of `observe`.
+            motion: dict, the arguments of `move` after `state`.
+            state: `ESMMap`.
+
+        Returns:
+            `ESMMap`.
+        """
+        seen = [self.move(state, **motion)]
+        seen += [self.observe(**camera) for camera in cameras]
+        # What is beside a pixel counts where nothing is in it.
+        is_beside = ops.logical_not(
+            functools.reduce(ops.logical_or, [own for *_, own in seen])
+        )
+        mean, variance = geometry.fuse(
+            [mean for mean, _, _ in seen],
+            [
+                ops.where(own | is_beside, variance, np.inf)
+                for _, variance, own in seen
+            ],
+        )
+        is_hole = self._is_hole(variance)
+        return ESMMap(
+            ops.where(is_hole, self._prior.mean, mean),
+            ops.where(is_hole, self._prior.variance, variance),
+        )
+
+    def move(self, state, motion, motion_covariance=None):
+        """The map after a motion of the agent, in the frame that it has then.
+
+        Args:
+            state: `ESMMap`.
+            motion: (B, 3, 4) pose, from the agent's frame before to now.
+            motion_covariance: (B, 6, 6), of it; None if it is certain.
+
+        Returns:
+            Mean, variance, and which pixels have points of their own, as of
+            `geometry.quantize`.
+        """
+        valid = ops.logical_not(self._is_hole(state.variance))
+        if not self.depth_buffer:
+            # What a pixel shows from beside would be fused with itself.
+            columns, rows = (
+                ops.stop_gradient(state.mean[..., i : i + 1])
+                - self._prior.mean[..., i : i + 1]
+                for i in range(2)
+            )
+            columns = columns - self.width * ops.round(columns / self.width)
+            valid = valid & (ops.abs(columns) <= 0.5) & (ops.abs(rows) <= 0.5)
+        mean, variance, valid = map(_in_line, (*state, valid))
+        sphere = geometry.from_pixels(mean[..., :3], self.height, self.width)
+        return self._project(
+            geometry.from_sphere(sphere),
+            mean[..., 3:],
+            variance,
+            valid,
+            motion,
+            motion_covariance,
+        )
+
+    def observe(
+        self,
+        features,
+        points=None,
+        depth=None,
+        inverse_intrinsics=None,
+        variance=None,
+        mask=None,
+        pose=None,
+        pose_covariance=None,
+    ):
+        """What a camera sees, as a map in the agent's frame.
+
+        Args:
+            features, points, depth, inverse_intrinsics, variance, mask, pose,
+                pose_covariance: as of `ESMLayer`, without the axis of time.
+
+        Returns:
+            Mean, variance, and which pixels have points of their own, as of
+            `geometry.quantize`.
+        """
+        valid = ops.ones_like(features[..., :1], dtype="bool")
+        if depth is not None:
+            seen = (depth > 0) & ops.isfinite(depth)
+            valid = seen[..., None]
+            known = _is_finite(inverse_intrinsics)
+            valid = valid & known[..., None]
+            inverse_intrinsics = ops.where(known, inverse_intrinsics, 1.0)
+            points = geometry.pixels_to_camera(
+                ops.where(seen, depth, 1.0), inverse_intrinsics
+            )
+        if mask is not None:
+            valid = valid & mask[..., None]
+        if variance is None:
+            variance = ops.zeros_like(ops.concatenate([points, features], -1))
+        if pose is None:
+            pose = ops.convert_to_tensor(self._array(np.eye(3, 4)[None]))
+            pose = ops.repeat(pose, ops.shape(features)[0], axis=0)
+        return self._project(
+            *map(_in_line, (points, features, variance, valid)),
+            pose,
+            pose_covariance,
+        )
+
+    def _project(self, points, features, variance, valid, pose, covariance):
+        """Points in any frame, (B, n, ...), as a map in the agent's frame."""
+        known = geometry.is_pose(pose)[:, None, None]
+        if covariance is not None:
+            known = known & _is_finite(covariance)
+            covariance = ops.where(known, covariance, 0.0)
+        pose = ops.where(known, pose, self._array(np.eye(3, 4)))
+        valid = valid & known & ops.all(variance >= 0, -1, keepdims=True)
+        for part in (points, features, variance):
+            valid = valid & ops.all(ops.isfinite(part), -1, keepdims=True)
+        # What is left out would bring NaN to gradients.
+        points, features, variance = (
+            ops.where(valid, part, 1.0) for part in (points, features, variance)
+        )
+        points = geometry.transform(points, pose)
+        if covariance is not None:
+            by_pose = geometry.pixel_variance(
+                points, covariance, self.height, self.width
+            )
+            variance = ops.concatenate(
+                [variance[..., :3] + by_pose, variance[..., 3:]], axis=-1
+            )
+        pixels = geometry.to_pixels(
+            geometry.to_sphere(points), self.height, self.width
+        )
+        nearest, farthest = self.depth_limits
+        depth = pixels[..., 2:]
+        valid = valid & (depth >= nearest) & (depth <= farthest)
+        valid = valid & ops.logical_not(self._is_hole(variance))
+        variance = ops.maximum(variance, self.variance_limits[0])
+        return geometry.quantize(
+            ops.concatenate([pixels, features], axis=-1),
+            variance,
+            valid[..., 0],
+            self.height,
+            self.width,
+            self.depth_buffer,
+        )
+
+    def _is_hole(self, variance):
+        """(..., 1), where what is known is no better than the prior."""
+        most = self._array(SEEN) * self._prior.variance[0, 0]
+        return ops.any(variance >= most, axis=-1, keepdims=True)
+
+    def smooth(self, state):
+        """The map, with depth and features of what surrounds them in holes.
+
+        Args:
+            state: `ESMMap`.
+
+        Returns:
+            `ESMMap`; the variance stays.
+        """
+        if self.smooth_kernel_size is None:
+            return state
+        mean, variance = state
+        around_all = 2 * min(self.height, self.width) + 1
+        size = min(self.smooth_kernel_size, around_all)
+        around = geometry.smooth(
+            mean[..., 2:], variance[..., 2:], geometry.smoothing_kernel(size)
+        )
+        rest = ops.where(self._is_hole(variance), around, mean[..., 2:])
+        return ESMMap(ops.concatenate([mean[..., :2], rest], -1), variance)
+
+    # What is given.
+
+    def _parsed(self, inputs, lead):
+        """Checked tensors: a list of dicts for the cameras, and a dict for the
+        motion. `lead` names their first axes."""
+        if not isinstance(inputs, dict) or "cameras" not in inputs:
+            raise ValueError(
+                "Inputs must be a dict with `cameras` and `motion`. Received: "
+                f"{sorted(inputs) if isinstance(inputs, dict) else inputs!r}"
+            )
+        motion = {key: inputs[key] for key in inputs if key != "cameras"}
+        cameras = inputs["cameras"]
+        if not isinstance(cameras, (list, tuple)):
+            cameras = [cameras]
+        if not cameras:
+            raise ValueError(
+                "There must be at least one camera. Received: cameras=[]"
+            )
+        sizes = {"F": self.feature_channels, "3 + F": 3 + self.feature_channels}
+        motion = self._fields("The motion", motion, MOTION, lead, sizes)
+        _check_has("The motion", motion, "motion")
+        parsed = []
+        for number, camera in enumerate(cameras):
+            who = f"Camera {number}"
+            if not isinstance(camera, dict):
+                raise ValueError(
+                    f"{who} must be a dict with some of {tuple(CAMERA)}. "
+                    f"Received: {camera!r}"
+                )
+            own = dict(sizes)  # each may have images of another size
+            camera = self._fields(who, camera, CAMERA, lead, own)
+            sizes.update({axis: own[axis] for axis in lead if axis in own})
+            _check_has(who, camera, "features")
+            if ("points" in camera) == ("depth" in camera):
+                raise ValueError(
+                    f"{who} must have either `points` or `depth`. "
+                    f"Received: {sorted(camera)}"
+                )
+            if ("depth" in camera) != ("inverse_intrinsics" in camera):
+                raise ValueError(
+                    f"{who} must have `inverse_intrinsics` with `depth`, and "
+                    f"only with that. Received: {sorted(camera)}"
+                )
+            parsed.append(camera)
+        return parsed, motion
+
+    def _fields(self, who, given, axes_of, lead, sizes):
+        """The fields that are not None, as tensors."""
+        if not set(given) <= set(axes_of):
+            raise ValueError(
+                f"{who} may have {tuple(axes_of)}. Received: {sorted(given)}"
+            )
+        fields = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            axes = (*lead, *axes_of[name])
+            value = ops.convert_to_tensor(value)
+            shape = tuple(value.shape)
+            if name in CONSTANT and len(shape) == len(axes) - 1:
+                axes = (*lead[:1], *axes_of[name])
+            if name in ("depth", "mask") and shape[len(axes) :] == (1,):
+                value, shape = value[..., 0], shape[:-1]
+            wanted = [sizes.get(axis, axis) for axis in axes]
+            is_right = len(shape) == len(axes) and all(
+                size in (one, None) or isinstance(one, str)
+                for size, one in zip(shape, wanted)
+            )
+            if not is_right:
+                raise ValueError(
+                    f"{who}: `{name}` must be ({', '.join(map(str, axes))}), "
+                    f"which is ({', '.join(map(str, wanted))}) here. "
+                    f"Received: shape {shape}"
+                )
+            for axis, size in zip(axes, shape):
+                if isinstance(axis, str) and size is not None:
+                    sizes[axis] = size
+            dtype = "bool" if name == "mask" else self.map_dtype
+            fields[name] = ops.cast(value, dtype)
+        return fields
+
+    def _check_state(self, state, batch):
+        shape = (batch, *self._prior.mean.shape)
+        parts = state if isinstance(state, (tuple, list)) else ()
+        is_right = len(parts) == 2 and all(
+            len(part.shape) == 4
+            and all(
+                size in (one, None) or one is None
+                for size, one in zip(part.shape, shape)
+            )
+            for part in parts
+        )
+        if not is_right:
+            raise ValueError(
+                "A state must be an `ESMMap`, mean and variance, each of shape "
+                f"{shape}. Received: "
+                f"{[tuple(part.shape) for part in parts] or state!r}"
+            )
+        return ESMMap(*(ops.cast(part, self.map_dtype) for part in parts))
+
+    def compute_mask(self, inputs, previous_mask):
+        return None  # a map has no steps, or one for each
+
+    def get_config(self):
+        names = ("height", "width", "feature_channels", "depth_limits")
+        names += ("variance_limits", "depth_prior", "feature_prior")
+        names += ("smooth_kernel_size", "depth_buffer")
+        config = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class ESMCell(_Map):
+    """One step of `ESMLayer`, which has the full text.
+
+    Args:
+        height, width, feature_channels, depth_limits, variance_limits,
+            depth_prior, feature_prior, smooth_kernel_size, depth_buffer:
+            as of `ESMLayer`.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: dict as of `ESMLayer`, without the axis of time.
+        state: `ESMMap`, as `get_initial_state` or the step before gives it.
+
+    Returns:
+        The map, an `ESMMap` of (B, H, W, 3 + F) with holes smoothed, and the
+        state for the next step, which is the map where they are not.
+
+    Raises:
+        ValueError: as `ESMLayer`.
+
+    Example:
+
+    >>> cell = ESMCell(height=4, width=8, feature_channels=1)
+    >>> seen = {
+    ...     "points": np.array([[[[0.0, 0.0, 2.0]]]], "float32"),
+    ...     "features": np.ones((1, 1, 1, 1), "float32"),
+    ... }
+    >>> still = np.eye(3, 4, dtype="float32")[None]
+    >>> state = cell.get_initial_state(batch_size=1)
+    >>> shown, state = cell({"cameras": [seen], "motion": still}, state)
+    >>> ops.convert_to_numpy(state.mean)[0, 2, 4]
+    array([4., 2., 2., 1.], dtype=float32)
+    """
+
+    def call(self, inputs, state):
+        cameras, motion = self._parsed(inputs, ("B",))
+        state = self._check_state(state, motion["motion"].shape[0])
+        state = self.step(cameras, motion, state)
+        return self.smooth(state), state
+
+    def compute_output_spec(self, inputs, state):
+        cameras, motion = self._parsed(inputs, ("B",))
+        shape = (motion["motion"].shape[0], *self._prior.mean.shape)
+        return tuple(_spec(shape, self.map_dtype) for _ in range(2))
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class ESMLayer(_Map):
+    """Maps what cameras see onto a sphere around a moving agent.
+
+    A memory without weights. At each step the map is projected anew as the
+    agent moves, and fused with depth and features of each camera by their
+    variances. Frames, and the sphere's image, are those of `geometry`: x left,
+    y up, z forward; the map's middle is forward, its upper row up.
+
+    Source: Lenton et al. 2021 (arXiv 2102.07764).
+    Departures from the reference (ivy_memory), which has faults: any number of
+    cameras are fused as the paper says; the nearest point hides others with all
+    its channels; holes have the prior's depth; smoothing keeps signs; gradients
+    flow through the projection; columns are continuous across the seam, and
+    what is down is in the last row; points beyond `depth_limits` are left out
+    and not drawn to them; variances are limited where they are measured, so
+    that step by step and whole sequences agree; covariances of poses count.
+
+    Equations, in the order of `step`:
+        re-projection: p' = R p + t for each pixel that was seen, in `move`.
+        quantisation: round to pixels; of several points the nearest, or their
+        fusion, in `geometry.quantize`.
+        fusion: v = 1 / sum_k 1 / v_k, m = v sum_k m_k / v_k, of the map and
+        each camera, in `geometry.fuse`.
+        smoothing: m = sum_j c_j m_j / v_j / sum_j c_j / v_j with c = 1 / (1 +
+        distance in pixels), where nothing was seen, in `geometry.smooth`; of
+        what is returned only, not of the state.
+
+    State: `ESMMap`, mean and variance, (B, H, W, 3 + F) each, the prior at
+    first.
+
+    Masking and dtype: what is masked, not finite, at or behind the camera,
+    beyond `depth_limits`, or no better known than the prior is left out. Of a
+    camera whose pose is not a rotation and a translation all is left out, and a
+    motion that is none leaves nothing of the map before it. A step that `mask`
+    leaves out changes nothing. All is computed, and returned, in float32, or in
+    float64 if that is `dtype`.
+
+    Gradients flow from the map to features, depth, variances and poses of what
+    is kept; which pixel a point falls into, and which is nearest, has none.
+
+    Args:
+        height, width: ints, H, 180 by default, and W, 360, even.
+        feature_channels: int, F, 3 by default.
+        depth_limits: (least, most) distance in metres, (0.001, 10) by default.
+        variance_limits: (least, most), (0.001, 10000) by default; the least of
+            all channels, and the prior's of depth and features. The prior's of
+            columns and rows is `height`.
+        depth_prior: float, metres, 0.01 by default.
+        feature_prior: float, 0.5 by default.
+        smooth_kernel_size: int, odd, pixels, 25 by default, of which what
+            reaches around a small map does not count; None for no smoothing.
+        depth_buffer: bool. True (default): of the points in a pixel the nearest
+            is kept. False: they are fused.
+        return_sequences: bool, the map after each step, or (default) the last.
+        return_state: bool, False by default, return the state too.
+        stateful: bool, False by default, go on from the state of the batch
+            before. Needs a fixed batch size; `reset_state()` starts afresh.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: dict with
+            `motion`: (B, T, 3, 4) pose, from the agent's frame at the step
+            before to that at this step.
+            `motion_covariance`: (B, T, 6, 6), of the translation in metres and
+            the rotation vector in radians, optional.
+            `cameras`: a dict, or a list of any number, each with
+            `features` (B, T, h, w, F);
+            `points` (B, T, h, w, 3), coordinates in the camera's frame in
+            metres, or `depth` (B, T, h, w) along the optical axis in metres
+            and `inverse_intrinsics` (B, T, 3, 3), as
+            `geometry.inverse_intrinsics` gives it;
+            `variance` (B, T, h, w, 3 + F), optional, of columns and rows in
+            squared pixels of the map, of distance in squared metres, and of
+            features; the least by default;
+            `mask` (B, T, h, w) bool, optional, False for pixels to leave out;
+            `pose` (B, T, 3, 4), optional, from the camera's frame to the
+            agent's; the agent's by default;
+            `pose_covariance` (B, T, 6, 6), optional, as of the motion.
+            The last two and `inverse_intrinsics` may lack T: they are the same
+            at all steps.
+        initial_state: `ESMMap`; the prior by default.
+        mask: (B, T) bool, False for steps that are left out.
+
+    Returns:
+        `ESMMap`, of (B, T, H, W, 3 + F) with `return_sequences`, else of (B, H,
+        W, 3 + F); with `return_state` a pair of it and the state.
+
+    Raises:
+        ValueError: an argument out of its range, wrong shapes, or a camera
+            without features, or without depth or points.
+
+    Example:
+
+    >>> layer = ESMLayer(height=90, width=180, return_sequences=True)
+    >>> camera = {
+    ...     "depth": np.full((2, 5, 32, 32), 2.0, "float32"),
+    ...     "features": np.zeros((2, 5, 32, 32, 3), "float32"),
+    ...     "inverse_intrinsics": np.stack(
+    ...         [geometry.inverse_intrinsics((16.0, 16.0), (15.5, 15.5))] * 2
+    ...     ),
+    ... }
+    >>> still = np.tile(np.eye(3, 4, dtype="float32"), (2, 5, 1, 1))
+    >>> seen = layer({"cameras": camera, "motion": still})
+    >>> tuple(seen.mean.shape)
+    (2, 5, 90, 180, 6)
+    >>> float(seen.mean[0, 0, 45, 90, 2]) < 2.01
+    True
+
+    References:
+        Lenton, James, Clark, Davison, "End-to-End Egospheric Spatial Memory",
+        ICLR 2021, https://arxiv.org/abs/2102.07764
+    """
+
+    def __init__(
+        self,
+        *args,
+        return_sequences=False,
+        return_state=False,
+        stateful=False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.return_sequences = check_bool("return_sequences", return_sequences)
+        self.return_state = check_bool("return_state", return_state)
+        self.stateful = check_bool("stateful", stateful)
+        self.states = None
+
+    def build(self, inputs_shape):
+        if self.stateful:
+            batch = inputs_shape["motion"][0]
+            if batch is None:
+                raise ValueError(
+                    "A stateful layer must have a fixed batch size: "
+                    "`keras.Input(batch_shape=...)`. Received: motion of shape "
+                    f"{tuple(inputs_shape['motion'])}"
+                )
+            self.states = ESMMap(
+                *(
+                    self.add_weight(
+                        shape=(batch, *prior.shape),
+                        initializer=lambda shape, dtype, prior=prior: (
+                            ops.broadcast_to(ops.cast(prior, dtype), shape)
+                        ),
+                        dtype=self.map_dtype,
+                        trainable=False,
+                        autocast=False,
+                        name=name,
+                    )
+                    for name, prior in self._prior._asdict().items()
+                )
+            )
+        self.built = True
+
+    def call(self, inputs, initial_state=None, mask=None):
+        cameras, motion = self._parsed(inputs, ("B", "T"))
+        batch, times = motion["motion"].shape[:2]
+        if initial_state is not None:
+            state = self._check_state(initial_state, batch)
+        elif self.stateful:
+            state = ESMMap(*map(ops.convert_to_tensor, self.states))
+        else:
+            state = self.get_initial_state(ops.shape(motion["motion"])[0])
+        constant = [
+            {
+                name: value
+                for name, value in camera.items()
+                if len(value.shape) == 1 + len(CAMERA[name])
+            }
+            for camera in cameras
+        ]
+        changing = [
+            {name: camera[name] for name in camera if name not in same}
+            for camera, same in zip(cameras, constant)
+        ]
+        given = [changing, motion]
+        if (mask := _as_mask(mask, batch, times)) is not None:
+            given.append(mask)
+
+        def step(given, before):
+            cameras, motion, *kept = given
+            cameras = [
+                {**camera, **same} for camera, same in zip(cameras, constant)
+            ]
+            state = self.step(cameras, motion, before)
+            if kept:
+                kept = kept[0][:, None, None, None]
+                pairs = zip(state, before)
+                state = ESMMap(*(ops.where(kept, *pair) for pair in pairs))
+            return self.smooth(state) if self.return_sequences else state, state
+
+        shown, state = _over_time(step, given, state, self.return_sequences)
+        if self.stateful:
+            for variable, part in zip(self.states, state):
+                variable.assign(part)
+        if not self.return_sequences:
+            shown = self.smooth(state)
+        return (shown, state) if self.return_state else shown
+
+    def compute_output_spec(self, inputs, initial_state=None, mask=None):
+        _, motion = self._parsed(inputs, ("B", "T"))
+        batch, times = motion["motion"].shape[:2]
+        shape = (batch, *self._prior.mean.shape)
+        shown = (batch, times, *shape[1:]) if self.return_sequences else shape
+        shown = _spec(shown, self.map_dtype)
+        state = _spec(shape, self.map_dtype)
+        return (shown, state) if self.return_state else shown
+
+    def reset_state(self):
+        """Forgets the map of a stateful layer."""
+        for variable, prior in zip(self.states or (), self._prior):
+            variable.assign(ops.broadcast_to(prior, variable.shape))
+
+    def get_config(self):
+        names = "return_sequences", "return_state", "stateful"
+        config = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), **config}
+
+
+def _over_time(step, given, state, all_steps):
+    """Runs a step for each time.
+
+    Args:
+        step: function of what is given at a time, and the `ESMMap` before, to
+            the `ESMMap` that is shown and the one after.
+        given: structure of tensors (B, T, ...).
+        state: `ESMMap` before the first.
+        all_steps: bool, whether all that is shown is wanted, or the last.
+
+    Returns:
+        `ESMMap` (B, T, ...) of what is shown, T 1 for the last, and `ESMMap`
+        after it.
+    """
+    flat = keras.tree.flatten(given)
+    if flat[0].shape[1] == 1:
+        at_once = keras.tree.map_structure(lambda part: part[:, 0], given)
+        shown, state = step(at_once, state)
+        return ESMMap(*(part[:, None] for part in shown)), state
+    # Keras's loop takes one tensor, on all backends.
+    lead = ops.shape(flat[0])[:2]
+    shapes = [ops.shape(part)[2:] for part in flat]
+    sizes = [math.prod(shape) for shape in shapes]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    channels = state.mean.shape[-1]
+    packed = ops.concatenate(
+        [
+            ops.cast(ops.reshape(part, (*lead, size)), state.mean.dtype)
+            for part, size in zip(flat, sizes)
+        ],
+        axis=-1,
+    )
+
+    def apart(both):
+        return ESMMap(both[..., :channels], both[..., channels:])
+
+    def packed_step(packed, states):
+        parts = [
+            ops.reshape(packed[:, begin:end], (-1, *shape))
+            for begin, end, shape in zip(ends, ends[1:], shapes)
+        ]
+        parts = [ops.cast(one, part.dtype) for one, part in zip(parts, flat)]
+        parts = keras.tree.pack_sequence_as(given, parts)
+        shown, after = step(parts, apart(states[0]))
+        return ops.concatenate(shown, -1), [ops.concatenate(after, -1)]
+
+    _, shown, states = backend.rnn(
+        packed_step,
+        packed,
+        [ops.concatenate(state, axis=-1)],
+        input_length=packed.shape[1],
+        return_all_outputs=all_steps,
+    )
+    return apart(shown), apart(states[0])
+
+
+def _in_line(image):
+    """(B, h, w, C) as (B, h w, C)."""
+    batch, height, width, channels = ops.shape(image)
+    return ops.reshape(image, (batch, height * width, channels))
+
+
+def _is_finite(matrices):
+    """(B, 1, 1), for (B, i, j)."""
+    return ops.all(ops.isfinite(matrices), axis=(-2, -1), keepdims=True)
+
+
+def _spec(shape, dtype):
+    return ESMMap(*(keras.KerasTensor(shape, dtype) for _ in range(2)))
+
+
+def _as_mask(mask, batch, times):
+    """(B, T) bools, of what a user or Keras gives."""
+    given = [one for one in keras.tree.flatten(mask) if one is not None]
+    if not given:
+        return None
+    mask = ops.cast(ops.convert_to_tensor(given[0]), "bool")
+    shape = tuple(mask.shape)
+    if len(shape) != 2 or any(
+        len({one, other} - {None}) > 1
+        for one, other in zip(shape, (batch, times))
+    ):
+        raise ValueError(
+            f"`mask` must be (B, T), ({batch}, {times}) here, one bool for "
+            f"each step. Received: shape {shape}"
+        )
+    return mask
+
+
+def _check_has(who, given, name):
+    if name not in given:
+        raise ValueError(f"{who} must have `{name}`. Received: {sorted(given)}")
+
+
+def _check_number(name, value):
+    if not is_number(value):
+        raise ValueError(
+            f"`{name}` must be a finite number. Received: {name}={value!r}"
+        )
+    return value
+
+
+def _check_limits(name, limits):
+    """A pair, from something positive to something larger."""
+    pair = tuple(limits) if isinstance(limits, (tuple, list)) else ()
+    is_right = len(pair) == 2 and all(map(is_number, pair))
+    if not is_right or not 0 < pair[0] < pair[1]:
+        raise ValueError(
+            f"`{name}` must be two positive numbers, the least and the most. "
+            f"Received: {name}={limits!r}"
+        )
+    return pair

@@ -1,0 +1,194 @@
+"""Frames of depth and colour in a folder, and coloured points in a file.
+
+A folder of frames:
+
+    camera.json         {"focal_lengths": [fx, fy], "principal_point": [cx, cy]}
+                        in pixels
+    poses.txt           a line for each frame: the 12 numbers, row by row, of
+                        the (3, 4) pose from the camera's frame to the world's,
+                        in metres
+    depth/000000.png    16 bits, millimetres along the optical axis, 0 for
+                        pixels without a measurement
+    colour/000000.png   8 bits, red, green, blue
+
+Frames are those of `geometry`: x left, y up, z forward. Of a camera whose
+frame has x right and y down, as usual in computer vision, turn the poses:
+`pose[:, :2] *= -1`.
+"""
+
+import json
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_memory import geometry
+from keras_memory.files import written_aside
+
+MILLIMETRES = 1000.0  # in a metre
+
+
+class Frames(NamedTuple):
+    """Frames of a camera of depth and colour.
+
+    Args:
+        depth: (T, h, w) float32, metres along the optical axis; 0 for pixels
+            without a measurement.
+        colour: (T, h, w, 3) float32 from 0 to 1.
+        poses: (T, 3, 4) float32, from the camera's frame to the world's.
+        inverse_intrinsics: (3, 3) float32, as `geometry.inverse_intrinsics`
+            gives it.
+    """
+
+    depth: Any
+    colour: Any
+    poses: Any
+    inverse_intrinsics: Any
+
+
+def read_frames(folder):
+    """Reads a folder of frames.
+
+    Args:
+        folder: path.
+
+    Returns:
+        `Frames`.
+
+    Raises:
+        FileNotFoundError: a file of the layout is missing.
+        ValueError: images of different sizes or another kind, as many poses as
+            there are not frames, or poses that are none.
+    """
+    folder = pathlib.Path(folder)
+    camera = json.loads((folder / "camera.json").read_text())
+    poses = np.loadtxt(folder / "poses.txt", "float32", ndmin=2)
+    if poses.shape[1] != 12 or not len(poses):
+        raise ValueError(
+            "`poses.txt` must have lines of 12 numbers. Received: shape "
+            f"{poses.shape} in {folder}"
+        )
+    poses = poses.reshape(-1, 3, 4)
+    wrong = np.flatnonzero(~np.asarray(geometry.is_pose(poses)))
+    if len(wrong):
+        raise ValueError(
+            "Each pose must be a rotation beside a translation. Received: line "
+            f"{wrong[0] + 1} of {folder / 'poses.txt'}"
+        )
+    names = [f"{number:06d}.png" for number in range(len(poses))]
+    depth = _read_images(folder / "depth", names, ("I;16", "I"))
+    colour = _read_images(folder / "colour", names, ("RGB",))
+    if depth.shape != colour.shape[:3]:
+        raise ValueError(
+            "Images of depth and colour must be of one size. Received: "
+            f"{depth.shape[1:]} and {colour.shape[1:3]} in {folder}"
+        )
+    return Frames(
+        depth.astype("float32") / np.float32(MILLIMETRES),
+        colour.astype("float32") / np.float32(255),
+        poses,
+        geometry.inverse_intrinsics(
+            camera["focal_lengths"], camera["principal_point"]
+        ),
+    )
+
+
+def _read_images(folder, names, modes):
+    from PIL import Image
+
+    images = []
+    for name in names:
+        with Image.open(folder / name) as image:
+            if image.mode not in modes:
+                raise ValueError(
+                    f"An image must be of the kind {modes[0]!r}. Received: "
+                    f"{image.mode!r}, {folder / name}"
+                )
+            images.append(np.asarray(image))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                "All images must be of one size. Received: "
+                f"{images[-1].shape} and {images[0].shape}, {folder / name}"
+            )
+    more = folder / f"{len(names):06d}.png"
+    if more.exists():
+        raise ValueError(
+            "There must be a pose for each frame. Received: "
+            f"{len(names)} poses, and {more}"
+        )
+    return np.stack(images)
+
+
+def write_frames(folder, frames):
+    """Writes a folder of frames, as `read_frames` reads it.
+
+    Args:
+        folder: path; made where it is absent.
+        frames: `Frames`, up to 65 metres deep.
+
+    Raises:
+        ValueError: depth that 16 bits of millimetres cannot hold.
+    """
+    from PIL import Image
+
+    folder = pathlib.Path(folder)
+    for name in ("depth", "colour"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    focal, middle = _intrinsics(np.asarray(frames.inverse_intrinsics))
+    (folder / "camera.json").write_text(
+        json.dumps({"focal_lengths": focal, "principal_point": middle}) + "\n"
+    )
+    millimetres = np.round(np.asarray(frames.depth, "float64") * MILLIMETRES)
+    if not ((0 <= millimetres) & (millimetres < 1 << 16)).all():
+        raise ValueError(
+            "`depth` must be from 0 to 65.535 metres. Received: from "
+            f"{np.min(frames.depth)} to {np.max(frames.depth)}"
+        )
+    colour = np.round(np.clip(frames.colour, 0, 1) * 255).astype("uint8")
+    for number, (one, other) in enumerate(zip(millimetres, colour)):
+        name = f"{number:06d}.png"
+        Image.fromarray(one.astype("uint16")).save(folder / "depth" / name)
+        Image.fromarray(other).save(folder / "colour" / name)
+    np.savetxt(folder / "poses.txt", np.reshape(frames.poses, (-1, 12)))
+
+
+def _intrinsics(inverse):
+    """Focal lengths and principal point, of `geometry.inverse_intrinsics`."""
+    focal = [-1 / float(inverse[0, 0]), -1 / float(inverse[1, 1])]
+    middle = [float(inverse[i, 2]) * focal[i] for i in range(2)]
+    return focal, middle
+
+
+def write_points(path, points, colours):
+    """Writes coloured points to a PLY file, which viewers of meshes open.
+
+    Args:
+        path: path of the file.
+        points: (n, 3) metres.
+        colours: (n, 3) from 0 to 1.
+
+    Raises:
+        ValueError: other shapes, or points that are not finite.
+    """
+    points = np.asarray(points, "<f4")
+    colours = np.round(np.clip(colours, 0, 1) * 255).astype("u1")
+    if points.ndim != 2 or not points.shape == colours.shape[:1] + (3,):
+        raise ValueError(
+            "`points` and `colours` must be (n, 3) both. Received: shapes "
+            f"{points.shape} and {colours.shape}"
+        )
+    if not np.isfinite(points).all():
+        raise ValueError("`points` must be finite. Received: NaN or infinity")
+    kinds = [(axis, "<f4") for axis in "xyz"]
+    kinds += [(colour, "u1") for colour in ("red", "green", "blue")]
+    vertices = np.empty(len(points), kinds)
+    for i, (name, _) in enumerate(kinds):
+        vertices[name] = points[:, i] if i < 3 else colours[:, i - 3]
+    names = {"<f4": "float", "u1": "uchar"}
+    header = ["ply", "format binary_little_endian 1.0"]
+    header += [f"element vertex {len(points)}"]
+    header += [f"property {names[kind]} {name}" for name, kind in kinds]
+    text = "\n".join([*header, "end_header"]) + "\n"
+    with written_aside(pathlib.Path(path)) as aside:
+        aside.write_bytes(text.encode("ascii") + vertices.tobytes())

@@ -1,0 +1,160 @@
+"""A textured room with boxes: exact depth and colour from any pose.
+
+Ray-cast in NumPy, for demonstrations and tests of spatial memory. Frames are
+those of `geometry`: x left, y up, z forward, metres.
+"""
+
+import numpy as np
+
+from keras_memory import geometry
+from keras_memory.checks import check_size
+
+COLOURS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
+    [
+        [0.75, 0.35, 0.30],
+        [0.30, 0.55, 0.75],
+        [0.55, 0.45, 0.35],
+        [0.85, 0.85, 0.80],
+        [0.45, 0.65, 0.40],
+        [0.80, 0.65, 0.35],
+    ]
+)
+
+
+class Room:
+    """A room, and boxes in it.
+
+    Args:
+        size: (x, y, z) metres of the room, whose middle is the origin.
+        boxes: (n, 2, 3) lower and upper corners of boxes, in metres.
+
+    Raises:
+        ValueError: corners in another order, or no three coordinates each.
+
+    Example:
+
+    >>> room = Room()
+    >>> depth, colour = room.render(np.eye(3, 4), height=4, width=6)
+    >>> depth.shape, colour.shape
+    ((4, 6), (4, 6, 3))
+    """
+
+    def __init__(
+        self,
+        size=(6.0, 3.0, 5.0),
+        boxes=(
+            ((-2.6, -1.5, 1.0), (-1.6, -0.4, 2.0)),
+            ((1.0, -1.5, 1.2), (1.8, 0.4, 1.9)),
+            ((-1.2, -1.5, -2.3), (0.4, -0.7, -1.5)),
+            ((2.1, -1.5, -1.2), (2.9, 0.9, -0.4)),
+        ),
+    ):
+        half = np.asarray(size, "float64") / 2
+        boxes = np.asarray(boxes, "float64").reshape(-1, 2, 3)
+        if half.shape != (3,) or not (half > 0).all():
+            raise ValueError(
+                "`size` must be three positive numbers of metres. "
+                f"Received: size={size!r}"
+            )
+        if not (boxes[:, 0] < boxes[:, 1]).all():
+            raise ValueError(
+                "Each of `boxes` must have a lower and an upper corner. "
+                f"Received: boxes={boxes.tolist()}"
+            )
+        self.room, self.boxes = np.stack([-half, half]), boxes
+
+    def cast(self, origin, directions):
+        """Follows rays to what they hit first.
+
+        Args:
+            origin: (3,) metres, inside the room and outside the boxes.
+            directions: (..., 3), of any length but 0.
+
+        Returns:
+            (...) distances in lengths of the directions, and (..., 3) colours
+            from 0 to 1.
+        """
+        origin = np.asarray(origin, "float64")
+        directions = np.asarray(directions, "float64")
+        _, leave, _, axis = _crossings(self.room, origin, directions)
+        distance = leave
+        for box in self.boxes:
+            enter, leave, in_axis, _ = _crossings(box, origin, directions)
+            hits = (0 < enter) & (enter < leave) & (enter < distance)
+            distance = np.where(hits, enter, distance)
+            axis = np.where(hits, in_axis, axis)
+        points = origin + distance[..., None] * directions
+        ahead = np.take_along_axis(directions, axis[..., None], axis=-1) > 0
+        colour = COLOURS[2 * axis + ahead[..., 0]]
+        # Patches of about half a metre.
+        x, y, z = np.moveaxis(points, -1, 0)
+        pattern = np.sin(5 * x + 2 * y) * np.sin(6 * y - z) * np.sin(5 * z + x)
+        return distance, colour * (0.75 + 0.25 * pattern[..., None])
+
+    def render(self, pose, height, width, inverse_intrinsics=None):
+        """What a pinhole camera sees.
+
+        Args:
+            pose: (3, 4), from the camera's frame to the room's.
+            height, width: ints, h and w in pixels.
+            inverse_intrinsics: (3, 3), as `geometry.inverse_intrinsics` gives
+                it; by default of a view 90 degrees wide.
+
+        Returns:
+            (h, w) metres along the optical axis, and (h, w, 3) colours, both
+            float32.
+        """
+        check_size("height", height)
+        check_size("width", width)
+        if inverse_intrinsics is None:
+            inverse_intrinsics = right_angle(height, width)
+        rows, columns = np.mgrid[:height, :width]
+        pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
+        pose = np.asarray(pose, "float64")
+        directions = pixels @ (pose[:, :3] @ inverse_intrinsics).T
+        depth, colour = self.cast(pose[:, 3], directions)
+        return depth.astype("float32"), colour.astype("float32")
+
+    def render_sphere(self, pose, pixels, height, width):
+        """What is around a place, in pixels of a map.
+
+        Args:
+            pose: (3, 4), from the agent's frame to the room's.
+            pixels: (..., 2) columns and rows, which need not be whole.
+            height, width: ints, H and W of the map.
+
+        Returns:
+            (...) distances in metres, and (..., 3) colours, both float32.
+        """
+        pixels = np.asarray(pixels, "float64")
+        azimuth = np.pi - pixels[..., 0] * (2 * np.pi / width)
+        polar = pixels[..., 1] * (np.pi / height)
+        level = np.sin(polar)
+        directions = [
+            level * np.sin(azimuth),
+            np.cos(polar),
+            level * np.cos(azimuth),
+        ]
+        pose = np.asarray(pose, "float64")
+        distance, colour = self.cast(
+            pose[:, 3], np.stack(directions, axis=-1) @ pose[:, :3].T
+        )
+        return distance.astype("float32"), colour.astype("float32")
+
+
+def right_angle(height, width):
+    """(3, 3) inverse intrinsics of a camera that sees 90 degrees across."""
+    middle = (width - 1) / 2, (height - 1) / 2
+    return geometry.inverse_intrinsics((width / 2, width / 2), middle)
+
+
+def _crossings(box, origin, directions):
+    """Where lines enter and leave a box, and through faces of which axis."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ways = (box - origin)[..., None, :] / directions.reshape(1, -1, 3)
+    # Along a face, 0 / 0: it bounds nothing.
+    first = np.where(np.isnan(ways), -np.inf, ways).min(axis=0)
+    last = np.where(np.isnan(ways), np.inf, ways).max(axis=0)
+    shape = directions.shape[:-1]
+    parts = first.max(-1), last.min(-1), first.argmax(-1), last.argmin(-1)
+    return tuple(part.reshape(shape) for part in parts)

@@ -1,0 +1,1163 @@
+"""Egospheric Spatial Memory: next to the reference, and to a room."""
+
+import functools
+import itertools
+import json
+import pathlib
+
+import harness
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_memory
+from keras_memory import esm
+from keras_memory import geometry
+from keras_memory import rooms
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+RECORDED = (
+    pathlib.Path(__file__).parents[2] / "shared/goldens/esm__recorded_0.npz"
+)
+
+
+def array(value):
+    return np.asarray(ops.convert_to_numpy(value))
+
+
+def arrays(maps):
+    return esm.ESMMap(*map(array, maps))
+
+
+def close(one, other, tolerance=1e-5):
+    np.testing.assert_allclose(
+        array(one), array(other), rtol=tolerance, atol=tolerance
+    )
+
+
+def still(*lead):
+    return np.tile(np.eye(3, 4, dtype="float32"), (*lead, 1, 1))
+
+
+def seen(seed=0, batch=2, times=3, height=5, width=7, channels=3, cameras=1):
+    """Random inputs: points all around, small motions."""
+    rng = np.random.default_rng(seed)
+    lead = batch, times
+
+    def pose(scale):
+        vectors = scale * rng.normal(size=(*lead, 6))
+        return array(geometry.pose_matrix(vectors.astype("float32")))
+
+    def camera():
+        shape = (*lead, height, width)
+        points = rng.normal(size=(*shape, 3))
+        points *= rng.uniform(1, 4, size=(*shape, 1)) / np.linalg.norm(
+            points, axis=-1, keepdims=True
+        )
+        return {
+            "points": points.astype("float32"),
+            "features": rng.normal(size=(*shape, channels)).astype("float32"),
+            "variance": rng.uniform(
+                0.01, 0.5, size=(*shape, 3 + channels)
+            ).astype("float32"),
+            "mask": rng.uniform(size=shape) < 0.9,
+            "pose": pose(0.1),
+        }
+
+    return {
+        "cameras": [camera() for _ in range(cameras)],
+        "motion": pose(0.05),
+    }
+
+
+SIZES = {"height": 8, "width": 12, "smooth_kernel_size": 3}
+
+
+def layer_of(**options):
+    options = {**SIZES, "return_sequences": True, **options}
+    return keras_memory.ESMLayer(**options)
+
+
+def at(inputs, time):
+    """One step, or some, of inputs."""
+    return keras.tree.map_structure(lambda x: x[:, time], inputs)
+
+
+# The reference.
+
+
+def of_golden(d, number=2):
+    cameras = [
+        {
+            "points": d[f"cam{i}.img_mean"][..., :3],
+            "features": d[f"cam{i}.img_mean"][..., 3:],
+            "variance": d[f"cam{i}.img_var"],
+            "mask": d[f"cam{i}.validity_mask"][..., 0] > 0,
+            "pose": d[f"cam{i}.cam_rel_mat"],
+        }
+        for i in range(number)
+    ]
+    return {"cameras": cameras, "motion": d["agent_rel_mat"]}
+
+
+def own_of(found):
+    """What pixels have points of their own for, as in the reference."""
+    mean, variance, own = map(array, found)
+    return esm.ESMMap(mean, np.where(own, variance, np.inf))
+
+
+def is_clear(pixels, depth, valid, height, width, share=0.02):
+    """Where the reference's depth buffer is right: one point, or the nearest
+    well before the others; away from its poles and seam.
+
+    Returns:
+        (B, H, W) bool.
+    """
+    column = np.round(pixels[..., 0]).astype(int) % width
+    row = np.round(pixels[..., 1]).astype(int)
+    clear = np.ones((len(pixels), height, width), bool)
+    span = depth.max() - depth.min()
+    for b in range(len(pixels)):
+        nearest = np.full((height, width), -np.inf)
+        for i in np.argsort(depth[b]):
+            if valid[b, i] and 0 <= row[b, i] < height:
+                y, x = row[b, i], column[b, i]
+                if depth[b, i] - nearest[y, x] < share * span:
+                    clear[b, y, x] = False
+                if nearest[y, x] == -np.inf:
+                    nearest[y, x] = depth[b, i]
+    clear[:, :1], clear[:, :, :1] = False, False
+    clear[:, -1:], clear[:, :, -1:] = False, False
+    return clear
+
+
+@pytest.mark.parametrize("name", ["esm__a", "esm__b"])
+def test_projection_is_the_references(name):
+    """What two cameras measure, and the memory after the motion, at each step.
+
+    The reference rounds all cameras together with the depth buffer, as one
+    camera with both images does here. Compared are pixels where its depth
+    buffer is right (`is_clear`)."""
+    d = np.load(GOLDENS / f"{name}.npz")
+    height, width = d["empty_memory.mean"].shape[2:4]
+    cell = keras_memory.ESMCell(
+        height, width, d["empty_memory.mean"].shape[-1] - 3, dtype="float32"
+    )
+    compared = 0
+    for time in range(3):
+        inputs = at(of_golden(d), time)
+        lines = []
+        for camera in inputs["cameras"]:
+            points = geometry.transform(
+                camera["points"].reshape(len(camera["pose"]), -1, 3),
+                camera["pose"],
+            )
+            lines.append(points)
+        points = np.concatenate([array(one) for one in lines], axis=1)
+
+        def joined(key, inputs=inputs):
+            parts = [
+                np.asarray(c[key]).reshape(
+                    len(c["pose"]), -1, *c[key].shape[3:]
+                )
+                for c in inputs["cameras"]
+            ]
+            return np.concatenate(parts, axis=1)[:, None].astype("float32")
+
+        mask = joined("mask") > 0
+        found = own_of(
+            cell.observe(
+                joined("features"),
+                points=points[:, None].astype("float32"),
+                variance=joined("variance"),
+                mask=mask,
+            )
+        )
+        of_it = (
+            d["step.meas_mean"][:, time],
+            d["step.meas_var"][:, time],
+        )
+        pixels = array(
+            geometry.to_pixels(geometry.to_sphere(points), height, width)
+        )
+        clear = is_clear(
+            pixels[..., :2], pixels[..., 2], mask[:, 0], height, width
+        )
+        hit = np.isfinite(found.variance[..., 0]) & clear
+        assert (
+            (of_it[1][..., 0] < 1e11) == np.isfinite(found.variance[..., 0])
+        )[:, 1:-1, 1:-1].mean() > 0.999
+        close(found.mean[hit], of_it[0][hit], 1e-4)
+        # The reference's depth buffer adds depth to them, and rounds.
+        error = np.abs(found.variance[hit] - of_it[1][hit])
+        assert error.max() < 0.01
+        compared += hit.sum()
+    assert compared > 200
+
+
+@pytest.mark.parametrize("name", ["esm__a", "esm__b"])
+def test_reprojection_is_the_references(name):
+    """The memory after each motion, from the reference's memory before it."""
+    d = np.load(GOLDENS / f"{name}.npz")
+    shape = d["empty_memory.mean"].shape
+    height, width = shape[2:4]
+    cell = keras_memory.ESMCell(height, width, shape[-1] - 3)
+    compared = 0
+    for time in range(3):
+        if time:
+            before = (
+                d["step.fused_mean"][time - 1],
+                d["step.fused_var"][time - 1],
+            )
+        elif "memory_in.mean" in d:
+            before = d["memory_in.mean"][:, 0], d["memory_in.var"][:, 0]
+        else:
+            continue
+        before = [one.astype("float32") for one in before]
+        motion = d["agent_rel_mat"][:, time].astype("float32")
+        found = own_of(cell.move(esm.ESMMap(*before), motion))
+        mean, variance = d["step.prior_mean"][time], d["step.prior_var"][time]
+        flat = before[0].reshape(len(before[0]), -1, shape[-1])
+        points = geometry.transform(
+            geometry.from_sphere(
+                geometry.from_pixels(flat[..., :3], height, width)
+            ),
+            motion,
+        )
+        pixels = array(
+            geometry.to_pixels(geometry.to_sphere(points), height, width)
+        )
+        known = (before[1] < 0.99 * d["empty_memory.var"][0, 0, 0, 0]).all(-1)
+        clear = is_clear(
+            pixels[..., :2],
+            pixels[..., 2],
+            known.reshape(len(known), -1),
+            height,
+            width,
+        )
+        hit = np.isfinite(found.variance[..., 0]) & clear
+        close(found.mean[hit], mean[hit], 1e-4)
+        close(found.variance[hit], variance[hit], 1e-4)
+        compared += hit.sum()
+    assert compared > 200
+
+
+def test_a_step_is_the_references():
+    """Holes, their variance, and smoothing, with features that are positive."""
+    d = np.load(GOLDENS / "esm__b.npz")
+    shape = d["empty_memory.mean"].shape
+    cell = keras_memory.ESMCell(
+        *shape[2:4], shape[-1] - 3, smooth_kernel_size=5
+    )
+    kernel = geometry.smoothing_kernel(5)
+    for time in range(3):
+        state = esm.ESMMap(
+            d["step.fused_mean_raw"][time][:, 0].astype("float32"),
+            d["step.fused_var"][time].astype("float32"),
+        )
+        shown = arrays(cell.smooth(state))
+        close(shown.variance, d["step.fused_var"][time])
+        precision = 1 / state.variance[..., 2:]
+        around = array(
+            geometry.smooth(precision, np.ones_like(precision), kernel)
+        )
+        hole = (state.variance >= 0.99 * cell._prior.variance[0, 0]).any(-1)
+        assert 0.1 < hole.mean() < 0.95
+        # The reference's denominator has a hundredth of the kernel's sum more.
+        expected = d["step.fused_mean"][time].astype("float32")
+        theirs = shown.mean[..., 2:] * around / (around + 0.01)
+        theirs = np.where(hole[..., None], theirs, shown.mean[..., 2:])
+        inner = np.s_[:, 1:]
+        close(theirs[inner], expected[..., 2:][inner], 1e-4)
+        close(shown.mean[..., :2], state.mean[..., :2])
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="no recorded data here")
+def test_recorded_data():
+    """A frame that the reference's authors recorded, outside of row 0."""
+    d = np.load(RECORDED)
+    cell = keras_memory.ESMCell()
+    inputs = at(of_golden(d, number=1), 0)
+    state = cell.get_initial_state(1)
+    shown, state = (arrays(one) for one in cell(inputs, state))
+    mean, variance = (
+        d[f"memory_out_recorded.{name}"][:, 0, 1:] for name in ("mean", "var")
+    )
+    of_it = variance[..., 2] < 9900
+    ours = state.variance[:, 1:, :, 2] < 9900
+    assert ours[of_it].mean() > 0.999 and of_it[ours].mean() > 0.96
+    both = of_it & ours
+    assert both.sum() > 5000
+    span = mean.reshape(-1, 6).max(0) - mean.reshape(-1, 6).min(0)
+    right = (np.abs(state.mean[:, 1:] - mean) <= 1e-3 * span).all(-1)
+    assert right[both].mean() > 0.97
+    close(state.variance[:, 1:][both], variance[both], 1e-6)
+    assert all(np.isfinite(part).all() for part in shown)
+
+
+# State, time, and batches.
+
+
+def test_steps_are_a_sequence():
+    inputs = seen(cameras=2)
+    whole, last = layer_of(return_state=True)(inputs)
+    cell = keras_memory.ESMCell(**SIZES)
+    state = cell.get_initial_state(2)
+    for time in range(3):
+        shown, state = cell(at(inputs, time), state)
+        close(shown.mean, whole.mean[:, time])
+        close(shown.variance, whole.variance[:, time])
+    close(state.mean, last.mean)
+    parts = []
+    for part in (slice(0, 2), slice(2, 3)):
+        state = None if part.start == 0 else state
+        shown, state = layer_of(return_state=True)(
+            at(inputs, part), initial_state=state
+        )
+        parts.append(array(shown.mean))
+    close(np.concatenate(parts, axis=1), whole.mean)
+
+
+def test_the_last_map():
+    inputs = seen()
+    whole = layer_of()(inputs)
+    last = layer_of(return_sequences=False)(inputs)
+    close(last.mean, whole.mean[:, -1])
+    close(last.variance, whole.variance[:, -1])
+
+
+def test_rows_of_a_batch_do_not_mix():
+    inputs = seen(batch=3)
+    whole = layer_of()(inputs)
+    for row in range(3):
+        alone = layer_of()(
+            keras.tree.map_structure(lambda x, r=row: x[r : r + 1], inputs)
+        )
+        close(alone.mean[0], whole.mean[row])
+
+
+def test_a_stateful_layer_goes_on():
+    inputs = seen(times=4)
+    whole = layer_of()(inputs)
+    layer = layer_of(stateful=True)
+    for _ in range(2):
+        for part in (slice(0, 1), slice(1, 4)):
+            close(layer(at(inputs, part)).mean, whole.mean[:, part])
+        layer.reset_state()
+    assert len(layer.non_trainable_weights) == 2
+    entry = keras.tree.map_structure(
+        lambda x: keras.Input(x.shape[1:], dtype=x.dtype.name), inputs
+    )
+    with pytest.raises(ValueError, match="fixed batch size.*Received: motion"):
+        layer_of(stateful=True)(entry)
+
+
+def test_masked_steps_change_nothing():
+    inputs = seen(times=4)
+    mask = np.array([[1, 0, 1, 1], [0, 1, 0, 1]], bool)
+    found = layer_of(return_state=True)(inputs, mask=mask)
+    found, state = map(arrays, found)
+    for row in range(2):
+        kept = np.flatnonzero(mask[row])
+        some = keras.tree.map_structure(
+            lambda x, r=row, k=kept: x[r : r + 1, k], inputs
+        )
+        alone, after = layer_of(return_state=True)(some)
+        close(found.mean[row, kept], alone.mean[0])
+        close(state.mean[row], after.mean[0])
+    close(found.mean[0, 1], found.mean[0, 0])
+    empty = arrays(layer_of().smooth(layer_of().get_initial_state(1)))
+    close(found.mean[1, 0], empty.mean[0])
+
+
+def test_constant_cameras_need_no_time():
+    inputs = seen()
+    camera = inputs["cameras"][0]
+    camera["pose"] = np.repeat(camera["pose"][:, :1], 3, axis=1)
+    whole = layer_of()(inputs)
+    inputs["cameras"][0] = {**camera, "pose": camera["pose"][:, 0]}
+    close(layer_of()(inputs).mean, whole.mean)
+    inputs["cameras"] = inputs["cameras"][0]  # one alone
+    close(layer_of()(inputs).mean, whole.mean)
+
+
+def test_depth_is_points_along_the_axis():
+    inverse = geometry.inverse_intrinsics((4.0, 4.0), (3.0, 2.0))
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(1, 3, size=(2, 3, 5, 7)).astype("float32")
+    features = rng.normal(size=(2, 3, 5, 7, 3)).astype("float32")
+    points = geometry.pixels_to_camera(depth, inverse[None, None])
+    by_points = layer_of()(
+        {
+            "cameras": {"points": points, "features": features},
+            "motion": still(2, 3),
+        }
+    )
+    for value in (depth, depth[..., None]):
+        by_depth = layer_of()(
+            {
+                "cameras": {
+                    "depth": value,
+                    "features": features,
+                    "inverse_intrinsics": np.stack([inverse] * 2),
+                },
+                "motion": still(2, 3),
+            }
+        )
+        close(by_depth.mean, by_points.mean)
+
+
+def points_of(found, time):
+    """Columns and rows of all points that a map has, in order."""
+    known = found.variance[0, time, ..., 2] < 1
+    return np.unique(found.mean[0, time, known, :2].round(4), axis=0).tolist()
+
+
+def test_a_point_by_hand():
+    """Seen ahead at 2 m; the agent walks 1 m on and turns left."""
+    quarter = geometry.pose_matrix([0.0, 0, 0, 0, -np.pi / 2, 0])
+    ahead = geometry.pose_matrix([0.0, 0, -1.0, 0, 0, 0])
+    motion = np.stack([np.eye(3, 4), geometry.compose(quarter, ahead)])[None]
+    points = np.zeros((1, 2, 1, 1, 3), "float32")
+    points[..., 2] = 2.0
+    found = arrays(
+        keras_memory.ESMLayer(
+            6, 12, 1, smooth_kernel_size=None, return_sequences=True
+        )(
+            {
+                "cameras": {
+                    "points": points,
+                    "features": points[..., 2:] * 0 + 7,
+                    "mask": np.array([1, 0], bool).reshape(1, 2, 1, 1),
+                },
+                "motion": motion.astype("float32"),
+            }
+        )
+    )
+    close(found.mean[0, 0, 3, 6], [6, 3, 2, 7])
+    # It is to the right now, a quarter of twelve columns from the middle.
+    close(found.mean[0, 1, 3, 9], [9, 3, 1, 7])
+    assert points_of(found, 1) == [[9, 3]]
+
+
+# Cameras and variances.
+
+
+def test_cameras_are_fused_as_gaussians():
+    """Three cameras at one place: the reference is wrong for more than two."""
+    points = np.zeros((1, 1, 1, 1, 3), "float32") + [0.1, 0.0, 2.0]
+    cameras = [
+        {
+            "points": points + [0, 0, shift],
+            "features": np.full((1, 1, 1, 1, 1), feature, "float32"),
+            "variance": np.full((1, 1, 1, 1, 4), variance, "float32"),
+        }
+        for shift, feature, variance in ((0, -1, 0.5), (0.2, 2, 2), (0, 5, 0.1))
+    ]
+    found = arrays(
+        keras_memory.ESMLayer(18, 36, 1, smooth_kernel_size=None)(
+            {"cameras": cameras, "motion": still(1, 1)}
+        )
+    )
+    precision = 1 / 0.5 + 1 / 2 + 1 / 0.1
+    close(found.variance[0, 9, 18, 3], 1 / precision)
+    feature = (-1 / 0.5 + 2 / 2 + 5 / 0.1) / precision
+    close(found.mean[0, 9, 18, 3], feature)
+
+
+def test_the_order_of_cameras_does_not_matter():
+    inputs = seen(cameras=3)
+    one = layer_of()(inputs)
+    other = layer_of()({**inputs, "cameras": inputs["cameras"][::-1]})
+    close(one.mean, other.mean, 1e-4)
+
+
+def test_cameras_of_different_sizes():
+    inputs, other = seen(), seen(seed=1, height=3, width=11)
+    inputs["cameras"] += other["cameras"]
+    assert layer_of()(inputs).mean.shape == (2, 3, 8, 12, 6)
+
+
+def test_uncertain_motion_widens_the_map_until_it_is_forgotten():
+    inputs = seen(times=3)
+    inputs["cameras"][0]["mask"][:, 1:] = False
+    sure = arrays(layer_of()(inputs))
+    known = sure.variance[..., 2] < 9000
+    covariance = np.broadcast_to(np.eye(6, dtype="float32"), (2, 3, 6, 6))
+    inputs["motion_covariance"] = 1e-4 * covariance
+    unsure = arrays(layer_of()(inputs))
+    assert (unsure.variance[:, 2] >= sure.variance[:, 2] - 1e-6).all()
+    wider = (
+        unsure.variance[:, 2][known[:, 2]] - sure.variance[:, 2][known[:, 2]]
+    )
+    assert (wider[:, 2] > 1e-4).mean() > 0.9  # of depth, from two translations
+    assert (wider[:, 3:] == 0).all()
+    inputs["motion_covariance"] = 1e8 * covariance
+    lost = arrays(layer_of()(inputs))
+    assert (lost.variance[:, 2, ..., 2] > 9000).all()
+
+
+def test_without_a_depth_buffer_points_are_fused():
+    points = np.zeros((1, 1, 1, 2, 3), "float32") + [0, 0, 2.0]
+    points[0, 0, 0, 1, 2] = 4.0
+    camera = {
+        "points": points,
+        "features": points[..., 2:],
+        "variance": np.ones((1, 1, 1, 2, 4), "float32"),
+    }
+    inputs = {"cameras": camera, "motion": still(1, 1)}
+    for depth_buffer, depth, variance in ((True, 2, 1), (False, 3, 0.5)):
+        found = arrays(
+            keras_memory.ESMLayer(
+                6, 12, 1, smooth_kernel_size=None, depth_buffer=depth_buffer
+            )(inputs)
+        )
+        close(found.mean[0, 3, 6, 2:], [depth, depth])
+        close(found.variance[0, 3, 6], [variance] * 4)
+
+
+# What is bad.
+
+
+def test_bad_pixels_are_left_out():
+    inputs = seen(batch=1, times=1, height=4, width=5)
+    camera = inputs["cameras"][0]
+    camera["mask"][:] = True
+    good = np.ones((4, 5), bool)
+
+    def spoil(name, place, value):
+        camera[name] = camera[name].copy()
+        camera[name][(0, 0, *place)] = value
+        good[place[:2]] = False
+
+    spoil("points", (0, 0, 1), np.nan)
+    spoil("points", (0, 1, 0), np.inf)
+    spoil("points", (0, 2), 0.0)  # at the origin, once the pose is nothing
+    spoil("points", (0, 3), 1e-4)
+    spoil("points", (1, 0), 100.0)
+    spoil("features", (1, 1, 2), np.nan)
+    spoil("features", (1, 2, 0), -np.inf)
+    spoil("variance", (1, 3, 4), np.nan)
+    spoil("variance", (2, 0, 2), -1.0)
+    spoil("variance", (2, 1, 0), 1e9)
+    spoil("variance", (2, 2, 0), np.inf)
+    camera["pose"] = still(1, 1)
+    found = layer_of()(inputs)
+    camera["mask"] = good[None, None]
+    expected = layer_of()(inputs)
+    assert good.sum() == 9
+    for one, other in zip(found, expected):
+        assert np.isfinite(array(one)).all()
+        close(one, other)
+
+
+def test_depth_that_is_none_is_left_out():
+    depth = np.full((1, 1, 2, 4), 2.0, "float32")
+    depth[0, 0, 0] = 0.0, -1.0, np.nan, np.inf
+    depth[0, 0, 1, 0] = -np.inf
+    camera = {
+        "depth": depth,
+        "features": np.ones((1, 1, 2, 4, 3), "float32"),
+        "inverse_intrinsics": geometry.inverse_intrinsics((2, 2), (1.5, 0.5))[
+            None
+        ],
+    }
+    layer = keras_memory.ESMLayer(90, 180, return_sequences=True)
+    found = arrays(layer({"cameras": camera, "motion": still(1, 1)}))
+    assert all(np.isfinite(part).all() for part in found)
+    assert len(points_of(found, 0)) == 3
+    camera["inverse_intrinsics"] = camera["inverse_intrinsics"] * np.nan
+    found = arrays(layer({"cameras": camera, "motion": still(1, 1)}))
+    assert all(np.isfinite(part).all() for part in found)
+    assert (found.variance[..., 2] > 9000).all()
+
+
+def no_poses():
+    pose = still(1)[0]
+    for change in (np.nan, np.inf, 0.0, 2.0, -1.0):
+        yield pose * change
+    mirror = pose.copy()
+    mirror[0, 0] = -1
+    yield mirror
+    far = pose.copy()
+    far[1, 3] = np.nan
+    yield far
+
+
+def test_a_camera_without_a_pose_is_left_out():
+    for pose in no_poses():
+        inputs = seen(cameras=2)
+        expected = layer_of()({**inputs, "cameras": inputs["cameras"][:1]})
+        inputs["cameras"][1]["pose"] = np.broadcast_to(pose, (2, 3, 3, 4))
+        found = layer_of()(inputs)
+        close(found.mean, expected.mean)
+        close(found.variance, expected.variance)
+
+
+def test_a_motion_that_is_none_leaves_nothing_of_the_map():
+    for motion in no_poses():
+        inputs = seen(times=2)
+        inputs["motion"][0, 1] = motion
+        found = layer_of()(inputs)
+        expected = layer_of()(at(inputs, slice(1, 2)))
+        inputs["motion"][0, 1] = np.eye(3, 4)
+        expected = layer_of()(at(inputs, slice(1, 2)))
+        close(found.mean[0, 1], expected.mean[0, 0])
+        assert all(np.isfinite(array(part)).all() for part in found)
+
+
+def test_frames_without_a_pixel_keep_the_map():
+    inputs = seen(times=3)
+    inputs["motion"] = still(2, 3)
+    inputs["cameras"][0]["mask"][:, 1:] = False
+    found = layer_of()(inputs)
+    close(found.mean[:, 2], found.mean[:, 0], 1e-4)
+    inputs["cameras"][0]["mask"][:] = False
+    found = arrays(layer_of(smooth_kernel_size=None)(inputs))
+    prior = layer_of()._prior
+    close(found.mean[0, 0], prior.mean)
+    close(found.variance[0, 0], prior.variance)
+
+
+def gradients(layer, inputs, weights):
+    """Of a weighted sum of the map, by all that is real in the inputs."""
+    flat = keras.tree.flatten(inputs)
+    real = [i for i, x in enumerate(flat) if x.dtype != bool]
+
+    def total(*values):
+        given = list(flat)
+        for i, value in zip(real, values):
+            given[i] = value
+        maps = layer(keras.tree.pack_sequence_as(inputs, given))
+        return sum(ops.sum(part * one) for part, one in zip(maps, weights))
+
+    values = [ops.convert_to_tensor(flat[i]) for i in real]
+    if harness.BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            y = total(*values)
+        found = tape.gradient(y, values, unconnected_gradients="zero")
+        found = [array(one) for one in found]
+    elif harness.BACKEND == "jax":
+        import jax
+
+        found = jax.grad(total, argnums=tuple(range(len(values))))(*values)
+        found = [np.asarray(one) for one in found]
+    else:
+        for value in values:
+            value.requires_grad_()
+        y = total(*values)
+        y.backward()
+        found = [
+            np.zeros(v.shape) if v.grad is None else v.grad.numpy()
+            for v in values
+        ]
+    result = [None] * len(flat)
+    for i, one in zip(real, found):
+        result[i] = one
+    names = keras.tree.pack_sequence_as(inputs, result)
+    return names, lambda *xs: float(array(total(*xs))), values, real
+
+
+def weights_of(layer, inputs):
+    rng = np.random.default_rng(5)
+    maps = layer(inputs)
+    parts = [rng.normal(size=part.shape) for part in maps]
+    # Away from the prior's large variances.
+    parts[1] = parts[1] * (array(maps.variance) < 100)
+    parts[0][..., :2] *= 0.1
+    return [part.astype("float32") for part in parts]
+
+
+@pytest.mark.parametrize("depth_buffer", [True, False])
+def test_gradients_are_those_of_finite_differences(depth_buffer):
+    if harness.BACKEND == "jax":
+        pytest.skip("needs float64")
+    layer = layer_of(
+        dtype="float64",
+        depth_buffer=depth_buffer,
+        smooth_kernel_size=3,
+    )
+    inputs = keras.tree.map_structure(
+        lambda x: x if x.dtype == bool else x.astype("float64"),
+        seen(times=2, height=3, width=4),
+    )
+    inputs["motion"] = array(
+        geometry.pose_matrix(
+            0.05 * np.random.default_rng(3).normal(size=(2, 2, 6))
+        )
+    )
+    camera = inputs["cameras"][0]
+    camera["pose"] = array(
+        geometry.pose_matrix(
+            0.1 * np.random.default_rng(4).normal(size=(2, 2, 6))
+        )
+    )
+    weights = weights_of(layer, inputs)
+    found, total, values, real = gradients(layer, inputs, weights)
+    flat = [one for one in keras.tree.flatten(found) if one is not None]
+    rng = np.random.default_rng(0)
+    small, compared = 1e-6, 0
+    for number, slopes in enumerate(flat):
+        values_of = [array(value).copy() for value in values]
+        for _ in range(5):
+            place = tuple(rng.integers(0, n) for n in slopes.shape)
+            ends = []
+            for sign in (1, -1):
+                moved = [value.copy() for value in values_of]
+                moved[number][place] += sign * small
+                ends.append(total(*map(ops.convert_to_tensor, moved)))
+            difference = (ends[0] - ends[1]) / (2 * small)
+            # Where a point changes its pixel there is no slope.
+            if abs(difference) < 1e4:
+                np.testing.assert_allclose(
+                    slopes[place], difference, rtol=1e-4, atol=1e-4
+                )
+                compared += abs(difference) > 1e-6
+    assert compared > 5
+
+
+def test_gradients_are_finite_where_pixels_are_bad():
+    inputs = seen(times=2)
+    camera = inputs["cameras"][0]
+    camera["points"][0, 0, 0, 0] = np.nan
+    camera["points"][0, 1, 1, 1] = 0.0
+    camera["points"][0, 1, 1, 2] = [0, 2, 0]
+    camera["points"][0, 1, 1, 3] = [0, -2, 0]
+    camera["features"][1, 0, 0, 0] = np.inf
+    camera["variance"][1, 0, 0, 1] = np.nan
+    camera["variance"][1, 0, 0, 2] = 0.0
+    camera["pose"][1, 0] = np.nan
+    inputs["motion"][1, 1] = np.nan
+    layer = layer_of()
+    weights = weights_of(layer, inputs)
+    found = gradients(layer, inputs, weights)[0]
+    for one in keras.tree.flatten(found):
+        assert one is None or np.isfinite(one).all()
+    depth = np.full((2, 2, 5, 7), 2.0, "float32")
+    depth[0, 0, 0, :4] = 0.0, np.nan, np.inf, -1.0
+    inverse = np.stack([rooms.right_angle(5, 7)] * 2)
+    inverse = np.repeat(inverse[:, None], 2, axis=1)
+    inverse[1, 1] = np.nan
+    del camera["points"]
+    camera |= {"depth": depth, "inverse_intrinsics": inverse}
+    found = gradients(layer, inputs, weights_of(layer, inputs))[0]
+    for one in keras.tree.flatten(found):
+        assert one is None or np.isfinite(one).all()
+
+
+def broken(change):
+    inputs = seen()
+    change(inputs, inputs["cameras"][0])
+    return inputs
+
+
+def cut(name, *axes):
+    def change(inputs, camera):
+        where = inputs if name in inputs else camera
+        where[name] = where[name][axes]
+
+    return change
+
+
+WRONG = {
+    "no dict": (lambda i, c: i.clear(), "must be a dict with `cameras`"),
+    "no motion": (lambda i, c: i.pop("motion"), "must have `motion`"),
+    "motion of 2": (cut("motion", ..., slice(2), slice(None)), "`motion` must"),
+    "motion flat": (cut("motion", slice(None), 0), "`motion` must"),
+    "no camera": (lambda i, c: i["cameras"].clear(), "at least one camera"),
+    "an array": (
+        lambda i, c: i["cameras"].append(np.ones(3)),
+        "Camera 1 must be a dict",
+    ),
+    "no features": (lambda i, c: c.pop("features"), "must have `features`"),
+    "no points": (lambda i, c: c.pop("points"), "either `points` or `depth`"),
+    "another name": (
+        lambda i, c: c.update(image=c["mask"]),
+        "Camera 0 may have",
+    ),
+    "another in all": (
+        lambda i, c: i.update(image=i["motion"]),
+        "The motion may have",
+    ),
+    "depth too": (
+        lambda i, c: c.update(depth=c["points"][..., 0]),
+        "either `points` or `depth`",
+    ),
+    "no intrinsics": (
+        lambda i, c: c.update(depth=c.pop("points")[..., 0]),
+        "must have `inverse_intrinsics`",
+    ),
+    "features of 2": (
+        cut("features", ..., slice(2)),
+        r"`features` must be \(B, T, h, w, F\)",
+    ),
+    "fewer rows": (
+        cut("points", slice(None), slice(None), slice(4)),
+        "`features` must",
+    ),
+    "fewer steps": (cut("features", slice(None), slice(2)), "`features` must"),
+    "fewer in batch": (cut("features", slice(1)), "`features` must"),
+    "flat mask": (cut("mask", ..., 0), "`mask` must"),
+    "variance of F": (cut("variance", ..., slice(3)), "`variance` must"),
+    "pose of 2": (cut("pose", ..., slice(2), slice(None)), "`pose` must"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_inputs_are_refused(name):
+    change, words = WRONG[name]
+    with pytest.raises(ValueError, match=f"(?s){words}.*Received"):
+        layer_of()(broken(change))
+
+
+def test_wrong_states_and_masks_are_refused():
+    inputs = seen()
+    state = layer_of().get_initial_state(2)
+    for wrong in (state[:1], (state.mean[:1],) * 2, (state.mean[..., :5],) * 2):
+        with pytest.raises(ValueError, match="A state must.*Received"):
+            layer_of()(inputs, initial_state=wrong)
+    for mask in (np.ones((2, 2), bool), np.ones(2, bool)):
+        with pytest.raises(ValueError, match="`mask` must be.*Received"):
+            layer_of()(inputs, mask=mask)
+
+
+OUT_OF_RANGE = [
+    ("height", [0, -1, 2.5, True, None]),
+    ("width", [0, 7, 2.0, None]),
+    ("feature_channels", [-1, 1.0, None, True]),
+    ("depth_limits", [(1, 1), (0, 1), (-1, 1), (1,), 3, None, (1, np.inf)]),
+    ("variance_limits", [(1, 1), (0, 1), (2, 1), (1, 2, 3), "ab", None]),
+    ("depth_prior", [np.nan, None, "1"]),
+    ("feature_prior", [np.inf, None, True]),
+    ("smooth_kernel_size", [0, 2, -3, 4.0, "3"]),
+    ("depth_buffer", [1, None]),
+    ("return_sequences", [1, None]),
+    ("return_state", [1, None]),
+    ("stateful", [0, "no"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in OUT_OF_RANGE for value in values],
+)
+def test_arguments_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}`.*Received: .*{name}="):
+        layer_of(**{name: value})
+
+
+# In models.
+
+
+def entry_of(inputs, batch=None, times=None):
+    def one(x):
+        shape = (batch, times, *x.shape[2:])
+        return keras.Input(batch_shape=shape, dtype=x.dtype.name)
+
+    return keras.tree.map_structure(one, inputs)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_cnn_is_trained_through_the_map(jit_compile):
+    if harness.BACKEND == "torch" and jit_compile:
+        pytest.skip("PyTorch compiles no loops")
+    inputs = seen(batch=4, times=2, height=8, width=6)
+    entry = entry_of(inputs, times=2)
+    camera = entry["cameras"][0]
+    camera = {
+        **camera,
+        "features": keras.layers.TimeDistributed(
+            keras.layers.Conv2D(2, 3, padding="same")
+        )(camera["features"]),
+    }
+    seen_map = layer_of(feature_channels=2, return_sequences=False)(
+        {**entry, "cameras": [{**camera, "variance": None}]}
+    )
+    x = keras.layers.Flatten()(seen_map.mean)
+    model = keras.Model(keras.tree.flatten(entry), keras.layers.Dense(2)(x))
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    before = [array(w) for w in model.trainable_weights]
+    model.fit(keras.tree.flatten(inputs), np.ones((4, 2)), epochs=2, verbose=0)
+    after = [array(w) for w in model.trainable_weights]
+    for one, other in zip(before, after):
+        assert np.isfinite(other).all() and (one != other).any()
+
+
+def test_free_batch_and_time():
+    inputs = seen()
+    entry = entry_of(inputs)
+    model = keras.Model(
+        keras.tree.flatten(entry), layer_of(return_state=True)(entry)
+    )
+    assert model.outputs[0].shape == (None, None, 8, 12, 6)
+    for batch, times in itertools.product((1, 2), (1, 2, 3)):
+        some = keras.tree.map_structure(
+            lambda x, b=batch, t=times: x[:b, :t], inputs
+        )
+        found, _ = model.predict(keras.tree.flatten(some), verbose=0)
+        close(found.mean, layer_of()(some).mean)
+
+
+def test_config_and_file_round_trip(tmp_path):
+    options = {
+        "height": 10,
+        "width": 14,
+        "feature_channels": 2,
+        "depth_limits": (0.1, 5.0),
+        "variance_limits": (0.01, 100.0),
+        "depth_prior": 1.0,
+        "feature_prior": 0.1,
+        "smooth_kernel_size": None,
+        "depth_buffer": False,
+        "return_sequences": True,
+        "return_state": True,
+        "stateful": True,
+    }
+    layer = keras_memory.ESMLayer(**options)
+    config = json.loads(json.dumps(layer.get_config()))
+    copy = keras_memory.ESMLayer.from_config(config)
+    for name, value in options.items():
+        given = getattr(copy, name)
+        assert (tuple(given) if isinstance(given, list) else given) == value
+    cell = keras_memory.ESMCell(10, 14)
+    config = json.loads(json.dumps(cell.get_config()))
+    assert keras_memory.ESMCell.from_config(config).width == 14
+    inputs = seen()
+    entry = entry_of(inputs)
+    model = keras.Model(keras.tree.flatten(entry), layer_of()(entry))
+    model.save(tmp_path / "model.keras")
+    copy = keras.saving.load_model(tmp_path / "model.keras")
+    given = keras.tree.flatten(inputs)
+    close(copy(given)[0], model(given)[0])
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_computes_in_float32(policy):
+    inputs = seen()
+    found = layer_of(dtype=policy)(inputs)
+    assert {ops.dtype(part) for part in found} == {"float32"}
+    close(found.mean, layer_of()(inputs).mean)
+
+
+def test_one_pixel_one_step():
+    inputs = seen(batch=1, times=1, height=1, width=1)
+    inputs["cameras"][0]["mask"][:] = True
+    found = arrays(keras_memory.ESMLayer(1, 2, smooth_kernel_size=1)(inputs))
+    assert found.mean.shape == (1, 1, 2, 6)
+    assert all(np.isfinite(part).all() for part in found)
+
+
+# A room.
+
+ROOM = rooms.Room()
+MAP = {"height": 90, "width": 180}
+
+
+def turned(angles, positions=None):
+    """Poses of an agent that looks in directions, counted to the left."""
+    vectors = np.zeros((len(angles), 6), "float32")
+    vectors[:, 4] = angles
+    if positions is not None:
+        vectors[:, :3] = positions
+    return array(geometry.pose_matrix(vectors))
+
+
+def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
+    """Inputs (1, T, ...) of a camera that is carried through the room."""
+    rng = np.random.default_rng(seed)
+    frames = [ROOM.render(pose, size, size) for pose in poses]
+    depth = np.stack([d for d, _ in frames])
+    colour = np.stack([c for _, c in frames])
+    depth = depth + depth_noise * rng.normal(size=depth.shape)
+    motion = array(geometry.motions(poses))
+    error = motion_noise * rng.normal(size=(len(poses), 6))
+    motion = geometry.compose(
+        array(geometry.pose_matrix(error.astype("float32"))), motion
+    )
+    inverse = rooms.right_angle(size, size)[None]
+    camera = {
+        "depth": depth[None].astype("float32"),
+        "features": colour[None],
+        "inverse_intrinsics": inverse,
+    }
+    inputs = {"cameras": camera, "motion": array(motion)[None]}
+    if depth_noise:
+        variance = np.full((1, *depth.shape, 6), 1e-3, "float32")
+        # Of the distance, which is longer than what is along the axis.
+        points = geometry.pixels_to_camera(depth[:1] * 0 + 1, inverse)
+        longer = np.linalg.norm(array(points), axis=-1)
+        variance[..., 2] = (depth_noise * longer) ** 2
+        camera["variance"] = variance
+    if motion_noise:
+        covariance = motion_noise**2 * np.eye(6, dtype="float32")
+        inputs["motion_covariance"] = np.tile(covariance, (1, len(poses), 1, 1))
+    return inputs
+
+
+def errors(pose, mean, variance):
+    """Relative errors of depth, those of colours, and where it was seen."""
+    seen_there = variance[..., 2] < 9000
+    distance, colour = ROOM.render_sphere(
+        pose, mean[..., :2], MAP["height"], MAP["width"]
+    )
+    relative = (mean[..., 2] - distance) / distance
+    return (
+        relative[seen_there],
+        (mean[..., 3:] - colour)[seen_there],
+        seen_there,
+    )
+
+
+def psnr(errors):
+    return -10 * np.log10(np.mean(errors**2))
+
+
+@functools.cache
+def mapper(depth_buffer):
+    layer = keras_memory.ESMLayer(
+        **MAP,
+        smooth_kernel_size=None,
+        return_sequences=True,
+        variance_limits=(1e-6, 1e4),
+        depth_buffer=depth_buffer,
+    )
+    if harness.BACKEND != "tensorflow":
+        return layer
+    import tensorflow as tf
+
+    return tf.function(layer, jit_compile=True)
+
+
+def walked(poses, depth_buffer=True, **options):
+    """The map at each step."""
+    inputs = filmed(poses, **options)
+    inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+    return [part[0] for part in arrays(mapper(depth_buffer)(inputs))]
+
+
+def test_the_map_is_the_room():
+    angles = np.linspace(0, 2 * np.pi, 25)
+    positions = np.stack(
+        [0.4 * np.sin(angles), 0.1 * np.sin(2 * angles), 0.3 * np.cos(angles)],
+        axis=1,
+    )
+    poses = turned(angles, positions)
+    mean, variance = walked(poses)
+    relative, colour, seen_there = errors(poses[-1], mean[-1], variance[-1])
+    assert np.median(np.abs(relative)) < 0.01
+    assert psnr(colour) > 25
+    reach = reachable(poses)
+    assert 0.3 < reach.mean() < 0.6
+    assert seen_there[reach].mean() > 0.95
+
+
+def reachable(poses):
+    """(H, W) bool, what of the last pose's map the camera has had in view."""
+    sizes = MAP["height"], MAP["width"]
+    grid = geometry.pixel_grid(*sizes)
+    distance, _ = ROOM.render_sphere(poses[-1], grid, *sizes)
+    pixels = np.concatenate([grid, distance[..., None]], axis=-1)
+    points = geometry.from_sphere(geometry.from_pixels(pixels, *sizes))
+    points = array(points).reshape(-1, 3) @ poses[-1, :, :3].T
+    points = points + poses[-1, :, 3]
+    seen_once = np.zeros(len(points), bool)
+    for pose in poses:
+        x, y, z = ((points - pose[:, 3]) @ pose[:, :3]).T
+        in_view = (z > 0) & (np.abs(x) < 0.98 * z) & (np.abs(y) < 0.98 * z)
+        way, _ = ROOM.cast(pose[:, 3], points - pose[:, 3])
+        seen_once |= in_view & (way > 0.99)
+    return seen_once.reshape(sizes)
+
+
+def test_there_and_back():
+    steps = np.arange(201)
+    angles = 0.8 * np.sin(2 * np.pi * steps / 50)
+    forth = 1 - np.abs(steps - 100) / 100
+    positions = np.stack([0.5 * forth, 0.1 * forth, 0.6 * forth], axis=1)
+    poses = turned(angles, positions)
+    mean, variance = walked(poses, size=64)
+    first = np.median(np.abs(errors(poses[0], mean[0], variance[0])[0]))
+    relative, _, seen_there = errors(poses[-1], mean[-1], variance[-1])
+    before = variance[0, ..., 2] < 9000
+    assert (seen_there & before).sum() > 0.9 * before.sum()
+    both = (before & seen_there)[seen_there]
+    assert np.median(np.abs(relative[both])) < 1.5 * max(first, 1e-4)
+
+
+def test_noise_degrades_the_map_smoothly():
+    angles = np.linspace(0, np.pi / 2, 9)
+    poses = turned(angles)
+    medians = []
+    for scale in (0.0, 0.01, 0.03, 0.1):
+        mean, variance = walked(
+            poses, depth_noise=scale, motion_noise=scale / 10
+        )
+        relative = errors(poses[-1], mean[-1], variance[-1])[0]
+        medians.append(np.median(np.abs(relative)))
+    assert (np.diff(medians) > 0).all() and medians[-1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("depth_noise", "motion_noise"),
+    [(0.05, 0.0), (0.1, 0.0), (0.1, 0.005), (0.1, 0.01)],
+)
+def test_the_variance_says_how_far_off_the_map_is(depth_noise, motion_noise):
+    """About 68 % of the errors are within a standard deviation: of depth, and
+    of what it changes within that of the direction. Points are fused, as the
+    nearest of several with noise is too near."""
+    poses = turned(np.linspace(0, np.pi / 2, 9))
+
+    def distance(pixels, *shift):
+        sizes = MAP["height"], MAP["width"]
+        return ROOM.render_sphere(poses[-1], pixels + shift, *sizes)[0]
+
+    within = []
+    for seed in range(6 if motion_noise else 2):
+        mean, variance = walked(
+            poses,
+            depth_buffer=False,
+            size=64,
+            depth_noise=depth_noise,
+            motion_noise=motion_noise,
+            seed=seed,
+        )
+        known = variance[-1, ..., 2] < 9000
+        pixels, depth = mean[-1, known, :2], mean[-1, known, 2]
+        column, row, total = variance[-1, known, :3].T
+        for spread, shift in ((column, (0.5, 0)), (row, (0, 0.5))):
+            back = -np.array(shift)
+            slope = distance(pixels, *shift) - distance(pixels, *back)
+            total = total + slope**2 * spread
+        error = depth - distance(pixels, 0, 0)
+        within.append(np.mean(np.abs(error) < np.sqrt(total)))
+    assert abs(np.mean(within) - 0.68) < 0.1
+
+
+def test_the_room_by_hand():
+    room = rooms.Room(size=(4, 2, 6), boxes=[((-0.5, -0.5, 1), (0.5, 0.5, 2))])
+    ways = np.array([[0, 0, 1], [0, 0, -1], [1, 0, 0], [0, -2, 0], [1, 0, 1.0]])
+    distance, colour = room.cast([0, 0, 0], ways)
+    close(distance, [1, 3, 2, 0.5, 2])
+    assert ((0 <= colour) & (colour <= 1)).all()
+    pose = np.eye(3, 4)
+    depth, _ = room.render(pose, 5, 5)
+    close(depth[2, 2], 1)
+    around, _ = room.render_sphere(pose, [[4, 2], [2, 2], [0, 2]], 4, 8)
+    close(around, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"size": (1, 2)},
+        {"size": (1, 0, 1)},
+        {"boxes": [((1, 1, 1), (0, 2, 2))]},
+    ],
+)
+def test_impossible_rooms_are_refused(arguments):
+    with pytest.raises(ValueError, match="must.*Received"):
+        rooms.Room(**arguments)

@@ -1,0 +1,645 @@
+"""Geometry, by hand, and next to the reference where that is right."""
+
+import pathlib
+
+import harness
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_memory import geometry
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+FUNCTIONS = "esm__functions_a", "esm__functions_b"
+
+
+def array(value):
+    return np.asarray(ops.convert_to_numpy(value))
+
+
+def close(one, other, tolerance=1e-6):
+    np.testing.assert_allclose(
+        array(one), np.asarray(other), rtol=tolerance, atol=tolerance
+    )
+
+
+def golden(name):
+    return np.load(GOLDENS / f"{name}.npz")
+
+
+# Cameras and poses.
+
+
+def test_inverse_intrinsics_undo_a_pinhole():
+    inverse = geometry.inverse_intrinsics((3.0, 5.0), (2.0, 1.0))
+    # Two columns right of the middle and one row up: x is to the left.
+    close(inverse @ [4.0, 0.0, 1.0], [-2 / 3, 1 / 5, 1.0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((0.0, 1.0), (1.0, 1.0)),
+        ((1.0, -1.0), (1.0, 1.0)),
+        ((1.0, np.nan), (1.0, 1.0)),
+        ((1.0,), (1.0, 1.0)),
+        ((1.0, 1.0), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_impossible_cameras_are_refused(arguments):
+    with pytest.raises(ValueError, match="two positive focal.*Received: focal"):
+        geometry.inverse_intrinsics(*arguments)
+
+
+def test_pixels_to_camera():
+    depth = np.zeros((2, 3, 5), "float32") + 2
+    depth[1, 2, 4] = 7
+    inverse = geometry.inverse_intrinsics((2.0, 2.0), (2.0, 1.0))
+    points = array(geometry.pixels_to_camera(depth, np.stack([inverse] * 2)))
+    assert points.shape == (2, 3, 5, 3)
+    close(points[0, 1, 2], [0, 0, 2])
+    close(points[0, 0, 0], [2, 1, 2])
+    close(points[1, 2, 4], [-7, -3.5, 7])
+
+
+def test_rotations_by_hand():
+    quarter = np.pi / 2
+    close(
+        geometry.rotation_matrix([quarter, 0.0, 0.0]),
+        [[1, 0, 0], [0, 0, -1], [0, 1, 0]],
+    )
+    close(
+        geometry.rotation_matrix([0.0, quarter, 0.0]),
+        [[0, 0, 1], [0, 1, 0], [-1, 0, 0]],
+    )
+    close(
+        geometry.rotation_matrix([0.0, 0.0, quarter]),
+        [[0, -1, 0], [1, 0, 0], [0, 0, 1]],
+    )
+    close(
+        geometry.rotation_matrix(np.zeros((2, 3), "float32")), [np.eye(3)] * 2
+    )
+
+
+def test_small_and_large_turns_are_rotations():
+    rng = np.random.default_rng(0)
+    for size in (1e-8, 1e-4, 0.9e-3, 1.1e-3, 0.1, 3.0, 20.0):
+        vector = rng.normal(size=(5, 3))
+        vector *= size / np.linalg.norm(vector, axis=1, keepdims=True)
+        matrix = array(geometry.rotation_matrix(vector.astype("float32")))
+        close(matrix @ matrix.swapaxes(1, 2), [np.eye(3)] * 5, 1e-5)
+        close(np.linalg.det(matrix), np.ones(5), 1e-5)
+        # The axis stays.
+        close((matrix @ vector[..., None])[..., 0] / size, vector / size, 1e-5)
+
+
+def test_a_pose_turns_and_then_moves():
+    pose = geometry.pose_matrix([1.0, 2.0, 3.0, 0.0, np.pi / 2, 0.0])
+    points = np.array([[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]], "float32")
+    # What is forward comes to the left, what is left behind.
+    close(
+        geometry.transform(points, ops.cast(pose, "float32")[None]),
+        [[[2, 2, 3], [1, 2, 2]]],
+    )
+
+
+def poses(seed, *shape, scale=1.0):
+    rng = np.random.default_rng(seed)
+    vectors = scale * rng.normal(size=(*shape, 6)).astype("float32")
+    return geometry.pose_matrix(vectors)
+
+
+def test_composition_and_inverse():
+    first, second = poses(0, 3), poses(1, 3)
+    points = np.random.default_rng(2).normal(size=(3, 7, 3)).astype("float32")
+    close(
+        geometry.transform(points, geometry.compose(second, first)),
+        geometry.transform(geometry.transform(points, first), second),
+        1e-5,
+    )
+    nothing = geometry.compose(geometry.invert(first), first)
+    close(nothing, [np.eye(3, 4)] * 3, 1e-5)
+
+
+def test_motions_lead_from_frame_to_frame():
+    of_steps = poses(0, 2, 5)
+    moves = array(geometry.motions(of_steps))
+    close(moves[:, 0], [np.eye(3, 4)] * 2, 1e-5)
+    here = np.array([[[0.3, -0.2, 0.9]]], "float32")
+    for time in range(1, 5):
+        before = geometry.transform(here, of_steps[:1, time - 1])
+        after = geometry.transform(
+            geometry.transform(here, moves[:1, time]), of_steps[:1, time]
+        )
+        close(before, after, 1e-5)
+
+
+def test_what_is_a_pose():
+    right = array(poses(0, 3))
+    wrong = np.stack([right[0]] * 9)
+    wrong[0, 1, 1] = np.nan
+    wrong[1, 0, 3] = np.inf
+    wrong[2, :, :3] *= 1.01
+    wrong[3, :, 0] *= -1  # a mirror
+    wrong[4] = 0
+    wrong[5, 0, :3] = wrong[5, 1, :3]
+    wrong[6, 2, 2] += 0.1
+    wrong[7, :, :3] = np.inf
+    wrong[8, :, 3] = np.nan
+    assert array(geometry.is_pose(right)).tolist() == [True] * 3
+    assert array(geometry.is_pose(wrong)).tolist() == [False] * 9
+
+
+# The sphere.
+
+PLACES = [  # metres: x, y, z; azimuth, polar angle, radius
+    ([0, 0, 2], [0, np.pi / 2, 2]),
+    ([3, 0, 0], [np.pi / 2, np.pi / 2, 3]),
+    ([-3, 0, 0], [-np.pi / 2, np.pi / 2, 3]),
+    ([0, 0, -1], [np.pi, np.pi / 2, 1]),
+    ([0, 5, 0], [0, 0, 5]),
+    ([0, -5, 0], [0, np.pi, 5]),
+    ([1, np.sqrt(2), 1], [np.pi / 4, np.pi / 4, 2]),
+    ([0, 0, 0], [0, 0, 0]),
+]
+
+
+def test_the_sphere_by_hand():
+    points, sphere = np.array(list(zip(*PLACES)), "float32")
+    close(geometry.to_sphere(points), sphere)
+    close(geometry.from_sphere(sphere), points, 2e-6)
+
+
+def test_pixels_by_hand():
+    _, sphere = np.array(list(zip(*PLACES)), "float32")
+    pixels = geometry.to_pixels(sphere, 180, 360)
+    expected = [
+        [180, 90, 2],
+        [90, 90, 3],
+        [270, 90, 3],
+        [0, 90, 1],
+        [180, 0, 5],
+        [180, 180, 5],
+        [135, 45, 2],
+        [180, 0, 0],
+    ]
+    close(pixels, expected, 1e-4)
+    close(geometry.from_pixels(pixels, 180, 360), sphere, 1e-5)
+    other = geometry.to_pixels(sphere, 10, 60)
+    close(other, np.multiply(expected, [60 / 360, 10 / 180, 1]), 1e-4)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_angles_are_the_references(name):
+    """All of its conversions of angles, which it has right."""
+    d = golden(name)
+    height, width = 180, 360
+    per_degree = float(
+        str(d["__meta__"]).split('"pixels_per_degree": ')[1].split(",")[0]
+    )
+    pixels = array(geometry.to_pixels(d["angles.sphere"], height, width))
+    pixels[..., :2] *= per_degree
+    close(pixels, d["angles.pixel"], 1e-5)
+    close(
+        geometry.from_sphere(d["angles.cam_to_sphere"]),
+        d["angles.cam"][..., :3],
+        1e-5,
+    )
+    close(
+        geometry.to_sphere(d["angles.cam"][..., :3]),
+        d["angles.cam_to_sphere"],
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize("name", ["esm__a", "esm__b"])
+def test_poses_are_the_references(name):
+    d = golden(name)
+    for pose, matrix in (
+        ("control_mean", "agent_rel_mat"),
+        ("cam0.pose_mean", "cam0.cam_rel_mat"),
+        ("cam1.pose_mean", "cam1.cam_rel_mat"),
+    ):
+        close(geometry.pose_matrix(d[pose]), d[matrix], 1e-5)
+        assert array(geometry.is_pose(d[matrix])).all()
+
+
+def gradient(function, x):
+    """Of a number by an array."""
+    x = ops.convert_to_tensor(x)
+    if harness.BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tape.gradient(y, x, unconnected_gradients="zero").numpy()
+    if harness.BACKEND == "jax":
+        import jax
+
+        return np.asarray(jax.grad(function)(x))
+    x.requires_grad_()
+    y = function(x)
+    y.backward()
+    return x.grad.numpy()
+
+
+def test_gradients_are_finite_at_axes_and_the_origin():
+    points = np.array([p for p, _ in PLACES], "float32")
+    for part in range(3):
+        slopes = gradient(
+            lambda x, part=part: ops.sum(geometry.to_sphere(x)[..., part]),
+            points,
+        )
+        assert np.isfinite(slopes).all()
+    turns = np.array([[0, 0, 0], [1e-9, 0, 0], [1e-4, 0, 0]], "float32")
+    slopes = gradient(
+        lambda x: ops.sum(geometry.rotation_matrix(x)[..., 0, 1]), turns
+    )
+    close(slopes, [[0, 0, -1]] * 3, 1e-3)  # of minus the turn about z
+
+
+def test_pixel_variance_is_that_of_many_draws():
+    rng = np.random.default_rng(0)
+    points = np.array(
+        [[[0.2, -0.3, 2.0], [1.0, 1.5, -1.0], [-3.0, 0.2, 0.1]]], "float32"
+    )
+    spread = 1e-3 * rng.normal(size=(6, 6))
+    covariance = spread @ spread.T
+    draws = rng.multivariate_normal(np.zeros(6), covariance, 20000)
+    moved = geometry.transform(
+        np.repeat(points, len(draws), axis=0),
+        geometry.pose_matrix(draws.astype("float32")),
+    )
+    pixels = array(geometry.to_pixels(geometry.to_sphere(moved), 180, 360))
+    found = array(
+        geometry.pixel_variance(
+            points, covariance[None].astype("float32"), 180, 360
+        )
+    )
+    close(found[0] / pixels.var(axis=0), np.ones((3, 3)), 0.05)
+
+
+def test_pixel_variance_is_finite_everywhere():
+    points = np.array([[p for p, _ in PLACES]], "float32")
+    covariance = np.eye(6, dtype="float32")[None]
+    found = array(geometry.pixel_variance(points, covariance, 180, 360))
+    assert np.isfinite(found).all() and (found >= 0).all()
+    assert (found[0, -1] == 0).all()
+
+
+# Fusion.
+
+
+def test_fusion_of_three_is_the_product_of_gaussians():
+    """Also where the reference, which is right for two only, is not."""
+    x = np.linspace(-20, 20, 200001)
+    means, variances = [1.0, -2.0, 4.0], [0.5, 2.0, 3.0]
+    product = np.exp(
+        -sum((x - m) ** 2 / (2 * v) for m, v in zip(means, variances))
+    )
+    product /= product.sum()
+    mean = (x * product).sum()
+    variance = ((x - mean) ** 2 * product).sum()
+    found = geometry.fuse(
+        [np.full((1,), m) for m in means], [np.full((1,), v) for v in variances]
+    )
+    close(found[0], [mean], 1e-5)
+    close(found[1], [variance], 1e-5)
+
+
+def test_fusion_with_what_was_not_measured():
+    ones, inf = np.ones(2, "float32"), np.array([np.inf, 3.0], "float32")
+    mean, variance = geometry.fuse([5 * ones, ones], [inf, inf])
+    close(mean, [0, 3])
+    assert array(variance).tolist() == [np.inf, 1.5]
+    mean, variance = geometry.fuse([5 * ones, ones], [inf, 2 * ones])
+    close(mean, [1, 5 * 0.4 + 1 * 0.6], 1e-5)
+    close(variance, [2, 1.2], 1e-5)
+
+
+def test_fusion_of_one_and_of_zero_variance():
+    mean, variance = geometry.fuse([np.array([3.0])], [np.array([2.0])])
+    close([mean[0], variance[0]], [3, 2])
+    zero = np.zeros(1, "float32")
+    mean, variance = geometry.fuse([zero + 3, zero + 5], [zero, zero + 1])
+    close([mean[0], variance[0]], [3, 0])
+    slopes = gradient(
+        lambda x: ops.sum(geometry.fuse([x, x * 2], [zero, zero + np.inf])[0]),
+        zero + 3,
+    )
+    close(slopes, [1])
+
+
+@pytest.mark.parametrize("name", ["esm__a", "esm__b"])
+def test_fusion_of_two_is_the_references(name):
+    d = golden(name)
+    for time in range(3):
+        mean, variance = geometry.fuse(
+            [d["step.meas_mean"][:, time], d["step.prior_mean"][time]],
+            [d["step.meas_var"][:, time], d["step.prior_var"][time]],
+        )
+        of_it = d["step.fused_mean_raw"][time], d["step.fused_var_raw"][time]
+        close(mean, of_it[0].reshape(mean.shape), 1e-5)
+        close(variance, of_it[1].reshape(variance.shape), 1e-5)
+
+
+# Quantisation.
+
+
+def some_points(depth=(3.0, 2.0, 5.0)):
+    """Three points, two of them in one pixel of 4 x 6."""
+    mean = np.zeros((1, 3, 5), "float32")
+    mean[0, :, 0] = 1.4, 0.6, 5.2
+    mean[0, :, 1] = 1.9, 2.3, 3.4
+    mean[0, :, 2] = depth
+    mean[0, :, 3] = 10, 20, 30
+    mean[0, :, 4] = 1, 2, 3
+    variance = np.arange(1, 16, dtype="float32").reshape(1, 3, 5)
+    return mean, variance
+
+
+def quantized(*arguments):
+    """Mean and variance, of pixels that have points of their own."""
+    mean, variance, own = geometry.quantize(*arguments)
+    return ops.where(own, mean, 0.0), ops.where(own, variance, np.inf)
+
+
+def test_the_nearest_point_hides_the_others():
+    mean, variance = some_points()
+    found = quantized(mean, variance, [[True] * 3], 4, 6)
+    image, spread = map(array, found)
+    close(image[0, 2, 1], mean[0, 1])
+    close(spread[0, 2, 1], variance[0, 1])
+    close(image[0, 3, 5], mean[0, 2])
+    assert np.isinf(spread[..., 0]).sum() == 4 * 6 - 2
+    assert (image[np.isinf(spread)] == 0).all()
+
+
+def test_points_are_fused_without_a_depth_buffer():
+    mean, variance = some_points()
+    found = quantized(mean, variance, [[True] * 3], 4, 6, False)
+    image, spread = map(array, found)
+    close(
+        [image[0, 2, 1], spread[0, 2, 1]],
+        geometry.fuse(list(mean[0, :2]), list(variance[0, :2])),
+        1e-5,
+    )
+    close(image[0, 3, 5], mean[0, 2])
+    assert np.isinf(spread[..., 0]).sum() == 4 * 6 - 2
+
+
+@pytest.mark.parametrize("depth_buffer", [True, False])
+def test_points_that_are_left_out(depth_buffer):
+    mean, variance = some_points()
+    image, spread = map(
+        array,
+        quantized(mean, variance, [[True, False, False]], 4, 6, depth_buffer),
+    )
+    close(image[0, 2, 1], mean[0, 0], 1e-5)
+    assert np.isinf(spread[..., 0]).sum() == 4 * 6 - 1
+    nothing = quantized(mean, variance, [[False] * 3], 4, 6, depth_buffer)
+    assert (array(nothing[0]) == 0).all() and np.isinf(array(nothing[1])).all()
+
+
+def test_the_first_of_points_at_the_same_depth_or_another_is_whole():
+    mean, variance = some_points(depth=(2.0, 2.0, 5.0))
+    image = array(quantized(mean, variance, [[True] * 3], 4, 6)[0])
+    assert image[0, 2, 1].tolist() in mean[0, :2].tolist()
+
+
+def test_columns_are_continuous_across_the_seam():
+    mean = np.zeros((1, 4, 3), "float32")
+    mean[0, :, 0] = 5.4, 5.6, 6.0, 0.3  # of six columns
+    mean[0, :, 1] = 1, 2, 3, 0
+    mean[0, :, 2] = 1
+    image, spread = map(array, quantized(mean, mean + 1, [[True] * 4], 4, 6))
+    close(image[0, 1, 5], [5.4, 1, 1])
+    close(image[0, 2, 0], [-0.4, 2, 1], 1e-5)
+    close(image[0, 3, 0], [0, 3, 1])
+    close(image[0, 0, 0], [0.3, 0, 1])
+
+
+def test_the_lower_pole_is_in_the_last_row():
+    mean = np.array([[[2.0, 4.0, 1.0], [3.0, 3.6, 1.0]]], "float32")
+    image, _ = quantized(mean, mean, [[True] * 2], 4, 6)
+    close(array(image)[0, 3, 2:4], mean[0])
+
+
+def test_rows_of_a_batch_do_not_mix():
+    mean, variance = some_points()
+    both = np.concatenate([mean, mean + [0, 0, 0, 1, 0]]).astype("float32")
+    image = array(
+        quantized(
+            both,
+            np.concatenate([variance] * 2),
+            [[True, True, False], [True, False, True]],
+            4,
+            6,
+        )[0]
+    )
+    close(image[0, 2, 1], both[0, 1])
+    close(image[1, 2, 1], both[1, 0])
+    close(image[1, 3, 5], both[1, 2])
+    assert (image[0, 3, 5] == 0).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_quantisation_is_the_references(name):
+    """By variance, the mean; the reference's variance is that of one point, the
+    harmonic mean, where the product of Gaussians has an nth of it. With the
+    depth buffer, pixels where its blend of nearly equal depths has no part."""
+    d = golden(name)
+    height, width = d["quant.feat_prior"].shape[1:3]
+    mean = np.concatenate([d["quant.pixel_coords"], d["quant.feat"]], -1)
+    variance = np.concatenate(
+        [d["quant.pixel_coords_var"], d["quant.feat_var"]], -1
+    )
+    least, most = d["quant.var_threshold"][0, 0]
+    rounded = np.round(mean[..., :2])
+    # Ours goes on around, and below the last row.
+    valid = ((rounded >= 0) & (rounded < [width, height])).all(-1)
+    valid &= ((variance > least) & (variance < most)).all(-1)
+    depths = np.full((len(mean), height, width, 2), 9e9)  # the nearest two
+    for row, point in np.argwhere(valid):
+        x, y = rounded[row, point].astype(int)
+        two = [*depths[row, y, x], mean[row, point, 2]]
+        depths[row, y, x] = sorted(two)[:2]
+    number = d["quant.fuse.counter"]
+    hit = number[..., 0] > 0
+    image, spread = map(
+        array,
+        quantized(mean, variance, valid, height, width, False),
+    )
+    assert ((depths[..., 0] < 9e9) == hit).all()
+    assert (number > 1).sum() > 1
+    close(image[hit], d["quant.fuse.mean"][hit], 1e-5)
+    close(spread[hit] * number[hit], d["quant.fuse.var"][hit], 1e-5)
+    image, spread = map(array, quantized(mean, variance, valid, height, width))
+    clear = hit & (depths[..., 1] - depths[..., 0] > 0.1)
+    assert clear.sum() > 0.8 * hit.sum()
+    close(image[clear], d["quant.db.mean"][clear], 1e-5)
+    close(spread[clear], d["quant.db.var"][clear], 1e-5)
+
+
+def test_gradients_of_kept_points():
+    mean, variance = some_points()
+    weights = np.random.default_rng(0).normal(size=(1, 4, 6, 5))
+    weights = weights.astype("float32")
+
+    def total(mean):
+        image, _ = quantized(mean, variance, [[True] * 3], 4, 6)
+        return ops.sum(image * weights)
+
+    slopes = gradient(total, mean)
+    close(slopes[0, 1], weights[0, 2, 1])
+    close(slopes[0, 2], weights[0, 3, 5])
+    assert (slopes[0, 0] == 0).all()
+
+
+def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
+    mean, variance = some_points()  # at (1.4, 1.9), (0.6, 2.3), (5.2, 3.4)
+    valid = [[True] * 3]
+    image, spread, own = map(
+        array, geometry.quantize(mean, variance, valid, 4, 6)
+    )
+    assert np.argwhere(own[0, ..., 0]).tolist() == [[2, 1], [3, 5]]
+    # One reaches (1, 1) to (2, 2), the other (2, 0) to (3, 1).
+    for row, column, point in (
+        (1, 1, 0),
+        (1, 2, 0),
+        (2, 2, 0),
+        (2, 0, 1),
+        (3, 0, 1),
+        (3, 1, 1),
+        (3, 5, 2),
+    ):
+        close(image[0, row, column], mean[0, point])
+        close(spread[0, row, column], variance[0, point])
+    assert np.isfinite(spread[0, ..., 0]).sum() == 8
+    mean[0, 1, 2] = 20.0  # farther than the first
+    image = array(geometry.quantize(mean, variance, valid, 4, 6)[0])
+    close(image[0, 2, 1], mean[0, 0])
+    # The last, in column 5.2, is beside the first column.
+    close(image[0, 3, 0], mean[0, 2] - [6, 0, 0, 0, 0])
+
+
+# Smoothing.
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_padding_is_the_references(name):
+    d = golden(name)
+    size = (d["pad.out"].shape[1] - d["pad.image"].shape[1]) // 2
+    close(geometry.pad_sphere(d["pad.image"], size), d["pad.out"])
+
+
+def test_padding_by_nothing():
+    image = np.arange(24.0).reshape(1, 2, 4, 3)
+    close(geometry.pad_sphere(image, 0), image)
+
+
+def test_the_kernel_by_hand():
+    root = 1 / (1 + np.sqrt(2))
+    close(
+        geometry.smoothing_kernel(3),
+        [[root, 0.5, root], [0.5, 1, 0.5], [root, 0.5, root]],
+    )
+    close(geometry.smoothing_kernel(1), [[1]])
+
+
+def smoothed(mean, variance, kernel):
+    """As `geometry.smooth`, by loops."""
+    size = len(kernel) // 2
+    mean, variance = (
+        array(geometry.pad_sphere(one, size)).astype("float64")
+        for one in (mean, variance)
+    )
+    height, width = mean.shape[1] - 2 * size, mean.shape[2] - 2 * size
+    weighted, total = 0.0, 0.0
+    for i in range(len(kernel)):
+        for j in range(len(kernel)):
+            part = np.s_[:, i : i + height, j : j + width]
+            weighted = weighted + kernel[i, j] * mean[part] / variance[part]
+            total = total + kernel[i, j] / variance[part]
+    return weighted / total
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 11])
+def test_smoothing_by_loops(size):
+    rng = np.random.default_rng(0)
+    mean = rng.normal(size=(2, 8, 10, 3)).astype("float32")
+    variance = 10 ** rng.uniform(-3, 4, size=mean.shape).astype("float32")
+    kernel = geometry.smoothing_kernel(size)
+    close(
+        geometry.smooth(mean, variance, kernel),
+        smoothed(mean, variance, kernel),
+        1e-4,
+    )
+
+
+def test_smoothing_far_from_what_is_certain():
+    """Certain pixels elsewhere do not drown what is here in rounding."""
+    mean = np.full((1, 40, 80, 1), 0.7, "float32")
+    variance = np.full_like(mean, 1e4)
+    variance[:, :3] = 1e-3
+    mean[:, :3] = 5.0
+    kernel = geometry.smoothing_kernel(7)
+    found = array(geometry.smooth(mean, variance, kernel))
+    close(found[0, 10:], mean[0, 10:], 1e-5)
+    close(found, smoothed(mean, variance, kernel), 1e-5)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_smoothing_is_the_references(name):
+    """But for its denominator's hundredth of the kernel's sum, and the sign."""
+    d = golden(name)
+    mean, variance = d["smooth.mean"], d["smooth.var"]
+    size = mean.shape[1] - d["smooth.new_mean"].shape[1] + 1
+    inner = np.s_[size // 2 : -(size // 2)]
+    places = np.arange(size) - size // 2
+    distance = np.hypot(places[:, None], places)
+    for channel, scale in enumerate(d["smooth.kernel_scale"]):
+        kernel = 1 / (1 + scale * distance)
+        some = np.s_[..., channel : channel + 1]
+        found = array(geometry.smooth(mean[some], variance[some], kernel))
+        ones = np.ones_like(variance[some])
+        precision = array(
+            geometry.smooth(1 / variance[some], ones, kernel)
+        )  # the mean of it
+        found = (found * precision / (precision + 0.01))[:, inner, inner]
+        close(found, d["smooth.new_mean"][some], 1e-5)
+        assert (found > 0).all()
+
+
+def test_smoothing_keeps_signs_and_has_gradients():
+    mean = np.full((1, 4, 6, 2), -2.0, "float32")
+    variance = np.ones_like(mean)
+    kernel = geometry.smoothing_kernel(3)
+    close(geometry.smooth(mean, variance, kernel), mean, 1e-5)
+    slopes = gradient(
+        lambda x: ops.sum(geometry.smooth(x, variance, kernel)), mean
+    )
+    close(slopes, np.ones_like(mean), 1e-5)
+
+
+def test_dtypes_are_kept():
+    for dtype in ("float32", "float64"):
+        if dtype == "float64" and keras.backend.backend() == "jax":
+            continue
+        points = np.ones((1, 2, 3), dtype)
+        pose = np.eye(3, 4, dtype=dtype)[None]
+        results = [
+            geometry.transform(points, pose),
+            geometry.to_sphere(points),
+            geometry.to_pixels(points, 4, 6),
+            geometry.rotation_matrix(points),
+            geometry.compose(pose, pose),
+            *geometry.fuse([points], [points]),
+            *quantized(points, points, [[True, True]], 4, 6),
+            geometry.smooth(
+                points[:, None], points[:, None], geometry.smoothing_kernel(1)
+            ),
+        ]
+        assert {ops.dtype(one) for one in results} == {dtype}

@@ -1,0 +1,128 @@
+"""Folders of frames, and files of points."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keras_memory import geometry
+from keras_memory import rgbd
+
+PIL = pytest.importorskip("PIL.Image")
+
+
+def frames():
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(0.5, 9, size=(3, 5, 7)).round(3).astype("float32")
+    depth[0, 0, 0] = 0.0
+    colour = rng.integers(0, 256, size=(3, 5, 7, 3)) / 255
+    vectors = rng.normal(size=(3, 6)).astype("float32")
+    return rgbd.Frames(
+        depth,
+        colour.astype("float32"),
+        np.asarray(geometry.pose_matrix(vectors)),
+        geometry.inverse_intrinsics((6.0, 5.0), (3.2, 2.1)),
+    )
+
+
+def test_frames_are_read_as_written(tmp_path):
+    written = frames()
+    rgbd.write_frames(tmp_path / "there", written)
+    for one, other in zip(rgbd.read_frames(tmp_path / "there"), written):
+        assert one.dtype == "float32"
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    camera = json.loads((tmp_path / "there" / "camera.json").read_text())
+    assert np.allclose(camera["focal_lengths"], [6, 5])
+    assert np.allclose(camera["principal_point"], [3.2, 2.1])
+
+
+def broken(folder):
+    def poses(text):
+        (folder / "poses.txt").write_text(text)
+
+    def image(name, array):
+        PIL.fromarray(array).save(folder / name)
+
+    lines = (folder / "poses.txt").read_text().splitlines()
+    yield "a file", lambda: (folder / "camera.json").unlink(), FileNotFoundError
+    yield "numbers", lambda: poses("1 2 3\n"), "lines of 12 numbers"
+    scaled = " ".join(str(2 * float(x)) for x in lines[1].split())
+    yield "pose", lambda: poses(f"{lines[0]}\n{scaled}\n"), "line 2 of"
+    yield "fewer", lambda: poses("\n".join(lines[:2])), "a pose for each frame"
+    yield (
+        "more",
+        lambda: poses("\n".join([*lines, lines[0]])),
+        FileNotFoundError,
+    )
+    small = np.zeros((4, 7), "uint16")
+    yield "size", lambda: image("depth/000001.png", small), "be of one size"
+    grey = np.zeros((5, 7), "uint8")
+    yield "kind", lambda: image("colour/000001.png", grey), "of the kind 'RGB'"
+    eight = np.zeros((5, 7), "uint8")
+    yield "bits", lambda: image("depth/000001.png", eight), "of the kind 'I;16'"
+
+
+NAMES = "a file", "numbers", "pose", "fewer", "more", "size", "kind", "bits"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_broken_folders_are_refused(name, tmp_path):
+    rgbd.write_frames(tmp_path, frames())
+    ((change, wanted),) = [c[1:] for c in broken(tmp_path) if c[0] == name]
+    change()
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=f"{wanted}.*Received"):
+            rgbd.read_frames(tmp_path)
+    else:
+        with pytest.raises(wanted):
+            rgbd.read_frames(tmp_path)
+
+
+def test_depth_and_colour_of_different_sizes_are_refused(tmp_path):
+    some = frames()
+    rgbd.write_frames(tmp_path, some._replace(colour=some.colour[:, :4]))
+    with pytest.raises(ValueError, match=r"of one size.*\(5, 7\).*\(4, 7\)"):
+        rgbd.read_frames(tmp_path)
+
+
+@pytest.mark.parametrize("value", [-1.0, 70.0, np.nan])
+def test_depth_beyond_16_bits_is_refused(value, tmp_path):
+    some = frames()
+    some.depth[1, 2, 3] = value
+    with pytest.raises(ValueError, match="0 to 65.535 metres. Received"):
+        rgbd.write_frames(tmp_path, some)
+
+
+def test_points_are_a_ply_file(tmp_path):
+    points = np.array([[1.5, -2, 3], [0, 0, 1]])
+    rgbd.write_points(tmp_path / "a.ply", points, [[0, 0.5, 1], [2, -1, 0.2]])
+    header, _, data = (
+        (tmp_path / "a.ply").read_bytes().partition(b"end_header\n")
+    )
+    assert header.decode().split("\n") == [
+        "ply",
+        "format binary_little_endian 1.0",
+        "element vertex 2",
+        *(f"property float {axis}" for axis in "xyz"),
+        *(f"property uchar {c}" for c in ("red", "green", "blue")),
+        "",
+    ]
+    assert len(data) == 2 * 15
+    assert np.frombuffer(data[:12], "<f4").tolist() == [1.5, -2, 3]
+    assert list(data[12:15]) == [0, 128, 255]
+    assert list(data[27:30]) == [255, 0, 51]
+
+
+@pytest.mark.parametrize(
+    ("points", "colours"),
+    [
+        (np.ones((2, 3)), np.ones((3, 3))),
+        (np.ones((2, 2)), np.ones((2, 3))),
+        (np.ones(3), np.ones(3)),
+        (np.full((1, 3), np.nan), np.ones((1, 3))),
+    ],
+)
+def test_wrong_points_leave_no_file(points, colours, tmp_path):
+    with pytest.raises(ValueError, match="must be.*Received"):
+        rgbd.write_points(tmp_path / "a.ply", points, colours)
+    assert not list(tmp_path.iterdir())
