@@ -4,10 +4,12 @@
     python -m benchmarks scaling [--pytorch-ntm CHECKOUT] [--out FOLDER]
     python -m benchmarks memory_wrap [--rounds 20] [--json FILE]
     python -m benchmarks retrieval [--cases 2K static] [--json FILE]
+    python -m benchmarks esm [--ivy FOLDER] [--rounds 20] [--json FILE]
 
 The first compares a few cases of recurrent memories, the second varies one
 size at a time, the third is of Memory Wrap, the fourth of memories of nearest
-neighbours; README.md beside this file says what each number means.
+neighbours, the fifth of Egospheric Spatial Memory; README.md beside this file
+says what each number means.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import pathlib
 import sys
 
 from benchmarks import cases
+from benchmarks import esm
 from benchmarks import memory_wrap
 from benchmarks import neighbours
 from benchmarks import references
@@ -32,6 +35,8 @@ def main(arguments=None):
         return main_of_memory_wrap(arguments[1:])
     if arguments[:1] == ["retrieval"]:
         return main_of_retrieval(arguments[1:])
+    if arguments[:1] == ["esm"]:
+        return main_of_esm(arguments[1:])
     return main_of_steps(arguments)
 
 
@@ -42,7 +47,8 @@ def main_of_steps(arguments):
             "Times training steps next to those of other implementations. "
             "`python -m benchmarks scaling --help`: over time steps, slots "
             "and batch. `python -m benchmarks memory_wrap --help` and "
-            "`python -m benchmarks retrieval --help`: likewise."
+            "`python -m benchmarks retrieval --help` and "
+            "`python -m benchmarks esm --help`: likewise."
         ),
     )
     parser.add_argument(
@@ -130,6 +136,25 @@ def main_of_retrieval(arguments):
         options.quick,
         options.json,
     )
+
+
+def main_of_esm(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks esm",
+        description="Times Egospheric Spatial Memory next to ivy_memory.",
+    )
+    parser.add_argument(
+        "--threads", type=count, default=2, help="of each process (default: 2)"
+    )
+    parser.add_argument("--ivy", help="a folder of ivy and checkouts")
+    parser.add_argument("--json", help="file to write all numbers to")
+    add_rounds(parser, 20)
+    options = checked(parser, parser.parse_args(arguments))
+    if options.ivy and not esm.is_ivy(options.ivy):
+        parser.error(
+            f"--ivy: {options.ivy} has not the folders {esm.CHECKOUTS}"
+        )
+    esm.run(options.rounds, options.threads, options.ivy, options.json)
 
 
 def main_of_scaling(arguments):

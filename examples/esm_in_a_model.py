@@ -127,7 +127,9 @@ def main(arguments=None):
     print(f"to {history.history['loss'][-1]:.3f}")
     print(f"median error in other places {before:.0f} to {after:.0f} degrees")
     if options.export:
-        keras_memory.export.export_for_serving(model, options.export)
+        keras_memory.export.export_for_serving(
+            model, options.export, warm_up=((1, 1),)
+        )
         print(f"wrote {options.export}")
     return model
 

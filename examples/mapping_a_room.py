@@ -85,7 +85,9 @@ def picture(frames, number, shown, farthest):
     depth = np.where(frames.depth[number] > 0, frames.depth[number], np.nan)
     left = visualization.stack(
         [
-            visualization.tiles([visualization.Tile(image, words, "")], SIZE)
+            visualization.tiles(
+                [visualization.Tile(image, words, "")], 2 * SIZE
+            )
             for image, words in (
                 (np.clip(frames.colour[number], 0, 1), "the camera sees"),
                 (

@@ -549,7 +549,7 @@ def sphere(mean, variance=None, farthest=None, title="Map"):
         )
     scale = max(1, round(PLOT_WIDTH / width))
     depth = mean[:, :, 2]
-    farthest = float(depth.max()) if farthest is None else farthest
+    farthest = float(depth.max()) or 1.0 if farthest is None else farthest
     bar = _colour_bar(height * scale, 0.0, farthest, name="m")
     parts = []
     if channels > 3:
@@ -990,7 +990,7 @@ def _figure(images, title, x_axis, y_axis, beside, left=LEFT):
     title_end = left + _widest(15, [title]) + GAP
     end = right + sum(image.shape[1] for image in beside)
     lowest = [TOP - 1 + image.shape[0] for image in beside]
-    size = max(end, title_end), max(bottom + (42 if x_label else 22), *lowest)
+    size = max(end, title_end), max([bottom + (42 if x_label else 22), *lowest])
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
 

@@ -22,6 +22,7 @@ cases = pytest.importorskip("benchmarks.cases")
 command_line = pytest.importorskip("benchmarks.__main__")
 key_drift = pytest.importorskip("benchmarks.key_drift")
 measure = pytest.importorskip("benchmarks.measure")
+esm = pytest.importorskip("benchmarks.esm")
 memory_wrap = pytest.importorskip("benchmarks.memory_wrap")
 neighbours = pytest.importorskip("benchmarks.neighbours")
 references = pytest.importorskip("benchmarks.references")
@@ -286,6 +287,8 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
         ("retrieval --data some", "invalid choice: 'some'"),
         ("retrieval --threads 0", "at least 1, not 0"),
         ("retrieval --json /nowhere/x.json", "the folder of /nowhere/x.json"),
+        ("esm --rounds 0", "at least 1, not 0"),
+        ("esm --ivy /nowhere", "/nowhere has not the folders"),
     ],
 )
 def test_wrong_options_are_told_at_once(arguments, message, capsys):
@@ -360,6 +363,43 @@ def test_jobs_of_memory_wrap(monkeypatch):
     jobs = memory_wrap.jobs("answer", (5, 7000), [1])
     assert callable(jobs["memorywrap", 1][1])
     assert jobs["XLA, top_k=32", 1][1].keywords == {"top_k": 32}
+
+
+# Egospheric Spatial Memory.
+
+
+@pytest.mark.parametrize("variant", esm.VARIANTS)
+def test_steps_of_esm(variant, monkeypatch):
+    harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
+    monkeypatch.setattr(esm, "SIZE", 4)
+    monkeypatch.setattr(esm, "SMALL", (6, 8))
+    monkeypatch.setattr(esm, "LARGE", (8, 12))
+    step = esm.ours(*esm.VARIANTS[variant])
+    for _ in range(2):
+        assert all(np.isfinite(part).all() for part in step()[:1])
+
+
+def test_esm_prints_a_table(fakes, monkeypatch, tmp_path, capsys):
+    times = {"ivy_memory": 60.0, "a frame, XLA": 2.0, "smoothing, XLA": "none"}
+    found = {
+        name: time if time == "none" else (name, time)
+        for name, time in times.items()
+    }
+    monkeypatch.setattr(esm, "jobs", lambda threads, ivy: found)
+    path = tmp_path / "all.json"
+    command_line.main(["esm", "--rounds", "2", "--json", str(path)])
+    header, _, *rows = lists_of(capsys.readouterr().out)
+    assert tuple(header) == esm.HEADER
+    assert rows[1] == ["a frame, XLA", "2", "30 (30 to 30)", "20 ms"]
+    assert rows[2][1] == "not run: none"
+    assert set(json.loads(path.read_text())["results"]) == set(times)
+
+
+def test_jobs_of_esm():
+    jobs = esm.jobs(2, None)
+    assert "needs `--ivy`" in jobs["ivy_memory"]
+    assert set(jobs) == {"ivy_memory", *esm.VARIANTS}
+    assert callable(esm.jobs(2, "there")["ivy_memory"][1])
 
 
 # Retrieval.

@@ -47,7 +47,7 @@ def broken(folder):
     yield "a file", lambda: (folder / "camera.json").unlink(), FileNotFoundError
     yield "numbers", lambda: poses("1 2 3\n"), "lines of 12 numbers"
     scaled = " ".join(str(2 * float(x)) for x in lines[1].split())
-    yield "pose", lambda: poses(f"{lines[0]}\n{scaled}\n"), "line 2 of"
+    yield "pose", lambda: poses(f"{lines[0]}\n{scaled}\n"), "rotation beside"
     yield "fewer", lambda: poses("\n".join(lines[:2])), "a pose for each frame"
     yield (
         "more",

@@ -1,6 +1,7 @@
 """The committed models still do what they were trained for."""
 
 import pathlib
+import runpy
 
 import numpy as np
 import pytest
@@ -72,6 +73,21 @@ def test_memory_wrap_reads_digits_and_says_why():
     labels = y[:1200][order.permutation(1200)][:100]
     top = labels[weights.argmax(axis=1)]
     assert (top == answers).mean() > 0.9
+
+
+def test_esm_policy_knows_where_the_middle_is():
+    example = runpy.run_path(MODELS.parent / "examples/esm_in_a_model.py")
+    inputs, targets = example["sequences"](32, seed=2000)
+    path = str(MODELS / "esm_policy" / "1")
+    served = tf.saved_model.load(path).signatures["serving_default"]
+    found = served(**{k: tf.constant(v) for k, v in inputs.items()})
+    (outputs,) = found.values()
+    assert example["degrees"](targets, outputs.numpy()) < 15
+    # It remembers: of the last step alone it cannot tell as well.
+    inputs["depth"][:, :-1] = 0.0
+    found = served(**{k: tf.constant(v) for k, v in inputs.items()})
+    (outputs,) = found.values()
+    assert example["degrees"](targets, outputs.numpy()) > 25
 
 
 def test_committed_models_are_small():
