@@ -182,14 +182,13 @@ class _Map(keras.layers.Layer):
             Mean, variance, and which pixels have points of their own, as of
             `geometry.quantize`.
         """
+        state = ESMMap(*map(ops.convert_to_tensor, state))
         valid = ops.logical_not(self._is_hole(state.variance))
         if not self.depth_buffer:
             # What a pixel shows from beside would be fused with itself.
-            columns, rows = (
-                ops.stop_gradient(state.mean[..., i : i + 1])
-                - self._prior.mean[..., i : i + 1]
-                for i in range(2)
-            )
+            middle = ops.convert_to_tensor(self._prior.mean[..., :2])
+            away = ops.stop_gradient(state.mean[..., :2]) - middle
+            columns, rows = away[..., :1], away[..., 1:]
             columns = columns - self.width * ops.round(columns / self.width)
             valid = valid & (ops.abs(columns) <= 0.5) & (ops.abs(rows) <= 0.5)
         mean, variance, valid = map(_in_line, (*state, valid))
@@ -276,7 +275,7 @@ class _Map(keras.layers.Layer):
         depth = pixels[..., 2:]
         valid = valid & (depth >= nearest) & (depth <= farthest)
         valid = valid & ops.logical_not(self._is_hole(variance))
-        variance = ops.maximum(variance, self.variance_limits[0])
+        variance = geometry.at_least(variance, self.variance_limits[0])
         return geometry.quantize(
             ops.concatenate([pixels, features], axis=-1),
             variance,
@@ -288,7 +287,8 @@ class _Map(keras.layers.Layer):
 
     def _is_hole(self, variance):
         """(..., 1), where what is known is no better than the prior."""
-        most = self._array(SEEN) * self._prior.variance[0, 0]
+        most = SEEN * self._prior.variance[0, 0]
+        most = ops.convert_to_tensor(self._array(most))
         return ops.any(variance >= most, axis=-1, keepdims=True)
 
     def smooth(self, state):
@@ -302,7 +302,7 @@ class _Map(keras.layers.Layer):
         """
         if self.smooth_kernel_size is None:
             return state
-        mean, variance = state
+        mean, variance = map(ops.convert_to_tensor, state)
         around_all = 2 * min(self.height, self.width) + 1
         size = min(self.smooth_kernel_size, around_all)
         around = geometry.smooth(
@@ -611,7 +611,7 @@ class ESMLayer(_Map):
                     self.add_weight(
                         shape=(batch, *prior.shape),
                         initializer=lambda shape, dtype, prior=prior: (
-                            ops.broadcast_to(ops.cast(prior, dtype), shape)
+                            ops.zeros(shape, dtype) + ops.cast(prior, dtype)
                         ),
                         dtype=self.map_dtype,
                         trainable=False,
@@ -629,7 +629,8 @@ class ESMLayer(_Map):
         if initial_state is not None:
             state = self._check_state(initial_state, batch)
         elif self.stateful:
-            state = ESMMap(*map(ops.convert_to_tensor, self.states))
+            # Copies: PyTorch writes into what the gradient still needs.
+            state = ESMMap(*map(ops.copy, self.states))
         else:
             state = self.get_initial_state(ops.shape(motion["motion"])[0])
         constant = [

@@ -72,6 +72,7 @@ def pixels_to_camera(depth, inverse_intrinsics):
     Returns:
         (..., h, w, 3) metres in the camera's frame.
     """
+    depth, inverse_intrinsics = _tensors(depth, inverse_intrinsics)
     height, width = depth.shape[-2:]
     rows, columns = np.mgrid[:height, :width].astype("float32")
     pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
@@ -93,6 +94,7 @@ def transform(points, pose):
     Returns:
         (B, n, 3) metres.
     """
+    points, pose = _tensors(points, pose)
     turned = ops.matmul(points, ops.swapaxes(pose[..., :3], -1, -2))
     return turned + pose[..., None, :, 3]
 
@@ -157,13 +159,15 @@ def compose(second, first):
     Returns:
         (..., 3, 4).
     """
+    first, second = _tensors(first, second)
     rotation, translation = second[..., :3], second[..., 3:]
-    both = ops.matmul(rotation, first)
-    return both + translation * np.array([0, 0, 0, 1], "float32")
+    last = ops.cast(np.array([0, 0, 0, 1]), ops.dtype(translation))
+    return ops.matmul(rotation, first) + translation * last
 
 
 def invert(pose):
     """The pose that undoes another, (..., 3, 4)."""
+    (pose,) = _tensors(pose)
     back = ops.swapaxes(pose[..., :3], -1, -2)
     return ops.concatenate([back, -ops.matmul(back, pose[..., 3:])], axis=-1)
 
@@ -193,13 +197,14 @@ def is_pose(pose):
     Returns:
         (...) bool; False for NaN, scalings and mirrors too.
     """
+    (pose,) = _tensors(pose)
     rotation, translation = pose[..., :3], pose[..., 3]
     transposed = ops.swapaxes(rotation, -1, -2)
     error = ops.matmul(rotation, transposed) - ops.eye(
         3, dtype=ops.dtype(rotation)
     )
     x, y, z = (rotation[..., i, :] for i in range(3))
-    determinant = ops.sum(ops.cross(x, y) * z, axis=-1)
+    determinant = ops.sum(ops.cross(x, y, axis=-1) * z, axis=-1)
     # A comparison with NaN is False.
     return (
         ops.all(ops.abs(error) < ROTATION_TOLERANCE, axis=(-2, -1))
@@ -222,6 +227,7 @@ def to_sphere(points):
         up and down the azimuth is 0, and at the origin all are. Gradients are
         finite everywhere, and 0 where there are none.
     """
+    (points,) = _tensors(points)
     x, y, z = (points[..., i] for i in range(3))
     square = x * x + z * z
     on_axis = square < TINY
@@ -239,6 +245,7 @@ def to_sphere(points):
 
 def from_sphere(sphere):
     """Coordinates, in metres, of what `to_sphere` gave: (..., 3)."""
+    (sphere,) = _tensors(sphere)
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
     level = radius * ops.sin(polar)
     return ops.stack(
@@ -261,6 +268,7 @@ def to_pixels(sphere, height, width):
     Returns:
         (..., 3): column in [0, W), row in [0, H], depth.
     """
+    (sphere,) = _tensors(sphere)
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
     column = (math.pi - azimuth) * (width / (2 * math.pi))
     row = polar * (height / math.pi)
@@ -269,6 +277,7 @@ def to_pixels(sphere, height, width):
 
 def from_pixels(pixels, height, width):
     """Azimuth, polar angle and radius of what `to_pixels` gave: (..., 3)."""
+    (pixels,) = _tensors(pixels)
     column, row, depth = (pixels[..., i] for i in range(3))
     azimuth = math.pi - column * (2 * math.pi / width)
     return ops.stack([azimuth, row * (math.pi / height), depth], axis=-1)
@@ -297,8 +306,9 @@ def pixel_variance(points, covariance, height, width):
         (B, n, 3) variances of columns and rows, in squared pixels, and of
         depth, in squared metres; 0 at the origin.
     """
+    points, covariance = _tensors(points, covariance)
     x, y, z = (points[..., i] for i in range(3))
-    level_2 = ops.maximum(x * x + z * z, TINY)
+    level_2 = at_least(x * x + z * z, TINY)
     radius_2 = level_2 + y * y
     level, zero = ops.sqrt(level_2), ops.zeros_like(x)
     azimuth = [z / level_2, zero, -x / level_2]
@@ -317,11 +327,12 @@ def pixel_variance(points, covariance, height, width):
         )
     ]
     by_move = ops.stack(slopes, axis=-2)
-    by_turn = ops.cross(points[..., None, :], by_move)
+    by_turn = ops.cross(points[..., None, :], by_move, axis=-1)
     jacobian = ops.concatenate([by_move, by_turn], axis=-1)  # (B, n, 3, 6)
     spread = ops.einsum("bnia,bac->bnic", jacobian, covariance)
     # Beside an axis the slopes are without bound.
-    variance = ops.minimum(ops.sum(spread * jacobian, axis=-1), 1 / TINY)
+    variance = ops.sum(spread * jacobian, axis=-1)
+    variance = ops.where(variance < 1 / TINY, variance, 1 / TINY)
     is_there = ops.sum(points * points, axis=-1, keepdims=True) > TINY
     return ops.where(is_there, variance, 0.0)
 
@@ -350,7 +361,8 @@ def fuse(means, variances):
     >>> float(mean[0]), float(variance[0])
     (3.0, 0.3333333333333333)
     """
-    precisions = [1.0 / ops.maximum(variance, TINY) for variance in variances]
+    means, variances = _tensors(*means), _tensors(*variances)
+    precisions = [1.0 / at_least(variance, TINY) for variance in variances]
     weighted = [mean * precision for mean, precision in zip(means, precisions)]
     return _of_sums(sum(weighted), sum(precisions))
 
@@ -398,7 +410,7 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     >>> ops.convert_to_numpy(own)[0, 0, :, 0]
     array([False,  True, False, False])
     """
-    mean, variance = map(ops.convert_to_tensor, (mean, variance))
+    mean, variance = _tensors(mean, variance)
     valid = ops.reshape(ops.cast(valid, "bool"), (-1,))
     batch, number, channels = ops.shape(mean)
     shape = (batch, height, width)
@@ -422,7 +434,7 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     others = [(beside, row), (column, above), (beside, above)]
     line = ops.concatenate([own, *(place(*other) for other in others)])
     nearness = 1.0 / (1.0 + ops.stop_gradient(mean[..., 2]))  # above 0, to 1
-    nearness = ops.reshape(nearness, (-1,))
+    nearness = ops.reshape(ops.cast(nearness, "float32"), (-1,))
     nearness = ops.concatenate([nearness + 1.0, nearness, nearness, nearness])
     most = ops.segment_max(nearness, line, pixels + 1)
     point = ops.tile(ops.arange(batch * number, dtype="int32"), (4,))
@@ -440,7 +452,7 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
         means = both[:, :channels] - ops.pad(
             width * ops.stop_gradient(around), ((0, 0), (0, channels - 1))
         )
-        precision = 1.0 / ops.maximum(both[:, channels:], TINY)
+        precision = 1.0 / at_least(both[:, channels:], TINY)
         sums = ops.concatenate([means * precision, precision], axis=-1)
         sums = ops.segment_sum(sums, own, pixels + 1)[:pixels]
         fused = _of_sums(sums[:, :channels], sums[:, channels:])
@@ -516,7 +528,8 @@ def smooth(mean, variance, kernel):
     Returns:
         (B, H, W, C) means; variances are not smoothed.
     """
-    precision = 1.0 / ops.maximum(variance, TINY)
+    mean, variance = _tensors(mean, variance)
+    precision = 1.0 / at_least(variance, TINY)
     both = ops.concatenate([mean * precision, precision], axis=-1)
     if keras.backend.backend() == "jax":  # has no float64 unless it is told
         both = _convolved(both, kernel)
@@ -542,6 +555,7 @@ def _convolved_by_spectra(image, kernel):
     for column in range(-half, half + 1):
         rows[:, column % width] += kernel[half:, half + column]
     of_kernel = np.fft.rfft(rows).real  # as it is symmetric
+    of_kernel = ops.convert_to_tensor(of_kernel, "float64")
     padded = ops.cast(_pad_poles(image, half), "float64")
     spectra = ops.rfft(ops.transpose(padded, (0, 3, 1, 2)))
 
@@ -556,3 +570,12 @@ def _convolved_by_spectra(image, kernel):
     real, imaginary = map(summed, spectra)
     result = ops.irfft((real, imaginary), fft_length=width)
     return ops.cast(ops.transpose(result, (0, 2, 3, 1)), ops.dtype(image))
+
+
+def _tensors(*arrays):
+    return [ops.convert_to_tensor(array) for array in arrays]
+
+
+def at_least(values, least):
+    """As `ops.maximum`, which on PyTorch makes float32 of float64."""
+    return ops.where(values > least, values, least)

@@ -163,7 +163,8 @@ def test_projection_is_the_references(name):
                 )
                 for c in inputs["cameras"]
             ]
-            return np.concatenate(parts, axis=1)[:, None].astype("float32")
+            joint = np.concatenate(parts, axis=1)[:, None]
+            return ops.convert_to_tensor(joint.astype("float32"))
 
         mask = joined("mask") > 0
         found = own_of(
@@ -182,7 +183,7 @@ def test_projection_is_the_references(name):
             geometry.to_pixels(geometry.to_sphere(points), height, width)
         )
         clear = is_clear(
-            pixels[..., :2], pixels[..., 2], mask[:, 0], height, width
+            pixels[..., :2], pixels[..., 2], array(mask)[:, 0], height, width
         )
         hit = np.isfinite(found.variance[..., 0]) & clear
         assert (
@@ -630,7 +631,8 @@ def gradients(layer, inputs, weights):
         for i, value in zip(real, values):
             given[i] = value
         maps = layer(keras.tree.pack_sequence_as(inputs, given))
-        return sum(ops.sum(part * one) for part, one in zip(maps, weights))
+        pairs = zip(maps, map(ops.convert_to_tensor, weights))
+        return sum(ops.sum(part * one) for part, one in pairs)
 
     values = [ops.convert_to_tensor(flat[i]) for i in real]
     if harness.BACKEND == "tensorflow":
@@ -669,13 +671,12 @@ def weights_of(layer, inputs):
     # Away from the prior's large variances.
     parts[1] = parts[1] * (array(maps.variance) < 100)
     parts[0][..., :2] *= 0.1
-    return [part.astype("float32") for part in parts]
+    return [part.astype(ops.dtype(maps.mean)) for part in parts]
 
 
 @pytest.mark.parametrize("depth_buffer", [True, False])
 def test_gradients_are_those_of_finite_differences(depth_buffer):
-    if harness.BACKEND == "jax":
-        pytest.skip("needs float64")
+    harness.skip_on(*harness.OTHERS, because="needs float64 in all of Keras")
     layer = layer_of(
         dtype="float64",
         depth_buffer=depth_buffer,
@@ -988,7 +989,8 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
     if depth_noise:
         variance = np.full((1, *depth.shape, 6), 1e-3, "float32")
         # Of the distance, which is longer than what is along the axis.
-        points = geometry.pixels_to_camera(depth[:1] * 0 + 1, inverse)
+        ones = np.ones((1, size, size), "float32")
+        points = geometry.pixels_to_camera(ones, inverse)
         longer = np.linalg.norm(array(points), axis=-1)
         variance[..., 2] = (depth_noise * longer) ** 2
         camera["variance"] = variance
@@ -1025,11 +1027,15 @@ def mapper(depth_buffer):
         variance_limits=(1e-6, 1e4),
         depth_buffer=depth_buffer,
     )
-    if harness.BACKEND != "tensorflow":
-        return layer
-    import tensorflow as tf
+    if harness.BACKEND == "jax":
+        import jax
 
-    return tf.function(layer, jit_compile=True)
+        return jax.jit(layer)
+    if harness.BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(layer, jit_compile=True)
+    return layer
 
 
 def walked(poses, depth_buffer=True, **options):
