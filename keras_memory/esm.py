@@ -22,6 +22,8 @@ from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
+HUGE = 1e25  # as infinite: it would overflow in sums and squares
+VAGUE = 1e9  # squared metres, squared radians: a pose of which nothing is known
 
 # Axes behind batch and time of what a camera tells, and of the motion.
 CAMERA = {
@@ -225,9 +227,9 @@ class _Map(keras.layers.Layer):
         """
         valid = ops.ones_like(features[..., :1], dtype="bool")
         if depth is not None:
-            seen = (depth > 0) & ops.isfinite(depth)
+            seen = (depth > 0) & (depth < HUGE)
             valid = seen[..., None]
-            known = _is_finite(inverse_intrinsics)
+            known = _all_below(HUGE, inverse_intrinsics, axis=(-2, -1))
             valid = valid & known[..., None]
             inverse_intrinsics = ops.where(known, inverse_intrinsics, 1.0)
             points = geometry.pixels_to_camera(
@@ -250,17 +252,21 @@ class _Map(keras.layers.Layer):
         """Points in any frame, (B, n, ...), as a map in the agent's frame."""
         known = geometry.is_pose(pose)[:, None, None]
         if covariance is not None:
-            known = known & _is_finite(covariance)
+            known = known & _all_below(VAGUE, covariance, axis=(-2, -1))
             covariance = ops.where(known, covariance, 0.0)
         pose = ops.where(known, pose, self._array(np.eye(3, 4)))
         valid = valid & known & ops.all(variance >= 0, -1, keepdims=True)
         for part in (points, features, variance):
-            valid = valid & ops.all(ops.isfinite(part), -1, keepdims=True)
+            valid = valid & _all_below(HUGE, part, axis=-1)
         # What is left out would bring NaN to gradients.
         points, features, variance = (
             ops.where(valid, part, 1.0) for part in (points, features, variance)
         )
         points = geometry.transform(points, pose)
+        nearest, farthest = self.depth_limits
+        longest = ops.max(ops.abs(points), axis=-1, keepdims=True)
+        valid = valid & (2 * longest >= nearest) & (longest <= farthest)
+        points = ops.where(valid, points, 1.0)
         if covariance is not None:
             by_pose = geometry.pixel_variance(
                 points, covariance, self.height, self.width
@@ -271,7 +277,6 @@ class _Map(keras.layers.Layer):
         pixels = geometry.to_pixels(
             geometry.to_sphere(points), self.height, self.width
         )
-        nearest, farthest = self.depth_limits
         depth = pixels[..., 2:]
         valid = valid & (depth >= nearest) & (depth <= farthest)
         valid = valid & ops.logical_not(self._is_hole(variance))
@@ -316,10 +321,11 @@ class _Map(keras.layers.Layer):
     def _parsed(self, inputs, lead):
         """Checked tensors: a list of dicts for the cameras, and a dict for the
         motion. `lead` names their first axes."""
-        if not isinstance(inputs, dict) or "cameras" not in inputs:
+        is_dict = isinstance(inputs, dict)
+        if not is_dict or not {"cameras", "motion"} <= set(inputs):
             raise ValueError(
                 "Inputs must be a dict with `cameras` and `motion`. Received: "
-                f"{sorted(inputs) if isinstance(inputs, dict) else inputs!r}"
+                f"{sorted(inputs) if is_dict else type(inputs).__name__}"
             )
         motion = {key: inputs[key] for key in inputs if key != "cameras"}
         cameras = inputs["cameras"]
@@ -751,9 +757,9 @@ def _in_line(image):
     return ops.reshape(image, (batch, height * width, channels))
 
 
-def _is_finite(matrices):
-    """(B, 1, 1), for (B, i, j)."""
-    return ops.all(ops.isfinite(matrices), axis=(-2, -1), keepdims=True)
+def _all_below(most, values, axis):
+    """Whether all along axes, which are kept, are smaller; NaN is not."""
+    return ops.all(ops.abs(values) < most, axis=axis, keepdims=True)
 
 
 def _spec(shape, dtype):

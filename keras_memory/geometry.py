@@ -22,6 +22,7 @@ from keras import ops
 
 TINY = 1e-30  # of squares: what is shorter is the origin
 SMALL = 1e-6  # squared angles below are those of no turn
+UPRIGHT = 1e-8  # squared angles from the poles below which all are the same
 ROTATION_TOLERANCE = 1e-3  # of what a rotation times its transpose is
 
 
@@ -307,9 +308,12 @@ def pixel_variance(points, covariance, height, width):
         depth, in squared metres; 0 at the origin.
     """
     points, covariance = _tensors(points, covariance)
+    is_there = ops.sum(points * points, axis=-1, keepdims=True) > TINY
+    points = ops.where(is_there, points, 1.0)
     x, y, z = (points[..., i] for i in range(3))
-    level_2 = at_least(x * x + z * z, TINY)
-    radius_2 = level_2 + y * y
+    radius_2 = x * x + y * y + z * z
+    # Beside an axis the slopes are without bound.
+    level_2 = at_least(x * x + z * z, UPRIGHT * radius_2)
     level, zero = ops.sqrt(level_2), ops.zeros_like(x)
     azimuth = [z / level_2, zero, -x / level_2]
     polar = [
@@ -330,10 +334,7 @@ def pixel_variance(points, covariance, height, width):
     by_turn = ops.cross(points[..., None, :], by_move, axis=-1)
     jacobian = ops.concatenate([by_move, by_turn], axis=-1)  # (B, n, 3, 6)
     spread = ops.einsum("bnia,bac->bnic", jacobian, covariance)
-    # Beside an axis the slopes are without bound.
     variance = ops.sum(spread * jacobian, axis=-1)
-    variance = ops.where(variance < 1 / TINY, variance, 1 / TINY)
-    is_there = ops.sum(points * points, axis=-1, keepdims=True) > TINY
     return ops.where(is_there, variance, 0.0)
 
 

@@ -766,7 +766,7 @@ def cut(name, *axes):
 
 WRONG = {
     "no dict": (lambda i, c: i.clear(), "must be a dict with `cameras`"),
-    "no motion": (lambda i, c: i.pop("motion"), "must have `motion`"),
+    "no motion": (lambda i, c: i.pop("motion"), "and `motion`.*'cameras'"),
     "motion of 2": (cut("motion", ..., slice(2), slice(None)), "`motion` must"),
     "motion flat": (cut("motion", slice(None), 0), "`motion` must"),
     "no camera": (lambda i, c: i["cameras"].clear(), "at least one camera"),
