@@ -750,6 +750,28 @@ def test_gradients_are_finite_where_pixels_are_bad():
         assert one is None or np.isfinite(one).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-16, 1e20, 3e38, "x 1e-15", "z"])
+@pytest.mark.parametrize("covariance", [0.0, 1.0, 1e30, 3e38])
+def test_gradients_are_finite_wherever_points_are(value, covariance):
+    points = np.full((1, 2, 1, 2, 3), 1.0, "float32")
+    points[:, 1] = {"x 1e-15": [1e-15, 1, 0], "z": [0, 1, 0]}.get(value, value)
+    spread = np.broadcast_to(np.eye(6) * covariance, (1, 2, 6, 6))
+    inputs = {
+        "cameras": {
+            "points": points,
+            "features": np.ones_like(points),
+            "pose": still(1, 2),
+            "pose_covariance": spread.astype("float32"),
+        },
+        "motion": still(1, 2),
+    }
+    layer = layer_of()
+    found, *_ = gradients(layer, inputs, [np.ones((), "float32")] * 2)
+    assert all(np.isfinite(g).all() for g in keras.tree.flatten(found))
+    inputs["cameras"]["features"] = np.full_like(points, 1e38)
+    assert all(np.isfinite(array(part)).all() for part in layer(inputs))
+
+
 def broken(change):
     inputs = seen()
     change(inputs, inputs["cameras"][0])
@@ -766,7 +788,7 @@ def cut(name, *axes):
 
 WRONG = {
     "no dict": (lambda i, c: i.clear(), "must be a dict with `cameras`"),
-    "no motion": (lambda i, c: i.pop("motion"), "and `motion`.*'cameras'"),
+    "no motion": (lambda i, c: i.pop("motion"), "`cameras` and `motion`"),
     "motion of 2": (cut("motion", ..., slice(2), slice(None)), "`motion` must"),
     "motion flat": (cut("motion", slice(None), 0), "`motion` must"),
     "no camera": (lambda i, c: i["cameras"].clear(), "at least one camera"),
