@@ -108,8 +108,9 @@ class Log:
                 '`mode` must be "r" to read or "a" to write. '
                 f"Received: mode={mode!r}"
             )
-        self._folder = folder = pathlib.Path(folder)
+        self._folder = folder = pathlib.Path(folder).absolute()
         self._mode = mode
+        self._owner = os.getpid()
         self._broken = None  # or why nobody knows what is on the disk
         config = None if config is None else _as_stored(config)
         with contextlib.ExitStack() as held:
@@ -226,6 +227,7 @@ class Log:
         manifest = {**self._manifest, **new}
         with self._synced():
             _sync(self._file)
+        self._check_own()
         with _told(f"flush {self._path}", "what was appended still waits"):
             _commit(self._folder, manifest)
         self._manifest = manifest
@@ -243,6 +245,7 @@ class Log:
                 unless the error says that it must be opened anew.
         """
         self._check_usable()
+        self._check_own()
         before = self._manifest
         self._broken = "a rewrite that was interrupted"
         try:
@@ -251,7 +254,7 @@ class Log:
                     self._folder, before["store"], before["config"], operations
                 )
         except BaseException:
-            if _log_named_in(self._folder) == before["log"]:
+            if _named_in(self._folder, "log") == before["log"]:
                 self._broken = None
             raise
         with self._synced():
@@ -270,12 +273,29 @@ class Log:
         """
         if self._file.closed:
             return
-        if self._mode == "a" and self._broken is None:
+        is_own = self._owner == os.getpid()
+        if self._mode == "a" and self._broken is None and is_own:
             self.flush()
         self._file.close()
         self._held.close()
 
+    def _check_own(self):
+        """Raises OSError if the folder holds another store by now."""
+        if _named_in(self._folder, "store") != self._manifest["store"]:
+            raise OSError(
+                errno.ESTALE,
+                f"{self._folder} must still hold the store that was opened, or "
+                "another would be lost. Received: another, or none",
+            )
+
     def _check_open(self, mode=None):
+        if self._owner != os.getpid():
+            raise ValueError(
+                "A log must be used by the process that opened it, as forks "
+                "would write over each other: open it anew, or before there "
+                f"are others. Received: {self._folder}, opened by process "
+                f"{self._owner}, in process {os.getpid()}"
+            )
         if self._file.closed or mode not in (None, self._mode):
             raise ValueError(
                 f"This must be asked of an open log, of mode {mode or 'any'}. "
@@ -431,10 +451,10 @@ def _missing(path):
     )
 
 
-def _log_named_in(folder):
-    """The name of the log that counts, or None."""
+def _named_in(folder, what):
+    """The log that counts, say, or the store, or None."""
     try:
-        return _read_manifest(folder)["log"]
+        return _read_manifest(folder)[what]
     except (FileNotFoundError, ValueError):
         return None
 
@@ -601,7 +621,7 @@ def _write_store(folder, store, config, operations):
         manifest.update(length=HEADER.size + size, operations=number)
         _commit(folder, manifest)
     except BaseException:
-        if _log_named_in(folder) != log:
+        if _named_in(folder, "log") != log:
             (folder / log).unlink(missing_ok=True)
             (folder / WRITING).unlink(missing_ok=True)
         raise

@@ -33,12 +33,15 @@ def written_aside(path):
 def locked(path):
     """Keeps others out, until the end of this or the death of the process.
 
+    Windows has no such lock: there all may enter.
+
     Args:
         path: `pathlib.Path` of a file, which is made where there is none.
 
     Raises:
         ValueError: it is locked, by another process or in this one.
     """
+    owner = os.getpid()
     with open(path, "a") as file:
         if fcntl is not None:
             try:
@@ -48,4 +51,9 @@ def locked(path):
                     "Only one process at a time, and only once, can work in a "
                     f"folder. Received: {path.parent}, where one does already"
                 ) from None
-        yield
+        try:
+            yield
+        finally:
+            # A fork has the file too, and would keep the lock, or give it up.
+            if fcntl is not None and os.getpid() == owner:
+                fcntl.flock(file, fcntl.LOCK_UN)

@@ -298,6 +298,103 @@ def test_one_writer_among_processes_until_its_death(folder):
     assert read(folder, "a") == bits(made(*range(5)))
 
 
+FORKED = (
+    ALONE
+    + """
+folder = sys.argv[1]
+
+def rows(number):
+    return [Operation(i, np.ones((1, 2), "f4"), np.ones((1, 5), "f4"))
+            for i in range(number)]
+
+log, reader = Log(folder, "a"), Log(folder, "r")
+before = len(list(reader.operations()))
+log.append(rows(3))  # and not flushed
+child = os.fork()
+if not child:
+    for call in (log.flush, lambda: log.append(rows(1)), reader.refresh,
+                 lambda: log.rewrite(rows(1)), lambda: Log(folder, "a")):
+        try:
+            call()
+        except ValueError as error:
+            print(str(error)[:24])
+        else:
+            os._exit(1)
+    log.close()
+    reader.close()
+    sys.stdout.flush()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+log.append(rows(2))
+log.flush()
+reader.refresh()
+assert len(list(reader.operations())) == 5
+alive, stop = os.pipe()
+child = os.fork()
+if not child:
+    os.close(stop)
+    os.read(alive, 1)  # until the parent is done
+    os._exit(0)
+log.close()  # and the child keeps no lock
+log = Log(folder, "a")
+assert len(list(log.operations())) == before + 5
+os.close(stop)
+"""
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+def test_forks_write_nothing(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, folder],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    refused = ["A log must be used by t"] * 4 + ["Only one process at a ti"]
+    assert [line[:23] for line in done.stdout.splitlines()] == [
+        line[:23] for line in refused
+    ]
+
+
+def test_a_folder_is_the_same_wherever_one_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = Log("store", "a", CONFIG)
+    log.append(made(0, 1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    log.close()
+    assert read(tmp_path / "store") == bits(made(0, 1))
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_store_that_came_later_is_not_written_over(is_new, tmp_path):
+    log = Log(tmp_path / "store", "a", CONFIG)
+    log.append(made(0))
+    (tmp_path / "store").rename(tmp_path / "moved")
+    if is_new:
+        with contextlib.closing(Log(tmp_path / "store", "a", CONFIG)) as other:
+            other.append(made(1, 2))
+    else:
+        (tmp_path / "store").mkdir()
+    for call in (log.flush, lambda: log.rewrite(made(4)), log.close):
+        with pytest.raises(OSError, match="still hold the store.*Received"):
+            call()
+    if is_new:
+        assert read(tmp_path / "store") == bits(made(1, 2))
+    else:
+        assert not list((tmp_path / "store").iterdir())
+    (tmp_path / "moved").rename(tmp_path / "moving")
+    if is_new:
+        (tmp_path / "store").rename(tmp_path / "other")
+    else:
+        (tmp_path / "store").rmdir()
+    (tmp_path / "moving").rename(tmp_path / "store")
+    log.close()
+    assert read(tmp_path / "store") == bits(made(0))
+
+
 def test_readers_see_what_is_flushed(folder):
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(Log(folder, "a")))
