@@ -7,8 +7,9 @@ keys, V width of values, K neighbours.
 
 import contextlib
 import math
+import os
 import threading
-from concurrent import futures
+import weakref
 from typing import Any
 from typing import NamedTuple
 
@@ -27,8 +28,10 @@ from keras_memory.retrieval import SIMILARITIES
 from keras_memory.retrieval import Neighbours
 from keras_memory.retrieval import RingMemory
 from keras_memory.retrieval import RingState
+from keras_memory.scann_index import Builder
 from keras_memory.scann_index import ScannRow
 from keras_memory.scann_index import check_scann
+from keras_memory.scann_index import closeness
 from keras_memory.scann_index import import_error
 from keras_memory.scann_index import recall
 
@@ -152,7 +155,9 @@ class KNNMemory:
         self._lock = threading.RLock()
         self._builder = None
         if store == "scann" and background:
-            self._builder = futures.ThreadPoolExecutor(1, "KNNMemory")
+            self._builder = Builder()
+            weakref.finalize(self, self._builder.close)
+            _WITH_BUILDERS.add(self)
         self._indexes = [self._index(row) for row in range(num_rows)]
         if keep_statistics:
             self._searches = np.zeros(num_rows, "int64")
@@ -395,7 +400,7 @@ class KNNMemory:
         return np.arange(first, count) % self.max_memories
 
     def recall(self, queries=None, top_k=32, rows=None, sample=1000):
-        """The share of the nearest entries that searches find.
+        """The share of the nearest, or as near, entries that searches find.
 
         Args:
             queries: (R, ..., D), of which a sample is looked at; None for keys
@@ -433,7 +438,12 @@ class KNNMemory:
                 exact = _ExactRow(self._keys[row], self.similarity)
                 exact.size = self._indexes[row].size
                 right, _ = exact.search(of_row, most)
-                found += recall(slots, slots >= 0, right) * right.size
+                near, right = (
+                    closeness(of_row, self._keys[row], self.similarity, some)
+                    for some in (slots, right)
+                )
+                near = np.where(slots >= 0, near, -np.inf)
+                found += recall(near, right) * right.size
                 wanted += right.size
         return found / wanted if wanted else 1.0
 
@@ -696,6 +706,40 @@ class KNNMemory:
         if rows.min() < 0 or rows.max() >= self.num_rows:
             raise ValueError(wanted)
         return rows
+
+
+# A fork has no builders' threads, and would wait for the locks they hold.
+
+_WITH_BUILDERS = weakref.WeakSet()
+_held = []
+
+
+def _before_fork():
+    _held[:] = list(_WITH_BUILDERS)
+    for memory in _held:
+        memory._lock.acquire()
+
+
+def _after_fork():
+    for memory in _held:
+        memory._lock.release()
+    _held.clear()
+
+
+def _after_fork_in_child():
+    for memory in _held:
+        memory._builder.after_fork()
+        for index in memory._indexes:
+            index.after_fork()
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class _ExactRow:

@@ -11,8 +11,10 @@ import functools
 import importlib
 import math
 import os
+import threading
 import uuid
 import warnings
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -40,11 +42,15 @@ TRIED = 0.005, 0.05  # likewise, until it is tried again how much of it must be
 WORN = 2.0  # times as much as at first must be searched of a tree to rebuild it
 WORTH = 0.25  # share of entries, compared by a tree, from which all are
 SAMPLE = 256  # queries that a tree is tried with
+FEW = 64  # queries from which on it is; with fewer, keys are taken besides
 DISTANCES = {
     "dot": "dot_product",
     "cosine": "dot_product",
     "l2": "squared_l2",
 }
+BLOCK = 1 << 20  # numbers of keys that are looked at closely at a time
+ROUNDING = 1e-9  # of a sum in float64, and more
+USUAL = 32  # neighbours, until it is known how many are asked for
 MARGIN = 0.2  # of what a tree may miss, that it is to find all the same
 
 
@@ -82,6 +88,43 @@ def threads():
     return os.cpu_count() or 1
 
 
+class Builder:
+    """Does work beside what asks for it, one at a time, until the program ends,
+    which then waits for no more than what has begun."""
+
+    def __init__(self):
+        self._turn = threading.Lock()
+        self._is_closed = False
+
+    @property
+    def is_open(self):
+        return not self._is_closed and threading.main_thread().is_alive()
+
+    def submit(self, work, *arguments):
+        """Calls a function, once it is its turn; returns a future."""
+        done = futures.Future()
+        threading.Thread(
+            target=self._do, args=(done, work, arguments), name="KNNMemory"
+        ).start()
+        return done
+
+    def _do(self, done, work, arguments):
+        with self._turn:
+            try:
+                if self.is_open:
+                    work(*arguments)
+            finally:
+                done.set_result(None)
+
+    def close(self):
+        """Begins no more work."""
+        self._is_closed = True
+
+    def after_fork(self):
+        """Forgets, in a new process, what the one before goes on with."""
+        self._turn = threading.Lock()
+
+
 class ScannRow:
     """The index of one row of a memory, which follows what is written there.
 
@@ -91,16 +134,17 @@ class ScannRow:
     that compares fewer entries takes over, unless comparing all is as good. It
     follows what is written. As keys and queries may drift apart, which an
     encoder's do that is being trained, it is tried again and again (`TRIED`)
-    how many leaves must be searched; it is built anew when these are `WORN`
-    times as many as at first, or `REBUILT` of its entries have been written.
+    how many leaves must be searched, and so it is when there are twice as many
+    queries to try it with, or more neighbours are asked for; it is built anew
+    when these are `WORN` times as many as at first, or `REBUILT` of its entries
+    have been written.
 
     Args:
         keys: (N, D) float32, finite, of all slots; whoever writes to it tells.
         similarity: `"dot"`, `"cosine"` or `"l2"`.
         target_recall: float in (0, 1).
         lock: held by whoever calls a method; the builder takes it to swap.
-        builder: `concurrent.futures.Executor` that builds trees, or None: who
-            writes waits for them.
+        builder: `Builder` of trees, or None: who writes waits for them.
     """
 
     def __init__(self, keys, similarity, target_recall, lock, builder):
@@ -126,8 +170,17 @@ class ScannRow:
         self._is_worn = False  # so much that it is to be built anew
         self._is_busy = False  # building or trying
         self._changed = None  # slots written since a tree began to be built
-        self._latest = None  # queries
-        self._top_k = 32
+        self._latest = None  # queries, SAMPLE at most
+        self._top_k = 0  # neighbours that were asked for since it was tried
+        self._tuned_with, self._tuned_for = 0, USUAL  # queries, neighbours
+
+    def after_fork(self):
+        """Forgets, in a new process, what only the one before goes on with."""
+        if self._changed is not None:
+            self._is_worn = True
+        self._epoch += 1
+        self.building = self._changed = None
+        self._is_busy = False
 
     def _vectors(self, slots):
         return np.take(self._keys, slots, axis=0)
@@ -180,17 +233,14 @@ class ScannRow:
             where nothing was found.
         """
         if is_counted:
-            step = -(-len(queries) // SAMPLE)
-            self._latest, self._top_k = queries[::step].copy(), top_k
+            self._note(queries, top_k)
         if self._is_stale():
             self._compare_all()
         if self._searcher is None:
             vectors = self._vectors(np.arange(self.size))
             self._searcher = Searcher(vectors, self._similarity)
             self._flat_for = self.size
-        slots, scores = self._searcher.search(
-            queries, top_k, self.leaves_to_search
-        )
+        slots, scores = self._found(queries, top_k)
         searcher = self._searcher
         self._follow()
         if not searcher.is_hashed:
@@ -205,6 +255,33 @@ class ScannRow:
             np.take_along_axis(slots, best, axis=1),
             np.take_along_axis(exact, best, axis=1),
         )
+
+    def _note(self, queries, top_k):
+        """Keeps what trees are to be tried with."""
+        number = min(len(queries), SAMPLE)
+        some = queries[np.arange(number) * len(queries) // number]
+        if self._latest is not None:
+            some = np.concatenate([self._latest, some])[-SAMPLE:]
+        self._latest = some
+        self._top_k = max(self._top_k, top_k)
+
+    def _found(self, queries, top_k):
+        """What the searcher finds; in more leaves than usual for those queries
+        that would find too few."""
+        leaves = self.leaves_to_search
+        if leaves is not None and top_k > self._tuned_for:
+            leaves = min(self.leaves, -(-leaves * top_k // self._tuned_for))
+        slots, scores = self._searcher.search(queries, top_k, leaves)
+        while leaves is not None and leaves < self.leaves:
+            few = np.sum(scores > -np.inf, axis=1) < top_k
+            if not few.any():
+                break
+            leaves = min(2 * leaves, self.leaves)
+            slots, scores = np.array(slots), np.array(scores)
+            slots[few], scores[few] = self._searcher.search(
+                queries[few], top_k, leaves
+            )
+        return slots, scores
 
     def _is_stale(self):
         """Whether a flat searcher's origin may be far from most keys now."""
@@ -227,7 +304,8 @@ class ScannRow:
         else:
             return
         self._is_busy = True
-        arguments = work, self._epoch, self.size
+        top_k, self._top_k = self._top_k or self._tuned_for, 0
+        arguments = work, self._epoch, self.size, self._latest, top_k
         if self._builder is None:
             self._work(*arguments)
         else:
@@ -236,12 +314,19 @@ class ScannRow:
     def _is_to_be_tried(self):
         if self.leaves is None or self._latest is None:
             return False
+        asked = len(self._latest)
+        if asked < FEW:
+            return False
+        more = self._tuned_with < asked >= min(2 * self._tuned_with, SAMPLE)
+        if more or self._top_k > self._tuned_for:
+            return True
         least, most = (share * self._built_of for share in TRIED)
         return self._since_tried >= np.clip(self._since_built / 2, least, most)
 
-    def _work(self, work, epoch, size):
+    def _work(self, work, epoch, *arguments):
         try:
-            work(epoch, size)
+            if self._is_wanted(epoch):
+                work(epoch, *arguments)
         except Exception as error:  # the index before serves on
             _warn("built a tree", error)
         finally:
@@ -249,16 +334,21 @@ class ScannRow:
                 if self._epoch == epoch:
                     self._is_busy, self._changed = False, None
 
-    def _build(self, epoch, size):
+    def _is_wanted(self, epoch):
+        is_open = self._builder is None or self._builder.is_open
+        return is_open and self._epoch == epoch
+
+    def _build(self, epoch, size, queries, top_k):
         # What is written meanwhile may be copied in parts: it is in `_changed`.
         vectors = self._vectors(np.arange(size))
-        queries, top_k = self._latest, self._top_k
-        is_guess = queries is None  # keys are easier to find than queries
-        if is_guess:
-            queries = vectors[:: -(-size // SAMPLE)]
-        best = self._best_tree(vectors, queries, top_k)
+        tuned_with = 0 if queries is None else len(queries)
+        if tuned_with < FEW:  # keys are easier to find than queries
+            some = vectors[:: -(-size // SAMPLE)]
+            queries = np.concatenate([some, *([queries] if tuned_with else [])])
+            tuned_with = 0
+        best = self._best_tree(vectors, queries, min(top_k, size), epoch)
         with self._lock:
-            if self._epoch != epoch:  # it was cleared
+            if not self._is_wanted(epoch):  # it was cleared
                 return
             if best is None:
                 if self.leaves is not None:
@@ -271,36 +361,43 @@ class ScannRow:
             self._searcher = searcher
             self.leaves, self.leaves_to_search = leaves, leaves_to_search
             self._compared = compared(size, leaves, leaves_to_search)
-            if is_guess:
-                self._since_tried = self._built_of
+            self._tuned_with, self._tuned_for = tuned_with, top_k
 
-    def _try(self, epoch, size):
+    def _try(self, epoch, size, queries, top_k):
         with self._lock:
             if self._epoch != epoch or self.leaves is None:
                 return
             searcher, leaves = self._searcher, self.leaves
-            queries, top_k = self._latest, self._top_k
         vectors = self._vectors(np.arange(size))
         right, _ = Searcher(vectors, self._similarity).search(queries, top_k)
+        near = functools.partial(closeness, queries, vectors, self._similarity)
 
         def search(leaves_to_search):
             with self._lock:  # or it would be written to meanwhile
                 return searcher.search(queries, top_k, leaves_to_search)
 
-        fewest = fewest_leaves(search, leaves, right, self._target)
+        fewest = fewest_leaves(search, leaves, near, right, self._target)
         with self._lock:
             if self._epoch != epoch or self._searcher is not searcher:
                 return
             self.leaves_to_search = fewest
+            self._tuned_with, self._tuned_for = len(queries), top_k
             worn = compared(size, leaves, fewest) > WORN * self._compared
             self._is_worn = worn
 
-    def _best_tree(self, vectors, queries, top_k):
+    def _best_tree(self, vectors, queries, top_k, epoch):
         make = functools.partial(Searcher, vectors, self._similarity)
         # ScaNN cannot write to compressed vectors of the other distance.
         is_hashed = len(vectors) > HASHED and self._similarity != "l2"
         return best_tree(
-            make, len(vectors), queries, top_k, self._target, is_hashed
+            make,
+            vectors,
+            self._similarity,
+            queries,
+            top_k,
+            self._target,
+            is_hashed,
+            lambda: self._is_wanted(epoch),
         )
 
 
@@ -371,29 +468,44 @@ def candidates(top_k, is_hashed):
     return (2 * top_k, 5 * top_k + 50) if is_hashed else (top_k, -1)
 
 
-def best_tree(make, size, queries, top_k, target, is_hashed):
+def best_tree(
+    make,
+    vectors,
+    similarity,
+    queries,
+    top_k,
+    target,
+    is_hashed,
+    is_wanted=lambda: True,
+):
     """The tree that finds enough and compares least.
 
     Args:
         make: function of a number of leaves, or None for all entries flat, and
             whether vectors are compressed, to a searcher.
-        size: int, M, its entries.
+        vectors: (M, D), its entries.
+        similarity: str, by which they are near.
         queries: (Q, D) float32, which it is tried with.
         top_k: int, K, likewise.
         target: float in (0, 1), the share of neighbours that should be found.
         is_hashed: bool, whether to compress vectors, where that finds enough.
+        is_wanted: function that returns False once no tree is.
 
     Returns:
         Searcher, its leaves, and how many of them to search; or None where
         comparing all entries is as good.
     """
+    size = len(vectors)
     right, _ = make(None, False).search(queries, top_k)
+    near = functools.partial(closeness, queries, vectors, similarity)
     best, least = None, WORTH * size
     for compress in (True, False) if is_hashed else (False,):
         for leaves in (math.isqrt(size), 2 * math.isqrt(size)):
+            if not is_wanted():
+                return None
             tree = make(leaves, compress)
             search = functools.partial(tree.search, queries, top_k)
-            fewest = fewest_leaves(search, leaves, right, target)
+            fewest = fewest_leaves(search, leaves, near, right, target)
             number = compared(size, leaves, fewest)
             if number < least:
                 best, least = (tree, leaves, fewest), number
@@ -402,12 +514,13 @@ def best_tree(make, size, queries, top_k, target, is_hashed):
     return best
 
 
-def fewest_leaves(search, leaves, right, target):
+def fewest_leaves(search, leaves, near, right, target):
     """How many leaves must be searched; half of them are taken for enough.
 
     Args:
         search: function of a number of leaves, to slots and scores.
         leaves: int, how many the tree has.
+        near: function of (Q, n) slots to how close they are, as `closeness`.
         right: (Q, K) the neighbours of each query.
         target: float in (0, 1), the share of them that should be found.
 
@@ -415,11 +528,13 @@ def fewest_leaves(search, leaves, right, target):
         int.
     """
     target = 1 - (1 - MARGIN) * (1 - target)
+    right = near(np.asarray(right))
     low, high = 0, leaves // 2
     while high - low > 1:
         middle = (low + high) // 2
-        slots, scores = search(middle)
-        enough = recall(slots, scores > -np.inf, right) >= target
+        slots, scores = map(np.asarray, search(middle))
+        found = np.where(scores > -np.inf, near(slots), -np.inf)
+        enough = recall(found, right) >= target
         low, high = (low, middle) if enough else (middle, high)
     return high
 
@@ -438,23 +553,49 @@ def _warn(what, error):
     )
 
 
-def recall(slots, found, right):
-    """The share of right neighbours that were found.
+def closeness(queries, keys, similarity, slots):
+    """How close keys are to queries.
 
     Args:
-        slots: (Q, K) what was found.
-        found: (Q, K) bool, where something was.
-        right: (Q, K) what should be.
+        queries: (Q, D).
+        keys: (M, D).
+        similarity: `"dot"`, `"cosine"`, but for the queries' lengths, or
+            `"l2"`.
+        slots: (Q, n) ints of keys.
+
+    Returns:
+        (Q, n) float64, the larger the nearer.
+    """
+    found = np.empty(slots.shape)
+    step = max(1, BLOCK // max(1, slots.shape[1] * keys.shape[1]))
+    for begin in range(0, len(queries), step):
+        some = slice(begin, begin + step)
+        near = keys[slots[some]].astype("float64")
+        query = queries[some].astype("float64")
+        if similarity == "l2":
+            near -= query[:, None]
+            found[some] = -np.einsum("qnd,qnd->qn", near, near)
+            continue
+        found[some] = np.einsum("qnd,qd->qn", near, query)
+        if similarity == "cosine":
+            squares = np.einsum("qnd,qnd->qn", near, near)
+            found[some] /= np.sqrt(squares + NORM_EPSILON)
+    return found
+
+
+def recall(found, right):
+    """The share of right neighbours, or as near ones, that were found.
+
+    Args:
+        found: (Q, n) `closeness` of what was found, -inf where nothing was.
+        right: (Q, K) that of what should be.
 
     Returns:
         float in [0, 1].
     """
-    slots, found, right = map(np.asarray, (slots, found, right))
-    hits = [
-        np.isin(row, one[some], assume_unique=True).sum()
-        for row, one, some in zip(right, slots, found)
-    ]
-    return float(np.sum(hits) / right.size)
+    least = right.min(axis=1, keepdims=True)
+    hits = np.sum(found >= least - ROUNDING * np.abs(least), axis=1)
+    return float(np.minimum(hits, right.shape[1]).sum() / right.size)
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
@@ -770,7 +911,13 @@ class _Index:
         if len(keys) > FLAT:
             queries = vectors[:: -(-len(keys) // SAMPLE)]
             best = best_tree(
-                make, len(keys), queries, top_k, target_recall, is_hashed=True
+                make,
+                vectors,
+                "l2" if self._negative else "dot",  # of unit vectors
+                queries,
+                top_k,
+                target_recall,
+                is_hashed=True,
             )
         self.leaves = self.leaves_to_search = None
         searcher = make(None, False)
