@@ -4,7 +4,7 @@ import numpy as np
 
 
 def check_size(name, value, least=1, others=""):
-    """Raises ValueError unless `value` is an integer of at least `least`;
+    """An int, or ValueError unless `value` is an integer of at least `least`;
     `others` says what else it may be."""
     whole = isinstance(value, (int, np.integer)) and type(value) is not bool
     if not whole or value < least:
@@ -12,7 +12,7 @@ def check_size(name, value, least=1, others=""):
             f"`{name}` must be an integer of at least {least}{others}. "
             f"Received: {name}={value!r}"
         )
-    return value
+    return int(value)
 
 
 def is_number(value):

@@ -126,17 +126,17 @@ class KNNMemory:
         background=True,
         keep_statistics=False,
     ):
-        self.dim = int(check_size("dim", dim))
-        self.max_memories = int(check_size("max_memories", max_memories))
+        self.dim = check_size("dim", dim)
+        self.max_memories = check_size("max_memories", max_memories)
         if max_memories >= 1 << 31:
             raise ValueError(
                 "`max_memories` must be below 2^31, as indices are int32. "
                 f"Received: max_memories={max_memories}"
             )
-        self.num_rows = int(check_size("num_rows", num_rows))
+        self.num_rows = check_size("num_rows", num_rows)
         if value_dim is None:
             value_dim = dim
-        self.value_dim = int(check_size("value_dim", value_dim, least=0))
+        self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
         self.target_recall = check_within("target_recall", target_recall)
         self.background = check_bool("background", background)
@@ -507,7 +507,9 @@ class KNNMemory:
         folder, and from `flush` on survives a kill and a loss of power; only
         one process at a time can have it open so. With `mode="r"` any number
         of processes read what was flushed, also beside one that appends;
-        `refresh` brings what was flushed since.
+        `refresh` brings what was flushed since. What is appended takes room
+        until a `flush` that finds more than twice what the entries need. A fork
+        can only search. (On Windows nothing keeps a second process out.)
 
         Args:
             folder: path; with `"a"` made where it is absent.
@@ -549,7 +551,8 @@ class KNNMemory:
                     given = options.get("dim", log.config["dim"])
                 if given != stored:
                     raise ValueError(
-                        f"`{name}` must be that of the memory that is there. "
+                        f"`{name}` must be that of the memory that is there; "
+                        "for another, add its `entries` to a new one. "
                         f"Received: {name}={given!r}, and {name}={stored!r} in "
                         f"{folder}"
                     )
@@ -622,6 +625,12 @@ class KNNMemory:
 
     def __exit__(self, *error):
         self.close()
+
+    def __reduce__(self):
+        raise TypeError(
+            "A `KNNMemory` must go through `save` and `load`, as there are no "
+            f"pickles and copies of it. Received: {self!r}"
+        )
 
     def __repr__(self):
         names = (*self._config(), "store", "target_recall")

@@ -192,11 +192,13 @@ class RingMemory:
     target_recall: float = 0.95
 
     def __post_init__(self):
-        check_size("dim", self.dim)
-        check_size("max_memories", self.max_memories)
-        if self.value_dim is None:
-            object.__setattr__(self, "value_dim", self.dim)
-        check_size("value_dim", self.value_dim, least=0)
+        width = self.dim if self.value_dim is None else self.value_dim
+        for name, size in (
+            ("dim", check_size("dim", self.dim)),
+            ("max_memories", check_size("max_memories", self.max_memories)),
+            ("value_dim", check_size("value_dim", width, least=0)),
+        ):
+            object.__setattr__(self, name, size)
         check_one_of("similarity", self.similarity, SIMILARITIES)
         check_one_of("method", self.method, METHODS)
         check_within("target_recall", self.target_recall)
@@ -325,6 +327,7 @@ class RingMemory:
                 f"found. Received: top_k={top_k}, "
                 f"max_memories={self.max_memories}"
             )
+        self._check_state(state)
         queries = ops.convert_to_tensor(queries)
         axes = queries.shape
         if len(axes) < 2 or axes[-1] != self.dim or _differ(axes, state.keys):
@@ -428,8 +431,24 @@ class RingMemory:
         # Where all are at -inf it may be a slot that only fills the groups.
         return found, ops.minimum(slots, self.max_memories - 1)
 
+    def _check_state(self, state):
+        slots = (None, self.max_memories)
+        wanted = (*slots, self.dim), (*slots, self.value_dim), (None,)
+        for name, part, axes in zip(RingState._fields, state, wanted):
+            shape = tuple(part.shape)
+            if len(shape) != len(axes) or any(
+                None not in pair and len(set(pair)) > 1
+                for pair in zip(shape, axes)
+            ):
+                asked = ", ".join("B" if n is None else str(n) for n in axes)
+                raise ValueError(
+                    f"`{name}` of the state must be ({asked}), as "
+                    f"`initial_state` makes it. Received: shape {shape}"
+                )
+
     def _entries(self, state, keys, values):
         """Checked, without gradient, in the dtype of the state."""
+        self._check_state(state)
         keys = ops.convert_to_tensor(keys)
         if values is None and not self.value_dim:
             values = ops.zeros((*ops.shape(keys)[:2], 0))
@@ -476,7 +495,8 @@ class KNNMemoryLayer(keras.layers.Layer):
     Searches are in float32 under any policy; keys and values are kept in
     `memory_dtype` and returned in the compute dtype.
 
-    The batch size is fixed, since each row of the batch has a memory. Where it
+    The batch size is fixed, since each row of the batch has a memory: `fit`
+    needs a multiple of it, and `predict` the same `batch_size`. Where it
     varies, over several devices, or to serve a memory that each client keeps,
     hand a `RingState` in and out instead (`RingMemory`).
 
@@ -492,7 +512,8 @@ class KNNMemoryLayer(keras.layers.Layer):
     Call arguments:
         queries: (B, ..., D), any real value.
         keys: (B, n, D), entries to write; None to only search.
-        values: (B, n, V); None where only keys are kept.
+        values: (B, n, V); None where only keys are kept. What the first call
+            has decides: without, V is 0.
         keys_mask: (B, n) bool, False for entries that are not written.
         clear: (B,) bool, True for rows whose entries are forgotten before the
             search, as at the start of a document.
@@ -527,15 +548,14 @@ class KNNMemoryLayer(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        RingMemory(1, max_memories, 0, similarity, method, target_recall)
-        check_size("top_k", top_k)
+        ring = RingMemory(1, max_memories, 0, similarity, method, target_recall)
+        self.max_memories = ring.max_memories
+        self.top_k = check_size("top_k", top_k)
         if top_k > max_memories:
             raise ValueError(
                 "`top_k` must be at most `max_memories`, as more can never be "
                 f"found. Received: top_k={top_k}, max_memories={max_memories}"
             )
-        self.max_memories = max_memories
-        self.top_k = top_k
         self.similarity = similarity
         self.method = method
         self.target_recall = target_recall

@@ -14,6 +14,7 @@ import os
 import threading
 import uuid
 import warnings
+import zlib
 from concurrent import futures
 
 import keras
@@ -616,8 +617,9 @@ class ScannIndex(keras.layers.Layer):
     exact_search=True)` exports so what was trained with ScaNN.
 
     State: weights that are not trained, `memory_keys` (M, D), `memory_values`
-    (M, V) and `memory_version`, which counts `set_memory`. A `.keras` file has
-    these; the index is built anew from them.
+    (M, V) and `memory_version`, by which `set_memory` tells one set of entries
+    from another, 0 for none. A `.keras` file has these; the index is built anew
+    from them, also after `set_weights`.
 
     Up to 16,384 entries, and where no tree would do with a quarter of the
     entries, all are compared, by ScaNN.
@@ -759,17 +761,29 @@ class ScannIndex(keras.layers.Layer):
         self.memory_keys.assign(keys)
         if self.value_dim:
             self.memory_values.assign(values)
-        self.memory_version.assign(self.memory_version + 1)
-        self._make_index()
+        self.memory_version.assign(_checksum(entries))
+        self._renew()
 
-    def _make_index(self):
-        self._version = int(self.memory_version)
-        self._index = None
-        if not self.exact and self._version:
-            keys = ops.convert_to_numpy(self.memory_keys)
-            self._index = _Index(
-                keys, self.similarity, self.top_k, self.target_recall
-            )
+    def _renew(self):
+        """Builds the index anew if it is not that of the entries.
+
+        Returns:
+            bool, whether there are any.
+        """
+        with _outside_of_graphs():
+            try:
+                version = int(self.memory_version)
+            except TypeError:  # JAX traces it, and there is no index
+                return True
+            if version != self._version:
+                self._version, self._index = version, None
+                if version and not self.exact:
+                    keys = ops.convert_to_tensor(self.memory_keys)
+                    keys = ops.convert_to_numpy(keys)
+                    self._index = _Index(
+                        keys, self.similarity, self.top_k, self.target_recall
+                    )
+        return version != 0
 
     @property
     def is_by_scann(self):
@@ -779,7 +793,7 @@ class ScannIndex(keras.layers.Layer):
     def call(self, queries):
         queries = ops.convert_to_tensor(queries)
         self._check(queries.shape)
-        if not self._version:
+        if not self._renew():
             raise ValueError(
                 "There must be entries to find: call `set_memory`, or load "
                 "weights. Received: nothing to look at yet"
@@ -873,7 +887,7 @@ class ScannIndex(keras.layers.Layer):
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        self._make_index()
+        self._renew()
 
     def get_build_config(self):
         if not self.built:
@@ -888,6 +902,23 @@ class ScannIndex(keras.layers.Layer):
         names += ("target_recall", "exact")
         config = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **config}
+
+
+def _outside_of_graphs():
+    """Where values can be read while a function is traced."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
+
+
+def _checksum(entries):
+    """An int32 above 0, of tensors."""
+    total = 0
+    for part in entries:
+        total = zlib.crc32(ops.convert_to_numpy(part), total)
+    return max(1, total & 0x7FFFFFFF)
 
 
 class _Index:

@@ -6,6 +6,7 @@ process of its own.
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -13,6 +14,7 @@ import gc
 import math
 import os
 import pathlib
+import pickle
 import re
 import signal
 import subprocess
@@ -579,6 +581,13 @@ def test_what_the_reference_should_find(kind, name):
             assert (ours == reference) == op["reference_agrees_with_exact_fifo"]
             differs += ours != reference
     assert differs == 4
+
+
+def test_no_pickles_and_copies(store):
+    memory = KNNMemory(3, 5, store=store)
+    for how in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="`save` and `load`.*Received"):
+            how(memory)
 
 
 # Trees.

@@ -612,15 +612,49 @@ def test_a_target_of_nothing():
         retrieval.RingMemory(3, 5, target_recall=0.0)
 
 
-# The layer.
-
-
 def test_entries_may_be_lists():
     ring = retrieval.RingMemory(2, 3, value_dim=1)
     state = ring.add(ring.initial_state(1), [[[1.0, 2.0]]], [[[3.0]]], [[True]])
     found = arrays_of(ring.search(state, [[[1.0, 0.0]]], 1))
     assert found.keys.tolist() == [[[[1.0, 2.0]]]]
     assert found.values.tolist() == [[[[3.0]]]]
+
+
+def test_sizes_of_numpy_become_ints():
+    wide = np.int64(2), np.int32(3), np.int16(1)
+    ring = retrieval.RingMemory(*wide)
+    sizes = (ring.dim, ring.max_memories, ring.value_dim)
+    layer = retrieval.KNNMemoryLayer(np.int64(5), top_k=np.int64(2))
+    assert {type(n) for n in (*sizes, layer.max_memories, layer.top_k)} == {int}
+    state = ring.add(ring.initial_state(1), [[[1.0, 2.0]]], [[[3.0]]])
+    found = arrays_of(ring.search(state, [[[1.0, 0.0]]], np.int64(2)))
+    assert found.mask.tolist() == [[[True, False]]]
+    json.dumps(layer.get_config())
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("keys", (2, 4, 3)),
+        ("keys", (2, 5, 4)),
+        ("values", (2, 5, 3)),
+        ("values", (2, 5)),
+        (retrieval.RingState._fields[2], (2, 1)),
+    ],
+)
+def test_states_of_another_memory_are_refused(name, shape):
+    ring = retrieval.RingMemory(3, 5, 2)
+    state = ring.initial_state(2)
+    part = ops.zeros(shape, getattr(state, name).dtype)
+    state = state._replace(**{name: part})
+    told = rf"(?s)`{name}` of the state must be \(B.*Received: shape"
+    with pytest.raises(ValueError, match=told):
+        ring.search(state, random(2, 1, 3), 1)
+    with pytest.raises(ValueError, match=told):
+        ring.add(state, random(2, 1, 3), random(2, 1, 2))
+
+
+# The layer.
 
 
 def layer_of(max_memories=11, top_k=3, **options):

@@ -121,10 +121,32 @@ def test_in_models_and_files(exact, tmp_path):
         close(one, other, 0)
     fresh = model_of(ScannIndex.from_config(index.get_config()))
     fresh.set_weights(model.get_weights())
+    for one, other in zip(fresh.predict(queries, verbose=0), expected):
+        close(one, other, 0)
     fresh.save_weights(tmp_path / "model.weights.h5")
     again = model_of(ScannIndex.from_config(index.get_config()))
     again.load_weights(tmp_path / "model.weights.h5")
     close(again.predict(queries, verbose=0)[0], expected[0], 0)
+
+
+@variants
+def test_weights_of_another_index_are_searched(exact):
+    index, keys, _ = filled(101, exact, top_k=5)
+    other, _, _ = filled(101, exact, keys=-keys, top_k=5)
+    expected = index(keys[:9])
+    model = model_of(other)
+    model.predict(keys[:9], verbose=0)
+    other.set_weights(index.get_weights())
+    for one, wanted in zip(other(keys[:9]), expected):
+        close(one, wanted, 1e-6)
+    if not exact:  # what was traced before does not answer
+        with pytest.raises(Exception, match="trace it anew"):
+            model.predict(keys[:9], verbose=0)
+        model.make_predict_function(force=True)
+    close(model.predict(keys[:9], verbose=0)[0], expected.scores, 1e-5)
+    other.set_weights([np.zeros_like(part) for part in other.get_weights()])
+    with pytest.raises(ValueError, match="call `set_memory`"):
+        other(keys[:9])
 
 
 @variants
