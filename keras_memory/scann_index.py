@@ -609,12 +609,13 @@ class ScannIndex(keras.layers.Layer):
     are weights.
 
     Where it runs: TensorFlow on a CPU, with ScaNN's ops, which XLA cannot
-    compile (`jit_compile=False`) and through which no gradient flows to the
-    indices. A process that loads such a SavedModel, a server too, must load
-    them first: `tf.load_op_library` of `_scann_ops.so` in the package scann;
-    the stock image of TensorFlow Serving has none. `exact=True` compares with
-    all entries instead, by stock ops on any backend; `export_for_serving(...,
-    exact_search=True)` exports so what was trained with ScaNN.
+    compile (models with it proceed with `jit_compile=False`) and through which
+    no gradient flows to the indices. A process that loads such a SavedModel, a
+    server too, must load them first: `tf.load_op_library` of `_scann_ops.so` in
+    the package scann; the stock image of TensorFlow Serving has none.
+    `exact=True` compares with all entries instead, by stock ops on any backend;
+    `export_for_serving(..., exact_search=True)` exports so what was trained
+    with ScaNN.
 
     State: weights that are not trained, `memory_keys` (M, D), `memory_values`
     (M, V) and `memory_version`, by which `set_memory` tells one set of entries
@@ -678,6 +679,7 @@ class ScannIndex(keras.layers.Layer):
         check_within("target_recall", target_recall)
         self.target_recall = target_recall
         self.exact = check_bool("exact", exact)
+        self.supports_jit = exact
         if not exact:
             check_scann("`ScannIndex`", "`exact=True` needs none")
             if keras.backend.backend() != "tensorflow":

@@ -577,7 +577,8 @@ def test_depth_that_is_none_is_left_out():
 def no_poses():
     pose = still(1)[0]
     for change in (np.nan, np.inf, 0.0, 2.0, -1.0):
-        yield pose * change
+        with np.errstate(invalid="ignore"):
+            yield pose * change
     mirror = pose.copy()
     mirror[0, 0] = -1
     yield mirror

@@ -893,6 +893,18 @@ def test_a_model_with_clear_as_an_input():
     assert contents(layer).count.tolist() == [8, 4, 4]
 
 
+@harness.needs_tensorflow
+@pytest.mark.parametrize("how", ["graph", "xla"])
+def test_a_last_batch_that_is_smaller_is_refused(how):
+    model, layer = remembering(write="always")
+    model.compile("sgd", "mse", **HOW[how])
+    x, y = (part[:-1] for part in fed(steps=2))
+    told = r"(?s)not compatible with expected shape \[3,.*batch_size_is_fixed"
+    with pytest.raises(Exception, match=told):
+        model.predict([x, y], batch_size=BATCH, verbose=0)
+    assert np.isfinite(contents(layer).keys).all()
+
+
 def test_a_file_keeps_what_is_remembered(tmp_path):
     model, layer = remembering(write="always")
     x, y = fed(steps=1)

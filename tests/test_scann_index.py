@@ -150,6 +150,16 @@ def test_weights_of_another_index_are_searched(exact):
 
 
 @variants
+def test_models_with_it_do_without_xla(exact):
+    model = model_of(filled(101, exact, top_k=5)[0])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.compile(jit_compile=True)
+    assert model.jit_compile == exact
+    assert any("support `jit_compile" in str(w.message) for w in told) != exact
+
+
+@variants
 def test_what_no_number_is_finds_nothing(exact):
     index, keys, _ = filled(101, exact, top_k=5)
     queries = clustered(3)
