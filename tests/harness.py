@@ -123,6 +123,27 @@ def close(actual, expected, tolerance=TOLERANCE):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
+def gradient(function, x):
+    """Of a number by an array, 0 where it does not depend on it."""
+    x = ops.convert_to_tensor(x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tape.gradient(y, x, unconnected_gradients="zero").numpy()
+    if BACKEND == "jax":
+        import jax
+
+        return np.asarray(jax.grad(function)(x))
+    x.requires_grad_()
+    y = function(x)
+    if y.requires_grad:
+        y.backward()
+    return np.zeros_like(x.detach()) if x.grad is None else x.grad.numpy()
+
+
 def golden(name):
     """Arrays of a reference implementation, weights by their names, and
     settings."""

@@ -2,10 +2,10 @@
 
 import pathlib
 
-import harness
 import keras
 import numpy as np
 import pytest
+from harness import gradient
 from keras import ops
 
 from keras_memory import geometry
@@ -223,26 +223,6 @@ def test_poses_are_the_references(name):
     ):
         close(geometry.pose_matrix(d[pose]), d[matrix], 1e-5)
         assert array(geometry.is_pose(d[matrix])).all()
-
-
-def gradient(function, x):
-    """Of a number by an array."""
-    x = ops.convert_to_tensor(x)
-    if harness.BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = function(x)
-        return tape.gradient(y, x, unconnected_gradients="zero").numpy()
-    if harness.BACKEND == "jax":
-        import jax
-
-        return np.asarray(jax.grad(function)(x))
-    x.requires_grad_()
-    y = function(x)
-    y.backward()
-    return x.grad.numpy()
 
 
 def test_gradients_are_finite_at_axes_and_the_origin():

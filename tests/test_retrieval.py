@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 from harness import close
+from harness import gradient
 from keras import ops
 
 from keras_memory import retrieval
@@ -415,27 +416,6 @@ def test_more_queries_than_are_compared_at_a_time(method, number, monkeypatch):
     for one, other in zip(arrays_of(found), arrays_of(expected)):
         np.testing.assert_allclose(one, other, rtol=1e-6)
     assert arrays_of(found).mask.sum() == 3 * (2 * number - 1)
-
-
-def gradient(function, x):
-    """Of a number by an array."""
-    (x,) = tensors(x)
-    if harness.BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = function(x)
-        return tape.gradient(y, x, unconnected_gradients="zero").numpy()
-    if harness.BACKEND == "jax":
-        import jax
-
-        return np.asarray(jax.grad(function)(x))
-    x.requires_grad_()
-    y = function(x)
-    if y.requires_grad:
-        y.backward()
-    return np.zeros_like(x.detach()) if x.grad is None else x.grad.numpy()
 
 
 @METHOD
