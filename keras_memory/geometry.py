@@ -39,7 +39,8 @@ def inverse_intrinsics(focal_lengths, principal_point):
         (3, 3) float32 array: times (column, row, 1) it gives (x, y, 1).
 
     Raises:
-        ValueError: a focal length that is not positive, or no two numbers.
+        ValueError: a focal length that is not positive, or no two finite
+            numbers.
 
     Example:
 
@@ -51,7 +52,8 @@ def inverse_intrinsics(focal_lengths, principal_point):
     focal_lengths = np.asarray(focal_lengths, "float64")
     principal_point = np.asarray(principal_point, "float64")
     are_pairs = focal_lengths.shape == principal_point.shape == (2,)
-    if not are_pairs or not (focal_lengths > 0).all():
+    are_finite = np.isfinite([*focal_lengths.flat, *principal_point.flat]).all()
+    if not are_pairs or not are_finite or not (focal_lengths > 0).all():
         raise ValueError(
             "A camera must have two positive focal lengths and two coordinates "
             "of its principal point, in pixels. Received: "

@@ -58,11 +58,22 @@ def read_frames(folder):
 
     Raises:
         FileNotFoundError: a file of the layout is missing.
-        ValueError: images of different sizes or another kind, as many poses as
-            there are not frames, or poses that are none.
+        ValueError: images of different sizes or another kind, another number
+            of poses than of frames, poses that are none, or no two focal
+            lengths and principal point.
     """
     folder = pathlib.Path(folder)
-    camera = json.loads((folder / "camera.json").read_text())
+    text = (folder / "camera.json").read_text()
+    try:
+        camera = json.loads(text)
+        inverse_intrinsics = geometry.inverse_intrinsics(
+            camera["focal_lengths"], camera["principal_point"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "`camera.json` must have `focal_lengths` and `principal_point`, "
+            f"two numbers each. Received: {text[:200]!r} in {folder}"
+        ) from error
     poses = np.loadtxt(folder / "poses.txt", "float32", ndmin=2)
     if poses.shape[1] != 12 or not len(poses):
         raise ValueError(
@@ -88,9 +99,7 @@ def read_frames(folder):
         depth.astype("float32") / np.float32(MILLIMETRES),
         colour.astype("float32") / np.float32(255),
         poses,
-        geometry.inverse_intrinsics(
-            camera["focal_lengths"], camera["principal_point"]
-        ),
+        inverse_intrinsics,
     )
 
 
@@ -128,29 +137,50 @@ def write_frames(folder, frames):
         frames: `Frames`, up to 65 metres deep.
 
     Raises:
-        ValueError: depth that 16 bits of millimetres cannot hold.
+        ValueError: other shapes, depth that 16 bits of millimetres cannot hold,
+            colours that are no numbers, or poses that are none. Nothing is
+            written then.
     """
     from PIL import Image
 
-    folder = pathlib.Path(folder)
-    for name in ("depth", "colour"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    focal, middle = _intrinsics(np.asarray(frames.inverse_intrinsics))
-    (folder / "camera.json").write_text(
-        json.dumps({"focal_lengths": focal, "principal_point": middle}) + "\n"
-    )
-    millimetres = np.round(np.asarray(frames.depth, "float64") * MILLIMETRES)
+    depth, colour, poses = map(np.asarray, frames[:3])
+    wanted = (*depth.shape, 3), (*depth.shape[:1], 3, 4)
+    if (
+        depth.ndim != 3
+        or not depth.size
+        or (colour.shape, poses.shape) != wanted
+    ):
+        raise ValueError(
+            "Frames must be (T, h, w) of depth, (T, h, w, 3) of colour and "
+            f"(T, 3, 4) of poses. Received: shapes {depth.shape}, "
+            f"{colour.shape} and {poses.shape}"
+        )
+    millimetres = np.round(depth.astype("float64") * MILLIMETRES)
     if not ((0 <= millimetres) & (millimetres < 1 << 16)).all():
         raise ValueError(
             "`depth` must be from 0 to 65.535 metres. Received: from "
-            f"{np.min(frames.depth)} to {np.max(frames.depth)}"
+            f"{np.min(depth)} to {np.max(depth)}"
         )
-    colour = np.round(np.clip(frames.colour, 0, 1) * 255).astype("uint8")
+    are_poses = np.asarray(geometry.is_pose(poses.astype("float32")))
+    if not are_poses.all() or not np.isfinite(colour).all():
+        raise ValueError(
+            "Each pose must be a rotation beside a translation, and colours "
+            f"numbers. Received: {np.sum(~are_poses)} other poses, "
+            f"{np.sum(~np.isfinite(colour))} other colours"
+        )
+    focal, middle = _intrinsics(np.asarray(frames.inverse_intrinsics))
+    folder = pathlib.Path(folder)
+    for name in ("depth", "colour"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "camera.json").write_text(
+        json.dumps({"focal_lengths": focal, "principal_point": middle}) + "\n"
+    )
+    colour = np.round(np.clip(colour, 0, 1) * 255).astype("uint8")
     for number, (one, other) in enumerate(zip(millimetres, colour)):
         name = f"{number:06d}.png"
         Image.fromarray(one.astype("uint16")).save(folder / "depth" / name)
         Image.fromarray(other).save(folder / "colour" / name)
-    np.savetxt(folder / "poses.txt", np.reshape(frames.poses, (-1, 12)))
+    np.savetxt(folder / "poses.txt", poses.reshape(-1, 12))
 
 
 def _intrinsics(inverse):
@@ -169,17 +199,19 @@ def write_points(path, points, colours):
         colours: (n, 3) from 0 to 1.
 
     Raises:
-        ValueError: other shapes, or points that are not finite.
+        ValueError: other shapes, or values that are not finite.
     """
-    points = np.asarray(points, "<f4")
-    colours = np.round(np.clip(colours, 0, 1) * 255).astype("u1")
+    points, colours = np.asarray(points, "<f4"), np.asarray(colours)
     if points.ndim != 2 or not points.shape == colours.shape[:1] + (3,):
         raise ValueError(
             "`points` and `colours` must be (n, 3) both. Received: shapes "
             f"{points.shape} and {colours.shape}"
         )
-    if not np.isfinite(points).all():
-        raise ValueError("`points` must be finite. Received: NaN or infinity")
+    if not (np.isfinite(points).all() and np.isfinite(colours).all()):
+        raise ValueError(
+            "`points` and `colours` must be finite. Received: NaN or infinity"
+        )
+    colours = np.round(np.clip(colours, 0, 1) * 255).astype("u1")
     kinds = [(axis, "<f4") for axis in "xyz"]
     kinds += [(colour, "u1") for colour in ("red", "green", "blue")]
     vertices = np.empty(len(points), kinds)

@@ -37,6 +37,9 @@ def test_frames_are_read_as_written(tmp_path):
 
 
 def broken(folder):
+    def camera(text):
+        (folder / "camera.json").write_text(text)
+
     def poses(text):
         (folder / "poses.txt").write_text(text)
 
@@ -45,6 +48,11 @@ def broken(folder):
 
     lines = (folder / "poses.txt").read_text().splitlines()
     yield "a file", lambda: (folder / "camera.json").unlink(), FileNotFoundError
+    yield "json", lambda: camera("{"), "`camera.json` must have"
+    yield "list", lambda: camera("[1, 2]"), "`camera.json` must have"
+    yield "key", lambda: camera('{"focal_lengths": [5, 5]}'), "`principal_point"
+    none = '{"focal_lengths": [5, 0], "principal_point": [1, 1]}'
+    yield "focal", lambda: camera(none), "two numbers each"
     yield "numbers", lambda: poses("1 2 3\n"), "lines of 12 numbers"
     scaled = " ".join(str(2 * float(x)) for x in lines[1].split())
     yield "pose", lambda: poses(f"{lines[0]}\n{scaled}\n"), "rotation beside"
@@ -62,7 +70,8 @@ def broken(folder):
     yield "bits", lambda: image("depth/000001.png", eight), "of the kind 'I;16'"
 
 
-NAMES = "a file", "numbers", "pose", "fewer", "more", "size", "kind", "bits"
+NAMES = ("a file", "json", "list", "key", "focal", "numbers", "pose", "fewer")
+NAMES += ("more", "size", "kind", "bits")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,17 +89,35 @@ def test_broken_folders_are_refused(name, tmp_path):
 
 def test_depth_and_colour_of_different_sizes_are_refused(tmp_path):
     some = frames()
-    rgbd.write_frames(tmp_path, some._replace(colour=some.colour[:, :4]))
+    rgbd.write_frames(tmp_path, some)
+    less = some._replace(depth=some.depth[:, :4], colour=some.colour[:, :4])
+    rgbd.write_frames(tmp_path / "less", less)
+    (tmp_path / "colour").rename(tmp_path / "before")
+    (tmp_path / "less" / "colour").rename(tmp_path / "colour")
     with pytest.raises(ValueError, match=r"of one size.*\(5, 7\).*\(4, 7\)"):
         rgbd.read_frames(tmp_path)
 
 
-@pytest.mark.parametrize("value", [-1.0, 70.0, np.nan])
-def test_depth_beyond_16_bits_is_refused(value, tmp_path):
+def unlike(frames):
+    for value in (-1.0, 70.0, np.nan):
+        depth = frames.depth.copy()
+        depth[1, 2, 3] = value
+        yield {"depth": depth}, "0 to 65.535 metres"
+    for name in ("depth", "colour", "poses"):
+        yield {name: getattr(frames, name)[1:]}, r"\(T, h, w\) of depth"
+    yield {"depth": frames.depth[..., None]}, r"\(T, h, w\) of depth"
+    none = {name: getattr(frames, name)[:0] for name in frames._fields[:3]}
+    yield none, r"\(T, h, w\) of depth"
+    yield {"colour": frames.colour * np.nan}, "colours numbers"
+    yield {"poses": frames.poses * 2}, "a rotation beside"
+
+
+def test_other_frames_are_refused_and_nothing_is_written(tmp_path):
     some = frames()
-    some.depth[1, 2, 3] = value
-    with pytest.raises(ValueError, match="0 to 65.535 metres. Received"):
-        rgbd.write_frames(tmp_path, some)
+    for change, told in unlike(some):
+        with pytest.raises(ValueError, match=f"{told}.*Received"):
+            rgbd.write_frames(tmp_path / "there", some._replace(**change))
+    assert not list(tmp_path.iterdir())
 
 
 def test_points_are_a_ply_file(tmp_path):
@@ -120,6 +147,7 @@ def test_points_are_a_ply_file(tmp_path):
         (np.ones((2, 2)), np.ones((2, 3))),
         (np.ones(3), np.ones(3)),
         (np.full((1, 3), np.nan), np.ones((1, 3))),
+        (np.ones((1, 3)), np.full((1, 3), np.nan)),
     ],
 )
 def test_wrong_points_leave_no_file(points, colours, tmp_path):
