@@ -59,7 +59,12 @@ def drawn(room, steps, seed=1):
 
 def mapped(frames):
     """The maps after each frame, one by one, as they would be in use."""
-    cell = keras_memory.ESMCell(HEIGHT, WIDTH)
+    cell = keras_memory.ESMCell(
+        HEIGHT,
+        WIDTH,
+        depth_limits=(1e-3, max(10.0, 1.1 * float(frames.depth.max()))),
+        variance_limits=(NOISE**2, 1e4),
+    )
     step = cell
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -67,14 +72,11 @@ def mapped(frames):
         step = tf.function(cell, jit_compile=True)
     state = cell.get_initial_state(batch_size=1)
     motions = geometry.motions(frames.poses)
-    variance = np.full((1, *frames.depth.shape[1:], 6), 1e-3, "float32")
-    variance[..., 2] = NOISE**2
     for depth, colour, motion in zip(frames.depth, frames.colour, motions):
         camera = {
             "depth": depth[None],
             "features": colour[None],
             "inverse_intrinsics": frames.inverse_intrinsics[None],
-            "variance": variance,
         }
         shown, state = step({"cameras": camera, "motion": motion[None]}, state)
         yield tuple(ops.convert_to_numpy(part)[0] for part in (*shown, *state))
@@ -118,13 +120,13 @@ def main(arguments=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--steps", type=int, default=48, help="frames (default: 48)"
+        "--steps", type=int, help="frames (default: 48, or all of your own)"
     )
     parser.add_argument("--frames", help="folder of your own frames")
     parser.add_argument("--write", help="folder to leave the drawn frames in")
     parser.add_argument("--out", help="folder for pictures, logs and points")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, not {options.steps}")
     with tempfile.TemporaryDirectory() as temporary:
         run(options, pathlib.Path(options.out or temporary))
@@ -134,13 +136,17 @@ def run(options, folder):
     room = None
     if options.frames:
         frames = rgbd.read_frames(options.frames)
+        if not frames.depth.any():
+            raise SystemExit(
+                f"no depth in any of the frames of {options.frames}"
+            )
         frames = rgbd.Frames(
             *(part[: options.steps] for part in frames[:3]),
             frames.inverse_intrinsics,
         )
     else:
         room = rooms.Room()
-        frames = drawn(room, options.steps)
+        frames = drawn(room, options.steps or 48)
         if options.write:
             rgbd.write_frames(options.write, frames)
     farthest = float(frames.depth.max())
@@ -149,7 +155,8 @@ def run(options, folder):
     for number, (*shown, mean, variance) in enumerate(mapped(frames)):
         pictures.append(picture(frames, number, shown, farthest))
         seen = variance[..., 2] < 1.0
-        if room is not None and (number + 1) % 12 in (0, options.steps):
+        is_last = number + 1 == len(frames.depth)
+        if room is not None and (is_last or (number + 1) % 12 == 0):
             distance, _ = room.render_sphere(
                 frames.poses[number], mean[..., :2], HEIGHT, WIDTH
             )

@@ -15,6 +15,24 @@ def check_size(name, value, least=1, others=""):
     return int(value)
 
 
+def check_batch(name, tensor, size):
+    """A tensor, or ValueError unless it has as many rows as a layer that keeps
+    a state for each."""
+    rows = tensor.shape[0]
+    if rows is None:  # in a graph of TensorFlow: when one of them arrives
+        import tensorflow as tf
+
+        shape = (size, *tensor.shape[1:])
+        return tf.ensure_shape(tensor, shape, name="batch_size_is_fixed")
+    if rows != size:
+        raise ValueError(
+            f"`{name}` must have the batch size that the layer was built for, "
+            f"{size}, as it keeps a state for each row. Received: shape "
+            f"{tuple(tensor.shape)}"
+        )
+    return tensor
+
+
 def is_number(value):
     """True for finite numbers; False for bools, texts and all else."""
     number = isinstance(value, (int, float, np.integer, np.floating))

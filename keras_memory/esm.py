@@ -17,12 +17,14 @@ from keras import ops
 from keras.src import backend
 
 from keras_memory import geometry
+from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
 HUGE = 1e25  # as infinite: it would overflow in sums and squares
+SPAN = 1e11  # of variances: beyond, smoothing would lose what is uncertain
 VAGUE = 1e9  # squared metres, squared radians: a pose of which nothing is known
 
 # Axes behind batch and time of what a camera tells, and of the motion.
@@ -87,6 +89,14 @@ class _Map(keras.layers.Layer):
         )
         self.depth_limits = _check_limits("depth_limits", depth_limits)
         self.variance_limits = _check_limits("variance_limits", variance_limits)
+        least, most = self.variance_limits
+        if 2 * least > min(most, height) or most > SPAN * least:
+            raise ValueError(
+                "`variance_limits` must have a least of at most half the most "
+                f"and half the height, and a most of at most {SPAN:.0e} times "
+                "the least. Received: "
+                f"variance_limits={variance_limits!r}, height={height}"
+            )
         self.depth_prior = _check_number("depth_prior", depth_prior)
         self.feature_prior = _check_number("feature_prior", feature_prior)
         self.smooth_kernel_size = smooth_kernel_size
@@ -225,8 +235,9 @@ class _Map(keras.layers.Layer):
             Mean, variance, and which pixels have points of their own, as of
             `geometry.quantize`.
         """
-        valid = ops.ones_like(features[..., :1], dtype="bool")
-        if depth is not None:
+        if depth is None:
+            valid = ops.ones_like(points[..., :1], dtype="bool")
+        else:
             seen = (depth > 0) & (depth < HUGE)
             valid = seen[..., None]
             known = _all_below(HUGE, inverse_intrinsics, axis=(-2, -1))
@@ -272,7 +283,11 @@ class _Map(keras.layers.Layer):
                 points, covariance, self.height, self.width
             )
             variance = ops.concatenate(
-                [variance[..., :3] + by_pose, variance[..., 3:]], axis=-1
+                [
+                    variance[..., :3] + ops.maximum(by_pose, 0),
+                    variance[..., 3:],
+                ],
+                axis=-1,
             )
         pixels = geometry.to_pixels(
             geometry.to_sphere(points), self.height, self.width
@@ -321,12 +336,7 @@ class _Map(keras.layers.Layer):
     def _parsed(self, inputs, lead):
         """Checked tensors: a list of dicts for the cameras, and a dict for the
         motion. `lead` names their first axes."""
-        is_dict = isinstance(inputs, dict)
-        if not is_dict or not {"cameras", "motion"} <= set(inputs):
-            raise ValueError(
-                "Inputs must be a dict with `cameras` and `motion`. Received: "
-                f"{sorted(inputs) if is_dict else type(inputs).__name__}"
-            )
+        _check_inputs(inputs)
         motion = {key: inputs[key] for key in inputs if key != "cameras"}
         cameras = inputs["cameras"]
         if not isinstance(cameras, (list, tuple)):
@@ -386,8 +396,12 @@ class _Map(keras.layers.Layer):
                 for size, one in zip(shape, wanted)
             )
             if not is_right:
+                some = ", with or without T" * (
+                    name in CONSTANT and "T" in lead
+                )
                 raise ValueError(
-                    f"{who}: `{name}` must be ({', '.join(map(str, axes))}), "
+                    f"{who}: `{name}` must be ({', '.join(map(str, axes))})"
+                    f"{some}, "
                     f"which is ({', '.join(map(str, wanted))}) here. "
                     f"Received: shape {shape}"
                 )
@@ -401,6 +415,7 @@ class _Map(keras.layers.Layer):
     def _check_state(self, state, batch):
         shape = (batch, *self._prior.mean.shape)
         parts = state if isinstance(state, (tuple, list)) else ()
+        parts = [ops.convert_to_tensor(part) for part in parts]
         is_right = len(parts) == 2 and all(
             len(part.shape) == 4
             and all(
@@ -521,8 +536,10 @@ class ESMLayer(_Map):
         feature_channels: int, F, 3 by default.
         depth_limits: (least, most) distance in metres, (0.001, 10) by default.
         variance_limits: (least, most), (0.001, 10000) by default; the least of
-            all channels, and the prior's of depth and features. The prior's of
-            columns and rows is `height`.
+            all channels, at most half the height (of a camera that is exact to
+            less than 3 cm, say (0.0001, 10000)), and the prior's of depth and
+            features, from 2 to 1e11 times as much. The prior's of columns and
+            rows is `height`.
         depth_prior: float, metres, 0.01 by default.
         feature_prior: float, 0.5 by default.
         smooth_kernel_size: int, odd, pixels, 25 by default, of which what
@@ -539,8 +556,9 @@ class ESMLayer(_Map):
         inputs: dict with
             `motion`: (B, T, 3, 4) pose, from the agent's frame at the step
             before to that at this step.
-            `motion_covariance`: (B, T, 6, 6), of the translation in metres and
-            the rotation vector in radians, optional.
+            `motion_covariance`: (B, T, 6, 6), optional, of a small motion that
+            may come behind it, by which it is uncertain: translation in metres,
+            and rotation vector about the agent in radians.
             `cameras`: a dict, or a list of any number, each with
             `features` (B, T, h, w, F);
             `points` (B, T, h, w, 3), coordinates in the camera's frame in
@@ -564,8 +582,12 @@ class ESMLayer(_Map):
         W, 3 + F); with `return_state` a pair of it and the state.
 
     Raises:
-        ValueError: an argument out of its range, wrong shapes, or a camera
-            without features, or without depth or points.
+        ValueError: an argument out of its range, wrong shapes, a camera
+            without features, or without depth or points, or another batch size
+            than a stateful layer was built for.
+
+    A functional model that is loaded from a `.keras` file gives lists in place
+    of the records, as Keras writes all outputs so.
 
     Example:
 
@@ -605,6 +627,7 @@ class ESMLayer(_Map):
 
     def build(self, inputs_shape):
         if self.stateful:
+            _check_inputs(inputs_shape)
             batch = inputs_shape["motion"][0]
             if batch is None:
                 raise ValueError(
@@ -631,6 +654,10 @@ class ESMLayer(_Map):
 
     def call(self, inputs, initial_state=None, mask=None):
         cameras, motion = self._parsed(inputs, ("B", "T"))
+        if self.stateful:
+            motion["motion"] = check_batch(
+                "motion", motion["motion"], self.states.mean.shape[0]
+            )
         batch, times = motion["motion"].shape[:2]
         if initial_state is not None:
             state = self._check_state(initial_state, batch)
@@ -733,7 +760,7 @@ def _over_time(step, given, state, all_steps):
 
     def packed_step(packed, states):
         parts = [
-            ops.reshape(packed[:, begin:end], (-1, *shape))
+            ops.reshape(packed[:, begin:end], (ops.shape(packed)[0], *shape))
             for begin, end, shape in zip(ends, ends[1:], shapes)
         ]
         parts = [ops.cast(one, part.dtype) for one, part in zip(parts, flat)]
@@ -784,15 +811,25 @@ def _as_mask(mask, batch, times):
     return mask
 
 
+def _check_inputs(inputs):
+    is_dict = isinstance(inputs, dict)
+    if not is_dict or not {"cameras", "motion"} <= set(inputs):
+        raise ValueError(
+            "Inputs must be a dict with `cameras` and `motion`. Received: "
+            f"{sorted(inputs) if is_dict else type(inputs).__name__}"
+        )
+
+
 def _check_has(who, given, name):
     if name not in given:
         raise ValueError(f"{who} must have `{name}`. Received: {sorted(given)}")
 
 
 def _check_number(name, value):
-    if not is_number(value):
+    if not is_number(value) or abs(value) > HUGE:
         raise ValueError(
-            f"`{name}` must be a finite number. Received: {name}={value!r}"
+            f"`{name}` must be a number within +-{HUGE}. "
+            f"Received: {name}={value!r}"
         )
     return value
 

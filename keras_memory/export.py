@@ -424,6 +424,8 @@ def _run(model, inputs, states=None, unroll=False):
                     stateful=False,
                     use_cudnn=False,  # the server may have no GPU
                 )
+            elif getattr(layer, "stateful", False):  # such as a map
+                change(layer, stateful=False)
             if isinstance(layer, DropoutRNNCell):
                 # They draw random numbers even where none are used.
                 change(

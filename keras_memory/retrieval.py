@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.checks import check_batch
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
@@ -621,7 +622,10 @@ class KNNMemoryLayer(keras.layers.Layer):
         training=False,
     ):
         before = state = self.state
-        queries = self._check_batch(queries)
+        queries = ops.convert_to_tensor(queries)
+        if queries.shape:
+            size = self.memory_keys.shape[0]
+            queries = check_batch("queries", queries, size)
         if clear is not None:
             state = self.ring.clear(state, clear)
         found = self.ring.search(state, queries, self.top_k)
@@ -636,17 +640,6 @@ class KNNMemoryLayer(keras.layers.Layer):
             keys=ops.cast(found.keys, self.compute_dtype),
             values=ops.cast(found.values, self.compute_dtype),
         )
-
-    def _check_batch(self, queries):
-        """Queries, of as many rows as there are memories."""
-        queries = ops.convert_to_tensor(queries)
-        if queries.shape[0] is not None:
-            return queries  # the ring checks it
-        import tensorflow as tf
-
-        # In a graph for batches of any size, the error is at their arrival.
-        shape = (self.memory_keys.shape[0], *queries.shape[1:])
-        return tf.ensure_shape(queries, shape, name="batch_size_is_fixed")
 
     def get_config(self):
         names = ("max_memories", "top_k", "similarity", "method")

@@ -16,6 +16,7 @@ frame has x right and y down, as usual in computer vision, turn the poses:
 `pose[:, :2] *= -1`.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -26,6 +27,7 @@ import numpy as np
 from keras_memory import geometry
 from keras_memory.files import written_aside
 
+KINDS = "depth", "colour"
 MILLIMETRES = 1000.0  # in a metre
 
 
@@ -63,7 +65,7 @@ def read_frames(folder):
             lengths and principal point.
     """
     folder = pathlib.Path(folder)
-    text = (folder / "camera.json").read_text()
+    text = (folder / "camera.json").read_text(errors="replace")
     try:
         camera = json.loads(text)
         inverse_intrinsics = geometry.inverse_intrinsics(
@@ -72,9 +74,16 @@ def read_frames(folder):
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "`camera.json` must have `focal_lengths` and `principal_point`, "
-            f"two numbers each. Received: {text[:200]!r} in {folder}"
+            "two numbers each, the first positive. Received: "
+            f"{text[:200]!r} in {folder}"
         ) from error
-    poses = np.loadtxt(folder / "poses.txt", "float32", ndmin=2)
+    try:
+        poses = np.loadtxt(folder / "poses.txt", "float32", ndmin=2)
+    except ValueError as error:
+        raise ValueError(
+            "`poses.txt` must have lines of 12 numbers. Received: "
+            f"{error} in {folder}"
+        ) from error
     if poses.shape[1] != 12 or not len(poses):
         raise ValueError(
             "`poses.txt` must have lines of 12 numbers. Received: shape "
@@ -138,8 +147,9 @@ def write_frames(folder, frames):
 
     Raises:
         ValueError: other shapes, depth that 16 bits of millimetres cannot hold,
-            colours that are no numbers, or poses that are none. Nothing is
-            written then.
+            colours beyond 0 and 1, poses that are none, another camera than a
+            pinhole, or a folder that holds more frames. Nothing is written
+            then.
     """
     from PIL import Image
 
@@ -162,20 +172,25 @@ def write_frames(folder, frames):
             f"{np.min(depth)} to {np.max(depth)}"
         )
     are_poses = np.asarray(geometry.is_pose(poses.astype("float32")))
-    if not are_poses.all() or not np.isfinite(colour).all():
+    if not are_poses.all():
         raise ValueError(
-            "Each pose must be a rotation beside a translation, and colours "
-            f"numbers. Received: {np.sum(~are_poses)} other poses, "
-            f"{np.sum(~np.isfinite(colour))} other colours"
+            "Each pose must be a rotation beside a translation. Received: "
+            f"{np.sum(~are_poses)} others"
         )
-    focal, middle = _intrinsics(np.asarray(frames.inverse_intrinsics))
+    focal, middle = _intrinsics(frames.inverse_intrinsics)
+    colour = _eight_bits("colour", colour)
     folder = pathlib.Path(folder)
-    for name in ("depth", "colour"):
+    for more in (folder / kind / f"{len(depth):06d}.png" for kind in KINDS):
+        if more.exists():
+            raise ValueError(
+                "A folder must hold no more frames than are written. Received: "
+                f"{len(depth)} frames, and {more}"
+            )
+    for name in KINDS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "camera.json").write_text(
         json.dumps({"focal_lengths": focal, "principal_point": middle}) + "\n"
     )
-    colour = np.round(np.clip(colour, 0, 1) * 255).astype("uint8")
     for number, (one, other) in enumerate(zip(millimetres, colour)):
         name = f"{number:06d}.png"
         Image.fromarray(one.astype("uint16")).save(folder / "depth" / name)
@@ -185,9 +200,28 @@ def write_frames(folder, frames):
 
 def _intrinsics(inverse):
     """Focal lengths and principal point, of `geometry.inverse_intrinsics`."""
-    focal = [-1 / float(inverse[0, 0]), -1 / float(inverse[1, 1])]
-    middle = [float(inverse[i, 2]) * focal[i] for i in range(2)]
-    return focal, middle
+    inverse = np.asarray(inverse)
+    if inverse.shape == (3, 3):
+        focal = [-1 / float(x) if x else 0.0 for x in np.diag(inverse)[:2]]
+        middle = [float(inverse[i, 2]) * focal[i] for i in range(2)]
+        with contextlib.suppress(ValueError):
+            pinhole = geometry.inverse_intrinsics(focal, middle)
+            if np.allclose(pinhole, inverse, 1e-4, 1e-6):
+                return focal, middle
+    raise ValueError(
+        "`inverse_intrinsics` must be as `geometry.inverse_intrinsics` gives "
+        f"it. Received: {inverse.tolist()}"
+    )
+
+
+def _eight_bits(name, colours):
+    """From 0 to 1 as from 0 to 255."""
+    if not (np.abs(colours - 0.5) <= 0.501).all():  # but for rounding
+        raise ValueError(
+            f"`{name}` must be from 0 to 1. Received: from {np.min(colours)} "
+            f"to {np.max(colours)}"
+        )
+    return np.round(np.clip(colours, 0, 1) * 255).astype("uint8")
 
 
 def write_points(path, points, colours):
@@ -199,19 +233,18 @@ def write_points(path, points, colours):
         colours: (n, 3) from 0 to 1.
 
     Raises:
-        ValueError: other shapes, or values that are not finite.
+        ValueError: other shapes, points that are not finite, or colours beyond
+            0 and 1.
     """
     points, colours = np.asarray(points, "<f4"), np.asarray(colours)
-    if points.ndim != 2 or not points.shape == colours.shape[:1] + (3,):
+    if points.shape != colours.shape or points.shape != (len(points), 3):
         raise ValueError(
             "`points` and `colours` must be (n, 3) both. Received: shapes "
             f"{points.shape} and {colours.shape}"
         )
-    if not (np.isfinite(points).all() and np.isfinite(colours).all()):
-        raise ValueError(
-            "`points` and `colours` must be finite. Received: NaN or infinity"
-        )
-    colours = np.round(np.clip(colours, 0, 1) * 255).astype("u1")
+    if not np.isfinite(points).all():
+        raise ValueError("`points` must be finite. Received: NaN or infinity")
+    colours = _eight_bits("colours", colours)
     kinds = [(axis, "<f4") for axis in "xyz"]
     kinds += [(colour, "u1") for colour in ("red", "green", "blue")]
     vertices = np.empty(len(points), kinds)

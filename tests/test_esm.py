@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import pathlib
+import warnings
 
 import harness
 import keras
@@ -352,6 +353,100 @@ def test_a_stateful_layer_goes_on():
     )
     with pytest.raises(ValueError, match="fixed batch size.*Received: motion"):
         layer_of(stateful=True)(entry)
+    with pytest.raises(ValueError, match="`cameras` and `motion`.*Received"):
+        layer_of(stateful=True)({"cameras": inputs["cameras"]})
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_stateful_layer_refuses_another_batch_size(batch):
+    layer = layer_of(stateful=True)
+    layer(seen(batch=2))
+    before = arrays(layer.states)
+    with pytest.raises(
+        ValueError, match="`motion` .*batch size.*Received: sha"
+    ):
+        layer(seen(batch=batch))
+    for part, other in zip(arrays(layer.states), before):
+        close(part, other, 0)
+
+
+@harness.needs_tensorflow
+def test_a_stateful_model_refuses_a_smaller_last_batch():
+    inputs = seen(batch=3, times=2)
+    entry = entry_of(inputs, batch=2, times=2)
+    model = keras.Model(entry, layer_of(stateful=True)(entry))
+    with pytest.raises(
+        Exception, match="(?s)expected shape .*batch_size_is_fi"
+    ):
+        model.predict(inputs, batch_size=2, verbose=0)
+
+
+@harness.needs_tensorflow
+def test_a_stateful_model_is_served_as_one_without_state(tmp_path):
+    import tensorflow as tf
+
+    from keras_memory import export
+
+    inputs = seen(batch=2, times=3)
+    entry = entry_of(inputs, batch=2, times=3)
+    stateful, plain = (
+        keras.Model(entry, layer_of(stateful=kept)(entry))
+        for kept in (True, False)
+    )
+    expected = arrays(plain(inputs))
+    stateful(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of signatures that it cannot have
+        export.export_for_serving(stateful, tmp_path, warm_up=((2, 3),))
+    served = tf.saved_model.load(tmp_path / "1").signatures["serving_default"]
+    names = [entry.name for entry in stateful.inputs]
+    given = dict(zip(names, keras.tree.flatten(inputs)))
+    for _ in range(2):
+        for part, wanted in zip(served(**given).values(), expected):
+            close(part, wanted, 1e-5)
+
+
+def test_a_map_without_features():
+    inputs = seen(times=3)
+    expected = arrays(layer_of()(inputs))
+    for camera in inputs["cameras"]:
+        camera["features"] = camera["features"][..., :0]
+        if "variance" in camera:
+            camera["variance"] = camera["variance"][..., :3]
+    found = arrays(layer_of(feature_channels=0)(inputs))
+    for part, other in zip(found, expected):
+        close(part, other[..., :3], 1e-5)
+
+
+def test_a_camera_s_pose_is_as_uncertain_as_is_said():
+    point = np.array([[0.5, 1.0, 2.0]], "float32")
+    inputs = {
+        "cameras": {
+            "points": point[None, None, None],
+            "features": np.ones((1, 1, 1, 1, 3), "float32"),
+            "pose_covariance": np.diag([0.1, 0.2, 0.3, 0.01, 0.02, 0.03])[
+                None
+            ].astype("float32"),
+        },
+        "motion": still(1, 1),
+    }
+    layer = layer_of(return_state=True, return_sequences=False)
+    found = arrays(layer(inputs)[1])
+    wanted = geometry.pixel_variance(
+        point[None],
+        inputs["cameras"]["pose_covariance"],
+        layer.height,
+        layer.width,
+    )
+    row, column = np.argwhere(found.variance[0, ..., 2] < 100)[0]
+    close(
+        found.variance[0, row, column, :3],
+        np.maximum(array(wanted)[0, 0], layer.variance_limits[0]),
+        1e-4,
+    )
+    inputs["cameras"]["pose_covariance"] *= -1  # takes nothing away
+    found = arrays(layer(inputs)[1])
+    close(found.variance[0, row, column, :3], layer.variance_limits[0], 1e-6)
 
 
 def test_masked_steps_change_nothing():
@@ -602,7 +697,6 @@ def test_a_motion_that_is_none_leaves_nothing_of_the_map():
         inputs = seen(times=2)
         inputs["motion"][0, 1] = motion
         found = layer_of()(inputs)
-        expected = layer_of()(at(inputs, slice(1, 2)))
         inputs["motion"][0, 1] = np.eye(3, 4)
         expected = layer_of()(at(inputs, slice(1, 2)))
         close(found.mean[0, 1], expected.mean[0, 0])
@@ -855,8 +949,9 @@ OUT_OF_RANGE = [
     ("feature_channels", [-1, 1.0, None, True]),
     ("depth_limits", [(1, 1), (0, 1), (-1, 1), (1,), 3, None, (1, np.inf)]),
     ("variance_limits", [(1, 1), (0, 1), (2, 1), (1, 2, 3), "ab", None]),
-    ("depth_prior", [np.nan, None, "1"]),
-    ("feature_prior", [np.inf, None, True]),
+    ("variance_limits", [(1, 1.5), (100, 1e4), (1e-8, 1e4), (1e-3, 1e20)]),
+    ("depth_prior", [np.nan, None, "1", 1e30]),
+    ("feature_prior", [np.inf, None, True, -1e300]),
     ("smooth_kernel_size", [0, 2, -3, 4.0, "3"]),
     ("depth_buffer", [1, None]),
     ("return_sequences", [1, None]),

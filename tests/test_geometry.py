@@ -242,7 +242,8 @@ def test_gradients_are_finite_at_axes_and_the_origin():
     close(slopes, [[0, 0, -1]] * 3, 1e-3)  # of minus the turn about z
 
 
-def test_pixel_variance_is_that_of_many_draws():
+@pytest.mark.parametrize("size", [(180, 360), (90, 400)])
+def test_pixel_variance_is_that_of_many_draws(size):
     rng = np.random.default_rng(0)
     points = np.array(
         [[[0.2, -0.3, 2.0], [1.0, 1.5, -1.0], [-3.0, 0.2, 0.1]]], "float32"
@@ -254,10 +255,10 @@ def test_pixel_variance_is_that_of_many_draws():
         np.repeat(points, len(draws), axis=0),
         geometry.pose_matrix(draws.astype("float32")),
     )
-    pixels = array(geometry.to_pixels(geometry.to_sphere(moved), 180, 360))
+    pixels = array(geometry.to_pixels(geometry.to_sphere(moved), *size))
     found = array(
         geometry.pixel_variance(
-            points, covariance[None].astype("float32"), 180, 360
+            points, covariance[None].astype("float32"), *size
         )
     )
     close(found[0] / pixels.var(axis=0), np.ones((3, 3)), 0.05)

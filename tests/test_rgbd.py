@@ -55,6 +55,7 @@ def broken(folder):
     yield "focal", lambda: camera(none), "two numbers each"
     yield "numbers", lambda: poses("1 2 3\n"), "lines of 12 numbers"
     scaled = " ".join(str(2 * float(x)) for x in lines[1].split())
+    yield "words", lambda: poses("a b c\n"), "lines of 12 numbers"
     yield "pose", lambda: poses(f"{lines[0]}\n{scaled}\n"), "rotation beside"
     yield "fewer", lambda: poses("\n".join(lines[:2])), "a pose for each frame"
     yield (
@@ -70,8 +71,8 @@ def broken(folder):
     yield "bits", lambda: image("depth/000001.png", eight), "of the kind 'I;16'"
 
 
-NAMES = ("a file", "json", "list", "key", "focal", "numbers", "pose", "fewer")
-NAMES += ("more", "size", "kind", "bits")
+NAMES = ("a file", "json", "list", "key", "focal", "numbers", "pose")
+NAMES += ("words", "fewer", "more", "size", "kind", "bits")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +109,19 @@ def unlike(frames):
     yield {"depth": frames.depth[..., None]}, r"\(T, h, w\) of depth"
     none = {name: getattr(frames, name)[:0] for name in frames._fields[:3]}
     yield none, r"\(T, h, w\) of depth"
-    yield {"colour": frames.colour * np.nan}, "colours numbers"
+    yield {"colour": frames.colour * np.nan}, "`colour` must be from 0 to 1"
+    yield {"colour": frames.colour * 255}, "`colour` must be from 0 to 1"
+    inverse = frames.inverse_intrinsics
+    skewed = inverse + np.eye(3, k=1, dtype="float32")
+    for other in (
+        -inverse,
+        inverse * np.nan,
+        inverse * 0,
+        inverse[None],
+        skewed,
+    ):
+        told = "`inverse_intrinsics` must be as"
+        yield {"inverse_intrinsics": other}, told
     yield {"poses": frames.poses * 2}, "a rotation beside"
 
 
@@ -120,9 +133,21 @@ def test_other_frames_are_refused_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_more_frames_is_left_alone(tmp_path):
+    some = frames()
+    rgbd.write_frames(tmp_path, some)
+    less = rgbd.Frames(
+        *(part[:2] for part in some[:3]), some.inverse_intrinsics
+    )
+    with pytest.raises(ValueError, match="no more frames.*Received: 2 frames"):
+        rgbd.write_frames(tmp_path, less)
+    rgbd.write_frames(tmp_path, some)
+    assert len(rgbd.read_frames(tmp_path).poses) == 3
+
+
 def test_points_are_a_ply_file(tmp_path):
     points = np.array([[1.5, -2, 3], [0, 0, 1]])
-    rgbd.write_points(tmp_path / "a.ply", points, [[0, 0.5, 1], [2, -1, 0.2]])
+    rgbd.write_points(tmp_path / "a.ply", points, [[0, 0.5, 1], [1, 0, 0.2]])
     header, _, data = (
         (tmp_path / "a.ply").read_bytes().partition(b"end_header\n")
     )
@@ -145,6 +170,10 @@ def test_points_are_a_ply_file(tmp_path):
     [
         (np.ones((2, 3)), np.ones((3, 3))),
         (np.ones((2, 2)), np.ones((2, 3))),
+        (np.ones((2, 3)), np.ones((2, 4))),
+        (np.ones((2, 3)), np.ones((2, 1))),
+        (np.ones((2, 3)), np.ones(2)),
+        (np.ones((1, 3)), np.full((1, 3), 100, "uint8")),
         (np.ones(3), np.ones(3)),
         (np.full((1, 3), np.nan), np.ones((1, 3))),
         (np.ones((1, 3)), np.full((1, 3), np.nan)),
