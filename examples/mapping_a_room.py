@@ -63,7 +63,6 @@ def mapped(frames):
         HEIGHT,
         WIDTH,
         depth_limits=(1e-3, max(10.0, 1.1 * float(frames.depth.max()))),
-        variance_limits=(NOISE**2, 1e4),
     )
     step = cell
     if keras.backend.backend() == "tensorflow":
@@ -128,6 +127,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, not {options.steps}")
+    if options.frames and options.write:
+        parser.error("--write writes drawn frames, not those of --frames")
     with tempfile.TemporaryDirectory() as temporary:
         run(options, pathlib.Path(options.out or temporary))
 
@@ -170,8 +171,11 @@ def run(options, folder):
 
     sphere = geometry.from_pixels(mean[None, seen, :3], HEIGHT, WIDTH)
     points = geometry.transform(geometry.from_sphere(sphere), frames.poses[-1:])
-    points = ops.convert_to_numpy(points)[0]
-    rgbd.write_points(folder / "room.ply", points, mean[seen, 3:])
+    # A pixel without a point shows its neighbour's.
+    points, places = np.unique(
+        ops.convert_to_numpy(points)[0], axis=0, return_index=True
+    )
+    rgbd.write_points(folder / "room.ply", points, mean[seen, 3:][places])
     (folder / "room.gif").write_bytes(visualization.encode_gif(pictures, 150))
     (folder / "room.png").write_bytes(visualization.encode_png(pictures[-1]))
     callbacks.write_images(folder / "logs", "map", pictures)

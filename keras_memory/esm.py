@@ -97,7 +97,7 @@ class _Map(keras.layers.Layer):
                 "the least. Received: "
                 f"variance_limits={variance_limits!r}, height={height}"
             )
-        self.depth_prior = _check_number("depth_prior", depth_prior)
+        self.depth_prior = _check_number("depth_prior", depth_prior, least=0)
         self.feature_prior = _check_number("feature_prior", feature_prior)
         self.smooth_kernel_size = smooth_kernel_size
         if smooth_kernel_size is not None:
@@ -405,6 +405,21 @@ class _Map(keras.layers.Layer):
                     f"which is ({', '.join(map(str, wanted))}) here. "
                     f"Received: shape {shape}"
                 )
+            empty = [
+                a for a, size in zip(axes, shape) if size == 0 and a != "F"
+            ]
+            if empty:
+                raise ValueError(
+                    f"{who}: `{name}` must have at least one of each axis but "
+                    f"F. Received: shape {shape}"
+                )
+            if (3, 4) == axes_of[name] and "bfloat16" in str(value.dtype):
+                raise ValueError(
+                    f"{who}: `{name}` must be more exact, as no rotation is one "
+                    "in bfloat16. (A model of that policy casts its inputs: "
+                    "give the one around this layer another.) Received: "
+                    f"dtype {value.dtype}"
+                )
             for axis, size in zip(axes, shape):
                 if isinstance(axis, str) and size is not None:
                     sizes[axis] = size
@@ -415,6 +430,7 @@ class _Map(keras.layers.Layer):
     def _check_state(self, state, batch):
         shape = (batch, *self._prior.mean.shape)
         parts = state if isinstance(state, (tuple, list)) else ()
+        parts = () if any(part is None for part in parts) else parts
         parts = [ops.convert_to_tensor(part) for part in parts]
         is_right = len(parts) == 2 and all(
             len(part.shape) == 4
@@ -825,10 +841,10 @@ def _check_has(who, given, name):
         raise ValueError(f"{who} must have `{name}`. Received: {sorted(given)}")
 
 
-def _check_number(name, value):
-    if not is_number(value) or abs(value) > HUGE:
+def _check_number(name, value, least=-HUGE):
+    if not is_number(value) or not least <= value <= HUGE:
         raise ValueError(
-            f"`{name}` must be a number within +-{HUGE}. "
+            f"`{name}` must be a number from {least} to {HUGE}. "
             f"Received: {name}={value!r}"
         )
     return value

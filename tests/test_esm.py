@@ -881,7 +881,22 @@ def cut(name, *axes):
     return change
 
 
+def emptied(name, axis):
+    def change(inputs, camera):
+        where = inputs if name in inputs else camera
+        where[name] = np.take(where[name], [], axis)
+
+    return change
+
+
 WRONG = {
+    "no time": (emptied("motion", 1), "`motion` must have at least one"),
+    "no batch": (emptied("motion", 0), "`motion` must have at least one"),
+    "no rows": (emptied("points", 2), "`points` must|`features` must"),
+    "bfloat16": (
+        lambda i, c: i.update(motion=ops.cast(i["motion"], "bfloat16")),
+        "`motion` must be more exact",
+    ),
     "no dict": (lambda i, c: i.clear(), "must be a dict with `cameras`"),
     "no motion": (lambda i, c: i.pop("motion"), "`cameras` and `motion`"),
     "motion of 2": (cut("motion", ..., slice(2), slice(None)), "`motion` must"),
@@ -935,7 +950,13 @@ def test_wrong_inputs_are_refused(name):
 def test_wrong_states_and_masks_are_refused():
     inputs = seen()
     state = layer_of().get_initial_state(2)
-    for wrong in (state[:1], (state.mean[:1],) * 2, (state.mean[..., :5],) * 2):
+    part = state.mean
+    for wrong in (
+        state[:1],
+        (part[:1],) * 2,
+        (part[..., :5],) * 2,
+        (part, None),
+    ):
         with pytest.raises(ValueError, match="A state must.*Received"):
             layer_of()(inputs, initial_state=wrong)
     for mask in (np.ones((2, 2), bool), np.ones(2, bool)):
@@ -950,7 +971,7 @@ OUT_OF_RANGE = [
     ("depth_limits", [(1, 1), (0, 1), (-1, 1), (1,), 3, None, (1, np.inf)]),
     ("variance_limits", [(1, 1), (0, 1), (2, 1), (1, 2, 3), "ab", None]),
     ("variance_limits", [(1, 1.5), (100, 1e4), (1e-8, 1e4), (1e-3, 1e20)]),
-    ("depth_prior", [np.nan, None, "1", 1e30]),
+    ("depth_prior", [np.nan, None, "1", 1e30, -1.0]),
     ("feature_prior", [np.inf, None, True, -1e300]),
     ("smooth_kernel_size", [0, 2, -3, 4.0, "3"]),
     ("depth_buffer", [1, None]),
