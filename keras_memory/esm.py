@@ -415,9 +415,9 @@ class _Map(keras.layers.Layer):
                 )
             if (3, 4) == axes_of[name] and "bfloat16" in str(value.dtype):
                 raise ValueError(
-                    f"{who}: `{name}` must be more exact, as no rotation is one "
-                    "in bfloat16. (A model of that policy casts its inputs: "
-                    "give the one around this layer another.) Received: "
+                    f"{who}: `{name}` must be more exact, as no rotation is "
+                    "one in bfloat16. (A model of that policy casts its "
+                    "inputs: give the one around it another.) Received: "
                     f"dtype {value.dtype}"
                 )
             for axis, size in zip(axes, shape):
