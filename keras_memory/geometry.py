@@ -80,7 +80,7 @@ def pixels_to_camera(depth, inverse_intrinsics):
     rows, columns = np.mgrid[:height, :width].astype("float32")
     pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
     pixels = ops.cast(pixels, ops.dtype(depth))
-    directions = ops.einsum("...ij,hwj->...hwi", inverse_intrinsics, pixels)
+    directions = _turned(pixels, inverse_intrinsics[..., None, None, :, :])
     return directions * depth[..., None]
 
 
@@ -98,8 +98,7 @@ def transform(points, pose):
         (B, n, 3) metres.
     """
     points, pose = _tensors(points, pose)
-    turned = ops.matmul(points, ops.swapaxes(pose[..., :3], -1, -2))
-    return turned + pose[..., None, :, 3]
+    return _turned(points, pose[..., None, :, :3]) + pose[..., None, :, 3]
 
 
 def rotation_matrix(rotation_vector):
@@ -135,7 +134,7 @@ def rotation_matrix(rotation_vector):
     cross = ops.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1)
     cross = ops.reshape(cross, (*ops.shape(x), 3, 3))
     identity = ops.eye(3, dtype=ops.dtype(cross))
-    return identity + by_sine * cross + by_cosine * ops.matmul(cross, cross)
+    return identity + by_sine * cross + by_cosine * _product(cross, cross)
 
 
 def pose_matrix(pose_vector):
@@ -165,14 +164,14 @@ def compose(second, first):
     first, second = _tensors(first, second)
     rotation, translation = second[..., :3], second[..., 3:]
     last = ops.cast(np.array([0, 0, 0, 1]), ops.dtype(translation))
-    return ops.matmul(rotation, first) + translation * last
+    return _product(rotation, first) + translation * last
 
 
 def invert(pose):
     """The pose that undoes another, (..., 3, 4)."""
     (pose,) = _tensors(pose)
     back = ops.swapaxes(pose[..., :3], -1, -2)
-    return ops.concatenate([back, -ops.matmul(back, pose[..., 3:])], axis=-1)
+    return ops.concatenate([back, -_product(back, pose[..., 3:])], axis=-1)
 
 
 def motions(poses):
@@ -203,9 +202,8 @@ def is_pose(pose):
     (pose,) = _tensors(pose)
     rotation, translation = pose[..., :3], pose[..., 3]
     transposed = ops.swapaxes(rotation, -1, -2)
-    error = ops.matmul(rotation, transposed) - ops.eye(
-        3, dtype=ops.dtype(rotation)
-    )
+    identity = ops.eye(3, dtype=ops.dtype(rotation))
+    error = _product(rotation, transposed) - identity
     x, y, z = (rotation[..., i, :] for i in range(3))
     determinant = ops.sum(ops.cross(x, y, axis=-1) * z, axis=-1)
     # A comparison with NaN is False.
@@ -577,6 +575,22 @@ def _convolved_by_spectra(image, kernel):
 
 def _tensors(*arrays):
     return [ops.convert_to_tensor(array) for array in arrays]
+
+
+def _product(matrices, others):
+    """(..., i, k) products of (..., i, 3) with (..., 3, k).
+
+    Accelerators round factors of `ops.matmul` to 11 bits or 8, and 10 metres
+    to millimetres.
+    """
+    return sum(
+        matrices[..., :, i, None] * others[..., None, i, :] for i in range(3)
+    )
+
+
+def _turned(vectors, matrices):
+    """(..., 3) products of (..., 3, 3) with (..., 3)."""
+    return sum(matrices[..., i] * vectors[..., i, None] for i in range(3))
 
 
 def at_least(values, least):

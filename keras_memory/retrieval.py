@@ -19,7 +19,7 @@ from keras_memory.checks import check_within
 
 BLOCK = 16384  # keys that are compared at a time
 QUERIES = 1024  # queries that are compared at a time
-GROUP = 8  # slots whose largest product is looked at first, if "blocked"
+GROUP = 8  # values whose largest is looked at first, if there are many
 LARGEST = 1e15  # of a component: products of two must be finite in float32
 NORM_EPSILON = 1e-24  # in the roots
 SAMPLE = 63  # keys amid which distances are measured from
@@ -68,7 +68,7 @@ def nearest(queries, keys, top_k, bias=None):
             f"Received: top_k={top_k}, keys of shape {tuple(keys.shape)}"
         )
     if not isinstance(number, int) or number <= BLOCK:  # a free one is small
-        products = ops.matmul(queries, ops.transpose(keys))
+        products = inner_products(queries, ops.transpose(keys))
         if bias is not None:
             products = products + bias
         found, places = ops.top_k(products, top_k)
@@ -80,12 +80,12 @@ def nearest(queries, keys, top_k, bias=None):
         first = ops.minimum(block * BLOCK, number - BLOCK)
         rows = first + ops.arange(BLOCK, dtype="int32")
         some = ops.slice(keys, (first, 0), (BLOCK, keys.shape[1]))
-        products = ops.matmul(queries, ops.transpose(some))
+        products = inner_products(queries, ops.transpose(some))
         if bias is not None:
             products = products + ops.take(bias, rows, axis=-1)
         is_new = rows >= block * BLOCK
         products = ops.where(is_new, products, -np.inf)
-        products, columns = ops.top_k(products, min(top_k, BLOCK))
+        products, columns = largest(products, min(top_k, BLOCK))
         found = ops.concatenate([found, products], axis=1)
         new = first + ops.cast(columns, "int32")
         places = ops.concatenate([places, new], axis=1)
@@ -101,6 +101,74 @@ def nearest(queries, keys, top_k, bias=None):
         lambda block, carried: search(block, *carried),
         (found, places),
     )
+
+
+def inner_products(vectors, columns):
+    """A product of matrices in float32, on accelerators too.
+
+    By default JAX and TensorFlow let a GPU round the factors to 11 bits, and a
+    TPU to 8: one of two thousand neighbours would be a wrong one, or more.
+
+    Args:
+        vectors: (..., n, D) float32.
+        columns: (..., D, m) float32, vectors too.
+
+    Returns:
+        (..., n, m).
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            return ops.matmul(vectors, columns)
+    if backend == "tensorflow" and _rounds():
+        (high, low), (columns, rest) = map(_halves, (vectors, columns))
+        small = ops.matmul(high, rest) + ops.matmul(low, columns)
+        return ops.matmul(high, columns) + small
+    return ops.matmul(vectors, columns)
+
+
+def _rounds():
+    import tensorflow as tf
+
+    may = tf.config.experimental.tensor_float_32_execution_enabled()
+    return may and tf.config.list_physical_devices("GPU")
+
+
+def _halves(x):
+    """The leading 11 bits of each, and what is left (TensorFlow)."""
+    import tensorflow as tf
+
+    bits = tf.bitcast(x, "uint32") & np.uint32(0xFFFFE000)
+    high = tf.bitcast(bits, "float32")
+    return high, x - high
+
+
+def largest(values, top_k):
+    """The largest of the last axis and their places, as `ops.top_k` finds them.
+
+    For large axes it is quicker than that, mostly on GPUs, which sort all.
+    """
+    number = values.shape[-1]
+    groups = -(-number // GROUP)
+    if groups <= top_k:
+        return ops.top_k(values, top_k)
+    # The largest K are in those K groups that have the largest maxima.
+    more = groups * GROUP - number
+    widths = [(0, 0)] * (len(values.shape) - 1)
+    values = ops.pad(values, [*widths, (0, more)], constant_values=-np.inf)
+    shape = tuple(ops.shape(values)[:-1])
+    maxima = ops.max(ops.reshape(values, (*shape, GROUP, groups)), axis=-2)
+    _, group = largest(maxima, top_k)
+    members = groups * ops.arange(GROUP, dtype="int32")[:, None]
+    places = ops.cast(group, "int32")[..., None, :] + members
+    places = ops.reshape(places, (*shape, GROUP * top_k))
+    values = ops.take_along_axis(values, places, axis=-1)
+    found, of_places = ops.top_k(values, top_k)
+    places = ops.take_along_axis(places, of_places, axis=-1)
+    # Where all are at -inf it may be a place that only fills the groups.
+    return found, ops.minimum(places, number - 1)
 
 
 class Neighbours(NamedTuple):
@@ -164,8 +232,8 @@ class RingMemory:
         similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
             0 from all others, or `"l2"`, minus the squared distance.
         method: `"exact"` (default), a product with all keys and their largest;
-            `"blocked"`, as exact, and on a CPU faster for large memories: it
-            looks for the largest among the groups of slots that can hold them;
+            `"blocked"`, as exact, and faster for large memories: it looks for
+            the largest among the groups of slots that can hold them;
             `"approximate"`, the backend's approximate search (TensorFlow, JAX),
             which is quicker on a TPU.
         target_recall: float in (0, 1), the share of the neighbours that
@@ -379,7 +447,7 @@ class RingMemory:
         keys = ops.swapaxes(keys, 1, 2)
 
         def search(queries):
-            products = ops.matmul(queries, keys) + bias[:, None]
+            products = inner_products(queries, keys) + bias[:, None]
             found, slots = self._largest(products, top_k)
             return found, ops.cast(slots, "int32")
 
@@ -412,25 +480,9 @@ class RingMemory:
             return tf.math.approx_max_k(
                 products, top_k, recall_target=self.target_recall
             )
-        groups = -(-self.max_memories // GROUP)
-        if self.method != "blocked" or groups <= top_k:
-            return ops.top_k(products, top_k)
-        # The largest K are in those K groups that have the largest maxima.
-        more = groups * GROUP - self.max_memories
-        products = ops.pad(
-            products, ((0, 0), (0, 0), (0, more)), constant_values=-np.inf
-        )
-        shape = (*ops.shape(products)[:2], GROUP, groups)
-        maxima = ops.max(ops.reshape(products, shape), axis=2)
-        _, group = ops.top_k(maxima, top_k, sorted=False)
-        members = groups * ops.arange(GROUP, dtype="int32")[:, None]
-        slots = ops.cast(group, "int32")[:, :, None] + members
-        slots = ops.reshape(slots, (*shape[:2], GROUP * top_k))
-        products = ops.take_along_axis(products, slots, axis=2)
-        found, places = ops.top_k(products, top_k)
-        slots = ops.take_along_axis(slots, places, axis=2)
-        # Where all are at -inf it may be a slot that only fills the groups.
-        return found, ops.minimum(slots, self.max_memories - 1)
+        if self.method == "blocked":
+            return largest(products, top_k)
+        return ops.top_k(products, top_k)
 
     def _check_state(self, state):
         slots = (None, self.max_memories)
