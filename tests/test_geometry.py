@@ -626,3 +626,31 @@ def test_dtypes_are_kept():
             ),
         ]
         assert {ops.dtype(one) for one in results} == {dtype}
+
+
+def test_accelerators_round_no_factor(monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError("accelerators round factors of matrix products")
+
+    for name in ("matmul", "einsum", "dot", "tensordot"):
+        monkeypatch.setattr(geometry.ops, name, refused)
+    pose = geometry.pose_matrix(np.arange(6, dtype="float32")[None] / 6)
+    assert array(geometry.is_pose(pose)).all()
+    there_and_back = geometry.compose(pose, geometry.invert(pose))
+    np.testing.assert_allclose(
+        array(there_and_back), np.eye(3, 4)[None], atol=1e-6
+    )
+    points = geometry.pixels_to_camera(
+        np.ones((1, 2, 2), "float32"), np.eye(3, dtype="float32")[None]
+    )
+    points = array(points).reshape(1, 4, 3)
+    np.testing.assert_array_equal(
+        points[0], [[0, 0, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1]]
+    )
+    turned = array(geometry.transform(points, pose))
+    pose = array(pose)
+    np.testing.assert_allclose(
+        turned,
+        points @ pose[:, :, :3].swapaxes(1, 2) + pose[:, None, :, 3],
+        atol=1e-6,
+    )

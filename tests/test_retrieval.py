@@ -988,3 +988,59 @@ def lower():
 
 if __name__ == "__main__":
     lower()
+
+
+# Accelerators.
+
+
+def rounding_matmul(one, other):
+    """As a GPU multiplies where it may round factors to 11 bits."""
+    halves = []
+    for x in map(ops.convert_to_numpy, (one, other)):
+        bits = np.ascontiguousarray(x, "float32").view("uint32")
+        bits = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+        halves.append(bits.view("float32"))
+    return ops.convert_to_tensor(np.matmul(*halves))
+
+
+@harness.needs_tensorflow
+def test_products_where_factors_are_rounded(monkeypatch):
+    rng = np.random.default_rng(0)
+    vectors, columns = rng.normal(size=(2, 64, 64)).astype("float32")
+    exact = vectors.astype("float64") @ columns.astype("float64")
+    monkeypatch.setattr(retrieval.ops, "matmul", rounding_matmul)
+    errors = []
+    for rounds in (False, True):
+        monkeypatch.setattr(retrieval, "_rounds", lambda: rounds)  # noqa: B023
+        found = retrieval.inner_products(
+            *map(ops.convert_to_tensor, (vectors, columns))
+        )
+        errors.append(np.abs(ops.convert_to_numpy(found) - exact).max())
+    assert errors[0] > 1e-3
+    # Of each product what is left of both (2^-20) is missing, and each of the
+    # two small ones is rounded (2^-22).
+    assert errors[1] < (np.abs(vectors) @ np.abs(columns)).max() * 2**-19
+
+
+@pytest.mark.skipif(harness.BACKEND != "jax", reason="of JAX")
+def test_products_ask_for_full_precision():
+    import jax
+
+    zeros = np.zeros((3, 3), "float32")
+    steps = str(jax.make_jaxpr(retrieval.inner_products)(zeros, zeros))
+    assert "HIGHEST" in steps
+
+
+@pytest.mark.parametrize("number", [1, 5, 64, 257, 4096])
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_the_largest_are_those_of_top_k(number, top_k):
+    if top_k > number:
+        pytest.skip("fewer than K")
+    values = np.random.default_rng(number).normal(size=(2, 3, number))
+    values = values.astype("float32")
+    values[0, 0, number // 2 + 8 :] = -np.inf
+    found, places = map(ops.convert_to_numpy, retrieval.largest(values, top_k))
+    np.testing.assert_array_equal(found, -np.sort(-values)[..., :top_k])
+    np.testing.assert_array_equal(
+        np.take_along_axis(values, places, axis=-1), found
+    )
