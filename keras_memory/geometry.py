@@ -333,7 +333,7 @@ def pixel_variance(points, covariance, height, width):
     by_move = ops.stack(slopes, axis=-2)
     by_turn = ops.cross(points[..., None, :], by_move, axis=-1)
     jacobian = ops.concatenate([by_move, by_turn], axis=-1)  # (B, n, 3, 6)
-    spread = ops.einsum("bnia,bac->bnic", jacobian, covariance)
+    spread = _product(jacobian, covariance[:, None])
     variance = ops.sum(spread * jacobian, axis=-1)
     return ops.where(is_there, variance, 0.0)
 
@@ -578,19 +578,20 @@ def _tensors(*arrays):
 
 
 def _product(matrices, others):
-    """(..., i, k) products of (..., i, 3) with (..., 3, k).
+    """(..., i, k) products of (..., i, j) with (..., j, k), for a small j.
 
-    Accelerators round factors of `ops.matmul` to 11 bits or 8, and 10 metres
-    to millimetres.
+    Of `ops.matmul` accelerators round the factors to 11 bits or 8, and so 10
+    metres to millimetres.
     """
     return sum(
-        matrices[..., :, i, None] * others[..., None, i, :] for i in range(3)
+        matrices[..., j, None] * others[..., j, None, :]
+        for j in range(matrices.shape[-1])
     )
 
 
 def _turned(vectors, matrices):
     """(..., 3) products of (..., 3, 3) with (..., 3)."""
-    return sum(matrices[..., i] * vectors[..., i, None] for i in range(3))
+    return _product(matrices, vectors[..., None])[..., 0]
 
 
 def at_least(values, least):

@@ -104,14 +104,15 @@ def nearest(queries, keys, top_k, bias=None):
 
 
 def inner_products(vectors, columns):
-    """A product of matrices in float32, on accelerators too.
+    """A product of matrices as exact as their dtype, on accelerators too.
 
-    By default JAX and TensorFlow let a GPU round the factors to 11 bits, and a
-    TPU to 8: one of two thousand neighbours would be a wrong one, or more.
+    By default JAX and TensorFlow let a GPU round float32 factors to 11 bits,
+    and a TPU to 8: one of two thousand neighbours would be a wrong one, or
+    more.
 
     Args:
-        vectors: (..., n, D) float32.
-        columns: (..., D, m) float32, vectors too.
+        vectors: (..., n, D).
+        columns: (..., D, m), vectors too.
 
     Returns:
         (..., n, m).
@@ -122,7 +123,8 @@ def inner_products(vectors, columns):
 
         with jax.default_matmul_precision("highest"):
             return ops.matmul(vectors, columns)
-    if backend == "tensorflow" and _rounds():
+    dtypes = {ops.dtype(vectors), ops.dtype(columns)}
+    if backend == "tensorflow" and dtypes == {"float32"} and _rounds():
         (high, low), (columns, rest) = map(_halves, (vectors, columns))
         small = ops.matmul(high, rest) + ops.matmul(low, columns)
         return ops.matmul(high, columns) + small
@@ -133,7 +135,7 @@ def _rounds():
     import tensorflow as tf
 
     may = tf.config.experimental.tensor_float_32_execution_enabled()
-    return may and tf.config.list_physical_devices("GPU")
+    return may and bool(tf.config.list_physical_devices("GPU"))
 
 
 def _halves(x):
@@ -156,8 +158,9 @@ def largest(values, top_k):
         return ops.top_k(values, top_k)
     # The largest K are in those K groups that have the largest maxima.
     more = groups * GROUP - number
-    widths = [(0, 0)] * (len(values.shape) - 1)
-    values = ops.pad(values, [*widths, (0, more)], constant_values=-np.inf)
+    if more:
+        widths = [*[(0, 0)] * (len(values.shape) - 1), (0, more)]
+        values = ops.pad(values, widths, constant_values=-np.inf)
     shape = tuple(ops.shape(values)[:-1])
     maxima = ops.max(ops.reshape(values, (*shape, GROUP, groups)), axis=-2)
     _, group = largest(maxima, top_k)

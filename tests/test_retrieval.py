@@ -986,10 +986,6 @@ def lower():
         print(json.dumps([method, told]), flush=True)
 
 
-if __name__ == "__main__":
-    lower()
-
-
 # Accelerators.
 
 
@@ -1044,3 +1040,55 @@ def test_the_largest_are_those_of_top_k(number, top_k):
     np.testing.assert_array_equal(
         np.take_along_axis(values, places, axis=-1), found
     )
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("search", ["nearest", "exact", "blocked"])
+def test_neighbours_where_factors_are_rounded(search, monkeypatch):
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(1, 2000, 16)).astype("float32")
+    queries = rng.normal(size=(1, 300, 16)).astype("float32")
+
+    def found():
+        if search == "nearest":
+            keys_, queries_ = map(ops.convert_to_tensor, (keys[0], queries[0]))
+            places = retrieval.nearest(queries_, keys_, 32)[1][None]
+        else:
+            ring = retrieval.RingMemory(16, 2000, method=search)
+            state = ring.add(ring.initial_state(1), keys, keys)
+            places = ring.search(state, queries, 32).indices
+        return np.sort(ops.convert_to_numpy(places), axis=-1)
+
+    right = found()
+    monkeypatch.setattr(retrieval.ops, "matmul", rounding_matmul)
+    assert (found() != right).any()
+    monkeypatch.setattr(retrieval, "_rounds", lambda: True)
+    np.testing.assert_array_equal(found(), right)
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_products_of_other_dtypes(dtype, monkeypatch):
+    monkeypatch.setattr(retrieval, "_rounds", lambda: True)
+    ones = ops.ones((2, 2), dtype)
+    found = retrieval.inner_products(ones, ones)
+    assert ops.dtype(found) == dtype
+    assert (ops.convert_to_numpy(found) == 2).all()
+
+
+@harness.needs_tensorflow
+def test_factors_are_rounded_on_gpus_that_may(monkeypatch):
+    import tensorflow as tf
+
+    assert not retrieval._rounds() or tf.config.list_physical_devices("GPU")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    assert retrieval._rounds()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        assert not retrieval._rounds()
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(True)
+
+
+if __name__ == "__main__":
+    lower()
