@@ -1,0 +1,95 @@
+"""The one door for arrays: see `checks.check_array`."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_memory.checks import LONGEST_AXIS
+from keras_memory.checks import check_array
+from keras_memory.checks import check_size
+
+
+@pytest.mark.parametrize(
+    "value, received",
+    [
+        (None, "NoneType"),
+        ("text", "shape (), dtype str"),
+        ([["a", "b"]], "shape (1, 2), dtype str"),
+        (np.ones((1, 2), "bool"), "shape (1, 2), dtype bool"),
+        (np.ones((1, 2), "complex64"), "shape (1, 2), dtype complex64"),
+        ([[1.0], [1.0, 2.0]], "list (setting an array element"),
+        (object(), "dtype object"),
+        (np.ones(2), "shape (2,), dtype float64"),
+        (np.ones((1, 2, 3)), "shape (1, 2, 3), dtype float64"),
+        (np.ones((2, 3)), "shape (2, 3), dtype float64"),
+        (keras.KerasTensor((2, 3)), "shape (2, 3), dtype float32"),
+        (keras.KerasTensor((2, 2), "bool"), "shape (2, 2), dtype bool"),
+    ],
+)
+def test_what_does_not_fit_is_named(value, received):
+    sizes = {"D": 2}
+    with pytest.raises(ValueError) as error:
+        check_array("keys", value, ("n", "D"), sizes)
+    text = str(error.value)
+    assert text.startswith(
+        "`keys` must be an array (n, D) of real numbers with D=2. Received: "
+    )
+    assert received in text
+    assert sizes == {"D": 2}  # a refused argument sets no size
+
+
+def test_named_sizes_must_agree_between_arguments():
+    sizes = {}
+    check_array("queries", np.ones((2, 5, 3)), ("B", ..., "D"), sizes)
+    assert sizes == {"B": 2, "D": 3}
+    check_array("keys", np.ones((2, 7, 3)), ("B", "n", "D"), sizes)
+    with pytest.raises(
+        ValueError, match="B=2, n=7, D=3. Received: shape .3, 7, 3"
+    ):
+        check_array("values", np.ones((3, 7, 3)), ("B", "n", "D"), sizes)
+    with pytest.raises(ValueError, match="must be an array .n, n."):
+        check_array("square", np.ones((3, 2)), ("m", "m"))
+
+
+@pytest.mark.parametrize(
+    "value, kind, dtype",
+    [
+        ([1, 2], "real", "float32"),
+        ([1.5, 2.5], "real", "float32"),
+        (np.ones(2, "float16"), "real", "float16"),
+        (np.ones(2, "int64"), "real", "float32"),
+        ([], "real", "float32"),
+        ([1, 2], "integer", None),
+        ([], "integer", "int32"),
+        ([True, False], "bool", "bool"),
+        ([], "bool", "bool"),
+    ],
+)
+def test_what_fits_becomes_a_tensor(value, kind, dtype):
+    tensor = check_array("x", value, (None,), kind=kind)
+    assert ops.is_tensor(tensor)
+    assert dtype in (None, ops.dtype(tensor))
+    again = check_array("x", tensor, (None,), kind=kind)
+    assert ops.dtype(again) == ops.dtype(tensor)
+
+
+def test_bfloat16_is_a_real_number():
+    x = ops.ones((2, 3), "bfloat16")
+    assert ops.dtype(check_array("x", x, ("n", 3))) == "bfloat16"
+    assert ops.dtype(check_array("x", x, ("n", 3), dtype="float32")) == (
+        "float32"
+    )
+
+
+def test_unknown_sizes_of_a_graph_fit_any():
+    sizes = {}
+    x = keras.KerasTensor((None, 3))
+    assert check_array("x", x, ("B", "D"), sizes) is x
+    assert sizes == {"D": 3}
+
+
+def test_no_axis_is_longer_than_an_index():
+    assert check_size("slots", LONGEST_AXIS) == LONGEST_AXIS
+    with pytest.raises(ValueError, match="`slots` must be at most 2147483647"):
+        check_size("slots", 2**31)
