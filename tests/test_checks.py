@@ -48,7 +48,7 @@ def test_named_sizes_must_agree_between_arguments():
         ValueError, match="B=2, n=7, D=3. Received: shape .3, 7, 3"
     ):
         check_array("values", np.ones((3, 7, 3)), ("B", "n", "D"), sizes)
-    with pytest.raises(ValueError, match="must be an array .n, n."):
+    with pytest.raises(ValueError, match="must be an array .m, m."):
         check_array("square", np.ones((3, 2)), ("m", "m"))
 
 
