@@ -11,6 +11,7 @@ KINDS = {
     "real": ("fiu", "real numbers"),
     "integer": ("iu", "integers"),
     "bool": ("b", "bool"),
+    "mask": ("bfiu", "bools"),
 }
 
 
@@ -44,7 +45,8 @@ def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
         sizes: dict from names to sizes. It is filled in here: hand the same
             one to the checks of all arguments of a call. A size that a graph
             does not know fits any.
-        kind: `"real"` (integers become floats), `"integer"` or `"bool"`.
+        kind: `"real"` (integers become floats), `"integer"`, `"bool"`, or
+            `"mask"` (numbers become bools, True where they are not 0).
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
 
@@ -81,6 +83,8 @@ def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
     sizes.update(known)
     if isinstance(value, keras.KerasTensor):
         return value
+    if kind == "mask":
+        dtype = "bool"
     if dtype is None and kind == "real":
         if is_list or _kind_of(found) != "f":
             dtype = keras.config.floatx()
@@ -175,7 +179,9 @@ def check_batch(name, tensor, size):
         import tensorflow as tf
 
         shape = (size, *tensor.shape[1:])
-        return tf.ensure_shape(tensor, shape, name="batch_size_is_fixed")
+        # The error shows the name, in XLA too, which leaves out messages.
+        name = f"every_batch_of_a_layer_with_state_must_have_{size}_rows"
+        return tf.ensure_shape(tensor, shape, name=name)
     if rows != size:
         raise ValueError(
             f"`{name}` must have the batch size that the layer was built for, "

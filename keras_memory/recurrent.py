@@ -24,10 +24,13 @@ import typing
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend import get_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory import controllers
 from keras_memory import scan
+from keras_memory.checks import check_array
+from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_share
@@ -36,6 +39,7 @@ from keras_memory.checks import is_number
 from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
 from keras_memory.replay import to_train
+from keras_memory.state import LayerState
 
 
 class Access(typing.Protocol):
@@ -282,6 +286,9 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         )
         initials = keras.tree.flatten(self.initial_records)
         self.state_size = [int(np.prod(i.shape)) for i in initials]
+        self.learned_states = [  # whose initial values are of weights
+            index for index, initial in enumerate(initials) if initial.is_weight
+        ]
 
     def _make_controller(self, block):
         """The controller of a block, a copy where one was given for all."""
@@ -452,18 +459,30 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             ValueError: the number or the sizes of the states differ from
                 what the cell has, or their batch sizes from one another.
         """
-        states = keras.tree.flatten(states)
-        shapes = [tuple(getattr(state, "shape", ())) for state in states]
-        fit = [shape[1:] for shape in shapes] == [(n,) for n in self.state_size]
-        if not fit or len({shape[0] for shape in shapes} - {None}) > 1:
-            raise ValueError(
-                f"{type(self).__name__} has {len(self.state_size)} states of "
-                "shape (batch, size), with one batch size and the sizes "
-                f"{self.state_size}; `pack_state` makes them of a record. "
-                f"Received: {len(shapes)} states of shapes {shapes}"
-            )
+        states = self._check_states(states)
         records = self._turn(self._unflatten(states))
         return records[0] if len(records) == 1 else records
+
+    def _check_states(self, states, batch_size=None, name="states"):
+        """A flat list of tensors, after a look at number, shapes and dtypes."""
+        states = [] if states is None else keras.tree.flatten(states)
+        shapes = [tuple(getattr(state, "shape", ())) for state in states]
+        batch_sizes = {batch_size, *(shape[0] for shape in shapes if shape)}
+        fit = [shape[1:] for shape in shapes] == [(n,) for n in self.state_size]
+        if not fit or len(batch_sizes - {None}) > 1:
+            rows = "" if batch_size is None else f" for a batch of {batch_size}"
+            raise ValueError(
+                f"`{name}` must be {len(self.state_size)} states of "
+                f"{type(self).__name__}, of shape (batch, size), with the "
+                f"batch size of the inputs and the sizes {self.state_size}: as "
+                "`get_initial_state` makes them, `return_state` gives them "
+                "behind the output, and `pack_state` makes them of a record. "
+                f"Received: {len(shapes)} of shapes {shapes}{rows}"
+            )
+        return [
+            check_array(f"{name}[{index}]", state)
+            for index, state in enumerate(states)
+        ]
 
     def pack_state(self, record):
         """Makes flat states of what `unpack_state` returns.
@@ -476,7 +495,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             List of (B, size) tensors in the compute dtype.
 
         Raises:
-            ValueError: a field is missing or its shape is wrong.
+            ValueError: a field is missing, or its shape or dtype is wrong, or
+                fields differ in their batch size.
         """
         records = (record,) if len(self.initial_records) == 1 else record
         given = keras.tree.flatten(records)
@@ -487,13 +507,17 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 f"The state has {len(initials)} tensors: {names}. "
                 f"Received: {len(given)} tensors"
             )
-        for value, initial, name in zip(given, initials, names):
-            if tuple(value.shape[1:]) != initial.shape:
-                raise ValueError(
-                    f"`{name.removeprefix('initial_')}` must have shape "
-                    f"(batch, {', '.join(map(str, initial.shape))}). "
-                    f"Received: shape {tuple(value.shape)}"
-                )
+        sizes = {}
+        given = [
+            check_array(
+                name.removeprefix("initial_"),
+                value,
+                ("batch", *initial.shape),
+                sizes,
+            )
+            for value, initial, name in zip(given, initials, names)
+        ]
+        records = keras.tree.pack_sequence_as(self.initial_records, given)
         return [
             ops.cast(value, self.compute_dtype)
             for value in self._flatten(self._turn(records))
@@ -554,7 +578,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         after = [ops.cast(new, old.dtype) for new, old in zip(after, states)]
         if rows is not None:
             after = [
-                scan.hold(rows, old, new) for old, new in zip(states, after)
+                scan.select(rows, new, old) for old, new in zip(states, after)
             ]
         return after
 
@@ -690,8 +714,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             features = _project(features, *self.output_projection)
         return self.activation(_clip(features, self.clip_value))
 
-    def call(self, inputs, states, training=False, use_memory=True):
+    def call(self, inputs, states=None, training=False, use_memory=True):
         check_bool("use_memory", use_memory)
+        inputs = check_array("inputs", inputs, ("batch", self.input_size))
+        states = self._check_states(states, inputs.shape[0])
         features, records, _ = self.step(
             inputs, self._unflatten(states), training, use_memory
         )
@@ -802,9 +828,9 @@ class MemoryRNN(keras.layers.RNN):
 
     It differs from `keras.layers.RNN` where that does not fit a memory:
     `reset_state` restores the cell's initial state instead of zeros; masked
-    steps hold output and state on every backend; the states of a stateful
-    layer are non-trainable weights; the output projection happens once, after
-    the time loop.
+    steps hold output and state on every backend, and what they contain is never
+    looked at; the states of a stateful layer are tracked variables on every
+    backend; the output projection happens once, after the time loop.
 
     Args:
         *args: a `MemoryCell`, or the arguments of the subclass's cell.
@@ -813,8 +839,12 @@ class MemoryRNN(keras.layers.RNN):
             `MemoryCell.unpack_state`.
         go_backwards: bool, from the last step to the first.
         stateful: bool, go on from the states of the batch before. Needs a
-            fixed batch size. The states are non-trainable weights and saved
-            with the layer; `reset_state()` starts afresh.
+            fixed batch size. `states` are variables, but not weights, as in
+            Keras: `get_weights`, `set_weights` and files leave them out, so
+            that weights go from a stateless layer to a stateful one, and from
+            one batch size to another. A loaded layer begins at its initial
+            state. `reset_state()` starts afresh. A row that has made no step
+            since starts from the weights as they are when it makes one.
         unroll: bool, as in `keras.layers.RNN`.
         zero_output_for_mask: bool, masked steps give 0 instead of the output
             of the step before.
@@ -837,9 +867,10 @@ class MemoryRNN(keras.layers.RNN):
         **kwargs: of the subclass's cell, and of `keras.layers.Layer`.
 
     Attributes:
-        time_loop: None before the first call, then which loop the last one
-            took that was not compiled already: "fast", or "portable: " and
-            why.
+        time_loop: which loop the last call with `training=True` took, or the
+            last call where there was none: "fast", or "portable: " and why.
+            None before the first call. Calls of what is compiled already do
+            not count.
 
     Call arguments:
         sequences: (B, T, D). For further batch axes reshape first:
@@ -930,6 +961,7 @@ class MemoryRNN(keras.layers.RNN):
         self.loop = loop
         self.recompute = recompute
         self.time_loop = None
+        self._was_trained = False  # by a call that `time_loop` tells of
 
     def build(self, sequences_shape, initial_state_shape=None):
         self._check_sequences(sequences_shape)
@@ -943,15 +975,57 @@ class MemoryRNN(keras.layers.RNN):
         training=False,
         use_memory=True,
     ):
-        self._check_sequences(sequences.shape)
-        if initial_state is not None:
-            self._check_initial_state(initial_state, sequences.shape[0])
-        mask = self._as_mask(mask, sequences.shape)
+        sequences, initial_state, mask = self._check_arguments(
+            sequences, initial_state, mask
+        )
+        starts = []
+        if self.stateful:
+            batch_size = self.states[0].shape[0]
+            sequences = check_batch("sequences", sequences, batch_size)
+            states, starts = self._present_states()
+            initial_state = states if initial_state is None else initial_state
         in_use = _memory_in_use.set(check_bool("use_memory", use_memory))
         try:
-            return super().call(sequences, initial_state, mask, training)
+            outputs = super().call(sequences, initial_state, mask, training)
         finally:
             _memory_in_use.reset(in_use)
+        for variable, start in zip(self._starts if starts else (), starts):
+            variable.assign(start)
+        return outputs
+
+    def compute_output_spec(
+        self, sequences, initial_state=None, mask=None, **kwargs
+    ):
+        # Here too, as what is wrong in a Functional model is told where it is
+        # made, and not where it is first called.
+        self._check_arguments(sequences, initial_state, mask)
+        return super().compute_output_spec(
+            sequences, initial_state, mask, **kwargs
+        )
+
+    def _check_arguments(self, sequences, initial_state, mask):
+        """Sequences, states and a mask of bools (B, T), or None, as tensors."""
+        sequences = check_array("sequences", sequences)
+        self._check_sequences(sequences.shape)
+        batch_size, time = sequences.shape[:2]
+        if initial_state is not None:
+            initial_state = self.cell._check_states(
+                initial_state, batch_size, "initial_state"
+            )
+        if mask is None:
+            # Keras hands it on to layers of one tensor only.
+            mask = get_keras_mask(sequences)
+        if mask is not None:
+            with_width = len(getattr(mask, "shape", ())) == 3
+            mask = check_array(
+                "mask",
+                mask,
+                ("batch", "time", 1) if with_width else ("batch", "time"),
+                {"batch": batch_size, "time": time},
+                kind="mask",
+            )
+            mask = mask[:, :, 0] if with_width else mask
+        return sequences, initial_state, mask
 
     def _check_sequences(self, shape):
         if len(shape) != 3 or shape[1] == 0:
@@ -969,33 +1043,6 @@ class MemoryRNN(keras.layers.RNN):
                 f"shape {tuple(shape)}"
             )
 
-    def _as_mask(self, mask, shape):
-        """The mask as bools, after a look at its shape."""
-        if mask is None:
-            return None
-        mask = ops.cast(ops.convert_to_tensor(mask), "bool")
-        fits = len(mask.shape) == 2 or tuple(mask.shape[2:]) == (1,)
-        if not fits or any(
-            len({one, other} - {None}) > 1
-            for one, other in zip(mask.shape, shape[:2])
-        ):
-            raise ValueError(
-                "`mask` must have one bool for each step of each sequence: "
-                "shape (batch, time). Received: shape "
-                f"{tuple(mask.shape)} for sequences of shape {tuple(shape)}"
-            )
-        return mask if len(mask.shape) == 2 else mask[:, :, 0]
-
-    def _check_initial_state(self, states, batch_size):
-        self.cell.unpack_state(states)  # raises if the sizes do not fit
-        batch_sizes = {batch_size, *(state.shape[0] for state in states)}
-        if len(batch_sizes - {None}) > 1:
-            raise ValueError(
-                "Initial states must have the batch size of the sequences. "
-                f"Received: sequences of batch size {batch_size}, states of "
-                f"shapes {[tuple(state.shape) for state in states]}"
-            )
-
     def inner_loop(self, sequences, initial_state, mask, training=False):
         use_memory = _memory_in_use.get()
         arguments = sequences, initial_state, mask, training, use_memory
@@ -1005,19 +1052,23 @@ class MemoryRNN(keras.layers.RNN):
             # PyTorch writes the next states into the memory of these, which
             # the gradient still needs.
             initial_state = [ops.copy(state) for state in initial_state]
-        features, records, self.time_loop = scan.run(
+        features, records, time_loop = scan.run(
             self.cell,
             sequences,
             self.cell._unflatten(initial_state),
             mask=mask,
             training=training,
             go_backwards=self.go_backwards,
-            unroll=self.unroll,
+            # TensorFlow's optimizer of graphs divides by the size of batches.
+            unroll=self.unroll and sequences.shape[0] != 0,
             all_outputs=self.return_sequences,
             use_memory=use_memory,
             loop=self.loop,
             recompute=self.recompute,
         )
+        if training or not self._was_trained:
+            self.time_loop = time_loop
+            self._was_trained = bool(training)
         outputs = self.cell.project(features, training)
         if mask is not None:
             outputs = self._masked_outputs(outputs, mask)
@@ -1040,26 +1091,65 @@ class MemoryRNN(keras.layers.RNN):
         def initial(index, shape, dtype):
             # Here and not around: where the layer is built within a graph,
             # TensorFlow lifts initializers out of it.
-            return ops.cast(self.get_initial_state(batch_size)[index], dtype)
+            return ops.cast(self.get_initial_state(shape[0])[index], dtype)
 
-        self.states = [
-            self.add_weight(
-                shape=(batch_size, size),
-                initializer=functools.partial(initial, index),
-                trainable=False,
-                name=f"state{_index(index)}",
-            )
-            for index, size in enumerate(self.cell.state_size)
-        ]
+        sizes = self.cell.state_size
+        learned = self.cell.learned_states
+        self._state = LayerState(
+            [(batch_size, size) for size in sizes]
+            + [(1, sizes[index]) for index in learned],
+            [functools.partial(initial, i) for i in range(len(sizes))]
+            + [functools.partial(initial, index) for index in learned],
+            self.variable_dtype,
+            [f"state{_index(i)}" for i in range(len(sizes))]
+            + [f"start{_index(i)}" for i in range(len(learned))],
+            name="state",
+        )
+
+    @property
+    def states(self):
+        """Variables (B, size) of a stateful layer; None where there are none,
+        or not yet."""
+        if self._state is None:
+            return None
+        return self._state.variables[: len(self.cell.state_size)]
+
+    @states.setter
+    def states(self, value):
+        self._state = value  # None, which Keras's RNN begins with
+
+    @property
+    def _starts(self):
+        """Variables (1, size): where rows began whose initial state is of
+        weights."""
+        return self._state.variables[len(self.cell.state_size) :]
+
+    def _present_states(self):
+        """What a stateful layer goes on from, and the `_starts` then.
+
+        A row that has made no step yet starts from the weights as they are
+        now, which may have been loaded since the layer was built.
+        """
+        states = [ops.convert_to_tensor(state) for state in self.states]
+        starts = []
+        if self.cell.learned_states:
+            initial = self.get_initial_state(1)
+        for index, start in zip(self.cell.learned_states, self._starts):
+            starts.append(ops.cast(initial[index], start.dtype))
+            begun = ops.any(states[index] != start, axis=1, keepdims=True)
+            states[index] = ops.where(begun, states[index], starts[-1])
+        return states, starts
 
     def reset_state(self):
         """Puts the states of a stateful layer back to the initial state."""
         if self.states is not None:
             batch_size = self.states[0].shape[0]
-            for state, initial in zip(
-                self.states, self.get_initial_state(batch_size)
+            initial = self.get_initial_state(batch_size)
+            learned = [initial[index][:1] for index in self.cell.learned_states]
+            for variable, value in zip(
+                [*self.states, *self._starts], [*initial, *learned]
             ):
-                state.assign(ops.cast(initial, state.dtype))
+                variable.assign(ops.cast(value, variable.dtype))
 
     def reset_memory(self, states=None, rows=None):
         """Puts the memory back to its start while the controller goes on.
@@ -1092,11 +1182,13 @@ class MemoryRNN(keras.layers.RNN):
                 "only a stateful one does, from its first batch on. Received: "
                 f"states=None, stateful={self.stateful}"
             )
-        after = reset(self.states, rows)
+        states, starts = self._present_states()
         # Copies: on PyTorch what is kept is a view of the layer's states.
-        after = [ops.copy(value) for value in after]
-        for state, value in zip(self.states, after):
-            state.assign(value)
+        after = [ops.copy(value) for value in reset(states, rows)]
+        for variable, value in zip(
+            [*self.states, *self._starts], [*after, *starts]
+        ):
+            variable.assign(value)
         return after
 
     def get_config(self):
@@ -1156,19 +1248,16 @@ def trace(
             f"Received: {layer!r}"
         )
     check_bool("use_memory", use_memory)
-    inputs = ops.convert_to_tensor(inputs)
+    inputs = check_array("inputs", inputs)
     if not layer.built:
         layer.build(tuple(inputs.shape))
-    layer._check_sequences(inputs.shape)
-    if initial_state is not None:
-        layer._check_initial_state(initial_state, inputs.shape[0])
-    else:
-        initial_state = (
-            layer.states
-            if layer.stateful
-            else layer.cell.get_initial_state(batch_size=inputs.shape[0])
-        )
-    mask = layer._as_mask(mask, inputs.shape)
+    if initial_state is None and layer.stateful:
+        initial_state, _ = layer._present_states()
+    inputs, initial_state, mask = layer._check_arguments(
+        inputs, initial_state, mask
+    )
+    if initial_state is None:
+        initial_state = layer.cell.get_initial_state(batch_size=inputs.shape[0])
     inside = _inside(layer, inputs, initial_state, mask, training, use_memory)
     return keras.tree.map_structure(ops.convert_to_numpy, inside)
 
@@ -1216,7 +1305,8 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     )
     sequences = [inputs]
     if mask is not None:
-        sequences.append(mask)
+        padding = ops.zeros_like(inputs)
+        sequences = [scan.select(mask, inputs, padding), mask]
     if layer.go_backwards:
         sequences = [ops.flip(one, axis=1) for one in sequences]
     sequences = [ops.swapaxes(one, 0, 1) for one in sequences]
@@ -1230,9 +1320,9 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         output = cell.project(features, training)
         now = {"output": output, **cell._named(details)}
         if mask is not None:
-            hold = functools.partial(scan.hold, at_step[1])
-            now = keras.tree.map_structure(hold, held, now)
-            after = tuple(map(hold, states, after))
+            select = functools.partial(scan.select, at_step[1])
+            now = keras.tree.map_structure(select, now, held)
+            after = tuple(map(select, after, states))
         return (after, now), (after, now)
 
     cell.get_dropout_mask(inputs)

@@ -170,7 +170,9 @@ def with_gradient(function, gradient, *arguments):
         Array.
     """
     has_them = keras.backend.backend() in ("tensorflow", "jax")
-    if not has_them or not (_to_train.get() or _current.get()):
+    current = _current.get()
+    wanted = _to_train.get() if current is None else current.differentiates
+    if not (has_them and wanted):
         return function(*arguments)
 
     @ops.custom_gradient
@@ -188,6 +190,9 @@ class _Pass:
     order in which they come, which is the same in all runs."""
 
     may_change = False
+    # Whether gradients are taken of this run. In a graph each custom gradient
+    # is registered with TensorFlow for ever, so the others define none.
+    differentiates = False
 
     def __init__(self, scope):
         self.scope = scope
@@ -278,6 +283,8 @@ class Replay(_Pass):
         results, values: lists, those of the first run.
         taps: list of arrays like `results`, which get their gradients.
     """
+
+    differentiates = True
 
     def __init__(self, kernels, variables, results, values, taps):
         super().__init__(_Scope(variables))

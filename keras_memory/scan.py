@@ -64,6 +64,8 @@ def run(
         held = ops.zeros((rows, cell.features_size), dtype=cell.compute_dtype)
         states = [held, *states]
     if mask is not None:
+        # What is masked never reaches a step: NaN times a gradient of 0 is NaN.
+        inputs[0] = select(mask, inputs[0], ops.zeros_like(inputs[0]))
         inputs.append(mask)
 
     # Both are gone when the fast loop runs a step again.
@@ -82,7 +84,7 @@ def run(
             after = [features, *after]
         if mask is not None:
             after = [
-                hold(inputs[1], old, new) for old, new in zip(states, after)
+                select(inputs[1], new, old) for old, new in zip(states, after)
             ]
             features = after[0]
         return features, after
@@ -117,10 +119,10 @@ def run(
     return features, records, f"portable: {why}" if why else "fast"
 
 
-def hold(keep, old, new):
-    """Takes `new` in the rows where `keep` (B,) is True, else `old`."""
-    keep = ops.reshape(keep, (-1,) + (1,) * (len(new.shape) - 1))
-    return ops.where(keep, new, old)
+def select(updated, new, old):
+    """Takes `new` where `updated`, of its first axes, is True, else `old`."""
+    more = len(new.shape) - len(updated.shape)
+    return ops.where(updated[(..., *[None] * more)], new, old)
 
 
 def _why_portable(loop, training, unroll):

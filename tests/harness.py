@@ -259,7 +259,8 @@ def mask_is_truncation(case):
     last = like(layer, case, return_sequences=False)
     close(last(x, mask=padded), cut[:, -1])
     # Whatever a masked step contains does not matter.
-    poisoned = np.where(padded[:, :, None], x, 1e3).astype("float32")
+    poison = np.where(np.arange(batch) % 2, np.inf, np.nan)[:, None, None]
+    poisoned = np.where(padded[:, :, None], x, poison).astype("float32")
     close(layer(poisoned, mask=padded)[0], whole)
     # Holes: the same as leaving the steps out; in front: nothing to hold.
     kept = [1, 2, 5]
@@ -316,11 +317,12 @@ def stateful_is_one_sequence(case):
     close(ops.concatenate(chunks, axis=1), whole)
     stateful.reset_state()
     close(stateful(x), whole)
-    assert all(not state.trainable for state in stateful.states)
-    assert all(
-        any(state is weight for weight in stateful.non_trainable_weights)
-        for state in stateful.states
-    )
+    # States are variables on every backend, and not among the weights.
+    assert not any(state.trainable for state in stateful.states)
+    variables = {id(v) for v in stateful.non_trainable_variables}
+    assert variables >= {id(state) for state in stateful.states}
+    assert stateful.count_params() == layer.count_params()
+    stateful.set_weights(layer.get_weights())
 
 
 def backwards(case):
@@ -413,7 +415,8 @@ def trace_is_what_happens(case):
                 found = [k for k in inside if k.split("/")[-1] == name]
                 close(inside[found[-1]][:, -1], value)
     mask = np.arange(x.shape[1])[None].repeat(len(x), 0) % 3 != 0
+    poisoned = np.where(mask[:, :, None], x, np.nan)
     close(
-        keras_memory.trace(layer, x, mask=mask)["output"],
+        keras_memory.trace(layer, poisoned, mask=mask)["output"],
         layer(x, mask=mask)[0],
     )

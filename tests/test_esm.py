@@ -376,7 +376,7 @@ def test_a_stateful_model_refuses_a_smaller_last_batch():
     entry = entry_of(inputs, batch=2, times=2)
     model = keras.Model(entry, layer_of(stateful=True)(entry))
     with pytest.raises(
-        Exception, match="(?s)expected shape .*batch_size_is_fi"
+        Exception, match="(?s)expected shape .*must_have_2_rows"
     ):
         model.predict(inputs, batch_size=2, verbose=0)
 

@@ -131,35 +131,90 @@ def test_reset_state_before_the_first_call_does_nothing():
     assert layer.states is None
 
 
-def test_states_are_weights_of_the_layer(x):
+def test_states_are_variables_of_the_layer_and_not_weights(x):
+    """As variables only, JAX trains with them and PyTorch moves them."""
     plain = keras.layers.RNN(ntm_cell(), stateful=True)
     plain(x)
     ours = ntm(stateful=True)
     ours(x)
 
     def tracked(layer):
-        return [
-            any(state is weight for weight in layer.non_trainable_weights)
-            for state in layer.states
-        ]
+        variables = {id(v) for v in layer.non_trainable_variables}
+        return [id(state) in variables for state in layer.states]
 
     assert not any(tracked(plain))
     assert all(tracked(ours))
     assert not any(state.trainable for state in ours.states)
     assert len({state.path for state in ours.states}) == len(ours.states)
+    names = [weight.path.split("/")[-1] for weight in ours.weights]
+    assert not any("state" in name for name in names)
+    assert ours.count_params() == ours.cell.count_params()
+    assert [w.shape for w in ours.get_weights()] == [
+        w.shape for w in plain.get_weights()
+    ]
 
 
-def test_a_saved_stateful_layer_goes_on_where_it_was(x, tmp_path):
+def test_weights_go_between_stateless_and_stateful_layers(x, tmp_path):
+    """Train in batches, deploy as a stream."""
+
+    def model_of(batch, **more):
+        layer = ntm(initial_memory="learned", **more)
+        return keras.Sequential(
+            [keras.Input(batch_shape=(batch, None, WIDTH)), layer]
+        )
+
+    trained = model_of(None)
+    for weight in trained.weights:
+        weight.assign(ops.convert_to_numpy(weight) + 0.1)
+    expected = trained(x)
+    wide = model_of(BATCH, stateful=True)
+    wide.set_weights(trained.get_weights())
+    # It starts at the memory that was learned, which came after it was built.
+    close(wide(x), expected)
+    stream = model_of(1, stateful=True)
+    trained.save_weights(tmp_path / "model.weights.h5")
+    stream.load_weights(tmp_path / "model.weights.h5")
+    steps = [stream(x[:1, t : t + 1]) for t in range(TIME)]
+    close(ops.concatenate(steps, axis=1), expected[:1])
+    # What has begun goes on, and what a user puts into the states stays.
+    (layer,) = wide.layers
+    before = [ops.convert_to_numpy(state) for state in layer.states]
+    wide.set_weights(stream.get_weights())
+    goes_on = wide(x)
+    assert differ(goes_on, expected)
+    layer.reset_state()
+    for state, value in zip(layer.states, before):
+        state.assign(value)
+    close(wide(x), goes_on)
+    # And back, from a file that a stateful one has written.
+    wide.save_weights(tmp_path / "wide.weights.h5")
+    again = model_of(None)
+    again.load_weights(tmp_path / "wide.weights.h5")
+    close(again(x), expected)
+
+
+def test_a_loaded_stateful_layer_begins_at_its_initial_state(x, tmp_path):
     model = keras.Sequential(
         [keras.Input(batch_shape=(BATCH, 3, WIDTH)), ntm(stateful=True)]
     )
-    model(x[:, :3])
+    first = model(x[:, :3])
     model.save(tmp_path / "model.keras")
-    expected = model(x[:, 3:6])
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    close(loaded(x[:, 3:6]), expected, 0)
-    model.layers[0].reset_state()
-    assert differ(model(x[:, 3:6]), expected)
+    close(loaded(x[:, :3]), first, 0)
+    assert differ(model(x[:, :3]), first)
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_of_a_stateful_layer_names_a_smaller_last_batch(x, jit_compile):
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(2, TIME, WIDTH)), ntm(stateful=True)]
+    )
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    y = np.zeros((3, TIME, 2), "float32")
+    x = np.concatenate([x, x])[:3]
+    with pytest.raises(Exception, match="must_have_2_rows"):
+        model.fit(x, y, batch_size=2, verbose=0)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
@@ -364,10 +419,56 @@ def test_masks_of_other_types_and_shapes(x):
     close(layer(x, mask=holes().astype("float32")), expected, 0)
 
 
-def test_not_a_number_in_a_masked_step_stays_there(x):
-    layer = ntm()
-    poisoned = np.where(holes()[:, :, None], x, np.nan).astype("float32")
-    close(layer(poisoned, mask=holes()), layer(x, mask=holes()), 0)
+@pytest.mark.parametrize("loop", ["fast", "portable"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        slow_unless(name in ("ntm", "dnc"), make)
+        for name, make in (
+            ("ntm", lambda **k: ntm(**k)),
+            ("dnc", lambda **k: dnc(**k)),
+            *(
+                (name, functools.partial(ntm, controller=name))
+                for name in controllers.CELLS
+            ),
+        )
+    ],
+)
+def test_what_is_masked_reaches_no_gradient(x, make, loop):
+    harness.skip_on("numpy", because="not applicable: no gradients here")
+    if loop == "fast":
+        harness.skip_on("torch", because="no: the fast loop is not run here")
+    layer = make(loop=loop)
+    layer.build(x.shape)
+
+    def loss(inputs):
+        return ops.sum(layer(inputs, mask=holes(), training=True) ** 2)
+
+    poison = np.resize([np.nan, np.inf, -3e38], x.shape)
+    poisoned = np.where(holes()[:, :, None], x, poison).astype("float32")
+    expected = harness.gradient(loss, np.where(holes()[:, :, None], x, 0))
+    close(harness.gradient(loss, poisoned), expected, 0)
+    assert not expected[~holes()].any()
+    if harness.BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = loss(poisoned)
+        for gradient in tape.gradient(value, layer.trainable_weights):
+            assert np.isfinite(gradient).all()
+
+
+def test_a_mask_goes_with_an_initial_state_in_a_model(x):
+    """Keras hands masks on by itself to layers of one tensor only."""
+    layer = ntm(return_sequences=False)
+    entry = keras.Input((TIME, WIDTH))
+    layer.build((None, TIME, WIDTH))
+    entries = [keras.Input((size,)) for size in layer.cell.state_size]
+    masked = keras.layers.Masking()(entry)
+    model = keras.Model([entry, *entries], layer(masked, initial_state=entries))
+    states = layer.cell.get_initial_state(BATCH)
+    x[:, 4:] = 0
+    close(model([ops.convert_to_tensor(x), *states]), layer(x[:, :4]))
 
 
 @needs_tensorflow
@@ -460,6 +561,158 @@ def test_clips_of_the_controller(x):
     *_, clipped_h, clipped_c = clipped(one)
     close(clipped_h, ops.clip(h, -state_bound, state_bound))
     close(clipped_c, ops.clip(c, -state_bound, state_bound))
+
+
+# What is refused, and what is empty.
+
+
+def dnc(**kwargs):
+    sizes = {"memory_slots": 5, "slot_size": 3, "controller_units": 7}
+    return keras_memory.DNCLayer(
+        2, **{**sizes, "return_sequences": True, **kwargs}
+    )
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("make", [ntm, dnc])
+def test_a_batch_of_no_rows(make, unroll):
+    import tensorflow as tf
+
+    layer = make(unroll=unroll, return_state=True)
+    layer.build((None, 3, WIDTH))
+
+    @tf.function
+    def call(x):
+        with tf.GradientTape() as tape:
+            output, *_ = layer(x, training=True)
+            loss = tf.reduce_sum(output)
+        return tape.gradient(loss, layer.trainable_weights)
+
+    @tf.function
+    def infer(x):
+        return layer(x, mask=tf.ones((0, 3), "bool"))
+
+    x = np.zeros((0, 3, WIDTH), "float32")
+    for output, *states in (layer(x), infer(x)):
+        assert output.shape == (0, 3, 2)
+        assert [s.shape for s in states] == [
+            (0, size) for size in layer.cell.state_size
+        ]
+    for weight, gradient in zip(layer.trainable_weights, call(x)):
+        close(gradient, np.zeros(weight.shape), 0)
+    if not unroll:
+        model = keras.Sequential([keras.Input((3, WIDTH)), make()])
+        assert model.predict_on_batch(x).shape == (0, 3, 2)
+
+
+WRONG = {
+    "text": np.full((BATCH, TIME, WIDTH), "a"),
+    "bool": np.ones((BATCH, TIME, WIDTH), "bool"),
+    "complex": np.ones((BATCH, TIME, WIDTH), "complex64"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_sequences_of_no_real_numbers_are_refused(kind, x):
+    """In XLA they would end the process."""
+    if kind == "text":
+        harness.skip_on("jax", "torch", "numpy", because="no text here")
+    for layer in (ntm(), dnc()):
+        with pytest.raises(ValueError, match="`sequences` must be .* real num"):
+            layer(WRONG[kind])
+        with pytest.raises(ValueError, match="`inputs` must be .* real number"):
+            keras_memory.trace(layer, WRONG[kind])
+    if harness.BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        layer = ntm()
+        layer.build(x.shape)
+        wrong = tf.constant(WRONG[kind])
+        with pytest.raises(ValueError, match="`sequences` must be .* real num"):
+            tf.function(lambda x: layer(x), jit_compile=True)(wrong)
+
+
+def test_whole_numbers_are_taken_as_real_ones(x):
+    layer = ntm()
+    whole = np.round(3 * x)
+    close(layer(whole.astype("int32")), layer(whole))
+
+
+def test_wrong_initial_states_are_refused_where_a_model_is_made(x):
+    layer, other = ntm(return_state=True), ntm(memory_slots=13)
+    entry = keras.Input((TIME, WIDTH))
+    output, *states = layer(entry)
+    for wrong in (
+        [output, *states],
+        states[:-1],
+        [keras.Input((size,)) for size in (3, 39, 13, 13, 13, 13)],
+        [
+            keras.Input((size,), dtype="bool")
+            for size in (3, 33, 11, 11, 13, 13)
+        ],
+        layer.cell.unpack_state(layer.cell.get_initial_state(BATCH)),
+    ):
+        with pytest.raises(ValueError, match="`initial_state.*Received: "):
+            layer(entry, initial_state=wrong)
+    with pytest.raises(ValueError, match="`initial_state` must be 6 states of"):
+        other(entry, initial_state=states)
+    keras.Model(entry, layer(entry, initial_state=states)[0])
+
+
+def test_a_cell_refuses_what_is_no_step(x):
+    cell = ntm_cell()
+    cell.build((BATCH, WIDTH))
+    states = cell.get_initial_state(BATCH)
+    step = x[:, 0]
+    for wrong in (x, step[:, :3], step.astype("complex64"), step > 0):
+        with pytest.raises(ValueError, match="`inputs` must be an array .bat"):
+            cell(wrong, states)
+    for wrong in (None, [], states[:2], cell.get_initial_state(BATCH + 1)):
+        with pytest.raises(ValueError, match="`states` must be 6 states of"):
+            cell(step, wrong)
+    with pytest.raises(ValueError, match="`states` must be 6 states of"):
+        cell(step)
+    record = cell.unpack_state(states)
+    one = cell.unpack_state(cell.get_initial_state(1))
+    with pytest.raises(ValueError, match="`memory` must be .*batch=2"):
+        cell.pack_state(record._replace(memory=one.memory))
+    with pytest.raises(ValueError, match="`memory` must be .*real numbers"):
+        cell.pack_state(record._replace(memory=None))
+
+
+def test_trace_of_a_stateful_layer_refuses_another_batch(x):
+    layer = ntm(stateful=True)
+    layer(x)
+    with pytest.raises(ValueError, match="`initial_state` must .*batch of 1"):
+        keras_memory.trace(layer, x[:1])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.ones((BATCH, TIME + 1), "bool"),
+        np.ones((BATCH, TIME, 2), "bool"),
+        np.ones(BATCH, "bool"),
+        np.full((BATCH, TIME), "yes"),
+        np.ones((BATCH, TIME), "complex64"),
+    ],
+)
+def test_wrong_masks_are_refused(x, mask):
+    with pytest.raises((ValueError, TypeError), match="`mask` must be|type"):
+        ntm()(x, mask=mask)
+
+
+@needs_tensorflow
+def test_time_loop_tells_of_training_after_a_validation(x):
+    layer = ntm()
+    model = keras.Sequential([keras.Input((TIME, WIDTH)), layer])
+    model(x)
+    assert layer.time_loop.startswith("portable")
+    model.compile("sgd", "mse")
+    y = np.zeros((BATCH, TIME, 2), "float32")
+    model.fit(x, y, validation_data=(x, y), verbose=0)
+    assert layer.time_loop == "fast"
 
 
 # Dropout: one mask a sequence.

@@ -879,7 +879,7 @@ def test_a_last_batch_that_is_smaller_is_refused(how):
     model, layer = remembering(write="always")
     model.compile("sgd", "mse", **HOW[how])
     x, y = (part[:-1] for part in fed(steps=2))
-    told = r"(?s)not compatible with expected shape \[3,.*batch_size_is_fixed"
+    told = r"(?s)not compatible with expected shape \[3,.*must_have_3_rows"
     with pytest.raises(Exception, match=told):
         model.predict([x, y], batch_size=BATCH, verbose=0)
     assert np.isfinite(contents(layer).keys).all()

@@ -589,3 +589,34 @@ def test_linear_and_kept_just_compute_outside_of_the_loop():
     kept = replay.kept(lambda x: [ops.exp(x), x], None, x)
     harness.close(kept, np.exp(x))
     harness.close(replay.activate(ops.exp, x), np.exp(x))
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("loop", ["fast", "portable"])
+def test_calls_of_a_training_loop_leave_nothing_behind(loop):
+    """A graph in which a custom gradient was defined would stay for ever."""
+    import gc
+
+    import tensorflow as tf
+    from tensorflow.python.framework.func_graph import FuncGraph
+
+    layer = keras_memory.DNCLayer(
+        2, 5, 3, controller_units=3, sparse_links=2, loop=loop
+    )
+    x = np.ones((2, 3, 4), "float32")
+
+    def call():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, training=True))
+        tape.gradient(loss, layer.trainable_weights)
+        keras_memory.trace(layer, x)
+
+    def graphs():
+        gc.collect()
+        return sum(type(one) is FuncGraph for one in gc.get_objects())
+
+    call()
+    before = graphs()
+    call()
+    call()
+    assert graphs() == before

@@ -1,0 +1,44 @@
+"""What a stateful layer carries from call to call."""
+
+import keras
+
+
+class LayerState(keras.layers.Layer):
+    """Holds the state of a stateful layer, apart from its weights.
+
+    Its variables are among the `variables` of the layer that it is an attribute
+    of, as those of seeds and metrics are: every backend trains, compiles and
+    exports with them. They are not among the `weights`: a stateful layer has
+    the weights of a stateless one, and of one of another batch size, and no
+    file keeps its state.
+
+    Args:
+        shapes: list of tuples of ints, one for each variable.
+        initializers: list of as many functions (shape, dtype) -> tensor.
+        dtype: of the variables.
+        names: list of as many str.
+        **kwargs: of `keras.layers.Layer`.
+    """
+
+    def __init__(self, shapes, initializers, dtype, names, **kwargs):
+        super().__init__(dtype=dtype, trainable=False, **kwargs)
+        for shape, initializer, name in zip(shapes, initializers, names):
+            self.add_weight(
+                shape=shape,
+                initializer=initializer,
+                dtype=dtype,
+                trainable=False,
+                autocast=False,
+                name=name,
+            )
+        self.built = True
+
+    @property
+    def weights(self):
+        return []
+
+    def save_own_variables(self, store):
+        """Saves nothing."""
+
+    def load_own_variables(self, store):
+        """Loads nothing."""
