@@ -17,8 +17,10 @@ from keras import ops
 from keras.src import backend
 
 from keras_memory import geometry
+from keras_memory.arguments import Arguments
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 
@@ -59,7 +61,7 @@ class ESMMap(NamedTuple):
     variance: Any
 
 
-class _Map(keras.layers.Layer):
+class _Map(Arguments, keras.layers.Layer):
     """What `ESMCell` and `ESMLayer` share: arguments, and the paper's step."""
 
     def __init__(
@@ -111,6 +113,9 @@ class _Map(keras.layers.Layer):
                 )
         self.depth_buffer = check_bool("depth_buffer", depth_buffer)
         self.supports_masking = True
+        sizes = [("height", self.height), ("width", self.width)]
+        sizes += [("3 + feature_channels", 3 + self.feature_channels)]
+        check_bytes("A map", sizes, "float64", on_host=True)
         self._prior = ESMMap(*map(self._array, self._prior_of_pixels()))
 
     @property
