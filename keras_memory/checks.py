@@ -40,12 +40,16 @@ def plain(value):
     return value
 
 
+def plain_tuple(value):
+    """A plain tuple of a list, a tuple or an array; all else plain."""
+    value = value.tolist() if isinstance(value, np.ndarray) else plain(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
 def plain_field(value, wanted):
     """A value of a dataclass's field of type `wanted` as a reader of JSON
     makes it: plain, a tuple for a list, a float for a whole number."""
-    value = plain(value)
-    if isinstance(value, list):
-        return tuple(value)
+    value = plain_tuple(value)
     is_float = float in (wanted, *typing.get_args(wanted))
     if type(value) is int and is_float and abs(value) < 1e300:
         return float(value)

@@ -28,6 +28,8 @@ from keras_memory.controllers import check_units
 from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
 
+MOST_STEPS = 2**31 - 1  # that TensorFlow counts
+
 
 @dataclasses.dataclass(frozen=True)
 class _Memory:
@@ -178,7 +180,7 @@ class LSTM:
 
     Args:
         units: int, at least 1, of each layer.
-        layers: int, at least 1.
+        layers: int from 1 to 1024.
     """
 
     units: int = 128
@@ -241,7 +243,7 @@ class Training:
         picture_every: int, at least 0, likewise, between pictures of the
             probes.
         jit_compile: bool, compile with XLA.
-        seed: int, at least 0, of weights and data.
+        seed: int from 0 to 2^32 - 1, of weights and data.
 
     Raises:
         ValueError: a value out of its range.
@@ -278,7 +280,7 @@ class Training:
             ("checkpoint_every", 0),
             ("picture_every", 0),
         ):
-            check_whole(name, getattr(self, name), least)
+            check_whole(name, getattr(self, name), least, MOST_STEPS)
         for name in ("learning_rate_decay", "jit_compile"):
             check_bool(name, getattr(self, name))
         check_whole("seed", self.seed, 0, MOST_SEED)

@@ -36,7 +36,7 @@ class DenseCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         kernel_initializer: Keras initializer.
         bias_initializer: Keras initializer.
         dropout: float in [0, 1), dropped share of the inputs.
-        seed: int or None, seed of the dropout.
+        seed: int from 0 to 2^32 - 1, seed of the dropout; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Raises:
@@ -445,7 +445,7 @@ class NASCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         bias_initializer: Keras initializer of b.
         dropout: float in [0, 1), dropped share of x_t, the same for all
             steps.
-        seed: int or None, seed of the dropout.
+        seed: int from 0 to 2^32 - 1, seed of the dropout; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Raises:

@@ -421,12 +421,12 @@ class DNCCell(MemoryCell):
         memory_slots: int N, at least 1. Default 64.
         slot_size: int W, at least 1. Default 16.
         read_heads: int R, at least 1. Default 4.
-        write_heads: int H, at least 1. Default 1.
+        write_heads: int H, from 1 to 1024. Default 1.
         controller: a name as in `MemoryCell`, any Keras RNN cell or a
             feed-forward layer. Default `"lstm"`.
         controller_units: int, at least 1. Default 64.
         controller_layers: int, at least 1. Default 1.
-        layers: int, at least 1: how many times controller, interface and
+        layers: int, from 1 to 1024: how many times controller, interface and
             memory come one after another in a step. Default 1.
         share_memory: bool; True (default): all `layers` act on one memory,
             False: each on one of its own.

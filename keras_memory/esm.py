@@ -23,6 +23,7 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.checks import plain_tuple
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
 HUGE = 1e25  # as infinite: it would overflow in sums and squares
@@ -857,7 +858,8 @@ def _check_number(name, value, least=-HUGE):
 
 def _check_limits(name, limits):
     """A pair, from something positive to something larger."""
-    pair = tuple(limits) if isinstance(limits, (tuple, list)) else ()
+    pair = plain_tuple(limits)
+    pair = pair if isinstance(pair, tuple) else ()
     is_right = len(pair) == 2 and all(map(is_number, pair))
     if not is_right or not 0 < pair[0] < pair[1]:
         raise ValueError(

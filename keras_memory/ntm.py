@@ -32,6 +32,7 @@ from keras_memory.checks import check_clip
 from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.checks import plain_tuple
 from keras_memory.recurrent import Initial
 from keras_memory.recurrent import MemoryCell
 from keras_memory.recurrent import MemoryRNN
@@ -269,13 +270,17 @@ class NTMAccess:
                 f"Received: initial_weighting={self.initial_weighting!r}"
             )
         self._check_writing()
-        if self.head_order == "writes_in_turn":
+        order, heads = self.head_order, (self.read_heads, self.write_heads)
+        by_name = isinstance(order, str) and order in (
+            "parallel",
+            "writes_in_turn",
+        )
+        if by_name and order == "writes_in_turn":
             check_layers("write_heads", self.write_heads)
-        elif self.head_order != "parallel" and (
-            not isinstance(self.head_order, tuple)
-            or self.head_order.count("read") != self.read_heads
-            or self.head_order.count("write") != self.write_heads
-            or len(self.head_order) != self.read_heads + self.write_heads
+        if not by_name and (
+            not isinstance(order, tuple)
+            or (order.count("read"), order.count("write")) != heads
+            or len(order) != sum(heads)
         ):
             raise ValueError(
                 '`head_order` must be "parallel", "writes_in_turn", or name '
@@ -566,8 +571,7 @@ class NTMCell(MemoryCell):
         product_epsilon=0.0,
         **kwargs,
     ):
-        if isinstance(head_order, list):
-            head_order = tuple(head_order)
+        head_order = plain_tuple(head_order)
         ntm = NTMAccess(
             memory_slots=memory_slots,
             slot_size=slot_size,

@@ -165,7 +165,8 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             where all it sees is 0: mask zeros at the start of a sequence.
         controller_units: int, at least 1; width of a controller made by name.
             This and the next two do nothing to one that is given.
-        controller_layers: int, at least 1; its number of layers.
+        controller_layers: int from 1 to 1024; its number of layers. At most
+            1024 over all blocks.
         controller_dropout: float in [0, 1), dropped share of its inputs.
         controller_clip: positive float or None; clips its output to +- this.
         controller_state_clip: positive float or None; clips its states.
@@ -182,7 +183,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             same units at all steps of a sequence). Default 0.
         kernel_initializer: Keras initializer of interface and output kernels.
         bias_initializer: Keras initializer of interface and output biases.
-        seed: int, at least 0, seed of the dropouts; or None.
+        seed: int from 0 to 2^32 - 1, seed of the dropouts; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -193,8 +194,10 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             which stays as it is; all reads are 0.
 
     Raises:
-        ValueError: a size, clip, share, seed or initial value out of range.
-        TypeError: a controller that is neither a name nor a layer.
+        ValueError: a size, clip, share, seed or initial value out of range,
+            or sizes of which the machine cannot hold the states or weights.
+        TypeError: a controller that is neither a name nor a layer, or an
+            argument that the class does not have or lacks.
     """
 
     def __init__(
@@ -834,7 +837,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
 
     `MemoryRNN(cell, ...)` runs any `MemoryCell`. A subclass
     `class NTMLayer(MemoryRNN, cell=NTMCell)` makes its own: it takes the
-    cell's arguments, then those below.
+    cell's arguments, then those below. The cell's arguments can be read as
+    attributes of the layer, such as `layer.memory_slots`, except `layers` of a
+    DNC, which Keras takes for those of a model: `layer.cell.layers`.
 
     It differs from `keras.layers.RNN` where that does not fit a memory:
     `reset_state` restores the cell's initial state instead of zeros; masked
@@ -891,8 +896,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     Raises:
         ValueError: inputs that are not (B, T, D), no time steps, another width
             than before, initial states that the cell does not have, a mask
-            of another shape, loop="fast" where it cannot be, or `recompute`
-            with loop="portable" or `unroll`.
+            of another shape, loop="fast" where it cannot be, `recompute` with
+            loop="portable" or `unroll`, or a bool that is something else.
+        TypeError: an argument that the class does not have or lacks.
         NotImplementedError: second derivatives through the fast loop.
     """
 

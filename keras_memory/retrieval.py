@@ -299,7 +299,8 @@ class RingMemory:
         )
 
     def _check_bytes(self, batch_size, dtype):
-        rows = batch_size if isinstance(batch_size, int) else None
+        is_known = isinstance(batch_size, (int, np.integer))
+        rows = batch_size if is_known else None
         slots = ("batch size", rows), ("max_memories", self.max_memories)
         width = "dim + value_dim", self.dim + self.value_dim
         check_bytes("The memory", [*slots, width], dtype)
