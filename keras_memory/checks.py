@@ -1,10 +1,20 @@
 """Checks of arguments: what was wanted, why, what arrived."""
 
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import typing
+
 import keras
 import numpy as np
 from keras import ops
 
 LONGEST_AXIS = 2**31 - 1  # an index of an axis is an int32
+MOST_LAYERS = 1024  # each is an object, and is traced by itself
+MOST_SEED = 2**32 - 1  # of `keras.utils.set_random_seed`
+ADDRESS_SPACE = 2**47  # bytes that a process can address
 
 # Kinds of numbers by NumPy's letters: what `check_array` takes as which.
 KINDS = {
@@ -15,21 +25,164 @@ KINDS = {
 }
 
 
+def plain(value):
+    """Python's own number, bool or text where `value` is a scalar of NumPy or
+    an array without axes, also within lists, tuples and dicts; all else as it
+    is. Only Python's own can be written as JSON."""
+    if isinstance(value, np.generic) or (
+        isinstance(value, np.ndarray) and value.ndim == 0
+    ):
+        item = value.item()
+        return float(item) if isinstance(item, np.floating) else item
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {plain(key): plain(item) for key, item in value.items()}
+    return value
+
+
+def plain_tuple(value):
+    """A plain tuple of a list, a tuple or an array; all else plain."""
+    value = value.tolist() if isinstance(value, np.ndarray) else plain(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def plain_field(value, wanted):
+    """A value of a dataclass's field of type `wanted` as a reader of JSON
+    makes it: plain, a tuple for a list, a float for a whole number."""
+    value = plain_tuple(value)
+    is_float = float in (wanted, *typing.get_args(wanted))
+    if type(value) is int and is_float and abs(value) < 1e300:
+        return float(value)
+    return value
+
+
+def make_plain(instance):
+    """Makes all fields of a dataclass plain, which may be frozen: to be called
+    first in its `__post_init__`."""
+    for field in dataclasses.fields(instance):
+        value = plain_field(getattr(instance, field.name), field.type)
+        object.__setattr__(instance, field.name, value)
+
+
+def check_whole(name, value, least=1, most=None, others=""):
+    """An int, or ValueError unless `value` is an integer from `least` to
+    `most`; `others` says what else it may be."""
+    value = plain(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        wanted = f"of at least {least}"
+        if whole and value > least:
+            wanted = f"from {least} to {most}"
+        raise ValueError(
+            f"`{name}` must be an integer {wanted}{others}. "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
 def check_size(name, value, least=1, others=""):
     """An int, or ValueError unless `value` is an integer of at least `least`
     that an axis can have; `others` says what else it may be."""
-    whole = isinstance(value, (int, np.integer)) and type(value) is not bool
-    if not whole or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}{others}. "
-            f"Received: {name}={value!r}"
-        )
+    value = check_whole(name, value, least, others=others)
     if value > LONGEST_AXIS:
         raise ValueError(
             f"`{name}` must be at most {LONGEST_AXIS}, the longest axis of a "
             f"tensor. Received: {name}={value!r}"
         )
-    return int(value)
+    return value
+
+
+def check_layers(name, value):
+    """An int, or ValueError unless `value` is a number of layers, of which
+    each takes time to make, or of what else is traced one by one."""
+    value = check_whole(name, value)
+    if value > MOST_LAYERS:
+        raise ValueError(
+            f"`{name}` must be at most {MOST_LAYERS}, as each of them is made "
+            f"and traced by itself. Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_seed(name, value):
+    """An int or None, or ValueError unless `value` is a seed."""
+    if value is None:
+        return None
+    return check_whole(name, value, 0, MOST_SEED, others=", or None")
+
+
+def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):
+    """Raises ValueError unless an array fits into the machine, before there
+    is one: to be called where arrays are made whose size an argument says.
+
+    Args:
+        what: str, of the array, for the error.
+        sizes: list of a pair for each axis: the name of the argument that
+            says its size, and the size. None is taken for 1.
+        dtype: str, of its numbers.
+        instead: str, a sentence on what else can be done.
+        on_host: bool. False: an accelerator may hold it, whose memory Keras
+            cannot tell; then only what no process can address is refused.
+    """
+    shape = [1 if size is None else int(size) for _, size in sizes]
+    size = keras.backend.standardize_dtype(dtype)
+    wanted = math.prod(shape) * np.dtype(size).itemsize
+    limit = machine_bytes()
+    reason = ""
+    if max(shape, default=0) > LONGEST_AXIS:
+        reason = f"an axis of a tensor has at most {LONGEST_AXIS} entries"
+    elif wanted > ADDRESS_SPACE or (
+        limit is not None
+        and wanted > limit
+        and (on_host or not has_accelerator())
+    ):
+        limit = "" if limit is None else f" of {_in_words(limit)}"
+        reason = f"this machine has a memory{limit}"
+    if reason:
+        product = " x ".join(f"{name}={size}" for name, size in sizes)
+        raise ValueError(
+            f"{what} would take {_in_words(wanted)}, and {reason}. "
+            f"{instead}{' ' if instead else ''}Received: {product}, {dtype}"
+        )
+
+
+def _in_words(size):
+    units = ("EB", 10**18), ("PB", 10**15), ("TB", 10**12), ("GB", 10**9)
+    name, unit = next((one for one in units if size >= one[1]), units[-1])
+    digits = ".3g" if size < 100 * unit else ",.0f"
+    return f"{size / unit:{digits}} {name}"
+
+
+@functools.cache
+def machine_bytes():
+    """Bytes of memory that this process may have; None where that is not
+    known."""
+    limits = []
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES")
+        limits.append(pages * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # Windows
+        pass
+    for path in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:  # of the container, if this is in one
+            limits.append(int(pathlib.Path("/sys/fs/cgroup", path).read_text()))
+        except (OSError, ValueError):
+            pass
+    return min((limit for limit in limits if limit > 0), default=None)
+
+
+def has_accelerator():
+    """Whether the backend sees one."""
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if backend not in ("tensorflow", "jax"):
+        return False
+    devices = keras.distribution.list_devices()
+    return any(not device.lower().startswith("cpu") for device in devices)
 
 
 def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
@@ -199,6 +352,7 @@ def is_number(value):
 
 def check_clip(name, value):
     """Raises ValueError unless `value` is None or a positive number."""
+    value = plain(value)
     if value is not None and not (is_number(value) and value > 0):
         raise ValueError(
             f"`{name}` is the bound of +-{name} and must be positive, or None "
@@ -208,7 +362,8 @@ def check_clip(name, value):
 
 
 def check_bool(name, value):
-    """Raises ValueError unless `value` is True or False."""
+    """A bool, or ValueError unless `value` is one, of Python or NumPy."""
+    value = plain(value)
     if not isinstance(value, bool):
         raise ValueError(
             f"`{name}` must be True or False. Received: {name}={value!r}"
@@ -218,6 +373,7 @@ def check_bool(name, value):
 
 def check_one_of(name, value, choices):
     """Raises ValueError unless `value` is one of `choices`."""
+    value = plain(value)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"`{name}` must be one of {tuple(choices)}. "
@@ -229,6 +385,7 @@ def check_one_of(name, value, choices):
 def check_between(name, value, least, most=np.inf, or_none=False):
     """Raises ValueError unless `value` is a number from `least` to `most`, or
     None where that has a meaning."""
+    value = plain(value)
     if value is None and or_none:
         return value
     if not (is_number(value) and least <= value <= most):
@@ -244,6 +401,7 @@ def check_between(name, value, least, most=np.inf, or_none=False):
 
 def check_within(name, value):
     """Raises ValueError unless `value` is above 0 and below 1."""
+    value = plain(value)
     if not is_number(value) or not 0.0 < value < 1.0:
         raise ValueError(
             f"`{name}` must be above 0 and below 1. Received: {name}={value!r}"
@@ -253,6 +411,7 @@ def check_within(name, value):
 
 def check_share(name, value):
     """Raises ValueError unless `value` is in [0, 1)."""
+    value = plain(value)
     if not is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError(
             f"`{name}` is a dropped share and must be in [0, 1), since "

@@ -14,12 +14,21 @@ import keras
 import numpy as np
 
 from keras_memory import tasks
+from keras_memory.checks import MOST_SEED
+from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_layers
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
+from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
+from keras_memory.checks import make_plain
+from keras_memory.checks import plain_field
+from keras_memory.controllers import check_units
 from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
+
+MOST_STEPS = 2**31 - 1  # that TensorFlow counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +48,16 @@ class _Memory:
     layer_class = None
 
     def __post_init__(self):
+        make_plain(self)
         for field in dataclasses.fields(self):
-            if field.type is int:
+            value = getattr(self, field.name)
+            if field.name in ("layers", "controller_layers"):
+                check_layers(field.name, value)
+            elif field.type is int:
                 least = 0 if field.name == "shift_range" else 1
-                check_size(field.name, getattr(self, field.name), least)
+                check_size(field.name, value, least)
+            elif field.type is bool:
+                check_bool(field.name, value)
         check_share("controller_dropout", self.controller_dropout)
         if self.initialization not in ("keras", "pytorch-ntm"):
             raise ValueError(
@@ -54,6 +69,13 @@ class _Memory:
                 "initialization='pytorch-ntm' is that of an LSTM; for other "
                 "controllers set initialization='keras'. "
                 f"Received: controller={self.controller!r}"
+            )
+        if self.initialization == "pytorch-ntm":
+            check_units(
+                keras.layers.LSTMCell,
+                "controller_units",
+                self.controller_units,
+                self.controller_layers,
             )
 
     def __call__(self, inputs, units, activation):
@@ -158,15 +180,16 @@ class LSTM:
 
     Args:
         units: int, at least 1, of each layer.
-        layers: int, at least 1.
+        layers: int from 1 to 1024.
     """
 
     units: int = 128
     layers: int = 1
 
     def __post_init__(self):
-        check_size("units", self.units)
-        check_size("layers", self.layers)
+        make_plain(self)
+        check_layers("layers", self.layers)
+        check_units(keras.layers.LSTMCell, "units", self.units, self.layers)
 
     def __call__(self, inputs, units, activation):
         """(B, T, D) -> (B, T, units)."""
@@ -220,7 +243,7 @@ class Training:
         picture_every: int, at least 0, likewise, between pictures of the
             probes.
         jit_compile: bool, compile with XLA.
-        seed: int, at least 0, of weights and data.
+        seed: int from 0 to 2^32 - 1, of weights and data.
 
     Raises:
         ValueError: a value out of its range.
@@ -249,16 +272,19 @@ class Training:
     seed: int = 1
 
     def __post_init__(self):
+        make_plain(self)
         for name, least in (
             ("steps", 1),
-            ("batch_size", 1),
             ("curriculum_steps", 0),
             ("report_every", 1),
             ("checkpoint_every", 0),
             ("picture_every", 0),
-            ("seed", 0),
         ):
-            check_size(name, getattr(self, name), least)
+            check_whole(name, getattr(self, name), least, MOST_STEPS)
+        for name in ("learning_rate_decay", "jit_compile"):
+            check_bool(name, getattr(self, name))
+        check_whole("seed", self.seed, 0, MOST_SEED)
+        self.task.check_bytes(check_size("batch_size", self.batch_size))
         for name in ("learning_rate", "curriculum_loss"):
             value = getattr(self, name)
             if not (is_number(value) and value > 0):
@@ -578,10 +604,7 @@ def _make(cls, arguments):
                 f"{cls.__name__} has no {name!r}; it has: {', '.join(fields)}"
             )
         wanted = fields[name]
-        if isinstance(value, list):
-            value = tuple(value)
-        if type(value) is int and isinstance(0.0, wanted):
-            value = float(value) if abs(value) < 1e300 else value
+        value = plain_field(value, wanted)
         is_bool = isinstance(value, bool)
         if not isinstance(value, wanted) or is_bool != (wanted is bool):
             raise ValueError(

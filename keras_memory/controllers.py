@@ -8,6 +8,11 @@ import keras
 from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory.arguments import Arguments
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
+from keras_memory.checks import check_layers
+from keras_memory.checks import check_seed
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
@@ -17,7 +22,7 @@ from keras_memory.replay import linear
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class DenseCell(DropoutRNNCell, keras.layers.Layer):
+class DenseCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     """A dense layer in the form of an RNN cell that has no state.
 
     It lets a feed-forward controller be stacked, and gives it one dropout
@@ -31,7 +36,7 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         kernel_initializer: Keras initializer.
         bias_initializer: Keras initializer.
         dropout: float in [0, 1), dropped share of the inputs.
-        seed: int or None, seed of the dropout.
+        seed: int from 0 to 2^32 - 1, seed of the dropout; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Raises:
@@ -63,12 +68,14 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.dropout = check_share("dropout", dropout)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed = check_seed("seed", seed)
+        self.seed_generator = keras.random.SeedGenerator(seed_of(seed))
         self.state_size = []
         self.output_size = units
 
     def build(self, input_shape):
+        sizes = ("width", input_shape[-1]), ("units", self.units)
+        check_bytes("The kernel", sizes)
         self.kernel = self.add_weight(
             shape=(input_shape[-1], self.units),
             initializer=self.kernel_initializer,
@@ -104,7 +111,7 @@ class DenseCell(DropoutRNNCell, keras.layers.Layer):
         }
 
 
-class _OneMask:
+class _OneMask(Arguments):
     """In front of a Keras cell: refuses what that would clamp, and has one
     dropout mask for all gates."""
 
@@ -115,18 +122,25 @@ class _OneMask:
         *,
         dropout=0.0,
         recurrent_dropout=0.0,
+        seed=None,
         **kwargs,
     ):
-        check_size("units", units)
         check_share("dropout", dropout)
         check_share("recurrent_dropout", recurrent_dropout)
+        for name in ("use_bias", "unit_forget_bias"):
+            if name in kwargs:
+                check_bool(name, kwargs[name])
+        check_units(type(self), "units", units)
+        seed = check_seed("seed", seed)
         super().__init__(
             units,
             activation,
             dropout=dropout,
             recurrent_dropout=recurrent_dropout,
+            seed=seed_of(seed),
             **kwargs,
         )
+        self.seed = seed
         self.dropout_mask_count = None  # LSTMCell may want one for each gate
 
 
@@ -398,7 +412,7 @@ class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class NASCell(DropoutRNNCell, keras.layers.Layer):
+class NASCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     """The recurrent cell that a search over architectures found.
 
     Equal in numbers and in the order of its weights to `tfa.rnn.NASCell` of
@@ -431,7 +445,7 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
         bias_initializer: Keras initializer of b.
         dropout: float in [0, 1), dropped share of x_t, the same for all
             steps.
-        seed: int or None, seed of the dropout.
+        seed: int from 0 to 2^32 - 1, seed of the dropout; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Raises:
@@ -469,7 +483,7 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
         if projection is not None:
             check_size("projection", projection)
         self.projection = projection
-        self.use_bias = use_bias
+        self.use_bias = check_bool("use_bias", use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.recurrent_initializer = keras.initializers.get(
             recurrent_initializer
@@ -479,12 +493,16 @@ class NASCell(DropoutRNNCell, keras.layers.Layer):
         )
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.dropout = check_share("dropout", dropout)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed = check_seed("seed", seed)
+        self.seed_generator = keras.random.SeedGenerator(seed_of(seed))
         self.output_size = units if projection is None else projection
         self.state_size = [units, self.output_size]
 
     def build(self, input_shape):
+        outputs = "8 x units", 8 * self.units
+        check_bytes("The kernel", [("width", input_shape[-1]), outputs])
+        recurrent = "units or projection", self.output_size
+        check_bytes("The recurrent weights", [recurrent, outputs])
         self.recurrent_kernel = self.add_weight(
             shape=(self.output_size, 8 * self.units),
             initializer=self.recurrent_initializer,
@@ -588,6 +606,14 @@ def _check_epsilon(name, value):
         )
 
 
+# How many products with the last output a cell has; each takes (units, units)
+# weights.
+PRODUCTS = {
+    keras.layers.LSTMCell: 4,
+    keras.layers.GRUCell: 3,
+    keras.layers.SimpleRNNCell: 1,
+}
+
 CELLS = {
     "lstm": keras.layers.LSTMCell,
     "gru": keras.layers.GRUCell,
@@ -644,14 +670,14 @@ def get(
             "cell, or a feed-forward layer. "
             f"Received: controller={controller!r}"
         )
-    check_size("controller_units", units)
-    check_size("controller_layers", layers)
+    check_layers("controller_layers", layers)
     check_share("controller_dropout", dropout)
+    check_units(CELLS[controller], "controller_units", units, layers)
     cells = [
         CELLS[controller](
             units,
             dropout=dropout,
-            seed=None if seed is None else seed + layer,
+            seed=seed_of(seed, layer),
             dtype=dtype,
             **options,
         )
@@ -660,6 +686,34 @@ def get(
     if layers == 1:
         return cells[0]
     return keras.layers.StackedRNNCells(cells, dtype=dtype)
+
+
+def check_units(cell, name, units, layers=1):
+    """Raises ValueError unless `units` is a size with which the recurrent
+    weights of so many layers fit into the machine."""
+    check_size(name, units)
+    for kind, products in PRODUCTS.items():
+        if issubclass(cell, kind):
+            outputs = f"{products} x {name}", products * units
+            sizes = ("layers", layers), (name, units), outputs
+            check_bytes("The recurrent weights", sizes)
+
+
+def check_kernel(controller, width):
+    """Raises ValueError unless the weights by which one of Keras's cells looks
+    at an input of so many numbers fit into the machine."""
+    cell = getattr(controller, "cells", [controller])[0]
+    for kind, products in PRODUCTS.items():
+        if isinstance(cell, kind):
+            outputs = f"{products} x units", products * cell.units
+            sizes = ("width of input and reads", width), outputs
+            check_bytes("The controller's kernel", sizes)
+
+
+def seed_of(seed, number=0):
+    """The seed of a cell's generator: another for each number, and one that
+    the generators of all backends take; None for None."""
+    return None if seed is None else (seed + number) % 2**31
 
 
 def state_structure(controller):

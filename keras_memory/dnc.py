@@ -30,10 +30,13 @@ from keras_memory.addressing import sparse_linkage_after_write
 from keras_memory.addressing import usage_after_write
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.recurrent import Initial
 from keras_memory.recurrent import MemoryCell
 from keras_memory.recurrent import MemoryRNN
+from keras_memory.recurrent import check_bytes_of_state
+from keras_memory.recurrent import check_sizes_of_memory
 from keras_memory.recurrent import interface_size
 from keras_memory.recurrent import split_interface
 from keras_memory.replay import remember
@@ -258,8 +261,8 @@ class DNCAccess:
         return ops.stack(weightings, axis=1)
 
     def __post_init__(self):
-        for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
-            check_size(name, getattr(self, name))
+        check_sizes_of_memory(self)
+        check_layers("write_heads", self.write_heads)
         for name in (
             "linkage",
             "content_masks",
@@ -283,12 +286,24 @@ class DNCAccess:
                     f"or None. Received: sparse_links={self.sparse_links}, "
                     f"linkage={self.linkage}, memory_slots={self.memory_slots}"
                 )
+        if self.linkage:
+            self._check_bytes_of_links()
         if self.link_sharpening and not self.linkage:
             raise ValueError(
                 "`link_sharpening` sharpens the weightings that follow the "
                 "links and needs `linkage=True`. Received: linkage=False, "
                 "link_sharpening=True"
             )
+
+    def _check_bytes_of_links(self):
+        names, instead = ["write_heads", "memory_slots", "sparse_links"], ""
+        if self.sparse_links is None:
+            names[2] = "memory_slots"
+            instead = (
+                "Set `sparse_links`, the number of links that are kept of each "
+                "slot, or `linkage=False`."
+            )
+        check_bytes_of_state(self, "The linkage", names, instead)
 
     @property
     def parts(self):
@@ -406,12 +421,12 @@ class DNCCell(MemoryCell):
         memory_slots: int N, at least 1. Default 64.
         slot_size: int W, at least 1. Default 16.
         read_heads: int R, at least 1. Default 4.
-        write_heads: int H, at least 1. Default 1.
+        write_heads: int H, from 1 to 1024. Default 1.
         controller: a name as in `MemoryCell`, any Keras RNN cell or a
             feed-forward layer. Default `"lstm"`.
         controller_units: int, at least 1. Default 64.
         controller_layers: int, at least 1. Default 1.
-        layers: int, at least 1: how many times controller, interface and
+        layers: int, from 1 to 1024: how many times controller, interface and
             memory come one after another in a step. Default 1.
         share_memory: bool; True (default): all `layers` act on one memory,
             False: each on one of its own.
@@ -497,7 +512,7 @@ class DNCCell(MemoryCell):
         usage_epsilon=None,
         **kwargs,
     ):
-        check_size("layers", layers)
+        check_layers("layers", layers)
         check_bool("share_memory", share_memory)
 
         def access():

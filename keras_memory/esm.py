@@ -17,10 +17,13 @@ from keras import ops
 from keras.src import backend
 
 from keras_memory import geometry
+from keras_memory.arguments import Arguments
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.checks import plain_tuple
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
 HUGE = 1e25  # as infinite: it would overflow in sums and squares
@@ -59,7 +62,7 @@ class ESMMap(NamedTuple):
     variance: Any
 
 
-class _Map(keras.layers.Layer):
+class _Map(Arguments, keras.layers.Layer):
     """What `ESMCell` and `ESMLayer` share: arguments, and the paper's step."""
 
     def __init__(
@@ -111,6 +114,9 @@ class _Map(keras.layers.Layer):
                 )
         self.depth_buffer = check_bool("depth_buffer", depth_buffer)
         self.supports_masking = True
+        sizes = [("height", self.height), ("width", self.width)]
+        sizes += [("3 + feature_channels", 3 + self.feature_channels)]
+        check_bytes("A map", sizes, "float64", on_host=True)
         self._prior = ESMMap(*map(self._array, self._prior_of_pixels()))
 
     @property
@@ -852,7 +858,8 @@ def _check_number(name, value, least=-HUGE):
 
 def _check_limits(name, limits):
     """A pair, from something positive to something larger."""
-    pair = tuple(limits) if isinstance(limits, (tuple, list)) else ()
+    pair = plain_tuple(limits)
+    pair = pair if isinstance(pair, tuple) else ()
     is_right = len(pair) == 2 and all(map(is_number, pair))
     if not is_right or not 0 < pair[0] < pair[1]:
         raise ValueError(

@@ -18,10 +18,13 @@ import numpy as np
 from keras import ops
 
 from keras_memory import durable
+from keras_memory.arguments import Arguments
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
+from keras_memory.checks import has_accelerator as _has_accelerator
 from keras_memory.retrieval import LARGEST
 from keras_memory.retrieval import QUERIES
 from keras_memory.retrieval import SIMILARITIES
@@ -56,7 +59,7 @@ class Statistics(NamedTuple):
     age_since_hit: Any
 
 
-class KNNMemory:
+class KNNMemory(Arguments):
     """Entries (key, value) in rows, and a search for the nearest keys.
 
     Source: Wu et al. 2022 (arXiv 2203.08913), section 3: each row of a batch
@@ -128,11 +131,6 @@ class KNNMemory:
     ):
         self.dim = check_size("dim", dim)
         self.max_memories = check_size("max_memories", max_memories)
-        if max_memories >= 1 << 31:
-            raise ValueError(
-                "`max_memories` must be below 2^31, as indices are int32. "
-                f"Received: max_memories={max_memories}"
-            )
         self.num_rows = check_size("num_rows", num_rows)
         if value_dim is None:
             value_dim = dim
@@ -149,6 +147,12 @@ class KNNMemory:
             check_scann('`KNNMemory(store="scann")`', '`store="ring"` is exact')
         self.store = store
         slots = (num_rows, max_memories)
+        rows = ("num_rows", num_rows), ("max_memories", max_memories)
+        width = "dim + value_dim", dim + value_dim
+        check_bytes("Entries", [*rows, width], on_host=True)
+        check_bytes(  # indexes and locks, about a kB each
+            "A row each", [rows[0], ("bytes", 1000)], "uint8", on_host=True
+        )
         self._keys = np.zeros((*slots, dim), "float32")
         self._values = np.zeros((*slots, value_dim), "float32")
         self._count = np.zeros(num_rows, "int64")  # added since it was cleared
@@ -791,18 +795,6 @@ class _ExactRow:
             slots.append(ops.convert_to_numpy(found.indices[0]))
             scores.append(ops.convert_to_numpy(found.scores[0]))
         return np.concatenate(slots), np.concatenate(scores)
-
-
-def _has_accelerator():
-    backend = keras.backend.backend()
-    if backend == "torch":
-        import torch
-
-        return torch.cuda.is_available()
-    if backend not in ("tensorflow", "jax"):
-        return False
-    devices = keras.distribution.list_devices()
-    return any(not device.lower().startswith("cpu") for device in devices)
 
 
 def _flat(queries):

@@ -15,8 +15,11 @@ import numpy as np
 from keras import ops
 
 from keras_memory.addressing import sparsemax
+from keras_memory.arguments import Arguments
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
+from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
 from keras_memory.replay import to_train
 from keras_memory.replay import with_gradient
@@ -28,7 +31,7 @@ NO_LABEL = -1  # of an example whose class is not known
 NOT_FILLED = -2  # of a memory's place, until it is filled
 
 
-class _MemoryWrap(keras.layers.Layer):
+class _MemoryWrap(Arguments, keras.layers.Layer):
     """What `MemoryWrapLayer` and `BaselineMemory` have in common: all but
     `_parts`, how many vectors of width D are classified, [e; v] or v."""
 
@@ -87,6 +90,8 @@ class _MemoryWrap(keras.layers.Layer):
         self._classify = self.classifier
         features = self._parts * width
         if self.classifier is None:
+            sizes = [("2 x features", 2 * features), ("units", self.units)]
+            check_bytes("The classifier", sizes)
             self._classify = keras.Sequential(
                 [
                     keras.layers.Dense(
@@ -115,6 +120,8 @@ class _MemoryWrap(keras.layers.Layer):
         """Makes place for so many examples, instead of those before."""
         dense, _ = self._first_dense()
         width = self._width
+        sizes = ("fixed_memory_size", size), ("D", self._key_size + width)
+        check_bytes("The memory", sizes, self.compute_dtype)
         shapes = {"memory_keys": (size, self._key_size)}
         # Whether reading what has gone through the classifier's first layer
         # takes fewer products than reading and then going through it.
@@ -643,7 +650,7 @@ def _check_layer(name, value, wanted="a layer or None"):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class MemoryWrapClassifier(keras.Model):
+class MemoryWrapClassifier(Arguments, keras.Model):
     """An encoder with a `MemoryWrapLayer` behind it, and memories for it.
 
     Source: La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440). `fit` draws a
@@ -741,9 +748,7 @@ class MemoryWrapClassifier(keras.Model):
         # one that is drawn; None here says that none is fixed.
         self.fixed_memory_size = fixed_memory_size
         self.memory_labels = self.memory_inputs = None
-        if seed is not None:
-            check_size("seed", seed, least=0, others=", or None")
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
         start = np.random.randint(2**31) if seed is None else seed
         # Who looks at a model between its steps does not change them.
         self._of_steps, self._of_others = (

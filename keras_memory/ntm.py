@@ -29,11 +29,14 @@ from keras_memory.addressing import softmax
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.checks import plain_tuple
 from keras_memory.recurrent import Initial
 from keras_memory.recurrent import MemoryCell
 from keras_memory.recurrent import MemoryRNN
+from keras_memory.recurrent import check_sizes_of_memory
 from keras_memory.recurrent import interface_size
 from keras_memory.recurrent import split_interface
 
@@ -253,8 +256,7 @@ class NTMAccess:
         )
 
     def __post_init__(self):
-        for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
-            check_size(name, getattr(self, name))
+        check_sizes_of_memory(self)
         check_size("shift_range", self.shift_range, least=0)
         check_clip("interface_clip", self.interface_clip)
         check_bool("erase", self.erase)
@@ -268,10 +270,17 @@ class NTMAccess:
                 f"Received: initial_weighting={self.initial_weighting!r}"
             )
         self._check_writing()
-        every_head = ["read"] * self.read_heads + ["write"] * self.write_heads
-        if self.head_order not in ("parallel", "writes_in_turn") and (
-            not isinstance(self.head_order, tuple)
-            or sorted(map(str, self.head_order)) != every_head
+        order, heads = self.head_order, (self.read_heads, self.write_heads)
+        by_name = isinstance(order, str) and order in (
+            "parallel",
+            "writes_in_turn",
+        )
+        if by_name and order == "writes_in_turn":
+            check_layers("write_heads", self.write_heads)
+        if not by_name and (
+            not isinstance(order, tuple)
+            or (order.count("read"), order.count("write")) != heads
+            or len(order) != sum(heads)
         ):
             raise ValueError(
                 '`head_order` must be "parallel", "writes_in_turn", or name '
@@ -359,7 +368,7 @@ class NTMAccess:
 
     @property
     def initial_state(self):
-        first_slot = np.zeros(self.memory_slots)
+        first_slot = np.zeros(self.memory_slots, "float32")
         first_slot[0] = 1.0
 
         def weighting(heads):
@@ -562,8 +571,7 @@ class NTMCell(MemoryCell):
         product_epsilon=0.0,
         **kwargs,
     ):
-        if isinstance(head_order, list):
-            head_order = tuple(head_order)
+        head_order = plain_tuple(head_order)
         ntm = NTMAccess(
             memory_slots=memory_slots,
             slot_size=slot_size,

@@ -18,6 +18,7 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import typing
 
@@ -29,13 +30,20 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory import controllers
 from keras_memory import scan
+from keras_memory.arguments import Arguments
+from keras_memory.arguments import parameters
+from keras_memory.arguments import written_as
+from keras_memory.checks import MOST_LAYERS
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_seed
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.checks import plain
 from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
 from keras_memory.replay import to_train
@@ -131,7 +139,7 @@ class Initial:
         )
 
 
-class MemoryCell(DropoutRNNCell, keras.layers.Layer):
+class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     """A recurrent cell with a memory: controller + interface + access.
 
     The base of all recurrent architectures, and of a user's own: give it one
@@ -161,7 +169,8 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             where all it sees is 0: mask zeros at the start of a sequence.
         controller_units: int, at least 1; width of a controller made by name.
             This and the next two do nothing to one that is given.
-        controller_layers: int, at least 1; its number of layers.
+        controller_layers: int from 1 to 1024; its number of layers. At most
+            1024 over all blocks.
         controller_dropout: float in [0, 1), dropped share of its inputs.
         controller_clip: positive float or None; clips its output to +- this.
         controller_state_clip: positive float or None; clips its states.
@@ -178,7 +187,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             same units at all steps of a sequence). Default 0.
         kernel_initializer: Keras initializer of interface and output kernels.
         bias_initializer: Keras initializer of interface and output biases.
-        seed: int, at least 0, seed of the dropouts; or None.
+        seed: int from 0 to 2^32 - 1, seed of the dropouts; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -189,8 +198,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             which stays as it is; all reads are 0.
 
     Raises:
-        ValueError: a size, clip, share, seed or initial value out of range.
-        TypeError: a controller that is neither a name nor a layer.
+        ValueError: a size, clip, share, seed or initial value out of range,
+            or sizes of which the machine cannot hold the states or weights.
+        TypeError: a controller that is neither a name nor a layer, or an
+            argument that the class does not have or lacks.
     """
 
     def __init__(
@@ -228,6 +239,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self.controller = controller
         self.controller_units = controller_units
         self.controller_layers = controller_layers
+        self._check_number_of_layers()
         self.controller_dropout = controller_dropout
         self.controller_clip = check_clip("controller_clip", controller_clip)
         self.controller_state_clip = check_clip(
@@ -244,7 +256,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self.bypass_dropout = check_share("bypass_dropout", bypass_dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.seed = seed if seed is None else check_size("seed", seed, least=0)
+        self.seed = check_seed("seed", seed)
 
         self.block_controllers = [
             self._make_controller(block) for block in range(len(self.accesses))
@@ -257,9 +269,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         ]
         self._bypass_mask = None
         if bypass_dropout:
-            if seed is not None:  # not that of a controller
-                seed += len(self.accesses) * controller_layers
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            after = len(self.accesses) * controller_layers  # the controllers'
+            self.seed_generator = keras.random.SeedGenerator(
+                controllers.seed_of(seed, after)
+            )
         # One memory for each distinct access, in order of appearance.
         memories = list(
             {id(access): access for access in self.accesses}.values()
@@ -285,10 +298,24 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             for index, access in enumerate(memories)
         )
         initials = keras.tree.flatten(self.initial_records)
-        self.state_size = [int(np.prod(i.shape)) for i in initials]
+        self.state_size = [math.prod(i.shape) for i in initials]
         self.learned_states = [  # whose initial values are of weights
             index for index, initial in enumerate(initials) if initial.is_weight
         ]
+        for size in self.state_size:
+            check_bytes("A state of one row", [("its numbers", size)])
+
+    def _check_number_of_layers(self):
+        blocks, layers = len(self.accesses), self.controller_layers
+        if not isinstance(self.controller, str):
+            layers = 1
+        if isinstance(layers, int) and blocks * layers > MOST_LAYERS:
+            raise ValueError(
+                f"`controller_layers` must be at most {MOST_LAYERS} over all "
+                "blocks of a step, as each of them is made and traced by "
+                f"itself. Received: controller_layers={layers}, {blocks} "
+                "blocks (`layers` of a DNC)"
+            )
 
     def _make_controller(self, block):
         """The controller of a block, a copy where one was given for all."""
@@ -297,15 +324,14 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             config = _unbuilt(given.get_config())
             config["name"] = f"{given.name}_{block}"
             return type(given).from_config(config)
-        seed = self.seed
-        if seed is not None:
-            seed += block * self.controller_layers
         return controllers.get(
             given,
             self.controller_units,
             self.controller_layers,
             self.controller_dropout,
-            seed,
+            controllers.seed_of(self.seed, block * self.controller_layers)
+            if isinstance(given, str)
+            else None,
             self.dtype_policy,
         )
 
@@ -333,6 +359,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self._input_sizes, self.interfaces = [], []
         for block, access in enumerate(self.accesses):
             controller = self.block_controllers[block]
+            controllers.check_kernel(controller, size)
             if not controller.built:  # built already if reloaded or cloned
                 controller.build((None, size))
             self._input_sizes.append(size)
@@ -353,6 +380,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         self.start_weights = self._map_initials(self._add_initial_weight)
 
     def _add_projection(self, name, inputs, outputs):
+        width = "units" if name == "output" else "size of the interface"
+        sizes = ("size of the features", inputs), (width, outputs)
+        check_bytes(f"The kernel of the {name}", sizes)
+
         def add(kind, shape, initializer):
             # An initializer draws the same numbers each time, which two
             # blocks must not have.
@@ -393,6 +424,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
                 "it can give its initial state, which may be learned: call "
                 "it on data or call `build(input_shape)` first."
             )
+        if isinstance(batch_size, int):
+            for size in self.state_size:
+                sizes = ("batch size", batch_size), ("numbers of a row", size)
+                check_bytes("A state", sizes, self.compute_dtype)
         states = []
         initials = keras.tree.flatten(self.initial_records)
         for initial, weight in zip(initials, self.start_weights):
@@ -811,6 +846,10 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
         return {**super().get_config(), **own}
 
 
+# Arguments of cells that are no attributes of layers: what `MemoryRNN` does not
+# take, and what Keras takes for the layers within a model.
+NOT_SHOWN = ("accesses", "layers")
+
 # Where `trace_model` collects the layers' calls, as (layer, arguments).
 _recording = contextvars.ContextVar("recording", default=None)
 
@@ -819,12 +858,14 @@ _memory_in_use = contextvars.ContextVar("memory_in_use", default=True)
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class MemoryRNN(keras.layers.RNN):
+class MemoryRNN(Arguments, keras.layers.RNN):
     """Runs a memory cell over time; the base of all recurrent layers here.
 
     `MemoryRNN(cell, ...)` runs any `MemoryCell`. A subclass
     `class NTMLayer(MemoryRNN, cell=NTMCell)` makes its own: it takes the
-    cell's arguments, then those below.
+    cell's arguments, then those below. The cell's arguments can be read as
+    attributes of the layer, such as `layer.memory_slots`, except `layers` of a
+    DNC, which Keras takes for those of a model: `layer.cell.layers`.
 
     It differs from `keras.layers.RNN` where that does not fit a memory:
     `reset_state` restores the cell's initial state instead of zeros; masked
@@ -886,8 +927,9 @@ class MemoryRNN(keras.layers.RNN):
     Raises:
         ValueError: inputs that are not (B, T, D), no time steps, another width
             than before, initial states that the cell does not have, a mask
-            of another shape, loop="fast" where it cannot be, or `recompute`
-            with loop="portable" or `unroll`.
+            of another shape, loop="fast" where it cannot be, `recompute` with
+            loop="portable" or `unroll`, or a bool that is something else.
+        TypeError: an argument that the class does not have or lacks.
         NotImplementedError: second derivatives through the fast loop.
     """
 
@@ -897,13 +939,23 @@ class MemoryRNN(keras.layers.RNN):
         super().__init_subclass__(**kwargs)
         if cell is not None:
             cls.cell_class = cell
-            parameters = {**_parameters(cell), **_parameters(MemoryRNN)}
-            parameters.pop("accesses", None)
+            own = _parameters(MemoryRNN)
+            both = {**_parameters(cell), **own}
+            both.pop("accesses", None)
             cls.__signature__ = inspect.Signature(
-                sorted(parameters.values(), key=lambda p: p.kind)
+                sorted(both.values(), key=lambda p: p.kind)
             )
+            for name in set(_parameters(cell)) - {*own, *NOT_SHOWN}:
+                if not hasattr(cls, name):
+                    setattr(cls, name, _of_cell(name))
         elif "__init__" in vars(cls):
             cls.__signature__ = None  # not that of the base
+
+    @classmethod
+    def _names_behind(cls, owner):
+        if owner is MemoryRNN and cls.cell_class is not None:
+            return None  # the rest goes to the cell, which looks at it
+        return super()._names_behind(owner)
 
     def __init__(
         self,
@@ -925,7 +977,8 @@ class MemoryRNN(keras.layers.RNN):
         }
         dtype = kwargs.pop("dtype", None)
         if self.cell_class is not None:
-            args = (self.cell_class(*args, dtype=dtype, **kwargs),)
+            with written_as(self.cell_class, type(self)):
+                args = (self.cell_class(*args, dtype=dtype, **kwargs),)
             kwargs = {}
         elif not args:
             args = (kwargs.pop("cell", None),)
@@ -934,6 +987,21 @@ class MemoryRNN(keras.layers.RNN):
                 "`cell` must be a `MemoryCell`; `keras.layers.RNN` runs any "
                 f"other. Received: cell={args[0]!r}"
             )
+        if len(args) > 1 or "cell" in kwargs:
+            raise TypeError(
+                f"{type(self).__name__} takes one argument without a name, "
+                f"the cell. Received: {args}"
+            )
+        flags = {
+            "return_sequences": return_sequences,
+            "return_state": return_state,
+            "go_backwards": go_backwards,
+            "stateful": stateful,
+            "unroll": unroll,
+            "zero_output_for_mask": zero_output_for_mask,
+        }
+        for name, value in flags.items():
+            check_bool(name, value)
         if loop not in scan.LOOPS:
             raise ValueError(
                 f"`loop` must be one of {scan.LOOPS}. Received: loop={loop!r}"
@@ -947,12 +1015,7 @@ class MemoryRNN(keras.layers.RNN):
             )
         super().__init__(
             *args,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
-            zero_output_for_mask=zero_output_for_mask,
+            **flags,
             dtype=dtype,
             **of_layer,
             **kwargs,
@@ -1379,20 +1442,51 @@ def split_interface(interface, shapes, activations):
 def _parameters(cls):
     """Parameters of a class's `__init__`, by name, with those that its
     `**kwargs` hands to the base, up to `MemoryCell` or `MemoryRNN`."""
-    parameters = {}
-    for base in cls.__mro__:
-        if base in (DropoutRNNCell, keras.layers.RNN):
-            break
-        for name, parameter in inspect.signature(
-            base.__init__
-        ).parameters.items():
-            if parameter.kind in (
-                parameter.POSITIONAL_OR_KEYWORD,
-                parameter.KEYWORD_ONLY,
-            ):
-                parameters.setdefault(name, parameter)
-    parameters.pop("self")
-    return parameters
+    end = DropoutRNNCell, keras.layers.RNN
+    bases = itertools.takewhile(lambda base: base not in end, cls.__mro__)
+    return parameters(bases)
+
+
+def _of_cell(name):
+    """A property of a layer that reads an argument of its cell. Where the
+    layer itself has an attribute of that name, as Keras's `RNN` gives it a
+    `state_size`, this is it."""
+
+    def read(layer):
+        own = vars(layer)
+        return own[name] if name in own else getattr(layer.cell, name)
+
+    def write(layer, value):
+        if name not in vars(layer) and hasattr(layer, "time_loop"):
+            raise AttributeError(
+                f"`{name}` is an argument of the cell, which is made with it: "
+                "make another layer."
+            )
+        vars(layer)[name] = value
+
+    return property(read, write, doc=f"`{name}` of the cell.")
+
+
+def check_sizes_of_memory(access):
+    """Raises ValueError unless the sizes of an access are such, and what it
+    has of them fits into the machine."""
+    for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
+        check_size(name, getattr(access, name))
+    check_bytes_of_state(access, "The memory", ("memory_slots", "slot_size"))
+    for heads in ("read_heads", "write_heads"):
+        names = (heads, "memory_slots"), (heads, "slot_size")
+        check_bytes_of_state(access, "The weightings", names[0])
+        check_bytes_of_state(access, "The vectors", names[1])
+
+
+def check_bytes_of_state(access, what, names, instead=""):
+    """Raises ValueError unless a state fits into the machine, and into the one
+    axis that it has outside of a step."""
+    sizes = [(name, getattr(access, name)) for name in names]
+    what = f"{what} of one row"
+    check_bytes(what, sizes, instead=instead)
+    size = math.prod(size for _, size in sizes)
+    check_bytes(what, [(" x ".join(names), size)], instead=instead)
 
 
 def _serialize(value):
@@ -1402,9 +1496,7 @@ def _serialize(value):
         return keras.saving.serialize_keras_object(value)
     if callable(value):
         return keras.activations.serialize(value)
-    if isinstance(value, np.generic):  # Keras's NumPy backend mistakes it
-        return value.item()
-    return value
+    return plain(value)  # Keras's NumPy backend mistakes a NumPy scalar
 
 
 def _unbuilt(config):

@@ -12,10 +12,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.arguments import Arguments
 from keras_memory.checks import check_batch
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
+from keras_memory.checks import make_plain
 
 BLOCK = 16384  # keys that are compared at a time
 QUERIES = 1024  # queries that are compared at a time
@@ -264,6 +267,7 @@ class RingMemory:
     target_recall: float = 0.95
 
     def __post_init__(self):
+        make_plain(self)
         width = self.dim if self.value_dim is None else self.value_dim
         for name, size in (
             ("dim", check_size("dim", self.dim)),
@@ -286,12 +290,20 @@ class RingMemory:
         Returns:
             `RingState`.
         """
+        self._check_bytes(batch_size, dtype)
         slots = (batch_size, self.max_memories)
         return RingState(
             ops.zeros((*slots, self.dim), dtype),
             ops.zeros((*slots, self.value_dim), dtype),
             ops.zeros((batch_size,), "int32"),
         )
+
+    def _check_bytes(self, batch_size, dtype):
+        is_known = isinstance(batch_size, (int, np.integer))
+        rows = batch_size if is_known else None
+        slots = ("batch size", rows), ("max_memories", self.max_memories)
+        width = "dim + value_dim", self.dim + self.value_dim
+        check_bytes("The memory", [*slots, width], dtype)
 
     def size(self, state):
         """(B,) int32, how many entries each row has."""
@@ -535,7 +547,7 @@ class RingMemory:
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class KNNMemoryLayer(keras.layers.Layer):
+class KNNMemoryLayer(Arguments, keras.layers.Layer):
     """A nearest-neighbour memory in the weights of a model, for plain `fit`.
 
     Source: Wu et al. 2022 (arXiv 2203.08913), section 3.
@@ -640,6 +652,7 @@ class KNNMemoryLayer(keras.layers.Layer):
             self.method,
             self.target_recall,
         )
+        self.ring._check_bytes(batch, self.memory_dtype)
         slots = (batch, self.max_memories)
         shapes = [(*slots, dim), (*slots, self.ring.value_dim), (batch,)]
         self.memory_keys, self.memory_values, self.memory_count = (

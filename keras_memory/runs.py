@@ -15,7 +15,7 @@ from keras_memory import visualization
 from keras_memory.callbacks import Probe
 from keras_memory.callbacks import animation
 from keras_memory.callbacks import probe_picture
-from keras_memory.checks import check_size
+from keras_memory.checks import check_whole
 from keras_memory.files import written_aside
 
 EVALUATED_BATCHES, EVALUATED_BATCH_SIZE = 40, 8
@@ -131,7 +131,7 @@ def evaluate(model, task, seed=1, **ranges):
     Raises:
         ValueError: a length that the task cannot have.
     """
-    check_size("seed", seed, least=0)
+    check_whole("seed", seed, least=0)
     answer = _compiled(model, task.input_size)
     rng = np.random.default_rng([seed, 0, 2])
     metrics = losses.KINDS[task.kind].make_metrics()

@@ -21,7 +21,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.arguments import Arguments
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
@@ -600,7 +602,7 @@ def recall(found, right):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class ScannIndex(keras.layers.Layer):
+class ScannIndex(Arguments, keras.layers.Layer):
     """Finds the nearest of many fixed entries, in the graph, by ScaNN's ops.
 
     For a store that no longer changes: kNN language models, Memory Wrap over a
@@ -709,6 +711,8 @@ class ScannIndex(keras.layers.Layer):
                 name=name,
             )
 
+        width = "D + value_dim", dim + self.value_dim
+        check_bytes("The memory", [("memory_size", self.memory_size), width])
         self.memory_keys = weight("memory_keys", (self.memory_size, dim))
         self.memory_values = None
         if self.value_dim:

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
+from keras_memory.checks import make_plain
 
 
 class Batch(NamedTuple):
@@ -61,9 +63,11 @@ class Task:
     kind: ClassVar[str] = "bits"
 
     def __post_init__(self):
+        make_plain(self)
         for field in dataclasses.fields(self):
             check_size(field.name, getattr(self, field.name))
         self._check_order("min_length", "max_length")
+        self.check_bytes(1)
 
     def _check_order(self, low, high):
         if getattr(self, high) < getattr(self, low):
@@ -72,6 +76,22 @@ class Task:
                 f"Received: {low}={getattr(self, low)}, "
                 f"{high}={getattr(self, high)}"
             )
+
+    def check_bytes(self, batch_size, time=None):
+        """Raises ValueError unless a batch fits into the machine.
+
+        Args:
+            batch_size: int.
+            time: int, its time steps; None for `time_steps`.
+        """
+        time = self.time_steps if time is None else time
+        width = self.input_size + self.output_size + 1
+        sizes = ("batch_size", batch_size), ("time steps", time)
+        check_bytes(
+            f"A batch of {self}",
+            [*sizes, ("numbers of a step", width)],
+            on_host=True,
+        )
 
     def sample(self, rng, batch_size, longest=None, length=None, **ranges):
         """Draws a batch.
@@ -111,9 +131,10 @@ class Task:
 
     def _padded(self, batch):
         time = batch.mask.shape[1]
-        shares = range(1, self.buckets + 1)
-        ends = (math.ceil(n * self.time_steps / self.buckets) for n in shares)
-        padding = next((end for end in ends if end >= time), time) - time
+        # The first bucket that ends at `time` or behind it.
+        bucket = (time - 1) * self.buckets // self.time_steps + 1
+        end = -(-bucket * self.time_steps // self.buckets)
+        padding = end - time if bucket <= self.buckets else 0
         return Batch(
             *(
                 np.pad(
@@ -124,6 +145,7 @@ class Task:
         )
 
     def _blank(self, batch_size, time):
+        self.check_bytes(batch_size, time)
         return Batch(
             np.zeros((batch_size, time, self.input_size), "float32"),
             np.zeros((batch_size, time, self.output_size), "float32"),
@@ -313,13 +335,14 @@ class AssociativeRecall(_Bits):
     def sequences(self, rng, batch_size, length, longest=None):
         """A `Batch` with T = length (vectors + 1) + 2 vectors + 2."""
         check_size("length", length, least=2)
-        rows, vectors = np.arange(batch_size), self.vectors
-        shape = batch_size, length, vectors, self.bits
-        items = rng.integers(0, 2, shape)
-        asked = rng.integers(0, length - 1, batch_size)
+        vectors = self.vectors
         question = length * (vectors + 1)
         answer = question + vectors + 2
         inputs, targets, mask = self._blank(batch_size, answer + vectors)
+        rows = np.arange(batch_size)
+        shape = batch_size, length, vectors, self.bits
+        items = rng.integers(0, 2, shape)
+        asked = rng.integers(0, length - 1, batch_size)
         shown = inputs[:, :question].reshape(
             batch_size, length, vectors + 1, -1
         )
@@ -372,6 +395,14 @@ class NGrams(Task):
     def __post_init__(self):
         super().__post_init__()
         check_size("min_length", self.min_length, least=self.context + 1)
+        self._check_bytes_of_table(1)
+
+    def _check_bytes_of_table(self, batch_size):
+        # The least power that is refused stands for larger ones, which are
+        # too long to write down.
+        contexts = "2 ** context", 2 ** min(self.context, 32)
+        sizes = ("batch_size", batch_size), contexts
+        check_bytes(f"A table of {self}", sizes, "float64", on_host=True)
 
     @property
     def time_steps(self):
@@ -380,6 +411,8 @@ class NGrams(Task):
     def sequences(self, rng, batch_size, length, longest=None):
         """A `Batch` with T = length - 1."""
         check_size("length", length, least=self.context + 1)
+        self._check_bytes_of_table(batch_size)
+        inputs, targets, mask = self._blank(batch_size, length - 1)
         rows = np.arange(batch_size)
         table = rng.beta(0.5, 0.5, (batch_size, 2**self.context))
         bits = rng.integers(0, 2, (batch_size, length))
@@ -387,7 +420,6 @@ class NGrams(Task):
         for time in range(self.context, length):
             code = self._contexts(bits[:, time - self.context : time])[:, 0]
             bits[:, time] = chance[:, time] < table[rows, code]
-        inputs, targets, mask = self._blank(batch_size, length - 1)
         inputs[:, :, 0] = bits[:, :-1]
         targets[:, :, 0] = bits[:, 1:]
         mask[:, self.context - 1 :] = 1.0
@@ -500,9 +532,11 @@ class _Digits(Task):
 
     def _draw(self, rng, batch_size, length):
         """(B, length) digits, and a `Batch` with T = length + 1 to fill."""
-        values = rng.integers(0, self.digits, (batch_size, length))
         batch = self._blank(batch_size, length + 1)
-        batch.inputs[:, :length] = np.eye(self.input_size)[values]
+        values = rng.integers(0, self.digits, (batch_size, length))
+        np.put_along_axis(
+            batch.inputs[:, :length], values[:, :, None], 1.0, axis=-1
+        )
         batch.inputs[:, length, self.digits] = 1.0
         return values, batch
 
@@ -595,7 +629,7 @@ class Argmax(_Digits):
                 f"length={length}, max_length={self.max_length}"
             )
         values, (inputs, targets, mask) = self._draw(rng, batch_size, length)
-        targets[:, length] = np.eye(self.max_length)[values.argmax(axis=1)]
+        targets[np.arange(batch_size), length, values.argmax(axis=1)] = 1.0
         mask[:, length] = 1.0
         return Batch(inputs, targets, mask)
 

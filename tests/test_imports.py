@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # line where that says so.
 LAYERS = [
     ["checks", "files", "replay", "geometry", "visualization"],
+    ["arguments"],
     ["access", "controllers", "durable", "scan", "rgbd", "rooms"],
     ["addressing", "retrieval"],
     ["scann_index"],

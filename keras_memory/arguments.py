@@ -1,0 +1,141 @@
+"""The door for arguments of constructors.
+
+A class that has `Arguments` as its first base, and each subclass of it, takes
+plain values of Python: scalars of NumPy become Python's own in front of its
+`__init__`, so that `get_config` can be written as JSON. And it tells of
+arguments that it does not have, or lacks, by the name of the class that the
+user wrote.
+"""
+
+import contextlib
+import contextvars
+import difflib
+import functools
+import inspect
+
+import keras
+
+from keras_memory.checks import check_bool
+from keras_memory.checks import plain
+
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+# What layers and cells of Keras take without naming it.
+UNNAMED = ("input_dim", "input_shape", "implementation")
+
+# A class that is made, and the one in whose `__init__` it is, which the user
+# wrote.
+_written = contextvars.ContextVar("written", default=None)
+
+
+class Arguments:
+    """Must be the first base, as the others are behind its door.
+
+    Each `__init__` has a door that looks at what that `__init__` names, and
+    leaves what goes on in `**kwargs` to the door of the next. The last one,
+    behind which Keras comes, knows what that takes.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _behind_a_door(cls, cls.__init__)
+
+    @classmethod
+    def _names_behind(cls, owner):
+        """Arguments that the bases behind `owner` take; None where one of
+        them has a door of its own."""
+        bases = cls.__mro__[cls.__mro__.index(owner) + 1 :]
+        first = next(base for base in bases if "__init__" in vars(base))
+        if issubclass(first, Arguments):
+            return None
+        return {*parameters(bases), *UNNAMED}
+
+
+def parameters(bases):
+    """Parameters of the `__init__` of the first of some classes, by name, with
+    those of the others that its `*args` and `**kwargs` go on to."""
+    found, is_positional = {}, True
+    for base in bases:
+        if "__init__" not in vars(base):
+            continue
+        _, *named = inspect.signature(base.__init__).parameters.values()
+        kinds = {parameter.kind for parameter in named}
+        for parameter in named:
+            if parameter.kind in (POSITIONAL, KEYWORD):
+                if not is_positional:
+                    parameter = parameter.replace(kind=KEYWORD)
+                found.setdefault(parameter.name, parameter)
+        is_positional = inspect.Parameter.VAR_POSITIONAL in kinds and not any(
+            parameter.kind is POSITIONAL
+            and parameter.default is not parameter.empty
+            for parameter in found.values()
+        )
+        if base is keras.layers.Layer:
+            break  # behind it come the backend's, which take none
+        is_last = inspect.Parameter.VAR_KEYWORD not in kinds
+        if is_last and issubclass(base, Arguments):
+            break  # as `keras.Model` goes past the ones next to it
+    return found
+
+
+@contextlib.contextmanager
+def written_as(made, written):
+    """In here, errors of arguments of the class `made` are told of the class
+    `written`, which hands them on."""
+    token = _written.set((made, written))
+    try:
+        yield
+    finally:
+        _written.reset(token)
+
+
+def _behind_a_door(owner, init):
+    signature = inspect.signature(init)
+    _, *named = signature.parameters.values()
+    names = {p.name for p in named if p.kind in (POSITIONAL, KEYWORD)}
+    has_more = any(p.kind is p.VAR_KEYWORD for p in named)
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        made, written = _written.get() or (None, None)
+        written = written if type(self) is made else type(self)
+        more = [name for name in kwargs if name not in names]
+        behind = self._names_behind(owner) if more and has_more else ()
+        if behind is not None:
+            for name in more:
+                if name not in behind:
+                    _refuse(written, name, kwargs[name])
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{written.__name__}: {error}. It is called as "
+                f"{written.__name__}{inspect.signature(written)}"
+            ) from None
+        for name in ("trainable", "autocast"):  # which Keras takes as they are
+            if name in more:
+                check_bool(name, kwargs[name])
+        init(self, *plain(args), **plain(kwargs))
+
+    # Keras asks for it without looking behind a wrapper.
+    checked.__signature__ = signature
+    return checked
+
+
+def _refuse(written, name, value):
+    names = {**inspect.signature(written).parameters}
+    names.update(parameters(written.__mro__))
+    for kind in ("args", "kwargs", "self"):
+        names.pop(kind, None)
+    close = difflib.get_close_matches(name, names)
+    hint = (
+        f"Did you mean {' or '.join(f'`{one}`' for one in close)}?"
+        if close
+        else f"It has: {', '.join(names)}."
+    )
+    raise TypeError(
+        f"{written.__name__} has no argument `{name}`. {hint} "
+        f"Received: {name}={value!r}"
+    )
