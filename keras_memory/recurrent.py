@@ -33,6 +33,7 @@ from keras_memory.checks import check_clip
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.numerics import LayerNormalization
 from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
 from keras_memory.replay import to_train
@@ -246,7 +247,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             self._make_controller(block) for block in range(len(self.accesses))
         ]
         self.interface_norms = [
-            keras.layers.LayerNormalization(
+            LayerNormalization(
                 dtype=self.dtype_policy, name=f"interface_norm{_index(block)}"
             )
             for block in range(len(self.accesses) * interface_layer_norm)
