@@ -17,7 +17,6 @@ from keras_memory.access import total
 from keras_memory.numerics import at_least_float32
 from keras_memory.numerics import in_range
 from keras_memory.replay import SLOPES
-from keras_memory.replay import activate
 from keras_memory.replay import kept
 from keras_memory.replay import remember
 from keras_memory.replay import with_gradient
@@ -172,9 +171,7 @@ def content_weighting(
             sums = total(by_similarity)
         of_dot = strengths * of_logits / norms
         of_key_norms = strengths * sums / key_norms
-        of_slot_norms = ops.matmul(
-            ops.swapaxes(strengths, 1, 2), by_similarity
-        )
+        of_slot_norms = ops.matmul(ops.swapaxes(strengths, 1, 2), by_similarity)
         of_memory = spread(keys, of_dot) - memory * (
             of_slot_norms / slot_norms**2
         )

@@ -87,6 +87,8 @@ class Initial:
             where the state is a weighting.
         turned: bool; True: a step has the last two axes of `shape` the other
             way round, as a memory has, whose slots come last there.
+        held: function that brings a state from outside, (B, *`shape_in_step`),
+            into the range that steps keep it in; None where that is any.
     """
 
     shape: tuple
@@ -95,6 +97,7 @@ class Initial:
     draw: typing.Any = "zeros"
     activation: typing.Callable = keras.activations.linear
     turned: bool = False
+    held: typing.Callable | None = None
 
     @property
     def shape_in_step(self):
@@ -569,6 +572,19 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
             ],
         )
 
+    def _records(self, states):
+        """The records of states from outside, in their ranges."""
+        return keras.tree.pack_sequence_as(
+            self.initial_records,
+            [
+                initial.held(value) if initial.held else value
+                for value, initial in zip(
+                    keras.tree.flatten(self._unflatten(states)),
+                    keras.tree.flatten(self.initial_records),
+                )
+            ],
+        )
+
     def _turn(self, records):
         """From how a step has its state to how the public sees it, and
         back: see `Initial.turned`."""
@@ -694,7 +710,7 @@ class MemoryCell(DropoutRNNCell, keras.layers.Layer):
     def call(self, inputs, states, training=False, use_memory=True):
         check_bool("use_memory", use_memory)
         features, records, _ = self.step(
-            inputs, self._unflatten(states), training, use_memory
+            inputs, self._records(states), training, use_memory
         )
         return self.project(features, training), self._flatten(records)
 
@@ -1009,7 +1025,7 @@ class MemoryRNN(keras.layers.RNN):
         features, records, self.time_loop = scan.run(
             self.cell,
             sequences,
-            self.cell._unflatten(initial_state),
+            self.cell._records(initial_state),
             mask=mask,
             training=training,
             go_backwards=self.go_backwards,
@@ -1225,7 +1241,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     def step(before, at_step):
         states, held = before
         features, after, details = cell.step(
-            at_step[0], cell._unflatten(states), training, use_memory
+            at_step[0], cell._records(states), training, use_memory
         )
         after = tuple(cell._flatten(after))
         output = cell.project(features, training)
@@ -1239,7 +1255,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     cell.get_dropout_mask(inputs)
     cell.get_recurrent_dropout_mask(inputs)
     try:
-        records = cell._unflatten(states)
+        records = cell._records(states)
         features, _, details = cell.step(
             sequences[0][0], records, training, use_memory
         )
