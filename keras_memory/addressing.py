@@ -14,8 +14,9 @@ from keras_memory.access import read
 from keras_memory.access import spread
 from keras_memory.access import take
 from keras_memory.access import total
+from keras_memory.numerics import at_least_float32
+from keras_memory.numerics import in_range
 from keras_memory.replay import SLOPES
-from keras_memory.replay import activate
 from keras_memory.replay import kept
 from keras_memory.replay import remember
 from keras_memory.replay import with_gradient
@@ -75,12 +76,18 @@ def cosine_similarity(
     Raises:
         ValueError: `memory` and `keys` differ in W.
     """
-    return _compare(memory, keys, norm_epsilon, product_epsilon, masks)[0]
+    heads, slots = keys.shape[1], memory.shape[2]
+    dtype = ops.dtype(memory)
+    if norm_epsilon is None:
+        norm_epsilon = NORM_EPSILON[dtype]
+    memory, keys = _to_compare(memory, keys, masks)
+    similarity = _compare(memory, keys, norm_epsilon, product_epsilon)[0]
+    return ops.cast(ops.reshape(similarity, (-1, heads, slots)), dtype)
 
 
-def _compare(memory, keys, norm_epsilon, product_epsilon, masks=None):
-    """Similarities (B, H, N), and the norms of keys (B, H, 1) and of slots
-    (B, 1, N), with masks (B, H, N)."""
+def _to_compare(memory, keys, masks):
+    """Memory and keys in the dtype to compare in. With masks each head sees
+    what its own leaves of the memory: (B H, W, N) and (B H, 1, W)."""
     if memory.shape[1] != keys.shape[2]:
         raise ValueError(
             "`memory` (B, W, N) and `keys` (B, H, W) must have the same width "
@@ -88,21 +95,36 @@ def _compare(memory, keys, norm_epsilon, product_epsilon, masks=None):
             f"Received: memory.shape={tuple(memory.shape)}, "
             f"keys.shape={tuple(keys.shape)}"
         )
-    if norm_epsilon is None:
-        norm_epsilon = NORM_EPSILON[ops.dtype(memory)]
-    squares = memory * memory
+    dtype = at_least_float32(ops.dtype(memory))
+    memory, keys = ops.cast(memory, dtype), ops.cast(keys, dtype)
     if masks is None:
-        slot_norms = ops.sum(squares, axis=1)[:, None, :]
-        masked_keys = keys
-    else:  # (k m) (M m) = (k m m) M, and |M m|^2 = (m m) (M M)
-        weights = masks * masks
-        slot_norms = match(weights, squares)
-        keys, masked_keys = keys * masks, keys * weights
-    key_norms = ops.sum(keys * keys, axis=-1)[:, :, None]
-    key_norms = ops.sqrt(key_norms + norm_epsilon)
-    slot_norms = ops.sqrt(slot_norms + norm_epsilon)
-    product = key_norms * slot_norms + product_epsilon
-    return match(masked_keys, memory) / product, key_norms, slot_norms
+        return memory, keys
+    masks = ops.cast(masks, dtype)
+    width, slots = memory.shape[1:]
+    memory = memory[:, None] * masks[:, :, :, None]
+    return (
+        ops.reshape(memory, (-1, width, slots)),
+        ops.reshape(keys * masks, (-1, 1, width)),
+    )
+
+
+def _compare(memory, keys, norm_epsilon, product_epsilon):
+    """Similarities (B, H, N); and, of keys (B, H, 1) and of slots (B, 1, N),
+    the scales to compare them at and their norms at these scales."""
+    memory, slot_scale = in_range(memory, axis=1)
+    keys, key_scale = in_range(keys, axis=-1)
+    slot_norms = ops.sum(memory * memory, axis=1, keepdims=True)
+    key_norms = ops.sum(keys * keys, axis=-1, keepdims=True)
+    slot_norms = ops.sqrt(slot_norms + norm_epsilon * slot_scale * slot_scale)
+    key_norms = ops.sqrt(key_norms + norm_epsilon * key_scale * key_scale)
+    product = key_norms * slot_norms
+    if product_epsilon:
+        product = product + product_epsilon * key_scale * slot_scale
+    similarity = match(keys, memory) / product
+    # Only rounding leaves [-1, 1]: the slope is that of what was rounded.
+    outside = ops.clip(similarity, -1.0, 1.0) - similarity
+    similarity = similarity + ops.stop_gradient(outside)
+    return similarity, key_scale, slot_scale, key_norms, slot_norms
 
 
 def content_weighting(
@@ -124,37 +146,44 @@ def content_weighting(
     Raises:
         ValueError: `memory` and `keys` differ in W.
     """
-    if masks is not None:
-        similarity = cosine_similarity(
-            memory, keys, norm_epsilon, product_epsilon, masks
-        )
-        return activate(softmax, strengths[:, :, None] * similarity)
+    heads, slots = keys.shape[1], memory.shape[2]
+    dtype = ops.dtype(memory)
+    if norm_epsilon is None:
+        norm_epsilon = NORM_EPSILON[dtype]
 
     def weighed(memory, keys, strengths):
         compared = _compare(memory, keys, norm_epsilon, product_epsilon)
-        return [softmax(strengths[:, :, None] * compared[0]), *compared]
+        return [softmax(strengths * compared[0]), *compared]
 
     def gradient(upstream, kept, memory, keys, strengths):
-        weighting, similarity, key_norms, slot_norms = kept
+        weighting, similarity, key_scale, slot_scale = kept[:4]
+        key_norms, slot_norms = kept[4:]
+        memory, keys = memory * slot_scale, keys * key_scale
         of_logits = _of_softmax(upstream, weighting)
         by_similarity = of_logits * similarity
         sums = total(by_similarity)
-        of_strengths = sums[:, :, 0]
+        of_strengths = sums
         norms = key_norms * slot_norms
         if product_epsilon:
-            share = norms / (norms + product_epsilon)
+            epsilon = product_epsilon * key_scale * slot_scale
+            share = norms / (norms + epsilon)
             of_logits, by_similarity = share * of_logits, share * by_similarity
             sums = total(by_similarity)
-        of_dot = strengths[:, :, None] * of_logits / norms
-        of_key_norms = strengths[:, :, None] * sums / key_norms
-        of_slot_norms = ops.matmul(strengths[:, None], by_similarity)
-        return (
-            spread(keys, of_dot) - memory * (of_slot_norms / slot_norms**2),
-            read(memory, of_dot) - keys / key_norms * of_key_norms,
-            of_strengths,
+        of_dot = strengths * of_logits / norms
+        of_key_norms = strengths * sums / key_norms
+        of_slot_norms = ops.matmul(ops.swapaxes(strengths, 1, 2), by_similarity)
+        of_memory = spread(keys, of_dot) - memory * (
+            of_slot_norms / slot_norms**2
         )
+        of_keys = read(memory, of_dot) - keys / key_norms * of_key_norms
+        return of_memory * slot_scale, of_keys * key_scale, of_strengths
 
-    return kept(weighed, gradient, memory, keys, strengths)
+    memory, keys = _to_compare(memory, keys, masks)
+    strengths = ops.cast(
+        ops.reshape(strengths, (-1, keys.shape[1], 1)), ops.dtype(keys)
+    )
+    weighting = kept(weighed, gradient, memory, keys, strengths)
+    return ops.cast(ops.reshape(weighting, (-1, heads, slots)), dtype)
 
 
 def interpolate(content_weighting, previous_weighting, interpolation_gate):
@@ -251,7 +280,10 @@ def sharpen(weighting, sharpening):
     def sharpened(weighting, power):
         weighting = weighting + epsilon
         logarithm = ops.log(weighting)
-        return [softmax(power * logarithm), logarithm, weighting]
+        # The largest is 1, and others may underflow to 0.
+        largest = ops.max(logarithm, axis=-1, keepdims=True)
+        powers = ops.exp(power * (logarithm - ops.stop_gradient(largest)))
+        return [powers / total(powers), logarithm, weighting]
 
     def gradient(upstream, kept, _, power):
         # The weighting that was kept: the shift need not be done again.

@@ -16,6 +16,7 @@ from keras_memory.checks import check_seed
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.numerics import LayerNormalization
 from keras_memory.replay import activate
 from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
@@ -208,7 +209,7 @@ class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
         super().__init__(units, activation, **kwargs)
         _check_epsilon("norm_epsilon", norm_epsilon)
         self.kernel_norm, self.recurrent_norm, self.state_norm = (
-            keras.layers.LayerNormalization(
+            LayerNormalization(
                 epsilon=norm_epsilon,
                 gamma_initializer=_fresh(norm_gamma_initializer),
                 beta_initializer=_fresh(norm_beta_initializer),
@@ -305,7 +306,7 @@ class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
     ):
         super().__init__(units, activation, **kwargs)
         _check_epsilon("layernorm_epsilon", layernorm_epsilon)
-        self.layernorm = keras.layers.LayerNormalization(
+        self.layernorm = LayerNormalization(
             epsilon=layernorm_epsilon,
             center=False,  # `bias` does that
             gamma_initializer=gamma_initializer,

@@ -5,6 +5,7 @@ which does not number them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
@@ -340,15 +341,16 @@ class DNCAccess:
     @property
     def initial_state(self):
         slots, heads = self.memory_slots, self.write_heads
+        weighting = functools.partial(Initial, held=_sums_held)
         links, columns = (), ()
         if self.sparse_links is not None:
             of_rows = (heads, slots, self.sparse_links)
-            links = Initial(of_rows, turned=True)
+            links = Initial(of_rows, turned=True, held=_rows_held)
             columns = Initial(
                 of_rows, constant=np.arange(self.sparse_links), turned=True
             )
         elif self.linkage:
-            links = Initial((heads, slots, slots))
+            links = Initial((heads, slots, slots), held=_links_held)
         return DNCState(
             reads=Initial((self.read_heads, self.slot_size)),
             memory=Initial(
@@ -357,13 +359,41 @@ class DNCAccess:
                 draw=keras.initializers.RandomNormal(stddev=0.05),
                 turned=True,
             ),
-            usage=Initial((slots,)),
+            usage=Initial((slots,), held=_held),
             linkage=links,
-            precedence=Initial((heads, slots)) if self.linkage else (),
-            read_weighting=Initial((self.read_heads, slots)),
-            write_weighting=Initial((heads, slots)),
+            precedence=weighting((heads, slots)) if self.linkage else (),
+            read_weighting=weighting((self.read_heads, slots)),
+            write_weighting=weighting((heads, slots)),
             link_columns=columns,
         )
+
+
+# States from outside, in the ranges that steps keep them in: beyond these
+# usage and links would grow with each step.
+
+
+def _held(x, sums=None):
+    """Shares in [0, 1], with sums of at most 1. The slope within is 1."""
+    x = ops.where(x < 0, ops.zeros_like(x), x)
+    if sums is None:
+        return ops.where(x > 1, ops.ones_like(x), x)
+    return x / ops.stop_gradient(ops.maximum(sums(x), 1.0))
+
+
+def _sums_held(x):
+    return _held(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
+
+
+def _rows_held(x):
+    return _held(x, lambda x: ops.sum(x, axis=-2, keepdims=True))
+
+
+def _links_held(x):
+    def largest(x):
+        rows, columns = ops.sum(x, axis=-1), ops.sum(x, axis=-2)
+        return ops.max(ops.maximum(rows, columns), -1)[:, :, None, None]
+
+    return _held(x, largest)
 
 
 def _sharpen(weighting, sharpening):

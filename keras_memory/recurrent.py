@@ -44,6 +44,7 @@ from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain
+from keras_memory.numerics import LayerNormalization
 from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
 from keras_memory.replay import to_train
@@ -98,6 +99,8 @@ class Initial:
             where the state is a weighting.
         turned: bool; True: a step has the last two axes of `shape` the other
             way round, as a memory has, whose slots come last there.
+        held: function that brings a state from outside, (B, *`shape_in_step`),
+            into the range that steps keep it in; None where that is any.
     """
 
     shape: tuple
@@ -106,6 +109,7 @@ class Initial:
     draw: typing.Any = "zeros"
     activation: typing.Callable = keras.activations.linear
     turned: bool = False
+    held: typing.Callable | None = None
 
     @property
     def shape_in_step(self):
@@ -262,7 +266,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             self._make_controller(block) for block in range(len(self.accesses))
         ]
         self.interface_norms = [
-            keras.layers.LayerNormalization(
+            LayerNormalization(
                 dtype=self.dtype_policy, name=f"interface_norm{_index(block)}"
             )
             for block in range(len(self.accesses) * interface_layer_norm)
@@ -627,6 +631,19 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             ],
         )
 
+    def _records(self, states):
+        """The records of states from outside, in their ranges."""
+        return keras.tree.pack_sequence_as(
+            self.initial_records,
+            [
+                initial.held(value) if initial.held else value
+                for value, initial in zip(
+                    keras.tree.flatten(self._unflatten(states)),
+                    keras.tree.flatten(self.initial_records),
+                )
+            ],
+        )
+
     def _turn(self, records):
         """From how a step has its state to how the public sees it, and
         back: see `Initial.turned`."""
@@ -754,7 +771,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         inputs = check_array("inputs", inputs, ("batch", self.input_size))
         states = self._check_states(states, inputs.shape[0])
         features, records, _ = self.step(
-            inputs, self._unflatten(states), training, use_memory
+            inputs, self._records(states), training, use_memory
         )
         return self.project(features, training), self._flatten(records)
 
@@ -1118,7 +1135,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         features, records, time_loop = scan.run(
             self.cell,
             sequences,
-            self.cell._unflatten(initial_state),
+            self.cell._records(initial_state),
             mask=mask,
             training=training,
             go_backwards=self.go_backwards,
@@ -1377,7 +1394,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     def step(before, at_step):
         states, held = before
         features, after, details = cell.step(
-            at_step[0], cell._unflatten(states), training, use_memory
+            at_step[0], cell._records(states), training, use_memory
         )
         after = tuple(cell._flatten(after))
         output = cell.project(features, training)
@@ -1391,7 +1408,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     cell.get_dropout_mask(inputs)
     cell.get_recurrent_dropout_mask(inputs)
     try:
-        records = cell._unflatten(states)
+        records = cell._records(states)
         features, _, details = cell.step(
             sequences[0][0], records, training, use_memory
         )

@@ -362,6 +362,149 @@ def test_gradients_of_sharpening_a_one_hot_weighting(dtype, power):
         assert np.abs(gradient).max() < 100
 
 
+# Up to the largest finite numbers.
+
+
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3e38, "float32": 3.4e38}
+
+
+def gradients(function, *arrays):
+    """Result and gradients, in float64, of a sum with different weights."""
+    import tensorflow as tf
+
+    arrays = [tf.convert_to_tensor(array) for array in arrays]
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        result = tf.cast(function(*arrays), "float64")
+        weights = tf.reshape(tf.range(tf.size(result)) % 5 - 2, result.shape)
+        loss = tf.reduce_sum(result * tf.cast(weights, "float64"))
+    results = [result, *tape.gradient(loss, arrays)]
+    return [tf.cast(result, "float64").numpy() for result in results]
+
+
+def content_in(dtype, size, of_keys, masked, memory, keys, strengths, masks):
+    import tensorflow as tf
+
+    def weighted(memory, keys, strengths):
+        return on_tensors.content_weighting(
+            memory,
+            keys,
+            strengths,
+            1e-30,
+            masks=tf.cast(masks, dtype) if masked else None,
+        )
+
+    arrays = memory * size, keys * of_keys, strengths
+    arrays = [tf.cast(array, dtype) for array in arrays]
+    weighting, of_memory, of_keys_, *rest = gradients(weighted, *arrays)
+    return weighting, of_memory * size, of_keys_ * of_keys, *rest
+
+
+@needs_gradients
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_content_weighting_of_the_largest_numbers(rng, dtype, masked):
+    arrays = (
+        rng.uniform(-1, 1, size=(BATCH, WIDTH, SLOTS)),
+        rng.uniform(-1, 1, size=(BATCH, HEADS, WIDTH)),
+        rng.uniform(0.1, 9.0, size=(BATCH, HEADS)),
+        rng.integers(0, 4, size=(BATCH, HEADS, WIDTH)) / 3,
+    )
+    expected = content_in("float64", 1.0, 1.0, masked, *arrays)
+    tolerance = 1e-5 if dtype == "float32" else 0.1
+    for size, of_keys in [(1e3, 1.0), (1.0, 1e3)]:
+        if dtype != "float16":  # whose gradients would underflow
+            size, of_keys = size**10, of_keys**10
+        found = content_in(dtype, size, of_keys, masked, *arrays)
+        for one, other in zip(found, expected):
+            close(one, other, tolerance)
+    largest = LARGEST[dtype]
+    found = content_in(dtype, largest, largest, masked, *arrays)
+    close(found[0], expected[0], tolerance)
+    assert all(np.isfinite(one).all() for one in found)
+
+
+@needs_gradients
+def test_slots_of_very_different_sizes_are_compared_each_at_its_own(rng):
+    memory = rng.uniform(-1, 1, size=(BATCH, WIDTH, SLOTS))
+    sizes = np.array([1.0, 3e38, 1e-3, 1e25, 1e12, 1e-2, 1e38])
+    keys = rng.uniform(-1, 1, size=(BATCH, HEADS, WIDTH))
+    for epsilons in ((1e-20, 0.0), (1e-20, 1e-3), (0.7, 0.0)):
+        close(
+            addressing.cosine_similarity(
+                (memory * sizes).astype("float32"),
+                keys.astype("float32"),
+                *epsilons,
+            ),
+            addressing.cosine_similarity(memory * sizes, keys, *epsilons),
+            1e-6,
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_similarities_are_at_most_1(rng, masked):
+    vectors = rng.normal(size=(1, 20, 300)).astype("float32")
+    vectors *= 10.0 ** rng.integers(1, 30, size=(1, 1, 300))
+    memory = np.concatenate([vectors, -vectors], axis=2)
+    keys = vectors.transpose(0, 2, 1)
+    similarity = addressing.cosine_similarity(
+        memory,
+        keys,
+        masks=np.ones((1, 300, 20), "float32") if masked else None,
+    )
+    similarity = ops.convert_to_numpy(similarity)[0]
+    assert np.abs(similarity).max() == 1.0
+    assert np.isfinite(np.arccos(similarity)).all()
+    close(similarity[:, :300].diagonal(), np.ones(300), 1e-6)
+
+
+@needs_gradients
+def test_gradients_of_equal_vectors_are_those_of_the_cosine(rng):
+    memory = rng.normal(size=(1, WIDTH, 300)).astype("float32")
+    keys = memory.transpose(0, 2, 1)
+
+    def cosines(memory, keys):
+        return on_tensors.cosine_similarity(memory, keys, 1e-12)
+
+    found = gradients(cosines, memory, keys)
+    expected = gradients(
+        cosines, *(a.astype("float64") for a in (memory, keys))
+    )
+    for one, other in zip(found, expected):
+        close(one, other, 1e-4 * np.abs(other).max())
+
+
+@needs_gradients
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_sharpening_up_to_the_largest_power(dtype):
+    import tensorflow as tf
+
+    # Tied at the top, a slot far below, and one that is empty.
+    weighting = tf.constant([[[0.375, 0.375, 0.25, 0.0]]], dtype)
+    largest = LARGEST[dtype]
+    for power in (1.0, 60.0, 5e3, largest / 2, largest):
+        sharpening = tf.constant([[power]], dtype)
+        sharpened, of_weighting, of_power = gradients(
+            on_tensors.sharpen, weighting, sharpening
+        )
+        is_weighting(sharpened, 1e-2 if "16" in dtype else 1e-6)
+        if power > 100:
+            close(sharpened, [[[0.5, 0.5, 0.0, 0.0]]], 1e-2)
+            # -2 and -1 upstream, p y (1 - y) / w of them.
+            slope = float(tf.cast(sharpening, "float64")[0, 0]) / 4 / 0.375
+            close(of_weighting / slope, [[[-1.0, 1.0, 0.0, 0.0]]], 1e-2)
+            close(of_power, [[0.0]], 1e-6)
+
+
+def test_strengths_up_to_the_largest(rng):
+    memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
+    keys = memory.transpose(0, 2, 1)[:, [4, 0, 6]]
+    weighting = addressing.content_weighting(
+        memory, keys, np.full((BATCH, HEADS), 3.4e38, "float32")
+    )
+    close(weighting, np.stack([np.eye(SLOTS)[[4, 0, 6]]] * BATCH), 1e-6)
+
+
 # Sparsemax, against tensorflow-addons and entmax.
 
 

@@ -1,0 +1,45 @@
+"""Arithmetic that holds up to the largest finite numbers of a dtype.
+
+The square of a number overflows from the root of the largest one on: a norm,
+a variance or an inner product of large numbers is then infinite, and what is
+divided by it NaN. Here such numbers are first divided by a scale, which the
+result does not depend on.
+"""
+
+import keras
+from keras import ops
+
+# Sums of squares up to this do not overflow, nor do products of such sums.
+LARGEST_FACTOR = {"float32": 2.0**30, "float64": 2.0**250}
+
+
+def at_least_float32(dtype):
+    """The dtype to take squares in: 16 bits have too few or too small ones."""
+    return dtype if dtype in LARGEST_FACTOR else "float32"
+
+
+def in_range(x, axis):
+    """Scales vectors down whose squares may overflow.
+
+    Args:
+        x: float32 or float64 array; any finite value.
+        axis: int, the axis of the vectors.
+
+    Returns:
+        `x` times a scale, and that scale, in (0, 1], with an axis of size 1.
+        It is exactly 1 for vectors of entries up to `LARGEST_FACTOR`. It has
+        no gradient: a result that does not depend on it needs none.
+    """
+    limit = LARGEST_FACTOR[ops.dtype(x)]
+    largest = ops.max(ops.abs(x), axis=axis, keepdims=True)
+    scale = ops.stop_gradient(limit / ops.maximum(largest, limit))
+    return x * scale, scale
+
+
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras's, over the last axis, for all finite numbers."""
+
+    def call(self, inputs):
+        # Where the scale is not 1, the epsilon is less than the rounding.
+        wide = ops.cast(inputs, at_least_float32(ops.dtype(inputs)))
+        return super().call(in_range(wide, axis=-1)[0])
