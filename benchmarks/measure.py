@@ -35,7 +35,7 @@ def memory(process="self"):
 def forget_peak():
     """Gives unused memory back; the peak is then that of what follows."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         with open("/proc/self/clear_refs", "w") as file:
@@ -67,7 +67,7 @@ def timed(step):
 
 def end_with_parent():
     """Lets Linux kill this process when its parent has ended."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
