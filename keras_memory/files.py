@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import time
 
 try:
@@ -10,6 +11,40 @@ except ImportError:  # Windows
     fcntl = None
 
 TRIES, PAUSE = 20, 0.05  # of a rename on Windows, seconds between two
+
+
+def check_path(name, value):
+    """A `pathlib.Path`, or ValueError unless `value` is a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(
+            f"`{name}` must be a path, a str or pathlib.Path. "
+            f"Received: {name}={value!r}"
+        )
+    return pathlib.Path(value)
+
+
+def check_run_folder(folder):
+    """The path of a run folder, or ValueError unless it is one."""
+    folder = check_path("folder", folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            "A run folder has a config.json, which a training writes. "
+            f"Received: {folder}, which has none"
+        )
+    return folder
+
+
+def check_new_folder(folder):
+    """The path of a folder, or ValueError unless it is absent or empty."""
+    folder = check_path("folder", folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"A run needs a folder. Received: {folder}, a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            "A run needs a folder of its own, so that nothing of an earlier "
+            f"run is lost. Received: {folder}, which has files in it"
+        )
+    return folder
 
 
 def fsync(path):

@@ -27,7 +27,9 @@ LAYERS = [
     ["callbacks", "export", "convert"],
     ["runs"],
     ["training"],
+    ["api"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -43,7 +45,8 @@ def imported_by(source):
                 if len(parts) > 1:
                     yield parts[1]
                 else:
-                    yield from (alias.name for alias in node.names)
+                    names = {alias.name for alias in node.names}
+                    yield from sorted(names - {"__version__"})
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("keras_memory"):

@@ -16,6 +16,7 @@ import tensorflow as tf
 from catalogue import slow_unless
 from PIL import Image
 
+from keras_memory import callbacks
 from keras_memory import cli
 from keras_memory import config
 from keras_memory import runs
@@ -100,7 +101,11 @@ def test_a_run_leaves_everything(run):
     rows = runs.read_history(folder, small())
     assert len(rows) == 10
     assert all(np.isfinite(list(row.values())).all() for row in rows)
-    assert [row["epoch"] for row in rows] == list(range(10))
+    assert [row["step"] for row in rows] == list(range(5, 51, 5))
+    assert [row["sequences"] for row in rows] == list(range(10, 101, 10))
+    assert [row["longest"] for row in rows] == [1] * 3 + [3] * 3 + [4] * 4
+    assert results["longest_trained"] == 4
+    assert results["bits_in_a_sequence_at_7"] == 3 * 7
     assert results["seconds"] == round(rows[-1]["seconds"], 1)
     assert any(folder.glob("logs/train/events*"))
     assert any(folder.glob("logs/memory/events*"))
@@ -116,7 +121,8 @@ def test_a_run_leaves_everything(run):
     assert "error" in shown[0]
     assert "50/50" in shown[-2]
     assert shown[-1] == "testing, drawing and exporting"
-    for name in ("loss", "wrong bits per sequence", "seq/s", "left"):
+    assert shown[-2].startswith("50/50 steps (100 sequences)  <=4")
+    for name in ("loss", "wrong bits per sequence", "seq/s", " 0:00 left"):
         assert name in shown[-2]
     assert not list(folder.rglob("*writing*"))
 
@@ -158,6 +164,106 @@ def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
     assert results["steps"] == 7
     assert (tmp_path / "run" / "pictures" / "length-4.png").exists()
     assert not (tmp_path / "run" / "checkpoint.keras").exists()
+
+
+def summaries(folder):
+    """Tag -> steps of what was written for TensorBoard."""
+    found = {}
+    for path in sorted(folder.glob("events*")):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    return found
+
+
+def test_everything_counts_steps(run, monkeypatch, tmp_path):
+    """Console and history are in `test_a_run_leaves_everything`."""
+    folder, _, _ = run
+    written = summaries(folder / "logs" / "train")
+    assert written["epoch_loss"] == list(range(5, 51, 5))
+    assert written["epoch_sequences"] == list(range(5, 51, 5))
+    of_memory = summaries(folder / "logs" / "memory")
+    assert {step for steps in of_memory.values() for step in steps} <= set(
+        range(5, 51, 5)
+    )
+    assert of_memory["probe"][-1] == 50
+    drawn = []
+    curves = visualization.curves
+    monkeypatch.setattr(
+        runs.visualization,
+        "curves",
+        lambda *arguments, **options: (
+            drawn.append(arguments) or curves(*arguments, **options)
+        ),
+    )
+    model = runs.load(folder / "model.keras")
+    runs.draw(small(*RESUMED), model, folder, {})
+    runs.compare([folder], tmp_path / "out.png")
+    for (series, _, x_label, _), width in zip(drawn, (10, 10), strict=True):
+        assert x_label == "steps of 2 sequences"
+        ((x, _),) = series.values()
+        assert list(x) == list(range(5, 51, 5)) and len(x) == width
+
+
+def test_an_animation_has_room_for_longer_headlines(tmp_path):
+    """Of pictures that are narrower than those."""
+    for number, width in enumerate((30, 47)):
+        frame = np.full((20, width, 3), 50 * number, "uint8")
+        png = visualization.encode_png(frame)
+        (tmp_path / f"{number:08}.png").write_bytes(png)
+    (tmp_path / "out.gif").write_bytes(callbacks.animation(tmp_path))
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert gif.size == (47, 20)
+
+
+def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
+    """Its history has neither steps nor sequences."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    rows = runs.read_history(run[0], small(*RESUMED))
+    names = [name for name in rows[0] if name not in runs.COUNTS]
+    lines = [["epoch", *names]]
+    lines += [[i, *(row[n] for n in names)] for i, row in enumerate(rows)]
+    text = "\n".join(",".join(map(str, line)) for line in lines)
+    (folder / "history.csv").write_text(text)
+    old = runs.read_history(folder, small(*RESUMED))
+    for name in ("step", "sequences"):
+        assert [row[name] for row in old] == [row[name] for row in rows]
+    assert {row["longest"] for row in old} == {4}
+
+
+def test_time_left_is_without_compilation(monkeypatch):
+    """The first steps take a minute, the others a tenth of a second."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    config, shown = small("steps=100", "report_every=10"), []
+    curriculum = training.Curriculum(config)
+    progress = training.Progress(config, curriculum, 0.0, shown.append)
+    progress.on_train_begin()
+    for epoch in range(3):
+        progress.on_epoch_begin(epoch)
+        for batch in range(10):
+            now[0] += 60.0 if (epoch, batch) < (0, 3) else 0.1
+            progress.on_train_batch_end(batch)
+        progress.on_epoch_end(epoch, report())
+    assert [line.split("  ")[-1] for line in shown[1:]] == [
+        "0:09 left",
+        "0:08 left",
+        "0:07 left",
+    ]
+    assert shown[1].startswith("10/100 steps (20 sequences)")
+
+
+def test_time_left_of_one_step_is_not_known(monkeypatch):
+    config, shown = small("report_every=1"), []
+    curriculum = training.Curriculum(config)
+    progress = training.Progress(config, curriculum, 0.0, shown.append)
+    progress.on_train_begin()
+    progress.on_epoch_begin(0)
+    progress.on_train_batch_end(0)
+    progress.on_epoch_end(0, report())
+    assert shown[-1].endswith("?:?? left")
 
 
 # Curriculum.
@@ -645,7 +751,9 @@ def test_evaluate_tells_the_errors(plain_run, capsys):
     assert cli.main(["evaluate", str(folder), "--length", "7", "3"]) == 0
     text = capsys.readouterr().out
     error = results["wrong_bits_per_sequence_at_7"]
-    assert f"wrong bits per sequence at 7: {error}\n" in text
+    trained = "copy: trained to 4 vectors in 50 steps (100 sequences)\n"
+    assert text.startswith(trained)
+    assert f"wrong bits per sequence at 7: {error} of 21\n" in text
     assert "bits per sequence at 3: " in text
     assert cli.main(["evaluate", str(folder)]) == 0
     assert "up to 4" in capsys.readouterr().out
