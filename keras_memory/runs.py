@@ -5,6 +5,7 @@ import csv
 import functools
 import json
 import os
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -370,7 +371,8 @@ def compare(folders, path, by="steps", below=0.1):
         )
     if not is_number(below):
         raise ValueError(f"`below` must be a number. Received: below={below!r}")
-    if isinstance(folders, (str, os.PathLike)) or not folders:
+    is_one = isinstance(folders, (str, os.PathLike))
+    if is_one or not isinstance(folders, Sequence) or not folders:
         raise ValueError(
             "`folders` must be a list of the paths of run folders. "
             f"Received: folders={folders!r}"
