@@ -61,8 +61,9 @@ def checked_step(layer, optimizer):
     return step
 
 
-def stability(rates, seeds, steps, **kwargs):
-    """Trains anew for each learning rate and seed.
+def stability(rates, seeds, steps, seen=lambda rate, row: None, **kwargs):
+    """Trains anew for each learning rate and seed; `seen` is told of each
+    rate as it is done.
 
     Returns:
         Dict from the rate to a dict: runs in which loss, gradients or states
@@ -100,6 +101,7 @@ def stability(rates, seeds, steps, **kwargs):
             "median loss": np.median(last),
             "largest loss": np.max(last),
         }
+        seen(rate, table[rate])
     return table
 
 
@@ -110,19 +112,22 @@ def main():
     arguments = parser.parse_args()
     rates = 1e-4, 1e-3, 1e-2
     begun = time.perf_counter()
-    table = stability(rates, arguments.seeds, arguments.steps)
     print(
         "| learning rate | runs | with NaN or infinity in loss | gradients | "
         "states | largest gradient | loss at the end, median | largest |"
     )
-    print("|---|---|---|---|---|---|---|---|")
-    for rate, row in table.items():
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+
+    def seen(rate, row):
         print(
             f"| {rate:g} | {arguments.seeds} | {row['loss']} | "
             f"{row['gradients']} | {row['states']} | "
             f"{row['largest gradient']:.3g} | {row['median loss']:.3f} | "
-            f"{row['largest loss']:.3f} |"
+            f"{row['largest loss']:.3f} |",
+            flush=True,
         )
+
+    stability(rates, arguments.seeds, arguments.steps, seen)
     print(f"{time.perf_counter() - begun:.0f} s")
 
 

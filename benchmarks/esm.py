@@ -42,7 +42,13 @@ def run(rounds, threads, ivy=None, json=None):
         json: path of a file for all numbers, if any.
     """
     machine = report.machine()
-    results = measure.compare(jobs(threads, ivy), rounds, seconds=SECONDS)
+
+    def write(results):
+        report.write_json(json, {"machine": machine, "results": results})
+
+    results = measure.compare(
+        jobs(threads, ivy), rounds, seen=write, seconds=SECONDS
+    )
     reference, rows = results[REFERENCE], []
     for variant, result in results.items():
         cells = [variant, "", "", ""]
@@ -58,8 +64,7 @@ def run(rounds, threads, ivy=None, json=None):
         if kind[1] and kind[0] in GOALS:
             cells[3] = f"{GOALS[kind[0]]} ms"
         rows.append(cells)
-    if json:
-        report.write_json(json, {"machine": machine, "results": results})
+    write(results)
     print(report.table(HEADER, rows) + "\n")
     print(
         f"An image of {SIZE} x {SIZE} into a map of 180 x 360, but for the "

@@ -41,20 +41,26 @@ HEADER = (
 )
 
 
-def run(threads):
-    """Measures, prints two tables, and returns all numbers."""
+def run(threads, seen=lambda numbers: None):
+    """Measures, prints two tables, and returns all numbers; `seen` is a
+    function of those so far, called when there are more."""
     print("drift ...", file=sys.stderr, flush=True)
     context = multiprocessing.get_context("spawn")
+    table = report.Table(HEADER)
     with futures.ProcessPoolExecutor(1, context) as pool:
-        numbers = pool.submit(measured, threads).result()
-    rules = numbers["rules"]
+        numbers = {**pool.submit(trained, threads).result(), "rules": {}}
+        rules = numbers["rules"]
+        for name, rule in RULES.items():
+            rules[name] = pool.submit(tried, rule).result()
+            table.add(rows_of({name: rules[name]}))
+            seen(numbers)
+    table.end()
     steps = next(iter(rules.values()))["steps"]
     rows = [
         [step, *(f"{one['recalls'][i]:.3f}" for one in rules.values())]
         for i, step in enumerate(steps)
     ]
     print(report.table(["step", *rules], rows) + "\n")
-    print(report.table(HEADER, rows_of(rules)) + "\n")
     print(
         f"Recall@{TOP_K} of {QUERIES} queries, of {ENTRIES:,} entries, "
         f"{ADDED} of which are overwritten at each step; just before the step "
@@ -91,15 +97,20 @@ def _of_leaves(leaves):
     return f"{leaves[1]} of {leaves[0]}" if leaves[0] else "all compared"
 
 
-def measured(threads):
-    """In a process of its own: trains, and tries each rule on the same keys."""
+_drift = None  # in a process of its own, that of all rules
+
+
+def trained(threads):
+    """In a process of its own: trains."""
+    global _drift
     neighbours.prepare(threads)
-    drift = Drift()
-    return {
-        "losses": drift.losses,
-        "moved": drift.moved,
-        "rules": {name: drift.tried(rule) for name, rule in RULES.items()},
-    }
+    _drift = Drift()
+    return {"losses": _drift.losses, "moved": _drift.moved}
+
+
+def tried(rule):
+    """In the same process: tries a rule on the same keys."""
+    return _drift.tried(rule)
 
 
 class Drift:

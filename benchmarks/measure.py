@@ -35,7 +35,7 @@ def memory(process="self"):
 def forget_peak():
     """Gives unused memory back; the peak is then that of what follows."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         with open("/proc/self/clear_refs", "w") as file:
@@ -67,7 +67,7 @@ def timed(step):
 
 def end_with_parent():
     """Lets Linux kill this process when its parent has ended."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -218,7 +218,7 @@ class Worker:
         return answer
 
 
-def compare(jobs, rounds, alone=3, **limits):
+def compare(jobs, rounds, alone=3, seen=None, **limits):
     """Lets variants make steps in turn.
 
     Each round takes two steps of each, of which the second is measured, so
@@ -231,6 +231,8 @@ def compare(jobs, rounds, alone=3, **limits):
             text that says why there is none.
         rounds: how many steps are measured.
         alone: how many each makes on its own before.
+        seen: function of the results so far, called when there are more: at
+            first a variant has the steps on its own.
         limits: `seconds` and `gigabytes` of a worker.
 
     Returns:
@@ -240,6 +242,12 @@ def compare(jobs, rounds, alone=3, **limits):
         `told` and `told_after`; or `not_run`, the reason.
     """
     workers, results = {}, {}
+
+    def found(key, result):
+        results[key] = result
+        if seen is not None:
+            seen({key: results[key] for key in jobs if key in results})
+
     try:
         for key, job in jobs.items():
             try:
@@ -248,24 +256,32 @@ def compare(jobs, rounds, alone=3, **limits):
                 others = [one for one in workers.values() if one.alive]
                 workers[key] = Worker(*job, alone, **limits, others=others)
             except Stopped as reason:
-                results[key] = {"not_run": str(reason)}
+                found(key, {"not_run": str(reason)})
+            else:
+                found(key, _numbers(workers[key]))
         times = _turns(workers, rounds)
         for key, worker in workers.items():
-            steps = times[key] if times else worker.alone
-            wall, cpu = np.median(steps, axis=0)
-            results[key] = {
-                "milliseconds": float(wall),
-                "cpu_milliseconds": float(cpu),
-                **worker.result,
-                "in_turn": bool(times),
-                "rounds": steps,
-            }
+            result = _numbers(worker, times and times[key])
             if times and "told" in worker.result:
-                results[key]["told_after"] = worker.tell()
+                result["told_after"] = worker.tell()
+            found(key, result)
     finally:
         for worker in workers.values():
             worker.end()
     return {key: results[key] for key in jobs}
+
+
+def _numbers(worker, steps=None):
+    """A result, of the steps in turn or, if there are none, on its own."""
+    rounds = steps or worker.alone
+    wall, cpu = np.median(rounds, axis=0)
+    return {
+        "milliseconds": float(wall),
+        "cpu_milliseconds": float(cpu),
+        **worker.result,
+        "in_turn": bool(steps),
+        "rounds": rounds,
+    }
 
 
 def _turns(workers, rounds):

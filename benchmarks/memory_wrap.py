@@ -51,14 +51,25 @@ def run(names, threads, rounds, json=None):
         rounds: how many steps are measured.
         json: path of a file for all numbers, if any.
     """
-    rows, numbers = [], []
+    table, numbers = report.Table(HEADER), []
     machine = report.machine()
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         kind, sizes, goal = CASES[name]
+        before = numbers
+
+        def write(results, name=name, before=before):
+            found = before + [
+                {"case": name, "variant": variant, "threads": count, **result}
+                for (variant, count), result in results.items()
+            ]
+            report.write_json(json, {"machine": machine, "results": found})
+            return found
+
         results = measure.compare(
-            jobs(kind, sizes, threads), rounds, seconds=SECONDS
+            jobs(kind, sizes, threads), rounds, seen=write, seconds=SECONDS
         )
+        rows = []
         for (variant, count), result in results.items():
             reference = results[REFERENCE, count]
             cells = ["", "", ""]
@@ -75,12 +86,9 @@ def run(names, threads, rounds, json=None):
                     cells[2] = report.with_spread(quartiles)
             wanted = goal if goal and variant != REFERENCE else ""
             rows.append([name, variant, count, *cells, wanted])
-            numbers.append(
-                {"case": name, "variant": variant, "threads": count, **result}
-            )
-        if json:
-            report.write_json(json, {"machine": machine, "results": numbers})
-    print(report.table(HEADER, rows) + "\n")
+        table.add(rows)
+        numbers = write(results)
+    table.end()
     print(
         f"Batch {BATCH}, medians of {report.counted(rounds, 'step')} in turn, "
         "each variant in a process of its own; ratios with the middle half.\n"

@@ -7,6 +7,8 @@ import os
 import pathlib
 import platform
 
+from keras_memory.files import written_aside
+
 PACKAGES = "keras", "tensorflow", "torch", "dnc", "memorywrap", "numpy"
 
 
@@ -14,6 +16,22 @@ def table(header, rows):
     """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+class Table:
+    """A Markdown table, printed row by row: what is there is not lost."""
+
+    def __init__(self, header):
+        self.header, self.rows = header, []
+
+    def add(self, rows):
+        lines = table(self.header, rows).splitlines()
+        print("\n".join(lines[2 if self.rows else 0 :]), flush=True)
+        self.rows += rows
+
+    def end(self):
+        if self.rows:
+            print(flush=True)
 
 
 def short(number, unit=""):
@@ -65,7 +83,10 @@ def on(machine):
 
 
 def write_json(path, numbers):
-    pathlib.Path(path).write_text(json.dumps(numbers, indent=1) + "\n")
+    """Writes all numbers so far, whole; a path of None is no file."""
+    if path is not None:
+        with written_aside(pathlib.Path(path)) as aside:
+            aside.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def _processor():

@@ -73,23 +73,28 @@ def run(names, kinds, rounds, threads, quick=False, json=None):
         "dynamic": [],
     }
 
-    def write():
-        if json:
-            report.write_json(json, numbers)
+    def write(**more):
+        numbers.update(more)
+        report.write_json(json, numbers)
 
-    rows = []
+    table = report.Table(HEADER)
     for name in (name for name in names if name in CASES):
         for kind in kinds:
             print(f"{name}, {kind} ...", file=sys.stderr, flush=True)
-            results = measured(name, kind, rounds, threads)
-            rows += rows_of(name, kind, results)
-            numbers["dynamic"] += [
-                {"case": name, "data": kind, "variant": variant, **result}
-                for variant, result in results.items()
-            ]
-            write()
-    if rows:
-        print(report.table(HEADER, rows) + "\n")
+            before = numbers["dynamic"]
+
+            def seen(results, name=name, kind=kind, before=before):
+                found = [
+                    {"case": name, "data": kind, "variant": variant, **result}
+                    for variant, result in results.items()
+                ]
+                write(dynamic=before + found)
+
+            results = measured(name, kind, rounds, threads, seen)
+            seen(results)
+            table.add(rows_of(name, kind, results))
+    table.end()
+    if table.rows:
         print(
             f"{ROWS} x {HEADS} x {QUERIES} queries, top_k {TOP_K}, then "
             f"{ADDED} entries added to each of {ROWS} rows; D = V = {DIM}. "
@@ -100,26 +105,27 @@ def run(names, kinds, rounds, threads, quick=False, json=None):
             "begun, are in their times.\n"
         )
     if "static" in names:
-        numbers["static"] = {}
         for kind in kinds:
-            numbers["static"][kind] = static_store.run(
-                kind, rounds, threads, quick
-            )
-            write()
+            before = numbers.get("static", {})
+
+            def of_static(found, kind=kind, before=before):
+                write(static={**before, kind: found})
+
+            static_store.run(kind, rounds, threads, quick, of_static)
     if "drift" in names:
-        numbers["drift"] = key_drift.run(threads)
-        write()
+        key_drift.run(threads, lambda found: write(drift=found))
     print(f"{report.on(numbers['machine'])}.")
     return numbers
 
 
-def measured(name, kind, rounds, threads):
+def measured(name, kind, rounds, threads, seen=None):
     """Results of a case by variant, with ratios and spread."""
     # Processes are killed: what they leave in the folder is removed here.
     with tempfile.TemporaryDirectory(prefix="retrieval-") as folder:
         results = measure.compare(
             jobs(CASES[name][0], kind, threads, folder),
             rounds,
+            seen=seen,
             seconds=SECONDS,
         )
     ran = [name for name in REFERENCES if "not_run" not in results[name]]

@@ -1,6 +1,7 @@
 """Curves: one of time steps, slots and batch varied, the others as in a base
 case."""
 
+import functools
 import pathlib
 import sys
 
@@ -51,27 +52,39 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
         "results": [],
     }
     text = []
+
+    def write(kind, axis, value, results, before):
+        numbers["results"] = before + [
+            {
+                "layer": kind,
+                "axis": axis,
+                "value": value,
+                "variant": name,
+                **result,
+            }
+            for name, result in results.items()
+        ]
+        report.write_json(folder / "scaling.json", numbers)
+
     for kind in kinds:
         panels = []
         for axis in axes:
-            points = []
-            for value, results in curve(
-                kind, axis, rounds, threads, checkout, **limits
-            ):
+            print(f"{described(kind, axis)}\n", flush=True)
+            text.append("")
+            points, printed = [], None
+            for value in AXES[axis][1]:
+                seen = functools.partial(
+                    write, kind, axis, value, before=numbers["results"]
+                )
+                given = kind, axis, value, points, rounds, threads, checkout
+                results = point(*given, seen=seen, **limits)
+                seen(results)
                 points.append((value, results))
-                numbers["results"] += [
-                    {
-                        "layer": kind,
-                        "axis": axis,
-                        "value": value,
-                        "variant": name,
-                        **result,
-                    }
-                    for name, result in results.items()
-                ]
-                report.write_json(folder / "scaling.json", numbers)
-            text.append(f"{described(kind, axis)}\n\n{table(axis, points)}\n")
-            print(text[-1], flush=True)
+                printed = printed or report.Table(header(axis, results))
+                printed.add([row(value, results)])
+                text[-1] = f"{described(kind, axis)}\n\n{table(axis, points)}\n"
+                (folder / "scaling.md").write_text("\n".join(text))
+            printed.end()
             panels.append(panel(kind, axis, points))
             picture = visualization.stack(panels)
             path = folder / f"scaling-{kind}.png"
@@ -88,19 +101,18 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
     return numbers
 
 
-def curve(kind, axis, rounds, threads, checkout, **limits):
-    """Yields (value, results by variant) for each value of an axis."""
-    size, values = AXES[axis]
-    stopped = {}  # the variants that larger values are not tried with
-    for value in values:
-        print(f"{kind}, {axis} = {value} ...", file=sys.stderr, flush=True)
-        sizes = {**cases.BASES[kind], size: value}
-        jobs = cases.jobs(kind, sizes, threads, checkout, VARIANTS)
-        results = measure.compare({**jobs, **stopped}, rounds, rounds, **limits)
-        for name, result in results.items():
-            if "not_run" in result and not isinstance(jobs[name], str):
-                stopped[name] = "-"
-        yield value, results
+def point(kind, axis, value, points, rounds, threads, checkout, **options):
+    """Results by variant at a value of an axis. Variants that did not run at
+    one of the smaller values, `points`, are not tried."""
+    print(f"{kind}, {axis} = {value} ...", file=sys.stderr, flush=True)
+    sizes = {**cases.BASES[kind], AXES[axis][0]: value}
+    jobs = cases.jobs(kind, sizes, threads, checkout, VARIANTS)
+    for name in jobs:
+        if not isinstance(jobs[name], str) and any(
+            "not_run" in results[name] for _, results in points
+        ):
+            jobs[name] = "-"
+    return measure.compare(jobs, rounds, rounds, **options)
 
 
 def described(kind, axis):
@@ -121,19 +133,23 @@ def described(kind, axis):
 
 
 def table(axis, points):
-    names = list(points[0][1])
-    header = [axis] + [
-        f"{name}, {unit}" for unit, _ in QUANTITIES.values() for name in names
+    rows = [row(value, results) for value, results in points]
+    return report.table(header(axis, points[0][1]), rows)
+
+
+def header(axis, results):
+    return [axis] + [
+        f"{name}, {unit}" for unit, _ in QUANTITIES.values() for name in results
     ]
-    rows = []
-    for value, results in points:
-        cells = [
-            _cell(results[name], quantity)
-            for quantity in QUANTITIES
-            for name in names
-        ]
-        rows.append([f"{value:,}", *cells])
-    return report.table(header, rows)
+
+
+def row(value, results):
+    cells = [
+        _cell(result, quantity)
+        for quantity in QUANTITIES
+        for result in results.values()
+    ]
+    return [f"{value:,}", *cells]
 
 
 def _cell(result, quantity):

@@ -58,35 +58,52 @@ HEADER = (
 )
 
 
-def run(kind, rounds, threads, quick=False):
+def run(kind, rounds, threads, quick=False, seen=lambda numbers: None):
     """Measures, prints two tables, and returns all numbers of one kind of
-    data; arguments as of `retrieval.run`."""
+    data; arguments as of `retrieval.run`, and `seen`, a function of the
+    numbers so far, called when there are more."""
+    numbers = {"grid": {}, "exact": {}, "results": []}
+    table = report.Table(GRID_HEADER)
+
+    def found(part, name, result):
+        numbers[part][name] = result
+        seen(numbers)
+
+    def in_turn(results):
+        numbers["results"] = [
+            {"kind": what, "asked_for": target, **result}
+            for (what, target), result in results.items()
+        ]
+        seen(numbers)
+
     with tempfile.TemporaryDirectory(prefix="static-") as folder:
         _say(kind, "right neighbours")
         alone(prepare_data, folder, kind, threads)
-        grid = {}
+        grid, exact_ones = numbers["grid"], numbers["exact"]
         for spec in QUICK if quick else GRID:
             _say(kind, spec)
-            grid[spec] = (
-                alone(of_grid, folder, spec, threads)
-                if references.installed("faiss")
-                else {"not_run": 'needs `pip install -e ".[bench]"`'}
-            )
-        exact_ones = {}
+            result = {"not_run": 'needs `pip install -e ".[bench]"`'}
+            if references.installed("faiss"):
+                result = alone(of_grid, folder, spec, threads)
+            found("grid", spec, result)
+            table.add(grid_rows(kind, {spec: result}))
+        table.end()
         for name in EXACT:
             _say(kind, f"exact, {name}")
-            exact_ones[name] = (
-                alone(of_exact, folder, name, threads)
-                if name == "NumPy" or references.installed(name.lower())
-                else {"not_run": "is not installed"}
-            )
-        print(report.table(GRID_HEADER, grid_rows(kind, grid)) + "\n")
+            result = {"not_run": "is not installed"}
+            if name == "NumPy" or references.installed(name.lower()):
+                result = alone(of_exact, folder, name, threads)
+            found("exact", name, result)
         _say(kind, "in turn")
         choice = chosen(grid, exact_ones)
         results = measure.compare(
-            jobs(folder, choice, threads), rounds, seconds=SECONDS
+            jobs(folder, choice, threads),
+            rounds,
+            seen=in_turn,
+            seconds=SECONDS,
         )
     add_numbers(results, choice)
+    in_turn(results)
     print(report.table(HEADER, rows_of(kind, results)) + "\n")
     print(
         f"{SIZE:,} x {neighbours.DIM}, {QUERIES:,} queries in batches of "
@@ -95,11 +112,7 @@ def run(kind, rounds, threads, quick=False):
         f"{report.counted(rounds, 'step')} in turn, "
         f"{report.counted(threads, 'thread')}; ratios with the middle half.\n"
     )
-    return {
-        "grid": grid,
-        "exact": exact_ones,
-        "results": list(results.values()),
-    }
+    return numbers
 
 
 def _say(kind, what):

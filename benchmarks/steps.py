@@ -36,20 +36,24 @@ def run(names, threads, rounds, checkout=None, json=None):
         "rounds": rounds,
         "results": [],
     }
-    rows, best = [], []
+    table, best = report.Table(HEADER), []
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        results = measured(name, threads, rounds, checkout)
-        numbers["results"] += [
-            {"case": name, "variant": variant, "threads": count, **result}
-            for (variant, count), result in results.items()
-        ]
-        if json:
+        before = numbers["results"]
+
+        def write(results, name=name, before=before):
+            numbers["results"] = before + [
+                {"case": name, "variant": variant, "threads": count, **result}
+                for (variant, count), result in results.items()
+            ]
             report.write_json(json, numbers)
-        rows += [row(name, key, results[key]) for key in results]
+
+        results = measured(name, threads, rounds, checkout, write)
+        write(results)
+        table.add([row(name, key, results[key]) for key in results])
         if len(threads) > 1:
             best += best_row(name, results)
-    print(report.table(HEADER, rows) + "\n")
+    table.end()
     if best:
         print(report.table(BEST_HEADER, best) + "\n")
     print(
@@ -60,7 +64,7 @@ def run(names, threads, rounds, checkout=None, json=None):
     return numbers
 
 
-def measured(name, threads, rounds, checkout):
+def measured(name, threads, rounds, checkout, seen=None):
     """Results of a case, by (variant, threads), with ratios and spread."""
     kind, sizes, _ = cases.CASES[name]
     jobs = {
@@ -68,7 +72,7 @@ def measured(name, threads, rounds, checkout):
         for count in threads
         for variant, job in cases.jobs(kind, sizes, count, checkout).items()
     }
-    results = measure.compare(jobs, rounds)
+    results = measure.compare(jobs, rounds, seen=seen)
     for (_, count), result in results.items():
         reference = results[references.NAMES[kind], count]
         if "not_run" not in result and "not_run" not in reference:

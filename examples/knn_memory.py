@@ -28,7 +28,13 @@ NEIGHBOURS = 8
 
 def digits(shifts, seed=1):
     """Keys (M, 64), their digits (M, 1), and those of queries."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise SystemExit(
+            "The digits are scikit-learn's: `pip install scikit-learn`. "
+            f"Received: {error}"
+        ) from error
 
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(images))
@@ -104,7 +110,10 @@ def run(options, folder):
     sizes = {"dim": 64, "value_dim": 1, "max_memories": len(keys)}
     stores = ["ring", "scann"]
     if scann_index.import_error() is not None:
-        print(f"without ScaNN: {scann_index.import_error()}")
+        print(
+            "without ScaNN, `pip install scann==1.4.2`: "
+            f"{scann_index.import_error()}"
+        )
         stores.remove("scann")
     for store in stores:
         memory = KNNMemory(**sizes, similarity="l2", store=store)

@@ -36,7 +36,13 @@ def load(dataset, seed):
     """Training images in [0, 1] and labels, in random order, and test ones."""
     rng = np.random.default_rng(seed)
     if dataset == "digits":
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise SystemExit(
+                "The digits are scikit-learn's: `pip install scikit-learn`. "
+                f"Received: {error}"
+            ) from error
 
         x, y = load_digits(return_X_y=True)
         x = x.reshape(-1, 8, 8) / 16
@@ -58,7 +64,13 @@ def load(dataset, seed):
 
 
 def svhn(part):
-    from scipy.io import loadmat
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise SystemExit(
+            "The files of SVHN are read by SciPy: `pip install scipy`. "
+            f"Received: {error}"
+        ) from error
 
     name = f"{part}_32x32.mat"
     file = loadmat(keras.utils.get_file(name, SVHN + name))

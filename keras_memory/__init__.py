@@ -1,38 +1,32 @@
 """Neural memory as Keras layers."""
 
-from keras_memory import callbacks as callbacks
-from keras_memory import controllers as controllers
-from keras_memory import convert as convert
-from keras_memory import explanations as explanations
-from keras_memory import export as export
-from keras_memory import geometry as geometry
-from keras_memory import losses as losses
-from keras_memory import retrieval as retrieval
-from keras_memory import rgbd as rgbd
-from keras_memory import rooms as rooms
-from keras_memory import tasks as tasks
-from keras_memory import visualization as visualization
-from keras_memory.dnc import DNCCell as DNCCell
-from keras_memory.dnc import DNCLayer as DNCLayer
-from keras_memory.dnc import DNCState as DNCState
-from keras_memory.esm import ESMCell as ESMCell
-from keras_memory.esm import ESMLayer as ESMLayer
-from keras_memory.esm import ESMMap as ESMMap
-from keras_memory.knn_memory import KNNMemory as KNNMemory
-from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
-from keras_memory.memory_wrap import (
-    MemoryWrapClassifier as MemoryWrapClassifier,
-)
-from keras_memory.memory_wrap import MemoryWrapLayer as MemoryWrapLayer
-from keras_memory.ntm import MERLINState as MERLINState
-from keras_memory.ntm import NTMCell as NTMCell
-from keras_memory.ntm import NTMLayer as NTMLayer
-from keras_memory.ntm import NTMState as NTMState
-from keras_memory.recurrent import MemoryCell as MemoryCell
-from keras_memory.recurrent import MemoryRNN as MemoryRNN
-from keras_memory.recurrent import trace as trace
-from keras_memory.recurrent import trace_model as trace_model
-from keras_memory.retrieval import KNNMemoryLayer as KNNMemoryLayer
-from keras_memory.scann_index import ScannIndex as ScannIndex
+import importlib
+import pathlib
+import sys
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+
+def _is_command():
+    """True in `keras-memory` and in `python -m keras_memory`."""
+    script, *arguments = getattr(sys, "argv", None) or [""]
+    if script == "-m":  # Python has not found the file yet
+        script = sys.orig_argv[-1 - len(arguments)].removeprefix("-m")
+    return pathlib.Path(script).stem in ("keras-memory", "keras_memory")
+
+
+# Keras loads a layer only if it is registered, so all modules are imported.
+# Only the command waits until it has parsed its arguments, as TensorFlow takes
+# seconds.
+if TYPE_CHECKING or not _is_command():
+    from keras_memory.api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        api = importlib.import_module("keras_memory.api")
+        public = {key: vars(api)[key] for key in vars(api) if key[0] != "_"}
+        globals().update(public)
+        if name in public:
+            return public[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

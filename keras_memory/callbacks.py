@@ -264,6 +264,12 @@ def animation(folder, milliseconds=400):
             "An animation needs the pictures of a training, which `picture_"
             f"every` asks for. Received: {folder}, which has none"
         )
+    # A longer headline makes a narrow picture wider.
+    width = max(frame.shape[1] for frame in frames)
+    frames = [
+        np.pad(frame, ((0, 0), (0, width - frame.shape[1]), (0, 0)), "edge")
+        for frame in frames
+    ]
     return visualization.encode_gif(frames + frames[-1:] * 5, milliseconds)
 
 
@@ -320,6 +326,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     # first look is taken for.
     SHARE = 0.04
     FIRST = 1.0
+    unit = "epochs"  # that TensorBoard's axis counts
 
     def __init__(self, log_dir, probe_batch, every=None):
         super().__init__()
@@ -391,7 +398,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         images, animations = {}, {}
         if seen.has_sequences():
             images["probe"] = probe_picture(
-                seen._replace(traces={}), f"After {self._done} epochs"
+                seen._replace(traces={}), f"After {self._done:,} {self.unit}"
             )
         for layer, trace in seen.traces.items():
             for name, values in trace.items():

@@ -1,8 +1,18 @@
-"""The command `keras-memory`."""
+"""The command `keras-memory`.
+
+What can be wrong with arguments is found before TensorFlow is imported, which
+takes seconds: at the top this module imports nothing that needs it.
+"""
 
 import argparse
+import os
 import pathlib
 import sys
+
+from keras_memory import __version__
+from keras_memory.files import check_new_folder
+from keras_memory.files import check_run_folder
+from keras_memory.files import written_aside
 
 EXAMPLES = """examples:
   keras-memory train copy                     learn to copy, in two minutes
@@ -15,6 +25,17 @@ EXAMPLES = """examples:
   keras-memory export runs/x served/x         for TensorFlow Serving
 
 `keras-memory COMMAND --help` tells more."""
+
+# Presets of each task, as `config.PRESETS` has them.
+PRESETS = {
+    "copy": ("default", "lstm", "dnc", "paper", "pytorch-dnc", "pytorch-ntm"),
+    "repeat-copy": ("default", "lstm", "dnc", "paper", "pytorch-ntm"),
+    "associative-recall": ("default", "lstm", "dnc", "paper"),
+    "n-grams": ("default", "lstm", "dnc", "paper"),
+    "priority-sort": ("default", "lstm", "dnc", "paper"),
+    "adding": ("default", "lstm", "dnc", "pytorch-dnc"),
+    "argmax": ("default", "lstm", "dnc", "pytorch-dnc"),
+}
 
 _KNOWN = ValueError, TypeError, OSError, MemoryError, ImportError, RuntimeError
 
@@ -30,6 +51,7 @@ def main(arguments=None):
         interrupted.
     """
     parsed = parser().parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         parsed.run(parsed)
     except KeyboardInterrupt:
@@ -55,6 +77,9 @@ def parser():
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument(
+        "--version", action="version", version=f"keras-memory {__version__}"
+    )
     commands = top.add_subparsers(required=True, metavar="command")
 
     def add(function, help, description, example):
@@ -78,8 +103,7 @@ def parser():
     command.add_argument(
         "task",
         nargs="?",
-        help="what to learn: copy, repeat-copy, associative-recall, n-grams, "
-        "priority-sort, adding, argmax",
+        help=f"what to learn: {', '.join(PRESETS)}",
     )
     command.add_argument(
         "--preset",
@@ -164,9 +188,9 @@ def parser():
     )
     command.add_argument(
         "--by",
-        choices=["sequences", "steps", "seconds"],
-        default="sequences",
-        help="what the picture counts (default: sequences)",
+        choices=["steps", "sequences", "seconds"],
+        default="steps",
+        help="what the picture counts (default: steps)",
     )
     command.add_argument(
         "--below",
@@ -224,9 +248,6 @@ def _add_run(command):
 
 def train(parsed):
     """The command `train`."""
-    from keras_memory import config as configuration
-    from keras_memory import training
-
     if parsed.resume:
         given = [
             name
@@ -238,14 +259,22 @@ def train(parsed):
                 "--resume goes on with the values of the run, so it takes no "
                 f"others. Received: {', '.join(given)}"
             )
-        folder, train = parsed.resume, training.resume
-        arguments = ()
+        folder = check_run_folder(parsed.resume)
+    else:
+        _check_training(parsed)
+        folder = parsed.out or _next_folder(parsed.task)
+
+    from keras_memory import config as configuration
+    from keras_memory import runs
+    from keras_memory import training
+
+    if parsed.resume:
+        train, arguments = training.resume, ()
     else:
         config = _config(parsed, configuration)
         if parsed.show:
             print(configuration.to_json(config), end="")
             return
-        folder = parsed.out or _next_folder(parsed.task)
         train, arguments = training.train, (config,)
     try:
         results = train(*arguments, folder)
@@ -253,44 +282,68 @@ def train(parsed):
         if (pathlib.Path(folder) / "config.json").exists():
             print(f"to go on: keras-memory train --resume {folder}")
         raise
-    print(
-        f"trained {results['sequences']:,} sequences in {results['seconds']} s"
-    )
+    _print_training(folder, runs.read_config(folder), results["steps"])
+    print(f"seconds: {results['seconds']}")
     _print_results(results, skip=4)
     print(f"pictures:    {folder}/pictures")
     print(f"SavedModel:  {folder}/export/1 (loaded and checked)")
     print(f"TensorBoard: tensorboard --logdir {folder}/logs")
 
 
-def _config(parsed, configuration):
-    """The configuration that the arguments of `train` ask for."""
-    presets = configuration.PRESETS
+def _check_training(parsed):
+    """Raises ValueError for arguments that no training can have."""
+    presets = _presets()
     if parsed.task not in presets:
         raise ValueError(
             f"the task must be one of: {', '.join(presets)}. "
             f"Received: {parsed.task}"
         )
-    presets = presets[parsed.task]
-    preset = parsed.preset or "default"
-    if preset not in presets:
+    if parsed.preset not in (None, *presets[parsed.task]):
         raise ValueError(
             f"the preset of {parsed.task} must be one of: "
-            f"{', '.join(presets)}. Received: {preset}"
+            f"{', '.join(presets[parsed.task])}. Received: {parsed.preset}"
         )
+    _check_least(parsed, seed=0, steps=1, report_every=1, checkpoint_every=0)
+    if parsed.out is not None:
+        check_new_folder(parsed.out)
+
+
+def _presets():
+    """Names of presets by task: with the user's own, if this is a program
+    that has registered some."""
+    config = sys.modules.get("keras_memory.config")
+    return PRESETS if config is None else config.PRESETS
+
+
+def _check_least(parsed, **least):
+    for name, bound in least.items():
+        values = getattr(parsed, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < bound:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least {bound}. "
+                    f"Received: {value}"
+                )
+
+
+def _config(parsed, configuration):
+    """The configuration that the arguments of `train` ask for."""
+    preset = configuration.PRESETS[parsed.task][parsed.preset or "default"]
     settings = [
         f"{name}={value}"
         for name in ("seed", "steps", "report_every", "checkpoint_every")
         if (value := getattr(parsed, name)) is not None
     ]
-    return configuration.override(presets[preset], [*parsed.set, *settings])
+    return configuration.override(preset, [*parsed.set, *settings])
 
 
 def evaluate(parsed):
     """The command `evaluate`."""
+    _check_least(parsed, length=1, repeats=1, seed=0)
+    config, model = _trained(parsed.folder)
+
     from keras_memory import runs
 
-    config = runs.read_config(parsed.folder)
-    model = runs.load(_model(parsed.folder))
     ranges = {}
     if parsed.repeats is not None:
         if config.task.name != "repeat-copy":
@@ -299,6 +352,8 @@ def evaluate(parsed):
                 f"Received: a run of {config.task.name}"
             )
         ranges["repeats"] = parsed.repeats
+    steps = int(model.optimizer.iterations)
+    _print_training(parsed.folder, config, steps)
     seed = config.seed if parsed.seed is None else parsed.seed
     for length in parsed.length or [None]:
         at = {} if length is None else {"length": length}
@@ -308,10 +363,10 @@ def evaluate(parsed):
 
 def plot(parsed):
     """The command `plot`."""
+    config, model = _trained(parsed.folder)
+
     from keras_memory import runs
 
-    config = runs.read_config(parsed.folder)
-    model = runs.load(_model(parsed.folder))
     paths = runs.draw(config, model, parsed.folder)
     paths.append(runs.draw_lengths(config, model, parsed.folder))
     for path in paths:
@@ -320,14 +375,17 @@ def plot(parsed):
 
 def compare(parsed):
     """The command `compare`."""
-    from keras_memory import runs
-
     out = pathlib.Path(parsed.out)
     if out.suffix != ".png" or not out.parent.is_dir():
         raise ValueError(
             "the output must be a .png file in a folder that exists. "
             f"Received: {out}"
         )
+    for folder in parsed.folders:
+        check_run_folder(folder)
+
+    from keras_memory import runs
+
     rows = runs.compare(parsed.folders, out, parsed.by, parsed.below)
     cells = [list(rows[0])]
     cells += [
@@ -341,27 +399,71 @@ def compare(parsed):
 
 def export(parsed):
     """The command `export`."""
-    from keras_memory import runs
+    _check_least(parsed, version=1)
+    config, model = _trained(parsed.folder)
+
     from keras_memory.export import export_for_serving
 
-    config = runs.read_config(parsed.folder)
-    model = runs.load(_model(parsed.folder))
     target = export_for_serving(
         model, parsed.out, version=parsed.version, name=config.task.name
     )
     print(f"SavedModel: {target} (loaded and checked)")
 
 
-def _model(folder):
-    """The trained model of a run, or its last checkpoint."""
-    folder = pathlib.Path(folder)
-    model = folder / "model.keras"
-    return model if model.exists() else folder / "checkpoint.keras"
+def _trained(folder):
+    """Configuration and model of a run: of one that is not finished the last
+    checkpoint, which is said."""
+    folder = check_run_folder(folder)
+    path = next(
+        (
+            path
+            for name in ("model.keras", "checkpoint.keras")
+            if (path := folder / name).exists()
+        ),
+        None,
+    )
+    if path is None:
+        raise ValueError(
+            "The run must have a model: it was interrupted before its first "
+            f"checkpoint; go on with `keras-memory train --resume {folder}`. "
+            f"Received: {folder}, without model.keras and checkpoint.keras"
+        )
+
+    from keras_memory import runs
+
+    config = runs.read_config(folder)
+    model = runs.load(path)
+    if not runs.is_finished(folder):
+        print(
+            f"keras-memory: note: {folder} is not finished; this is its "
+            f"{path.name}, of step {int(model.optimizer.iterations):,} of at "
+            f"most {config.steps:,}",
+            file=sys.stderr,
+        )
+    return config, model
+
+
+def _print_training(folder, config, steps):
+    """What a model was trained on."""
+    from keras_memory import runs
+
+    task = config.task
+    print(
+        f"{task.name}: trained to {runs.longest_trained(folder, config, steps)}"
+        f" {task.unit} in {steps:,} steps "
+        f"({steps * config.batch_size:,} sequences)"
+    )
 
 
 def _print_results(results, skip=0):
     for name, value in list(results.items())[skip:]:
-        print(f"{name.replace('_', ' ')}: {value}")
+        error, _, where = name.partition("_sequence_")
+        if error == "bits_in_a":
+            continue  # beside the errors
+        of = ""
+        if error == "wrong_bits_per":
+            of = f" of {results[f'bits_in_a_sequence_{where}']:g}"
+        print(f"{name.replace('_', ' ')}: {value}{of}")
 
 
 def convert(parsed):
@@ -372,12 +474,6 @@ def convert(parsed):
             "the output must be a new .keras file in a folder that exists. "
             f"Received: {out}"
         )
-
-    import keras
-
-    from keras_memory import convert as converters
-    from keras_memory.files import written_aside
-
     implementation = parsed.implementation
     takes = {  # option -> argument of the converter
         "pytorch-ntm": {},
@@ -393,6 +489,16 @@ def convert(parsed):
     for name in sorted(set(given) - set(takes) | needed - set(given)):
         verb = "does not take" if name in given else "needs"
         raise ValueError(f"{implementation} {verb} --{name.replace('_', '-')}")
+    if not os.path.exists(parsed.checkpoint):
+        raise FileNotFoundError(
+            "the checkpoint must be a file that exists. "
+            f"Received: {parsed.checkpoint}"
+        )
+
+    import keras
+
+    from keras_memory import convert as converters
+
     converter = getattr(converters, f"from_{implementation.replace('-', '_')}")
     layer = converter(
         converters.read_pytorch_checkpoint(parsed.checkpoint),
@@ -418,3 +524,7 @@ def _next_folder(task):
     while (folder := pathlib.Path("runs") / f"{task}-{number}").exists():
         number += 1
     return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,12 +3,35 @@
 A new task or architecture fits in as one more dataclass: a task goes into
 `tasks.TASKS`, an architecture into `MODELS`, a combination worth a name into
 `PRESETS`.
+
+An architecture is called with inputs (B, T, D), the number of outputs and
+their activation, and gives outputs (B, T, units). Layers of your own must be
+registered with Keras, or a run of them cannot be loaded:
+
+>>> @dataclasses.dataclass(frozen=True)
+... class GRU:
+...     units: int = 32
+...
+...     def __call__(self, inputs, units, activation):
+...         x = keras.layers.GRU(self.units, return_sequences=True)(inputs)
+...         return keras.layers.Dense(units, activation)(x)
+>>> MODELS["gru"] = GRU
+>>> config = Training(tasks.Copy(), GRU())
+>>> override(config, ["units=64"]).model
+GRU(units=64)
+>>> from_json(to_json(config)) == config
+True
+>>> del MODELS["gru"]
 """
 
 import ast
 import dataclasses
 import json
 import math
+import types
+import typing
+from collections.abc import Callable
+from collections.abc import Iterable
 
 import keras
 import numpy as np
@@ -22,13 +45,89 @@ from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
-from keras_memory.checks import make_plain
-from keras_memory.checks import plain_field
+from keras_memory.checks import plain
 from keras_memory.controllers import check_units
 from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
 
 MOST_STEPS = 2**31 - 1  # that TensorFlow counts
+
+
+def _fields(value):
+    """Fields of a dataclass and their values, without going deeper."""
+    return {
+        field.name: getattr(value, field.name)
+        for field in dataclasses.fields(value)
+        if field.init
+    }
+
+
+def _make(cls, arguments):
+    """An instance of a dataclass, after a look at the types of its values."""
+    try:
+        return cls(**_converted(cls, arguments))
+    except TypeError as error:  # one is missing
+        raise ValueError(f"{cls.__name__} cannot be made: {error}") from error
+
+
+def _normalize(instance):
+    """Gives the fields of a frozen dataclass the types that they must have."""
+    converted = _converted(type(instance), _fields(instance))
+    for name, value in converted.items():
+        object.__setattr__(instance, name, value)
+
+
+def _converted(cls, arguments):
+    """Values in the types of the fields of a dataclass, or ValueError."""
+    try:
+        types_of = typing.get_type_hints(cls)
+    except NameError:  # of a name that is known where the class was written
+        types_of = {}
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]
+    converted = {}
+    for name, value in arguments.items():
+        if name not in fields:
+            raise ValueError(
+                f"{cls.__name__} has no {name!r}; it has: {', '.join(fields)}"
+            )
+        wanted = types_of.get(name, typing.Any)
+        value = _plain(value)
+        if not _fits(value, wanted):
+            if isinstance(value, list):
+                value = _tuples(value)
+            elif type(value) is int and abs(value) < 1e300:
+                value = float(value)
+        if not _fits(value, wanted):
+            raise ValueError(
+                f"`{name}` must be of type "
+                f"{getattr(wanted, '__name__', wanted)}. "
+                f"Received: {name}={arguments[name]!r:.200}"
+            )
+        converted[name] = value
+    return converted
+
+
+def _plain(value):
+    return value.tolist() if isinstance(value, np.ndarray) else plain(value)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _fits(value, wanted):
+    """True for a value of a type; of generic ones the parts are not checked."""
+    origin = typing.get_origin(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(wanted))
+    if origin is typing.Literal:
+        return value in typing.get_args(wanted)
+    wanted = origin or wanted
+    if not isinstance(wanted, type):  # such as typing.Any
+        return True
+    if isinstance(value, bool) and wanted is not object:
+        return wanted is bool
+    return isinstance(value, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +147,7 @@ class _Memory:
     layer_class = None
 
     def __post_init__(self):
-        make_plain(self)
+        _normalize(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("layers", "controller_layers"):
@@ -187,7 +286,7 @@ class LSTM:
     layers: int = 1
 
     def __post_init__(self):
-        make_plain(self)
+        _normalize(self)
         check_layers("layers", self.layers)
         check_units(keras.layers.LSTMCell, "units", self.units, self.layers)
 
@@ -208,8 +307,8 @@ class Training:
     """Everything that determines a training run.
 
     Args:
-        task: a task of `tasks.py`.
-        model: an architecture of this module.
+        task: a task of `tasks.py`, or another `tasks.Task`.
+        model: an architecture of this module, or one in `MODELS`.
         steps: int, at least 1, most training steps (batches).
         batch_size: int, at least 1, sequences a step.
         optimizer: name of a Keras optimizer. Default `"adam"`.
@@ -250,7 +349,7 @@ class Training:
     """
 
     task: tasks.Task
-    model: NTM | DNC | LSTM
+    model: Callable
     steps: int = 10_000
     batch_size: int = 16
     optimizer: str = "adam"
@@ -272,7 +371,12 @@ class Training:
     seed: int = 1
 
     def __post_init__(self):
-        make_plain(self)
+        _normalize(self)
+        if isinstance(self.model, type):
+            raise ValueError(
+                "`model` must be an architecture with its sizes, not its "
+                f"class. Received: model={self.model.__name__}"
+            )
         for name, least in (
             ("steps", 1),
             ("curriculum_steps", 0),
@@ -509,28 +613,61 @@ PRESETS = _presets()
 
 
 def to_json(config):
-    """Text of a configuration, from which `from_json` makes it again."""
-    document = dataclasses.asdict(config)
+    """Text of a configuration, from which `from_json` makes it again.
+
+    Raises:
+        ValueError: a part without a name in `tasks.TASKS` or `MODELS`, or with
+            values that JSON does not give back.
+    """
+    check_training(config)
+    document = _fields(config)
     for part, registry in _PARTS.items():
-        value = getattr(config, part)
-        document[part]["name"] = _name_of(registry, value)
-    return json.dumps(document, indent=2) + "\n"
+        value = document[part]
+        name = _name_of(registry, value)
+        document[part] = {**_fields(value), "name": name}
+    try:
+        text = json.dumps(document, indent=2, default=_plain) + "\n"
+        same = _all_fields(from_json(text)) == _all_fields(config)
+    except (TypeError, ValueError, RecursionError) as error:
+        same = error
+    if same is not True:
+        raise ValueError(
+            "A configuration must hold what JSON gives back as it was, such as "
+            "numbers, texts and tuples of them, in fields not called `name`, "
+            f"or the run could not be read again. Received: {config!r}"
+            + ("" if same is False else f" ({same})")
+        )
+    return text
 
 
 def from_json(text):
     """Makes a configuration of what `to_json` wrote.
 
     Raises:
-        ValueError: unknown names, or values out of their range.
+        ValueError: a text that is no such JSON, unknown names, or values out
+            of their range.
     """
-    document = json.loads(text)
+    wanted = "A configuration must be a JSON object, as `to_json` writes it. "
+    if not isinstance(text, str):
+        raise ValueError(f"{wanted}Received: {type(text).__name__}")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{wanted}Received: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{wanted}Received: {type(document).__name__}")
     for part, registry in _PARTS.items():
-        arguments = document[part]
-        name = arguments.pop("name")
-        if name not in registry:
+        arguments = document.get(part)
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"`{part}` must be an object with a name. "
+                f"Received: {part}={arguments!r:.80}"
+            )
+        name = arguments.pop("name", None)
+        if not isinstance(name, str) or name not in registry:
             raise ValueError(
                 f"`{part}` must be one of {sorted(registry)}. "
-                f"Received: {part}={name!r}"
+                f"Received: {part}={name!r:.80}"
             )
         document[part] = _make(registry[name], arguments)
     return _make(Training, document)
@@ -543,7 +680,10 @@ def override(config, settings):
         config: a `Training`.
         settings: sequence of `"name=value"`, where `name` is a field of the
             configuration, its task or its model, and `value` a Python
-            literal; a text needs no quotes.
+            literal; a text needs no quotes. Where several have the name, it
+            is the configuration's, then the task's: `"model.name=value"` and
+            `"task.name=value"` say which. With `max_length` go `test_lengths`
+            and `probe_lengths`, unless they are set themselves.
 
     Returns:
         A new `Training`.
@@ -551,12 +691,25 @@ def override(config, settings):
     Raises:
         ValueError: an unknown name, or a value out of its range.
     """
+    check_training(config)
+    if isinstance(settings, str) or not isinstance(settings, Iterable):
+        raise ValueError(
+            "`settings` must be a sequence of texts name=value. "
+            f"Received: settings={settings!r}"
+        )
     fields = {part: _fields(getattr(config, part)) for part in _PARTS}
     fields[None] = _fields(config)
-    names = [n for part in fields.values() for n in part if n not in _PARTS]
+    places = {}
+    for part in (*reversed(_PARTS), None):  # the last one counts
+        for name in fields[part]:
+            places[f"{part}.{name}"] = places[name] = part, name
+    names = [
+        name for part in fields.values() for name in part if name not in _PARTS
+    ]
+    changed = {}
     for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or name not in names:
+        name, equals, text = str(setting).partition("=")
+        if not equals or name not in places or name in _PARTS:
             raise ValueError(
                 "A setting has the form name=value, with one of these names: "
                 f"{', '.join(names)}. Received: {setting!r}"
@@ -565,52 +718,51 @@ def override(config, settings):
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError):
             value = text
-        next(part for part in fields.values() if name in part)[name] = value
-    for part in _PARTS:
-        cls = type(getattr(config, part))
-        fields[None][part] = _make(cls, fields[part])
-    return _make(Training, fields[None])
+        changed[places[name]] = value
+    for (part, name), value in changed.items():
+        fields[part][name] = value
+    made = {
+        part: _make(type(getattr(config, part)), fields[part])
+        for part in _PARTS
+    }
+    for name in ("test_lengths", "probe_lengths"):
+        if (None, name) not in changed:
+            fields[None][name] = _scaled(
+                fields[None][name], config.task, made["task"]
+            )
+    return _make(Training, {**fields[None], **made})
+
+
+def _scaled(lengths, before, task):
+    """Lengths, as far beyond the longest of a task as of the one before."""
+    scale = task.max_length / before.max_length
+    scaled = (max(round(scale * n), task.min_length) for n in lengths)
+    return lengths if scale == 1 else tuple(dict.fromkeys(scaled))
 
 
 _PARTS = {"task": tasks.TASKS, "model": MODELS}
 
 
-def _fields(value):
-    """Fields of a dataclass and their values, without going deeper."""
-    return {
-        field.name: getattr(value, field.name)
-        for field in dataclasses.fields(value)
-    }
+def _all_fields(config):
+    parts = {part: _fields(getattr(config, part)) for part in _PARTS}
+    return {**_fields(config), **parts}
+
+
+def check_training(config):
+    """Raises ValueError unless `config` is a `Training`."""
+    if not isinstance(config, Training):
+        raise ValueError(
+            "`config` must be a `config.Training`. "
+            f"Received: {type(config).__name__}"
+        )
 
 
 def _name_of(registry, value):
     for name, cls in registry.items():
-        if cls is type(value):
+        if cls is type(value) and dataclasses.is_dataclass(cls):
             return name
     raise ValueError(
-        "A run can be written down and read again if its parts have names: "
-        "put yours into `tasks.TASKS` or `config.MODELS`. "
+        "A run can be written down and read again if its parts are dataclasses "
+        "that have names: put yours into `tasks.TASKS` or `config.MODELS`. "
         f"Received: {value!r}"
     )
-
-
-def _make(cls, arguments):
-    """An instance of a dataclass, after a look at the types of its values."""
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    made = {}
-    for name, value in arguments.items():
-        if name not in fields:
-            raise ValueError(
-                f"{cls.__name__} has no {name!r}; it has: {', '.join(fields)}"
-            )
-        wanted = fields[name]
-        value = plain_field(value, wanted)
-        is_bool = isinstance(value, bool)
-        if not isinstance(value, wanted) or is_bool != (wanted is bool):
-            raise ValueError(
-                f"`{name}` must be of type "
-                f"{getattr(wanted, '__name__', wanted)}. "
-                f"Received: {name}={value!r}"
-            )
-        made[name] = value
-    return cls(**made)

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_memory.files import fsync
 from keras_memory.files import locked
 from keras_memory.files import written_aside
 
@@ -121,7 +122,7 @@ class Log:
             if config is not None:
                 _check_config(folder, config, self.config)
             if mode == "a":
-                _sync_folder(folder)  # who wrote before may have been killed
+                fsync(folder)  # who wrote before may have been killed
                 _remove_strays(folder, self._manifest)
                 self._file.truncate(self.size)
             self._held = held.pop_all()
@@ -232,7 +233,7 @@ class Log:
             _commit(self._folder, manifest)
         self._manifest = manifest
         with self._synced():
-            _sync_folder(self._folder)
+            fsync(self._folder)
 
     def rewrite(self, operations):
         """Commits other operations instead of all, in a new file.
@@ -258,7 +259,7 @@ class Log:
                 self._broken = None
             raise
         with self._synced():
-            _sync_folder(self._folder)
+            fsync(self._folder)
         old = self._file
         self._take(*_open(self._folder, "a"))
         self._broken = None
@@ -347,7 +348,7 @@ def write(folder, config, operations):
     with locked(folder / "lock"):
         with _told(f"write a store to {folder}", "what is there is as it was"):
             manifest = _write_store(folder, _new_id(), config, operations)
-        _sync_folder(folder)
+        fsync(folder)
         _remove_strays(folder, manifest)
 
 
@@ -612,12 +613,12 @@ def _write_store(folder, store, config, operations):
             # Beside logs this says that no manifest was lost, but the first
             # one was being written; it becomes that one.
             (folder / WRITING).touch()
-            _sync_folder(folder)
+            fsync(folder)
         with open(folder / log, "xb", buffering=0) as file:
             _write(file, _header(manifest))
             size, number = _write_blocks(file, operations)
             _sync(file)
-        _sync_folder(folder)  # or power may fail with the manifest alone there
+        fsync(folder)  # or power may fail with the manifest alone there
         manifest.update(length=HEADER.size + size, operations=number)
         _commit(folder, manifest)
     except BaseException:
@@ -644,21 +645,11 @@ def _make_folder(folder):
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        fsync(folder.parent)
 
 
 def _sync(file):
     getattr(os, "fdatasync", os.fsync)(file.fileno())
-
-
-def _sync_folder(folder):
-    if os.name == "nt":  # knows no such thing
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,68 @@
 
 import contextlib
 import os
+import pathlib
+import time
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+TRIES, PAUSE = 20, 0.05  # of a rename on Windows, seconds between two
+
+
+def check_path(name, value):
+    """A `pathlib.Path`, or ValueError unless `value` is a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(
+            f"`{name}` must be a path, a str or pathlib.Path. "
+            f"Received: {name}={value!r}"
+        )
+    return pathlib.Path(value)
+
+
+def check_run_folder(folder):
+    """The path of a run folder, or ValueError unless it is one."""
+    folder = check_path("folder", folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            "A run folder has a config.json, which a training writes. "
+            f"Received: {folder}, which has none"
+        )
+    return folder
+
+
+def check_new_folder(folder):
+    """The path of a folder, or ValueError unless it is absent or empty."""
+    folder = check_path("folder", folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"A run needs a folder. Received: {folder}, a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            "A run needs a folder of its own, so that nothing of an earlier "
+            f"run is lost. Received: {folder}, which has files in it"
+        )
+    return folder
+
+
+def fsync(path):
+    """Waits until a file, or the list of files in a folder, is on the disk.
+
+    Windows flushes only what is open for writing, so no folders: there this
+    does nothing with them.
+
+    Args:
+        path: path of the file or folder.
+    """
+    writable = os.access(path, os.W_OK) and not os.path.isdir(path)
+    if os.name == "nt" and not writable:
+        return
+    handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -18,15 +75,30 @@ def written_aside(path):
 
     Args:
         path: `pathlib.Path` of the file.
+
+    Raises:
+        OSError: the file cannot be written. On Windows also if another
+            program keeps the old one open for more than a second.
     """
     aside = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
         yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        fsync(aside)
+        _replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        # Windows removes no open file; this must not hide the first error.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def _replace(source, target):
+    """Renames a file. Windows refuses while somebody reads the old one."""
+    for _ in range(TRIES - 1 if os.name == "nt" else 0):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(PAUSE)
+    os.replace(source, target)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """Run folders: what a training has left, read, tested and drawn."""
 
+import contextlib
 import csv
 import functools
 import json
-import pathlib
+import os
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -16,9 +18,14 @@ from keras_memory.callbacks import Probe
 from keras_memory.callbacks import animation
 from keras_memory.callbacks import probe_picture
 from keras_memory.checks import check_whole
+from keras_memory.checks import is_number
+from keras_memory.files import check_path
+from keras_memory.files import check_run_folder
 from keras_memory.files import written_aside
 
 EVALUATED_BATCHES, EVALUATED_BATCH_SIZE = 40, 8
+
+COUNTS = "step", "sequences", "longest"  # of a report: what was done so far
 
 # Values of a configuration that say what is written down.
 _REPORTING = (
@@ -30,27 +37,37 @@ _REPORTING = (
 )
 
 
+@contextlib.contextmanager
+def _reading(path, what):
+    """Says of an error which file it was in."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} must be {what}. Received a file that cannot be read: "
+            f"{error}"
+        ) from error
+
+
 def load(path):
     """Loads a model that a training has saved.
 
+    Args:
+        path: path of the `.keras` file.
+
     Raises:
         ValueError: a file that is none.
-        OSError: it is not there.
+        FileNotFoundError: it is not there.
     """
+    path = check_path("path", path)
     if not path.exists():
         raise FileNotFoundError(f"There is no model {path}")
-    try:
+    with _reading(path, "a model that a training has saved"):
         model = keras.models.load_model(path)
-    except Exception as error:
-        raise ValueError(
-            f"{path} must be a model that a training has saved. Received a "
-            f"file that cannot be read: {error}"
-        ) from error
-    if model.optimizer is None:
-        raise ValueError(
-            f"{path} must be a model that a training has saved. Received one "
-            "without an optimizer"
-        )
+        if getattr(model, "optimizer", None) is None:
+            raise ValueError("it has no optimizer")
     return model
 
 
@@ -60,14 +77,24 @@ def read_config(folder):
     Raises:
         ValueError: not a run folder, or a configuration that cannot be read.
     """
-    path = pathlib.Path(folder) / "config.json"
-    try:
-        return configuration.from_json(path.read_text())
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            "A run folder has a config.json, which a training writes. "
-            f"Received: {folder} ({error!r})"
-        ) from error
+    path = check_run_folder(folder) / "config.json"
+    with _reading(path, "a configuration that a training has written"):
+        return configuration.from_json(path.read_text("utf-8"))
+
+
+def is_finished(folder):
+    """True if a run has come to its end: it has results.
+
+    Raises:
+        ValueError: results that cannot be read.
+    """
+    path = check_path("folder", folder) / "results.json"
+    if not path.exists():
+        return False
+    with _reading(path, "results that a training has written"):
+        if not isinstance(json.loads(path.read_text("utf-8")), dict):
+            raise ValueError("it has no results")
+    return True
 
 
 def read_history(folder, config, reports=None):
@@ -79,36 +106,58 @@ def read_history(folder, config, reports=None):
         reports: int, how many to read; None for all.
 
     Returns:
-        List with a dict of numbers for each report.
+        List with a dict of numbers for each report: steps and sequences
+        trained on so far (`step`, `sequences`), the longest length that was
+        trained on (`longest`), loss, errors, seconds.
 
     Raises:
         ValueError: fewer reports than asked for, or ones without loss, error
             and seconds, or that are no numbers.
     """
+    configuration.check_training(config)
+    path = check_path("folder", folder) / "history.csv"
+    if reports is not None:
+        check_whole("reports", reports, least=0)
     wanted = {"loss", "seconds", losses.KINDS[config.task.kind].error}
-    path = pathlib.Path(folder) / "history.csv"
+    what = (
+        f"{reports or 'the'} whole reports of "
+        f"{', '.join(sorted(wanted))}, as the training wrote them"
+    )
     rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))[:reports]
-    try:
+    with _reading(path, what):
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))[:reports]
         rows = [
             {key: float(row[key]) for key in row if row[key] != "NA"}
             for row in rows
         ]
-    except (TypeError, ValueError):
-        rows = None
-    whole = rows is not None and all(wanted <= set(row) for row in rows)
-    if not whole or len(rows) < (reports or 0):
-        raise ValueError(
-            f"{path} must have {reports or 'its'} whole reports, of "
-            f"{', '.join(sorted(wanted))}, as the training wrote them"
-        )
+        if len(rows) < (reports or 0):
+            raise ValueError(f"it has {len(rows)} reports")
+        for done, row in enumerate(rows, 1):
+            if not wanted <= set(row):
+                raise ValueError(f"a report of {', '.join(map(str, row))}")
+            # Older runs did not write them.
+            sequences = sequences_seen(config, done)
+            step, longest = (
+                sequences // config.batch_size,
+                config.task.max_length,
+            )
+            for name, value in zip(COUNTS, (step, sequences, longest)):
+                row[name] = int(row.get(name, value))
     return rows
+
+
+def longest_trained(folder, config, steps):
+    """The longest length that a run had trained on after so many steps."""
+    history = read_history(folder, config)
+    seen = [row["longest"] for row in history if row["step"] <= steps]
+    return int([config.task.max_length, *seen][-1])
 
 
 def sequences_seen(config, reports):
     """Number of sequences that were trained on after so many reports."""
+    configuration.check_training(config)
     steps = np.minimum(reports * config.report_every, config.steps)
     return steps * config.batch_size
 
@@ -126,16 +175,27 @@ def evaluate(model, task, seed=1, **ranges):
 
     Returns:
         Dict of the task's errors, named after what they are and the lengths;
-        for `n-grams` also what the optimal predictor gets.
+        of bits also how many a sequence has, in the mean; for `n-grams` also
+        what the optimal predictor gets.
 
     Raises:
-        ValueError: a length that the task cannot have.
+        ValueError: no model, no task, or a length that the task cannot have.
     """
     check_whole("seed", seed, least=0)
+    if not callable(model):
+        raise ValueError(
+            "`model` must be a model, as `training.build` makes it. "
+            f"Received: {type(model).__name__}"
+        )
+    if not isinstance(task, tasks.Task):
+        raise ValueError(
+            "`task` must be a task, such as `tasks.Copy()`. "
+            f"Received: task={task!r}"
+        )
     answer = _compiled(model, task.input_size)
     rng = np.random.default_rng([seed, 0, 2])
     metrics = losses.KINDS[task.kind].make_metrics()
-    optimum = []
+    optimum, bits = [], 0.0
     if isinstance(task, tasks.NGrams):
         optimum.append(losses.BitsPerSequence("optimal_bits_per_sequence"))
     lengths = np.linspace(task.min_length, task.max_length, EVALUATED_BATCHES)
@@ -143,6 +203,7 @@ def evaluate(model, task, seed=1, **ranges):
         at = {"length": int(length), **ranges}
         batch = task.sample(rng, EVALUATED_BATCH_SIZE, **at)
         outputs = answer(batch.inputs)
+        bits += batch.mask.sum() * task.output_size
         for metric in metrics:
             metric.update_state(batch.targets, outputs, batch.mask)
         for metric in optimum:
@@ -153,10 +214,14 @@ def evaluate(model, task, seed=1, **ranges):
         where = f"at_{ranges['length']}"
     if "repeats" in ranges:
         where += f"_times_{ranges['repeats']}"
-    return {
+    results = {
         f"{metric.name}_{where}": round(float(metric.result()), 4)
         for metric in metrics + optimum
     }
+    if task.kind == "bits":
+        sequences = EVALUATED_BATCHES * EVALUATED_BATCH_SIZE
+        results[f"bits_in_a_sequence_{where}"] = float(bits / sequences)
+    return results
 
 
 @functools.lru_cache(maxsize=1)
@@ -173,6 +238,7 @@ def _compiled(model, width):
 
 def probes(config):
     """The sequences that are drawn: dict from length to `Probe`."""
+    configuration.check_training(config)
     lengths = config.probe_lengths or (config.task.max_length,)
     return {
         length: Probe(
@@ -200,35 +266,51 @@ def draw(config, model, folder, drawn=None):
     Returns:
         List of the paths of the pictures.
     """
-    pictures = pathlib.Path(folder) / "pictures"
-    pictures.mkdir(exist_ok=True)
+    configuration.check_training(config)
+    pictures = _pictures_of(folder)
     steps = int(model.optimizer.iterations)
     written = []
     for length, probe in (drawn or probes(config)).items():
         picture = probe_picture(
             probe.look(model),
-            f"{config.task.name}, length {length}: after {steps:,} steps",
+            titled(config, length, steps),
             memory=True,
         )
         written.append(_write_png(pictures / f"length-{length}.png", picture))
         frames = pictures / f"length-{length}"
-        if frames.exists():
+        if any(frames.glob("*.png")):
             written.append(pictures / f"length-{length}.gif")
+            with _reading(frames, "a folder of the training's pictures"):
+                joined = animation(frames)
             with written_aside(written[-1]) as path:
-                path.write_bytes(animation(frames))
+                path.write_bytes(joined)
     history = read_history(folder, config)
     if history:
-        x = sequences_seen(config, np.arange(1, len(history) + 1))
         error = losses.KINDS[config.task.kind].error
+        x, y = ([row[name] for row in history] for name in ("step", error))
         picture = visualization.curves(
-            {f"seed {config.seed}": (x, [row[error] for row in history])},
+            {f"seed {config.seed}": (x, y)},
             f"{config.task.name}: learning",
-            "sequences trained on",
+            f"steps of {config.batch_size} sequences",
             error.replace("_", " "),
             log_y=True,
         )
         written.append(_write_png(pictures / "learning.png", picture))
     return written
+
+
+def _pictures_of(folder):
+    pictures = check_run_folder(folder) / "pictures"
+    pictures.mkdir(exist_ok=True)
+    return pictures
+
+
+def titled(config, length, steps):
+    """The headline of a picture of a probe."""
+    return (
+        f"{config.task.name}, length {length}: after {steps:,} steps "
+        f"({steps * config.batch_size:,} sequences)"
+    )
 
 
 def draw_lengths(config, model, folder):
@@ -240,6 +322,8 @@ def draw_lengths(config, model, folder):
     Returns:
         The path of the picture.
     """
+    configuration.check_training(config)
+    pictures = _pictures_of(folder)
     task = config.task
     error = losses.KINDS[task.kind].error
     most = task.max_length * (1 if task.kind == "class" else 2)
@@ -259,47 +343,53 @@ def draw_lengths(config, model, folder):
         error.replace("_", " "),
         marks={"longest in training": task.max_length},
     )
-    return _write_png(
-        pathlib.Path(folder) / "pictures" / "error_by_length.png", picture
-    )
+    return _write_png(pictures / "error_by_length.png", picture)
 
 
-def compare(folders, path, by="sequences", below=0.1):
+def compare(folders, path, by="steps", below=0.1):
     """Compares runs: runs that differ in the seed only are drawn as one.
 
     Args:
-        folders: paths of run folders, each once, of one kind of task.
+        folders: paths of run folders, each once, of one task.
         path: path of the PNG file to write.
-        by: `"sequences"`, `"steps"` or `"seconds"`, over which to draw.
+        by: `"steps"`, `"sequences"` or `"seconds"`, over which to draw.
         below: the table says from which report on the error is below.
 
     Returns:
-        List of dicts, one a run: folder, seed, sequences and seconds until
-        the error is first below `below` (None if it never is), the smallest
-        and the last error, and whether the run is finished.
+        List of dicts, one a run: folder, seed, steps, sequences and seconds
+        until the error is first below `below` (None if it never is), the
+        smallest and the last error, and whether the run is finished.
 
     Raises:
         ValueError: folders that are no runs, have no reports, are given twice,
-            or whose errors are not the same quantity.
+            or are of different tasks.
     """
-    if by not in ("sequences", "steps", "seconds"):
+    if by not in ("steps", "sequences", "seconds"):
         raise ValueError(
-            "`by` must be 'sequences', 'steps' or 'seconds'. "
+            "`by` must be 'steps', 'sequences' or 'seconds'. "
             f"Received: by={by!r}"
         )
-    if len({pathlib.Path(folder).resolve() for folder in folders}) < len(
-        folders
-    ):
+    if not is_number(below):
+        raise ValueError(f"`below` must be a number. Received: below={below!r}")
+    is_one = isinstance(folders, (str, os.PathLike))
+    if is_one or not isinstance(folders, Sequence) or not folders:
+        raise ValueError(
+            "`folders` must be a list of the paths of run folders. "
+            f"Received: folders={folders!r}"
+        )
+    path = check_path("path", path)
+    folders = [check_run_folder(folder) for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(
             "Each run can be given once. "
             f"Received: {', '.join(map(str, folders))}"
         )
     runs = [_Run(folder) for folder in folders]
-    kinds = {run.error for run in runs}
-    if len(kinds) != 1:
+    if len({run.config.task.name for run in runs}) > 1:
+        told = [f"{run.folder} ({run.config.task.name})" for run in runs]
         raise ValueError(
-            "Runs can be compared if their errors are one quantity. "
-            f"Received: {', '.join(sorted(kinds))}"
+            "Runs can be compared if they are of one task, as the errors of "
+            f"others mean something else. Received: {', '.join(told)}"
         )
     groups = {}
     for run in runs:
@@ -317,19 +407,25 @@ def compare(folders, path, by="sequences", below=0.1):
     picture = visualization.curves(
         series,
         "Learning; runs that ended early go on level",
-        f"{by} trained on" if by == "sequences" else by,
+        _axis(by, {run.config.batch_size for run in runs}),
         runs[0].error.replace("_", " "),
         log_y=True,
     )
-    _write_png(pathlib.Path(path), picture)
+    _write_png(path, picture)
     return [run.summary(below) for run in runs]
+
+
+def _axis(by, batch_sizes):
+    if by == "steps" and len(batch_sizes) == 1:
+        return f"steps of {batch_sizes.pop()} sequences"
+    return f"{by} trained on" if by == "sequences" else by
 
 
 class _Run:
     """A run folder's history, for comparison."""
 
     def __init__(self, folder):
-        self.folder = pathlib.Path(folder)
+        self.folder = folder
         self.config = read_config(folder)
         history = read_history(folder, self.config)
         if not history:
@@ -339,11 +435,10 @@ class _Run:
             )
         self.error = losses.KINDS[self.config.task.kind].error
         self.errors = np.array([row[self.error] for row in history])
-        self.sequences = sequences_seen(
-            self.config, np.arange(1, len(history) + 1)
+        self.steps, self.sequences, self.seconds = (
+            np.array([row[name] for row in history])
+            for name in ("step", "sequences", "seconds")
         )
-        self.steps = self.sequences // self.config.batch_size
-        self.seconds = np.array([row["seconds"] for row in history])
 
     def settings(self):
         """Tuple of (name, value) of all that makes a difference to learning,
@@ -368,11 +463,12 @@ class _Run:
         return {
             "folder": str(self.folder),
             "seed": self.config.seed,
+            f"steps_below_{below:g}": at(self.steps),
             f"sequences_below_{below:g}": at(self.sequences),
             f"seconds_below_{below:g}": at(self.seconds),
             "least_error": round(float(self.errors.min()), 4),
             "last_error": round(float(self.errors[-1]), 4),
-            "finished": (self.folder / "results.json").exists(),
+            "finished": is_finished(self.folder),
         }
 
 

@@ -12,7 +12,9 @@ from typing import ClassVar
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
+from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.checks import make_plain
@@ -40,10 +42,11 @@ class Task:
     padded to the next bucket: one compilation under XLA for each bucket, and
     a mask that leaves the padding out.
 
-    A subclass has a `name`, the `kind` of its targets (`"bits"`: each is 0 or
-    1; `"class"`: one of them is 1; `"sum"`: only their sum over time counts),
-    `input_size`, `output_size`, `time_steps`, the longest T of a batch, and
-    `sequences`, which makes a `Batch` of one length.
+    A subclass has a `name`, the `unit` that its lengths count, the `kind` of
+    its targets (`"bits"`: each is 0 or 1; `"class"`: one of them is 1;
+    `"sum"`: only their sum over time counts), `input_size`, `output_size`,
+    `time_steps`, the longest T of a batch, and `sequences`, which makes a
+    `Batch` of one length and is called by `sample`.
 
     Args:
         min_length: int, at least 1. What is counted, the task says.
@@ -60,12 +63,14 @@ class Task:
     buckets: int = 4
 
     name: ClassVar[str]
+    unit: ClassVar[str] = "steps"
     kind: ClassVar[str] = "bits"
 
     def __post_init__(self):
         make_plain(self)
         for field in dataclasses.fields(self):
-            check_size(field.name, getattr(self, field.name))
+            if field.type in (int, "int"):
+                check_size(field.name, getattr(self, field.name))
         self._check_order("min_length", "max_length")
         self.check_bytes(1)
 
@@ -110,14 +115,19 @@ class Task:
             A `Batch`.
 
         Raises:
-            ValueError: a length that the task cannot have.
+            ValueError: no generator, or a length that the task cannot have.
         """
-        check_size("batch_size", batch_size)
+        if not isinstance(rng, np.random.Generator):
+            raise ValueError(
+                "`rng` must be a numpy.random.Generator, such as "
+                f"`np.random.default_rng(1)`. Received: rng={rng!r}"
+            )
+        batch_size = check_size("batch_size", batch_size)
         if length is not None:
-            check_size("length", length)
+            length = check_size("length", length)
             return self.sequences(rng, batch_size, length, **ranges)
         longest = self.max_length if longest is None else longest
-        check_size("longest", longest, least=self.min_length)
+        longest = check_size("longest", longest, least=self.min_length)
         if longest > self.max_length:
             raise ValueError(
                 "`longest` is the end of a curriculum's lengths and can be at "
@@ -196,6 +206,7 @@ class Copy(_Bits):
     """
 
     name: ClassVar[str] = "copy"
+    unit: ClassVar[str] = "vectors"
     signals: ClassVar[int] = 1
 
     @property
@@ -249,6 +260,7 @@ class RepeatCopy(_Bits):
     max_repeats: int = 10
 
     name: ClassVar[str] = "repeat-copy"
+    unit: ClassVar[str] = "vectors"
     signals: ClassVar[int] = 2
 
     def __post_init__(self):
@@ -322,6 +334,7 @@ class AssociativeRecall(_Bits):
     vectors: int = 3
 
     name: ClassVar[str] = "associative-recall"
+    unit: ClassVar[str] = "items"
     signals: ClassVar[int] = 2
 
     def __post_init__(self):
@@ -389,6 +402,7 @@ class NGrams(Task):
     context: int = 5
 
     name: ClassVar[str] = "n-grams"
+    unit: ClassVar[str] = "bits"
     input_size: ClassVar[int] = 1
     output_size: ClassVar[int] = 1
 
@@ -438,7 +452,28 @@ class NGrams(Task):
         Returns:
             (B, T, 1) float32 probabilities; 0.5 where no context is whole,
             and of no meaning where the mask is 0.
+
+        Raises:
+            ValueError: no `Batch`, or one of another task.
         """
+        if not isinstance(batch, Batch):
+            raise ValueError(
+                "`batch` must be a `tasks.Batch`. "
+                f"Received: {type(batch).__name__}"
+            )
+        sizes = {}
+        batch = Batch(
+            *(
+                ops.convert_to_numpy(
+                    check_array(f"batch.{name}", part, axes, sizes)
+                )
+                for name, part, axes in zip(
+                    Batch._fields,
+                    batch,
+                    [("B", "T", 1), ("B", "T", 1), ("B", "T")],
+                )
+            )
+        )
         bits, following = batch.inputs[:, :, 0], batch.targets[:, :, 0]
         codes = self._contexts(bits.astype(int))
         rows = np.arange(len(bits))
@@ -491,6 +526,7 @@ class PrioritySort(_Bits):
     sorted_vectors: int = 16
 
     name: ClassVar[str] = "priority-sort"
+    unit: ClassVar[str] = "vectors"
     signals: ClassVar[int] = 2
 
     def __post_init__(self):
@@ -572,6 +608,7 @@ class Adding(_Digits):
     max_length: int = 100
 
     name: ClassVar[str] = "adding"
+    unit: ClassVar[str] = "digits"
     kind: ClassVar[str] = "sum"
     output_size: ClassVar[int] = 1
 
@@ -614,6 +651,7 @@ class Argmax(_Digits):
     buckets: int = 1
 
     name: ClassVar[str] = "argmax"
+    unit: ClassVar[str] = "digits"
     kind: ClassVar[str] = "class"
 
     @property
@@ -662,7 +700,18 @@ def dataset(task, batch_size, seed=1, first_step=0):
         Dataset of (inputs, targets, mask); Keras takes the mask as
         `sample_weight`. Batches are of several lengths, so set
         `steps_per_epoch`.
+
+    Raises:
+        ValueError: no task, or a size out of its range.
     """
+    if not callable(getattr(task, "sample", None)):
+        raise ValueError(
+            "`task` must be a task, such as `tasks.Copy()`. "
+            f"Received: task={task!r}"
+        )
+    batch_size = check_size("batch_size", batch_size)
+    seed = check_size("seed", seed, least=0)
+    first_step = check_size("first_step", first_step, least=0)
     import tensorflow as tf
 
     def batches():

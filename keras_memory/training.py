@@ -1,10 +1,10 @@
 """From a configuration to a trained, drawn, exported model in a run folder."""
 
 import contextlib
+import csv
 import gc
 import json
 import os
-import pathlib
 import shutil
 import signal
 import sys
@@ -21,6 +21,8 @@ from keras_memory import tasks
 from keras_memory.callbacks import MemoryTensorBoard
 from keras_memory.callbacks import ProbePictures
 from keras_memory.export import export_for_serving
+from keras_memory.files import check_new_folder
+from keras_memory.files import check_run_folder
 from keras_memory.files import locked
 from keras_memory.files import written_aside
 
@@ -39,6 +41,7 @@ def build(config):
     Raises:
         ValueError: sizes that do not fit each other, or an unknown optimizer.
     """
+    configuration.check_training(config)
     kind = losses.KINDS[config.task.kind]
     inputs = keras.Input((None, config.task.input_size), name="inputs")
     outputs = config.model(inputs, config.task.output_size, kind.activation)
@@ -87,8 +90,9 @@ def train(config, folder, show=print):
         show: function that takes a line of text for the user.
 
     Returns:
-        Dict of results: steps, sequences, seconds, number of parameters, and
-        the error on fresh sequences, also longer ones.
+        Dict of results: steps, sequences, seconds, number of parameters, the
+        longest length trained on, and the error on fresh sequences, also
+        longer ones.
 
     Raises:
         ValueError: sizes that do not fit, a folder with files in it, a
@@ -97,11 +101,14 @@ def train(config, folder, show=print):
         KeyboardInterrupt: it was interrupted.
     """
     _check_backend()
+    _check_show(show)
+    text = configuration.to_json(config)
+    check_new_folder(folder)
     keras.utils.set_random_seed(config.seed)
     model = build(config)
     folder = make_run_folder(folder)
     with written_aside(folder / "config.json") as path:
-        path.write_text(configuration.to_json(config))
+        path.write_text(text, "utf-8")
     with locked(folder / "config.json"):
         return _run(config, model, folder, show)
 
@@ -127,9 +134,10 @@ def resume(folder, show=print):
         OSError, KeyboardInterrupt: as `train`.
     """
     _check_backend()
-    folder = pathlib.Path(folder)
+    _check_show(show)
+    folder = check_run_folder(folder)
     config = runs.read_config(folder)
-    if (folder / "results.json").exists():
+    if runs.is_finished(folder):
         raise ValueError(
             "Only a run that was interrupted can go on; for longer training "
             "start a new run with more --steps. "
@@ -155,15 +163,18 @@ def _check_backend():
         )
 
 
+def _check_show(show):
+    if not callable(show):
+        raise ValueError(
+            "`show` must be a function that takes a line of text. "
+            f"Received: show={show!r}"
+        )
+
+
 def _run(config, model, folder, show):
     """Trains from where the model is to the end, and finishes the folder."""
-    history = folder / "history.csv"
     done = -(-int(model.optimizer.iterations) // config.report_every)
     rows = runs.read_history(folder, config, done)
-    if history.exists():  # what came after the checkpoint comes again
-        lines = history.read_text().splitlines(keepends=True)
-        with written_aside(history) as path:
-            path.write_text("".join(lines[: done + 1]) if done else "")
     curriculum = Curriculum(config)
     for row in rows:
         curriculum.look(row)
@@ -191,10 +202,8 @@ def _run(config, model, folder, show):
                 callbacks=[
                     Progress(config, curriculum, seconds, show),
                     curriculum,
-                    keras.callbacks.TensorBoard(
-                        folder / "logs", write_graph=False
-                    ),
-                    keras.callbacks.CSVLogger(history, append=done > 0),
+                    _StepsBoard(folder / "logs", write_graph=False),
+                    History(folder / "history.csv", rows),
                     *_pictures(config, folder, probes),
                     checkpoint,  # last: what is in front of it is written
                 ],
@@ -202,12 +211,11 @@ def _run(config, model, folder, show):
         gc.collect()  # the iterator, or TensorFlow warns when Python ends
         if checkpoint.asked:
             raise KeyboardInterrupt
-        rows = runs.read_history(folder, config)
     if curriculum.reached:
         error = curriculum.error.replace("_", " ")
         show(f"the goal is reached: {error} below {config.stop_error}")
     show("testing, drawing and exporting")
-    return _finish(config, model, folder, rows[-1]["seconds"], probes)
+    return _finish(config, model, folder, rows[-1], probes)
 
 
 def _pictures(config, folder, probes):
@@ -216,9 +224,8 @@ def _pictures(config, folder, probes):
         return []
 
     def title(length):
-        return lambda done: (
-            f"{config.task.name}, length {length}: step "
-            f"{min(done * config.report_every, config.steps):,}"
+        return lambda done: runs.titled(
+            config, length, min(done * config.report_every, config.steps)
         )
 
     drawn = [
@@ -232,11 +239,11 @@ def _pictures(config, folder, probes):
     ]
     if isinstance(config.model, configuration.LSTM):
         return drawn
-    board = MemoryTensorBoard(folder / "logs", next(iter(probes.values())))
+    board = _StepsMemoryBoard(folder / "logs", next(iter(probes.values())))
     return [*drawn, board]
 
 
-def _finish(config, model, folder, seconds, probes):
+def _finish(config, model, folder, last, probes):
     """Evaluates, draws and exports; `results.json` says that all is there."""
     with written_aside(folder / "model.keras") as path:
         model.save(path)
@@ -245,8 +252,9 @@ def _finish(config, model, folder, seconds, probes):
     results = {
         "steps": steps,
         "sequences": steps * config.batch_size,
-        "seconds": round(seconds, 1),
+        "seconds": round(last["seconds"], 1),
         "parameters": model.count_params(),
+        "longest_trained": last["longest"],
         **runs.evaluate(model, task, config.seed),
     }
     for length in (task.max_length, *config.test_lengths):
@@ -261,12 +269,7 @@ def _finish(config, model, folder, seconds, probes):
 
 def make_run_folder(folder):
     """Makes a run folder, or takes an empty one, and returns its path."""
-    folder = pathlib.Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            "A run needs a folder of its own, so that nothing of an earlier "
-            f"run is lost. Received: {folder}, which has files in it"
-        )
+    folder = check_new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"No permission to write to {folder}")
@@ -298,6 +301,48 @@ def _interruptible(checkpoint, show):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _StepsBoard(keras.callbacks.TensorBoard):
+    """Keras's, on an axis of steps."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(logs["step"], logs)
+
+
+class _StepsMemoryBoard(MemoryTensorBoard):
+    """Counts steps, where that of any training counts epochs."""
+
+    unit = "steps"
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(logs["step"] - 1, logs)
+
+
+class History(keras.callbacks.Callback):
+    """Writes what each report tells into a CSV file, with those before.
+
+    Args:
+        path: `pathlib.Path` of the file.
+        rows: list of dicts of numbers, the reports before, which grows.
+    """
+
+    def __init__(self, path, rows):
+        super().__init__()
+        self.path = path
+        self.rows = rows
+
+    def on_epoch_end(self, epoch, logs=None):
+        first = {name: logs[name] for name in runs.COUNTS}
+        self.rows.append({**first, **logs})
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        with (
+            written_aside(self.path) as path,
+            open(path, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, names, restval="NA")
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -343,6 +388,7 @@ class Curriculum(keras.callbacks.Callback):
 
     def __init__(self, config):
         super().__init__()
+        configuration.check_training(config)
         self.config = config
         least, most = config.task.min_length, config.task.max_length
         self.longest = [n for n in config.curriculum if least <= n < most]
@@ -393,10 +439,11 @@ class Curriculum(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """One line: loss, error, sequences a second, time left.
+    """One line: steps, loss, error, sequences a second, time left.
 
     On a terminal the line is written over, elsewhere each is a new one. It
-    also gives the callbacks after it the `seconds` of training so far.
+    also gives the callbacks after it what has been done so far: `step`,
+    `sequences`, `longest`, the longest length, and `seconds`.
     """
 
     def __init__(self, config, curriculum, seconds, show):
@@ -409,40 +456,56 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.show(
-            "step  longest sequence  loss and error  sequences/s  most time "
+            "steps  longest length  loss and error  sequences/s  most time "
             "left\n(each length is compiled once: the first steps take a while)"
         )
         self.started = time.perf_counter()
-        self.first_epoch = None
+        self.marks = []  # steps and times
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self.first_epoch is None:
-            self.first_epoch = epoch
+        self.first_step = epoch * self.config.report_every
         self.longest = self.curriculum.longest[0]
         self.epoch_started = time.perf_counter()
 
+    def on_train_batch_end(self, batch, logs=None):
+        # The time left is that of steps which are compiled.
+        if not self.marks and 2 * (batch + 1) >= self.config.report_every:
+            now = time.perf_counter()
+            self.marks.append((self.first_step + batch + 1, now))
+
     def on_epoch_end(self, epoch, logs=None):
         now = time.perf_counter()
+        config, steps = self.config, self.config.steps
+        step = min(self.first_step + config.report_every, steps)
+        logs["step"], logs["sequences"] = step, step * config.batch_size
+        logs["longest"] = self.longest
         logs["seconds"] = round(self.seconds + now - self.started, 3)
-        steps, size = self.config.steps, self.config.report_every
-        step = min((epoch + 1) * size, steps)
-        rate = (step - epoch * size) * self.config.batch_size
+        rate = (step - self.first_step) * config.batch_size
         rate /= now - self.epoch_started
-        made = step - self.first_epoch * size
-        left = (now - self.started) / made * (steps - step)
         error = self.curriculum.error
         line = (
-            f"{step:,}/{steps:,}  <={self.longest}"
+            f"{step:,}/{steps:,} steps ({logs['sequences']:,} sequences)"
+            f"  <={self.longest}"
             f"  loss {logs['loss']:.4f}"
             f"  {error.replace('_', ' ')} {logs[error]:.2f}"
             f"  {rate:,.0f} seq/s"
-            f"  {left // 60:.0f}:{int(left % 60):02} left"
+            f"  {self._left(step, now)} left"
         )
+        self.marks.append((step, now))
         if self.in_place:
             width = shutil.get_terminal_size().columns - 1
             print("\r" + line[:width].ljust(width), end="", flush=True)
         else:
             self.show(line)
+
+    def _left(self, step, now):
+        """Minutes and seconds, at the pace of the later half of the steps."""
+        before, then = self.marks[len(self.marks) // 2]
+        if step == before:
+            return "?:??"
+        left = (now - then) / (step - before) * (self.config.steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        return f"{minutes}:{seconds:02}"
 
     def on_train_end(self, logs=None):
         if self.in_place:

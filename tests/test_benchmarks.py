@@ -727,5 +727,134 @@ def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
         assert one["leaves"][0][0]
     assert len(numbers["losses"]) == 40 and numbers["moved"] > 0
     first, last = capsys.readouterr().out.split("\n\n")[:2]
-    assert lists_of(first)[0] == ["step", *rules]
-    assert len(lists_of(last)) == 2 + 3
+    assert len(lists_of(first)) == 2 + 3
+    assert lists_of(last)[0] == ["step", *rules]
+
+
+# A run that is cut off.
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """Workers of which the second case is interrupted in its turns, and jobs
+    for each command: (name, milliseconds)."""
+    turns = []
+
+    class Interrupted(Telling):
+        def step(self):
+            turns.append(self.name)
+            if len(turns) > 4:  # two variants, two rounds
+                raise KeyboardInterrupt
+            return self.times
+
+    monkeypatch.setattr(measure, "Worker", Interrupted)
+    one, other = ("one", 6.0), ("other", 2.0)
+    first = next(iter(retrieval.REFERENCES))
+    monkeypatch.setattr(
+        cases,
+        "jobs",
+        lambda kind, *rest: {references.NAMES[kind]: one, "fast loop": other},
+    )
+    monkeypatch.setattr(
+        memory_wrap,
+        "jobs",
+        lambda *rest: {("memorywrap", 1): one, ("XLA", 1): other},
+    )
+    monkeypatch.setattr(
+        retrieval,
+        "jobs",
+        lambda *rest: {
+            **dict.fromkeys(retrieval.REFERENCES, "absent"),
+            first: one,
+            "ours": other,
+        },
+    )
+    monkeypatch.setattr(esm, "jobs", lambda *rest: {"ivy_memory": one})
+    monkeypatch.setattr(report, "machine", lambda *rest: {})
+
+
+@pytest.mark.parametrize(
+    "arguments, name, part, printed",
+    [
+        ("--cases ntm-1 dnc-1 --threads 1 --json", "all.json", "results", 2),
+        (
+            "memory_wrap --threads 1 --cases CASES --json",
+            "all.json",
+            "results",
+            2,
+        ),
+        (
+            "retrieval --data clustered --cases 2K 16K --json",
+            "all.json",
+            "dynamic",
+            3,
+        ),
+        ("scaling --cases dnc --axes N --out", "scaling.json", "results", 1),
+    ],
+    ids=["steps", "memory_wrap", "retrieval", "scaling"],
+)
+def test_what_was_measured_is_there_when_it_is_cut_off(
+    arguments, name, part, printed, cut_off, tmp_path, capsys
+):
+    arguments = arguments.split()
+    if "CASES" in arguments:
+        at = arguments.index("CASES")
+        arguments[at : at + 1] = list(memory_wrap.CASES)[:2]
+    path = tmp_path / name
+    target = path if arguments[-1] == "--json" else tmp_path
+    with pytest.raises(KeyboardInterrupt):
+        command_line.main([*arguments, str(target), "--rounds", "2"])
+    results = json.loads(path.read_text())[part]
+    ran = [one for one in results if "not_run" not in one]
+    assert [one["in_turn"] for one in ran] == [True, True, False, False]
+    assert all(one["milliseconds"] > 0 for one in ran)
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert len(rows) == 2 + printed
+    if name == "scaling.json":
+        assert len(lists_of((tmp_path / "scaling.md").read_text())) == 2 + 1
+
+
+def test_esm_that_is_cut_off_leaves_what_was_measured(
+    cut_off, monkeypatch, tmp_path
+):
+    path = tmp_path / "all.json"
+    with pytest.raises(KeyboardInterrupt):
+        command_line.main(["esm", "--rounds", "9", "--json", str(path)])
+    (result,) = json.loads(path.read_text())["results"].values()
+    assert not result["in_turn"] and result["milliseconds"] == 6.0
+
+
+def test_a_static_store_that_is_cut_off_leaves_what_was_measured(
+    monkeypatch, tmp_path, capsys
+):
+    done = []
+
+    def alone(function, folder, name, threads):
+        done.append(name)
+        if name == "NumPy":
+            raise KeyboardInterrupt
+        return {"not_run": f"{name}, as a test"}
+
+    monkeypatch.setattr(static_store, "alone", alone)
+    monkeypatch.setattr(references, "installed", lambda name: True)
+    monkeypatch.setattr(report, "machine", lambda *rest: {})
+    path = tmp_path / "all.json"
+    arguments = "retrieval --cases static --data clustered --quick --json"
+    with pytest.raises(KeyboardInterrupt):
+        command_line.main([*arguments.split(), str(path)])
+    found = json.loads(path.read_text())["static"]["clustered"]
+    assert list(found["grid"]) == list(static_store.QUICK)
+    assert list(found["exact"]) == ["faiss"]
+    assert len(lists_of(capsys.readouterr().out)) == 2 + 2 * len(
+        static_store.QUICK
+    )
+
+
+def test_a_file_of_numbers_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "all.json"
+    report.write_json(path, {"one": 1})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"one": object()})
+    assert json.loads(path.read_text()) == {"one": 1}

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import typing
 
 import harness
 import keras
@@ -16,6 +18,7 @@ import tensorflow as tf
 from catalogue import slow_unless
 from PIL import Image
 
+from keras_memory import callbacks
 from keras_memory import cli
 from keras_memory import config
 from keras_memory import runs
@@ -100,7 +103,11 @@ def test_a_run_leaves_everything(run):
     rows = runs.read_history(folder, small())
     assert len(rows) == 10
     assert all(np.isfinite(list(row.values())).all() for row in rows)
-    assert [row["epoch"] for row in rows] == list(range(10))
+    assert [row["step"] for row in rows] == list(range(5, 51, 5))
+    assert [row["sequences"] for row in rows] == list(range(10, 101, 10))
+    assert [row["longest"] for row in rows] == [1] * 3 + [3] * 3 + [4] * 4
+    assert results["longest_trained"] == 4
+    assert results["bits_in_a_sequence_at_7"] == 3 * 7
     assert results["seconds"] == round(rows[-1]["seconds"], 1)
     assert any(folder.glob("logs/train/events*"))
     assert any(folder.glob("logs/memory/events*"))
@@ -116,7 +123,8 @@ def test_a_run_leaves_everything(run):
     assert "error" in shown[0]
     assert "50/50" in shown[-2]
     assert shown[-1] == "testing, drawing and exporting"
-    for name in ("loss", "wrong bits per sequence", "seq/s", "left"):
+    assert shown[-2].startswith("50/50 steps (100 sequences)  <=4")
+    for name in ("loss", "wrong bits per sequence", "seq/s", " 0:00 left"):
         assert name in shown[-2]
     assert not list(folder.rglob("*writing*"))
 
@@ -158,6 +166,106 @@ def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
     assert results["steps"] == 7
     assert (tmp_path / "run" / "pictures" / "length-4.png").exists()
     assert not (tmp_path / "run" / "checkpoint.keras").exists()
+
+
+def summaries(folder):
+    """Tag -> steps of what was written for TensorBoard."""
+    found = {}
+    for path in sorted(folder.glob("events*")):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    return found
+
+
+def test_everything_counts_steps(run, monkeypatch, tmp_path):
+    """Console and history are in `test_a_run_leaves_everything`."""
+    folder, _, _ = run
+    written = summaries(folder / "logs" / "train")
+    assert written["epoch_loss"] == list(range(5, 51, 5))
+    assert written["epoch_sequences"] == list(range(5, 51, 5))
+    of_memory = summaries(folder / "logs" / "memory")
+    assert {step for steps in of_memory.values() for step in steps} <= set(
+        range(5, 51, 5)
+    )
+    assert of_memory["probe"][-1] == 50
+    drawn = []
+    curves = visualization.curves
+    monkeypatch.setattr(
+        runs.visualization,
+        "curves",
+        lambda *arguments, **options: (
+            drawn.append(arguments) or curves(*arguments, **options)
+        ),
+    )
+    model = runs.load(folder / "model.keras")
+    runs.draw(small(*RESUMED), model, folder, {})
+    runs.compare([folder], tmp_path / "out.png")
+    for (series, _, x_label, _), width in zip(drawn, (10, 10), strict=True):
+        assert x_label == "steps of 2 sequences"
+        ((x, _),) = series.values()
+        assert list(x) == list(range(5, 51, 5)) and len(x) == width
+
+
+def test_an_animation_has_room_for_longer_headlines(tmp_path):
+    """Of pictures that are narrower than those."""
+    for number, width in enumerate((30, 47)):
+        frame = np.full((20, width, 3), 50 * number, "uint8")
+        png = visualization.encode_png(frame)
+        (tmp_path / f"{number:08}.png").write_bytes(png)
+    (tmp_path / "out.gif").write_bytes(callbacks.animation(tmp_path))
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert gif.size == (47, 20)
+
+
+def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
+    """Its history has neither steps nor sequences."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    rows = runs.read_history(run[0], small(*RESUMED))
+    names = [name for name in rows[0] if name not in runs.COUNTS]
+    lines = [["epoch", *names]]
+    lines += [[i, *(row[n] for n in names)] for i, row in enumerate(rows)]
+    text = "\n".join(",".join(map(str, line)) for line in lines)
+    (folder / "history.csv").write_text(text)
+    old = runs.read_history(folder, small(*RESUMED))
+    for name in ("step", "sequences"):
+        assert [row[name] for row in old] == [row[name] for row in rows]
+    assert {row["longest"] for row in old} == {4}
+
+
+def test_time_left_is_without_compilation(monkeypatch):
+    """The first steps take a minute, the others a tenth of a second."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    config, shown = small("steps=100", "report_every=10"), []
+    curriculum = training.Curriculum(config)
+    progress = training.Progress(config, curriculum, 0.0, shown.append)
+    progress.on_train_begin()
+    for epoch in range(3):
+        progress.on_epoch_begin(epoch)
+        for batch in range(10):
+            now[0] += 60.0 if (epoch, batch) < (0, 3) else 0.1
+            progress.on_train_batch_end(batch)
+        progress.on_epoch_end(epoch, report())
+    assert [line.split("  ")[-1] for line in shown[1:]] == [
+        "0:09 left",
+        "0:08 left",
+        "0:07 left",
+    ]
+    assert shown[1].startswith("10/100 steps (20 sequences)")
+
+
+def test_time_left_of_one_step_is_not_known(monkeypatch):
+    config, shown = small("report_every=1"), []
+    curriculum = training.Curriculum(config)
+    progress = training.Progress(config, curriculum, 0.0, shown.append)
+    progress.on_train_begin()
+    progress.on_epoch_begin(0)
+    progress.on_train_batch_end(0)
+    progress.on_epoch_end(0, report())
+    assert shown[-1].endswith("?:?? left")
 
 
 # Curriculum.
@@ -645,7 +753,9 @@ def test_evaluate_tells_the_errors(plain_run, capsys):
     assert cli.main(["evaluate", str(folder), "--length", "7", "3"]) == 0
     text = capsys.readouterr().out
     error = results["wrong_bits_per_sequence_at_7"]
-    assert f"wrong bits per sequence at 7: {error}\n" in text
+    trained = "copy: trained to 4 vectors in 50 steps (100 sequences)\n"
+    assert text.startswith(trained)
+    assert f"wrong bits per sequence at 7: {error} of 21\n" in text
     assert "bits per sequence at 3: " in text
     assert cli.main(["evaluate", str(folder)]) == 0
     assert "up to 4" in capsys.readouterr().out
@@ -771,3 +881,332 @@ def test_show_prints_what_can_be_set(capsys):
     shown = config.from_json(capsys.readouterr().out)
     preset = config.PRESETS["copy"]["pytorch-ntm"]
     assert shown == config.override(preset, ["memory_slots=7"])
+
+
+# Architectures and tasks of one's own.
+
+
+@dataclasses.dataclass
+class GRU:
+    """As a user writes it: not frozen, with types of several kinds."""
+
+    units: int = 7
+    rate: float = 0.0
+    sizes: "tuple[int, ...]" = ()
+    names: list = dataclasses.field(default_factory=list)
+    bits: int | None = None  # a task has them, too
+    kind: typing.Literal["one", "two"] = "one"
+    seed: int = 0  # and a training
+
+    def __call__(self, inputs, units, activation):
+        x = keras.layers.GRU(self.units, return_sequences=True)(inputs)
+        return keras.layers.Dense(units, activation)(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted(tasks.Copy):
+    """A task with a value that is no size."""
+
+    noise: float = 0.5
+
+    name = "shifted"
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """A training of an architecture and a task of the user's own."""
+    monkeypatch.setitem(config.MODELS, "gru", GRU)
+    monkeypatch.setitem(tasks.TASKS, "shifted", Shifted)
+    return dataclasses.replace(
+        plain(),
+        model=GRU(sizes=(2, 3), names=["a", "b"]),
+        task=Shifted(bits=3, max_length=4, buckets=1),
+    )
+
+
+def test_a_model_of_ones_own_goes_through_json(own):
+    assert config.from_json(config.to_json(own)) == own
+
+
+def test_settings_reach_a_model_of_ones_own(own):
+    made = config.override(
+        own,
+        ["units=9", "rate=1", "sizes=[[4], 5]", "names=['c']", "noise=1"],
+    )
+    assert made.model == GRU(9, 1.0, ((4,), 5), ["c"])
+    assert made.task.noise == 1.0
+    made = config.override(own, ["bits=4", "model.bits=5", "seed=6"])
+    assert (made.task.bits, made.model.bits, made.seed) == (4, 5, 6)
+    made = config.override(own, ["task.bits=8", "model.seed=9"])
+    assert (made.task.bits, made.model.seed, made.seed) == (8, 9, own.seed)
+    for setting in ("units=x", "kind=three", "names=3", "rate=True", "n=1"):
+        with pytest.raises(ValueError, match=setting.split("=")[0]):
+            config.override(own, [setting])
+
+
+def test_a_model_of_ones_own_is_trained_and_goes_on(own, tmp_path):
+    settings = ["steps=10", "checkpoint_every=5", "picture_every=0"]
+
+    def show(text):
+        if text.startswith("5/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    folder = str(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config.override(own, settings), folder, show)
+    assert training.resume(folder, lambda line: None)["steps"] == 10
+    assert runs.load(f"{folder}/model.keras").count_params()
+    assert runs.read_config(folder).model == own.model
+
+
+def test_parts_that_could_not_be_read_again_are_refused(own, monkeypatch):
+    @dataclasses.dataclass
+    class Mine(GRU):
+        other: object = None
+        name: str = "mine"
+
+    monkeypatch.setitem(config.MODELS, "mine", Mine)
+    for model in (Mine(name="other"), lambda *_: None, Mine(other={1, 2})):
+        with pytest.raises(ValueError, match="could not be read|be written"):
+            config.to_json(dataclasses.replace(own, model=model))
+
+
+def test_numbers_of_numpy_are_taken(own):
+    made = dataclasses.replace(
+        own,
+        steps=np.int64(7),
+        learning_rate=np.float32(0.5),
+        jit_compile=np.bool_(True),
+        test_lengths=np.arange(2, 4),
+        curriculum=[np.int32(2)],
+        optimizer_options={"momentum": np.float64(0.5)},
+        task=Shifted(bits=np.int8(3), max_length=np.uint8(4)),
+        model=GRU(units=np.int64(3)),
+    )
+    plain = json.loads(json.dumps(dataclasses.asdict(made), default=int))
+    assert plain["test_lengths"] == [2, 3] and plain["curriculum"] == [2]
+    assert type(made.steps) is int and type(made.task.bits) is int
+    assert made.jit_compile is True
+    assert config.from_json(config.to_json(made)) == made
+    json.dumps(dataclasses.asdict(made.task))
+
+
+def test_lengths_go_with_the_longest(capsys):
+    assert cli.main(["train", "copy", "--set", "max_length=5", "--show"]) == 0
+    made = config.from_json(capsys.readouterr().out)
+    assert made.test_lengths == (10, 20, 30)
+    assert made.probe_lengths == (5, 20)
+    start = config.PRESETS["copy"]["default"]
+    made = config.override(start, ["test_lengths=(7,)", "max_length=5"])
+    assert (made.test_lengths, made.probe_lengths) == ((7,), (5, 20))
+    made = config.override(start, ["max_length=1"])
+    assert (made.test_lengths, made.probe_lengths) == ((2, 4, 6), (1, 4))
+    assert config.override(start, ["bits=5"]).test_lengths == (40, 80, 120)
+
+
+# Files that were damaged.
+
+GOOD = config.to_json(config.PRESETS["copy"]["default"])
+DAMAGED = {
+    "empty": b"",
+    "truncated": GOOD.encode()[: len(GOOD) // 2],
+    "zeros": GOOD.encode()[:90] + bytes(80),
+    "all zeros": bytes(500),
+    "UTF-16": GOOD.encode("utf-16"),
+    "Latin-1": GOOD.replace("adam", "\xe4dam").encode("latin-1"),
+    "deep": b"[" * 10_000 + b"]" * 10_000,
+    "deep within": GOOD.replace(
+        '"seed": 1', '"seed": ' + "[" * 10_000 + "]" * 10_000
+    ).encode(),
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "nothing in it": b"{}",
+    "a task of text": GOOD.replace('"task": {', '"task": "x", "y": {').encode(),
+    "a name of numbers": GOOD.replace('"name": "ntm"', '"name": [1]').encode(),
+    "another name": GOOD.replace('"name": "ntm"', '"name": "mine"').encode(),
+    "an unknown value": GOOD.replace('"seed"', '"seeds"').encode(),
+    "text for a number": GOOD.replace('"seed": 1', '"seed": "x"').encode(),
+    "a number of 5,000 digits": GOOD.replace(
+        '"seed": 1', '"seed": ' + "9" * 5000
+    ).encode(),
+    "not finite": GOOD.replace("0.005", "NaN").encode(),
+    "none": GOOD.replace('"steps": 6000', '"steps": null').encode(),
+    "lists in lists": GOOD.replace('"curriculum": []', '"curriculum": [[]]')
+    .encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_configuration_is_named(content, tmp_path, capsys):
+    assert content != GOOD.encode()
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    (tmp_path / "model.keras").touch()
+    with pytest.raises(ValueError, match="^" + re.escape(str(path))):
+        runs.read_config(tmp_path)
+    for command in (["train", "--resume"], ["evaluate"], ["compare"]):
+        assert cli.main([*command, str(tmp_path)]) == 2
+        told = capsys.readouterr().err
+        assert str(path) in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"loss,seconds\n1.0,2.0\n",
+        b"loss,seconds,wrong_bits_per_sequence\n1.0,2.0\n",
+        b"loss,seconds,wrong_bits_per_sequence\n1.0,2.0,x\n",
+        b"loss,seconds,wrong_bits_per_sequence\n1.0,2.0,3.0,4.0\n",
+        b"loss,seconds,wrong_bits_per_sequence\n1.0,2.0," + bytes(9),
+        b"step,loss,seconds,wrong_bits_per_sequence\nnan,1.0,2.0,3.0\n",
+        b"\xff\xfe" + "loss,seconds\n1,2".encode("utf-16"),
+        b"loss,seconds,wrong_bits_per_sequence\n1.0,2.0," + b"1" * 200_000,
+    ],
+)
+def test_a_damaged_history_is_named(content, tmp_path):
+    path = tmp_path / "history.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="^" + re.escape(str(path))):
+        runs.read_history(tmp_path, small())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(9), b"[]", b"\xff\xfe"])
+def test_damaged_results_are_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(GOOD)
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="^" + re.escape(str(path))):
+        training.resume(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04half", bytes(99)])
+def test_a_damaged_model_is_named(content, tmp_path):
+    for name in ("model.keras", "checkpoint.keras"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} must be a model"):
+            runs.load(str(tmp_path / name))
+
+
+def test_a_damaged_picture_is_named(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    frames = folder / "pictures" / "length-4"
+    (frames / "00000000.png").write_bytes(b"half")
+    model = runs.load(folder / "model.keras")
+    with pytest.raises(ValueError, match=re.escape(str(frames))):
+        runs.draw(small(*RESUMED), model, folder)
+
+
+# Runs of several kinds, and unfinished ones.
+
+
+def test_runs_of_different_tasks_are_not_compared(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(run[0] / "history.csv", other)
+    repeat = config.PRESETS["repeat-copy"]["default"]
+    (other / "config.json").write_text(config.to_json(repeat))
+    out = tmp_path / "out.png"
+    command = ["compare", str(run[0]), str(other), "--out", str(out)]
+    assert cli.main(command) == 2
+    told = capsys.readouterr().err
+    assert "one task" in told and "other (repeat-copy)" in told
+    assert not out.exists()
+
+
+def test_of_an_unfinished_run_the_checkpoint_is_taken(
+    plain_run, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(plain_run, folder)
+    (folder / "results.json").unlink()
+    (folder / "model.keras").unlink()
+    note = "is not finished; this is its checkpoint.keras, of step 50"
+    out = str(tmp_path / "served")
+    for command in (
+        ["evaluate", str(folder), "--length", "2"],
+        ["plot", str(folder)],
+        ["export", str(folder), out],
+    ):
+        assert cli.main(command) == 0
+        assert note in capsys.readouterr().err
+    assert cli.main(["evaluate", str(plain_run), "--length", "2"]) == 0
+    assert "not finished" not in capsys.readouterr().err
+
+
+# What is no argument of that kind.
+
+START = config.PRESETS["copy"]["default"]
+RNG = np.random.default_rng(1)
+NO_TEXT, NO_PATH = (None, 3.5, "x"), (None, 3.5)
+CALLS = [
+    ("path", NO_PATH, runs.load),
+    ("folder", NO_PATH, runs.read_config),
+    ("folder", NO_PATH, lambda x: runs.read_history(x, START)),
+    ("config", NO_TEXT, lambda x: runs.read_history(".", x)),
+    ("reports", (3.5, "x"), lambda x: runs.read_history(".", START, x)),
+    ("config", NO_TEXT, lambda x: runs.sequences_seen(x, 1)),
+    ("model", NO_TEXT, lambda x: runs.evaluate(x, tasks.Copy())),
+    ("task", NO_TEXT, lambda x: runs.evaluate(len, x)),
+    ("seed", NO_TEXT, lambda x: runs.evaluate(len, tasks.Copy(), x)),
+    ("config", NO_TEXT, runs.probes),
+    ("config", NO_TEXT, lambda x: runs.draw(x, len, ".")),
+    ("folder", NO_PATH, lambda x: runs.draw(START, len, x)),
+    ("config", NO_TEXT, lambda x: runs.draw_lengths(x, len, ".")),
+    ("folder", NO_PATH, lambda x: runs.draw_lengths(START, len, x)),
+    ("folders", (*NO_TEXT, []), lambda x: runs.compare(x, "x.png")),
+    ("folder", NO_PATH, lambda x: runs.compare([x], "x.png")),
+    ("path", NO_PATH, lambda x: runs.compare(["."], x)),
+    ("by", NO_TEXT, lambda x: runs.compare(["."], "x.png", x)),
+    ("below", (None, "x"), lambda x: runs.compare(["."], "x.png", below=x)),
+    ("config", NO_TEXT, config.to_json),
+    ("configuration", (*NO_TEXT, b"{}"), config.from_json),
+    ("config", NO_TEXT, lambda x: config.override(x, [])),
+    ("settings", NO_TEXT, lambda x: config.override(START, x)),
+    ("setting", NO_TEXT, lambda x: config.override(START, [x])),
+    ("task", NO_TEXT, lambda x: config.Training(x, START.model)),
+    ("model", (*NO_TEXT, GRU), lambda x: config.Training(START.task, x)),
+    ("steps", NO_TEXT, lambda x: dataclasses.replace(START, steps=x)),
+    ("curriculum", NO_TEXT, lambda x: dataclasses.replace(START, curriculum=x)),
+    ("optimizer", NO_PATH, lambda x: dataclasses.replace(START, optimizer=x)),
+    ("units", NO_TEXT, config.LSTM),
+    ("memory_slots", NO_TEXT, config.NTM),
+    ("layers", NO_TEXT, lambda x: config.DNC(layers=x)),
+    ("config", NO_TEXT, training.build),
+    ("config", NO_TEXT, lambda x: training.train(x, ".")),
+    ("folder", NO_PATH, lambda x: training.train(START, x)),
+    ("show", NO_TEXT, lambda x: training.train(START, "x", x)),
+    ("folder", NO_PATH, training.resume),
+    ("folder", NO_PATH, training.make_run_folder),
+    ("min_length", NO_TEXT, tasks.Copy),
+    ("rng", NO_TEXT, lambda x: tasks.Copy().sample(x, 1)),
+    ("batch_size", NO_TEXT, lambda x: tasks.Copy().sample(RNG, x)),
+    ("length", (3.5, "x"), lambda x: tasks.Copy().sample(RNG, 1, length=x)),
+    ("longest", (3.5, "x"), lambda x: tasks.Copy().sample(RNG, 1, longest=x)),
+    (
+        "repeats",
+        (3.5, "x"),
+        lambda x: tasks.RepeatCopy().sample(RNG, 1, repeats=x),
+    ),
+    ("task", NO_TEXT, lambda x: tasks.dataset(x, 1)),
+    ("batch_size", NO_TEXT, lambda x: tasks.dataset(tasks.Copy(), x)),
+    ("seed", NO_TEXT, lambda x: tasks.dataset(tasks.Copy(), 1, x)),
+    ("first_step", NO_TEXT, lambda x: tasks.dataset(tasks.Copy(), 1, 1, x)),
+    ("batch", NO_TEXT, tasks.NGrams().optimal_outputs),
+    (
+        "batch.mask",
+        NO_TEXT,
+        lambda x: tasks.NGrams().optimal_outputs(
+            tasks.Batch(np.ones((2, 9, 1)), np.ones((2, 9, 1)), x)
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "call"), CALLS)
+def test_wrong_arguments_are_named(name, wrong, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"\b{re.escape(name)}\b"):
+            call(value)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,36 @@
+"""The public names of the package, which `__init__` hands on."""
+
+from keras_memory import callbacks as callbacks
+from keras_memory import controllers as controllers
+from keras_memory import convert as convert
+from keras_memory import explanations as explanations
+from keras_memory import export as export
+from keras_memory import geometry as geometry
+from keras_memory import losses as losses
+from keras_memory import retrieval as retrieval
+from keras_memory import rgbd as rgbd
+from keras_memory import rooms as rooms
+from keras_memory import tasks as tasks
+from keras_memory import visualization as visualization
+from keras_memory.dnc import DNCCell as DNCCell
+from keras_memory.dnc import DNCLayer as DNCLayer
+from keras_memory.dnc import DNCState as DNCState
+from keras_memory.esm import ESMCell as ESMCell
+from keras_memory.esm import ESMLayer as ESMLayer
+from keras_memory.esm import ESMMap as ESMMap
+from keras_memory.knn_memory import KNNMemory as KNNMemory
+from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
+from keras_memory.memory_wrap import (
+    MemoryWrapClassifier as MemoryWrapClassifier,
+)
+from keras_memory.memory_wrap import MemoryWrapLayer as MemoryWrapLayer
+from keras_memory.ntm import MERLINState as MERLINState
+from keras_memory.ntm import NTMCell as NTMCell
+from keras_memory.ntm import NTMLayer as NTMLayer
+from keras_memory.ntm import NTMState as NTMState
+from keras_memory.recurrent import MemoryCell as MemoryCell
+from keras_memory.recurrent import MemoryRNN as MemoryRNN
+from keras_memory.recurrent import trace as trace
+from keras_memory.recurrent import trace_model as trace_model
+from keras_memory.retrieval import KNNMemoryLayer as KNNMemoryLayer
+from keras_memory.scann_index import ScannIndex as ScannIndex
