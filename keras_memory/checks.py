@@ -11,6 +11,7 @@ KINDS = {
     "real": ("fiu", "real numbers"),
     "integer": ("iu", "integers"),
     "bool": ("b", "bool"),
+    "mask": ("biuf", "bools, or of 0 and 1"),
 }
 
 
@@ -44,7 +45,8 @@ def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
         sizes: dict from names to sizes. It is filled in here: hand the same
             one to the checks of all arguments of a call. A size that a graph
             does not know fits any.
-        kind: `"real"` (integers become floats), `"integer"` or `"bool"`.
+        kind: `"real"` (integers become floats), `"integer"`, `"bool"` or
+            `"mask"` (bools, or numbers).
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
 
