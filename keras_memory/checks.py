@@ -13,6 +13,7 @@ KINDS = {
     "bool": ("b", "bool"),
     "mask": ("biuf", "bools, or of 0 and 1"),
     "whole": ("biuf", "whole numbers"),
+    "any": ("biuf", "numbers"),
 }
 
 
@@ -49,8 +50,8 @@ def check_array(
             one to the checks of all arguments of a call. A size that a graph
             does not know fits any.
         kind: `"real"` (integers become floats), `"integer"`, `"bool"`,
-            `"mask"` (bools, or numbers) or `"whole"` (numbers, of which no
-            value is looked at).
+            `"mask"`, `"whole"` or `"any"`: bools and numbers, of which no
+            value is looked at.
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
         convert: bool; False for an array or tensor as it came, and a NumPy

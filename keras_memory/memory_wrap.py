@@ -1355,7 +1355,7 @@ def _inputs(name, x):
 
 def _beside_x(name, array, sizes):
     """An array with a row for each of `x`, as it came."""
-    return check_array(name, array, ("N", ...), sizes, "whole", convert=False)
+    return check_array(name, array, ("N", ...), sizes, "any", convert=False)
 
 
 def labels_of(y, number, units):
