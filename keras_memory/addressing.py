@@ -743,7 +743,9 @@ def sparsemax(logits, axis=-1):
         logits = ops.cast(logits, "float32")
     dtype = "float64" if ops.dtype(logits) == "float64" else "float32"
     z = ops.cast(logits, dtype)
-    z = z - ops.stop_gradient(ops.max(z, axis=axis, keepdims=True))
+    # `initial`, or Keras refuses an array of no rows.
+    most = ops.max(z, axis=axis, keepdims=True, initial=-np.inf)
+    z = z - ops.stop_gradient(most)
 
     def total(x):
         return ops.sum(x, axis=axis, keepdims=True)

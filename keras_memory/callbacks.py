@@ -1,8 +1,10 @@
 """Keras callbacks that show a memory while it learns."""
 
 import pathlib
+import struct
 import time
 import warnings
+import zlib
 from typing import NamedTuple
 
 import keras
@@ -12,6 +14,7 @@ from keras import ops
 from keras_memory import explanations
 from keras_memory import recurrent
 from keras_memory import visualization
+from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import written_aside
@@ -55,7 +58,8 @@ class Probe:
             (inputs, targets, mask), such as a `tasks.Batch`.
 
     Raises:
-        ValueError: another tuple.
+        ValueError: another tuple, what are no arrays of numbers, or several
+            batch sizes.
     """
 
     def __init__(self, batch):
@@ -65,11 +69,18 @@ class Probe:
                 "A probe is inputs, (inputs, targets) or (inputs, targets, "
                 f"mask). Received: {len(parts)} parts"
             )
-        parts = [
-            part if part is None else keras.tree.map_structure(np.asarray, part)
-            for part in parts
-        ]
-        self.inputs, self.targets, self.mask = (*parts, None, None)[:3]
+        sizes = {}
+
+        def arrays(name, structure):
+            if structure is None and name != "inputs":
+                return None
+            return keras.tree.map_structure(
+                lambda one: _numbers(name, one, ("B", ...), sizes), structure
+            )
+
+        names = "inputs", "targets", "mask"
+        parts = [*map(arrays, names, parts), None, None]
+        self.inputs, self.targets, self.mask = parts[:3]
         self._model = self._run = None
 
     @classmethod
@@ -78,7 +89,8 @@ class Probe:
         return batch if isinstance(batch, cls) else cls(batch)
 
     def look(self, model):
-        """Shows the batch to a model, whose states stay as they are.
+        """Shows the batch to a model, whose states stay as they are: what a
+        call assigns to variables is forgotten, and nothing is copied.
 
         Returns:
             What was `Seen`.
@@ -86,24 +98,18 @@ class Probe:
         if model is not self._model:
             self._model = model
             self._run = self._compiled(model)
-        states = [  # of stateful layers, and of what draws dropout masks
-            (variable, np.array(ops.convert_to_numpy(variable)))
-            for variable in model.non_trainable_variables
-        ]
-        try:
-            inputs = keras.tree.map_structure(
-                ops.convert_to_tensor, self.inputs
-            )
-            seen = self._run(inputs)
-        finally:
-            for variable, value in states:
-                variable.assign(value)
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, self.inputs)
+        if not model.built:
+            with keras.StatelessScope():
+                model(inputs)
+        seen = self._run(inputs)
         outputs, traces = keras.tree.map_structure(ops.convert_to_numpy, seen)
         return Seen(self.inputs, self.targets, outputs, self.mask, traces)
 
     def _compiled(self, model):
         def run(inputs):
-            return recurrent.trace_model(model, inputs)
+            with keras.StatelessScope():
+                return recurrent.trace_model(model, inputs)
 
         if keras.backend.backend() != "tensorflow":
             return run
@@ -185,6 +191,7 @@ class ProbePictures(keras.callbacks.Callback):
     at the end, a picture of inputs, targets, outputs and weightings over time,
     named by the number of epochs done; `animation` makes a GIF of them. A
     training that starts from epoch 0 puts its own in the place of earlier ones.
+    Files of others are left as they are: a mark in each picture tells its own.
 
     Args:
         probe_batch: (inputs, targets) or (inputs, targets, mask), such as a
@@ -196,16 +203,16 @@ class ProbePictures(keras.callbacks.Callback):
         title: function from the number of epochs done to the headline.
 
     Raises:
-        ValueError: when the training begins, a probe or outputs that are no
-            sequences.
+        ValueError: an argument out of its range; when the training begins, a
+            probe or outputs that are no sequences.
     """
 
     def __init__(self, probe_batch, folder, every=1, title="epoch {}".format):
         super().__init__()
         self.probe = Probe.of(probe_batch)
-        self.folder = pathlib.Path(folder)
+        self.folder = _path("folder", folder)
         self.every = check_size("every", every, least=0)
-        self.title = title
+        self.title = _function("title", title)
 
     def on_train_begin(self, logs=None):
         self._done = None
@@ -234,13 +241,35 @@ class ProbePictures(keras.callbacks.Callback):
             self.probe.look(self.model), self.title(self._done)
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        with written_aside(self.folder / f"{self._done:08}.png") as path:
-            path.write_bytes(visualization.encode_png(picture))
+        path = self.folder / f"{self._done:08}.png"
+        if path.exists() and not _is_marked(path):
+            warnings.warn(
+                f"{path} is not of `ProbePictures` and stays as it is; choose "
+                "a `folder` of its own for the pictures",
+                stacklevel=2,
+            )
+            return
+        encoded = visualization.encode_png(picture)
+        with written_aside(path) as aside:
+            aside.write_bytes(encoded[:HEADER] + MARK + encoded[HEADER:])
+
+
+# A text within a PNG, behind its signature and its header.
+HEADER = 8 + 25
+_TEXT = b"tEXtSoftware\0keras_memory.callbacks.ProbePictures"
+MARK = struct.pack(">I", len(_TEXT) - 4) + _TEXT
+MARK += struct.pack(">I", zlib.crc32(_TEXT))
+
+
+def _is_marked(path):
+    with open(path, "rb") as file:
+        return file.read(HEADER + len(MARK)).endswith(MARK)
 
 
 def pictures(folder):
     """Paths of what `ProbePictures` left in a folder, from first to last."""
-    return sorted(pathlib.Path(folder).glob("[0-9]" * 8 + ".png"))
+    found = _path("folder", folder).glob("[0-9]" * 8 + ".png")
+    return sorted(path for path in found if _is_marked(path))
 
 
 def animation(folder, milliseconds=400):
@@ -304,7 +333,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
             half a minute.
 
     Raises:
-        ValueError: `every` out of its range, or another tuple.
+        ValueError: an argument out of its range, or another tuple.
         TypeError: when the training begins, a model without such a layer.
 
     Example:
@@ -330,7 +359,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
     def __init__(self, log_dir, probe_batch, every=None):
         super().__init__()
-        self.folder = pathlib.Path(log_dir) / "memory"
+        self.folder = _path("log_dir", log_dir) / "memory"
         self.probe = Probe.of(probe_batch)
         self.every = every if every is None else check_size("every", every)
 
@@ -455,7 +484,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         every: int, at least 1, epochs from one look to the next.
 
     Raises:
-        ValueError: `every` or `most` out of its range, or `x` has no images in
+        ValueError: an argument out of its range, or `x` has no images in
             [0, 1].
         TypeError: when the training begins, another model.
 
@@ -484,8 +513,10 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         every=1,
     ):
         super().__init__()
-        self.folder = pathlib.Path(log_dir) / "explanations"
-        self.x = np.asarray(x)
+        self.folder = _path("log_dir", log_dir) / "explanations"
+        self.x = _numbers("x", x, ("B", "H", "W", ...))
+        if to_image is not None:
+            _function("to_image", to_image)
         self.class_names = class_names
         self.most = check_size("most", most)
         self.attribution = check_bool("attribution", attribution)
@@ -535,15 +566,44 @@ def write_images(folder, name, images):
         folder: path of the logs.
         name: str, of the images in TensorBoard.
         images: list of (H, W, 3) uint8 arrays.
+
+    Raises:
+        ValueError: no path, or what are no images.
     """
     import tensorflow as tf
 
-    writer = tf.summary.create_file_writer(str(folder))
+    images = [
+        _numbers("images", image, ("H", "W", 3), kind="integer")
+        for image in images
+    ]
+    writer = tf.summary.create_file_writer(str(_path("folder", folder)))
     with writer.as_default(step=0):
         for step, image in enumerate(images, 1):
             tf.summary.experimental.set_step(step)
             _write_image(name, visualization.encode_png(image), image)
     writer.close()
+
+
+def _path(name, value):
+    try:
+        return pathlib.Path(value)
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be the path of a folder. Received: {name}={value!r}"
+        ) from None
+
+
+def _function(name, value):
+    if not callable(value):
+        raise ValueError(
+            f"`{name}` must be a function. Received: {name}={value!r}"
+        )
+    return value
+
+
+def _numbers(name, value, axes, sizes=None, kind="any"):
+    found = check_array(name, value, axes, sizes, kind, convert=False)
+    return ops.convert_to_numpy(found)
 
 
 def _number(tag, values):

@@ -21,7 +21,9 @@ KINDS = {
     "real": ("fiu", "real numbers"),
     "integer": ("iu", "integers"),
     "bool": ("b", "bool"),
-    "mask": ("bfiu", "bools"),
+    "mask": ("bfiu", "bools, or of 0 and 1"),
+    "whole": ("bfiu", "whole numbers"),
+    "any": ("bfiu", "numbers"),
 }
 
 
@@ -185,7 +187,9 @@ def has_accelerator():
     return any(not device.lower().startswith("cpu") for device in devices)
 
 
-def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
+def check_array(
+    name, value, axes=None, sizes=None, kind="real", dtype=None, convert=True
+):
     """The one door for arrays: a tensor of what a user gave, or an error.
 
     Args:
@@ -198,10 +202,13 @@ def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
         sizes: dict from names to sizes. It is filled in here: hand the same
             one to the checks of all arguments of a call. A size that a graph
             does not know fits any.
-        kind: `"real"` (integers become floats), `"integer"`, `"bool"`, or
-            `"mask"` (numbers become bools, True where they are not 0).
+        kind: `"real"` (integers become floats), `"integer"`, `"bool"`,
+            `"mask"`, `"whole"` or `"any"`: bools and numbers, of which no
+            value is looked at.
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
+        convert: bool; False for an array or tensor as it came, and a NumPy
+            array of lists.
 
     Returns:
         Tensor.
@@ -234,10 +241,8 @@ def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
             f"{_wanted(name, axes, sizes, kind)} Received: {_described(found)}"
         )
     sizes.update(known)
-    if isinstance(value, keras.KerasTensor):
-        return value
-    if kind == "mask":
-        dtype = "bool"
+    if isinstance(value, keras.KerasTensor) or not convert:
+        return found
     if dtype is None and kind == "real":
         if is_list or _kind_of(found) != "f":
             dtype = keras.config.floatx()

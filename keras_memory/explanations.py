@@ -12,7 +12,9 @@ import numpy as np
 from keras import ops
 
 from keras_memory import visualization
+from keras_memory.checks import check_array
 from keras_memory.checks import check_between
+from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.memory_wrap import NO_LABEL
 from keras_memory.memory_wrap import MemoryWrapClassifier
@@ -189,8 +191,9 @@ def integrated_gradients(
     """
     check_size("steps", steps)
     dtype = keras.config.floatx()
-    x = _inputs_of(model, np.asarray(x)[None], batch_size)[0].astype(dtype)
-    examples = _inputs_of(model, memory_inputs, batch_size).astype(dtype)
+    x = _inputs_of(model, x, batch_size, axes=(None, ...)).astype(dtype)
+    examples = _inputs_of(model, memory_inputs, batch_size, "memory_inputs")
+    examples = examples.astype(dtype)
     if x.shape != examples.shape[1:]:
         raise ValueError(
             "`x` must be one input, like each of `memory_inputs`. "
@@ -201,7 +204,15 @@ def integrated_gradients(
         outputs = model((ops.convert_to_tensor(x[None]), examples))
         target = int(ops.argmax(outputs[0]))
     check_between("target", target, 0, model.memory_layer.units - 1)
-    baseline = np.asarray(baseline, dtype)
+    baseline = check_array("baseline", baseline, convert=False)
+    baseline = ops.convert_to_numpy(baseline).astype(dtype)
+    try:
+        baseline = np.broadcast_to(baseline, x.shape)
+    except ValueError:
+        raise ValueError(
+            "`baseline` must be a number, or an array like `x`. Received: "
+            f"shape {baseline.shape}, x of shape {x.shape}"
+        ) from None
 
     def path(end, shares):  # (some of the steps, *end.shape)
         along = shares.reshape(-1, *[1] * end.ndim)
@@ -264,6 +275,8 @@ def picture(
     """
     check_model(model, class_names)
     check_size("most", most)
+    check_bool("attribution", attribution)
+    x = _inputs_of(model, x, 1, axes=("B", "H", "W", ...))
     rows = []
     if whys is None:
         whys = explain(model, x)
@@ -416,13 +429,13 @@ def check_model(model, class_names=None):
         )
 
 
-def _inputs_of(model, x, batch_size):
+def _inputs_of(model, x, batch_size, name="x", axes=("B", None, ...)):
     check_model(model)
     check_size("batch_size", batch_size)
-    x = np.asarray(x)
-    if x.ndim < 2 or not len(x):
+    x = ops.convert_to_numpy(check_array(name, x, axes, convert=False))
+    if not len(x):
         raise ValueError(
-            "Inputs must be an array (B, ...), of one at least. "
+            f"`{name}` must be an array (B, ...), of one at least. "
             f"Received: shape {x.shape}"
         )
     return x

@@ -1,17 +1,19 @@
 """Losses and metrics of sequences, counted where the mask says.
 
-The loss of bits and of classes is Keras's own: `BinaryCrossentropy(reduction=
-"mean_with_sample_weight")` with the mask as `sample_weight` is the mean over
-the bits that count.
+What a model gives at a step that does not count reaches neither a number nor a
+gradient, also where it is NaN. A sequence without a step that counts is left
+out of every mean. NaN at a step that counts is shown.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
 from keras import ops
+from keras.src import backend
+
+from keras_memory.checks import check_array
 
 
 def bits_per_sequence(targets, outputs, mask):
@@ -22,11 +24,15 @@ def bits_per_sequence(targets, outputs, mask):
     Args:
         targets: (B, T, bits) of 0 and 1.
         outputs: (B, T, bits) probabilities.
-        mask: (B, T), 1 where the target counts, else 0.
+        mask: (B, T), 1 where the target counts, else 0; or bool.
 
     Returns:
         (B,) bits, at least 0: 8 for eight outputs of one half.
+
+    Raises:
+        ValueError: another shape or dtype.
     """
+    targets, outputs, mask = _where_it_counts(targets, outputs, mask)
     entropy = ops.binary_crossentropy(targets, outputs)
     return ops.sum(entropy * mask[:, :, None], axis=(1, 2)) / math.log(2.0)
 
@@ -37,12 +43,16 @@ def wrong_bits_per_sequence(targets, outputs, mask):
     Args:
         targets: (B, T, bits) of 0 and 1.
         outputs: (B, T, bits) probabilities; at least one half counts as 1.
-        mask: (B, T), 1 where the target counts, else 0.
+        mask: (B, T), 1 where the target counts, else 0; or bool.
 
     Returns:
-        (B,) counts, at least 0; NaN where an output is.
+        (B,) counts, at least 0; NaN where an output that counts is.
+
+    Raises:
+        ValueError: another shape or dtype.
     """
-    wrong = ops.cast((outputs >= 0.5) != (targets >= 0.5), "float32")
+    targets, outputs, mask = _where_it_counts(targets, outputs, mask)
+    wrong = ops.cast((outputs >= 0.5) != (targets >= 0.5), outputs.dtype)
     wrong = ops.where(ops.isnan(outputs), float("nan"), wrong)
     return ops.sum(wrong * mask[:, :, None], axis=(1, 2))
 
@@ -53,15 +63,21 @@ def error_rate(targets, outputs, mask):
     Args:
         targets: (B, T, classes), 1 for the right class, else 0.
         outputs: (B, T, classes) probabilities.
-        mask: (B, T), 1 where the target counts, else 0.
+        mask: (B, T), 1 where the target counts, else 0; or bool.
 
     Returns:
-        (B,) shares from 0 to 1; NaN where an output is.
+        (B,) shares from 0 to 1; 0 where no step counts, NaN where an output
+        that counts is.
+
+    Raises:
+        ValueError: another shape or dtype.
     """
+    targets, outputs, mask = _where_it_counts(targets, outputs, mask)
     wrong = ops.argmax(outputs, axis=-1) != ops.argmax(targets, axis=-1)
     unknown = ops.any(ops.isnan(outputs), axis=-1)
-    wrong = ops.where(unknown, float("nan"), ops.cast(wrong, "float32"))
-    return ops.sum(wrong * mask, axis=1) / ops.sum(mask, axis=1)
+    wrong = ops.where(unknown, float("nan"), ops.cast(wrong, outputs.dtype))
+    wrong = ops.sum(wrong * mask, axis=1)
+    return ops.divide_no_nan(wrong, ops.sum(mask, axis=1))
 
 
 def absolute_error_of_sum(targets, outputs, mask):
@@ -72,17 +88,106 @@ def absolute_error_of_sum(targets, outputs, mask):
     Args:
         targets: (B, T, size) numbers.
         outputs: (B, T, size) numbers.
-        mask: (B, T), 1 where outputs and targets count, else 0.
+        mask: (B, T), 1 where outputs and targets count, else 0; or bool.
 
     Returns:
         (B,) errors, at least 0.
+
+    Raises:
+        ValueError: another shape or dtype.
     """
+    targets, outputs, mask = _where_it_counts(targets, outputs, mask)
     return ops.abs(ops.sum((outputs - targets) * mask[:, :, None], axis=(1, 2)))
+
+
+def _where_it_counts(
+    targets, outputs, mask, names=("targets", "outputs", "mask"), dtype=None
+):
+    """Checked targets, outputs and mask, in one dtype. Where a step does not
+    count, target and output are one half: sound for every error here, and of
+    no error."""
+    sizes = {}
+    axes = ("B", "T", "size")
+    targets = check_array(names[0], targets, axes, sizes)
+    outputs = check_array(names[1], outputs, axes, sizes)
+    mask = check_array(names[2], mask, axes[:2], sizes, kind="mask")
+    if dtype is None:
+        wide = ops.dtype(outputs) == "float64"
+        dtype = "float64" if wide else "float32"
+    targets, outputs, mask = (
+        ops.cast(part, dtype) for part in (targets, outputs, mask)
+    )
+    counts = ops.not_equal(mask, 0)[:, :, None]
+    return (
+        ops.where(counts, targets, 0.5),
+        ops.where(counts, outputs, 0.5),
+        mask,
+    )
+
+
+def _of_keras(y_true, y_pred, sample_weight, dtype):
+    """The same of what Keras hands to losses and metrics."""
+    mask = backend.get_keras_mask(y_pred)  # such as a `Masking` layer's
+    if sample_weight is None:
+        sample_weight = mask
+    elif mask is not None:
+        sizes = {"B": mask.shape[0], "T": mask.shape[1]}
+        sample_weight = check_array(
+            "sample_weight", sample_weight, ("B", "T"), sizes, "mask", dtype
+        )
+        sample_weight = sample_weight * ops.cast(mask, dtype)
+    if sample_weight is None:
+        y_pred = check_array("y_pred", y_pred, ("B", "T", "size"))
+        sample_weight = ops.ones_like(y_pred[..., 0], dtype)
+    names = "y_true", "y_pred", "sample_weight"
+    return _where_it_counts(y_true, y_pred, sample_weight, names, dtype)
+
+
+class _Counted:
+    """A loss of Keras's, of what counts alone: the mean over what the mask
+    that comes as `sample_weight` leaves."""
+
+    def __init__(self, reduction="mean_with_sample_weight", **kwargs):
+        super().__init__(reduction=reduction, **kwargs)
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return super().__call__(
+            *_of_keras(y_true, y_pred, sample_weight, self.dtype)
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class BitsCrossentropy(_Counted, keras.losses.BinaryCrossentropy):
+    """Mean over the bits that count of Keras's `BinaryCrossentropy`.
+
+    Args:
+        **kwargs: of `keras.losses.BinaryCrossentropy`.
+
+    Call arguments:
+        y_true: (B, T, bits) of 0 and 1.
+        y_pred: (B, T, bits) probabilities.
+        sample_weight: (B, T) mask, 1 where they count, else 0; None counts all.
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class ClassCrossentropy(_Counted, keras.losses.CategoricalCrossentropy):
+    """Mean over the steps that count of Keras's `CategoricalCrossentropy`.
+
+    Args:
+        **kwargs: of `keras.losses.CategoricalCrossentropy`.
+
+    Call arguments:
+        y_true: (B, T, classes), 1 for the right class, else 0.
+        y_pred: (B, T, classes) probabilities.
+        sample_weight: (B, T) mask, 1 where they count, else 0; None counts all.
+    """
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class SquaredErrorOfSum(keras.losses.Loss):
-    """Mean over sequences of the square of `absolute_error_of_sum`.
+    """Mean of the square of `absolute_error_of_sum`, over the sequences with a
+    step that counts.
 
     Args:
         name: str. Default `"squared_error_of_sum"`.
@@ -101,35 +206,30 @@ class SquaredErrorOfSum(keras.losses.Loss):
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         # The mask goes in before the sum, so not where Keras would weigh.
-        error = absolute_error_of_sum(*_floats(y_true, y_pred, sample_weight))
-        return ops.mean(ops.square(error))
+        parts = _of_keras(y_true, y_pred, sample_weight, self.dtype)
+        squares = ops.square(absolute_error_of_sum(*parts))
+        number = ops.sum(ops.cast(_some_count(parts[-1]), self.dtype))
+        return ops.divide_no_nan(ops.sum(squares), number)
 
     def call(self, y_true, y_pred):
         return self(y_true, y_pred)
 
 
-def _floats(y_true, y_pred, sample_weight):
-    if sample_weight is None:
-        sample_weight = ops.ones(ops.shape(y_true)[:2])
-    elif len(sample_weight.shape) != 2:
-        raise ValueError(
-            "`sample_weight` is the mask (B, T) of sequences (B, T, size). "
-            f"Received: sample_weight of shape {tuple(sample_weight.shape)}"
-        )
-    return [
-        ops.cast(part, "float32") for part in (y_true, y_pred, sample_weight)
-    ]
+def _some_count(mask):
+    """(B,) bool, which sequences have a step that counts."""
+    return ops.any(ops.not_equal(mask, 0), axis=1)
 
 
 class _MeanOverSequences(keras.metrics.Mean):
-    """Mean over the sequences seen since the last reset."""
+    """Mean over the sequences with a step that counts, since the last reset."""
 
     def __init__(self, name=None, **kwargs):
         super().__init__(name=name or self.function.__name__, **kwargs)
 
     def update_state(self, y_true, y_pred, sample_weight=None):
-        values = type(self).function(*_floats(y_true, y_pred, sample_weight))
-        super().update_state(values)
+        parts = _of_keras(y_true, y_pred, sample_weight, self.dtype)
+        values = type(self).function(*parts)
+        super().update_state(values, _some_count(parts[-1]))
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
@@ -204,20 +304,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "bits": Kind(
-        "sigmoid",
-        functools.partial(
-            keras.losses.BinaryCrossentropy,
-            reduction="mean_with_sample_weight",
-        ),
-        [WrongBitsPerSequence, BitsPerSequence],
+        "sigmoid", BitsCrossentropy, [WrongBitsPerSequence, BitsPerSequence]
     ),
-    "class": Kind(
-        "softmax",
-        functools.partial(
-            keras.losses.CategoricalCrossentropy,
-            reduction="mean_with_sample_weight",
-        ),
-        [ErrorRate],
-    ),
+    "class": Kind("softmax", ClassCrossentropy, [ErrorRate]),
     "sum": Kind("linear", SquaredErrorOfSum, [AbsoluteErrorOfSum]),
 }

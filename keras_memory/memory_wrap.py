@@ -9,6 +9,7 @@ Axes: B inputs, M examples in the memory, D width of an encoding.
 
 import contextlib
 import inspect
+import warnings
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from keras import ops
 
 from keras_memory.addressing import sparsemax
 from keras_memory.arguments import Arguments
+from keras_memory.checks import check_array
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
@@ -23,10 +25,17 @@ from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
 from keras_memory.replay import to_train
 from keras_memory.replay import with_gradient
+from keras_memory.retrieval import LARGEST
+from keras_memory.retrieval import SAMPLE
+from keras_memory.retrieval import inner_products
+from keras_memory.retrieval import middle
 from keras_memory.retrieval import nearest
 
 DISTANCES = ("cosine", "l2", "dot")
 NORM_EPSILON = 1e-6  # in the roots, as the paper's code has it
+FULL_LENGTH = 0.25  # from which on it counts in full
+FEW = 2**17  # components of a memory whose differences from an input are taken
+FARTHEST = 1e37  # squared distance: infinities have no gradient
 NO_LABEL = -1  # of an example whose class is not known
 NOT_FILLED = -2  # of a memory's place, until it is filled
 
@@ -62,7 +71,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             others = ", or None where memory comes with each call"
             check_size("fixed_memory_size", fixed_memory_size, others=others)
         self.fixed_memory_size = fixed_memory_size
-        self.memory_keys = self.memory_values = self.encoding_kernel = None
+        self.memory_keys = self.memory_values = None
 
     def build(self, input_shape):
         self._width = width = _first_shape(input_shape)[-1]
@@ -118,39 +127,75 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     def _make_memory(self, size):
         """Makes place for so many examples, instead of those before."""
-        dense, _ = self._first_dense()
-        width = self._width
-        sizes = ("fixed_memory_size", size), ("D", self._key_size + width)
+        sizes = ("fixed_memory_size", size), ("D", self._width)
         check_bytes("The memory", sizes, self.compute_dtype)
-        shapes = {"memory_keys": (size, self._key_size)}
-        # Whether reading what has gone through the classifier's first layer
-        # takes fewer products than reading and then going through it.
-        self._folds = dense is not None and (
-            size * dense.units < size * width + width * dense.units
-        )
-        shapes["memory_values"] = size, dense.units if self._folds else width
-        if self._folds and self._parts == 2:
-            shapes["encoding_kernel"] = width, dense.units
+        dtypes = {"memory_values": self.compute_dtype}
+        if self.distance == "cosine" and self._project is None:
+            dtypes["memory_keys"] = self._wide_dtype
         was_locked = self._tracker.locked
         self._tracker.unlock()  # a built layer takes no weights otherwise
-        for name in ("memory_keys", "memory_values", "encoding_kernel"):
-            if getattr(self, name) is not None:
-                self._untrack_variable(getattr(self, name))
+        for name in ("memory_values", "memory_keys"):
+            before = getattr(self, name)
+            if before is not None:
+                # What was compiled around it is not to answer from it.
+                before.assign(ops.full(before.shape, np.nan, before.dtype))
+                self._untrack_variable(before)
                 setattr(self, name, None)
-        for name, shape in shapes.items():
-            compared = name == "memory_keys"
-            weight = self.add_weight(
-                shape,
-                initializer="zeros",
-                dtype=self._wide_dtype if compared else self.compute_dtype,
-                trainable=False,
-                autocast=False,
-                name=name,
-            )
-            setattr(self, name, weight)
+            if name in dtypes:
+                weight = self.add_weight(
+                    (size, self._width),
+                    initializer="zeros",
+                    dtype=dtypes[name],
+                    trainable=False,
+                    autocast=False,
+                    name=name,
+                )
+                setattr(self, name, weight)
         if was_locked:
             self._tracker.lock()
         self.fixed_memory_size = size
+
+    def __call__(
+        self, encodings, memory_encodings=None, memory_mask=None, **kwargs
+    ):
+        is_pair = isinstance(encodings, (list, tuple))
+        if is_pair:
+            encodings, memory_encodings = _pair(encodings, memory_encodings)
+        encodings, memory_encodings, memory_mask = self._checked(
+            encodings, memory_encodings, memory_mask
+        )
+        if is_pair:
+            encodings, memory_encodings = [encodings, memory_encodings], None
+        return super().__call__(
+            encodings,
+            memory_encodings=memory_encodings,
+            memory_mask=memory_mask,
+            **kwargs,
+        )
+
+    def _checked(self, encodings, memory, mask):
+        if isinstance(encodings, dict):
+            _first_shape(encodings)
+        sizes = {"D": self._width} if self.built else {}
+        encodings = check_array("encodings", encodings, ("B", "D"), sizes)
+        if memory is not None:
+            name, axes = "memory_encodings", ("M", "D")
+            memory = check_array(
+                name, memory, (..., *axes), {**sizes}, convert=False
+            )
+            if len(memory.shape) == 3:
+                axes = ("B", *axes)
+            memory = check_array(name, memory, axes, sizes)
+        elif self.memory_values is not None:
+            sizes["M"] = self.fixed_memory_size
+        if mask is not None:
+            name, kind = "memory_mask", "mask"
+            mask = check_array(
+                name, mask, (..., "M"), {**sizes}, kind, convert=False
+            )
+            axes = ("B", "M") if len(mask.shape) == 2 else ("M",)
+            mask = check_array(name, mask, axes, sizes, kind, "bool")
+        return encodings, memory, mask
 
     def call(
         self,
@@ -161,22 +206,28 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         training=None,
     ):
         if isinstance(encodings, (list, tuple)):
-            encodings, memory_encodings = _pair(encodings, memory_encodings)
+            encodings, memory_encodings = encodings
+        self._check_is_there(memory_encodings, training)
+        values, keys = memory_encodings, None
+        if values is None:
+            values = ops.convert_to_tensor(self.memory_values)
+            if self.memory_keys is not None:
+                keys = ops.convert_to_tensor(self.memory_keys)
+        lost = None
         if memory_mask is not None:
-            memory_mask = ops.convert_to_tensor(memory_mask, "bool")
-        is_fixed = memory_encodings is None
-        self._check_shapes(encodings, memory_encodings, memory_mask, training)
-        if is_fixed:
-            keys = ops.convert_to_tensor(self.memory_keys)
-            values = self._wide(self.memory_values)
-        else:
-            keys = self._keys(memory_encodings)
-            values = self._wide(memory_encodings)
+            counts, lost = _counted(values, memory_mask)
+            values = _zero_unless(counts, values)
+            keys = None if keys is None else _zero_unless(counts, keys)
+        if keys is None:
+            keys = self._keys(values)
         weights, indices = self._weigh(self._keys(encodings), keys, memory_mask)
-        read = ops.cast(_read(weights, values, indices), self.compute_dtype)
+        if lost is not None:
+            weights = ops.where(lost, np.nan, weights)
+        read = _read(weights, self._wide(values), indices)
         with to_train(training):
-            folded = is_fixed and self._folds
-            outputs = self._classified(encodings, read, folded)
+            outputs = self._classified(
+                encodings, ops.cast(read, self.compute_dtype)
+            )
         if not return_weights:
             return outputs
         weights = ops.cast(weights, self.compute_dtype)
@@ -185,12 +236,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         return outputs, weights, indices
 
     def set_memory(self, memory_encodings):
-        """Fixes the memory, for calls without one.
-
-        What does not depend on the input is computed once: the keys, and,
-        where the classifier begins with a `Dense` layer, the product of the
-        examples with their part of its kernel. It is computed of the weights
-        as they are now: after training, call this again.
+        """Fixes the memory: `layer(x)` is from now on what
+        `layer([x, memory_encodings])` is, whatever weights come later. Where
+        examples are compared as they are, their lengths are computed once.
 
         Args:
             memory_encodings: (M, D) encodings of examples, finite.
@@ -199,7 +247,13 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             ValueError: wrong shape, values that are not finite, or another
                 number of examples than `fixed_memory_size`.
         """
-        memory = ops.convert_to_tensor(memory_encodings, self.compute_dtype)
+        memory = check_array(
+            "memory_encodings",
+            memory_encodings,
+            ("M", "D"),
+            {"D": self._width} if self.built else {},
+            dtype=self.compute_dtype,
+        )
         if not self.built:
             self.build((None, memory.shape[-1]))
         self._check_memory(memory)
@@ -216,13 +270,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         self._fill(memory)
 
     def _check_memory(self, memory):
-        shape = tuple(memory.shape)
-        if len(shape) != 2 or shape[-1] != self._width or not shape[0]:
-            raise ValueError(
-                f"`memory_encodings` must be (M, {self._width}), encodings as "
-                "the layer was built for, of one example at least. "
-                f"Received: shape {shape}"
-            )
+        _check_some(memory)
         if not bool(ops.all(ops.isfinite(memory))):
             raise ValueError(
                 "`memory_encodings` must be finite, as each answer may read "
@@ -230,13 +278,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             )
 
     def _fill(self, memory):
-        self.memory_keys.assign(self._keys(memory))
-        if self._folds:  # the last rows of the kernel are the memory's
-            dense, _ = self._first_dense()
-            kernel = ops.cast(dense.kernel, self.compute_dtype)
-            memory = ops.matmul(memory, kernel[-self._width :])
-            if self.encoding_kernel is not None:
-                self.encoding_kernel.assign(kernel[: self._width])
+        if self.memory_keys is not None:
+            self.memory_keys.assign(self._keys(memory))
         self.memory_values.assign(memory)
 
     # The paper's equations.
@@ -244,32 +287,37 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
     def _weigh(self, queries, keys, mask):
         """ "Content weights" w: sparsemax of the similarities, (B, M), and
         None; of the `top_k` nearest ones, (B, K), and their indices."""
-        bias = ops.zeros_like(keys[..., 0])
-        if self.distance == "l2":  # -|q - k|^2 / 2, but for what all share
-            # Far from zero the difference of products would be rounding.
-            centre = ops.stop_gradient(ops.mean(keys, axis=-2))
-            queries, keys = queries - centre, keys - centre[..., None, :]
-            bias = -0.5 * ops.sum(keys * keys, axis=-1)
-        if mask is not None:
-            bias = ops.where(mask, bias, -np.inf)
         indices = None
         if self.top_k is not None:
-            found, indices = self._nearest(queries, keys, bias)
+            found, indices = self._nearest(queries, keys, mask)
             keys = _take(keys, indices, shared=len(keys.shape) == 2)
-            bias = _take(bias, indices, shared=len(bias.shape) == 1)
             if mask is not None:  # there may be fewer than `top_k` that count
-                bias = ops.where(found > -np.inf, bias, -np.inf)
-        similarity = _dot(queries, keys) + bias
-        if self.distance == "l2":
-            similarity = 2.0 * similarity
+                mask = ops.not_equal(found, -np.inf)
+        similarity = self._similarity(queries, keys, mask)
         if mask is None:
             return sparsemax(similarity), indices
         # An input for which no example counts reads nothing.
-        some = ops.any(similarity > -np.inf, axis=-1, keepdims=True)
+        some = ops.any(mask, axis=-1, keepdims=True)
         weights = sparsemax(ops.where(some, similarity, 0.0))
         return ops.where(some, weights, 0.0), indices
 
-    def _nearest(self, queries, keys, bias):
+    def _similarity(self, queries, keys, mask):
+        """(B, M), -inf for examples that do not count."""
+        if self.distance != "l2":
+            similarity = _dot(queries, keys)
+        elif len(keys.shape) == 2 and keys.shape[0] is None:
+            similarity = ops.cond(
+                ops.shape(keys)[0] * keys.shape[1] <= FEW,
+                lambda: _minus_squares(queries, keys),
+                lambda: _minus_squares_of_many(queries, keys, mask),
+            )
+        elif _are_few(keys):
+            similarity = _minus_squares(queries, keys)
+        else:
+            similarity = _minus_squares_of_many(queries, keys, mask)
+        return similarity if mask is None else _least_unless(mask, similarity)
+
+    def _nearest(self, queries, keys, mask):
         """The examples with the largest similarities: these, -inf for those
         that do not count, and their indices, (B, K)."""
         size = keys.shape[-2]
@@ -277,11 +325,16 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             top_k = min(self.top_k, size)
         else:
             top_k = ops.minimum(self.top_k, ops.shape(keys)[-2])
-        if len(keys.shape) == 2:
-            return nearest(queries, keys, top_k, bias)
-        products = ops.stop_gradient(_dot(queries, keys) + bias)
-        found, indices = ops.top_k(products, top_k)
-        return found, ops.cast(indices, "int32")
+        is_l2 = self.distance == "l2"
+        if len(keys.shape) == 3 or (is_l2 and _are_few(keys)):
+            similarity = self._similarity(queries, keys, mask)
+            found, indices = ops.top_k(ops.stop_gradient(similarity), top_k)
+            return found, ops.cast(indices, "int32")
+        bias = ops.zeros_like(keys[:, 0])
+        if is_l2:
+            queries, keys, bias = _about_middle(queries, keys, mask)
+        bias = bias if mask is None else _least_unless(mask, bias)
+        return nearest(queries, keys, top_k, bias)
 
     def _keys(self, encodings):
         """What is compared: unit vectors for the cosine."""
@@ -289,37 +342,20 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if self._project is not None:
             keys = self._project(keys)
         keys = self._wide(keys)
-        if self.distance != "cosine":
-            return keys
-        squares = ops.sum(keys * keys, axis=-1, keepdims=True)
-        return keys / ops.sqrt(squares + NORM_EPSILON)
+        return _unit(keys) if self.distance == "cosine" else keys
 
-    def _classified(self, encodings, read, folded):
-        """g([e; v]), or g(v) of `BaselineMemory`. What is read of a folded
-        memory has gone through the first layer of g."""
+    def _classified(self, encodings, read):
+        """g([e; v]), or g(v) of `BaselineMemory`."""
         dense, rest = self._first_dense()
         both = self._parts == 2
-        if folded and dense is None:
-            raise ValueError(
-                "The classifier must stay as it was when the memory was "
-                "fixed, which was multiplied with its first layer: call "
-                "`set_memory` after it is changed or quantized. "
-                f"Received: classifier={self._classify!r}"
-            )
         if dense is None:
             parts = [encodings, read] if both else [read]
             return self._classify(ops.concatenate(parts, axis=-1))
-        if folded and both:
-            hidden = ops.matmul(encodings, self.encoding_kernel) + read
-        elif folded:
-            hidden = read
+        kernel = ops.cast(dense.kernel, self.compute_dtype)
+        if both:
+            hidden = _product_of_both(encodings, read, kernel)
         else:
-            kernel = ops.cast(dense.kernel, self.compute_dtype)
-            hidden = (
-                _product_of_both(encodings, read, kernel)
-                if both
-                else ops.matmul(read, kernel)
-            )
+            hidden = ops.matmul(read, kernel)
         if dense.use_bias:
             hidden = hidden + ops.cast(dense.bias, self.compute_dtype)
         hidden = dense.activation(hidden)
@@ -352,50 +388,23 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     # What Keras asks for.
 
-    def _check_shapes(self, encodings, memory, mask, training):
-        shape, width = encodings.shape, self._width
-        if len(shape) != 2 or shape[-1] != width:
+    def _check_is_there(self, memory, training):
+        if memory is not None:
+            _check_some(memory)
+            return
+        if self.memory_values is None:
             raise ValueError(
-                f"`encodings` must be (B, {width}), as the layer was built "
-                f"for. Received: shape {tuple(shape)}"
+                "There must be a memory to look at: call the layer with "
+                "[encodings, memory_encodings], or make it with "
+                "`fixed_memory_size` and call `set_memory`. Received: "
+                "encodings only"
             )
-        if memory is None:
-            if self.memory_keys is None:
-                raise ValueError(
-                    "There must be a memory to look at: call the layer with "
-                    "[encodings, memory_encodings], or make it with "
-                    "`fixed_memory_size` and call `set_memory`. Received: "
-                    "encodings only"
-                )
-            if training:
-                raise ValueError(
-                    "A fixed memory is for inference, as its encodings would "
-                    "not follow what is learned: call the layer with "
-                    "[encodings, memory_encodings] to train. "
-                    "Received: training=True and no memory_encodings"
-                )
-            memory = self.memory_keys
-        elif (
-            len(memory.shape) not in (2, 3)
-            or memory.shape[-1] != width
-            or memory.shape[-2] == 0
-            or (len(memory.shape) == 3 and _differ(memory.shape[0], shape[0]))
-        ):
+        if training:
             raise ValueError(
-                f"`memory_encodings` must be (M, {width}), or a memory for "
-                f"each input, (B, M, {width}), of one example at least. "
-                f"Received: shape {tuple(memory.shape)}, encodings of shape "
-                f"{tuple(shape)}"
-            )
-        if mask is not None and (
-            len(mask.shape) not in (1, 2)
-            or _differ(mask.shape[-1], memory.shape[-2])
-            or (len(mask.shape) == 2 and _differ(mask.shape[0], shape[0]))
-        ):
-            raise ValueError(
-                "`memory_mask` must be (M,) or (B, M), True for the examples "
-                f"that count. Received: shape {tuple(mask.shape)}, memory of "
-                f"shape {tuple(memory.shape)}, encodings of {tuple(shape)}"
+                "A fixed memory is for inference, as its encodings would "
+                "not follow what is learned: call the layer with "
+                "[encodings, memory_encodings] to train. "
+                "Received: training=True and no memory_encodings"
             )
 
     def get_build_config(self):
@@ -413,14 +422,14 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         training=None,
     ):
         if isinstance(encodings, (list, tuple)):
-            encodings, memory_encodings = _pair(encodings, memory_encodings)
-        self._check_shapes(encodings, memory_encodings, memory_mask, training)
+            encodings, memory_encodings = encodings
+        self._check_is_there(memory_encodings, training)
         batch = encodings.shape[0]
         outputs = keras.KerasTensor((batch, self.units), self._output_dtype)
         if not return_weights:
             return outputs
         memory = memory_encodings
-        size = (self.memory_keys if memory is None else memory).shape[-2]
+        size = (self.memory_values if memory is None else memory).shape[-2]
         if self.top_k is not None and size is not None:
             size = min(self.top_k, size)
         weights = keras.KerasTensor((batch, size), self.compute_dtype)
@@ -442,9 +451,20 @@ class MemoryWrapLayer(_MemoryWrap):
     """Classifies encodings by themselves and by the examples nearest to them.
 
     Source: La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440), section 3.
-    Departure: none in the results. The README of its code describes a linear
-    `head` where that is None; the code has none, as the paper's results. Here
-    it is `head="dense"`.
+    Departure: squares of lengths in the cosine have 1e-6 added in the paper's
+    code, so that vectors of 0.01 and less count as longer than they are. Here
+    that is so from a length of 1/4 on; below, what is added falls as the
+    fourth power of the length, so that the cosine is right to 2e-5 at all
+    lengths (`test_cosine_has_no_scale`), and that of zeros is 0. The README of
+    its code describes a linear `head` where that is None; the code has none,
+    as the paper's results. Here it is `head="dense"`.
+
+    Squared distances are sums of squared differences, so that no example, far
+    or masked, has a part in the rounding of another one. A memory of more than
+    131,072 components (M D) that all inputs share is compared by products
+    about its middle instead: there distances are off by the rounding of the
+    squares of what is compared, taken from the medians of 63 examples. Those
+    of the `top_k` nearest are sums of squared differences in any case.
 
     Equations:
         w = sparsemax(-distance(e, M)), content weights -> `_weigh`
@@ -456,13 +476,11 @@ class MemoryWrapLayer(_MemoryWrap):
 
     Memory: it comes with each call, and gradients flow to it, so that encoder
     and memory are trained together; or `set_memory` fixes it for inference.
-    The products of keys, and of the examples with the classifier's kernel, are
-    then computed once, and the memory is part of what is saved and exported.
+    The memory is then part of what is saved and exported.
 
-    Masking and dtype: `memory_mask` leaves examples out, whose values must
-    still be finite; an input for which none is left reads zeros. Distances,
-    weights and the sum of examples are computed in float32 under 16-bit
-    policies.
+    Masking and dtype: `memory_mask` leaves examples out, whatever they hold,
+    NaN too; an input for which none is left reads zeros. Distances, weights
+    and the sum of examples are computed in float32 under 16-bit policies.
 
     Args:
         units: int, width of the output, such as the number of classes.
@@ -473,9 +491,7 @@ class MemoryWrapLayer(_MemoryWrap):
             for the paper's, `Dense(4 D, "relu")` and `Dense(units)`: outputs
             are then logits.
         distance: `"cosine"` (default), `"l2"`, the squared Euclidean distance,
-            or `"dot"`, minus the inner product. Lengths in the cosine are
-            roots of 1e-6 more than the squares, as in the paper's code: those
-            of 0.01 and less count as longer than they are.
+            or `"dot"`, minus the inner product.
         top_k: int, at least 1, how many of the nearest examples are looked at;
             None (default) for all. The result is that of all wherever the
             least of the `top_k` weights is 0. For large memories.
@@ -563,6 +579,97 @@ def _product_of_both(encodings, read, kernel):
     return with_gradient(product, gradient, encodings, read, kernel)
 
 
+def _check_some(memory):
+    if memory.shape[-2] == 0:
+        raise ValueError(
+            "`memory_encodings` must be of one example at least. "
+            f"Received: shape {tuple(memory.shape)}"
+        )
+
+
+def _counted(memory, mask):
+    """Which examples are computed with: those that count for some input, (M,)
+    or (B, M); and for which inputs one counts that is not finite, (B, 1), or
+    None where this shows by itself.
+
+    What does not count must reach no product: 0 times NaN is NaN.
+    """
+    if len(mask.shape) == 1 or len(memory.shape) == 3:
+        return mask, None
+    finite = ops.all(ops.isfinite(memory), axis=-1)
+    lost = ops.any(mask & ~finite, axis=-1, keepdims=True)
+    return ops.any(mask, axis=0) & finite, lost
+
+
+def _zero_unless(counts, memory):
+    return ops.where(counts[..., None], memory, ops.zeros_like(memory))
+
+
+def _least_unless(counts, similarity):
+    return ops.where(counts, similarity, -np.inf)
+
+
+def _unit(vectors):
+    """Vectors of length 1 but for the epsilon, or 0 where they are; (..., D).
+
+    Their largest components are 1 on the way, as squares of other sizes leave
+    the range of numbers.
+    """
+    largest = ops.max(ops.abs(vectors), axis=-1, keepdims=True, initial=0.0)
+    tiny = np.finfo(ops.dtype(vectors)).tiny
+    largest = ops.stop_gradient(ops.where(largest < tiny, 1.0, largest))
+    vectors = vectors / largest
+    squares = ops.sum(vectors * vectors, axis=-1, keepdims=True)
+    length = ops.sqrt(ops.where(squares > 0, squares, 1.0))
+    share = ops.minimum(largest, LARGEST) / FULL_LENGTH * length
+    share = ops.minimum(share, 1.0 / ops.maximum(share, 1.0))
+    epsilon = NORM_EPSILON / FULL_LENGTH**2 * share * share
+    return vectors / (length * ops.sqrt(1.0 + epsilon))
+
+
+def _are_few(keys):
+    """Whether differences from each input are no large array next to others:
+    a memory for each input is as large."""
+    number = keys.shape[-2]
+    known = len(keys.shape) == 2 and isinstance(number, int)
+    return not known or number * keys.shape[-1] <= FEW
+
+
+def _minus_squares(queries, keys):
+    """-|q - k|^2 of (B, D) and (M, D) or (B, M, D): (B, M). No example has a
+    part in the rounding of another one."""
+    squares = ops.sum(ops.square(queries[:, None] - keys), axis=-1)
+    return -ops.where(squares > FARTHEST, FARTHEST, squares)
+
+
+def _about_middle(queries, keys, mask):
+    """(B, D) and (M, D), and (M,): the product of the first two and the third
+    is half of -|q - k|^2, but for what all examples share.
+
+    Far from zero the difference of products would be rounding. The middle is
+    that of a sample of those that count, however far some are.
+    """
+    number = ops.shape(keys)[0]
+    if mask is not None:
+        counts = mask if len(mask.shape) == 1 else ops.any(mask, axis=0)
+        order = ops.argsort(ops.cast(~counts, "int32"))
+        number = ops.maximum(ops.sum(ops.cast(counts, "int32")), 1)
+    step = ops.maximum(number // SAMPLE, 1)
+    places = ops.arange(SAMPLE, dtype="int32") * step % number
+    if mask is not None:
+        places = ops.take(order, places)
+    centre = ops.stop_gradient(middle(ops.take(keys, places, axis=0)))
+    queries, keys = (
+        ops.clip(one - centre, -LARGEST, LARGEST) for one in (queries, keys)
+    )
+    return queries, keys, -0.5 * ops.sum(keys * keys, axis=-1)
+
+
+def _minus_squares_of_many(queries, keys, mask):
+    queries, keys, bias = _about_middle(queries, keys, mask)
+    return 2.0 * (inner_products(queries, ops.transpose(keys)) + bias)
+
+
 def _dot(queries, keys):
     """(B, D) with (M, D) or (B, M, D): (B, M)."""
     if len(keys.shape) == 2:
@@ -635,11 +742,6 @@ def _first_shape(shape):
     return shape if first is None or isinstance(first, int) else first
 
 
-def _differ(size, other):
-    """Whether two sizes are known, and not the same."""
-    return None not in (size, other) and size != other
-
-
 def _check_layer(name, value, wanted="a layer or None"):
     by_name = value == "dense" if isinstance(value, str) else value is None
     if isinstance(value, keras.layers.Layer) or (
@@ -662,10 +764,11 @@ class MemoryWrapClassifier(Arguments, keras.Model):
     model draw nothing: they look at the fixed memory, or at the one that comes
     with the inputs.
 
-    State: the weights `memory_keys`, `memory_values`, `encoding_kernel` (what
-    a fixed memory comes to) and `memory_labels` (M,) int32, -1 where not
-    known, -2 until `set_memory` or loaded weights fill them. They are saved
-    and exported with the model; training data and the memory's inputs are not.
+    State: the weights `memory_values`, the encodings of a fixed memory, of
+    which `memory_keys` are the directions, and `memory_labels` (M,) int32, -1
+    where not known, -2 until `set_memory` or loaded weights fill them. They
+    are saved and exported with the model; training data and the memory's
+    inputs are not.
 
     Args:
         encoder: a layer or model that makes (B, D) of the inputs, one array
@@ -755,7 +858,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             np.random.default_rng([start, number]) for number in range(2)
         )
         self._examples = None  # that memories are drawn from, and labels
-        self._holds_draw = False
+        self._holds_draw = self._warned = False
 
     def build(self, input_shape):
         self._input_shape = (None, *_first_shape(input_shape)[1:])
@@ -784,6 +887,14 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         )
         if was_locked:
             self._tracker.lock()
+
+    def __call__(self, inputs, *args, **kwargs):
+        if isinstance(inputs, (list, tuple)):
+            names = "inputs", "memory_inputs"
+            inputs = tuple(map(_inputs, names, _pair(inputs)))
+        else:
+            inputs = _inputs("inputs", inputs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs, return_weights=False, training=None):
         if isinstance(inputs, (list, tuple)):
@@ -821,7 +932,8 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             Array (the same number, D).
         """
         check_size("batch_size", batch_size)
-        starts = range(0, len(inputs), batch_size)
+        inputs = _inputs("inputs", inputs)
+        starts = range(0, max(len(inputs), 1), batch_size)
         with without_gradients():
             encodings = [
                 self.encoder(inputs[start : start + batch_size], training=False)
@@ -837,7 +949,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         with it. The inputs are not: `memory_inputs` has a copy in this process.
         Call this again after training in another way than by `fit`. A model or
         function that was compiled around this one must be compiled again where
-        the number of examples changes.
+        the number of examples changes: until then it answers NaN.
 
         Args:
             x: (M, ...) inputs; M may be another number than `memory_size`.
@@ -859,8 +971,8 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
     def _examples_of(self, x, y):
         """Inputs, and int labels or None, as arrays of one length."""
-        x = np.asarray(x)
-        if x.ndim < 2 or not len(x):
+        x = np.asarray(_inputs("x", x))
+        if not len(x):
             raise ValueError(
                 "Examples for the memory must be an array (any number, ...), "
                 f"of one at least. Received: shape {x.shape}"
@@ -928,7 +1040,6 @@ class MemoryWrapClassifier(Arguments, keras.Model):
     def _drawn(self, x):
         """Holds a memory that is drawn, unless one is fixed, or comes with the
         inputs, as it must where there is nothing to draw from."""
-        _check_one(x)
         self.check_memory()
         may_bring_it = self._examples is None and not hasattr(x, "shape")
         if self.fixed_memory_size is not None or may_bring_it:
@@ -1010,15 +1121,21 @@ class MemoryWrapClassifier(Arguments, keras.Model):
                 "which no memories can be drawn. Received: memory_data=None"
             )
         if isinstance(validation_data, (list, tuple)) and validation_data:
-            _check_one(validation_data[0])
+            _one_input(validation_data[0])
         if not is_dataset:
-            x, y = np.asarray(x), np.asarray(y)
+            sizes = {}
+            x = check_array("x", x, ("N", None, ...), sizes, convert=False)
+            x, y = np.asarray(x), np.asarray(_beside_x("y", y, sizes))
+            if sample_weight is not None:
+                sample_weight = np.asarray(
+                    _beside_x("sample_weight", sample_weight, sizes)
+                )
             if validation_split and validation_data is None:
                 check_between("validation_split", validation_split, 0.0, 1.0)
                 first = int(len(x) * (1.0 - validation_split))
                 parts = [x, y]
                 if sample_weight is not None:
-                    parts.append(np.asarray(sample_weight))
+                    parts.append(sample_weight)
                 validation_data = tuple(part[first:] for part in parts)
                 x, y, *rest = (part[:first] for part in parts)
                 sample_weight = rest[0] if rest else None
@@ -1057,7 +1174,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         else:
             arrays = [x, y]
             if sample_weight is not None:
-                arrays.append(np.asarray(sample_weight))
+                arrays.append(sample_weight)
             order = self._of_steps if shuffle else None
             steps = _Steps(arrays, batch_size or 32, order, draw)
             kwargs.setdefault("validation_batch_size", batch_size)
@@ -1076,6 +1193,12 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         """As `keras.Model.evaluate`, with the fixed memory, or else with one
         that is drawn of the training data. Of batches `((x, memory), y)` of a
         `tf.data.Dataset` each brings its own."""
+        x = _one_input(x)
+        if hasattr(x, "shape") and not len(x):
+            raise ValueError(
+                "`x` must have one input at least, or there is no mean. "
+                f"Received: shape {tuple(x.shape)}"
+            )
         with self._drawn(x):
             return super().evaluate(x, *args, **kwargs)
 
@@ -1094,10 +1217,15 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             Array (any number, units).
 
         Raises:
-            ValueError: there is no memory and nothing to draw one from, or
-                `draws` is given where the memory is fixed or `x` can be read
-                only once.
+            ValueError: there is no memory and nothing to draw one from, `x` is
+                no array of numbers, or `draws` is given where the memory is
+                fixed or `x` can be read only once.
+
+        Warns:
+            UserWarning: once, where the answers are those of a memory that is
+                drawn, and another call draws another one.
         """
+        x = _one_input(x)
         if draws is not None:
             check_size("draws", draws, others=", or None")
             if self.fixed_memory_size is not None:
@@ -1114,8 +1242,27 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         outputs = []
         for _ in range(draws or 1):
             with self._drawn(x):
-                outputs.append(super().predict(x, *args, **kwargs))
+                if self._holds_draw and not draws:
+                    self._warn_of_draws()
+                if hasattr(x, "shape") and not len(x):  # which Keras refuses
+                    dtype = self.memory_layer._output_dtype
+                    empty = ops.zeros((0, self.memory_layer.units), dtype)
+                    outputs.append(ops.convert_to_numpy(empty))
+                else:
+                    outputs.append(super().predict(x, *args, **kwargs))
         return np.mean(outputs, axis=0) if draws else outputs[0]
+
+    def _warn_of_draws(self):
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "No memory is fixed, so that each call of `predict` draws another "
+            "one and answers otherwise: call `set_memory` for one answer, or "
+            "say `draws=` for the mean over several memories. "
+            f"`seed={self.seed}` fixes only the order of the draws",
+            stacklevel=3,
+        )
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
@@ -1153,12 +1300,6 @@ class _Steps(keras.utils.PyDataset):
 
     def __init__(self, arrays, batch_size, rng, draw):
         super().__init__()
-        lengths = [len(array) for array in arrays]
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                "`x`, `y` and `sample_weight` must be of one length. "
-                f"Received: {lengths}"
-            )
         self.arrays, self.rng, self.draw = arrays, rng, draw
         self.batch_size = check_size("batch_size", batch_size)
         self.order = np.arange(len(arrays[0]))
@@ -1198,7 +1339,8 @@ def _beside(dataset, draw):
     return both
 
 
-def _check_one(x):
+def _one_input(x):
+    """An array of numbers, or what brings batches, as it came."""
     if isinstance(x, (list, tuple)):
         raise ValueError(
             "Inputs must be one array, as a memory beside them would be cut "
@@ -1206,6 +1348,19 @@ def _check_one(x):
             "itself, or use a `tf.data.Dataset` of `((x, memory), y)`. "
             f"Received: a {type(x).__name__} of {len(x)}"
         )
+    is_one = hasattr(x, "shape") or isinstance(x, (str, bytes))
+    has_many = hasattr(x, "__iter__") or hasattr(x, "__getitem__")
+    return _inputs("x", x) if is_one or not has_many else x
+
+
+def _inputs(name, x):
+    """An array or tensor (any number, ...) of numbers, as it came."""
+    return check_array(name, x, ("N", None, ...), convert=False)
+
+
+def _beside_x(name, array, sizes):
+    """An array with a row for each of `x`, as it came."""
+    return check_array(name, array, ("N", ...), sizes, "any", convert=False)
 
 
 def labels_of(y, number, units):
@@ -1213,7 +1368,7 @@ def labels_of(y, number, units):
 
     Args:
         y: (number,) or (number, 1) whole numbers, from -1, which is none, to
-            `units` - 1; or (number, units) one-hot.
+            `units` - 1; or (number, units) one-hot. Bools are 0 and 1.
         number: int, how many there must be.
         units: int, how many outputs a model has; with one the classes may be
             any.
@@ -1221,20 +1376,19 @@ def labels_of(y, number, units):
     Raises:
         ValueError: another shape, or what is no class.
     """
-    labels = np.asarray(y)
+    labels = np.asarray(check_array("y", y, kind="whole", convert=False))
     if labels.ndim == 2 and labels.shape[1] in (1, units):
         one_hot = labels.shape[1] > 1
         labels = labels.argmax(axis=1) if one_hot else labels[:, 0]
     if labels.shape != (number,):
         raise ValueError(
-            f"Labels must be ({number},) whole numbers or ({number}, {units}) "
+            f"`y` must be ({number},) whole numbers or ({number}, {units}) "
             "one-hot, one for each input or example. "
             f"Received: shape {np.shape(y)}"
         )
-    kind = labels.dtype.kind
-    if kind not in "iubf" or (kind == "f" and (labels % 1 != 0).any()):
+    if labels.dtype.kind == "f" and (labels % 1 != 0).any():
         raise ValueError(
-            "Labels must be whole numbers, classes. "
+            "`y` must be whole numbers, classes. "
             f"Received: {labels.dtype} such as {labels[:3]}"
         )
     if units > 1 and number:

@@ -1103,6 +1103,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 ("batch", "time", 1) if with_width else ("batch", "time"),
                 {"batch": batch_size, "time": time},
                 kind="mask",
+                dtype="bool",
             )
             mask = mask[:, :, 0] if with_width else mask
         return sequences, initial_state, mask

@@ -446,6 +446,47 @@ def test_a_look_leaves_what_dropout_draws_next():
         np.testing.assert_array_equal(seed, kept)
 
 
+def test_a_look_copies_no_weights(monkeypatch):
+    """Of a large memory that each call writes; and nothing stays written."""
+    entry = keras.Input(batch_shape=(2, 1, 4))
+    memory = keras_memory.KNNMemoryLayer(500, top_k=3, write="always")
+    found = memory(entry, entry, entry)
+    model = keras.Model(entry, keras.layers.Flatten()(found.values))
+    x = np.ones((2, 1, 4), "float32")
+    model(x)
+    before = model.get_weights()
+    copied = []
+    to_numpy = callbacks.ops.convert_to_numpy
+
+    def noted(tensor):
+        copied.append(np.prod(tensor.shape))
+        return to_numpy(tensor)
+
+    monkeypatch.setattr(callbacks.ops, "convert_to_numpy", noted)
+    assigned = []
+    assign = keras.Variable.assign
+    monkeypatch.setattr(
+        keras.Variable,
+        "assign",
+        lambda self, value: assigned.append(0) or assign(self, value),
+    )
+    probe = callbacks.Probe(x)
+    probe.look(model)
+    assigned.clear()  # while it was traced
+    outputs = [probe.look(model).outputs for _ in range(2)]
+    assert max(copied) <= 100 and not assigned
+    np.testing.assert_array_equal(*outputs)
+    assert np.count_nonzero(outputs[0]) == 2 * 1 * 4  # of one entry a row
+    for weight, kept in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(weight, kept)
+
+
+def test_a_look_at_a_model_that_is_not_built():
+    model = Subclassed()
+    seen = callbacks.Probe(BATCH).look(model)
+    harness.close(seen.outputs, model(BATCH.inputs))
+
+
 def test_by_default_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
@@ -477,6 +518,72 @@ def test_impossible_arguments(every, tmp_path):
         callbacks.MemoryTensorBoard(tmp_path, (1, 2, 3, 4))
 
 
+@pytest.mark.parametrize("bad", ["text", None, object(), {"a": "text"}, 1.0])
+def test_probes_that_are_no_arrays(bad, tmp_path):
+    for make in (
+        callbacks.Probe,
+        lambda probe: callbacks.ProbePictures(probe, tmp_path),
+        lambda probe: callbacks.MemoryTensorBoard(tmp_path, probe),
+    ):
+        with pytest.raises(ValueError, match="`inputs` must be an array"):
+            make(bad)
+        if bad is not None:
+            with pytest.raises(ValueError, match="`targets` must be an array"):
+                make((BATCH.inputs, bad))
+            with pytest.raises(ValueError, match="`mask` must be an array"):
+                make((*BATCH[:2], bad))
+    complex_inputs = BATCH.inputs.astype("complex64")
+    with pytest.raises(ValueError, match="`inputs`.*complex64"):
+        callbacks.Probe(complex_inputs)
+    with pytest.raises(ValueError, match="`targets`.*B=2.*shape .1,"):
+        callbacks.Probe((BATCH.inputs, BATCH.targets[:1]))
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"bytes"])
+def test_folders_that_are_none(bad):
+    images = np.ones((2, 4, 4))
+    for call, name in (
+        (lambda: callbacks.MemoryTensorBoard(bad, BATCH), "log_dir"),
+        (lambda: callbacks.ExplanationTensorBoard(bad, images), "log_dir"),
+        (lambda: callbacks.ProbePictures(BATCH, bad), "folder"),
+        (lambda: callbacks.pictures(bad), "folder"),
+        (lambda: callbacks.animation(bad), "folder"),
+        (lambda: callbacks.write_images(bad, "map", []), "folder"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be the path"):
+            call()
+
+
+def test_other_arguments_of_callbacks(tmp_path):
+    images = np.ones((2, 4, 4))
+    for call, words in (
+        (
+            lambda: callbacks.ProbePictures(BATCH, tmp_path, title="title"),
+            "`title` must be a function",
+        ),
+        (
+            lambda: callbacks.ExplanationTensorBoard(tmp_path, "text"),
+            "`x` must be an array",
+        ),
+        (
+            lambda: callbacks.ExplanationTensorBoard(tmp_path, images[0]),
+            "`x` must be an array",
+        ),
+        (
+            lambda: callbacks.ExplanationTensorBoard(
+                tmp_path, images, to_image=1
+            ),
+            "`to_image` must be a function",
+        ),
+        (
+            lambda: callbacks.write_images(tmp_path, "map", [images]),
+            "`images` must be an array",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
 def test_a_model_without_memory_is_refused(tmp_path):
     board = callbacks.MemoryTensorBoard(tmp_path, BATCH)
     with pytest.raises(TypeError, match="recurrent layers of keras_memory"):
@@ -502,6 +609,34 @@ def test_pictures_of_the_probe_and_their_animation(tmp_path):
         assert gif.n_frames == 4
     with pytest.raises(FileNotFoundError, match="picture_every"):
         callbacks.animation(tmp_path)
+
+
+@pytest.mark.filterwarnings("default:.*stays as it is")
+def test_pictures_of_others_stay(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    other = visualization.encode_png(np.zeros((2, 2, 3), "uint8"))
+    users = {"20240101.png": other, "00000001.png": b"a user's own"}
+    for name, content in users.items():
+        (folder / name).write_bytes(content)
+    model = sequential(own())
+
+    def draw(epochs, every=1):
+        watched(
+            model,
+            callbacks.ProbePictures(BATCH, folder, every=every),
+            epochs=epochs,
+        )
+        return [path.name for path in callbacks.pictures(folder)]
+
+    with pytest.warns(UserWarning, match="00000001.png is not of `Probe"):
+        assert draw(3) == [f"{done:08}.png" for done in (0, 2, 3)]
+    # Another process takes the place of what this one drew.
+    assert draw(2, every=2) == [f"{done:08}.png" for done in (0, 2)]
+    for name, content in users.items():
+        assert (folder / name).read_bytes() == content
+    with Image.open(io.BytesIO(callbacks.animation(folder))) as gif:
+        assert gif.n_frames >= 1
 
 
 # As a person sees it.

@@ -382,3 +382,28 @@ def test_refusals(images):
             call()
     with pytest.raises(TypeError, match="MemoryWrapClassifier"):
         explanations.explain(keras.Sequential(), x)
+    for bad in ("text", None, x + 1j, x > 0, [[1.0], [1.0, 2.0]]):
+        for name, call in (
+            ("x", lambda: explanations.explain(model, bad)),  # noqa: B023
+            ("x", lambda: explanations.explanation_accuracy(model, bad, y)),  # noqa: B023
+            ("x", lambda: explanations.picture(model, bad)),  # noqa: B023
+            ("x", lambda: explanations.integrated_gradients(model, bad, x)),  # noqa: B023
+            (
+                "memory_inputs",
+                lambda: explanations.integrated_gradients(model, x[0], bad),  # noqa: B023
+            ),
+            (
+                "baseline",
+                lambda: explanations.integrated_gradients(
+                    model,
+                    x[0],
+                    x,
+                    0,
+                    bad,  # noqa: B023
+                ),
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"`{name}`.*Received"):
+                call()
+    with pytest.raises(ValueError, match=r"`baseline`.*shape \(2,\)"):
+        explanations.integrated_gradients(model, x[0], x, 0, np.ones(2))

@@ -451,27 +451,50 @@ def test_fixed_memory_is_the_same_memory(case, tmp_path):
     close(model.predict(encodings, verbose=0), changed)
 
 
-def test_a_fixed_memory_is_folded_into_the_classifier():
-    layer = MemoryWrapLayer(3)
-    memory = np.random.default_rng(7).normal(size=(6, 5)).astype("float32")
-    layer.build([(2, 5), (6, 5)])
+def changed(layer):
+    """Gives all that is trained other values, as loading and training do."""
+    rng = np.random.default_rng(11)
+    for weight in layer.trainable_weights:
+        weight.assign(rng.normal(size=weight.shape, scale=0.5))
+
+
+@pytest.mark.parametrize("head", [None, "dense"])
+@each_distance
+@both_layers
+def test_a_fixed_memory_follows_the_weights(layer_class, distance, head):
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(3, 5)), rng.normal(size=(6, 5))
+    layer = layer_class(3, head=head, distance=distance)
+    layer.build([(3, 5), (6, 5)])
     layer.set_memory(memory)
-    kernel = ops.convert_to_numpy(layer.trainable_weights[0])
-    close(layer.memory_values, memory @ kernel[5:])
-    own = MemoryWrapLayer(
-        3, classifier=keras.layers.EinsumDense("ij,jk->ik", 3)
+    before = ops.convert_to_numpy(layer(encodings))
+    changed(layer)
+    after = layer(encodings)
+    close(after, layer([encodings, memory]))
+    assert np.abs(ops.convert_to_numpy(after) - before).max() > 0.1
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_compiled_answers_follow_weights_and_memory(clusters, jit_compile):
+    import tensorflow as tf
+
+    x, _ = clusters
+    model = classifier(top_k=9)
+    model.set_memory(x[:13])
+    answer = tf.function(lambda x: model(x), jit_compile=jit_compile)
+    close(answer(x[:7]), model(x[:7]))
+    changed(model.memory_layer)
+    close(answer(x[:7]), model(x[:7]))
+    close(
+        answer(x[:7]),
+        model.memory_layer([model.encoder(x[:7]), model.encoder(x[:13])]),
     )
-    own.set_memory(memory)
-    close(own.memory_values, memory)
-    # Of many examples that would take more products than it saves.
-    many = np.random.default_rng(7).normal(size=(8, 5)).astype("float32")
-    for size in (6, 8):
-        layer = MemoryWrapLayer(3)
-        expected = layer([memory[:2], many[:size]])
-        layer.set_memory(many[:size])
-        assert layer.memory_values.shape == (size, 20 if size < 7 else 5)
-        assert (layer.encoding_kernel is None) == (size == 8)
-        close(layer(memory[:2]), expected)
+    model.set_memory(x[20:33])  # as many
+    close(answer(x[:7]), model(x[:7]))
+    model.set_memory(x[:20])
+    assert np.isnan(answer(x[:7])).all()  # it cannot tell of the new ones
+    assert np.isfinite(model(x[:7])).all()
 
 
 @harness.needs_tensorflow
@@ -489,6 +512,207 @@ def test_export(case, tmp_path, recwarn):
 
 
 # Where numbers are at their limits.
+
+
+def reference_weights(encodings, memory, distance):
+    """In float64, of the float32 numbers."""
+    encodings, memory = (
+        np.asarray(one, "float32").astype("float64")
+        for one in (encodings, memory)
+    )
+    return np.stack(
+        [content_weights(row, memory, distance) for row in encodings]
+    )
+
+
+@pytest.mark.parametrize("far", [1e5, 1e18, 1e30])
+@pytest.mark.parametrize("top_k", [None, 7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_far_example_has_no_part_in_other_distances(masked, top_k, far):
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(17, 5)), rng.normal(size=(23, 5))
+    layer = MemoryWrapLayer(3, distance="l2")
+    expected = reference_weights(encodings, memory, "l2")
+    with_far = np.concatenate([memory, np.full((1, 5), far)])
+    mask = np.arange(24) < 23 if masked else None
+    layer.top_k = top_k
+    outputs, weights, *indices = layer(
+        [encodings, with_far], memory_mask=mask, return_weights=True
+    )
+    weights = ops.convert_to_numpy(weights)
+    if top_k:
+        every = np.zeros((17, 24), "float32")
+        np.put_along_axis(
+            every, ops.convert_to_numpy(indices[0]), weights, axis=1
+        )
+        weights = every
+    close(weights[:, :23], expected.astype("float32"), 1e-5)
+    assert (weights[:, 23] == 0).all()
+    layer.top_k = None
+    close(outputs, layer([encodings, memory]), 1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_two_groups_far_apart(top_k):
+    rng = np.random.default_rng(7)
+    groups = 1e5 * (np.arange(24) % 2)[:, None]
+    memory = (rng.normal(size=(24, 5)) + groups).astype("float32")
+    encodings = (rng.normal(size=(10, 5)) + groups[:10]).astype("float32")
+    layer = MemoryWrapLayer(3, distance="l2", top_k=top_k)
+    expected = reference_weights(encodings, memory, "l2")
+    _, weights, *indices = layer([encodings, memory], return_weights=True)
+    weights = ops.convert_to_numpy(weights)
+    if top_k:
+        every = np.zeros((10, 24), "float32")
+        np.put_along_axis(
+            every, ops.convert_to_numpy(indices[0]), weights, axis=1
+        )
+        weights = every
+    close(weights, expected.astype("float32"), 1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+@pytest.mark.parametrize("top_k", [None, 9])
+def test_far_examples_of_a_large_memory(top_k, share, monkeypatch):
+    """Products about a middle: of those that count, however far some are."""
+    monkeypatch.setattr(memory_wrap, "FEW", 10)
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(2, 150, 5)) + 300
+    encodings = encodings[:9]
+    memory[::10] = 1e5
+    counts = rng.uniform(size=150) >= share
+    layer = MemoryWrapLayer(3, distance="l2", top_k=top_k)
+    expected = reference_weights(encodings, memory[counts], "l2")
+    for mask in (counts, np.stack([counts] * 9)):
+        poisoned = np.where(counts[:, None], memory, 1e30)
+        _, weights, *indices = layer(
+            [encodings, poisoned], memory_mask=mask, return_weights=True
+        )
+        weights = ops.convert_to_numpy(weights)
+        if top_k:
+            every = np.zeros((9, 150), "float32")
+            np.put_along_axis(
+                every, ops.convert_to_numpy(indices[0]), weights, axis=1
+            )
+            weights = every
+        close(weights[:, counts], expected.astype("float32"), 1e-3)
+        assert (weights[:, ~counts] == 0).all()
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("each", [False, True])
+@each_distance
+def test_what_is_masked_reaches_no_gradient(distance, each, bad):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(7)
+    encodings = rng.normal(size=(2, 5)).astype("float32")
+    memory = rng.normal(size=(7, 5)).astype("float32")
+    counts = np.array([True, False, True, True, False, False, True])
+    shown = memory.copy()
+    shown[~counts] = bad
+    for top_k, head in ((None, None), (3, "dense")):
+        layer = MemoryWrapLayer(3, distance=distance, top_k=top_k, head=head)
+        layer.build([(2, 5), (7, 5)])
+
+        def look(memory, mask):
+            inputs = [tf.constant(one) for one in (encodings, memory)]
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                outputs = layer(  # noqa: B023
+                    inputs, memory_mask=mask, training=True
+                )
+            return outputs, *tape.gradient(
+                outputs,
+                inputs + layer.trainable_weights,  # noqa: B023
+            )
+
+        shape = (2, 7, 5) if each else (7, 5)
+        expected = look(np.broadcast_to(memory, shape), counts)
+        for mask in (counts, np.stack([counts] * 2)):
+            found = look(np.broadcast_to(shown, shape), mask)
+            for one, other in zip(found, expected):
+                close(tf.convert_to_tensor(one), tf.convert_to_tensor(other))
+        # An input for which it counts does not spoil those for which it does
+        # not.
+        mixed = look(shown, np.stack([counts, counts | True]))
+        close(mixed[0][:1], expected[0][:1])
+        if not np.isfinite(bad):
+            assert np.isnan(mixed[0][1]).all()
+        (slope,) = gradients(
+            lambda x: layer([x, shown], memory_mask=counts)[0, 0],  # noqa: B023
+            encodings,
+        )
+        assert np.isfinite(slope).all()
+
+
+def test_a_nan_that_counts_is_shown():
+    rng = np.random.default_rng(7)
+    encodings, memory = rng.normal(size=(2, 3, 5))
+    encodings[1] = np.nan
+    for mask in (None, np.array([True, True, False])):
+        for top_k in (None, 2):
+            layer = BaselineMemory(3, top_k=top_k, distance="l2")
+            outputs = layer([encodings, memory], memory_mask=mask)
+            lost = np.isnan(ops.convert_to_numpy(outputs)).all(axis=1)
+            assert (lost == [False, True, False]).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-11, 1e-3, 0.1, 3.0, 1e18])
+def test_cosine_has_no_scale(size):
+    rng = np.random.default_rng(7)
+    directions = rng.normal(size=(11, 5))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    expected = directions[:4] @ directions.T
+    queries = ops.convert_to_tensor((size * directions).astype("float32"))
+    unit = ops.convert_to_numpy(memory_wrap._unit(queries))
+    close(unit[:4] @ unit.T, expected.astype("float32"), 2e-5)
+    layer = MemoryWrapLayer(3)
+    _, weights = layer(
+        [size * directions[:4], directions / size], return_weights=True
+    )
+    close(
+        weights,
+        np.stack([sparsemax(row) for row in expected]).astype("float32"),
+        1e-4,
+    )
+
+
+@harness.needs_tensorflow
+def test_cosine_of_nothing_is_zero():
+    import tensorflow as tf
+
+    for size in (0.0, 1e-45, 1e-38):
+        x = tf.constant([[size, 0.0, size], [1.0, 2.0, 2.0]])
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            unit = memory_wrap._unit(x)
+            total = tf.reduce_sum(unit[0] * [0.0, 1.0, 1.0] + unit[1])
+        slope = tape.gradient(total, x)
+        assert np.isfinite(slope).all()
+        close(unit[1], np.array([1, 2, 2], "float32") / 3, 1e-5)
+        assert size or not np.asarray(unit)[0].any()
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@each_distance
+def test_no_inputs(distance, top_k):
+    layer = MemoryWrapLayer(3, distance=distance, top_k=top_k)
+    memory = np.ones((7, 5), "float32")
+    layer([memory[:2], memory])
+    call = layer
+    if harness.BACKEND == "tensorflow" and (distance, top_k) == ("l2", 2):
+        import tensorflow as tf
+
+        call = tf.function(layer, jit_compile=True)
+    for mask in (None, np.ones(7, bool), np.ones((0, 7), bool)):
+        for memories in (memory, np.ones((0, 7, 5), "float32")):
+            outputs, weights, *_ = call(
+                [memory[:0], memories], memory_mask=mask, return_weights=True
+            )
+            assert tuple(outputs.shape) == (0, 3)
+            assert tuple(weights.shape) == (0, top_k or 7)
 
 
 @harness.needs_tensorflow
@@ -563,6 +787,26 @@ def test_bad_shapes():
     refuses(lambda: wrong([e, m]), "`classifier`", "units=3", "(None, 4)")
     wrong = MemoryWrapLayer(3, head=keras.layers.Reshape((5, 1)))
     refuses(lambda: wrong([e, m]), "`head`")
+
+
+def test_arrays_that_cannot_be_encodings():
+    layer = MemoryWrapLayer(3)
+    e, m = np.ones((2, 5), "float32"), np.ones((7, 5), "float32")
+    layer([e, m])
+    bad = ["text", np.full((7, 5), "a"), m > 0, m + 1j, [[1.0], [1.0, 2.0]]]
+    for one in bad:
+        refuses(lambda: layer([one, m]), "`encodings`", "Received")  # noqa: B023
+        refuses(lambda: layer([e, one]), "`memory_encodings`", "Received")  # noqa: B023
+        refuses(lambda: layer.set_memory(one), "`memory_encodings`", "Received")  # noqa: B023
+    refuses(lambda: layer([None, m]), "`encodings`", "NoneType")
+    refuses(lambda: layer.set_memory(None), "`memory_encodings`", "NoneType")
+    for one in ("text", np.full(7, "a"), m[:, 0] + 1j, np.ones(6, bool)):
+        refuses(
+            lambda: layer([e, m], memory_mask=one),  # noqa: B023
+            "`memory_mask`",
+            "Received",
+        )
+    close(layer([e.astype("int32"), m.astype("int64")]), layer([e, m]))
 
 
 def test_bad_memories():
@@ -822,3 +1066,57 @@ def test_classifier_refuses(clusters):
     ):
         refuses(look, "must be filled", "fixed_memory_size=60")
     refuses(lambda: model.encode(x, 0), "batch_size")
+    for one in ("text", None, x + 1j, x > 0, x[0], np.full((9, 5), "a")):
+        for name, call in (
+            ("inputs", lambda: model(one)),  # noqa: B023
+            ("memory_inputs", lambda: model((x, one))),  # noqa: B023
+            ("inputs", lambda: model.encode(one)),  # noqa: B023
+            ("x", lambda: model.set_memory(one)),  # noqa: B023
+            ("x", lambda: model.fit(one, y)),  # noqa: B023
+            ("x", lambda: model.predict(one)),  # noqa: B023
+            ("x", lambda: model.evaluate(one, y)),  # noqa: B023
+        ):
+            refuses(call, f"`{name}`", "Received")
+    refuses(
+        lambda: model.fit(x, y, sample_weight=y[:9]), "`sample_weight`", "N=60"
+    )
+    refuses(lambda: model.fit(x, "text", memory_data=x), "`y`", "str")
+    for one in ("text", x, y + 1j, [[1], [1, 2]]):
+        refuses(lambda: model.set_memory(x, one), "`y`", "Received")  # noqa: B023
+
+
+@trains
+def test_predict_of_no_rows(clusters):
+    x, y = clusters
+    model = classifier(top_k=3)
+    refuses(lambda: model.predict(x[:0]), "set_memory")
+    model.set_memory(x, y)
+    found = model.predict(x[:0], verbose=0)
+    assert found.shape == (0, 3) and found.dtype == "float32"
+    assert tuple(model.encode(x[:0]).shape) == (0, 7)
+    refuses(lambda: model.evaluate(x[:0], y[:0], verbose=0), "one input")
+    model.fit(x, y, verbose=0)
+    assert model.predict(x[:0], draws=2, verbose=0).shape == (0, 3)
+
+
+@trains
+def test_answers_of_a_drawn_memory_are_told_once(clusters, recwarn):
+    x, y = clusters
+
+    def told():
+        return [w for w in recwarn.list if "set_memory" in str(w.message)]
+
+    model = classifier()
+    model.fit(x, y, validation_split=0.2, verbose=0)
+    model.predict(x, draws=2, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    assert not told()
+    for _ in range(2):
+        model.predict(x, verbose=0)
+    (warning,) = told()
+    assert warning.filename == __file__
+    for word in ("`set_memory`", "`draws=`", "`seed=3`"):
+        assert word in str(warning.message)
+    model.set_memory(x, y)
+    model.predict(x, verbose=0)
+    assert len(told()) == 1

@@ -11,6 +11,7 @@ import harness
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_memory import losses as on_tensors
 from keras_memory import tasks
@@ -730,9 +731,126 @@ def test_outputs_that_are_no_numbers_are_no_success(kind):
         assert np.isnan(float(metric.result()))
 
 
+def losses_and_metrics(kind):
+    kind = losses.KINDS[kind]
+    return [kind.loss(), *kind.make_metrics()]
+
+
+def value_of(one, *batch):
+    """Of a loss, or of a metric that has seen nothing else."""
+    return float(keras.ops.convert_to_numpy(one(*batch)))
+
+
+@pytest.mark.parametrize("weight", [None, np.nan, np.inf, -1e30])
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_what_does_not_count_is_not_looked_at(kind, weight):
+    """One sequence has no step that counts."""
+    rng = np.random.default_rng(3)
+    targets = np.eye(3, dtype="f4")[rng.integers(3, size=(3, 5))]
+    outputs = rng.uniform(0.1, 1, targets.shape).astype("f4")
+    mask = np.array([[0, 1, 1, 0, 0], [0] * 5, [1] * 5], "f4")
+    alone = outputs.copy()
+    if weight is not None:
+        outputs[mask == 0] = targets[mask == 0] = weight
+    some = [0, 2]
+    for one, other in zip(losses_and_metrics(kind), losses_and_metrics(kind)):
+        expected = value_of(other, targets[some], alone[some], mask[some])
+        assert np.isfinite(expected) and expected != 0
+        for counts in (mask, mask.astype("int32"), mask.astype("bool")):
+            if isinstance(one, keras.metrics.Metric):
+                one.reset_state()
+            found = value_of(one, targets, outputs, counts)
+            harness.close(found, expected, 1e-6)
+            # Nor does a batch in which nothing counts.
+            nothing = value_of(one, targets, outputs, 0 * mask)
+            is_metric = isinstance(one, keras.metrics.Metric)
+            harness.close(nothing, expected if is_metric else 0.0, 1e-6)
+        outputs[0, 1, 1], before = np.nan, outputs[0, 1, 1]  # which counts
+        assert np.isnan(value_of(one, targets, outputs, mask))
+        outputs[0, 1, 1] = before
+
+
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_gradients_of_what_does_not_count_are_zero(kind):
+    targets = np.eye(3, dtype="f4")[[[0, 2, 1, 1], [1, 2, 0, 0]]]
+    outputs = np.full_like(targets, 0.3)
+    mask = np.array([[0, 1, 1, 0], [0, 0, 0, 0]], "f4")
+    targets[mask == 0] = outputs[mask == 0] = np.nan
+    loss = losses.KINDS[kind].loss()
+    outputs = tf.constant(outputs)
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        value = loss(targets, outputs, mask)
+    slope = tape.gradient(value, outputs).numpy()
+    assert (slope[mask == 0] == 0).all()
+    assert np.isfinite(slope).all() and slope[mask == 1].any()
+
+
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_a_mask_that_comes_with_the_outputs_leaves_steps_out(kind):
+    targets = np.eye(3, dtype="f4")[[[0, 2, 1, 1], [1, 2, 0, 0]]]
+    mask = np.array([[0, 1, 1, 0], [1, 1, 0, 1]], "bool")
+    layers = [keras.layers.Masking(), keras.layers.ReLU()]
+    inputs = np.where(mask[..., None], 0.2 + 0.1 * targets, 0).astype("f4")
+    for one, other in zip(losses_and_metrics(kind), losses_and_metrics(kind)):
+        outputs = layers[1](layers[0](inputs))
+        outputs._keras_mask = layers[0].compute_mask(inputs)
+        expected = value_of(other, targets, inputs, mask)
+        harness.close(value_of(one, targets, outputs), expected, 1e-6)
+        some = np.ones(mask.shape, "f4")
+        harness.close(value_of(one, targets, outputs, some), expected, 1e-6)
+
+
+def test_losses_and_metrics_of_float64_are_in_float64():
+    rng = np.random.default_rng(3)
+    outputs = rng.uniform(size=TARGETS.shape)
+    for function in (losses.bits_per_sequence, losses.absolute_error_of_sum):
+        found = function(TARGETS, outputs, MASK)
+        assert keras.ops.dtype(found) == "float64"
+    metric = losses.AbsoluteErrorOfSum(dtype="float64")
+    metric.update_state(TARGETS, outputs, MASK)
+    each = np.abs(((outputs - TARGETS) * MASK[..., None]).sum(axis=(1, 2)))
+    harness.close(np.asarray(metric.result()), each.mean(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", [*(kind for kind in losses.KINDS), "functions"]
+)
+def test_arrays_that_are_no_sequences_are_refused(name):
+    if name == "functions":
+        calls = [
+            losses.bits_per_sequence,
+            losses.wrong_bits_per_sequence,
+            losses.error_rate,
+            losses.absolute_error_of_sum,
+        ]
+        names = "targets", "outputs", "mask"
+    else:
+        calls, names = losses_and_metrics(name), ("y_true", "y_pred")
+        names += ("sample_weight",)
+    good = [TARGETS, TARGETS, MASK]
+    wrong = ["text", TARGETS[:1], TARGETS[0], TARGETS.astype("complex64")]
+    for call in calls:
+        for index, argument in enumerate(names):
+            bad = list(wrong)
+            if index < 2:
+                bad += [TARGETS > 0]
+            if index < 2 or name == "functions":
+                bad += [None]
+            for one in bad:
+                arguments = [*good]
+                arguments[index] = one
+                told = "|".join(f"`{n}`" for n in names)
+                with pytest.raises(ValueError, match=told) as error:
+                    call(*arguments)
+                assert "Received: " in str(error.value)
+                if not hasattr(one, "shape") or one.shape != (1, 3, 2):
+                    assert f"`{argument}`" in str(error.value)
+
+
 def test_weights_of_whole_sequences_are_refused():
     for metric in (losses.WrongBitsPerSequence(), losses.SquaredErrorOfSum()):
-        with pytest.raises(ValueError, match=r"sample_weight of shape \(2,\)"):
+        with pytest.raises(ValueError, match=r"`sample_weight`.*shape \(2,\)"):
             metric(TARGETS, TARGETS, sample_weight=np.ones(2, "f4"))
 
 
