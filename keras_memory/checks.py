@@ -5,9 +5,11 @@ import functools
 import math
 import os
 import pathlib
+import sys
 import typing
 
 import keras
+import ml_dtypes
 import numpy as np
 from keras import ops
 
@@ -188,7 +190,14 @@ def has_accelerator():
 
 
 def check_array(
-    name, value, axes=None, sizes=None, kind="real", dtype=None, convert=True
+    name,
+    value,
+    axes=None,
+    sizes=None,
+    kind="real",
+    dtype=None,
+    convert=True,
+    remedy=None,
 ):
     """The one door for arrays: a tensor of what a user gave, or an error.
 
@@ -209,6 +218,8 @@ def check_array(
             and makes Keras's `floatx` of integers and of lists of numbers.
         convert: bool; False for an array or tensor as it came, and a NumPy
             array of lists.
+        remedy: str, a sentence for the error that refuses integers which
+            `dtype` would not keep exactly; None lets them be rounded.
 
     Returns:
         Tensor.
@@ -233,22 +244,67 @@ def check_array(
     letters, _ = KINDS[kind]
     if _kind_of(found) not in letters:
         got = type(value).__name__ if value is None else _described(found)
-        raise ValueError(f"{_wanted(name, axes, sizes, kind)} Received: {got}")
+        is_number = remedy and _kind_of(found) in KINDS["real"][0]
+        wanted = _wanted(name, axes, sizes, kind)
+        wanted += f" {remedy}" if is_number else ""
+        raise ValueError(f"{wanted} Received: {got}")
     shape = tuple(found.shape)
     known = _fitting(shape, axes, sizes)
     if known is None:
         raise ValueError(
             f"{_wanted(name, axes, sizes, kind)} Received: {_described(found)}"
         )
-    sizes.update(known)
-    if isinstance(value, keras.KerasTensor) or not convert:
-        return found
     if dtype is None and kind == "real":
         if is_list or _kind_of(found) != "f":
             dtype = keras.config.floatx()
+    if remedy is not None and dtype is not None:
+        check_exact(name, found, dtype, remedy)
+    sizes.update(known)
+    if isinstance(value, keras.KerasTensor) or not convert:
+        return found
     if dtype is not None and ops.is_tensor(found):
         return ops.cast(found, dtype)
     return ops.convert_to_tensor(found, dtype)
+
+
+def check_exact(name, array, dtype, remedy):
+    """Raises ValueError where a dtype would not keep integers exactly.
+
+    Of an array of NumPy's the numbers are looked at; of a tensor, whose numbers
+    a graph does not know, the largest ones of its dtype.
+
+    Args:
+        name: str, of the argument, for the error.
+        array: array of NumPy's or tensor; floats are rounded, as ever.
+        dtype: str, what it is to be cast to.
+        remedy: str, a sentence for the error.
+    """
+    if _kind_of(array) not in KINDS["integer"][0]:
+        return
+    numbers = array
+    if not isinstance(array, np.ndarray):
+        limits = np.iinfo(_dtype_name(array))
+        numbers = np.array([limits.min, limits.max], limits.dtype)
+    is_integer = dtype.startswith(("int", "uint"))
+    if is_integer:
+        limits = np.iinfo(dtype)
+        least, most = limits.min, limits.max
+    else:  # up to so many all are exact
+        most = 1 << (ml_dtypes.finfo(dtype).nmant + 1)
+        least = -most
+    beyond = numbers[(numbers < least) | (numbers > most)]
+    inexact = beyond.tolist()
+    if inexact and not is_integer:
+        with np.errstate(over="ignore"):
+            rounded = beyond.astype(dtype).astype("float64").tolist()
+        inexact = [n for n, other in zip(inexact, rounded) if n != other]
+    if inexact:
+        got = _described(array)
+        got = f"{inexact[0]}, {got}" if numbers is array else got
+        raise ValueError(
+            f"`{name}` must be integers that {dtype} keeps exactly. {remedy} "
+            f"Received: {got}"
+        )
 
 
 def _as_numpy(name, value, axes, sizes, kind):
@@ -269,7 +325,7 @@ def _kind_of(array):
     """NumPy's letter for the kind of an array's or a tensor's dtype."""
     if isinstance(array, np.ndarray) and array.dtype.kind != "V":
         return array.dtype.kind
-    name = str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
+    name = _dtype_name(array)
     for start, letter in (
         ("float", "f"),
         ("bfloat", "f"),
@@ -280,6 +336,11 @@ def _kind_of(array):
         if name.startswith(start):
             return letter
     return "O"
+
+
+def _dtype_name(array):
+    name = str(getattr(array.dtype, "name", array.dtype))
+    return name.removeprefix("torch.")
 
 
 def _fitting(shape, axes, sizes):
@@ -325,8 +386,64 @@ def _wanted(name, axes, sizes, kind):
 
 
 def _described(array):
-    dtype = str(getattr(array.dtype, "name", array.dtype))
-    return f"shape {tuple(array.shape)}, dtype {dtype.removeprefix('torch.')}"
+    return f"shape {tuple(array.shape)}, dtype {_dtype_name(array)}"
+
+
+# A fork has none of the threads that a backend computes with, and would wait
+# for them for ever.
+
+_forked_from = None  # a process that had such threads
+
+
+def _backend_has_threads():
+    """Whether the backend may have been computing in this process."""
+    if "torch" in sys.modules and keras.backend.backend() == "torch":
+        return True  # nobody can tell
+    try:
+        if keras.backend.backend() == "tensorflow":
+            from tensorflow.python.eager import context
+
+            context = context.context_safe()
+            return context is not None and context._context_handle is not None
+        if keras.backend.backend() == "jax":
+            from jax._src import xla_bridge
+
+            return xla_bridge.backends_are_initialized()
+    except (ImportError, AttributeError):  # of another version: it may have
+        return True
+    return False
+
+
+def _after_fork_in_child():
+    global _forked_from
+    if _backend_has_threads():
+        _forked_from = os.getppid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def check_process(name):
+    """Raises RuntimeError in a fork of a process that used the backend.
+
+    Args:
+        name: str, what is to compute, for the error.
+    """
+    backend = keras.backend.backend()
+    if _forked_from is None:
+        return
+    if backend == "torch":
+        import torch
+
+        if torch.get_num_threads() == 1:  # as in workers of a `DataLoader`
+            return
+    raise RuntimeError(
+        f"`{name}` must not be used in a fork of a process that used "
+        f"{backend}, as it would wait for threads that are not there: start "
+        'the process by `multiprocessing.get_context("spawn")`. '
+        f"Received: a fork of process {_forked_from}"
+    )
 
 
 def check_batch(name, tensor, size):
@@ -366,12 +483,14 @@ def check_clip(name, value):
     return value
 
 
-def check_bool(name, value):
-    """A bool, or ValueError unless `value` is one, of Python or NumPy."""
+def check_bool(name, value, others=""):
+    """A bool, or ValueError unless `value` is one, of Python or NumPy; `others`
+    says what else it may be."""
     value = plain(value)
     if not isinstance(value, bool):
         raise ValueError(
-            f"`{name}` must be True or False. Received: {name}={value!r}"
+            f"`{name}` must be True or False{others}. "
+            f"Received: {name}={value!r}"
         )
     return value
 

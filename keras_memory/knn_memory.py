@@ -21,16 +21,22 @@ from keras_memory import durable
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
+from keras_memory.checks import check_exact
 from keras_memory.checks import check_one_of
+from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
-from keras_memory.checks import has_accelerator as _has_accelerator
+from keras_memory.checks import has_accelerator
+from keras_memory.retrieval import FLOATS
+from keras_memory.retrieval import KEY_REMEDY
 from keras_memory.retrieval import LARGEST
 from keras_memory.retrieval import QUERIES
 from keras_memory.retrieval import SIMILARITIES
+from keras_memory.retrieval import VALUE_REMEDY
 from keras_memory.retrieval import Neighbours
 from keras_memory.retrieval import RingMemory
 from keras_memory.retrieval import RingState
+from keras_memory.retrieval import check_value_dtype
 from keras_memory.scann_index import Builder
 from keras_memory.scann_index import ScannRow
 from keras_memory.scann_index import check_scann
@@ -41,6 +47,7 @@ from keras_memory.scann_index import recall
 STORES = ("auto", "ring", "scann")
 MODES = ("r", "a")
 STORED = ("dim", "max_memories", "num_rows", "value_dim", "similarity")
+STORED += ("value_dtype",)  # where it is not float32
 LOG_FACTOR = 2  # a file larger than so many times its entries is rewritten
 LOG_LEAST = 1 << 24  # bytes of a file that is never rewritten
 
@@ -97,6 +104,10 @@ class KNNMemory(Arguments):
             and which of them have an answer of the new one depends on the
             machine. False: whoever adds waits for it, and runs repeat.
         keep_statistics: bool, False by default; see `statistics`.
+        value_dtype: str, of values, which come back in it: `"int32"` or
+            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
+            `"float32"` or `"float64"`; None (default) for that of the keys,
+            float32.
 
     Raises:
         ValueError: an argument out of its range.
@@ -128,12 +139,15 @@ class KNNMemory(Arguments):
         target_recall=0.95,
         background=True,
         keep_statistics=False,
+        value_dtype=None,
     ):
         self.dim = check_size("dim", dim)
         self.max_memories = check_size("max_memories", max_memories)
         self.num_rows = check_size("num_rows", num_rows)
         if value_dim is None:
             value_dim = dim
+        self.value_dtype = check_value_dtype(value_dtype, in_graph=False)
+        self.value_dtype = self.value_dtype or "float32"
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
         self.target_recall = check_within("target_recall", target_recall)
@@ -141,8 +155,10 @@ class KNNMemory(Arguments):
         self.keep_statistics = check_bool("keep_statistics", keep_statistics)
         check_one_of("store", store, STORES)
         if store == "auto":
-            may = import_error() is None and not _has_accelerator()
+            may = import_error() is None and not has_accelerator()
             store = "scann" if may else "ring"
+        if store == "ring":
+            RingMemory(dim, max_memories, 0)  # which may have fewer slots
         if store == "scann":
             check_scann('`KNNMemory(store="scann")`', '`store="ring"` is exact')
         self.store = store
@@ -154,7 +170,7 @@ class KNNMemory(Arguments):
             "A row each", [rows[0], ("bytes", 1000)], "uint8", on_host=True
         )
         self._keys = np.zeros((*slots, dim), "float32")
-        self._values = np.zeros((*slots, value_dim), "float32")
+        self._values = np.zeros((*slots, value_dim), self.value_dtype)
         self._count = np.zeros(num_rows, "int64")  # added since it was cleared
         self._lock = threading.RLock()
         self._builder = None
@@ -187,8 +203,12 @@ class KNNMemory(Arguments):
         """Appends entries to rows, in the place of their oldest ones.
 
         Args:
-            keys: (R, n, D), finite, each component within +-1e15.
-            values: (R, n, V), likewise; None where V is 0.
+            keys: (R, n, D), finite, each component within +-1e15. In a memory
+                of one row also (n, D); then values, mask and slots have no
+                axis of rows either.
+            values: (R, n, V), likewise; None where V is 0. Integers are refused
+                where `value_dtype` does not keep them exactly, and so are keys
+                where float32 does not.
             mask: (R, n) bool, False for entries that are left out; None for
                 all.
             rows: ints of the rows meant, or (num_rows,) bool; None for all. No
@@ -210,27 +230,40 @@ class KNNMemory(Arguments):
         with self._lock:
             self._check_writable()
             rows = self._rows(rows)
-            keys = _vectors("keys", keys, (len(rows), None, self.dim), rows)
+            keys = _numpy("keys", keys)
+            is_of_one = self._is_of_one(keys, rows)
+            axis = () if is_of_one else (len(rows),)
+            keys = _vectors(
+                "keys", keys, (*axis, None, self.dim), rows, remedy=KEY_REMEDY
+            )
+            shape = (*keys.shape[:-1], self.value_dim)
             if values is None and not self.value_dim:
-                values = np.zeros((*keys.shape[:2], 0), "float32")
-            shape = (*keys.shape[:2], self.value_dim)
-            values = _vectors("values", values, shape, rows)
-            kept = np.ones(shape[:2], bool)
+                values = np.zeros(shape, self.value_dtype)
+            values = _vectors(
+                "values", values, shape, rows, self.value_dtype, VALUE_REMEDY
+            )
+            kept = np.ones(shape[:-1], bool)
             if mask is not None:
-                kept = _bools("mask", mask, shape[:2], "one for each entry")
+                kept = _bools("mask", mask, shape[:-1], "one for each entry")
+            if is_of_one:
+                keys, values, kept = keys[None], values[None], kept[None]
             entries = [
                 durable.Operation(int(row), keys[i, some], values[i, some])
                 for i, (row, some) in enumerate(zip(rows, kept))
                 if some.any()
             ]
             if self._log is not None:
-                self._log.append(entries)
+                self._log.append(map(_packed, entries))
             slots = np.full(kept.shape, -1, "int32")
             added = iter(entries)
             for i, some in enumerate(kept):
                 if some.any():
                     slots[i, some] = self._add(*next(added))
-            return slots
+            return slots[0] if is_of_one else slots
+
+    def _is_of_one(self, array, rows):
+        """Whether an array is of a memory's only row, without an axis of it."""
+        return self.num_rows == len(rows) == 1 and array.ndim == 2
 
     def _add(self, row, keys, values):
         """Appends to one row; returns slots, as `add`."""
@@ -253,12 +286,13 @@ class KNNMemory(Arguments):
         """Finds the nearest entries of each query, in its row.
 
         Args:
-            queries: (R, ..., D), finite, each component within +-1e15.
+            queries: (R, ..., D), finite, each component within +-1e15. In a
+                memory of one row also (Q, D), for which (Q, K) is returned.
             top_k: int, K, at least 1. Where a row has fewer entries the mask
                 tells.
             rows: ints of the rows meant, or (num_rows,) bool; None for all.
-            keys, values: bool, False where they are not needed, which takes
-                less time; (R, ..., K, 0) is returned.
+            keys, values: bool, True (default) to return them; False takes less
+                time, and (R, ..., K, 0) is returned.
 
         Returns:
             `retrieval.Neighbours` of NumPy arrays.
@@ -267,11 +301,13 @@ class KNNMemory(Arguments):
             ValueError: wrong shapes, dtypes, values or rows.
         """
         check_size("top_k", top_k)
+        for name, value in (("keys", keys), ("values", values)):
+            check_bool(
+                name, value, ", whether to return them; `add` takes entries"
+            )
         with self._lock:
             rows = self._rows(rows)
-            queries = _vectors(
-                "queries", queries, (len(rows), ..., self.dim), rows
-            )
+            queries, is_of_one = self._queries(queries, rows)
             flat = _flat(queries)
             shape = (len(rows), flat.shape[1], top_k)
             slots = np.full(shape, -1, "int32")
@@ -283,7 +319,8 @@ class KNNMemory(Arguments):
                 scores,
                 slots,
                 slots >= 0,
-                *(np.empty((*shape, width), "float32") for width in widths),
+                np.empty((*shape, widths[0]), "float32"),
+                np.empty((*shape, widths[1]), self.value_dtype),
             )
             for i, row in enumerate(rows):
                 for of_all, of_found in (
@@ -300,13 +337,23 @@ class KNNMemory(Arguments):
                             mode="wrap",
                         )
                         if (slots[i] < 0).any():
-                            of_found[i][slots[i] < 0] = 0.0
+                            of_found[i][slots[i] < 0] = 0
         shape = (*queries.shape[:-1], top_k)
+        if is_of_one:
+            shape = shape[1:]
         return Neighbours(
             *(part.reshape(shape) for part in found[:3]),
             found.keys.reshape(*shape, widths[0]),
             found.values.reshape(*shape, widths[1]),
         )
+
+    def _queries(self, queries, rows):
+        """(R, ..., D) float32, and whether they came without the first axis."""
+        queries = _numpy("queries", queries)
+        is_of_one = self._is_of_one(queries, rows)
+        axis = () if is_of_one else (len(rows),)
+        queries = _vectors("queries", queries, (*axis, ..., self.dim), rows)
+        return (queries[None] if is_of_one else queries), is_of_one
 
     def _search(self, row, queries, slots, scores):
         """Writes what is found to (Q, K) `slots` and `scores`."""
@@ -422,11 +469,7 @@ class KNNMemory(Arguments):
         with self._lock, self._uncounted():
             rows = self._rows(rows)
             if queries is not None:
-                queries = _flat(
-                    _vectors(
-                        "queries", queries, (len(rows), ..., self.dim), rows
-                    )
-                )
+                queries = _flat(self._queries(queries, rows)[0])
             for i, row in enumerate(rows):
                 of_row = queries[i] if queries is not None else None
                 if of_row is None:
@@ -480,7 +523,8 @@ class KNNMemory(Arguments):
             ValueError: another process has it open for appending.
         """
         with self._lock:
-            durable.write(folder, self._config(), self._operations())
+            operations = map(_packed, self._operations())
+            durable.write(folder, self._config(), operations)
 
     @classmethod
     def load(cls, folder, **options):
@@ -544,15 +588,19 @@ class KNNMemory(Arguments):
         else:
             log = durable.Log(folder, mode)
         try:
-            if set(log.config) != set(STORED):
+            config = {"value_dtype": "float32", **log.config}
+            if set(config) != set(STORED):
                 raise ValueError(
                     f"`folder` must be of a `KNNMemory`, with {STORED}. "
                     f"Received: {folder}, with {tuple(log.config)}"
                 )
-            for name, stored in log.config.items():
+            for name, stored in config.items():
                 given = options.get(name, stored)
                 if name == "value_dim" and given is None:
-                    given = options.get("dim", log.config["dim"])
+                    given = options.get("dim", config["dim"])
+                if name == "value_dtype":
+                    given = check_value_dtype(given, in_graph=False)
+                    given = given or "float32"
                 if given != stored:
                     raise ValueError(
                         f"`{name}` must be that of the memory that is there; "
@@ -560,9 +608,9 @@ class KNNMemory(Arguments):
                         f"Received: {name}={given!r}, and {name}={stored!r} in "
                         f"{folder}"
                     )
-            memory = cls(**{**options, **log.config})
+            memory = cls(**{**options, **config})
             memory._log, memory._mode = log, mode
-            for operation in log.operations():
+            for operation in memory._operations_of_log():
                 memory._check_stored(*operation)
                 memory._do(*operation)
         except BaseException:
@@ -586,9 +634,9 @@ class KNNMemory(Arguments):
                     f"Received: mode={self._mode!r}"
                 )
             entries = int(self.size().sum())
-            least = entries * 4 * (self.dim + self.value_dim)
+            least = entries * 4 * (self.dim + self._stored_width)
             if self._log.size > max(LOG_LEAST, LOG_FACTOR * least):
-                self._log.rewrite(self._operations())
+                self._log.rewrite(map(_packed, self._operations()))
             else:
                 self._log.flush()
 
@@ -642,7 +690,10 @@ class KNNMemory(Arguments):
         return f"KNNMemory({', '.join(values)})"
 
     def _config(self):
-        return {name: getattr(self, name) for name in STORED}
+        config = {name: getattr(self, name) for name in STORED}
+        if self.value_dtype == "float32":  # as of files of before
+            del config["value_dtype"]
+        return config
 
     def _operations(self):
         """All that a file needs to make this memory again."""
@@ -650,6 +701,19 @@ class KNNMemory(Arguments):
             keys, values = self.entries(row)
             if len(keys):
                 yield durable.Operation(row, keys, values)
+
+    @property
+    def _stored_width(self):
+        """Floats in the files for a value."""
+        itemsize = self._values.itemsize
+        return self.value_dim * max(1, itemsize // 4)
+
+    def _operations_of_log(self):
+        """What is to be read of the log, with values in their dtype."""
+        for row, keys, values in self._log.operations():
+            if values is not None and values.shape[1] == self._stored_width:
+                values = _in_dtype(values, self._values.dtype)
+            yield durable.Operation(row, keys, values)
 
     def _do(self, row, keys, values):
         if keys is None:
@@ -661,7 +725,7 @@ class KNNMemory(Arguments):
         """Does what the log tells, or, if it is damaged, nothing of it."""
         if self._news is None:
             return False
-        for operation in self._log.operations():
+        for operation in self._operations_of_log():
             self._operations_read.append(operation)
         for operation in self._operations_read:
             self._check_stored(*operation)
@@ -679,7 +743,8 @@ class KNNMemory(Arguments):
             keys is None
             or (
                 (keys.shape[1], values.shape[1]) == widths
-                and all((np.abs(x) <= LARGEST).all() for x in (keys, values))
+                and values.dtype == self._values.dtype
+                and all(_is_sound(part).all() for part in (keys, values))
             )
         )
         if not is_right:
@@ -776,25 +841,57 @@ class _ExactRow:
 
     def search(self, queries, top_k, is_counted=True):
         """(Q, top_k) slots and scores."""
+        check_process('KNNMemory(store="ring")')
+        # As few shapes as there are powers of two, for what is compiled.
         if self._on_device is None:
-            # As few shapes as there are powers of two, for what is compiled.
-            power = 1 << max(10, (self.size - 1).bit_length())
-            slots = min(len(self.keys), power)
+            slots = min(len(self.keys), _power(self.size, least=1024))
             keys = ops.convert_to_tensor(self.keys[None, :slots])
             none = ops.zeros((1, slots, 0))
             size = ops.convert_to_tensor(np.array([self.size], "int32"))
             self._on_device = RingState(keys, none, size)
         state = self._on_device
+        slots = state.keys.shape[1]
         ring = RingMemory(
-            queries.shape[1], state.keys.shape[1], 0, self.similarity, "blocked"
+            queries.shape[1], slots, 0, self.similarity, "blocked"
         )
-        slots, scores = [], []
+        most = min(slots, _power(top_k))
+        parts = []
         for begin in range(0, len(queries), QUERIES):
-            some = ops.convert_to_tensor(queries[None, begin : begin + QUERIES])
-            found = ring.search(state, some, top_k)
-            slots.append(ops.convert_to_numpy(found.indices[0]))
-            scores.append(ops.convert_to_numpy(found.scores[0]))
-        return np.concatenate(slots), np.concatenate(scores)
+            some = queries[begin : begin + QUERIES]
+            more = min(QUERIES, _power(len(some), least=16)) - len(some)
+            padded = np.pad(some, ((0, more), (0, 0)))
+            found = ring.search(
+                state, ops.convert_to_tensor(padded[None]), most
+            )
+            parts.append(
+                [
+                    ops.convert_to_numpy(part[0])[: len(some), :top_k]
+                    for part in (found.indices, found.scores)
+                ]
+            )
+        return tuple(map(np.concatenate, zip(*parts)))
+
+
+def _power(number, least=1):
+    """The next power of two."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def _packed(operation):
+    """As in files, which have floats: values, or their bits as such."""
+    row, keys, values = operation
+    if values is not None:
+        is_half = values.itemsize == 2
+        values = np.ascontiguousarray(values)
+        values = values.astype("float32") if is_half else values.view("float32")
+    return durable.Operation(row, keys, values)
+
+
+def _in_dtype(values, dtype):
+    """What `_packed` has made of values."""
+    if dtype.itemsize == 2:
+        return values.astype(dtype)
+    return np.ascontiguousarray(values).view(dtype)
 
 
 def _flat(queries):
@@ -816,20 +913,24 @@ def _numpy(name, values):
         ) from error
 
 
-def _vectors(name, values, shape, rows):
-    """A float32 array (rows, ..., width), checked.
+def _vectors(name, values, shape, rows, dtype="float32", remedy=None):
+    """An array (rows, ..., width) of a dtype, checked.
 
     Args:
         name: str, of the argument.
         values: what was given.
-        shape: tuple of what it must be, None for any size, ... for any axes.
+        shape: tuple of what it must be, None for any size, ... for any axes;
+            without the axis of rows for what is of one row.
         rows: (R,) ints of the rows, for the error.
+        dtype: str, which it becomes.
+        remedy: str, for integers that it does not keep; None to round them.
     """
     array = _numpy(name, values)
     asked = str(shape).replace("Ellipsis", "...").replace("None", "n")
     is_right = array.ndim >= 2 and array.shape[-1] == shape[-1]
     if ... in shape:
-        is_right = is_right and array.shape[0] == shape[0]
+        before = shape[: shape.index(...)]
+        is_right = is_right and array.shape[: len(before)] == before
     else:
         sizes = zip(array.shape, shape)
         is_right = array.ndim == len(shape) and all(
@@ -840,22 +941,35 @@ def _vectors(name, values, shape, rows):
             f"`{name}` must be {asked}, vectors for each row that is meant. "
             f"Received: shape {array.shape}, rows={rows.tolist()}"
         )
-    is_number = array.dtype.kind in "fiu" or "float" in array.dtype.name
-    if not is_number:
+    is_float = dtype in FLOATS
+    kind = "f" if "float" in array.dtype.name else array.dtype.kind
+    if kind not in "iu" + "f" * (is_float or not array.size):
+        wanted = "real numbers." if is_float else f"integers. {remedy}"
         raise ValueError(
-            f"`{name}` must be real numbers. Received: dtype {array.dtype}"
+            f"`{name}` must be {wanted} Received: dtype {array.dtype}"
         )
+    if remedy is not None:
+        check_exact(name, array, dtype, remedy)
     with np.errstate(over="ignore", invalid="ignore"):
-        array = np.ascontiguousarray(array, "float32")
-        is_sound = np.abs(array) <= LARGEST
+        array = np.ascontiguousarray(array, dtype)
+    is_sound = _is_sound(array)
     if not is_sound.all():
         place = tuple(map(int, np.argwhere(~is_sound)[0]))
+        row = rows[place[0] if len(rows) > 1 else 0]
         raise ValueError(
             f"`{name}` must be finite, and within +-{LARGEST:.0e} so that "
             f"products are, or searches would find nonsense. Received: "
-            f"{array[place]} in row {rows[place[0]]}, at {place}"
+            f"{array[place]} in row {row}, at {place}"
         )
     return array
+
+
+def _is_sound(array):
+    """True where numbers can be computed with, or need not."""
+    if array.dtype.kind in "iu":
+        return np.ones(array.shape, bool)
+    with np.errstate(over="ignore"):
+        return np.abs(array.astype("float32", copy=False)) <= LARGEST
 
 
 def _bools(name, values, shape, meaning):

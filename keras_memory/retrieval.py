@@ -5,6 +5,8 @@ keys, V width of values, K neighbours.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -13,9 +15,11 @@ import numpy as np
 from keras import ops
 
 from keras_memory.arguments import Arguments
+from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
+from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
 from keras_memory.checks import make_plain
@@ -24,12 +28,20 @@ BLOCK = 16384  # keys that are compared at a time
 QUERIES = 1024  # queries that are compared at a time
 GROUP = 8  # values whose largest is looked at first, if there are many
 LARGEST = 1e15  # of a component: products of two must be finite in float32
-NORM_EPSILON = 1e-24  # in the roots
+MOST_SLOTS = 1 << 30  # of a row: its count is below twice as many
 SAMPLE = 63  # keys amid which distances are measured from
 
 SIMILARITIES = ("dot", "cosine", "l2")
 METHODS = ("exact", "blocked", "approximate")
 WRITES = ("training", "always", "never")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+VALUE_DTYPES = (*FLOATS, "int32", "int64")
+OF_INTEGERS = ", floating point types: `value_dtype` is for integers as values"
+KEY_REMEDY = "Keys are floats: cast them yourself where they may be rounded."
+VALUE_REMEDY = (
+    'The memory keeps integers if made with `value_dtype="int32"` or '
+    '"int64", and floats with "float32".'
+)
 
 
 def nearest(queries, keys, top_k, bias=None):
@@ -51,7 +63,7 @@ def nearest(queries, keys, top_k, bias=None):
         products are -inf and their indices have no meaning.
 
     Raises:
-        ValueError: `top_k` is not from 1 to M.
+        ValueError: `top_k` is not from 1 to M; wrong shapes or dtypes.
 
     Example:
 
@@ -60,9 +72,15 @@ def nearest(queries, keys, top_k, bias=None):
     >>> indices
     <tf.Tensor: shape=(1, 2), dtype=int32, numpy=array([[2, 0]], dtype=int32)>
     """
+    check_process("nearest")
+    sizes = {}
+    queries = check_array("queries", queries, ("B", "D"), sizes)
+    keys = check_array("keys", keys, ("M", "D"), sizes)
     queries, keys = ops.stop_gradient(queries), ops.stop_gradient(keys)
     if bias is not None:
-        bias = ops.stop_gradient(bias)
+        bias = ops.stop_gradient(check_array("bias", bias, (..., "M"), sizes))
+        if len(bias.shape) != 1:
+            check_array("bias", bias, ("B", "M"), sizes)
     number = keys.shape[0]
     both = isinstance(number, int) and isinstance(top_k, int)
     if both and not 1 <= top_k <= number:
@@ -70,6 +88,8 @@ def nearest(queries, keys, top_k, bias=None):
             "`top_k` must be from 1 to the number of keys. "
             f"Received: top_k={top_k}, keys of shape {tuple(keys.shape)}"
         )
+    if not ops.is_tensor(top_k):
+        top_k = check_size("top_k", top_k)
     if not isinstance(number, int) or number <= BLOCK:  # a free one is small
         products = inner_products(queries, ops.transpose(keys))
         if bias is not None:
@@ -157,7 +177,7 @@ def largest(values, top_k):
     """
     number = values.shape[-1]
     groups = -(-number // GROUP)
-    if groups <= top_k:
+    if groups <= top_k or 0 in values.shape:  # which has no maxima
         return ops.top_k(values, top_k)
     # The largest K are in those K groups that have the largest maxima.
     more = groups * GROUP - number
@@ -188,7 +208,7 @@ class Neighbours(NamedTuple):
         mask: (B, ..., K) bool, False where nothing was found, as the memory
             had fewer entries.
         keys: (B, ..., K, D), as they were added; 0 where nothing was found.
-        values: (B, ..., K, V), likewise.
+        values: (B, ..., K, V), likewise, in the dtype of values.
     """
 
     scores: Any
@@ -232,8 +252,8 @@ class RingMemory:
 
     Args:
         dim: int, D, width of keys and queries.
-        max_memories: int, N, slots of each row; one more entry takes the place
-            of the oldest.
+        max_memories: int, N, slots of each row, 2^30 at most; one more entry
+            takes the place of the oldest.
         value_dim: int, V, width of values, 0 for none; None (default) for D.
         similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
             0 from all others, or `"l2"`, minus the squared distance.
@@ -244,9 +264,13 @@ class RingMemory:
             which is quicker on a TPU.
         target_recall: float in (0, 1), the share of the neighbours that
             `"approximate"` is to find, 0.95 by default.
+        value_dtype: str, of values, which come back in it: `"int32"` or
+            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
+            `"float32"` or `"float64"`; None (default) for that of the keys.
 
     Raises:
-        ValueError: a size below 1, or another similarity or method.
+        ValueError: a size below 1, another similarity, method or dtype, or one
+            that the backend does not have.
 
     Example:
 
@@ -265,6 +289,7 @@ class RingMemory:
     similarity: str = "dot"
     method: str = "exact"
     target_recall: float = 0.95
+    value_dtype: str | None = None
 
     def __post_init__(self):
         make_plain(self)
@@ -275,26 +300,39 @@ class RingMemory:
             ("value_dim", check_size("value_dim", width, least=0)),
         ):
             object.__setattr__(self, name, size)
+        if self.max_memories > MOST_SLOTS:
+            raise ValueError(
+                f"`max_memories` must be at most {MOST_SLOTS}, or a row's "
+                "count, up to twice as many, would not be an int32. "
+                f"Received: max_memories={self.max_memories}"
+            )
         check_one_of("similarity", self.similarity, SIMILARITIES)
         check_one_of("method", self.method, METHODS)
         check_within("target_recall", self.target_recall)
+        dtype = check_value_dtype(self.value_dtype)
+        object.__setattr__(self, "value_dtype", dtype)
 
     def initial_state(self, batch_size, dtype="float32"):
         """An empty memory for each row.
 
         Args:
             batch_size: int or scalar tensor, B.
-            dtype: of keys and values; half as much memory in 16 bits. They are
-                compared in float32 all the same.
+            dtype: of keys, and of values but for `value_dtype`, a floating
+                point type; half as much memory in 16 bits. Keys are compared in
+                float32 all the same.
 
         Returns:
             `RingState`.
         """
+        check_process("RingMemory")
+        if not ops.is_tensor(batch_size):
+            check_size("batch_size", batch_size, least=0)
+        dtype = check_dtype("dtype", dtype, FLOATS, OF_INTEGERS)
         self._check_bytes(batch_size, dtype)
         slots = (batch_size, self.max_memories)
         return RingState(
             ops.zeros((*slots, self.dim), dtype),
-            ops.zeros((*slots, self.value_dim), dtype),
+            ops.zeros((*slots, self.value_dim), self.value_dtype or dtype),
             ops.zeros((batch_size,), "int32"),
         )
 
@@ -307,6 +345,7 @@ class RingMemory:
 
     def size(self, state):
         """(B,) int32, how many entries each row has."""
+        state, _ = self._checked(state)
         return ops.minimum(state.count, self.max_memories)
 
     def clear(self, state, rows):
@@ -319,18 +358,8 @@ class RingMemory:
         Returns:
             `RingState`.
         """
-        rows = ops.convert_to_tensor(rows)
-        is_bool = keras.backend.standardize_dtype(rows.dtype) == "bool"
-        if (
-            not is_bool
-            or len(rows.shape) != 1
-            or _differ(rows.shape, state.keys)
-        ):
-            raise ValueError(
-                "`rows` must be (B,) bool, True for each row of the memory "
-                f"that is cleared. Received: shape {tuple(rows.shape)}, dtype "
-                f"{rows.dtype}, a memory of shape {tuple(state.keys.shape)}"
-            )
+        state, sizes = self._checked(state)
+        rows = check_array("rows", rows, ("B",), sizes, "bool")
         return state._replace(count=ops.where(rows, 0, state.count))
 
     def add(self, state, keys, values=None, mask=None):
@@ -339,7 +368,9 @@ class RingMemory:
         Args:
             state: `RingState`.
             keys: (B, n, D), any real value; n may be larger than N.
-            values: (B, n, V); None where V is 0.
+            values: (B, n, V); None where V is 0. Integers are refused where
+                their dtype does not keep them exactly: NumPy's and lists by
+                their numbers, tensors by their dtype. So are keys.
             mask: (B, n) bool, False for entries that are left out; None for
                 all. A row of False is not touched.
 
@@ -347,20 +378,23 @@ class RingMemory:
             `RingState`. No gradient flows to what was added.
 
         Raises:
-            ValueError: wrong shapes.
+            ValueError: wrong shapes or dtypes.
         """
-        keys, values = self._entries(state, keys, values)
-        kept = is_sound(keys) & is_sound(values)
+        state, sizes = self._checked(state)
+        keys, values = self._entries(state, keys, values, sizes)
+        kept = is_sound(keys)
+        if not _is_integer(values):
+            kept = kept & is_sound(values)
         if mask is not None:
-            mask = ops.convert_to_tensor(mask, "bool")
-            if tuple(mask.shape) != tuple(keys.shape[:2]):
-                raise ValueError(
-                    "`mask` must be (B, n), one bool an entry. Received: shape "
-                    f"{tuple(mask.shape)}, keys of shape {tuple(keys.shape)}"
-                )
-            kept = kept & mask
+            kept = kept & check_array("mask", mask, ("B", "n"), sizes, "bool")
         if keys.shape[1] == 0:
             return state
+        if keys.shape[1] is None:  # there may be none: one that is left out
+            keys, values = (
+                ops.pad(part, ((0, 0), (0, 1), (0, 0)))
+                for part in (keys, values)
+            )
+            kept = ops.pad(kept, ((0, 0), (0, 1)), constant_values=False)
         size = self.max_memories
         order = ops.cumsum(ops.cast(kept, "int32"), axis=1)
         added = order[:, -1:]
@@ -371,7 +405,7 @@ class RingMemory:
         here = ops.arange(ops.shape(keys)[1], dtype="int32")
         source = ops.where(kept, here, ops.cast(last, "int32"))
         order = ops.take_along_axis(order, source, axis=1)
-        slots = state.count[:, None] + ops.maximum(order - 1, 0)
+        slots = _after(state.count[:, None], ops.maximum(order - 1, 0), size)
         slots = slots % size
 
         def written(before, entries):
@@ -382,11 +416,10 @@ class RingMemory:
             )
             return _with_rows_at(before, slots, entries)
 
-        count = state.count + added[:, 0]
         return RingState(
             written(state.keys, keys),
             written(state.values, values) if self.value_dim else state.values,
-            ops.where(count < 2 * size, count, size + count % size),
+            _after(state.count, added[:, 0], size),
         )
 
     def search(self, state, queries, top_k):
@@ -402,7 +435,7 @@ class RingMemory:
             none to the memory.
 
         Raises:
-            ValueError: wrong shapes, or another `top_k`.
+            ValueError: wrong shapes or dtypes, or another `top_k`.
         """
         check_size("top_k", top_k)
         if top_k > self.max_memories:
@@ -411,19 +444,15 @@ class RingMemory:
                 f"found. Received: top_k={top_k}, "
                 f"max_memories={self.max_memories}"
             )
-        self._check_state(state)
-        queries = ops.convert_to_tensor(queries)
-        axes = queries.shape
-        if len(axes) < 2 or axes[-1] != self.dim or _differ(axes, state.keys):
-            raise ValueError(
-                f"`queries` must be (B, ..., {self.dim}), vectors as wide as "
-                "the keys for each row of the memory. Received: shape "
-                f"{tuple(axes)}, keys of shape {tuple(state.keys.shape)}"
-            )
+        state, sizes = self._checked(state)
+        queries = check_array(
+            "queries", queries, ("B", ..., self.dim), sizes, dtype="float32"
+        )
         shape = (*ops.shape(queries)[:-1], top_k)
-        flat = ops.reshape(queries, (shape[0], -1, self.dim))
+        number = functools.reduce(operator.mul, shape[1:-1], 1)
+        flat = ops.reshape(queries, (shape[0], number, self.dim))
         sound = is_sound(flat)[..., None]
-        flat = ops.where(sound, ops.cast(flat, "float32"), 0.0)
+        flat = ops.where(sound, flat, 0.0)
         state = RingState(*map(ops.stop_gradient, state))
         found, slots = self._find(state, ops.stop_gradient(flat), top_k)
         mask = sound & (found > -np.inf)
@@ -448,14 +477,13 @@ class RingMemory:
         """(B, Q, K) products, -inf for slots without an entry, and slots."""
         keys = ops.cast(state.keys, "float32")
         slots = ops.arange(self.max_memories, dtype="int32")
-        size = self.size(state)[:, None]
+        size = ops.minimum(state.count, self.max_memories)[:, None]
         bias = ops.where(slots < size, 0.0, -np.inf)
         if self.similarity == "cosine":
-            keys = unit(keys)
+            queries, keys = unit(queries), unit(keys)
         if self.similarity == "l2":  # -|q - k|^2 / 2, but for what all share
             # Far from zero the difference of products would be rounding.
-            steps = ops.arange(SAMPLE, dtype="int32")
-            places = steps * (ops.maximum(size, 1) - 1) // (SAMPLE - 1)
+            places = places_of_sample(ops.maximum(size, 1), ops)
             centre = middle(_rows_at(keys, places))
             queries, keys = queries - centre, keys - centre
             bias = bias - 0.5 * ops.sum(keys * keys, axis=-1)
@@ -499,51 +527,43 @@ class RingMemory:
             return largest(products, top_k)
         return ops.top_k(products, top_k)
 
-    def _check_state(self, state):
-        slots = (None, self.max_memories)
-        wanted = (*slots, self.dim), (*slots, self.value_dim), (None,)
-        for name, part, axes in zip(RingState._fields, state, wanted):
-            shape = tuple(part.shape)
-            if len(shape) != len(axes) or any(
-                None not in pair and len(set(pair)) > 1
-                for pair in zip(shape, axes)
-            ):
-                asked = ", ".join("B" if n is None else str(n) for n in axes)
-                raise ValueError(
-                    f"`{name}` of the state must be ({asked}), as "
-                    f"`initial_state` makes it. Received: shape {shape}"
-                )
-
-    def _entries(self, state, keys, values):
-        """Checked, without gradient, in the dtype of the state."""
-        self._check_state(state)
-        keys = ops.convert_to_tensor(keys)
-        if values is None and not self.value_dim:
-            values = ops.zeros((*ops.shape(keys)[:2], 0))
-        checked = []
-        for name, entries, width, before in (
-            ("keys", keys, self.dim, state.keys),
-            ("values", values, self.value_dim, state.values),
-        ):
-            if entries is not None:
-                entries = ops.convert_to_tensor(entries)
-            shape = None if entries is None else tuple(ops.shape(entries))
-            if shape is None or len(shape) != 3 or shape[-1] != width:
-                raise ValueError(
-                    f"`{name}` must be (B, n, {width}), n entries for each row "
-                    f"of the memory. Received: shape {shape}"
-                )
-            if _differ(shape, before) or _differ(shape[1:], keys[0]):
-                raise ValueError(
-                    f"`{name}` must have as many rows as the memory and as "
-                    f"many entries as `keys`. Received: shape {shape}, keys of "
-                    f"shape {tuple(keys.shape)}, and a memory of shape "
-                    f"{tuple(before.shape)}"
-                )
-            checked.append(
-                ops.stop_gradient(ops.cast(entries, ops.dtype(before)))
+    def _checked(self, state):
+        """The tensors of a state, and a dict with B, the number of its rows."""
+        check_process("RingMemory")
+        if not isinstance(state, (tuple, list)) or len(state) != 3:
+            raise ValueError(
+                "`state` must be a `RingState`, as `initial_state` makes it. "
+                f"Received: {type(state).__name__}"
             )
-        return checked
+        keys, values, count = state
+        sizes, slots = {}, ("B", self.max_memories)
+        options = of_values(self.value_dtype)
+        keys = check_array(
+            "state.keys", keys, (*slots, self.dim), sizes, remedy=KEY_REMEDY
+        )
+        values = check_array(
+            "state.values", values, (*slots, self.value_dim), sizes, **options
+        )
+        count = check_array(
+            "state.count", count, ("B",), sizes, "integer", "int32"
+        )
+        return RingState(keys, values, count), sizes
+
+    def _entries(self, state, keys, values, sizes):
+        """Checked, without gradient, in the dtypes of the state."""
+        dtypes = [ops.dtype(part) for part in state]
+        of_keys = {"dtype": dtypes[0], "remedy": KEY_REMEDY}
+        keys = check_array("keys", keys, ("B", "n", self.dim), sizes, **of_keys)
+        if values is None and not self.value_dim:
+            values = ops.zeros((*ops.shape(keys)[:2], 0), dtypes[1])
+        values = check_array(
+            "values",
+            values,
+            ("B", "n", self.value_dim),
+            sizes,
+            **of_values(self.value_dtype, dtypes[1]),
+        )
+        return ops.stop_gradient(keys), ops.stop_gradient(values)
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
@@ -561,7 +581,8 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
 
     Masking and dtype: a mask that comes with the keys leaves entries out.
     Searches are in float32 under any policy; keys and values are kept in
-    `memory_dtype` and returned in the compute dtype.
+    `memory_dtype` and returned in the compute dtype. With `value_dtype` values
+    are kept and returned in it.
 
     The batch size is fixed, since each row of the batch has a memory: `fit`
     needs a multiple of it, and `predict` the same `batch_size`. Where it
@@ -569,19 +590,22 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
     hand a `RingState` in and out instead (`RingMemory`).
 
     Args:
-        max_memories, similarity, method, target_recall: as of `RingMemory`.
+        max_memories, similarity, method, target_recall, value_dtype: as of
+            `RingMemory`.
         top_k: int, K, from 1 (32 by default) to `max_memories`.
         write: when entries are written and rows cleared for good:
             `"training"` (default), so that evaluation leaves the memory alone,
             `"always"`, or `"never"`.
-        memory_dtype: of what is kept, `"float32"` by default.
+        memory_dtype: of what is kept, a floating point type, `"float32"` by
+            default.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
         queries: (B, ..., D), any real value.
         keys: (B, n, D), entries to write; None to only search.
         values: (B, n, V); None where only keys are kept. What the first call
-            has decides: without, V is 0.
+            has decides: without, V is 0. Integers need a `value_dtype` that
+            keeps all of their dtype.
         keys_mask: (B, n) bool, False for entries that are not written.
         clear: (B,) bool, True for rows whose entries are forgotten before the
             search, as at the start of a document.
@@ -613,10 +637,14 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         target_recall=0.95,
         write="training",
         memory_dtype="float32",
+        value_dtype=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        ring = RingMemory(1, max_memories, 0, similarity, method, target_recall)
+        self.autocast = False  # what is kept is not rounded to compute with
+        ring = RingMemory(
+            1, max_memories, 0, similarity, method, target_recall, value_dtype
+        )
         self.max_memories = ring.max_memories
         self.top_k = check_size("top_k", top_k)
         if top_k > max_memories:
@@ -628,21 +656,19 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         self.method = method
         self.target_recall = target_recall
         self.write = check_one_of("write", write, WRITES)
-        self.memory_dtype = keras.backend.standardize_dtype(memory_dtype)
-        if "float" not in self.memory_dtype:
-            raise ValueError(
-                "`memory_dtype` must be a floating point type, or entries "
-                "would be rounded to integers. Received: "
-                f"memory_dtype={memory_dtype!r}"
-            )
+        self.memory_dtype = check_dtype(
+            "memory_dtype", memory_dtype, FLOATS, OF_INTEGERS
+        )
+        self.value_dtype = ring.value_dtype
 
     def build(self, queries_shape, keys_shape=None, values_shape=None):
-        batch, dim = queries_shape[0], queries_shape[-1]
-        if batch is None or dim is None:
+        batch, dim = ([None, *queries_shape][place] for place in (1, -1))
+        if batch is None or dim is None or len(queries_shape) < 2:
             raise ValueError(
-                "`queries` must have a known batch size and width, as each row "
-                "has a memory among the weights: `keras.Input(batch_shape=...)`"
-                f". Received: shape {tuple(queries_shape)}"
+                "`queries` must be (B, ..., D), of a known batch size and "
+                "width, as each row has a memory among the weights: "
+                "`keras.Input(batch_shape=...)`. Received: shape "
+                f"{tuple(queries_shape)}"
             )
         self.ring = RingMemory(
             dim,
@@ -651,10 +677,12 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
             self.similarity,
             self.method,
             self.target_recall,
+            self.value_dtype,
         )
         self.ring._check_bytes(batch, self.memory_dtype)
         slots = (batch, self.max_memories)
         shapes = [(*slots, dim), (*slots, self.ring.value_dim), (batch,)]
+        value_dtype = self.value_dtype or self.memory_dtype
         self.memory_keys, self.memory_values, self.memory_count = (
             self.add_weight(
                 shape=shape,
@@ -665,7 +693,9 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
                 name=f"memory_{name}",
             )
             for name, shape, dtype in zip(
-                RingState._fields, shapes, [self.memory_dtype] * 2 + ["int32"]
+                RingState._fields,
+                shapes,
+                (self.memory_dtype, value_dtype, "int32"),
             )
         )
         self.built = True
@@ -680,6 +710,20 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         """Forgets all entries."""
         self.memory_count.assign(ops.zeros_like(self.state.count))
 
+    def __call__(self, queries, keys=None, values=None, *others, **named):
+        given = [let_in("queries", queries, (None, ..., None))]
+        any_entries = (None, None, None)
+        if keys is not None:
+            of_keys = {"dtype": self.memory_dtype, "remedy": KEY_REMEDY}
+            keys = let_in("keys", keys, any_entries, **of_keys)
+        if values is not None:
+            options = of_values(self.value_dtype, self.memory_dtype)
+            values = let_in("values", values, any_entries, **options)
+        given += [keys, values, *others]
+        while given[-1] is None:  # which Keras takes by name only
+            given.pop()
+        return super().__call__(*given, **named)
+
     def call(
         self,
         queries,
@@ -690,10 +734,8 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         training=False,
     ):
         before = state = self.state
-        queries = ops.convert_to_tensor(queries)
-        if queries.shape:
-            size = self.memory_keys.shape[0]
-            queries = check_batch("queries", queries, size)
+        queries = check_array("queries", queries, (None, ..., self.ring.dim))
+        queries = check_batch("queries", queries, self.memory_keys.shape[0])
         if clear is not None:
             state = self.ring.clear(state, clear)
         found = self.ring.search(state, queries, self.top_k)
@@ -704,22 +746,89 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
             if state.keys is not before.keys:
                 self.memory_keys.assign(state.keys)
                 self.memory_values.assign(state.values)
+        dtype = self.value_dtype or self.compute_dtype
         return found._replace(
             keys=ops.cast(found.keys, self.compute_dtype),
-            values=ops.cast(found.values, self.compute_dtype),
+            values=ops.cast(found.values, dtype),
         )
 
     def get_config(self):
         names = ("max_memories", "top_k", "similarity", "method")
-        names += ("target_recall", "write", "memory_dtype")
+        names += ("target_recall", "write", "memory_dtype", "value_dtype")
         config = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **config}
 
 
-def unit(vectors):
-    """Vectors of length 1, or 0 where they are; (..., D)."""
-    squares = ops.sum(vectors * vectors, axis=-1, keepdims=True)
-    return vectors / ops.sqrt(squares + NORM_EPSILON)
+def check_dtype(name, dtype, choices, others="", in_graph=True):
+    """The name of a dtype, or ValueError unless it is one of `choices` that the
+    backend has, if it is of a graph; `others` says what else it may be."""
+    try:
+        found = keras.backend.standardize_dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if dtype is None or found not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {tuple(choices)}{others}. "
+            f"Received: {name}={dtype!r}"
+        )
+    is_wide = in_graph and found.endswith("64")
+    if is_wide and keras.backend.backend() == "jax":
+        import jax
+
+        if not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"`{name}` must be of 32 bits or fewer in JAX, until "
+                '`jax.config.update("jax_enable_x64", True)` was called. '
+                f"Received: {name}={dtype!r}"
+            )
+    return found
+
+
+def check_value_dtype(dtype, in_graph=True):
+    """None, or the name of a dtype of values; see `check_dtype`."""
+    if dtype is None:
+        return None
+    return check_dtype(
+        "value_dtype", dtype, VALUE_DTYPES, ", or None", in_graph
+    )
+
+
+def of_values(value_dtype, dtype=None):
+    """Options of `check_array` for values, which become `value_dtype`, or if
+    that is None `dtype`."""
+    kind = "real" if value_dtype in (None, *FLOATS) else "integer"
+    dtype = value_dtype or dtype
+    return {"kind": kind, "dtype": dtype, "remedy": VALUE_REMEDY}
+
+
+def let_in(name, value, *arguments, **options):
+    """What a layer is called with, checked as by `check_array`, before Keras
+    makes a tensor of it, which may round it, or fail without a name.
+
+    Tensors are for `call` to check, as they may have masks.
+    """
+    if isinstance(value, keras.KerasTensor) or ops.is_tensor(value):
+        return value
+    return check_array(name, value, *arguments, **options)
+
+
+def _is_integer(array):
+    return "int" in ops.dtype(array)
+
+
+def unit(vectors, xp=ops):
+    """Vectors of length 1, or 0 where they are, however small or large they
+    are; (..., D). `xp` may be NumPy, for arrays of its own."""
+    largest = xp.max(xp.abs(vectors), axis=-1, keepdims=True, initial=0)
+    if xp is ops:  # the scale does not matter, nor what it changes with
+        largest = ops.stop_gradient(largest)
+    # Smaller numbers have few bits, or none where a device takes them for 0.
+    is_zero = largest < np.finfo("float32").tiny
+    vectors = vectors / xp.where(is_zero, 1, largest)
+    squares = xp.sum(vectors * vectors, axis=-1, keepdims=True)
+    return xp.where(
+        is_zero, 0, vectors / xp.sqrt(xp.where(is_zero, 1, squares))
+    )
 
 
 def similarity_of(queries, keys, similarity):
@@ -727,14 +836,19 @@ def similarity_of(queries, keys, similarity):
     queries, keys = (ops.cast(one, "float32") for one in (queries, keys))
     if similarity == "l2":
         return -ops.sum(ops.square(queries - keys), axis=-1)
-    if similarity == "cosine":
-        queries, keys = unit(queries), unit(keys)
-    return ops.sum(queries * keys, axis=-1)
+    if similarity == "dot":
+        return ops.sum(queries * keys, axis=-1)
+    cosines = ops.sum(unit(queries) * unit(keys), axis=-1)
+    # Rounding may lead beyond 1. Gradients are the cosine's all the same.
+    return cosines + ops.stop_gradient(ops.clip(cosines, -1, 1) - cosines)
 
 
-def places_of_sample(size):
-    """(SAMPLE,) ints from 0 to size - 1, where to look for the `middle`."""
-    return np.arange(SAMPLE) * (size - 1) // (SAMPLE - 1)
+def places_of_sample(size, xp=np):
+    """(SAMPLE,) int32 from 0 to size - 1, where to look for the `middle`; of
+    (B, 1) sizes, (B, SAMPLE), with `keras.ops`."""
+    steps, last = xp.arange(SAMPLE, dtype="int32"), SAMPLE - 1
+    # Their product with the size may be too large for an int32.
+    return (size - 1) // last * steps + (size - 1) % last * steps // last
 
 
 def middle(vectors):
@@ -750,35 +864,43 @@ def is_sound(vectors):
     return ops.all(ops.abs(vectors) <= LARGEST, axis=-1)
 
 
-def _differ(shape, array):
-    """Whether the first axes are known and not the same."""
-    one, other = shape[0], array.shape[0]
-    return isinstance(one, int) and isinstance(other, int) and one != other
-
-
-def _flat(entries, slots):
-    """Entries of all rows in a line, (B N, W), and the places of (B, ...)
-    slots in it."""
-    batch, size, width = ops.shape(entries)
-    first = size * ops.arange(batch, dtype="int32")
-    axes = [None] * (len(slots.shape) - 1)
-    return ops.reshape(entries, (batch * size, width)), first[
-        (..., *axes)
-    ] + slots
+def _after(count, added, size):
+    """The `count` of a `RingState` after more entries, all int32: no sum here
+    is above 2 N, which 32 bits hold."""
+    is_full = added >= size - count
+    return (count % size + added % size) % size + ops.where(is_full, size, 0)
 
 
 def _rows_at(entries, slots):
     """(B, N, W) at (B, ...): (B, ..., W)."""
-    entries, places = _flat(entries, slots)
-    return ops.take(entries, places, axis=0)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.gather(entries, slots, batch_dims=1)
+    return entries[_rows_of(slots), ops.cast(slots, _index_dtype())]
 
 
 def _with_rows_at(entries, slots, new):
     """(B, N, W), with (B, n, W) new ones at (B, n)."""
-    flat, places = _flat(entries, slots)
-    flat = ops.scatter_update(
-        flat,
-        ops.reshape(places, (-1, 1)),
+    places = [ops.broadcast_to(_rows_of(slots), ops.shape(slots))]
+    places.append(ops.cast(slots, _index_dtype()))
+    return ops.scatter_update(
+        entries,
+        ops.reshape(ops.stack(places, axis=-1), (-1, 2)),
         ops.reshape(new, (-1, new.shape[-1])),
     )
-    return ops.reshape(flat, ops.shape(entries))
+
+
+# Places are pairs of a row and a slot, since one number for both, such as for
+# entries of all rows in a line, might be beyond 2^31.
+
+
+def _rows_of(slots):
+    """The row of each of (B, ...) slots, (B, 1 ...)."""
+    rows = ops.arange(ops.shape(slots)[0], dtype=_index_dtype())
+    return ops.reshape(rows, (-1, *[1] * (len(slots.shape) - 1)))
+
+
+def _index_dtype():
+    """JAX has no int64, and needs none; TensorFlow makes of the pairs one."""
+    return "int32" if keras.backend.backend() == "jax" else "int64"

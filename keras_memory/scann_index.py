@@ -22,17 +22,22 @@ import numpy as np
 from keras import ops
 
 from keras_memory.arguments import Arguments
+from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
+from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
-from keras_memory.retrieval import NORM_EPSILON
+from keras_memory.retrieval import KEY_REMEDY
 from keras_memory.retrieval import SIMILARITIES
 from keras_memory.retrieval import Neighbours
+from keras_memory.retrieval import check_value_dtype
 from keras_memory.retrieval import is_sound
+from keras_memory.retrieval import let_in
 from keras_memory.retrieval import middle
 from keras_memory.retrieval import nearest
+from keras_memory.retrieval import of_values
 from keras_memory.retrieval import places_of_sample
 from keras_memory.retrieval import similarity_of
 from keras_memory.retrieval import unit
@@ -246,9 +251,15 @@ class ScannRow:
         slots, scores = self._found(queries, top_k)
         searcher = self._searcher
         self._follow()
-        if not searcher.is_hashed:
-            return slots, scores
-        # Scores of compressed vectors are rough: the best of twice as many.
+        if searcher.is_hashed:
+            slots, scores = self._best(searcher, queries, slots, scores, top_k)
+        if self._similarity == "cosine":  # rounding may lead beyond 1
+            scores = np.where(scores > -np.inf, np.clip(scores, -1, 1), scores)
+        return slots, scores
+
+    def _best(self, searcher, queries, slots, scores, top_k):
+        """The best of what was found, by the vectors themselves: scores of
+        compressed ones are rough."""
         vectors = searcher.prepared(self._vectors(slots.ravel()))
         vectors = vectors.reshape(*slots.shape, -1)
         exact = np.einsum("qkd,qd->qk", vectors, searcher.prepared(queries))
@@ -425,8 +436,7 @@ class Searcher:
     def prepared(self, vectors):
         """What ScaNN compares of (n, D) keys or queries."""
         if self._similarity == "cosine":
-            squares = np.sum(vectors * vectors, axis=-1, keepdims=True)
-            return vectors / np.sqrt(squares + np.float32(NORM_EPSILON))
+            return unit(vectors, np)
         if self._similarity == "l2":
             # Far from zero ScaNN's distances would be rounding.
             return vectors - self._centre
@@ -582,7 +592,7 @@ def closeness(queries, keys, similarity, slots):
         found[some] = np.einsum("qnd,qd->qn", near, query)
         if similarity == "cosine":
             squares = np.einsum("qnd,qnd->qn", near, near)
-            found[some] /= np.sqrt(squares + NORM_EPSILON)
+            found[some] /= np.sqrt(np.where(squares > 0, squares, 1))
     return found
 
 
@@ -620,9 +630,9 @@ class ScannIndex(Arguments, keras.layers.Layer):
     with ScaNN.
 
     State: weights that are not trained, `memory_keys` (M, D), `memory_values`
-    (M, V) and `memory_version`, by which `set_memory` tells one set of entries
-    from another, 0 for none. A `.keras` file has these; the index is built anew
-    from them, also after `set_weights`.
+    (M, V) and `memory_version`, 0 for no entries, else a checksum of the keys,
+    whoever changes them. A `.keras` file has these; the index is built anew
+    from them where it is of other keys, also after `set_weights`.
 
     Up to 16,384 entries, and where no tree would do with a quarter of the
     entries, all are compared, by ScaNN.
@@ -636,6 +646,10 @@ class ScannIndex(Arguments, keras.layers.Layer):
         target_recall: float in (0, 1), 0.95 by default, the share of the
             neighbours that a tree is to find.
         exact: bool, False by default.
+        value_dtype: str, of values, which come back in it: `"int32"` or
+            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
+            `"float32"` or `"float64"`; None (default) keeps them in float32 and
+            returns them in the compute dtype.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -666,6 +680,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
         similarity="dot",
         target_recall=0.95,
         exact=False,
+        value_dtype=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -681,6 +696,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
         check_within("target_recall", target_recall)
         self.target_recall = target_recall
         self.exact = check_bool("exact", exact)
+        self.value_dtype = check_value_dtype(value_dtype)
         self.supports_jit = exact
         if not exact:
             check_scann("`ScannIndex`", "`exact=True` needs none")
@@ -694,31 +710,36 @@ class ScannIndex(Arguments, keras.layers.Layer):
         self._version = 0
 
     def build(self, queries_shape):
-        dim = queries_shape[-1]
+        dim = queries_shape[-1] if len(queries_shape) > 1 else None
         if dim is None:
             raise ValueError(
-                "The last axis of `queries` must have a known size, that of "
-                f"the keys. Received: shape {tuple(queries_shape)}"
+                "The last axis of `queries`, (..., D), must have a known size, "
+                f"that of the keys. Received: shape {tuple(queries_shape)}"
             )
 
-        def weight(name, shape, dtype="float32"):
-            return self.add_weight(
-                shape=shape,
-                initializer="zeros",
-                dtype=dtype,
-                trainable=False,
-                autocast=False,
-                name=name,
-            )
+        def weight(name, shape, dtype="float32", kind=keras.Variable):
+            with keras.name_scope(self.name, caller=self):
+                return kind(
+                    "zeros",
+                    shape=shape,
+                    dtype=dtype,
+                    trainable=False,
+                    autocast=False,
+                    name=name,
+                )
 
         width = "D + value_dim", dim + self.value_dim
         check_bytes("The memory", [("memory_size", self.memory_size), width])
-        self.memory_keys = weight("memory_keys", (self.memory_size, dim))
+        watched = functools.partial(_Watched, self._match_version)
+        self.memory_keys = weight(
+            "memory_keys", (self.memory_size, dim), kind=watched
+        )
         self.memory_values = None
         if self.value_dim:
             shape = (self.memory_size, self.value_dim)
-            self.memory_values = weight("memory_values", shape)
-        self.memory_version = weight("memory_version", (), "int32")
+            dtype = self.value_dtype or "float32"
+            self.memory_values = weight("memory_values", shape, dtype)
+        self.memory_version = weight("memory_version", (), "int32", watched)
         self.built = True
 
     def set_memory(self, keys, values=None):
@@ -736,39 +757,60 @@ class ScannIndex(Arguments, keras.layers.Layer):
         Raises:
             ValueError: wrong shapes, or values that are not finite.
         """
-        keys = ops.convert_to_tensor(keys, "float32")
-        shape = tuple(keys.shape)
-        dim = self.memory_keys.shape[-1] if self.built else shape[-1:]
-        dim = dim if isinstance(dim, int) else (dim or ("D",))[0]
-        if shape != (self.memory_size, dim):
-            raise ValueError(
-                f"`keys` must be (memory_size, D), ({self.memory_size}, "
-                f"{dim}). Received: shape {shape}"
-            )
-        entries = [keys]
+        check_process("ScannIndex")
+        sizes = {"memory_size": self.memory_size, "value_dim": self.value_dim}
+        if self.built:
+            sizes["D"] = self.memory_keys.shape[-1]
+        keys = check_array(
+            "keys",
+            keys,
+            ("memory_size", "D"),
+            sizes,
+            dtype="float32",
+            remedy=KEY_REMEDY,
+        )
+        sound = [keys]
         if self.value_dim or values is not None:
-            if values is not None:
-                values = ops.convert_to_tensor(values, "float32")
-            of_values = None if values is None else tuple(values.shape)
-            if of_values != (self.memory_size, self.value_dim):
-                raise ValueError(
-                    "`values` must be (memory_size, value_dim), "
-                    f"({self.memory_size}, {self.value_dim}). "
-                    f"Received: shape {of_values}"
-                )
-            entries.append(values)
-        if not all(bool(ops.all(is_sound(part))) for part in entries):
+            values = check_array(
+                "values",
+                values,
+                ("memory_size", "value_dim"),
+                sizes,
+                **of_values(self.value_dtype, "float32"),
+            )
+            sound += [values] if "float" in ops.dtype(values) else []
+        if not all(bool(ops.all(is_sound(part))) for part in sound):
             raise ValueError(
                 "Entries must be finite, and within +-1e15 so that products "
                 "are. Received: NaN, infinity or larger values"
             )
         if not self.built:
-            self.build(shape)
-        self.memory_keys.assign(keys)
+            self.build(tuple(keys.shape))
         if self.value_dim:
             self.memory_values.assign(values)
-        self.memory_version.assign(_checksum(entries))
+        self.memory_version.assign(0)  # not to look at the keys twice
+        self.memory_keys.assign(keys)
+        self.memory_version.assign(1)
         self._renew()
+
+    def _match_version(self):
+        """Makes the version that of the keys, if there are entries."""
+        if self.exact or not self.built:
+            return
+        import tensorflow as tf
+
+        if not tf.executing_eagerly():
+            raise ValueError(
+                "The weights of a `ScannIndex` must be changed outside of "
+                "graphs, as an index is built of them. Received: a change "
+                "while a function is traced"
+            )
+        version = int(self.memory_version)
+        if version:
+            checksum = zlib.crc32(ops.convert_to_numpy(self.memory_keys))
+            checksum = max(1, checksum & 0x7FFFFFFF)
+            if version != checksum:
+                self.memory_version.assign(checksum)
 
     def _renew(self):
         """Builds the index anew if it is not that of the entries.
@@ -796,9 +838,13 @@ class ScannIndex(Arguments, keras.layers.Layer):
         """Whether ScaNN finds the entries, now."""
         return self._index is not None
 
+    def __call__(self, queries, **named):
+        queries = let_in("queries", queries, (None, ..., None))
+        return super().__call__(queries, **named)
+
     def call(self, queries):
-        queries = ops.convert_to_tensor(queries)
-        self._check(queries.shape)
+        check_process("ScannIndex")
+        queries = self._checked(queries)
         if not self._renew():
             raise ValueError(
                 "There must be entries to find: call `set_memory`, or load "
@@ -825,27 +871,31 @@ class ScannIndex(Arguments, keras.layers.Layer):
             slots = ops.take_along_axis(slots, best, axis=1)
             keys = ops.take_along_axis(keys, best[..., None], axis=1)
         mask = sound & (found > -np.inf)
-        keys = ops.where(mask[..., None], keys, 0.0)
+        keys = ops.where(mask[..., None], keys, 0)
         if self.value_dim:
             values = ops.take(
                 ops.convert_to_tensor(self.memory_values), slots, axis=0
             )
-            values = ops.where(mask[..., None], values, 0.0)
+            values = ops.where(mask[..., None], values, 0)
         else:
             values = ops.zeros((*ops.shape(slots), 0))
-        cast = functools.partial(ops.cast, dtype=self.compute_dtype)
         return Neighbours(
             ops.reshape(ops.where(mask, scores, -np.inf), shape),
             ops.reshape(ops.where(mask, slots, -1), shape),
             ops.reshape(mask, shape),
-            ops.reshape(cast(keys), (*shape, keys.shape[-1])),
-            ops.reshape(cast(values), (*shape, self.value_dim)),
+            ops.reshape(
+                ops.cast(keys, self.compute_dtype), (*shape, keys.shape[-1])
+            ),
+            ops.reshape(
+                ops.cast(values, self.value_dtype or self.compute_dtype),
+                (*shape, self.value_dim),
+            ),
         )
 
     def _compare(self, queries, keys):
         bias = None
         if self.similarity == "cosine":
-            keys = unit(keys)
+            queries, keys = unit(queries), unit(keys)
         if self.similarity == "l2":  # far from zero, differences are rounding
             sample = ops.take(keys, places_of_sample(keys.shape[0]), axis=0)
             centre = middle(sample)
@@ -871,16 +921,12 @@ class ScannIndex(Arguments, keras.layers.Layer):
         with tf.control_dependencies([check] if check is not None else []):
             yield
 
-    def _check(self, shape):
+    def _checked(self, queries):
         dim = self.memory_keys.shape[-1]
-        if len(shape) < 2 or shape[-1] != dim:
-            raise ValueError(
-                f"`queries` must be (..., {dim}), vectors as wide as the keys. "
-                f"Received: shape {tuple(shape)}"
-            )
+        return check_array("queries", queries, (None, ..., dim))
 
     def compute_output_spec(self, queries):
-        self._check(queries.shape)
+        self._checked(queries)
         shape = (*queries.shape[:-1], self.top_k)
         dtype = self.compute_dtype
         return Neighbours(
@@ -888,7 +934,9 @@ class ScannIndex(Arguments, keras.layers.Layer):
             keras.KerasTensor(shape, "int32"),
             keras.KerasTensor(shape, "bool"),
             keras.KerasTensor((*shape, queries.shape[-1]), dtype),
-            keras.KerasTensor((*shape, self.value_dim), dtype),
+            keras.KerasTensor(
+                (*shape, self.value_dim), self.value_dtype or dtype
+            ),
         )
 
     def load_own_variables(self, store):
@@ -905,7 +953,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
 
     def get_config(self):
         names = ("memory_size", "top_k", "value_dim", "similarity")
-        names += ("target_recall", "exact")
+        names += ("target_recall", "exact", "value_dtype")
         config = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **config}
 
@@ -919,12 +967,17 @@ def _outside_of_graphs():
     return tf.init_scope()
 
 
-def _checksum(entries):
-    """An int32 above 0, of tensors."""
-    total = 0
-    for part in entries:
-        total = zlib.crc32(ops.convert_to_numpy(part), total)
-    return max(1, total & 0x7FFFFFFF)
+class _Watched(keras.Variable):
+    """A weight that tells of each new value."""
+
+    def __init__(self, changed, *arguments, **options):
+        self._changed = changed
+        super().__init__(*arguments, **options)
+
+    def assign(self, value):
+        value = super().assign(value)
+        self._changed()
+        return value
 
 
 class _Index:

@@ -332,6 +332,7 @@ OTHERS = [
             "target_recall": 0.8,
             "write": "always",
             "memory_dtype": "bfloat16",
+            "value_dtype": "float16",
         },
     ),
     OtherCase(

@@ -93,3 +93,70 @@ def test_no_axis_is_longer_than_an_index():
     assert check_size("slots", LONGEST_AXIS) == LONGEST_AXIS
     with pytest.raises(ValueError, match="`slots` must be at most 2147483647"):
         check_size("slots", 2**31)
+
+
+REMEDY = "Scale them."
+
+
+@pytest.mark.parametrize(
+    "numbers, dtype, inexact",
+    [
+        ([1 << 24, -(1 << 24), 1 << 60], "float32", None),
+        ([3, (1 << 24) + 1], "float32", 16777217),
+        (np.array([-(1 << 24) - 1]), "float32", -16777217),
+        (np.array([(1 << 63) - 1]), "float64", (1 << 63) - 1),
+        (np.array([257], "uint16"), "bfloat16", 257),
+        ([1 << 20], "float16", 1 << 20),  # infinity there
+        ([(1 << 31) - 1, -(1 << 31)], "int32", None),
+        ([1 << 31], "int32", 1 << 31),
+        (np.array([1 << 63], "uint64"), "int64", 1 << 63),
+        ([], "int32", None),
+    ],
+)
+def test_integers_are_kept_exactly_or_refused(numbers, dtype, inexact):
+    kind = "integer" if dtype.startswith("int") else "real"
+    if dtype == "int64" and keras.backend.backend() == "jax":
+        pytest.skip("no int64 there")
+
+    def check(remedy=REMEDY):
+        return check_array(
+            "ids", numbers, (None,), kind=kind, dtype=dtype, remedy=remedy
+        )
+
+    if inexact is None:
+        found = ops.convert_to_numpy(check())
+        assert [int(number) for number in found] == list(map(int, numbers))
+        return
+    told = f"`ids` must be integers that {dtype} keeps exactly. Scale them. "
+    with pytest.raises(ValueError, match=f"{told}Received: {inexact}, shape"):
+        check()
+    if dtype == "float32":
+        check(remedy=None)  # they are rounded
+
+
+@pytest.mark.parametrize(
+    "of, dtype, is_kept",
+    [
+        ("int8", "bfloat16", True),
+        ("uint8", "bfloat16", True),
+        ("int16", "float16", False),
+        ("int16", "float32", True),
+        ("int32", "float32", False),
+        ("int32", "int32", True),
+        ("float32", "float16", True),
+    ],
+)
+def test_tensors_of_integers_are_judged_by_their_dtype(of, dtype, is_kept):
+    kind = "integer" if dtype.startswith("int") else "real"
+    options = {"kind": kind, "dtype": dtype, "remedy": REMEDY}
+    for value in (ops.zeros((2, 3), of), keras.KerasTensor((2, 3), of)):
+        if is_kept:
+            check_array("ids", value, **options)
+            continue
+        with pytest.raises(ValueError, match=f"Scale.*, dtype {of}"):
+            check_array("ids", value, **options)
+
+
+def test_floats_where_integers_are_wanted_are_told_the_remedy():
+    with pytest.raises(ValueError, match="of integers. Scale them. Received"):
+        check_array("ids", [1.0], (1,), kind="integer", remedy=REMEDY)

@@ -348,6 +348,208 @@ def test_one_row(store):
     check_entries(memory, model)
 
 
+def test_one_row_without_its_axis(store):
+    memory, other = (KNNMemory(3, 5, store=store, value_dim=2) for _ in "12")
+    keys, values, mask = random(4, 3), random(4, 2), np.arange(4) != 1
+    slots = memory.add(keys, values, mask)
+    assert (slots == other.add(keys[None], values[None], mask[None])[0]).all()
+    assert slots.shape == (4,)
+    memory.add(keys[:1], values[:1], rows=[0])
+    other.add(keys[None, :1], values[None, :1])
+    for queries in (random(7, 3), random(1, 3), random(0, 3)):
+        found, expected = (
+            memory.search(queries, 2),
+            other.search(queries[None], 2),
+        )
+        for one, wanted in zip(found, expected):
+            assert one.shape == wanted.shape[1:] and (one == wanted[0]).all()
+    assert memory.recall(random(7, 3)) == 1.0
+    for wrong in (
+        {"values": values[None]},
+        {"values": values, "mask": mask[None]},
+        {"values": values[:3]},
+    ):
+        with pytest.raises(
+            ValueError, match="must be .4, 2.|must be .4,. bool"
+        ):
+            memory.add(keys, **wrong)
+    with pytest.raises(ValueError, match="nan in row 0, at .1, 2."):
+        memory.add(
+            np.where(np.arange(12).reshape(4, 3) == 5, np.nan, keys), values
+        )
+    two = KNNMemory(3, 5, num_rows=2, value_dim=2, store=store)
+    with pytest.raises(ValueError, match=r"`keys` must be \(1, n, 3\)"):
+        two.add(keys, values, rows=[1])
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_entries_are_not_handed_to_a_search(store, name):
+    memory = KNNMemory(3, 5, store=store)
+    told = f"`{name}` must be True or False.*`add` takes entries.*Received"
+    with pytest.raises(ValueError, match=told):
+        memory.search(random(1, 2, 3), 1, **{name: random(1, 2, 3)})
+
+
+# Values of other dtypes.
+
+ID = (1 << 24) + 1  # the first that float32 does not keep
+VALUES = {
+    "int32": [ID, -(1 << 31), (1 << 31) - 1],
+    "int64": [ID, -(1 << 63), (1 << 63) - 1],
+    "float64": [1 / 3, 1e-300, -0.0],
+    "float16": [1.5, 65504.0, 1e-7],
+    "bfloat16": [1.5, 3.0e14, 1e-30],
+}
+
+
+@pytest.mark.parametrize("dtype", VALUES)
+def test_values_come_back_in_their_dtype(store, dtype, tmp_path):
+    values = np.array(VALUES[dtype]).astype(dtype)[None, :, None]
+    keys = np.eye(3)[None]
+    options = {"value_dim": 1, "value_dtype": dtype, "store": store}
+    memory = KNNMemory(3, 5, **options)
+    memory.add(keys, values)
+    memory.save(tmp_path / "saved")
+    with KNNMemory.open(
+        tmp_path / "open", "a", dim=3, max_memories=5, **options
+    ) as writer:
+        writer.add(keys, values[:, :1].repeat(3, axis=1))
+        writer.clear()
+        writer.add(keys, values)
+        writer.flush()
+        reader = KNNMemory.open(tmp_path / "open", store=store)
+        writer._log.rewrite(map(knn_memory._packed, writer._operations()))
+    reader.refresh()
+    for one in (
+        memory,
+        reader,
+        KNNMemory.load(tmp_path / "saved", store=store),
+        KNNMemory.load(tmp_path / "open", value_dtype=dtype, store=store),
+    ):
+        found = one.search(keys, 4)
+        assert found.values.dtype == one.entries()[1].dtype == dtype
+        assert found.values[0, :, 0].tobytes() == values.tobytes()
+        assert (found.values[0, :, 3] == 0).all()
+        assert f"value_dtype={dtype!r}" in repr(one)
+    for other in ("float32", None):
+        with pytest.raises(ValueError, match="`value_dtype` must be that of"):
+            KNNMemory.load(tmp_path / "saved", value_dtype=other)
+
+
+@pytest.mark.parametrize(
+    "dtype, values, told",
+    [
+        (None, [[[ID]]], 'float32 keeps.*value_dtype="int32".*16777217'),
+        ("float16", [[[2049]]], "float16 keeps exactly"),
+        ("float16", [[[1e5]]], "finite.*inf"),
+        ("int32", [[[1 << 31]]], '"int64".*2147483648'),
+        ("int32", [[[1.0]]], 'of integers|be integers.*`value_dtype="int32"'),
+        ("int64", ops.ones((1, 1, 1)), "be integers.*dtype float32"),
+        ("int64", np.array([[[1 << 63]]], "uint64"), "int64 keeps"),
+        ("int64", [[[True]]], "be integers.*dtype bool"),
+    ],
+)
+def test_values_that_would_be_rounded_are_refused(dtype, values, told):
+    memory = KNNMemory(2, 5, value_dim=1, value_dtype=dtype, store="ring")
+    with pytest.raises(ValueError, match=f"`values` must .*{told}"):
+        memory.add(np.ones((1, 1, 2)), values)
+    assert memory.size() == [0]
+
+
+def test_keys_that_would_be_rounded_are_refused(store):
+    memory = KNNMemory(2, 5, value_dim=0, store=store)
+    with pytest.raises(ValueError, match="`keys` must .*float32 keeps exactly"):
+        memory.add(np.full((1, 1, 2), ID))
+    memory.add(np.full((1, 1, 2), ID - 1))
+
+
+def test_files_of_before_are_loaded(tmp_path):
+    """Which have no dtype of values, since there was one only."""
+    memory = KNNMemory(3, 5, value_dim=2, store="ring")
+    memory.add(random(4, 3), random(4, 2))
+    memory.save(tmp_path)
+    assert set(durable.Log(tmp_path, "r").config) == {
+        "dim",
+        "max_memories",
+        "num_rows",
+        "value_dim",
+        "similarity",
+    }
+    assert contents(KNNMemory.load(tmp_path, store="ring")) == contents(memory)
+
+
+# Numbers of queries.
+
+
+def test_few_shapes_are_searched(monkeypatch):
+    """As each is compiled on some backends, and its code is kept."""
+    asked, search = set(), retrieval.RingMemory.search
+
+    def noted(ring, state, queries, top_k):
+        asked.add((state.keys.shape, queries.shape, top_k))
+        return search(ring, state, queries, top_k)
+
+    monkeypatch.setattr(retrieval.RingMemory, "search", noted)
+    memory, model = pair("ring", 3, 40)
+    for number in (*range(1, 40), 300, 1030, 2065):
+        if number < 40:
+            check_add(memory, model, random(1, 1, 3), random(1, 1, 3))
+        check_search(memory, model, random(1, number, 3), 1 + number % 9)
+    sizes = {queries[1] for _, queries, _ in asked}
+    assert sizes == {16, 32, 64, 512, 1024}
+    assert {top_k for *_, top_k in asked} == {1, 2, 4, 8, 16}
+
+
+# Forks.
+
+FORK_THAT_SEARCHES = """
+import os, sys
+import numpy as np
+from keras import ops
+from keras_memory import KNNMemory, retrieval
+store, is_used = sys.argv[1:]
+keys = np.random.default_rng(0).normal(size=(900, 64)).astype("float32")
+memory = KNNMemory(64, 1000, store=store)
+memory.add(keys, keys)
+ring = retrieval.RingMemory(64, 5)
+if is_used == "used":
+    ops.convert_to_numpy(ops.matmul(ops.ones((300, 300)), ops.ones((300, 300))))
+child = os.fork()
+if not child:
+    calls = [lambda: memory.search(keys, 3).mask.all()]
+    if is_used == "used":
+        calls += [lambda: ring.initial_state(1)]
+        calls += [lambda: retrieval.nearest(keys, keys, 3)]
+    for call in calls:
+        try:
+            print("found", call(), flush=True)
+        except RuntimeError as error:
+            print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+@pytest.mark.parametrize("is_used", ["used", "new"])
+def test_a_search_in_a_fork(store, is_used):
+    """Of a process that used the backend, whose threads are not there."""
+    backend = keras.backend.backend()
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_THAT_SEARCHES, store, is_used],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    searched, *others = done.stdout.splitlines()
+    refused = 'get_context("spawn")'
+    can = store == "scann" or is_used == "new" or backend == "numpy"
+    assert searched == "found True" if can else refused in searched
+    assert is_used == "new" or len(others) == 2
+    assert backend == "numpy" or all(refused in told for told in others)
+
+
 def test_slots_are_where_searches_find_entries(store):
     memory = KNNMemory(3, 7, similarity="l2", store=store)
     keys = random(1, 17, 3)
@@ -1459,6 +1661,21 @@ def the_smallest(store):
 
 
 MAGNITUDES = {"huge": (1e15,), "tiny": (1e-30,), "both": (1e15, 1e-30, 0.0)}
+MAGNITUDES["least"] = (3e-38, 1e-14)
+
+
+def check_cosines(found, queries, is_exact):
+    """They are right, and none is beyond 1."""
+    scores, mask = found.scores[0], found.mask[0]
+    assert (np.abs(scores[mask]) <= 1).all()
+    keys, queries = found.keys[0].astype("float64"), queries.astype("float64")
+    lengths = np.linalg.norm(keys, axis=-1)
+    lengths *= np.linalg.norm(queries, axis=-1)[:, None]
+    exact = np.einsum("qkd,qd->qk", keys, queries)
+    exact /= np.where(lengths > 0, lengths, 1)
+    np.testing.assert_allclose(scores[mask], exact[mask], atol=1e-6)
+    near = is_exact & (lengths[:, 0] > 0)  # of which an equal key is found
+    np.testing.assert_allclose(scores[near, 0], 1, atol=1e-6)
 
 
 def check_magnitudes(store, magnitudes, n):
@@ -1478,6 +1695,8 @@ def check_magnitudes(store, magnitudes, n):
             assert (found.scores[found.mask] < np.inf).all()
             assert (found.keys == found.values).all()
             assert 0.0 <= memory.recall() <= 1.0
+            if similarity == "cosine":
+                check_cosines(found, keys[0, ::-1], n <= scann_index.FLAT)
         assert memory.entries()[0].tobytes() == keys[0].tobytes()
 
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import warnings
 
 import harness
@@ -149,6 +150,93 @@ def test_weights_of_another_index_are_searched(exact):
         other(keys[:9])
 
 
+def by_assign(index, keys):
+    index.memory_keys.assign(keys)
+
+
+def by_set_weights(index, keys):
+    index.set_weights([keys, *index.get_weights()[1:]])
+
+
+def by_the_weights_of_a_model(index, keys):
+    model = model_of(index)
+    model.set_weights([keys, *model.get_weights()[1:]])
+
+
+def by_assign_sub(index, keys):
+    index.memory_keys.assign_sub(index.get_weights()[0] - keys)
+
+
+def by_load_weights(index, keys):
+    model, other = model_of(index), ScannIndex.from_config(index.get_config())
+    source = model_of(other)
+    source.set_weights([keys, *model.get_weights()[1:]])
+    with tempfile.TemporaryDirectory() as folder:
+        source.save_weights(f"{folder}/model.weights.h5")
+        model.load_weights(f"{folder}/model.weights.h5")
+
+
+@variants
+@pytest.mark.parametrize(
+    "change",
+    [
+        by_assign,
+        by_assign_sub,
+        by_set_weights,
+        by_the_weights_of_a_model,
+        by_load_weights,
+    ],
+)
+def test_other_keys_of_the_same_version_are_found(exact, change):
+    index, keys, _ = filled(101, exact, top_k=1, similarity="l2")
+    model = model_of(index)
+    model.predict(keys[:9], verbose=0)
+    change(index, keys)  # with the same ones, all goes on
+    model.predict(keys[:9], verbose=0)
+    others = np.ascontiguousarray(keys[::-1])
+    change(index, others)
+    if not exact:
+        with pytest.raises(Exception, match="trace it anew"):
+            model.predict(keys[:9], verbose=0)
+    found = ops.convert_to_numpy(index(others[:9]).indices)
+    assert found[:, 0].tolist() == list(range(9))
+    model.make_predict_function(force=True)
+    assert (model.predict(others[:9], verbose=0)[1] == found).all()
+
+
+@pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
+def test_other_keys_within_a_graph_are_refused(exact):
+    import tensorflow as tf
+
+    index, keys, _ = filled(11, exact, top_k=1)
+    with pytest.raises(ValueError, match="outside of graphs"):
+        tf.function(index.memory_keys.assign)(keys)
+
+
+@variants
+def test_ids_of_entries(exact):
+    ids = np.array([[(1 << 24) + 1], [-(1 << 31)], [7]])
+    index = ScannIndex(3, 2, 1, exact=exact, value_dtype="int32")
+    index.set_memory(np.eye(3), ids)
+    for dtype in ("float32", "mixed_float16"):
+        config = {**index.get_config(), "dtype": dtype}
+        copy = ScannIndex.from_config(config)
+        model = model_of(copy, 3)
+        copy.set_weights(index.get_weights())
+        found = model.predict(np.eye(3, dtype="float32"), verbose=0)[2]
+        assert found.dtype == "int32" and (found[:, 0] == ids).all()
+        assert model.outputs[2].dtype == "int32"
+    rounded = ScannIndex(3, 2, 1, exact=exact)
+    with pytest.raises(ValueError, match='value_dtype="int32".*16777217'):
+        rounded.set_memory(np.eye(3), ids)
+    with pytest.raises(ValueError, match="`values` .*of integers.*float64"):
+        index.set_memory(np.eye(3), ids / 2)
+    with pytest.raises(ValueError, match="`keys` .*float32 keeps exactly"):
+        rounded.set_memory(np.full((3, 3), ids[0, 0]), np.zeros((3, 1)))
+    with pytest.raises(ValueError, match="`value_dtype` must be one of"):
+        ScannIndex(3, 2, 1, exact=exact, value_dtype="bool")
+
+
 @variants
 def test_models_with_it_do_without_xla(exact):
     model = model_of(filled(101, exact, top_k=5)[0])
@@ -172,8 +260,10 @@ def test_what_no_number_is_finds_nothing(exact):
         assert (ops.convert_to_numpy(getattr(found, name))[::2] == 0).all()
     assert (ops.convert_to_numpy(found.indices)[::2] == -1).all()
     close(found.scores[1::2], expected.scores, 1e-6)
-    nothing = index(np.zeros((0, 7), "float32"))
-    assert tuple(nothing.values.shape) == (0, 5, 2)
+    for shape in ((0, 7), (2, 0, 7), (0, 3, 7)):
+        nothing = index(np.zeros(shape, "float32"))
+        assert tuple(nothing.values.shape) == (*shape[:-1], 5, 2)
+        assert tuple(nothing.mask.shape) == (*shape[:-1], 5)
     zeros = filled(
         5, exact, keys=np.zeros((5, 7), "f4"), similarity="cosine", top_k=3
     )[0]
@@ -292,6 +382,24 @@ def test_what_is_refused(exact):
         with pytest.raises(ValueError, match=what):
             index.set_memory(*wrong)
         assert int(index.memory_version) == 0
+    for wrong in (
+        "text",
+        None,
+        np.ones((11, 2), bool),
+        np.ones((11, 2), "complex64"),
+        np.full((11, 2), "1"),
+        np.ones(11),
+        [[1.0], [1.0, 2.0]],
+        np.ones((11, 2), object),
+    ):
+        with pytest.raises(ValueError, match="`keys` must be an array"):
+            index.set_memory(wrong, values)
+        with pytest.raises(ValueError, match="`values` must be an array"):
+            index.set_memory(keys, wrong)
+        with pytest.raises(ValueError, match="`queries` must be an array"):
+            index(wrong)
+        with pytest.raises(ValueError, match="`queries` must be an array"):
+            ScannIndex(11, 3, exact=exact)(wrong)
     index.set_memory(keys, values)
     with pytest.raises(ValueError, match=r"`keys` must be.*\(11, 6\)"):
         index.set_memory(keys[:, :6], values)
