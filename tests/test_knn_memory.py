@@ -1925,7 +1925,7 @@ def test_a_memory_says_what_it_is(store):
 @pytest.mark.parametrize("has, chosen", [(True, "ring"), (False, "scann")])
 def test_the_store_that_is_chosen(has, chosen, monkeypatch):
     need_scann()
-    monkeypatch.setattr(knn_memory, "_has_accelerator", lambda: has)
+    monkeypatch.setattr(knn_memory, "has_accelerator", lambda: has)
     assert KNNMemory(3, 5).store == chosen
     assert KNNMemory(3, 5, store="auto").store == chosen
     for store in ("ring", "scann"):
