@@ -58,7 +58,9 @@ def run(
     """
     inputs = [ops.cast(sequences, cell.compute_dtype)]
     states = keras.tree.flatten(records)
-    holds = mask is not None or not all_outputs
+    why = _why_portable(loop, training, unroll)
+    # Where the loop itself does not give the last features, a state holds them.
+    holds = mask is not None or not (all_outputs or why)
     if holds:
         rows = ops.shape(sequences)[0]
         held = ops.zeros((rows, cell.features_size), dtype=cell.compute_dtype)
@@ -89,7 +91,6 @@ def run(
             features = after[0]
         return features, after
 
-    why = _why_portable(loop, training, unroll)
     if not why:
         survey, specs = _survey(step, inputs, states)
         why = survey.why_not
@@ -112,7 +113,7 @@ def run(
             survey,
             specs,
         )
-    if not all_outputs:
+    if holds and not all_outputs:
         features = states[0]
     states = states[1:] if holds else states
     records = keras.tree.pack_sequence_as(records, list(states))
@@ -151,7 +152,7 @@ def _portable(step, inputs, states, go_backwards, all_outputs, unroll):
             return step([inputs[:, :-1], inputs[:, -1] > 0], states)
         return step([inputs], states)
 
-    _, features, states = backend.rnn(
+    last, features, states = backend.rnn(
         step_of_one,
         inputs[0],
         states,
@@ -160,7 +161,7 @@ def _portable(step, inputs, states, go_backwards, all_outputs, unroll):
         input_length=inputs[0].shape[1],
         return_all_outputs=all_outputs,
     )
-    return features, states
+    return features if all_outputs else last, states
 
 
 def _survey(step, inputs, states):
