@@ -39,6 +39,7 @@ from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_layers
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_share
 from keras_memory.checks import check_size
@@ -310,10 +311,9 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             check_bytes("A state of one row", [("its numbers", size)])
 
     def _check_number_of_layers(self):
-        blocks, layers = len(self.accesses), self.controller_layers
-        if not isinstance(self.controller, str):
-            layers = 1
-        if isinstance(layers, int) and blocks * layers > MOST_LAYERS:
+        layers = check_layers("controller_layers", self.controller_layers)
+        blocks = len(self.accesses)
+        if isinstance(self.controller, str) and blocks * layers > MOST_LAYERS:
             raise ValueError(
                 f"`controller_layers` must be at most {MOST_LAYERS} over all "
                 "blocks of a step, as each of them is made and traced by "
@@ -333,9 +333,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             self.controller_units,
             self.controller_layers,
             self.controller_dropout,
-            controllers.seed_of(self.seed, block * self.controller_layers)
-            if isinstance(given, str)
-            else None,
+            controllers.seed_of(self.seed, block * self.controller_layers),
             self.dtype_policy,
         )
 
@@ -866,6 +864,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
 # Arguments of cells that are no attributes of layers: what `MemoryRNN` does not
 # take, and what Keras takes for the layers within a model.
 NOT_SHOWN = ("accesses", "layers")
+BACKENDS = ("tensorflow", "jax", "torch")
 
 # Where `trace_model` collects the layers' calls, as (layer, arguments).
 _recording = contextvars.ContextVar("recording", default=None)
@@ -962,9 +961,16 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             cls.__signature__ = inspect.Signature(
                 sorted(both.values(), key=lambda p: p.kind)
             )
-            for name in set(_parameters(cell)) - {*own, *NOT_SHOWN}:
-                if not hasattr(cls, name):
-                    setattr(cls, name, _of_cell(name))
+            # The same attributes on all backends, whose classes have names of
+            # their own: `share_memory` is one of PyTorch's.
+            taken = {
+                name
+                for base in cls.__mro__
+                if base.__module__.partition(".")[0] not in BACKENDS
+                for name in vars(base)
+            }
+            for name in {*_parameters(cell)} - {*own, *NOT_SHOWN} - taken:
+                setattr(cls, name, _of_cell(name))
         elif "__init__" in vars(cls):
             cls.__signature__ = None  # not that of the base
 
