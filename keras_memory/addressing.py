@@ -294,6 +294,11 @@ def sharpen(weighting, sharpening):
     return kept(sharpened, gradient, weighting, sharpening[:, :, None])
 
 
+def not_negative(x):
+    """0 instead of what is below; the slope of 0 itself is 1."""
+    return ops.where(x < 0, ops.zeros_like(x), x)
+
+
 def least_used(usage):
     """Points at the slot of lowest usage, the first of several.
 

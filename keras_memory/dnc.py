@@ -22,6 +22,7 @@ from keras_memory.addressing import content_weighting
 from keras_memory.addressing import follow_links
 from keras_memory.addressing import follow_sparse_links
 from keras_memory.addressing import linkage_after_write
+from keras_memory.addressing import not_negative
 from keras_memory.addressing import oneplus
 from keras_memory.addressing import precedence_after_write
 from keras_memory.addressing import retention
@@ -374,7 +375,7 @@ class DNCAccess:
 
 def _held(x, sums=None):
     """Shares in [0, 1], with sums of at most 1. The slope within is 1."""
-    x = ops.where(x < 0, ops.zeros_like(x), x)
+    x = not_negative(x)
     if sums is None:
         return ops.where(x > 1, ops.ones_like(x), x)
     return x / ops.stop_gradient(ops.maximum(sums(x), 1.0))

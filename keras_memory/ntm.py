@@ -22,6 +22,7 @@ from keras_memory.addressing import content_weighting
 from keras_memory.addressing import interpolate
 from keras_memory.addressing import least_used
 from keras_memory.addressing import mark_used
+from keras_memory.addressing import not_negative
 from keras_memory.addressing import oneplus
 from keras_memory.addressing import sharpen
 from keras_memory.addressing import shift
@@ -379,6 +380,7 @@ class NTMAccess:
                 constant=first_slot,
                 draw=keras.initializers.RandomNormal(stddev=1.0),
                 activation=softmax,
+                held=not_negative,
             )
 
         reach = 1.0 / math.sqrt(self.memory_slots + self.slot_size)
