@@ -284,7 +284,7 @@ def train(parsed):
         raise
     _print_training(folder, runs.read_config(folder), results["steps"])
     print(f"seconds: {results['seconds']}")
-    _print_results(results, skip=4)
+    _print_results(results, skip=5)
     print(f"pictures:    {folder}/pictures")
     print(f"SavedModel:  {folder}/export/1 (loaded and checked)")
     print(f"TensorBoard: tensorboard --logdir {folder}/logs")

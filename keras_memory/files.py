@@ -10,7 +10,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TRIES, PAUSE = 20, 0.05  # of a rename on Windows, seconds between two
+TRIES, PAUSE = 100, 0.1  # of a rename on Windows, seconds between two
 
 
 def check_path(name, value):
@@ -78,7 +78,7 @@ def written_aside(path):
 
     Raises:
         OSError: the file cannot be written. On Windows also if another
-            program keeps the old one open for more than a second.
+            program keeps the old one open for more than ten seconds.
     """
     aside = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:

@@ -439,7 +439,7 @@ class Curriculum(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """One line: steps, loss, error, sequences a second, time left.
+    """One line: steps, time left, loss, error, sequences a second.
 
     On a terminal the line is written over, elsewhere each is a new one. It
     also gives the callbacks after it what has been done so far: `step`,
@@ -456,8 +456,9 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.show(
-            "steps  longest length  loss and error  sequences/s  most time "
-            "left\n(each length is compiled once: the first steps take a while)"
+            "steps  most time left  longest length  loss and error  "
+            "sequences/s\n"
+            "(each length is compiled once: the first steps take a while)"
         )
         self.started = time.perf_counter()
         self.marks = []  # steps and times
@@ -485,11 +486,11 @@ class Progress(keras.callbacks.Callback):
         error = self.curriculum.error
         line = (
             f"{step:,}/{steps:,} steps ({logs['sequences']:,} sequences)"
+            f"  {self._left(step, now)} left"
             f"  <={self.longest}"
             f"  loss {logs['loss']:.4f}"
             f"  {error.replace('_', ' ')} {logs[error]:.2f}"
             f"  {rate:,.0f} seq/s"
-            f"  {self._left(step, now)} left"
         )
         self.marks.append((step, now))
         if self.in_place:
