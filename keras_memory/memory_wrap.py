@@ -269,7 +269,7 @@ class _MemoryWrap(keras.layers.Layer):
         if isinstance(size, int):
             top_k = min(self.top_k, size)
         else:
-            top_k = ops.minimum(self.top_k, ops.shape(keys)[-2])
+            top_k = _smaller(self.top_k, ops.shape(keys)[-2])
         if len(keys.shape) == 2:
             return nearest(queries, keys, top_k, bias)
         products = ops.stop_gradient(_dot(queries, keys) + bias)
@@ -615,6 +615,15 @@ def without_gradients():
     import torch
 
     return torch.no_grad()
+
+
+def _smaller(number, size):
+    """Of a number and a size that a graph does not know."""
+    if keras.backend.backend() == "jax":  # of a model that is exported
+        from jax import core
+
+        return core.min_dim(number, size)
+    return ops.minimum(number, size)
 
 
 def _first_shape(shape):
