@@ -4,6 +4,8 @@ Pure functions without weights or state. Axes are always batch B, head H,
 width W, slot N. A weighting is non-negative and sums to at most one over N.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -360,7 +362,7 @@ def retention(free_gate, read_weighting):
     Returns:
         (B, N) in [0, 1].
     """
-    return ops.prod(1.0 - free_gate[:, :, None] * read_weighting, axis=1)
+    return _product_of_heads(1.0 - free_gate[:, :, None] * read_weighting)
 
 
 def usage_after_write(usage, write_weighting):
@@ -376,7 +378,15 @@ def usage_after_write(usage, write_weighting):
     Returns:
         (B, N) in [0, 1].
     """
-    return usage + (1.0 - usage) * (1.0 - ops.prod(1.0 - write_weighting, 1))
+    return usage + (1.0 - usage) * (
+        1.0 - _product_of_heads(1.0 - write_weighting)
+    )
+
+
+def _product_of_heads(x):
+    """(B, H, N) -> (B, N). JAX's gradient of `ops.prod` is none of a free
+    batch size, which a model is exported with."""
+    return math.prod(x[:, head] for head in range(x.shape[1]))
 
 
 def allocation(usage, usage_epsilon=None, sort=None):

@@ -466,6 +466,8 @@ class NASCell(Arguments, DropoutRNNCell, keras.layers.Layer):
 
     recurrent_dropout = 0.0
 
+    state_names = ("c", "m")
+
     def __init__(
         self,
         units,
@@ -720,6 +722,29 @@ def seed_of(seed, number=0):
 def state_structure(controller):
     """Sizes of a controller's states: nested lists of ints, or []."""
     return getattr(controller, "state_size", [])
+
+
+def state_names(cell):
+    """A name for each state of a cell, flat, as served models have them."""
+    if isinstance(cell, keras.layers.StackedRNNCells):
+        names = list(map(state_names, cell.cells))
+        if len(names) == 1:
+            return names[0]
+        return [f"{name}_{i}" for i, own in enumerate(names) for name in own]
+    count = len(keras.tree.flatten(state_structure(cell)))
+    names = getattr(cell, "state_names", None)
+    if names is None and isinstance(cell, _CELLS_WITH_H):
+        names = ["h", "c"][:count]
+    if names is None or len(names) != count:
+        names = [f"state_{index}" for index in range(count)]
+    return list(names)
+
+
+_CELLS_WITH_H = (
+    keras.layers.LSTMCell,
+    keras.layers.GRUCell,
+    keras.layers.SimpleRNNCell,
+)
 
 
 def output_size(controller, input_size):

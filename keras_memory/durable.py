@@ -28,6 +28,7 @@ import numpy as np
 
 from keras_memory.files import fsync
 from keras_memory.files import locked
+from keras_memory.files import os_reason
 from keras_memory.files import written_aside
 
 FORMAT = 1
@@ -661,5 +662,5 @@ def _told(wanted, still):
         raise OSError(
             error.errno,
             f"To {wanted}, its disk must have room and work; {still}. "
-            f"Received: {error.strerror or error}",
+            f"Received: {os_reason(error)}",
         ) from error

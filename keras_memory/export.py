@@ -2,30 +2,44 @@
 
 A recurrent layer hides its states inside of a call. `_run` calls a model as it
 is, but has its recurrent layers start from states that come from outside and
-hand out those they reach. Whether that streams a model faithfully, which it
-does not where a layer looks at other time steps, is found by trying.
+hand out those they reach. A masked step holds a layer's output, which is then
+one state more. Whether this streams a model faithfully, which it does not
+where a layer looks at other time steps, is found by trying.
 """
 
 import contextlib
 import functools
 import itertools
+import keyword
 import os
 import pathlib
 import re
 import shutil
+import typing
 import uuid
 import warnings
 
 import keras
 import numpy as np
+from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory import controllers
+from keras_memory import files
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
+from keras_memory.scan import hold
 from keras_memory.scann_index import ScannIndex
 
 MOST_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses a model with more
+TEMPORARY = r"\.\d+\.[0-9a-f]{8}"  # folders that exports write to
+KERAS_NAME = r"(input_layer|keras_tensor)(_\d+)?"  # of an input without one
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-1}  # else 1e-5, as for float32
+
+REMEDY = (
+    "Call `serving_default` with whole sequences, or take layers that go "
+    "forward in time or act on each time step alone."
+)
 
 MODELS_CONFIG = """\
 model_config_list {{
@@ -51,25 +65,46 @@ def export_for_serving(
     Signatures, for any batch size B and number of time steps T:
 
     - `serving_default`: `inputs` (B, T, D) to `outputs`, the whole sequence.
-    - `step`: `inputs` (B, D), one time step, and the states `state_0`,
-      `state_1`, ... to `outputs` and the new states under the same names.
+    - `step`: `inputs` (B, D), one time step, and the states to `outputs` and
+      the new states under the same names.
     - `initial_state`: `inputs` (B, D), of which only B counts, to the states
       in front of the first step.
 
-    Each state is (B, size) in its layer's compute dtype. They are numbered in
-    the order in which the model calls its recurrent layers, and within a layer
-    as its `return_state` gives them. A model with several inputs or outputs
-    has its inputs under their Keras names and `outputs_0`, `outputs_1`, ...
+    Names of inputs and outputs: an input has its own name, `keras.Input(...,
+    name="sensor")`, or its key where the model takes a dict; an output has its
+    key where the model gives a dict. The others are `inputs` and `outputs`, or
+    `inputs_0`, `outputs_0`, `outputs_1`, ... by their places among several;
+    names that Keras makes up, `input_layer_3`, count as none. TensorFlow takes
+    letters, digits and "_": all else becomes "_", and what does not begin with
+    a letter or is a word of Python's gets `arg_` in front ("my-input" is
+    served as `my_input`, "1st" as `arg_1st`). Of two that are the same the
+    second ends in `_1`.
+
+    Names of states: the fields of the layer's state record, so for an
+    `NTMLayer` `reads`, `memory`, `read_weighting`, `write_weighting`,
+    `controller_h` and `controller_c`; `h` and `c` for an LSTM, `h` for a GRU,
+    `state_0`, `state_1`, ... for a cell of your own without a list
+    `state_names`. A stack of cells has its numbers behind, `h_0`, and several
+    blocks have theirs in front, `block0_controller_h`. The layer's name is in
+    front, `lstm_h`, where a model has several recurrent layers or an input or
+    output has the name: give layers names, as Keras's own count up. Each state
+    is (B, size) in its layer's compute dtype.
+
+    Masks: a step that `Masking` or `Embedding(mask_zero=True)` masks holds the
+    states and the output, in `step` as in a sequence; so a client whose batch
+    has rows without news sends the mask value for these. The output that is
+    held is one state more, `held_output`, in front of it the layer's name if
+    there are several; `zero_output_for_mask=True` does without.
 
     `step` and `initial_state` are written if stepping a random probe gives
     what the whole sequence gives, and left out with a warning if not; a model
     without recurrent layers, such as a Memory Wrap, has neither of them. What
     goes into them: recurrent layers of this library and of Keras, and layers
     that act on each time step alone. What does not: `Bidirectional`,
-    `go_backwards`, attention, convolution and pooling over time, and masks,
-    as the output that a masked step holds is not a state. Where they are left
-    out, a number of time steps that the model fixes stays fixed. A stateful
-    layer is served as a stateless one: a server has no memory of its clients.
+    `go_backwards`, attention, convolution and pooling over time. Where they
+    are left out, or a layer needs it, a number of time steps that the model
+    fixes stays fixed. A stateful layer is served as a stateless one: a server
+    has no memory of its clients.
 
     The version folder appears complete or not at all: everything is written
     into a hidden folder beside it, loaded from there and compared with the
@@ -91,7 +126,7 @@ def export_for_serving(
     Args:
         model: a built Keras model, or a built recurrent layer.
         folder: path of the model's folder; made if absent.
-        version: int, at least 1; name of the version's folder.
+        version: int, at least 1, below 2^63; name of the version's folder.
         name: str of letters, digits, "_", "." and "-", the model's name on
             the server. Default: the name of `folder`.
         warm_up: pairs (batch size, time steps). Requests of these sizes, to
@@ -108,18 +143,17 @@ def export_for_serving(
     Raises:
         RuntimeError: another backend than TensorFlow, or what was written
             differs from the model.
-        TypeError: `model` is not a Keras model or layer.
+        TypeError: `model` is not a Keras model or layer, or `folder` no path.
         ValueError: the model is not built, an argument is out of range, or
             the version exists.
         OSError: the folder cannot be written.
     """
-    folder = pathlib.Path(folder)
-    target = folder / str(version)
-    name = folder.resolve().name if name is None else name
     _check_model(model)
-    check_size("version", version)
+    folder = _as_path(folder)
+    target = folder / str(_as_version(version))
+    name = folder.resolve().name if name is None else name
     _check_name(name)
-    _check_warm_up(warm_up)
+    warm_up = _as_pairs(warm_up)
     check_bool("exact_search", exact_search)
     with contextlib.ExitStack() as changes:
         for layer in _by_scann(model):
@@ -143,7 +177,7 @@ def export_for_serving(
                 stacklevel=2,
             )
         signatures = _save(functions, temporary)
-        _check_signatures(signatures, probe, expected, _tolerance(model))
+        _check_signatures(signatures, probe, expected, model)
         try:
             _write_warm_up(signatures, name, warm_up, temporary)
         except ImportError as error:
@@ -192,7 +226,34 @@ def _check_name(name):
         )
 
 
-def _check_warm_up(warm_up):
+def _as_path(folder):
+    if isinstance(folder, (str, os.PathLike)):
+        return pathlib.Path(folder)
+    raise TypeError(
+        "`folder` must be a path, a str or `pathlib.Path`, of the model's "
+        f"folder. Received: folder={folder!r}"
+    )
+
+
+def _as_version(version):
+    whole = isinstance(version, (int, np.integer))
+    if whole and type(version) is not bool and 1 <= version < 2**63:
+        return int(version)
+    raise ValueError(
+        "`version` must be an integer of at least 1 and below 2^63, as "
+        "TensorFlow Serving takes no others. Received: "
+        f"version={version!r}"
+    )
+
+
+def _as_pairs(warm_up):
+    try:
+        warm_up = [(batch, time) for batch, time in warm_up]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`warm_up` must be pairs (batch size, time steps), such as "
+            f"[(1, 1), (8, 32)], or () for none. Received: warm_up={warm_up!r}"
+        ) from error
     for batch, time in warm_up:
         check_size("warm_up batch size", batch)
         check_size("warm_up time steps", time)
@@ -203,6 +264,7 @@ def _check_warm_up(warm_up):
             f"Serving refuses a model with more than {MOST_WARM_UP_RECORDS}. "
             f"Received: {len(warm_up)} pairs"
         )
+    return warm_up
 
 
 def _by_scann(model):
@@ -218,6 +280,51 @@ def _titled(layer):
     return f"{type(layer).__name__} {layer.name!r}"
 
 
+# Names in signatures.
+
+
+def _names(kind, structure):
+    """Names of a model's inputs or outputs; `kind` where they have none."""
+    found = keras.tree.flatten_with_path(structure)
+    names = []
+    for index, (path, tensor) in enumerate(found):
+        name = getattr(tensor, "name", "") if kind == "inputs" else ""
+        if any(isinstance(key, str) for key in path):
+            name = "_".join(map(str, path))
+        if not name or re.fullmatch(KERAS_NAME, name):
+            name = f"{kind}_{index}" if len(found) > 1 else kind
+        names.append(name)
+    return _allowed(names)
+
+
+def _state_names(calls, others):
+    """Names of all states, in order; none is among `others`."""
+    names = [name for call in calls for name in call.names]
+    if len(calls) > 1 or set(_allowed(names)) & set(others):
+        layers = _allowed(call.layer.name for call in calls)
+        names = [
+            f"{layer}_{name}"
+            for layer, call in zip(layers, calls)
+            for name in call.names
+        ]
+    return _allowed(names, others)
+
+
+def _allowed(names, others=()):
+    """Names as TensorFlow and Python take them, and all different."""
+    allowed = []
+    for name in names:
+        name = re.sub(r"\W", "_", name, flags=re.ASCII)
+        no_letter = not name[:1].isalpha()
+        if no_letter or keyword.iskeyword(name) or name == "self":
+            name = f"arg_{name}"
+        numbers, one = itertools.count(1), name
+        while one in allowed or one in others:
+            one = f"{name}_{next(numbers)}"
+        allowed.append(one)
+    return allowed
+
+
 # The functions behind the signatures.
 
 
@@ -229,60 +336,77 @@ def _take_apart(model):
         of the model's outputs for them; and why there is no `step`, None if
         there is one, or "" where there is nothing to step.
     """
-    import tensorflow as tf
-
     shapes = _input_shapes(model)
     probe = _probe(model, shapes)
     whole, calls = _run(model, probe.values())
-    obstacle, time_axes = _try_streaming(model, probe, whole, calls)
-    functions = {}
+    outputs = whole[-1][1]
+    names = _state_names(calls, [*shapes, *outputs])
+    obstacle, time_axes = _try_streaming(model, probe, whole, calls, names)
+    functions, free = {}, shapes
     if obstacle is None:
-        ((shape, dtype),) = shapes.values()
-        functions = _streaming(model, shape, dtype, calls, time_axes)
-        shapes = {"inputs": ((None, None, *shape[2:]), dtype)}
+        ((name, (shape, dtype)),) = shapes.items()
+        functions = _streaming(model, shapes, calls, names, time_axes)
+        free = {name: ((None, None, *shape[2:]), dtype)}
+    functions["serving_default"] = _serving_default(
+        model, [free, shapes], probe, outputs
+    )
+    return functions, probe, outputs, obstacle
+
+
+def _serving_default(model, choices, probe, expected):
+    """Of several shapes of the inputs takes the first that works."""
 
     def serving_default(**inputs):
-        outputs, _ = _run(model, [inputs[name] for name in shapes])
+        outputs, _ = _run(model, [inputs[name] for name in probe])
         return outputs[-1][1]
 
-    functions["serving_default"] = _trace(
-        serving_default,
-        {name: tf.TensorSpec(*spec, name) for name, spec in shapes.items()},
-    )
-    return functions, probe, whole[-1][1], obstacle
+    *others, last = choices
+    for shapes in others:
+        if shapes == last:
+            break
+        try:
+            function = _trace(serving_default, shapes)
+            if not _apart(_served(function, probe), expected, model):
+                return function
+        except Exception:  # any layer may need to know its time steps
+            continue
+    return _trace(serving_default, last)
 
 
-def _streaming(model, shape, dtype, calls, time_axes):
+def _streaming(model, shapes, calls, names, time_axes):
     """Makes `step` and `initial_state`; arguments as those around it."""
-    import tensorflow as tf
-
-    inputs = {"inputs": tf.TensorSpec((None, *shape[2:]), dtype, "inputs")}
+    ((inputs, (shape, dtype)),) = shapes.items()
+    one_step = {inputs: ((None, *shape[2:]), dtype)}
     states = {
-        name: tf.TensorSpec((None, *state.shape[1:]), state.dtype, name)
-        for name, state in _states(after for _, after in calls).items()
+        name: ((None, *state.shape[1:]), state.dtype)
+        for name, state in zip(names, _all_states(calls))
     }
 
-    def step(inputs, **before):
-        before = [before[name] for name in states]
-        outputs, calls = _run(model, [inputs[:, None]], before, unroll=True)
+    def step(**given):
+        sequence = given[inputs][:, None]
+        before = [given[name] for name in names]
+        outputs, after = _run(model, [sequence], before, unroll=True)
         outputs = {
             name: output[:, 0] if name in time_axes else output
             for name, output in outputs[-1][1].items()
         }
-        return {**outputs, **_states(after for _, after in calls)}
+        return {**outputs, **dict(zip(names, _all_states(after)))}
 
-    def initial_state(inputs):
-        return _initial_states(calls, tf.shape(inputs)[0])
+    def initial_state(**given):
+        batch = ops.shape(given[inputs])[0]
+        return dict(zip(names, _initial_states(calls, batch)))
 
     return {
-        "step": _trace(step, {**inputs, **states}),
-        "initial_state": _trace(initial_state, inputs),
+        "step": _trace(step, {**one_step, **states}),
+        "initial_state": _trace(initial_state, one_step),
     }
 
 
-def _trace(function, specs):
+def _trace(function, shapes):
+    """A concrete function of inputs with these (shape, dtype), by name."""
     import tensorflow as tf
 
+    specs = {name: tf.TensorSpec(*spec, name) for name, spec in shapes.items()}
     function = tf.function(function, autograph=False)
     return function.get_concrete_function(**specs)
 
@@ -295,7 +419,9 @@ def _has_graph(model):
 def _input_shapes(model):
     """Dict of the inputs' (shape, dtype), with a free batch size."""
     if _has_graph(model):
-        inputs = {i.name: (i.shape, i.dtype) for i in model.inputs}
+        specs = [(i.shape, i.dtype) for i in model.inputs]
+        is_plain = isinstance(model, keras.Sequential)
+        structure = model.inputs[0] if is_plain else model.input
     else:
         shape = (model.get_build_config() or {}).get("input_shape")
         if not isinstance(shape, (tuple, list)) or not all(
@@ -307,17 +433,16 @@ def _input_shapes(model):
                 f"Received: {_titled(model)}, built for the shape {shape}"
             )
         wide = model.compute_dtype == "float64"
-        inputs = {"inputs": (shape, "float64" if wide else "float32")}
-    if len(inputs) == 1:
-        inputs = dict(zip(["inputs"], inputs.values()))
+        specs = [(shape, "float64" if wide else "float32")]
+        structure = None
     return {
         name: ((None, *shape[1:]), dtype)
-        for name, (shape, dtype) in inputs.items()
+        for name, (shape, dtype) in zip(_names("inputs", structure), specs)
     }
 
 
 def _probe(model, shapes):
-    """Random inputs. Where a layer masks, two time steps are masked."""
+    """Random inputs. Where a layer masks, some time steps are masked."""
     rng = np.random.default_rng(0)
     batch = 2
     if _has_graph(model):
@@ -329,12 +454,14 @@ def _probe(model, shapes):
     ] or [0]  # what `Embedding(mask_zero=True)` masks
     probe = {}
     for name, (shape, dtype) in shapes.items():
-        shape = _filled(shape, batch, 3)
+        shape = _filled(shape, batch, 5)
         values = rng.normal(size=shape)
         if "float" not in dtype:
             values = rng.integers(2, size=shape)  # in every vocabulary
         if values.ndim > 1:
             values[0, -1] = values[-1, shape[1] // 2] = masked[0]
+            if shape[1] > 3:
+                values[-1, 0] = masked[0]  # before there is what to hold
         probe[name] = values.astype(dtype)
     return probe
 
@@ -343,29 +470,45 @@ def _filled(shape, batch, time):
     return [batch] + [size or time for size in shape[1:]]
 
 
-def _named(name, structure):
-    values = keras.tree.flatten(structure)
-    if len(values) == 1:
-        return {name: values[0]}
-    return {f"{name}_{index}": value for index, value in enumerate(values)}
+def _named(values):
+    """Dict of a layer's outputs."""
+    return dict(zip(_names("outputs", values), keras.tree.flatten(values)))
 
 
-def _states(structures):
-    states = keras.tree.flatten(list(structures))
-    return {f"state_{index}": state for index, state in enumerate(states)}
+def _all_states(calls):
+    """The final states of all calls, in order."""
+    return [state for call in calls for state in call.states]
 
 
 def _initial_states(calls, batch):
     """What the recurrent layers start from, in the dtypes of their states."""
-    initial = _states(layer.get_initial_state(batch) for layer, _ in calls)
-    after = _states(after for _, after in calls)
-    return {
-        name: keras.ops.cast(state, after[name].dtype)
-        for name, state in initial.items()
-    }
+    initial = []
+    for layer, _, after in calls:
+        states = keras.tree.flatten(layer.get_initial_state(batch))
+        for held in after[len(states) :]:
+            states.append(ops.zeros((batch, *held.shape[1:])))
+        initial += [
+            ops.cast(state, final.dtype) for state, final in zip(states, after)
+        ]
+    return initial
 
 
 # The model with its states outside.
+
+
+class _Call(typing.NamedTuple):
+    """A call of a recurrent layer.
+
+    Args:
+        layer: the layer.
+        names: names of its states.
+        states: list of its final states, with the output that masked steps
+            hold as the last where the call had a mask.
+    """
+
+    layer: keras.layers.RNN
+    names: list
+    states: list
 
 
 def _run(model, inputs, states=None, unroll=False):
@@ -373,14 +516,15 @@ def _run(model, inputs, states=None, unroll=False):
 
     Args:
         model: a model or layer.
-        inputs: its inputs, as a flat iterable.
+        inputs: its inputs, as a flat iterable; of one time step if there are
+            `states`.
         states: iterable of all states to start from, in order of call, or
             None for what the layers start from.
         unroll: bool, without a loop over time.
 
     Returns:
         List of (layer, dict of outputs), in order of call, the model itself
-        last; and list of (recurrent layer, final states), in order of call.
+        last; and list of `_Call`, in order of call.
     """
     given = None if states is None else iter(states)
     outputs, calls = [], []
@@ -389,7 +533,7 @@ def _run(model, inputs, states=None, unroll=False):
         @functools.wraps(call)
         def noted(*args, **kwargs):
             values = call(*args, **kwargs)
-            outputs.append((layer, _named("outputs", values)))
+            outputs.append((layer, _named(values)))
             return values
 
         return noted
@@ -400,11 +544,23 @@ def _run(model, inputs, states=None, unroll=False):
                 initial_state = keras.tree.map_structure(
                     lambda _: next(given), initial_state
                 )
-            *values, after = inner_loop(
+            last, whole, after = inner_loop(
                 sequences, initial_state, mask, training=training
             )
-            calls.append((layer, after))
-            return *values, after
+            call = _Call(
+                layer,
+                controllers.state_names(layer.cell),
+                keras.tree.flatten(after),
+            )
+            if mask is not None and not layer.zero_output_for_mask:
+                if given is not None:
+                    valid = ops.cast(mask[:, 0], "bool")
+                    last = hold(valid, next(given), last)
+                    whole = last[:, None]
+                call.names.append("held_output")
+                call.states.append(last)
+            calls.append(call)
+            return last, whole, after
 
         return loop
 
@@ -413,17 +569,21 @@ def _run(model, inputs, states=None, unroll=False):
         def change(layer, **attributes):
             changes.enter_context(_changed(layer, **attributes))
 
-        for layer in getattr(model, "layers", []):
-            change(layer, call=noting(layer, layer.call))
+        # What is within a time step is no loop over the model's time.
+        within = {
+            id(layer)
+            for one in model._flatten_layers()
+            if isinstance(one, keras.layers.TimeDistributed)
+            for layer in one._flatten_layers(include_self=False)
+        }
         for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.TimeDistributed):
+                change(layer, call=_at_once(layer, layer.call))
             if isinstance(layer, keras.layers.RNN):
-                change(
-                    layer,
-                    inner_loop=opened(layer, layer.inner_loop),
-                    unroll=unroll,
-                    stateful=False,
-                    use_cudnn=False,  # the server may have no GPU
-                )
+                change(layer, stateful=False, use_cudnn=False)
+                if id(layer) not in within:
+                    loop = opened(layer, layer.inner_loop)
+                    change(layer, inner_loop=loop, unroll=unroll)
             elif getattr(layer, "stateful", False):  # such as a map
                 change(layer, stateful=False)
             if isinstance(layer, DropoutRNNCell):
@@ -433,12 +593,38 @@ def _run(model, inputs, states=None, unroll=False):
                     get_dropout_mask=lambda *_: None,
                     get_recurrent_dropout_mask=lambda *_: None,
                 )
+        for layer in getattr(model, "layers", []):
+            change(layer, call=noting(layer, layer.call))
         values = _call(model, inputs)
-    return [*outputs, (model, _named("outputs", values))], calls
+    return [*outputs, (model, _named(values))], calls
+
+
+def _at_once(layer, call):
+    """`TimeDistributed.call`, which in a graph that does not know the number
+    of time steps takes as many as there are rows: Keras 3.15 mistakes them."""
+
+    @functools.wraps(call)
+    def at_once(inputs, training=None, mask=None):
+        if inputs.shape[1] is not None:
+            return call(inputs, training=training, mask=mask)
+
+        def flat(values):
+            return ops.reshape(values, (-1, *ops.shape(values)[2:]))
+
+        arguments = {}
+        if layer.layer._call_has_mask_arg and mask is not None:
+            arguments["mask"] = flat(mask)
+        if layer.layer._call_has_training_arg:
+            arguments["training"] = training
+        values = layer.layer.call(flat(inputs), **arguments)
+        rows = ops.shape(inputs)[:2]
+        return ops.reshape(values, (*rows, *ops.shape(values)[1:]))
+
+    return at_once
 
 
 def _call(model, inputs):
-    inputs = [keras.ops.convert_to_tensor(value) for value in inputs]
+    inputs = [ops.convert_to_tensor(value) for value in inputs]
     if not _has_graph(model):
         return model(inputs[0], training=False)
     if isinstance(model, keras.Sequential):
@@ -466,22 +652,27 @@ def _changed(layer, **attributes):
 # Streaming, compared with the whole sequence.
 
 
-def _try_streaming(model, probe, whole, calls):
+def _try_streaming(model, probe, whole, calls, names):
     """Runs the probe step by step and compares with the whole sequence.
 
     Args:
         model: a model or layer.
         probe: dict of its inputs.
         whole, calls: what `_run` returns for the probe.
+        names: names of the states.
 
     Returns:
-        Why the model cannot be streamed, or None; and the names of those
-        outputs that have a time axis.
+        Why the model cannot be streamed and what to do, or None; and the
+        names of those outputs that have a time axis.
     """
     if not calls:
         return "", ()  # nobody expects steps of it
     if len(probe) > 1:
-        return f"`step` takes one input, and it has {list(probe)}.", ()
+        return (
+            f"`step` takes one input, and it has {list(probe)}. Give the "
+            "model one input (B, T, D) and take that apart inside.",
+            (),
+        )
     (inputs,) = probe.values()
     if inputs.shape[1] == 1:
         return "its input has one time step: `keras.Input((None, ...))`.", ()
@@ -490,23 +681,22 @@ def _try_streaming(model, probe, whole, calls):
     try:
         for time in range(inputs.shape[1]):
             step = inputs[:, time : time + 1]
-            outputs, calls = _run(model, [step], states.values())
-            states = _states(after for _, after in calls)
+            outputs, calls = _run(model, [step], states)
+            states = _all_states(calls)
             steps.append([of_layer for _, of_layer in outputs])
     except Exception as error:  # any layer may refuse one step alone
-        return f"it fails on a single time step: {error}", ()
+        return f"it fails on a single time step: {error} {REMEDY}", ()
     apart = []
     for (layer, expected), *parts in zip(whole, *steps):
-        difference = _difference(_joined(parts, expected), expected)
-        if not difference <= _tolerance(model):
+        if difference := _apart(_joined(parts, expected), expected, model):
             apart.append((layer, difference))
     if apart and apart[-1][0] is model:
         layer, difference = apart[0]
         return (
             f"step by step, {_titled(layer)} gives other outputs than for the "
-            f"whole sequence (by {difference:.1e}), so it depends on more "
+            f"whole sequence ({difference}), so it depends on more "
             "than the time step and the states: on other steps, as a layer "
-            "that goes backwards, attends, convolves or pools, or on a mask.",
+            f"that goes backwards, attends, convolves or pools. {REMEDY}",
             (),
         )
     of_step, of_whole = steps[0][-1], whole[-1][1]
@@ -529,19 +719,21 @@ def _joined(steps, whole):
     return joined
 
 
-def _difference(actual, expected):
-    """Largest difference of two dicts of arrays, relative where above 1."""
-    differences = [0.0]
+def _apart(actual, expected, model):
+    """Says how two dicts of arrays differ, or "" where they do not."""
+    tolerance, apart = _tolerance(model), ""
     for name in expected:
         value, whole = (
             np.asarray(values[name]).astype("float64")
             for values in (actual, expected)
         )
         if value.shape != whole.shape:
-            return np.inf
+            return f"`{name}` of shape {value.shape}, not {whole.shape}"
         scale = np.maximum(1.0, np.abs(whole).max(initial=0))
-        differences.append(np.abs(value - whole).max(initial=0) / scale)
-    return np.max(differences)  # NaN if there is one
+        difference = np.abs(value - whole).max(initial=0) / scale
+        if not difference <= tolerance:  # or NaN
+            apart = f"`{name}` by {difference:.1e}, above {tolerance:.0e}"
+    return apart
 
 
 def _tolerance(model):
@@ -564,22 +756,54 @@ def _appearing(target):
         )
     # Servers do not look at a name that is no number.
     temporary = folder / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(
-            "`folder` must be a folder that can be written, as each version "
-            f"becomes a folder in it. Received: folder={folder} ({error})"
-        ) from error
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        temporary.rename(target)
-        _flush(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    lock = _lock_of(temporary)
+    with contextlib.ExitStack() as held:
+        held.callback(_remove, lock)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder)
+            held.enter_context(files.locked(lock))
+            temporary.mkdir()
+        except OSError as error:
+            raise OSError(
+                "`folder` must be a folder that can be written, as each "
+                f"version becomes a folder in it. Received: folder={folder} "
+                f"({error})"
+            ) from error
+        kept = f"The versions in {folder} are as they were."
+        with files.explain_os_errors(target, kept):
+            try:
+                yield temporary
+                for path in [*temporary.rglob("*"), temporary]:
+                    _flush(path)
+                temporary.rename(target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    _flush(folder)
+
+
+def _remove_abandoned(folder):
+    """Removes what killed exports have left. Others that write at this moment
+    hold a lock, which dies with them."""
+    if files.fcntl is None:  # no locks, so nobody can tell
+        return
+    for path in folder.iterdir():
+        if re.fullmatch(TEMPORARY, path.name):
+            lock = _lock_of(path)
+            with contextlib.suppress(ValueError, OSError), files.locked(lock):
+                shutil.rmtree(path, ignore_errors=True)
+                _remove(lock)
+
+
+def _lock_of(temporary):
+    """Of a temporary folder. It stands beside it, and is there first."""
+    return temporary.with_name(f"{temporary.name}.lock")
+
+
+def _remove(path):
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _flush(path):
@@ -597,7 +821,8 @@ def _save(functions, folder):
 
     module = tf.Module()
     module.all_variables = [f.graph.variables for f in functions.values()]
-    tf.saved_model.save(module, str(folder), signatures=functions)
+    with files.explain_os_errors(folder, also=(tf.errors.OpError,)):
+        tf.saved_model.save(module, str(folder), signatures=functions)
     _allow_without_xla(folder)
     return tf.saved_model.load(str(folder)).signatures
 
@@ -621,26 +846,24 @@ def _allow_without_xla(folder):
         (folder / "fingerprint.pb").unlink(missing_ok=True)
 
 
-def _check_signatures(signatures, probe, expected, limit):
+def _check_signatures(signatures, probe, expected, model):
     """Raises RuntimeError unless what was written does what the model does."""
     actual = {"serving_default": _served(signatures["serving_default"], probe)}
     if "step" in signatures:
-        (inputs,) = probe.values()
-        states = _served(signatures["initial_state"], {"inputs": inputs[:, 0]})
+        ((name, inputs),) = probe.items()
+        states = _served(signatures["initial_state"], {name: inputs[:, 0]})
         steps = []
         for time in range(inputs.shape[1]):
-            states["inputs"] = inputs[:, time]
+            states[name] = inputs[:, time]
             states = _served(signatures["step"], states)
             steps.append({name: states.pop(name) for name in expected})
         actual["step"] = _joined(steps, expected)
-    for name, outputs in actual.items():
-        difference = _difference(outputs, expected)
-        if not difference <= limit:
+    for signature, outputs in actual.items():
+        if difference := _apart(outputs, expected, model):
             raise RuntimeError(
-                f"The signature `{name}` of the SavedModel must give what the "
-                f"model gives, to {limit:.0e}, or it would serve something "
-                f"else. Received: a difference of {difference:.1e} (inf where "
-                "shapes differ)"
+                f"The signature `{signature}` of the SavedModel must give what "
+                "the model gives, or it would serve something else. Received: "
+                f"a difference of {difference}"
             )
 
 
@@ -659,24 +882,28 @@ def _write_warm_up(signatures, name, warm_up, folder):
     from tensorflow_serving.apis import predict_pb2
     from tensorflow_serving.apis import prediction_log_pb2
 
+    records = []
+    for (batch, time), signature in itertools.product(warm_up, signatures):
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name = name
+        request.model_spec.signature_name = signature
+        _, specs = signatures[signature].structured_input_signature
+        inputs = {
+            key: np.zeros(
+                _filled(spec.shape, batch, time), spec.dtype.as_numpy_dtype
+            )
+            for key, spec in specs.items()
+        }
+        for key, value in inputs.items():
+            request.inputs[key].CopyFrom(tf.make_tensor_proto(value))
+        # A request that fails would keep the server from starting.
+        _served(signatures[signature], inputs)
+        log = prediction_log_pb2.PredictionLog()
+        log.predict_log.request.CopyFrom(request)
+        records.append(log.SerializeToString())
     path = folder / "assets.extra" / "tf_serving_warmup_requests"
-    path.parent.mkdir()
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for (batch, time), signature in itertools.product(warm_up, signatures):
-            request = predict_pb2.PredictRequest()
-            request.model_spec.name = name
-            request.model_spec.signature_name = signature
-            _, specs = signatures[signature].structured_input_signature
-            inputs = {
-                key: np.zeros(
-                    _filled(spec.shape, batch, time), spec.dtype.as_numpy_dtype
-                )
-                for key, spec in specs.items()
-            }
-            for key, value in inputs.items():
-                request.inputs[key].CopyFrom(tf.make_tensor_proto(value))
-            # A request that fails would keep the server from starting.
-            _served(signatures[signature], inputs)
-            log = prediction_log_pb2.PredictionLog()
-            log.predict_log.request.CopyFrom(request)
-            writer.write(log.SerializeToString())
+    with files.explain_os_errors(path, also=(tf.errors.OpError,)):
+        path.parent.mkdir()
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for record in records:
+                writer.write(record)

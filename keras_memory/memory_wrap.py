@@ -324,7 +324,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if isinstance(size, int):
             top_k = min(self.top_k, size)
         else:
-            top_k = ops.minimum(self.top_k, ops.shape(keys)[-2])
+            top_k = _smaller(self.top_k, ops.shape(keys)[-2])
         is_l2 = self.distance == "l2"
         if len(keys.shape) == 3 or (is_l2 and _are_few(keys)):
             similarity = self._similarity(queries, keys, mask)
@@ -729,6 +729,15 @@ def without_gradients():
     import torch
 
     return torch.no_grad()
+
+
+def _smaller(number, size):
+    """Of a number and a size that a graph does not know."""
+    if keras.backend.backend() == "jax":  # of a model that is exported
+        from jax import core
+
+        return core.min_dim(number, size)
+    return ops.minimum(number, size)
 
 
 def _first_shape(shape):

@@ -418,6 +418,30 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             name=name,
         )
 
+    @property
+    def state_names(self):
+        """A name for each state, in order, as served models have them."""
+        names = []
+        for memory, record in enumerate(self.initial_records):
+            blocks = self._blocks_of_memory(memory)
+            several = len(self.initial_records) > 1
+            front = f"block{blocks[0]}_" if several else ""
+            for field, value in record._asdict().items():
+                if field == "controller":
+                    names += self._controller_state_names(blocks)
+                else:
+                    tensors = range(len(keras.tree.flatten(value)))
+                    names += [f"{front}{field}{_index(i)}" for i in tensors]
+        return names
+
+    def _controller_state_names(self, blocks):
+        several = len(self.accesses) > 1
+        return [
+            f"{f'block{block}_' if several else ''}controller_{name}"
+            for block in blocks
+            for name in controllers.state_names(self.block_controllers[block])
+        ]
+
     def get_initial_state(self, batch_size=None):
         """The states before the first step: a list of (B, size)."""
         if not self.built:

@@ -79,7 +79,7 @@ class WrapCase(Case):
 
     def free_shapes(self, batch, time):
         encodings, memory = self.input_shape
-        return [(batch, *encodings[1:]), memory]
+        return [(batch, *encodings[1:]), (time, *memory[1:])]
 
 
 def own_cell():

@@ -2,7 +2,9 @@
 
 Run as a program with KERAS_BACKEND=jax and names of cases; prints one JSON
 line a case:
-{"name", "forward", "train", "difference"}, and one for each control.
+{"name", "forward", "backward", "train", "difference"}, and one for each
+control. "backward" is the gradient of a forward pass of free sizes, which
+Keras's `model.export` writes too.
 `jax.export` lowers for a platform without having one: what calls back to the
 host, or has no kernel there, fails.
 """
@@ -38,6 +40,10 @@ def lower_case(case):
     def forward(trainable, other, x):
         return model.stateless_call(trainable, other, x)[0]
 
+    def backward(trainable, other, x):
+        outputs, pull = jax.vjp(forward, trainable, other, x)
+        return pull(jax.tree.map(jax.numpy.ones_like, outputs))
+
     def train(trainable, other, state, x):
         def loss(trainable):
             outputs, after = model.stateless_call(
@@ -61,10 +67,12 @@ def lower_case(case):
         is_leaf=lambda shape: isinstance(shape, tuple),
     )
     exported = lower(forward, trainable, other, free)
+    pulled = lower(backward, trainable, other, free)
     trained = lower(train, trainable, other, state, x)
     difference = np.abs(exported.call(trainable, other, x) - model(x)).max()
     return {
         "forward": list(exported.platforms),
+        "backward": list(pulled.platforms),
         "train": list(trained.platforms),
         "difference": float(difference),
     }

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -40,14 +41,22 @@ def run(signature, **inputs):
     return {name: value.numpy() for name, value in signature(**inputs).items()}
 
 
-def stream(signatures, x):
+def stream(signatures, x, name="inputs"):
     """Outputs of the steps, and the states at the end."""
-    states = run(signatures["initial_state"], inputs=x[:, 0])
+    states = run(signatures["initial_state"], **{name: x[:, 0]})
     outputs = []
     for time in range(x.shape[1]):
-        states = run(signatures["step"], inputs=x[:, time], **states)
+        states = run(signatures["step"], **{name: x[:, time]}, **states)
         outputs.append(states.pop("outputs"))
     return outputs, states
+
+
+def takes(signature):
+    return set(signature.structured_input_signature[1])
+
+
+def gives(signature):
+    return set(signature.structured_outputs)
 
 
 def ntm(**kwargs):
@@ -96,13 +105,14 @@ def test_every_case_is_served(exported):
     # The states are those of `return_state`, in its order.
     stateful = harness.like(exported.layer, exported.case, return_state=True)
     _, *expected = stateful(x)
-    assert set(states) == {f"state_{i}" for i in range(len(expected))}
-    for index, state in enumerate(expected):
-        close(states[f"state_{index}"], state, tolerance=1e-6)
+    names = exported.layer.cell.state_names
+    assert set(states) == set(names) and len(names) == len(expected)
+    for name, state in zip(names, expected):
+        close(states[name], state, tolerance=1e-6)
     initial = run(signatures["initial_state"], inputs=x[:, 0])
     given = exported.layer.get_initial_state(batch_size=len(x))
-    for index, state in enumerate(given):
-        close(initial[f"state_{index}"], state, tolerance=0)
+    for name, state in zip(names, given):
+        close(initial[name], state, tolerance=0)
 
 
 def test_only_stock_operations(exported):
@@ -132,7 +142,16 @@ def operations(path):
 
 # A trained model of several layers.
 
-STATE_SIZES = [5, 55, 11, 11, 13, 13, 7, 7]  # NTM's six, LSTM's two
+STATE_SIZES = {
+    "head_reads": 5,
+    "head_memory": 55,
+    "head_read_weighting": 11,
+    "head_write_weighting": 11,
+    "head_controller_h": 13,
+    "head_controller_c": 13,
+    "tail_h": 7,
+    "tail_c": 7,
+}
 
 
 class Compiled(keras.layers.Layer):
@@ -152,9 +171,9 @@ def trained(tmp_path_factory):
     model = sequential(
         layers.Dense(5),
         Compiled(),
-        ntm(controller_dropout=0.2),
+        ntm(controller_dropout=0.2, name="head"),
         layers.LayerNormalization(),
-        layers.LSTM(7, return_sequences=True, dropout=0.2),
+        layers.LSTM(7, return_sequences=True, dropout=0.2, name="tail"),
         layers.Dropout(0.3),
         layers.BatchNormalization(),
         layers.Dense(2, activation="sigmoid"),
@@ -169,7 +188,7 @@ def trained(tmp_path_factory):
 def test_names_and_shapes(trained):
     assert trained.path.name == "1" and isinstance(trained.path, pathlib.Path)
     signatures = load(trained.path)
-    states = {f"state_{i}": (None, n) for i, n in enumerate(STATE_SIZES)}
+    states = {name: (None, size) for name, size in STATE_SIZES.items()}
 
     def shapes(specs):
         return {name: tuple(spec.shape) for name, spec in specs.items()}
@@ -426,8 +445,6 @@ def attention(inputs):
             lambda: keras.layers.Conv1D(3, 2, padding="causal", name="looks"),
         ),
         ("looks", lambda: keras.layers.GlobalMaxPooling1D(name="looks")),
-        ("held", lambda: keras.layers.Masking()),
-        ("held", lambda: keras.layers.Masking(-2.0)),
     ],
     ids=[
         "bidirectional",
@@ -435,18 +452,15 @@ def attention(inputs):
         "attention",
         "convolution",
         "pooling",
-        "mask",
-        "mask-of-2",
     ],
 )
 def test_what_cannot_be_streamed(name, layers, tmp_path):
     inputs = keras.Input((None, 5))
     layer = layers()
-    memory = keras.layers.SimpleRNN(3, return_sequences=True, name="held")
-    before = name == "held"
-    outputs = memory(layer(inputs)) if before else layer(memory(inputs))
-    model = keras.Model(inputs, outputs)
-    with pytest.warns(UserWarning, match=f"`step`.*{name!r}"):
+    memory = keras.layers.SimpleRNN(3, return_sequences=True)
+    model = keras.Model(inputs, layer(memory(inputs)))
+    remedy = "Call `serving_default` with whole sequences"
+    with pytest.warns(UserWarning, match=f"`step`.*{name!r}.*{remedy}"):
         path = export_for_serving(model, tmp_path / "model")
     signatures = load(path)
     assert set(signatures) == {"serving_default"}
@@ -457,16 +471,225 @@ def test_what_cannot_be_streamed(name, layers, tmp_path):
         close(served, model(x, training=False), tolerance=1e-5)
 
 
-def test_masked_steps_that_hold_nothing_can_be_streamed(tmp_path):
+def gappy(*shape, value=0.0):
+    """Rows that begin, stop and end with masked steps."""
+    x = random(*shape)
+    x[0, -2:] = x[1, 0] = x[2, 1] = x[2, 3] = value
+    return x
+
+
+def rnn(layer, **kwargs):
+    return layer(3, **{"return_sequences": True, **kwargs})
+
+
+class OwnCell(keras.layers.Layer):
+    state_size = [2, 2]
+    output_size = 2
+
+    def call(self, inputs, states):
+        return states[0] + inputs[:, :2], [states[0] + 1.0, states[1] * 0.5]
+
+    def get_initial_state(self, batch_size=None):
+        return [keras.ops.ones((batch_size, 2))] * 2
+
+
+MASKED = {  # layers, and how many of them hold an output
+    "ours": (lambda: [keras.layers.Masking(), ntm(), keras.layers.GRU(2)], 2),
+    "value": (
+        lambda: [keras.layers.Masking(-2.0), rnn(keras.layers.SimpleRNN)],
+        1,
+    ),
+    "middle": (
+        lambda: [
+            rnn(keras.layers.SimpleRNN),
+            keras.layers.Dense(2, "relu"),
+            keras.layers.Masking(),
+            rnn(keras.layers.LSTM),
+            keras.layers.LayerNormalization(),
+            keras.layers.TimeDistributed(keras.layers.Dense(3)),
+            rnn(keras.layers.GRU),
+        ],
+        2,
+    ),
+    "stack": (
+        lambda: [
+            keras.layers.Masking(),
+            keras.layers.RNN([keras.layers.LSTMCell(2), OwnCell()]),
+            keras.layers.Dense(2),
+        ],
+        1,
+    ),
+    "zeros": (
+        lambda: [
+            keras.layers.Masking(),
+            rnn(keras.layers.LSTM, zero_output_for_mask=True),
+        ],
+        0,
+    ),
+    "zeros-last": (
+        lambda: [
+            keras.layers.Masking(),
+            rnn(
+                keras.layers.GRU,
+                zero_output_for_mask=True,
+                return_sequences=False,
+            ),
+        ],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MASKED)
+def test_masked_steps_are_held_in_a_stream(case, tmp_path, recwarn):
+    layers, count = MASKED[case]
+    model = sequential(*layers())
+    path = export_for_serving(model, tmp_path / "model", warm_up=())
+    assert not [w for w in recwarn if "`step`" in str(w.message)]
+    check(model, path, gappy(3, 6, 5, value=-2.0 if case == "value" else 0.0))
+    states = gives(load(path)["initial_state"])
+    assert sum("held_output" in name for name in states) == count
+
+
+def test_masked_tokens_are_held_in_a_stream(tmp_path):
     model = sequential(
-        keras.layers.Masking(),
-        keras.layers.SimpleRNN(
-            3, return_sequences=True, zero_output_for_mask=True
-        ),
+        keras.layers.Embedding(7, 3, mask_zero=True),
+        rnn(keras.layers.LSTM, name="first"),
+        keras.layers.GRU(2, name="second"),
+        shape=(None,),
+        dtype="int32",
     )
-    x = random(2, 5, 5)
-    x[0, 2] = 0.0
-    check(model, export_for_serving(model, tmp_path / "model"), x)
+    path = export_for_serving(model, tmp_path / "tokens", warm_up=())
+    check(model, path, np.array([[3, 0, 6, 0], [0, 1, 0, 2]], "int32"))
+    assert takes(load(path)["step"]) == {
+        "inputs",
+        *("first_h", "first_c", "first_held_output"),
+        *("second_h", "second_held_output"),
+    }
+
+
+def test_rows_without_news_stay_as_they_are(tmp_path):
+    """Several clients in one batch, of which one has nothing at a step."""
+    model = sequential(keras.layers.Masking(), rnn(keras.layers.LSTM))
+    path = export_for_serving(model, tmp_path / "model", warm_up=())
+    signatures = load(path)
+    x = random(2, 3, 5)
+    first, states = stream(signatures, x)
+    news = random(2, 5)
+    news[0] = 0.0
+    after = run(signatures["step"], inputs=news, **states)
+    close(after.pop("outputs")[0], first[-1][0], tolerance=0)
+    for name, state in after.items():
+        close(state[0], states[name][0], tolerance=0)
+        assert np.abs(state[1] - states[name][1]).max() > 1e-3
+
+
+# Names.
+
+
+def names_of(model, tmp_path):
+    path = export_for_serving(model, tmp_path / "names", warm_up=())
+    signatures = load(path)
+    assert takes(signatures["initial_state"]) < takes(signatures["step"])
+    states = gives(signatures["initial_state"])
+    (name,) = takes(signatures["initial_state"])
+    assert takes(signatures["serving_default"]) == {name}
+    assert takes(signatures["step"]) == {name, *states}
+    outputs = gives(signatures["serving_default"])
+    assert gives(signatures["step"]) == {*outputs, *states}
+    # What the names stand for.
+    x = random(2, 3, 5)
+    whole = run(signatures["serving_default"], **{name: x})
+    given = run(signatures["initial_state"], **{name: x[:, 0]})
+    for time in range(3):
+        given = run(signatures["step"], **{name: x[:, time]}, **given)
+        for output in outputs:
+            one = given.pop(output)
+            close(one, whole[output][:, time], tolerance=1e-6)
+    return name, outputs, states
+
+
+@pytest.mark.parametrize(
+    "given, served",
+    [("sensor", "sensor"), (None, "inputs"), ("1st", "arg_1st")],
+)
+def test_an_input_has_its_own_name(given, served, tmp_path):
+    model = sequential(rnn(keras.layers.SimpleRNN), name=given)
+    assert names_of(model, tmp_path) == (served, {"outputs"}, {"h"})
+
+
+@pytest.mark.parametrize(
+    "given, served",
+    [
+        ("inputs", "inputs"),
+        ("input_layer_3", "inputs"),  # what Keras calls it after loading
+        ("my-input", "my_input"),
+        ("_x", "arg__x"),
+        ("größe 2", "gr__e_2"),
+        ("class", "arg_class"),
+        ("self", "arg_self"),
+    ],
+)
+def test_names_are_those_that_tensorflow_takes(given, served):
+    assert export._names("inputs", keras.Input((5,), name=given)) == [served]
+
+    def function(**inputs):
+        return inputs
+
+    signature = export._trace(function, {served: ((None,), "float32")})
+    assert takes(signature) == {served}
+    signature(**{served: tf.ones(3)})
+
+
+def test_outputs_have_their_keys_and_states_get_out_of_the_way(tmp_path):
+    inputs = keras.Input((None, 5), name="h")
+    first = rnn(keras.layers.LSTM, name="my-lstm")(inputs)
+    model = keras.Model(inputs, {"go": first, "my-lstm_c": first + 1.0})
+    assert names_of(model, tmp_path) == (
+        "h",
+        {"go", "my_lstm_c"},
+        {"my_lstm_h", "my_lstm_c_1"},
+    )
+
+
+def test_a_layer_that_is_called_again_has_a_number(tmp_path):
+    inputs = keras.Input((None, 5))
+    shared = rnn(keras.layers.GRU, name="shared")
+    masked = shared(keras.layers.Masking()(inputs))
+    model = keras.Model(inputs, masked + shared(inputs))
+    _, _, states = names_of(model, tmp_path)
+    assert states == {"shared_h", "shared_held_output", "shared_1_h"}
+
+
+def test_cells_name_their_states(tmp_path):
+    own, named = OwnCell(), OwnCell()
+    named.state_names = ["count", "share"]
+    cells = [own, keras.layers.LSTMCell(2), named]
+    model = sequential(keras.layers.RNN(cells, return_sequences=True))
+    _, _, states = names_of(model, tmp_path)
+    assert states == {
+        *("state_0_0", "state_1_0", "h_1", "c_1", "count_2", "share_2")
+    }
+
+
+def test_unnamed_inputs_are_numbered_and_keys_win(tmp_path):
+    first, second = keras.Input((2,)), keras.Input((2,), name="second")
+    model = keras.Model([first, second], [first + second, first - second])
+    path = export_for_serving(model, tmp_path / "list")
+    signature = load(path)["serving_default"]
+    assert takes(signature) == {"inputs_0", "second"}
+    assert gives(signature) == {"outputs_0", "outputs_1"}
+    x, y = random(3, 2), random(3, 2, seed=1)
+    served = run(signature, inputs_0=x, second=y)
+    close(served["outputs_1"], x - y, tolerance=1e-6)
+    keyed = keras.Model(
+        {"a b": keras.Input((2,), name="a b"), "a-b": second},
+        {"of": {"all": second * 2.0, "none": second * 0.0}},
+    )
+    signature = load(export_for_serving(keyed, tmp_path / "dict"))
+    signature = signature["serving_default"]
+    assert takes(signature) == {"a_b", "a_b_1"}
+    assert gives(signature) == {"of_all", "of_none"}
 
 
 def test_several_inputs_and_outputs(tmp_path):
@@ -521,6 +744,45 @@ def test_without_recurrent_layers_there_are_no_steps_nor_warnings(
     signatures = load(export_for_serving(model, tmp_path / "model"))
     assert not [w for w in recwarn if "export" in str(w.message)]
     assert set(signatures) == {"serving_default"}
+
+
+@pytest.mark.parametrize("time", [4, None], ids=["fixed", "free"])
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
+def test_layers_that_are_time_distributed(time, streams, tmp_path):
+    layers = keras.layers
+    model = sequential(
+        *[rnn(layers.SimpleRNN)] * streams,
+        layers.TimeDistributed(layers.Dense(4)),
+        layers.TimeDistributed(layers.Reshape((2, 2))),
+        layers.TimeDistributed(layers.SimpleRNN(2)),
+        shape=(time, 5),
+    )
+    path = export_for_serving(model, tmp_path / "model", warm_up=())
+    x = random(3, 4, 5)
+    if streams:
+        check(model, path, x)
+    else:
+        served = run(load(path)["serving_default"], inputs=x)["outputs"]
+        close(served, model(x), tolerance=1e-5)
+
+
+class Looped(keras.layers.Layer):
+    """Acts on each step, and must know how many there are."""
+
+    def call(self, inputs):
+        steps = [inputs[:, time] * 2.0 for time in range(inputs.shape[1])]
+        return keras.ops.stack(steps, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def test_a_layer_that_must_know_the_number_of_steps(tmp_path):
+    model = sequential(rnn(keras.layers.SimpleRNN), Looped(), shape=(4, 5))
+    path = export_for_serving(model, tmp_path / "model", warm_up=())
+    check(model, path, random(2, 4, 5))
+    _, specs = load(path)["serving_default"].structured_input_signature
+    assert specs["inputs"].shape == (None, 4, 5)
 
 
 # Files.
@@ -599,13 +861,78 @@ def test_a_failure_leaves_nothing(
     assert left <= {"models.config"}
 
 
+@pytest.mark.parametrize(
+    "place, name, error",
+    [
+        (None, "save", tf.errors.ResourceExhaustedError(None, None, "no room")),
+        (pathlib.Path, "write_text", OSError(28, "no room")),
+        (os, "fsync", OSError(28, "no room")),
+        (
+            tf.io,
+            "TFRecordWriter",
+            tf.errors.UnknownError(None, None, "no room"),
+        ),
+    ],
+    ids="save config flush warm-up".split(),
+)
+def test_a_full_disk_is_told(place, name, error, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise error
+
+    if name == "TFRecordWriter":
+        pytest.importorskip("tensorflow_serving.apis")
+    folder = tmp_path / "model"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "saved_model.pb").write_bytes(b"old")
+    monkeypatch.setattr(place or tf.saved_model, name, full)
+    match = "Could not write .*model/2: .*no room.* are as they were"
+    with pytest.raises(OSError, match=match):
+        export_for_serving(tiny(), folder, version=2)
+    assert {path.name for path in folder.rglob("*")} <= {
+        *("1", "saved_model.pb", "models.config")
+    }
+    assert (folder / "1" / "saved_model.pb").read_bytes() == b"old"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a writer")
+def test_what_killed_exports_left_is_removed(tmp_path):
+    folder = tmp_path / "model"
+    with export._appearing(folder / "3") as running:  # another, at work
+        (running / "part").write_text("half")
+        reads, writes = os.pipe()
+        killed = os.fork()
+        if killed == 0:
+            with export._appearing(folder / "1") as left:
+                (left / "part").write_text("half")
+                os.write(writes, b"!")
+                signal.pause()
+        assert os.read(reads, 1) == b"!"
+        hidden = {path.name for path in folder.iterdir()}
+        with export._appearing(folder / "2"):  # while that one lives
+            assert hidden < {path.name for path in folder.iterdir()}
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        os.close(reads), os.close(writes)
+        # An older version had no locks, and a user has folders of his own.
+        (folder / ".7.0123abcd").mkdir()
+        (folder / ".7.mine").mkdir()
+        with export._appearing(folder / "4"):
+            pass
+        names = {running.name, f"{running.name}.lock", ".7.mine", "2", "4"}
+        assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {
+        *("2", "3", "4", ".7.mine")
+    }
+    assert (folder / "3" / "part").read_text() == "half"
+
+
 def test_a_difference_in_streaming_is_found(tmp_path, monkeypatch):
     initial = export._initial_states
 
     def shifted(calls, batch):
         states = initial(calls, batch)
         traced = tf.is_symbolic_tensor(batch)
-        return {k: state + traced * 1.0 for k, state in states.items()}
+        return [state + traced * 1.0 for state in states]
 
     monkeypatch.setattr(export, "_initial_states", shifted)
     with pytest.raises(RuntimeError, match="signature `step`.*difference of"):
@@ -630,21 +957,38 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         export_for_serving(tiny(), tmp_path / "model")
 
 
-@pytest.mark.parametrize("version", [0, -1, 1.5, "1", None])
+@pytest.mark.parametrize("version", [0, -1, 1.5, "1", None, True, 2**63])
 def test_versions_are_positive_integers(version, tmp_path):
     with pytest.raises(ValueError, match="`version` must be an integer"):
         export_for_serving(tiny(), tmp_path, version=version)
 
 
+def test_versions_may_be_times(tmp_path):
+    version = 20261129150725000
+    path = export_for_serving(tiny(), tmp_path, version=version, name="a")
+    assert path.name == str(version) and set(load(path)) == SIGNATURES
+
+
 def test_arguments_are_checked_before_any_work(tmp_path, monkeypatch):
-    def refused(error, match, model=None, folder=tmp_path / "model", **kwargs):
+    whole = tiny()
+
+    def refused(error, match, model=whole, folder=tmp_path / "model", **kwargs):
         with pytest.raises(error, match=match):
-            export_for_serving(model or tiny(), folder, **kwargs)
+            export_for_serving(model, folder, **kwargs)
 
     refused(TypeError, "`model` must be a Keras model", model=len)
     refused(ValueError, "must be built", model=ntm())
     refused(ValueError, "must be built", model=keras.Sequential([ntm()]))
+    refused(TypeError, "`model` must be a Keras.*model=None", model=None)
+    refused(TypeError, "`folder` must be a path.*folder=None", folder=None)
+    refused(TypeError, "`folder` must be a path.*folder=3", folder=3)
     refused(ValueError, "`name` must be letters", name='a"b')
+    refused(ValueError, "`name` must be letters.*name=3", name=3)
+    for pairs in (None, 3, (1, 2), [(1,)], [(1, 2, 3)], "text", [None]):
+        refused(ValueError, "`warm_up` must be pairs", warm_up=pairs)
+    refused(ValueError, "warm_up batch size", warm_up=[("a", 1)])
+    refused(ValueError, "warm_up batch size", warm_up=[(True, 1)])
+    refused(ValueError, "`exact_search` must be True", exact_search=None)
     refused(ValueError, "`name` must be letters", folder=tmp_path / "a b")
     refused(ValueError, "`warm_up` must have at most", warm_up=[(1, 1)] * 334)
     refused(ValueError, "warm_up batch size", warm_up=[(0, 1)])

@@ -99,7 +99,7 @@ def test_a_reader_on_windows_is_waited_for(windows, tmp_path):
         aside.write_text("new")
     assert path.read_text() == "new"
     windows.kept_open[path] = 1000
-    with pytest.raises(PermissionError, match="Access is denied.*file.txt"):
+    with pytest.raises(PermissionError, match="file.txt: Access is denied"):
         with files.written_aside(path) as aside:
             aside.write_text("newer")
     assert path.read_text() == "new"
@@ -111,7 +111,7 @@ def test_no_file_is_waited_for_elsewhere(monkeypatch, tmp_path):
 
     def refused(*paths):
         asked.append(paths)
-        raise PermissionError("no")
+        raise PermissionError(errno.EACCES, "no")
 
     monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(PermissionError, match="no"):

@@ -37,6 +37,7 @@ def lowered(request):
 def test_forward_and_training_step(case, lowered):
     line = lowered[case.name]
     assert line["forward"] == line["train"] == ["tpu", "cuda", "cpu"]
+    assert line["backward"] == line["forward"]
     assert line["difference"] < 1e-6
 
 
