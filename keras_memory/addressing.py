@@ -61,7 +61,8 @@ def cosine_similarity(
     Source: Graves et al. 2014, eq. 6; with masks Csordas & Schmidhuber 2019
     (arXiv 1904.10278), masked content addressing.
     Departure: `norm_epsilon` stands inside the root of each norm, so that an
-    all-zero slot or key has similarity 0 and finite gradients.
+    all-zero slot or key has similarity 0 and finite gradients. Vectors may be
+    as large as their dtype allows; 16 bits are compared in float32.
 
     Args:
         memory: (B, W, N) slot contents; any real value.
