@@ -28,7 +28,7 @@ from keras_memory import controllers
 from keras_memory import files
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
-from keras_memory.scan import hold
+from keras_memory.scan import select
 from keras_memory.scann_index import ScannIndex
 
 MOST_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses a model with more
@@ -555,7 +555,7 @@ def _run(model, inputs, states=None, unroll=False):
             if mask is not None and not layer.zero_output_for_mask:
                 if given is not None:
                     valid = ops.cast(mask[:, 0], "bool")
-                    last = hold(valid, next(given), last)
+                    last = select(valid, last, next(given))
                     whole = last[:, None]
                 call.names.append("held_output")
                 call.states.append(last)
