@@ -1,0 +1,377 @@
+"""Every public callable that takes arrays refuses what is none of the right
+kind by an error that names the argument, what was wanted and what arrived."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+
+import keras_memory
+from keras_memory import explanations
+from keras_memory import geometry
+from keras_memory import losses
+from keras_memory import memory_wrap
+from keras_memory import retrieval
+from keras_memory import rgbd
+from keras_memory import rooms
+
+RNG = np.random.default_rng(5)
+
+
+def real(*shape):
+    return RNG.uniform(0.1, 1.0, shape).astype("float32")
+
+
+def pose(*shape):
+    return np.broadcast_to(np.eye(3, 4, dtype="float32"), (*shape, 3, 4)).copy()
+
+
+CAMERA = np.linalg.inv([[3.0, 0, 2], [0, 3, 2], [0, 0, 1]]).astype("float32")
+SEQUENCES = {"targets": real(2, 5, 3), "outputs": real(2, 5, 3)}
+MASKED = {**SEQUENCES, "mask": np.ones((2, 5), "float32")}
+AS_KERAS = {"y_true": real(2, 5, 3), "y_pred": real(2, 5, 3)}
+
+
+def layer_of(cls, *args, **kwargs):
+    return lambda **arrays: cls(*args, **kwargs)(**arrays)
+
+
+def ring(method):
+    memory = retrieval.RingMemory(3, 7)
+    state = memory.initial_state(2)
+    return lambda **arrays: getattr(memory, method)(state, **arrays)
+
+
+def knn(method):
+    memory = keras_memory.KNNMemory(3, 7, 2, store="ring")
+    return lambda **arrays: getattr(memory, method)(**arrays)
+
+
+def cell(**arrays):
+    own = keras_memory.NTMCell(2, 5, 3, controller_units=4)
+    own.build((2, 3))
+    return own(arrays["inputs"], own.get_initial_state(2))
+
+
+def updated(metric):
+    def update(**arrays):
+        arrays["sample_weight"] = arrays.pop("sample_weight", None)
+        metric().update_state(**arrays)
+
+    return update
+
+
+def searched(**arrays):
+    return keras_memory.KNNMemoryLayer(7, 2)(
+        arrays["queries"], arrays["keys"], arrays["values"]
+    )
+
+
+def fixed(**arrays):
+    index = keras_memory.ScannIndex(5, 2, value_dim=2, exact=True)
+    index.set_memory(**arrays)
+
+
+def asked(**arrays):
+    index = keras_memory.ScannIndex(5, 2, exact=True)
+    index.set_memory(real(5, 3))
+    return index(**arrays)
+
+
+def wrapped(cls):
+    def call(**arrays):
+        layer = cls(2)
+        return layer(arrays["encodings"], arrays["memory_encodings"])
+
+    return call
+
+
+def remembered(**arrays):
+    layer = keras_memory.MemoryWrapLayer(2)
+    layer.build((None, 3))
+    layer.set_memory(**arrays)
+
+
+def traced(**arrays):
+    layer = keras_memory.NTMLayer(2, 5, 3, controller_units=4)
+    return keras_memory.trace(layer, **arrays)
+
+
+def recurrent(cls):
+    return lambda sequences: cls(2, 5, 3, controller_units=4)(sequences)
+
+
+def mapped(**arrays):
+    layer = keras_memory.ESMLayer(4, 8, feature_channels=1)
+    inputs = {
+        "cameras": {"features": real(2, 3, 4, 4, 1), "points": None},
+        "motion": pose(2, 3),
+    }
+    inputs["cameras"]["points"] = real(2, 3, 4, 4, 3)
+    for name, value in arrays.items():
+        place = inputs if name == "motion" else inputs["cameras"]
+        place[name] = value
+    return layer(inputs)
+
+
+def written(**arrays):
+    raise NotImplementedError  # takes a folder: see `test_rgbd.py`
+
+
+# Function, and its array arguments with what they may be. Of each are tried:
+# text, bools, complex numbers, None, no axis, and a last axis of another size.
+CALLS = {
+    "NTMLayer": (
+        recurrent(keras_memory.NTMLayer),
+        {"sequences": real(2, 3, 4)},
+    ),
+    "DNCLayer": (
+        recurrent(keras_memory.DNCLayer),
+        {"sequences": real(2, 3, 4)},
+    ),
+    "NTMCell": (cell, {"inputs": real(2, 3)}),
+    "trace": (traced, {"inputs": real(2, 3, 4)}),
+    "MemoryWrapLayer": (
+        wrapped(keras_memory.MemoryWrapLayer),
+        {"encodings": real(2, 3), "memory_encodings": real(5, 3)},
+    ),
+    "BaselineMemory": (
+        wrapped(keras_memory.BaselineMemory),
+        {"encodings": real(2, 3), "memory_encodings": real(5, 3)},
+    ),
+    "MemoryWrapLayer.set_memory": (
+        remembered,
+        {"memory_encodings": real(5, 3)},
+    ),
+    "labels_of": (
+        lambda y: memory_wrap.labels_of(y, 5, 3),
+        {"y": np.eye(5, 3, dtype="float32")},
+    ),
+    "ESMLayer": (
+        mapped,
+        {
+            "features": real(2, 3, 4, 4, 1),
+            "points": real(2, 3, 4, 4, 3),
+            "motion": pose(2, 3),
+        },
+    ),
+    "ScannIndex.set_memory": (
+        fixed,
+        {"keys": real(5, 3), "values": real(5, 2)},
+    ),
+    "ScannIndex": (asked, {"queries": real(2, 3)}),
+    "KNNMemoryLayer": (
+        searched,
+        {
+            "queries": real(2, 4, 3),
+            "keys": real(2, 5, 3),
+            "values": real(2, 5, 3),
+        },
+    ),
+    "KNNMemory.add": (
+        knn("add"),
+        {"keys": real(2, 4, 3), "values": real(2, 4, 3)},
+    ),
+    "KNNMemory.search": (
+        lambda **arrays: knn("search")(top_k=2, **arrays),
+        {"queries": real(2, 4, 3)},
+    ),
+    "RingMemory.add": (
+        ring("add"),
+        {"keys": real(2, 4, 3), "values": real(2, 4, 3)},
+    ),
+    "RingMemory.search": (
+        lambda **arrays: ring("search")(top_k=2, **arrays),
+        {"queries": real(2, 4, 3)},
+    ),
+    "retrieval.nearest": (
+        lambda **arrays: retrieval.nearest(top_k=2, **arrays),
+        {"queries": real(2, 3), "keys": real(5, 3)},
+    ),
+    "losses.bits_per_sequence": (losses.bits_per_sequence, MASKED),
+    "losses.wrong_bits_per_sequence": (losses.wrong_bits_per_sequence, MASKED),
+    "losses.error_rate": (losses.error_rate, MASKED),
+    "losses.absolute_error_of_sum": (losses.absolute_error_of_sum, MASKED),
+    "losses.SquaredErrorOfSum": (
+        lambda **arrays: losses.SquaredErrorOfSum()(**arrays),
+        AS_KERAS,
+    ),
+    "losses.BitsCrossentropy": (
+        lambda **arrays: losses.BitsCrossentropy()(**arrays),
+        AS_KERAS,
+    ),
+    "losses.ClassCrossentropy": (
+        lambda **arrays: losses.ClassCrossentropy()(**arrays),
+        AS_KERAS,
+    ),
+    "losses.BitsPerSequence": (updated(losses.BitsPerSequence), AS_KERAS),
+    "losses.WrongBitsPerSequence": (
+        updated(losses.WrongBitsPerSequence),
+        AS_KERAS,
+    ),
+    "losses.ErrorRate": (updated(losses.ErrorRate), AS_KERAS),
+    "losses.AbsoluteErrorOfSum": (updated(losses.AbsoluteErrorOfSum), AS_KERAS),
+    "geometry.pixels_to_camera": (
+        geometry.pixels_to_camera,
+        {
+            "depth": real(2, 4, 4),
+            "inverse_intrinsics": CAMERA[None].repeat(2, 0),
+        },
+    ),
+    "geometry.transform": (
+        geometry.transform,
+        {"points": real(2, 5, 3), "pose": pose(2)},
+    ),
+    "geometry.rotation_matrix": (
+        geometry.rotation_matrix,
+        {"rotation_vector": real(2, 3)},
+    ),
+    "geometry.pose_matrix": (geometry.pose_matrix, {"pose_vector": real(2, 6)}),
+    "geometry.compose": (
+        geometry.compose,
+        {"second": pose(2), "first": pose(2)},
+    ),
+    "geometry.invert": (geometry.invert, {"pose": pose(2)}),
+    "geometry.motions": (geometry.motions, {"poses": pose(2, 3)}),
+    "geometry.is_pose": (geometry.is_pose, {"pose": pose(2)}),
+    "geometry.to_sphere": (geometry.to_sphere, {"points": real(2, 3)}),
+    "geometry.from_sphere": (geometry.from_sphere, {"sphere": real(2, 3)}),
+    "geometry.to_pixels": (
+        lambda **arrays: geometry.to_pixels(height=4, width=8, **arrays),
+        {"sphere": real(2, 3)},
+    ),
+    "geometry.from_pixels": (
+        lambda **arrays: geometry.from_pixels(height=4, width=8, **arrays),
+        {"pixels": real(2, 3)},
+    ),
+    "geometry.pixel_variance": (
+        lambda **arrays: geometry.pixel_variance(height=4, width=8, **arrays),
+        {"points": real(2, 5, 3), "covariance": real(2, 6, 6)},
+    ),
+    "geometry.quantize": (
+        lambda **arrays: geometry.quantize(
+            valid=np.ones((2, 5), "bool"), height=4, width=8, **arrays
+        ),
+        {"mean": real(2, 5, 4), "variance": real(2, 5, 4)},
+    ),
+    "geometry.smooth": (
+        lambda **arrays: geometry.smooth(
+            kernel=geometry.smoothing_kernel(3), **arrays
+        ),
+        {"mean": real(2, 4, 8, 3), "variance": real(2, 4, 8, 3)},
+    ),
+    "geometry.inverse_intrinsics": (
+        geometry.inverse_intrinsics,
+        {"focal_lengths": real(2), "principal_point": real(2)},
+    ),
+    "geometry.pad_sphere": (
+        lambda **arrays: geometry.pad_sphere(size=1, **arrays),
+        {"image": real(2, 4, 8, 3)},
+    ),
+    "rooms.Room.render": (
+        lambda **arrays: rooms.Room().render(height=4, width=4, **arrays),
+        {"pose": pose()},
+    ),
+    "rooms.Room.cast": (
+        lambda **arrays: rooms.Room().cast(**arrays),
+        {"origin": real(3), "directions": real(5, 3)},
+    ),
+}
+
+# Where the last axis may have any size, nothing disagrees with another one.
+ANY_SIZE = {
+    ("NTMLayer", "sequences"),
+    ("DNCLayer", "sequences"),
+    ("trace", "inputs"),
+    ("geometry.pad_sphere", "image"),  # an odd width is refused elsewhere
+}
+
+# Bools and whole numbers that are as good.
+ALSO_BOOL = {"mask", "y"}
+
+# Public callables without array arguments, or whose arrays come in files, in
+# models' data, or in records, and are tested with their modules.
+ELSEWHERE = {
+    "callbacks": "probes: test_callbacks.py",
+    "controllers": "cells of Keras's kind",
+    "convert": "weights: test_convert.py, test_convert_dnc.py",
+    "export": "no arrays",
+    "rgbd": "frames: test_rgbd.py",
+    "tasks": "sizes: test_arguments.py, test_tasks.py",
+    "visualization": "pictures: test_visualization.py",
+    "explanations": "data of a model: test_explanations.py",
+    "geometry.fuse": "lists: test_geometry.py",
+    "geometry.pixel_grid": "sizes",
+    "geometry.smoothing_kernel": "sizes",
+    "rooms.right_angle": "sizes",
+    "rooms.Room": "sizes: test_rooms",
+}
+
+
+def wrong(name, array):
+    """Pairs of what is wrong, and an array or what is none."""
+    array = np.asarray(array)
+    yield "text", np.full(array.shape, "a")
+    if name not in ALSO_BOOL:
+        yield "bool", array > 0
+    yield "complex", array.astype("complex64")
+    yield "None", None
+    yield "no axis", np.float32(1.0)
+    yield "another size", np.concatenate([array, array[..., :1]], axis=-1)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_array_for_it_is_refused_by_name(name):
+    call, arrays = CALLS[name]
+    call(**arrays)
+    for argument, array in arrays.items():
+        for kind, value in wrong(argument, array):
+            if kind == "another size" and (name, argument) in ANY_SIZE:
+                continue
+            if kind == "text" and keras.backend.backend() != "tensorflow":
+                continue  # Keras cannot make a tensor of it
+            where = f"{name}({argument}: {kind})"
+            try:
+                call(**{**arrays, argument: value})
+            except (ValueError, TypeError) as error:
+                text = str(error)
+            else:
+                pytest.fail(f"{where} is taken")
+            # The other one of two that disagree may be named.
+            names = arrays if kind == "another size" else [argument]
+            assert any(f"`{one}" in text for one in names), f"{where}: {text}"
+            assert "Received: " in text, f"{where}: {text}"
+
+
+def test_whole_numbers_are_taken_where_real_ones_are():
+    for name in ("geometry.to_sphere", "retrieval.nearest", "RingMemory.add"):
+        call, arrays = CALLS[name]
+        call(**{key: np.ones(x.shape, "int32") for key, x in arrays.items()})
+
+
+def public_callables():
+    for module in ("geometry", "losses", "rooms", "retrieval"):
+        for name, value in vars(getattr(keras_memory, module)).items():
+            own = getattr(value, "__module__", "") == f"keras_memory.{module}"
+            if own and callable(value) and name[0] != "_":
+                yield f"{module}.{name}"
+    for name in dir(keras_memory):
+        value = getattr(keras_memory, name)
+        if inspect.ismodule(value):
+            continue
+        if inspect.isclass(value) and issubclass(value, keras.layers.Layer):
+            yield name
+
+
+def test_no_public_layer_is_missing():
+    told = {name.split(".")[0] for name in CALLS}
+    same = {  # whose calls go through those of others
+        "DNCCell": "NTMCell",
+        "ESMCell": "ESMLayer",
+        "MemoryCell": "NTMCell",
+        "MemoryRNN": "NTMLayer",
+        "MemoryWrapClassifier": "MemoryWrapLayer",
+    }
+    layers = [name for name in public_callables() if "." not in name]
+    assert {same.get(name, name) for name in layers} <= told
