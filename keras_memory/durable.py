@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_memory.files import locked
+from keras_memory.files import os_reason
 from keras_memory.files import written_aside
 
 FORMAT = 1
@@ -670,5 +671,5 @@ def _told(wanted, still):
         raise OSError(
             error.errno,
             f"To {wanted}, its disk must have room and work; {still}. "
-            f"Received: {error.strerror or error}",
+            f"Received: {os_reason(error)}",
         ) from error

@@ -10,23 +10,53 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
+def explain_os_errors(what, kept="Nothing was changed.", also=()):
+    """Says in the errors of a full disk, say, what was being written.
+
+    Args:
+        what: str or path of what is written inside of this.
+        kept: str, what is left after an error.
+        also: tuple of further classes of exceptions that tell of the disk,
+            such as `tf.errors.OpError`.
+
+    Raises:
+        OSError: of the same `errno`, and so of the same class.
+    """
+    try:
+        yield
+    except (OSError, *also) as error:
+        number, reason = getattr(error, "errno", None), os_reason(error)
+        text = f"Could not write {what}: {reason}. {kept}"
+        told = OSError(text) if number is None else OSError(number, text)
+        told.reason = reason
+        raise told from error
+
+
+def os_reason(error):
+    """Why: what the system said, also of an error that says more by now."""
+    return getattr(error, "reason", getattr(error, "strerror", None)) or error
+
+
+@contextlib.contextmanager
 def written_aside(path):
     """Gives a path beside `path` to write to, and renames it at the end.
 
     Whoever reads `path` finds the old file or the new one, whole, also if the
-    writer is killed or the machine loses power. An error leaves the old one.
+    writer is killed or the machine loses power. An error leaves the old one,
+    and says so.
 
     Args:
         path: `pathlib.Path` of the file.
     """
     aside = path.with_name(f".{path.stem}.writing{path.suffix}")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with explain_os_errors(path):
+        try:
+            yield aside
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

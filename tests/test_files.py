@@ -1,0 +1,73 @@
+"""Files that are whole or not there, and errors that say which."""
+
+import contextlib
+import errno
+import pathlib
+
+import pytest
+
+from keras_memory.files import explain_os_errors
+from keras_memory.files import written_aside
+
+resource = pytest.importorskip("resource")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A disk that is full after `size` bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_full_disk_is_told_and_leaves_the_old_file(old, tmp_path):
+    path = tmp_path / "a.bin"
+    if old:
+        path.write_bytes(old)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OSError) as caught, files_of_at_most(10):
+        with written_aside(path) as aside:
+            aside.write_bytes(b"new" * 100)
+    assert caught.value.errno == errno.EFBIG
+    assert f"Could not write {path}: File too large. " in str(caught.value)
+    assert str(caught.value).endswith("Nothing was changed.")
+    assert sorted(tmp_path.iterdir()) == before
+    assert not old or path.read_bytes() == old
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    path = tmp_path / "none" / "a.bin"
+    with pytest.raises(FileNotFoundError, match=f"Could not write {path}: No"):
+        with written_aside(path) as aside:
+            aside.write_bytes(b"new")
+    path = tmp_path / "file" / "a.bin"
+    pathlib.Path(tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="Could not write.*Nothing w"):
+        with written_aside(path) as aside:
+            aside.write_bytes(b"new")
+
+
+def test_errors_are_explained_and_keep_their_kind():
+    with pytest.raises(PermissionError, match="write it: Permission denied. N"):
+        with explain_os_errors("it"):
+            raise OSError(errno.EACCES, "Permission denied", "a file")
+    with pytest.raises(OSError, match="^Could not write it: bad chunk. Half.$"):
+        with explain_os_errors("it", kept="Half."):
+            raise OSError("bad chunk")
+    with pytest.raises(KeyError, match="other"):
+        with explain_os_errors("it"):
+            raise KeyError("other")
+    with pytest.raises(OSError, match="^Could not write it: no room. Nothing"):
+        with explain_os_errors("it", also=(RuntimeError,)):
+            raise RuntimeError("no room")
+    with pytest.raises(OSError) as caught:
+        with explain_os_errors("all"), explain_os_errors("a part"):
+            raise OSError("no room")
+    assert (
+        str(caught.value)
+        == "Could not write all: no room. Nothing was changed."
+    )
