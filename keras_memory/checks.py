@@ -197,6 +197,7 @@ def check_array(
     kind="real",
     dtype=None,
     convert=True,
+    as_numpy=False,
     remedy=None,
 ):
     """The one door for arrays: a tensor of what a user gave, or an error.
@@ -216,13 +217,14 @@ def check_array(
             value is looked at.
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
+        as_numpy: bool, return a NumPy array, which keeps float64 on JAX too.
         convert: bool; False for an array or tensor as it came, and a NumPy
             array of lists.
         remedy: str, a sentence for the error that refuses integers which
             `dtype` would not keep exactly; None lets them be rounded.
 
     Returns:
-        Tensor.
+        Tensor, or NumPy array.
 
     Raises:
         ValueError: None, text, bools, complex numbers, ragged lists, another
@@ -262,6 +264,8 @@ def check_array(
     sizes.update(known)
     if isinstance(value, keras.KerasTensor) or not convert:
         return found
+    if as_numpy:
+        return np.asarray(ops.convert_to_numpy(found), dtype)
     if dtype is not None and ops.is_tensor(found):
         return ops.cast(found, dtype)
     return ops.convert_to_tensor(found, dtype)

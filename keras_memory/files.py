@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import time
 
 try:
@@ -129,6 +130,38 @@ def _replace(source, target):
         except PermissionError:
             time.sleep(PAUSE)
     os.replace(source, target)
+
+
+@contextlib.contextmanager
+def files_written_aside(folder):
+    """Gives an empty folder to write files to, and moves them at the end.
+
+    They take the place of files of the same names in `folder`; others stay. An
+    error, such as that of a full disk, leaves all as it was, and says so.
+
+    Args:
+        folder: `pathlib.Path`; made where it is absent.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    aside = folder / ".writing"
+    with explain_os_errors(folder):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed process
+            aside.mkdir(parents=True)
+            yield aside
+            written = sorted(aside.rglob("*"))
+            for path in filter(os.path.isdir, written):
+                (folder / path.relative_to(aside)).mkdir(exist_ok=True)
+            for path in filter(os.path.isfile, written):
+                fsync(path)
+                _replace(path, folder / path.relative_to(aside))
+            shutil.rmtree(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # one that is not empty
+                for path in made:
+                    path.rmdir()
+            raise
 
 
 @contextlib.contextmanager

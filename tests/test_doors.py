@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 
 import keras_memory
-from keras_memory import explanations
 from keras_memory import geometry
 from keras_memory import losses
 from keras_memory import memory_wrap
 from keras_memory import retrieval
-from keras_memory import rgbd
 from keras_memory import rooms
 
 RNG = np.random.default_rng(5)
