@@ -26,6 +26,7 @@ from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
+from keras_memory.state import LayerState
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
 HUGE = 1e25  # as infinite: it would overflow in sums and squares
@@ -634,6 +635,7 @@ class ESMLayer(_Map):
         return_state: bool, False by default, return the state too.
         stateful: bool, False by default, go on from the state of the batch
             before. Needs a fixed batch size; `reset_state()` starts afresh.
+            The state is no weight, and no file keeps it.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -707,7 +709,13 @@ class ESMLayer(_Map):
         self.return_sequences = check_bool("return_sequences", return_sequences)
         self.return_state = check_bool("return_state", return_state)
         self.stateful = check_bool("stateful", stateful)
-        self.states = None
+        self._state = None
+
+    @property
+    def states(self):
+        """`ESMMap` of the variables of a stateful layer, which are not among
+        its weights; None where there are none, or not yet."""
+        return self._state and ESMMap(*self._state.variables)
 
     def build(self, inputs_shape):
         if self.stateful:
@@ -719,20 +727,17 @@ class ESMLayer(_Map):
                     "`keras.Input(batch_shape=...)`. Received: motion of shape "
                     f"{tuple(inputs_shape['motion'])}"
                 )
-            self.states = ESMMap(
-                *(
-                    self.add_weight(
-                        shape=(batch, *prior.shape),
-                        initializer=lambda shape, dtype, prior=prior: (
-                            ops.zeros(shape, dtype) + ops.cast(prior, dtype)
-                        ),
-                        dtype=self.map_dtype,
-                        trainable=False,
-                        autocast=False,
-                        name=name,
+            self._state = LayerState(
+                [(batch, *prior.shape) for prior in self._prior],
+                [
+                    lambda shape, dtype, prior=prior: (
+                        ops.zeros(shape, dtype) + ops.cast(prior, dtype)
                     )
-                    for name, prior in self._prior._asdict().items()
-                )
+                    for prior in self._prior
+                ],
+                self.map_dtype,
+                ESMMap._fields,
+                name="state",
             )
         self.built = True
 
@@ -908,7 +913,9 @@ def _as_mask(mask, batch, times):
     if not given:
         return None
     sizes = {"B": batch, "T": times}
-    return check_array("mask", given[0], ("B", "T"), sizes, kind="mask")
+    return check_array(
+        "mask", given[0], ("B", "T"), sizes, kind="mask", dtype="bool"
+    )
 
 
 def _check_inputs(inputs):

@@ -189,7 +189,7 @@ def export_for_serving(
             )
         config = temporary / "models.config"
         config.write_text(MODELS_CONFIG.format(name=name))
-        _flush(config)
+        files.fsync(config)
         config.replace(folder / config.name)
     return target
 
@@ -775,12 +775,12 @@ def _appearing(target):
             try:
                 yield temporary
                 for path in [*temporary.rglob("*"), temporary]:
-                    _flush(path)
+                    files.fsync(path)
                 temporary.rename(target)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-    _flush(folder)
+    files.fsync(folder)
 
 
 def _remove_abandoned(folder):
@@ -804,15 +804,6 @@ def _lock_of(temporary):
 def _remove(path):
     with contextlib.suppress(OSError):
         path.unlink()
-
-
-def _flush(path):
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _save(functions, folder):
