@@ -1086,7 +1086,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         self.time_loop = None
         self._was_trained = False  # by a call that `time_loop` tells of
 
-    def build(self, sequences_shape, initial_state_shape=None):
+    def build(self, sequences_shape=None, initial_state_shape=None):
+        if sequences_shape is None:  # the layer was called on None
+            check_array("sequences", None)
         self._check_sequences(sequences_shape)
         super().build(sequences_shape, initial_state_shape)
 
@@ -1154,9 +1156,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     def _check_sequences(self, shape):
         if len(shape) != 3 or shape[1] == 0:
             raise ValueError(
-                f"{type(self).__name__} takes sequences of shape (batch, "
-                "time, width) with at least one time step. For further batch "
-                "axes reshape to three axes first: "
+                f"`sequences` of {type(self).__name__} must be of shape "
+                "(batch, time, width) with at least one time step. For further "
+                "batch axes reshape to three axes first: "
                 "`keras.ops.reshape(x, (-1, *x.shape[-2:]))`. Received: "
                 f"shape {tuple(shape)}"
             )
@@ -1372,7 +1374,7 @@ def trace(
             f"Received: {layer!r}"
         )
     check_bool("use_memory", use_memory)
-    inputs = check_array("inputs", inputs)
+    inputs = check_array("inputs", inputs, ("batch", "time", "width"))
     if not layer.built:
         layer.build(tuple(inputs.shape))
     if initial_state is None and layer.stateful:

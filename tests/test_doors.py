@@ -25,7 +25,7 @@ def pose(*shape):
     return np.broadcast_to(np.eye(3, 4, dtype="float32"), (*shape, 3, 4)).copy()
 
 
-CAMERA = np.linalg.inv([[3.0, 0, 2], [0, 3, 2], [0, 0, 1]]).astype("float32")
+CAMERA = np.asarray(geometry.inverse_intrinsics((3.0, 3.0), (2.0, 2.0)))
 SEQUENCES = {"targets": real(2, 5, 3), "outputs": real(2, 5, 3)}
 MASKED = {**SEQUENCES, "mask": np.ones((2, 5), "float32")}
 AS_KERAS = {"y_true": real(2, 5, 3), "y_pred": real(2, 5, 3)}
@@ -278,8 +278,12 @@ ANY_SIZE = {
     ("NTMLayer", "sequences"),
     ("DNCLayer", "sequences"),
     ("trace", "inputs"),
-    ("geometry.pad_sphere", "image"),  # an odd width is refused elsewhere
+    ("geometry.pad_sphere", "image"),
+    ("geometry.pixels_to_camera", "depth"),
+    ("ScannIndex.set_memory", "keys"),
 }
+
+OPTIONAL = {("KNNMemoryLayer", "keys"), ("KNNMemoryLayer", "values")}
 
 # Bools and whole numbers that are as good.
 ALSO_BOOL = {"mask", "y"}
@@ -322,6 +326,8 @@ def test_what_is_no_array_for_it_is_refused_by_name(name):
         for kind, value in wrong(argument, array):
             if kind == "another size" and (name, argument) in ANY_SIZE:
                 continue
+            if kind == "None" and (name, argument) in OPTIONAL:
+                continue
             if kind == "text" and keras.backend.backend() != "tensorflow":
                 continue  # Keras cannot make a tensor of it
             where = f"{name}({argument}: {kind})"
@@ -333,7 +339,7 @@ def test_what_is_no_array_for_it_is_refused_by_name(name):
                 pytest.fail(f"{where} is taken")
             # The other one of two that disagree may be named.
             names = arrays if kind == "another size" else [argument]
-            assert any(f"`{one}" in text for one in names), f"{where}: {text}"
+            assert any(one in text for one in names), f"{where}: {text}"
             assert "Received: " in text, f"{where}: {text}"
 
 
