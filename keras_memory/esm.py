@@ -341,7 +341,7 @@ class _Map(Arguments, keras.layers.Layer):
             )
             variance = ops.concatenate(
                 [
-                    variance[..., :3] + ops.maximum(by_pose, 0),
+                    variance[..., :3] + geometry.at_least(by_pose, 0.0),
                     variance[..., 3:],
                 ],
                 axis=-1,
@@ -527,8 +527,8 @@ class ESMCell(_Map):
 
     Args:
         height, width, feature_channels, depth_limits, variance_limits,
-            depth_prior, feature_prior, smooth_kernel_size, depth_buffer:
-            as of `ESMLayer`.
+            depth_prior, feature_prior, smooth_kernel_size, depth_buffer,
+            convention, depth_scale: as of `ESMLayer`.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -581,8 +581,12 @@ class ESMLayer(_Map):
 
     A memory without weights. At each step the map is projected anew as the
     agent moves, and fused with depth and features of each camera by their
-    variances. Frames, and the sphere's image, are those of `geometry`: x left,
-    y up, z forward; the map's middle is forward, its upper row up.
+    variances. The map's middle is forward, its upper row up. By default frames
+    are those of the paper: x left, y up, z forward; `convention` names others.
+
+    Your own camera: of OpenCV's and of most drivers' take
+    `convention="opencv"`, in ROS `convention="ros"`; give `np.linalg.inv(K)` as
+    `inverse_intrinsics`, and `depth_scale=0.001` for depth in millimetres.
 
     Source: Lenton et al. 2021 (arXiv 2102.07764).
     Departures from the reference (ivy_memory), which has faults: any number of
@@ -607,9 +611,10 @@ class ESMLayer(_Map):
     first.
 
     Masking and dtype: what is masked, not finite, at or behind the camera,
-    beyond `depth_limits`, or no better known than the prior is left out. Of a
-    camera whose pose is not a rotation and a translation all is left out, and a
-    motion that is none leaves nothing of the map before it. A step that `mask`
+    beyond `depth_limits`, or no better known than the prior is left out. A
+    camera is ignored whose pose is not a rotation and a translation, or whose
+    intrinsics are of another convention, which raises an error of NumPy arrays
+    and in the first call. An invalid motion resets the map. A step that `mask`
     leaves out changes nothing. All is computed, and returned, in float32, or in
     float64 if that is `dtype`.
 
@@ -631,6 +636,18 @@ class ESMLayer(_Map):
             reaches around a small map does not count; None for no smoothing.
         depth_buffer: bool. True (default): of the points in a pixel the nearest
             is kept. False: they are fused.
+        convention: str, the axes x, y, z of what is given. `points` have those
+            of a camera, `motion` and its covariance those of the agent, and a
+            camera's `pose` leads from the first to the second:
+            `"esm"` (default): left, up, forward, both;
+            `"opencv"`: right, down, forward, both;
+            `"opengl"`: right, up, back, both;
+            `"ros"`: a camera's right, down, forward, as of optical frames, the
+            agent's forward, left, up, as of a body's frame.
+            `inverse_intrinsics` is `np.linalg.inv(K)` of the usual K, with
+            `"esm"` what `geometry.inverse_intrinsics` gives.
+        depth_scale: float, metres in a unit of `depth`, such as 0.001 for
+            millimetres. None (default): depth is in metres, of a float dtype.
         return_sequences: bool, the map after each step, or (default) the last.
         return_state: bool, False by default, return the state too.
         stateful: bool, False by default, go on from the state of the batch
@@ -648,9 +665,8 @@ class ESMLayer(_Map):
             `cameras`: a dict, or a list of any number, each with
             `features` (B, T, h, w, F);
             `points` (B, T, h, w, 3), coordinates in the camera's frame in
-            metres, or `depth` (B, T, h, w) along the optical axis in metres
-            and `inverse_intrinsics` (B, T, 3, 3), as
-            `geometry.inverse_intrinsics` gives it;
+            metres, or `depth` (B, T, h, w) along the optical axis in metres,
+            or in `depth_scale`, and `inverse_intrinsics` (B, T, 3, 3);
             `variance` (B, T, h, w, 3 + F), optional, of columns and rows in
             squared pixels of the map, of distance in squared metres, and of
             features; the least by default;
@@ -669,8 +685,10 @@ class ESMLayer(_Map):
 
     Raises:
         ValueError: an argument out of its range, wrong shapes, a camera
-            without features, or without depth or points, or another batch size
-            than a stateful layer was built for.
+            without features, or without depth or points, integer depth without
+            `depth_scale`, intrinsics that are not inverted or of another
+            convention, or another batch size than a stateful layer was built
+            for.
 
     A functional model that is loaded from a `.keras` file gives lists in place
     of the records, as Keras writes all outputs so.

@@ -711,6 +711,7 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     others = [(beside, row), (column, above), (beside, above)]
     line = ops.concatenate([own, *(place(*other) for other in others)])
     nearness = 1.0 / (1.0 + ops.stop_gradient(mean[..., 2]))  # above 0, to 1
+    # PyTorch's maxima of segments are those of float32.
     dtype = keras.backend.result_type(ops.dtype(nearness), "float32")
     nearness = ops.reshape(ops.cast(nearness, dtype), (-1,))
     nearness = ops.concatenate([nearness + 1.0, nearness, nearness, nearness])
@@ -900,13 +901,19 @@ def _tensors(sizes=None, **arrays):
     ]
     if len(arrays) == 1 or not dtypes:
         return list(tensors.values())
-    dtype = keras.backend.result_type(*dtypes)
+    dtype = _widest(*dtypes)
     return [
         check_array(name, value, axes, dtype=dtype)
         if ops.dtype(tensors[name]) != dtype
         else tensors[name]
         for name, (value, axes) in arrays.items()
     ]
+
+
+def _widest(*dtypes):
+    """As `keras.backend.result_type`, which on PyTorch has no float64."""
+    wide = "float64" in dtypes
+    return "float64" if wide else keras.backend.result_type(*dtypes)
 
 
 def _check_leads(**tensors):
