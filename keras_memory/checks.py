@@ -1,5 +1,8 @@
 """Checks of arguments: what was wanted, why, what arrived."""
 
+import os
+import pathlib
+
 import keras
 import numpy as np
 from keras import ops
@@ -11,6 +14,7 @@ KINDS = {
     "real": ("fiu", "real numbers"),
     "integer": ("iu", "integers"),
     "bool": ("b", "bool"),
+    "mask": ("bfiu", "bools, or of numbers of which 0 is False"),
 }
 
 
@@ -31,7 +35,15 @@ def check_size(name, value, least=1, others=""):
     return int(value)
 
 
-def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
+def check_array(
+    name,
+    value,
+    axes=None,
+    sizes=None,
+    kind="real",
+    dtype=None,
+    as_numpy=False,
+):
     """The one door for arrays: a tensor of what a user gave, or an error.
 
     Args:
@@ -44,12 +56,14 @@ def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
         sizes: dict from names to sizes. It is filled in here: hand the same
             one to the checks of all arguments of a call. A size that a graph
             does not know fits any.
-        kind: `"real"` (integers become floats), `"integer"` or `"bool"`.
+        kind: `"real"` (integers become floats), `"integer"`, `"bool"`, or
+            `"mask"` (numbers become bools).
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
+        as_numpy: bool, return a NumPy array, which keeps float64 on JAX too.
 
     Returns:
-        Tensor.
+        Tensor, or NumPy array.
 
     Raises:
         ValueError: None, text, bools, complex numbers, ragged lists, another
@@ -84,6 +98,9 @@ def check_array(name, value, axes=None, sizes=None, kind="real", dtype=None):
     if dtype is None and kind == "real":
         if is_list or _kind_of(found) != "f":
             dtype = keras.config.floatx()
+    dtype = "bool" if kind == "mask" else dtype
+    if as_numpy:
+        return np.asarray(ops.convert_to_numpy(found), dtype)
     if dtype is not None and ops.is_tensor(found):
         return ops.cast(found, dtype)
     return ops.convert_to_tensor(found, dtype)
@@ -165,6 +182,13 @@ def _wanted(name, axes, sizes, kind):
 def _described(array):
     dtype = str(getattr(array.dtype, "name", array.dtype))
     return f"shape {tuple(array.shape)}, dtype {dtype.removeprefix('torch.')}"
+
+
+def check_path(name, path):
+    """A `pathlib.Path`, or ValueError unless `path` is a str or a path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"`{name}` must be a path. Received: {name}={path!r}")
+    return pathlib.Path(path)
 
 
 def check_batch(name, tensor, size):

@@ -11,22 +11,102 @@ pi / 2 to the left, a polar angle, 0 up and pi down, both in radians, and a
 radius in metres. In the sphere's image it has a column from 0, behind, over
 W / 2, forward, to W, behind, a row from 0, up, to H, down, both in pixels, and
 the radius as its depth.
+
+Where a camera, or a robot, comes in, `convention` names the axes that it has:
+
+    convention  a camera's x, y, z      an agent's x, y, z
+    "esm"       left, up, forward       left, up, forward    (the default)
+    "opencv"    right, down, forward    right, down, forward
+    "opengl"    right, up, back         right, up, back
+    "ros"       right, down, forward    forward, left, up
+
+"opencv" is also that of most drivers and data sets, and "ros" that of ROS: an
+optical frame and a body's. `inverse_intrinsics` is the inverse of the usual
+K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in all of them but "esm", where its
+first two rows have the other sign, so that it gives (x, y, 1).
+
+Arrays of different float dtypes are computed in the widest of them.
 """
 
+import contextlib
 import functools
+import itertools
 import math
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.checks import check_array
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_size
+from keras_memory.checks import is_number
+
+CONVENTIONS = {  # where x, y and z point, of cameras and of agents
+    "esm": (("left", "up", "forward"), ("left", "up", "forward")),
+    "opencv": (("right", "down", "forward"), ("right", "down", "forward")),
+    "opengl": (("right", "up", "back"), ("right", "up", "back")),
+    "ros": (("right", "down", "forward"), ("forward", "left", "up")),
+}
+WAYS = {
+    "left": (1, 0, 0),
+    "up": (0, 1, 0),
+    "forward": (0, 0, 1),
+    "right": (-1, 0, 0),
+    "down": (0, -1, 0),
+    "back": (0, 0, -1),
+}
 TINY = 1e-30  # of squares: what is shorter is the origin
 SMALL = 1e-6  # squared angles below are those of no turn
 UPRIGHT = 1e-8  # squared angles from the poles below which all are the same
 ROTATION_TOLERANCE = 1e-3  # of what a rotation times its transpose is
 
 
-def inverse_intrinsics(focal_lengths, principal_point):
+# Conventions.
+
+
+def camera_axes(convention):
+    """The pose from a camera's frame to the same with axes as here.
+
+    Args:
+        convention: `"esm"`, `"opencv"`, `"opengl"` or `"ros"`; see above.
+
+    Returns:
+        (3, 4) float64 array.
+
+    Example:
+
+    >>> right, down, forward = camera_axes("opencv")[:, :3].T
+    >>> right
+    array([-1.,  0.,  0.])
+    """
+    return _axes(convention, 0)
+
+
+def agent_axes(convention):
+    """As `camera_axes`, of an agent's frame."""
+    return _axes(convention, 1)
+
+
+def _axes(convention, whose):
+    check_one_of("convention", convention, CONVENTIONS)
+    ways = [WAYS[way] for way in CONVENTIONS[convention][whose]]
+    return np.eye(4)[:3] @ np.block(
+        [[np.transpose(ways), np.zeros((3, 1))], [np.eye(4)[3:]]]
+    )
+
+
+def _optical_axes(convention):
+    """(3, 3), from what inverse intrinsics give to a camera's axes."""
+    given = "esm" if convention == "esm" else "opencv"
+    return camera_axes(convention)[:, :3].T @ camera_axes(given)[:, :3]
+
+
+# Cameras.
+
+
+def inverse_intrinsics(focal_lengths, principal_point, convention="esm"):
     """What maps pixels of a pinhole camera to directions in its frame.
 
     Args:
@@ -34,9 +114,11 @@ def inverse_intrinsics(focal_lengths, principal_point):
         principal_point: (cx, cy) in pixels, to the right and down from the
             centre of the pixel in the corner; the image's middle is at
             ((w - 1) / 2, (h - 1) / 2).
+        convention: str; see above. Of any but `"esm"` it is the inverse of
+            K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].
 
     Returns:
-        (3, 3) float32 array: times (column, row, 1) it gives (x, y, 1).
+        (3, 3) float64 array: times (column, row, 1) it gives (x, y, 1).
 
     Raises:
         ValueError: a focal length that is not positive, or no two finite
@@ -47,40 +129,167 @@ def inverse_intrinsics(focal_lengths, principal_point):
     >>> inverse_intrinsics((2.0, 2.0), (0.5, 0.5))
     array([[-0.5 ,  0.  ,  0.25],
            [ 0.  , -0.5 ,  0.25],
-           [ 0.  ,  0.  ,  1.  ]], dtype=float32)
+           [ 0.  ,  0.  ,  1.  ]])
     """
-    focal_lengths = np.asarray(focal_lengths, "float64")
-    principal_point = np.asarray(principal_point, "float64")
-    are_pairs = focal_lengths.shape == principal_point.shape == (2,)
-    are_finite = np.isfinite([*focal_lengths.flat, *principal_point.flat]).all()
-    if not are_pairs or not are_finite or not (focal_lengths > 0).all():
+    sign = _sign(convention)
+    fx, fy = pair = _pair("focal_lengths", focal_lengths)
+    cx, cy = _pair("principal_point", principal_point)
+    if not (pair > 0).all():
         raise ValueError(
-            "A camera must have two positive focal lengths and two coordinates "
-            "of its principal point, in pixels. Received: "
-            f"focal_lengths={focal_lengths.tolist()}, "
-            f"principal_point={principal_point.tolist()}"
+            "`focal_lengths` must be two positive numbers of pixels. "
+            f"Received: focal_lengths={pair.tolist()}"
         )
-    (fx, fy), (cx, cy) = focal_lengths, principal_point
-    matrix = [[-1 / fx, 0, cx / fx], [0, -1 / fy, cy / fy], [0, 0, 1]]
-    return np.array(matrix, "float32")
+    return np.array(
+        [
+            [sign / fx, 0, -sign * cx / fx],
+            [0, sign / fy, -sign * cy / fy],
+            [0, 0, 1],
+        ]
+    )
 
 
-def pixels_to_camera(depth, inverse_intrinsics):
+def _pair(name, value):
+    pair = check_array(name, value, (2,), dtype="float64", as_numpy=True)
+    if not np.isfinite(pair).all():
+        raise ValueError(
+            f"`{name}` must be two finite numbers of pixels. "
+            f"Received: {name}={pair.tolist()}"
+        )
+    return pair
+
+
+def _sign(convention):
+    """Of the first two entries on the diagonal of inverse intrinsics."""
+    check_one_of("convention", convention, CONVENTIONS)
+    return -1 if convention == "esm" else 1
+
+
+def is_camera(inverse_intrinsics, convention="esm"):
+    """Which matrices are the inverse intrinsics of a pinhole camera.
+
+    Args:
+        inverse_intrinsics: (..., 3, 3), any value.
+        convention: str; see above.
+
+    Returns:
+        (...) bool; False for NaN, the signs of another convention, the
+        intrinsics K themselves, and for another last row than (0, 0, 1).
+    """
+    (matrix,) = _tensors(inverse_intrinsics=(inverse_intrinsics, (..., 3, 3)))
+    scales = ops.stack([matrix[..., 0, 0], matrix[..., 1, 1]], axis=-1)
+    scales, offsets = (
+        _sign(convention) * part for part in (scales, matrix[..., :2, 2])
+    )
+    # Of the inverse, offsets are minus those of the middle; no focal length is
+    # shorter than a pixel.
+    is_inverse = ops.any((scales <= 1.0) | (offsets <= 0.0), axis=-1)
+    last = matrix[..., 2, :] - ops.cast([0, 0, 1], ops.dtype(matrix))
+    # A comparison with NaN is False.
+    return (
+        ops.all(scales > 0.0, axis=-1)
+        & is_inverse
+        & ops.all(ops.abs(last) < ROTATION_TOLERANCE, axis=-1)
+        & ops.all(ops.isfinite(matrix), axis=(-2, -1))
+    )
+
+
+def check_camera(name, matrix, convention="esm"):
+    """Raises ValueError for finite matrices that are no inverse intrinsics.
+
+    Args:
+        name: str, of the argument, for the error.
+        matrix: (..., 3, 3) NumPy array.
+        convention: str; see above.
+    """
+
+    def is_right(matrices, convention=convention):
+        return ops.convert_to_numpy(is_camera(matrices, convention))
+
+    matrices = matrix.reshape(-1, 3, 3)
+    wrong = np.isfinite(matrices).all((-2, -1)) & ~is_right(matrices)
+    if not wrong.any():
+        return
+    first = matrices[np.argmax(wrong)].astype("float64")
+    why = "Its last row must be (0, 0, 1), and its focal lengths positive"
+    with contextlib.suppress(np.linalg.LinAlgError):
+        if is_right(np.linalg.inv(first), "opencv"):
+            why = "It is K itself: give its inverse, `np.linalg.inv(K)`"
+    for other in ("esm", "opencv"):
+        if is_right(first, other):
+            why = f"It has the signs of `convention={other!r}`: say so"
+    raise ValueError(
+        f"`{name}` must be the inverse of a camera's intrinsics, of "
+        f"`convention={convention!r}`. {why}. Received: {first.tolist()}"
+    )
+
+
+def check_depth(name, depth, depth_scale=None):
+    """Raises ValueError for whole numbers of no known unit.
+
+    Args:
+        name: str, of the argument, for the error.
+        depth: array of real numbers.
+        depth_scale: metres in a unit of it, or None for metres.
+    """
+    if not hasattr(depth, "dtype"):
+        depth = np.asarray(depth)
+    dtype = str(getattr(depth.dtype, "name", depth.dtype))
+    if depth_scale is None and "int" in dtype:
+        raise ValueError(
+            f"`{name}` must be in metres, of a float dtype. Cameras give "
+            "integers in other units, mostly millimetres: give "
+            f"`depth_scale=0.001`, the metres in a unit. Received: {dtype}"
+        )
+
+
+def check_depth_scale(depth_scale):
+    """A positive number of metres, or None; else ValueError."""
+    if depth_scale is None:
+        return None
+    if not is_number(depth_scale) or depth_scale <= 0:
+        raise ValueError(
+            "`depth_scale` must be a positive number, the metres in a unit of "
+            f"depth, or None. Received: depth_scale={depth_scale!r}"
+        )
+    return float(depth_scale)
+
+
+def pixels_to_camera(
+    depth, inverse_intrinsics, convention="esm", depth_scale=None
+):
     """Coordinates of what a pinhole camera sees.
 
     Args:
-        depth: (..., h, w) metres along the optical axis.
+        depth: (..., h, w) along the optical axis, in metres, or in units of
+            `depth_scale`.
         inverse_intrinsics: (..., 3, 3), as `inverse_intrinsics` gives it.
+        convention: str, of the camera; see above.
+        depth_scale: metres in a unit of depth, such as 0.001 for millimetres;
+            None (default) for metres, of a float dtype.
 
     Returns:
         (..., h, w, 3) metres in the camera's frame.
+
+    Raises:
+        ValueError: integer depth without its scale, or a NumPy array of
+            intrinsics that are of another convention or not inverted.
     """
-    depth, inverse_intrinsics = _tensors(depth, inverse_intrinsics)
-    height, width = depth.shape[-2:]
-    rows, columns = np.mgrid[:height, :width].astype("float32")
+    matrix = inverse_intrinsics
+    tensors = _tensors(
+        depth=(depth, (..., "h", "w")), inverse_intrinsics=(matrix, (..., 3, 3))
+    )
+    _check_leads(depth=tensors[0], inverse_intrinsics=tensors[1])
+    check_depth("depth", depth, check_depth_scale(depth_scale))
+    if not ops.is_tensor(matrix) and not isinstance(matrix, keras.KerasTensor):
+        check_camera("inverse_intrinsics", np.asarray(matrix), convention)
+    depth, matrix = tensors
+    if depth_scale is not None:
+        depth = depth * depth_scale
+    dtype = ops.dtype(depth)
+    rows, columns = np.mgrid[: depth.shape[-2], : depth.shape[-1]]
     pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
-    pixels = ops.cast(pixels, ops.dtype(depth))
-    directions = _turned(pixels, inverse_intrinsics[..., None, None, :, :])
+    matrix = _product(ops.cast(_optical_axes(convention), dtype), matrix)
+    directions = _turned(ops.cast(pixels, dtype), matrix[..., None, None, :, :])
     return directions * depth[..., None]
 
 
@@ -97,7 +306,9 @@ def transform(points, pose):
     Returns:
         (B, n, 3) metres.
     """
-    points, pose = _tensors(points, pose)
+    points, pose = _tensors(
+        points=(points, ("B", "n", 3)), pose=(pose, ("B", 3, 4))
+    )
     return _turned(points, pose[..., None, :, :3]) + pose[..., None, :, 3]
 
 
@@ -119,7 +330,7 @@ def rotation_matrix(rotation_vector):
            [ 0.,  1.,  0.],
            [ 0.,  0., -1.]])
     """
-    vector = ops.convert_to_tensor(rotation_vector)
+    (vector,) = _tensors(rotation_vector=(rotation_vector, (..., 3)))
     square = ops.sum(vector * vector, axis=-1)[..., None, None]
     is_small = square < SMALL
     angle = ops.sqrt(ops.where(is_small, 1.0, square))
@@ -147,7 +358,7 @@ def pose_matrix(pose_vector):
     Returns:
         (..., 3, 4).
     """
-    pose_vector = ops.convert_to_tensor(pose_vector)
+    (pose_vector,) = _tensors(pose_vector=(pose_vector, (..., 6)))
     rotation = rotation_matrix(pose_vector[..., 3:])
     return ops.concatenate([rotation, pose_vector[..., :3, None]], axis=-1)
 
@@ -161,7 +372,10 @@ def compose(second, first):
     Returns:
         (..., 3, 4).
     """
-    first, second = _tensors(first, second)
+    second, first = _tensors(
+        second=(second, (..., 3, 4)), first=(first, (..., 3, 4))
+    )
+    _check_leads(second=second, first=first)
     rotation, translation = second[..., :3], second[..., 3:]
     last = ops.cast(np.array([0, 0, 0, 1]), ops.dtype(translation))
     return _product(rotation, first) + translation * last
@@ -169,7 +383,7 @@ def compose(second, first):
 
 def invert(pose):
     """The pose that undoes another, (..., 3, 4)."""
-    (pose,) = _tensors(pose)
+    (pose,) = _tensors(pose=(pose, (..., 3, 4)))
     back = ops.swapaxes(pose[..., :3], -1, -2)
     return ops.concatenate([back, -_product(back, pose[..., 3:])], axis=-1)
 
@@ -185,7 +399,7 @@ def motions(poses):
         (..., T, 3, 4), from the frame at the step before to that at each step;
         at the first it did not move.
     """
-    poses = ops.convert_to_tensor(poses)
+    (poses,) = _tensors(poses=(poses, (..., "T", 3, 4)))
     before = ops.concatenate([poses[..., :1, :, :], poses[..., :-1, :, :]], -3)
     return compose(invert(poses), before)
 
@@ -199,7 +413,7 @@ def is_pose(pose):
     Returns:
         (...) bool; False for NaN, scalings and mirrors too.
     """
-    (pose,) = _tensors(pose)
+    (pose,) = _tensors(pose=(pose, (..., 3, 4)))
     rotation, translation = pose[..., :3], pose[..., 3]
     transposed = ops.swapaxes(rotation, -1, -2)
     identity = ops.eye(3, dtype=ops.dtype(rotation))
@@ -228,7 +442,7 @@ def to_sphere(points):
         up and down the azimuth is 0, and at the origin all are. Gradients are
         finite everywhere, and 0 where there are none.
     """
-    (points,) = _tensors(points)
+    (points,) = _tensors(points=(points, (..., 3)))
     x, y, z = (points[..., i] for i in range(3))
     square = x * x + z * z
     on_axis = square < TINY
@@ -246,7 +460,7 @@ def to_sphere(points):
 
 def from_sphere(sphere):
     """Coordinates, in metres, of what `to_sphere` gave: (..., 3)."""
-    (sphere,) = _tensors(sphere)
+    (sphere,) = _tensors(sphere=(sphere, (..., 3)))
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
     level = radius * ops.sin(polar)
     return ops.stack(
@@ -269,7 +483,8 @@ def to_pixels(sphere, height, width):
     Returns:
         (..., 3): column in [0, W), row in [0, H], depth.
     """
-    (sphere,) = _tensors(sphere)
+    height, width = check_size("height", height), check_size("width", width)
+    (sphere,) = _tensors(sphere=(sphere, (..., 3)))
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
     column = (math.pi - azimuth) * (width / (2 * math.pi))
     row = polar * (height / math.pi)
@@ -278,15 +493,20 @@ def to_pixels(sphere, height, width):
 
 def from_pixels(pixels, height, width):
     """Azimuth, polar angle and radius of what `to_pixels` gave: (..., 3)."""
-    (pixels,) = _tensors(pixels)
+    height, width = check_size("height", height), check_size("width", width)
+    (pixels,) = _tensors(pixels=(pixels, (..., 3)))
     column, row, depth = (pixels[..., i] for i in range(3))
     azimuth = math.pi - column * (2 * math.pi / width)
     return ops.stack([azimuth, row * (math.pi / height), depth], axis=-1)
 
 
-@functools.lru_cache(maxsize=8)
 def pixel_grid(height, width):
     """(H, W, 2) float32 array: column and row of each pixel's middle."""
+    return _grid(check_size("height", height), check_size("width", width))
+
+
+@functools.lru_cache(maxsize=8)
+def _grid(height, width):
     rows, columns = np.mgrid[:height, :width].astype("float32")
     return np.stack([columns, rows], axis=-1)
 
@@ -307,7 +527,10 @@ def pixel_variance(points, covariance, height, width):
         (B, n, 3) variances of columns and rows, in squared pixels, and of
         depth, in squared metres; 0 at the origin.
     """
-    points, covariance = _tensors(points, covariance)
+    height, width = check_size("height", height), check_size("width", width)
+    points, covariance = _tensors(
+        points=(points, ("B", "n", 3)), covariance=(covariance, ("B", 6, 6))
+    )
     is_there = ops.sum(points * points, axis=-1, keepdims=True) > TINY
     points = ops.where(is_there, points, 1.0)
     x, y, z = (points[..., i] for i in range(3))
@@ -338,6 +561,30 @@ def pixel_variance(points, covariance, height, width):
     return ops.where(is_there, variance, 0.0)
 
 
+def turn_covariance(covariance, rotation):
+    """The covariance of a small motion, in a frame with other axes.
+
+    Args:
+        covariance: (..., 6, 6), of translation and rotation vector.
+        rotation: (3, 3), from the axes that these have to the others.
+
+    Returns:
+        (..., 6, 6).
+    """
+    covariance, rotation = _tensors(
+        covariance=(covariance, (..., 6, 6)), rotation=(rotation, (3, 3))
+    )
+    none = ops.zeros_like(rotation)
+    turn = ops.concatenate(
+        [
+            ops.concatenate([rotation, none], axis=-1),
+            ops.concatenate([none, rotation], axis=-1),
+        ],
+        axis=-2,
+    )
+    return _product(_product(turn, covariance), ops.transpose(turn))
+
+
 # Measurements.
 
 
@@ -362,7 +609,23 @@ def fuse(means, variances):
     >>> float(mean[0]), float(variance[0])
     (3.0, 0.3333333333333333)
     """
-    means, variances = _tensors(*means), _tensors(*variances)
+    lists = {"means": means, "variances": variances}
+    if not all(hasattr(some, "__iter__") for some in lists.values()) or (
+        not 0 < len(means) == len(variances)
+    ):
+        raise ValueError(
+            "`means` and `variances` must be two lists of arrays, of one "
+            f"length. Received: means={means!r}, variances={variances!r}"
+        )
+    axes = tuple(check_array("means[0]", means[0]).shape)
+    tensors = _tensors(
+        **{
+            f"{name}[{i}]": (some[i], axes)
+            for name, some in lists.items()
+            for i in range(len(some))
+        }
+    )
+    means, variances = tensors[: len(means)], tensors[len(means) :]
     precisions = [1.0 / at_least(variance, TINY) for variance in variances]
     weighted = [mean * precision for mean, precision in zip(means, precisions)]
     return _of_sums(sum(weighted), sum(precisions))
@@ -411,8 +674,19 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     >>> ops.convert_to_numpy(own)[0, 0, :, 0]
     array([False,  True, False, False])
     """
-    mean, variance = _tensors(mean, variance)
-    valid = ops.reshape(ops.cast(valid, "bool"), (-1,))
+    height, width = check_size("height", height), check_size("width", width)
+    check_bool("depth_buffer", depth_buffer)
+    sizes, axes = {}, ("B", "n", "C")
+    mean, variance = _tensors(
+        sizes, mean=(mean, axes), variance=(variance, axes)
+    )
+    if sizes.get("C", 3) < 3 or sizes.get("n", 1) < 1:
+        raise ValueError(
+            "`mean` must have at least one point, of at least column, row and "
+            f"depth. Received: shape {tuple(mean.shape)}"
+        )
+    valid = check_array("valid", valid, axes[:2], sizes, kind="mask")
+    valid = ops.reshape(valid, (-1,))
     batch, number, channels = ops.shape(mean)
     shape = (batch, height, width)
     pixels = batch * height * width
@@ -435,7 +709,9 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     others = [(beside, row), (column, above), (beside, above)]
     line = ops.concatenate([own, *(place(*other) for other in others)])
     nearness = 1.0 / (1.0 + ops.stop_gradient(mean[..., 2]))  # above 0, to 1
-    nearness = ops.reshape(ops.cast(nearness, "float32"), (-1,))
+    # PyTorch's maxima of segments are those of float32.
+    dtype = keras.backend.result_type(ops.dtype(nearness), "float32")
+    nearness = ops.reshape(ops.cast(nearness, dtype), (-1,))
     nearness = ops.concatenate([nearness + 1.0, nearness, nearness, nearness])
     most = ops.segment_max(nearness, line, pixels + 1)
     point = ops.tile(ops.arange(batch * number, dtype="int32"), (4,))
@@ -488,9 +764,23 @@ def pad_sphere(image, size):
            [3., 0., 1., 2., 3., 0.],
            [1., 2., 3., 0., 1., 2.]])
     """
-    image = _pad_poles(ops.convert_to_tensor(image), size)
+    size = check_size("size", size, least=0)
+    (image,) = _tensors(image=(image, ("B", "H", "W", "C")))
+    _check_around(image, size)
+    image = _pad_poles(image, size)
     left, right = image[:, :, image.shape[2] - size :], image[:, :, :size]
     return ops.concatenate([left, image, right], axis=2)
+
+
+def _check_around(image, size):
+    """Raises ValueError unless `_pad_poles` can take so many pixels."""
+    height, width = image.shape[1:3]
+    if width % 2 or size > min(height, width):
+        raise ValueError(
+            "An image of a sphere must have an even number of columns, and at "
+            f"least as many rows and columns as are added, {size}. Received: "
+            f"shape {tuple(image.shape)}"
+        )
 
 
 def _pad_poles(image, size):
@@ -503,13 +793,17 @@ def _pad_poles(image, size):
 
 
 def smoothing_kernel(size):
-    """(size, size) float32 array, 1 / (1 + distance in pixels).
+    """(size, size) float64 array of an odd size, 1 / (1 + distance in pixels).
 
     Source: Lenton et al. 2021, smoothing.
     """
+    if check_size("size", size) % 2 == 0:
+        raise ValueError(
+            f"`size` must be odd, to have a middle. Received: size={size}"
+        )
     places = np.arange(size) - size // 2
     distance = np.hypot(places[:, None], places[None])
-    return (1 / (1 + distance)).astype("float32")
+    return 1 / (1 + distance)
 
 
 def smooth(mean, variance, kernel):
@@ -524,12 +818,24 @@ def smooth(mean, variance, kernel):
         mean: (B, H, W, C), finite.
         variance: (B, H, W, C), positive.
         kernel: (k, k) array, not negative, symmetric about both its axes, k
-            odd and at most 2 H + 1.
+            odd and at most 2 H + 1. Its dtype does not count.
 
     Returns:
         (B, H, W, C) means; variances are not smoothed.
     """
-    mean, variance = _tensors(mean, variance)
+    axes = "B", "H", "W", "C"
+    mean, variance = _tensors(mean=(mean, axes), variance=(variance, axes))
+    kernel = check_array(
+        "kernel", kernel, ("k", "k"), dtype="float64", as_numpy=True
+    )
+    if len(kernel) % 2 == 0:
+        raise ValueError(
+            "`kernel` must have an odd number of rows, to have a middle. "
+            f"Received: shape {kernel.shape}"
+        )
+    _check_around(mean, len(kernel) // 2)
+    if 0 in mean.shape:  # PyTorch has no spectra of nothing
+        return mean
     precision = 1.0 / at_least(variance, TINY)
     both = ops.concatenate([mean * precision, precision], axis=-1)
     if keras.backend.backend() == "jax":  # has no float64 unless it is told
@@ -573,8 +879,52 @@ def _convolved_by_spectra(image, kernel):
     return ops.cast(ops.transpose(result, (0, 2, 3, 1)), ops.dtype(image))
 
 
-def _tensors(*arrays):
-    return [ops.convert_to_tensor(array) for array in arrays]
+def _tensors(sizes=None, **arrays):
+    """Checked tensors, of the widest float dtype among them.
+
+    Args:
+        sizes: dict as of `check_array`.
+        **arrays: by name, each an array and its axes as of `check_array`.
+    """
+    sizes = {} if sizes is None else sizes
+    tensors = {
+        name: check_array(name, value, axes, sizes)
+        for name, (value, axes) in arrays.items()
+    }
+    # Lists and integers have no float dtype of their own.
+    dtypes = [
+        ops.dtype(tensors[name])
+        for name, (value, _) in arrays.items()
+        if "float" in str(getattr(value, "dtype", ""))
+    ]
+    if len(arrays) == 1 or not dtypes:
+        return list(tensors.values())
+    dtype = _widest(*dtypes)
+    return [
+        check_array(name, value, axes, dtype=dtype)
+        if ops.dtype(tensors[name]) != dtype
+        else tensors[name]
+        for name, (value, axes) in arrays.items()
+    ]
+
+
+def _widest(*dtypes):
+    """As `keras.backend.result_type`, which on PyTorch has no float64."""
+    wide = "float64" in dtypes
+    return "float64" if wide else keras.backend.result_type(*dtypes)
+
+
+def _check_leads(**tensors):
+    """Raises ValueError unless all axes but the last two can be broadcast."""
+    leads = [tuple(tensor.shape)[-3::-1] for tensor in tensors.values()]
+    for sizes in itertools.zip_longest(*leads, fillvalue=1):
+        if len(set(sizes) - {1, None}) > 1:
+            shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+            raise ValueError(
+                f"`{'` and `'.join(tensors)}` must agree in all axes but their "
+                "last two, or have 1 or none there. Received: shapes "
+                f"{' and '.join(map(str, shapes))}"
+            )
 
 
 def _product(matrices, others):
@@ -596,4 +946,5 @@ def _turned(vectors, matrices):
 
 def at_least(values, least):
     """As `ops.maximum`, which on PyTorch makes float32 of float64."""
+    values, least = _tensors(values=(values, None), least=(least, None))
     return ops.where(values > least, values, least)

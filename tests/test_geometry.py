@@ -50,7 +50,9 @@ def test_inverse_intrinsics_undo_a_pinhole():
     ],
 )
 def test_impossible_cameras_are_refused(arguments):
-    with pytest.raises(ValueError, match="two positive focal.*Received: focal"):
+    with pytest.raises(
+        ValueError, match="`(focal_len|principal_p).*(two .*num|2,).*Received:"
+    ):
         geometry.inverse_intrinsics(*arguments)
 
 
@@ -607,25 +609,281 @@ def test_smoothing_keeps_signs_and_has_gradients():
     close(slopes, np.ones_like(mean), 1e-5)
 
 
-def test_dtypes_are_kept():
-    for dtype in ("float32", "float64"):
-        if dtype == "float64" and keras.backend.backend() == "jax":
-            continue
-        points = np.ones((1, 2, 3), dtype)
-        pose = np.eye(3, 4, dtype=dtype)[None]
-        results = [
-            geometry.transform(points, pose),
-            geometry.to_sphere(points),
-            geometry.to_pixels(points, 4, 6),
-            geometry.rotation_matrix(points),
-            geometry.compose(pose, pose),
-            *geometry.fuse([points], [points]),
-            *quantized(points, points, [[True, True]], 4, 6),
-            geometry.smooth(
-                points[:, None], points[:, None], geometry.smoothing_kernel(1)
-            ),
-        ]
-        assert {ops.dtype(one) for one in results} == {dtype}
+def results(points, pose):
+    """Of functions of two arrays, points (1, 3, 3) and a pose (1, 3, 4)."""
+    turn = pose[..., :3]
+    image, spread = (
+        np.tile(part[:, None], (1, 2, 2, 1)) for part in (points, turn + 1)
+    )
+    covariance = np.tile(turn, (1, 2, 2))
+    return [
+        geometry.pixels_to_camera(points, turn, "opencv"),
+        geometry.transform(points, pose),
+        geometry.compose(pose, np.pad(points, [(0, 0), (0, 0), (0, 1)])),
+        geometry.pixel_variance(points, covariance, 4, 6),
+        *geometry.fuse([points, turn], [turn + 1, points + 2]),
+        *geometry.quantize(points, turn + 1, [[True] * 3], 4, 6)[:2],
+        geometry.smooth(image[:, :, :2], spread[:, :, :2], np.ones((1, 1))),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("other", ["float32", "float64"])
+def test_the_wider_dtype_is_the_results(dtype, other):
+    if keras.backend.backend() == "jax" and "float64" in (dtype, other):
+        pytest.skip("has no float64 unless it is told")
+    points = np.random.default_rng(0).uniform(0, 1, size=(1, 3, 3))
+    pose = np.eye(3, 4)[None]
+    wide = results(points, pose)
+    found = results(points.astype(dtype), pose.astype(other))
+    for one, exact in zip(found, wide):
+        assert ops.dtype(one) == max(dtype, other)
+        close(one, array(exact), 1e-5)
+    alone = [
+        geometry.to_sphere(points.astype(dtype)),
+        geometry.to_pixels(points.astype(dtype), 4, 6),
+        geometry.from_pixels(points.astype(dtype), 4, 6),
+        geometry.rotation_matrix(points.astype(dtype)),
+    ]
+    assert {ops.dtype(one) for one in alone} == {dtype}
+
+
+def test_lists_and_integers_take_the_dtype_of_arrays():
+    if keras.backend.backend() == "jax":
+        pytest.skip("has no float64 unless it is told")
+    pose = np.eye(3, 4)[None]
+    points = geometry.transform([[[0.1, 0.2, 0.3]]], pose)
+    assert ops.dtype(points) == "float64"
+    close(points, [[[0.1, 0.2, 0.3]]], 1e-15)
+    points = geometry.transform(np.array([[[16777217, 0, 1]]]), pose)
+    assert array(points)[0, 0, 0] == 16777217
+
+
+def test_constants_are_as_exact_as_float64():
+    inverse = geometry.inverse_intrinsics((3.0, 7.0), (1 / 3, 0.1))
+    close(inverse, [[-1 / 3, 0, 1 / 9], [0, -1 / 7, 0.1 / 7], [0, 0, 1]], 1e-16)
+    kernel = geometry.smoothing_kernel(3)
+    close(kernel[0, 0], 1 / (1 + np.sqrt(2)), 1e-16)
+    if keras.backend.backend() == "jax":
+        return
+    mean = np.random.default_rng(0).normal(size=(1, 4, 6, 2))
+    variance = np.exp(mean)
+    close(
+        geometry.smooth(mean, variance, kernel),
+        smoothed(mean, variance, kernel),
+        1e-13,
+    )
+
+
+def test_the_nearest_point_is_told_as_exactly_as_its_dtype():
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("needs float64 in all of Keras")
+    mean = np.array([[[1.0, 1.0, 9.0], [1.0, 1.0, 9.0 + 1e-8]]])
+    for points in (mean, mean[:, ::-1]):
+        image, _ = quantized(points, np.ones_like(mean), [[True] * 2], 2, 4)
+        assert array(image)[0, 1, 1, 2] == 9.0
+
+
+# Conventions.
+
+AXES = {  # of cameras and of agents: x, y, z as left, up, forward
+    "esm": (np.eye(3), np.eye(3)),
+    "opencv": (np.diag([-1, -1, 1]), np.diag([-1, -1, 1])),
+    "opengl": (np.diag([-1, 1, -1]), np.diag([-1, 1, -1])),
+    "ros": (np.diag([-1, -1, 1]), [[0, 1, 0], [0, 0, 1], [1, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("convention", AXES)
+def test_axes_of_conventions(convention):
+    for axes, wanted in zip(
+        (geometry.camera_axes, geometry.agent_axes), AXES[convention]
+    ):
+        pose = axes(convention)
+        assert pose.shape == (3, 4) and array(geometry.is_pose(pose))
+        np.testing.assert_array_equal(pose, np.eye(3, 4) * 0 + pose)
+        np.testing.assert_array_equal(pose[:, :3], wanted)
+        assert (pose[:, 3] == 0).all()
+
+
+K = np.array([[4.0, 0, 3], [0, 5, 2], [0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("convention", "wanted"),
+    [
+        ("esm", [-0.5, 0.8, 2]),  # to the right, up, ahead
+        ("opencv", [0.5, -0.8, 2]),
+        ("opengl", [0.5, 0.8, -2]),
+        ("ros", [0.5, -0.8, 2]),
+    ],
+)
+def test_pixels_to_camera_by_convention(convention, wanted):
+    """Pixel (4, 0) is right of the middle and above it."""
+    inverse = geometry.inverse_intrinsics((4, 5), (3, 2), convention)
+    if convention != "esm":
+        close(inverse, np.linalg.inv(K), 1e-12)
+    for depth, scale in (
+        (np.full((3, 5), 2.0), None),
+        (np.full((3, 5), 2000, "uint16"), 0.001),
+        (np.full((3, 5), 2000.0), 0.001),
+        (np.full((3, 5), 2), 1),
+    ):
+        points = geometry.pixels_to_camera(depth, inverse, convention, scale)
+        close(array(points)[0, 4], wanted)
+
+
+def test_integer_depth_has_a_scale():
+    inverse = geometry.inverse_intrinsics((4, 5), (3, 2))
+    for dtype in ("uint16", "int32", "int64"):
+        depth = np.full((3, 5), 2000, dtype)
+        for some in (depth, depth.tolist()):
+            with pytest.raises(
+                ValueError, match="`depth_scale=0.001`.*: u?int"
+            ):
+                geometry.pixels_to_camera(some, inverse)
+    for scale in (0, -1.0, "mm", np.nan, True):
+        with pytest.raises(ValueError, match="`depth_scale` must be.*Received"):
+            geometry.pixels_to_camera(depth, inverse, depth_scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "convention", "told"),
+    [
+        (K, "esm", "It is K itself"),
+        (K, "opencv", "It is K itself"),
+        (np.linalg.inv(K), "esm", "signs of `convention='opencv'`"),
+        (np.diag([-1, -1, 1]) @ np.linalg.inv(K), "ros", "convention='esm'`"),
+        (np.linalg.inv(K).T, "opencv", r"last row must be \(0, 0, 1\)"),
+        (np.diag([-1, 1, 1]) @ np.linalg.inv(K), "opencv", "focal lengths pos"),
+        (np.zeros((3, 3)), "opencv", "focal lengths positive"),
+    ],
+)
+def test_other_intrinsics_are_told(matrix, convention, told):
+    assert not array(geometry.is_camera(matrix, convention))
+    right = geometry.inverse_intrinsics((4, 5), (3, 2), convention)
+    assert array(geometry.is_camera([right, right], convention)).all()
+    for given in (matrix, np.stack([right, matrix])):
+        with pytest.raises(
+            ValueError, match=f"`inverse_intrinsics`.*{told}.*Received"
+        ):
+            geometry.pixels_to_camera(np.ones((2, 3)), given, convention)
+
+
+# The door.
+
+POSE, POINTS = np.eye(3, 4)[None], np.ones((1, 2, 3))
+ANY = np.ones(2)
+IMAGE = np.ones((1, 4, 6, 3))
+INVERSE = geometry.inverse_intrinsics((4, 5), (3, 2))
+SOUND = {
+    "inverse_intrinsics": {"focal_lengths": (1, 2), "principal_point": (3, 4)},
+    "is_camera": {"inverse_intrinsics": INVERSE},
+    "pixels_to_camera": {
+        "depth": np.ones((1, 2, 3)),
+        "inverse_intrinsics": INVERSE[None],
+    },
+    "transform": {"points": POINTS, "pose": POSE},
+    "rotation_matrix": {"rotation_vector": np.ones(3)},
+    "pose_matrix": {"pose_vector": np.ones(6)},
+    "compose": {"second": POSE, "first": POSE},
+    "invert": {"pose": POSE},
+    "motions": {"poses": POSE},
+    "is_pose": {"pose": POSE},
+    "turn_covariance": {
+        "covariance": np.ones((1, 6, 6)),
+        "rotation": np.eye(3),
+    },
+    "to_sphere": {"points": POINTS},
+    "from_sphere": {"sphere": POINTS},
+    "to_pixels": {"sphere": POINTS, "height": 4, "width": 6},
+    "from_pixels": {"pixels": POINTS, "height": 4, "width": 6},
+    "pixel_grid": {"height": 4, "width": 6},
+    "pixel_variance": {
+        "points": POINTS,
+        "covariance": np.ones((1, 6, 6)),
+        "height": 4,
+        "width": 6,
+    },
+    "fuse": {"means": list(POINTS), "variances": list(POINTS)},
+    "quantize": {
+        "mean": POINTS,
+        "variance": POINTS,
+        "valid": np.ones((1, 2), bool),
+        "height": 4,
+        "width": 6,
+    },
+    "pad_sphere": {"image": IMAGE, "size": 1},
+    "smoothing_kernel": {"size": 3},
+    "smooth": {"mean": IMAGE, "variance": IMAGE, "kernel": np.ones((3, 3))},
+    "at_least": {"values": ANY, "least": 1.0},
+    "camera_axes": {"convention": "ros"},
+    "agent_axes": {"convention": "ros"},
+}
+
+
+def unfit(value):
+    """What an argument cannot be."""
+    yield from (None, "text", [["a"]], np.ones(3, complex), np.ones(3, bool))
+    yield from ([[1.0], [1.0, 2.0]], object())
+    if isinstance(value, np.ndarray) and value is not ANY:
+        yield from (1.0, np.ones(1))
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_does_not_fit_is_named(name):
+    function, sound = getattr(geometry, name), SOUND[name]
+    function(**sound)
+    for argument, value in sound.items():
+        for wrong in unfit(value):
+            with pytest.raises(
+                ValueError, match=f"(?s)`{argument}(`|\\[).*Received"
+            ):
+                function(**{**sound, argument: wrong})
+
+
+def test_all_functions_have_a_door():
+    known = {"check_camera", "check_depth", "check_depth_scale", *SOUND}
+    own = {
+        name
+        for name, value in vars(geometry).items()
+        if getattr(value, "__module__", "") == geometry.__name__
+        and not name.startswith("_")
+    }
+    assert own == known
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("pixels_to_camera", {"depth": np.ones((2, 2, 3))}),
+        ("transform", {"pose": np.concatenate([POSE] * 2)}),
+        ("compose", {"first": np.concatenate([POSE] * 3)}),
+        ("pixel_variance", {"covariance": np.ones((2, 6, 6))}),
+        ("fuse", {"variances": [np.ones((1, 2, 4))]}),
+        ("fuse", {"variances": [POINTS] * 2}),
+        ("fuse", {"means": [], "variances": []}),
+        ("quantize", {"variance": np.ones((1, 3, 3))}),
+        ("quantize", {"valid": np.ones((1, 3), bool)}),
+        ("quantize", {"mean": POINTS[..., :2], "variance": POINTS[..., :2]}),
+        ("quantize", {"mean": POINTS[:, :0], "variance": POINTS[:, :0]}),
+        ("pad_sphere", {"size": 5}),
+        ("pad_sphere", {"image": IMAGE[:, :, :5]}),
+        ("smooth", {"variance": IMAGE[:, :3]}),
+        ("smooth", {"kernel": np.ones((2, 2))}),
+        ("smooth", {"kernel": np.ones((11, 11))}),
+        ("smoothing_kernel", {"size": 4}),
+        ("camera_axes", {"convention": "cv2"}),
+    ],
+)
+def test_sizes_that_disagree_are_told(name, change):
+    sound = SOUND[name]
+    if name == "compose":
+        sound = {**sound, "second": np.concatenate([POSE] * 2)}
+    if name == "pixels_to_camera":
+        sound = {**sound, "inverse_intrinsics": np.stack([INVERSE] * 3)}
+    with pytest.raises(ValueError, match="must .*Received: "):
+        getattr(geometry, name)(**{**sound, **change})
 
 
 def test_accelerators_round_no_factor(monkeypatch):
@@ -641,7 +899,9 @@ def test_accelerators_round_no_factor(monkeypatch):
         array(there_and_back), np.eye(3, 4)[None], atol=1e-6
     )
     points = geometry.pixels_to_camera(
-        np.ones((1, 2, 2), "float32"), np.eye(3, dtype="float32")[None]
+        np.ones((1, 2, 2), "float32"),
+        np.eye(3, dtype="float32")[None],
+        convention="opencv",
     )
     points = array(points).reshape(1, 4, 3)
     np.testing.assert_array_equal(
