@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 
 try:
     import fcntl
@@ -57,6 +58,37 @@ def written_aside(path):
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def files_written_aside(folder):
+    """Gives an empty folder to write files to, and moves them at the end.
+
+    They take the place of files of the same names in `folder`; others stay. An
+    error, such as that of a full disk, leaves all as it was, and says so.
+
+    Args:
+        folder: `pathlib.Path`; made where it is absent.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    aside = folder / ".writing"
+    with explain_os_errors(folder):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed process
+            aside.mkdir(parents=True)
+            yield aside
+            written = sorted(aside.rglob("*"))
+            for path in filter(os.path.isdir, written):
+                (folder / path.relative_to(aside)).mkdir(exist_ok=True)
+            for path in filter(os.path.isfile, written):
+                os.replace(path, folder / path.relative_to(aside))
+            shutil.rmtree(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # one that is not empty
+                for path in made:
+                    path.rmdir()
+            raise
 
 
 @contextlib.contextmanager

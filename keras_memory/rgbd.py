@@ -3,7 +3,8 @@
 A folder of frames:
 
     camera.json         {"focal_lengths": [fx, fy], "principal_point": [cx, cy]}
-                        in pixels
+                        in pixels; and "convention": "opencv", say, the axes of
+                        the camera's frame, if they are not those of "esm"
     poses.txt           a line for each frame: the 12 numbers, row by row, of
                         the (3, 4) pose from the camera's frame to the world's,
                         in metres
@@ -11,24 +12,34 @@ A folder of frames:
                         pixels without a measurement
     colour/000000.png   8 bits, red, green, blue
 
-Frames are those of `geometry`: x left, y up, z forward. Of a camera whose
-frame has x right and y down, as usual in computer vision, turn the poses:
-`pose[:, :2] *= -1`.
+The camera's axes are those of a convention of `geometry`: x left, y up and z
+forward by default, and x right and y down where `camera.json` says "opencv", as
+most data sets and drivers have them. Those of the world are of no matter.
 """
 
 import contextlib
 import json
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
 from keras_memory import geometry
+from keras_memory.checks import check_array
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_path
+from keras_memory.files import files_written_aside
 from keras_memory.files import written_aside
 
 KINDS = "depth", "colour"
 MILLIMETRES = 1000.0  # in a metre
+AXES = {
+    "depth": ("T", "h", "w"),
+    "colour": ("T", "h", "w", 3),
+    "poses": ("T", 3, 4),
+    "inverse_intrinsics": (3, 3),
+}
 
 
 class Frames(NamedTuple):
@@ -38,8 +49,8 @@ class Frames(NamedTuple):
         depth: (T, h, w) float32, metres along the optical axis; 0 for pixels
             without a measurement.
         colour: (T, h, w, 3) float32 from 0 to 1.
-        poses: (T, 3, 4) float32, from the camera's frame to the world's.
-        inverse_intrinsics: (3, 3) float32, as `geometry.inverse_intrinsics`
+        poses: (T, 3, 4) float64, from the camera's frame to the world's.
+        inverse_intrinsics: (3, 3) float64, as `geometry.inverse_intrinsics`
             gives it.
     """
 
@@ -49,11 +60,13 @@ class Frames(NamedTuple):
     inverse_intrinsics: Any
 
 
-def read_frames(folder):
+def read_frames(folder, convention="esm"):
     """Reads a folder of frames.
 
     Args:
         folder: path.
+        convention: str, of `geometry`: the axes of the camera that the poses
+            and intrinsics are to have, whatever they have in the folder.
 
     Returns:
         `Frames`.
@@ -64,21 +77,24 @@ def read_frames(folder):
             of poses than of frames, poses that are none, or no two focal
             lengths and principal point.
     """
-    folder = pathlib.Path(folder)
+    wanted = geometry.camera_axes(convention)[:, :3]
+    folder = check_path("folder", folder)
     text = (folder / "camera.json").read_text(errors="replace")
     try:
         camera = json.loads(text)
         inverse_intrinsics = geometry.inverse_intrinsics(
-            camera["focal_lengths"], camera["principal_point"]
+            camera["focal_lengths"], camera["principal_point"], convention
         )
+        given = geometry.camera_axes(camera.get("convention", "esm"))[:, :3]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "`camera.json` must have `focal_lengths` and `principal_point`, "
-            "two numbers each, the first positive. Received: "
+            "two numbers each, the first positive, and may have `convention`, "
+            f"one of {tuple(geometry.CONVENTIONS)}. Received: "
             f"{text[:200]!r} in {folder}"
         ) from error
     try:
-        poses = np.loadtxt(folder / "poses.txt", "float32", ndmin=2)
+        poses = np.loadtxt(folder / "poses.txt", "float64", ndmin=2)
     except ValueError as error:
         raise ValueError(
             "`poses.txt` must have lines of 12 numbers. Received: "
@@ -90,7 +106,7 @@ def read_frames(folder):
             f"{poses.shape} in {folder}"
         )
     poses = poses.reshape(-1, 3, 4)
-    wrong = np.flatnonzero(~np.asarray(geometry.is_pose(poses)))
+    wrong = np.flatnonzero(~_are_poses(poses))
     if len(wrong):
         raise ValueError(
             "Each pose must be a rotation beside a translation. Received: line "
@@ -107,9 +123,14 @@ def read_frames(folder):
     return Frames(
         depth.astype("float32") / np.float32(MILLIMETRES),
         colour.astype("float32") / np.float32(255),
-        poses,
+        poses
+        @ np.block([[given.T @ wanted, np.zeros((3, 1))], [np.eye(4)[3:]]]),
         inverse_intrinsics,
     )
+
+
+def _are_poses(matrices):
+    return ops.convert_to_numpy(geometry.is_pose(matrices))
 
 
 def _read_images(folder, names, modes):
@@ -138,79 +159,92 @@ def _read_images(folder, names, modes):
     return np.stack(images)
 
 
-def write_frames(folder, frames):
+def write_frames(folder, frames, convention="esm"):
     """Writes a folder of frames, as `read_frames` reads it.
 
     Args:
         folder: path; made where it is absent.
         frames: `Frames`, up to 65 metres deep.
+        convention: str, of `geometry`: the axes of the camera that the poses
+            and intrinsics have.
 
     Raises:
         ValueError: other shapes, depth that 16 bits of millimetres cannot hold,
-            colours beyond 0 and 1, poses that are none, another camera than a
-            pinhole, or a folder that holds more frames. Nothing is written
-            then.
+            or of integers, colours beyond 0 and 1, poses that are none, another
+            camera than a pinhole, or a folder that holds more frames. Nothing
+            is written then.
+        OSError: a full disk, say. What was in the folder is as it was.
     """
     from PIL import Image
 
-    depth, colour, poses = map(np.asarray, frames[:3])
-    wanted = (*depth.shape, 3), (*depth.shape[:1], 3, 4)
-    if (
-        depth.ndim != 3
-        or not depth.size
-        or (colour.shape, poses.shape) != wanted
-    ):
+    folder = check_path("folder", folder)
+    check_one_of("convention", convention, geometry.CONVENTIONS)
+    if not isinstance(frames, tuple) or len(frames) != len(Frames._fields):
+        raise ValueError(f"`frames` must be `Frames`. Received: {frames!r}")
+    frames, sizes = Frames(*frames), {}
+    depth, colour, poses, inverse = (
+        _array(f"frames.{name}", getattr(frames, name), axes, sizes)
+        for name, axes in AXES.items()
+    )
+    geometry.check_depth("frames.depth", frames.depth)
+    if not depth.size:
         raise ValueError(
-            "Frames must be (T, h, w) of depth, (T, h, w, 3) of colour and "
-            f"(T, 3, 4) of poses. Received: shapes {depth.shape}, "
-            f"{colour.shape} and {poses.shape}"
+            "`frames.depth` must have at least one of each axis. Received: "
+            f"shape {depth.shape}"
         )
-    millimetres = np.round(depth.astype("float64") * MILLIMETRES)
+    millimetres = np.round(depth * MILLIMETRES)
     if not ((0 <= millimetres) & (millimetres < 1 << 16)).all():
         raise ValueError(
-            "`depth` must be from 0 to 65.535 metres. Received: from "
+            "`frames.depth` must be from 0 to 65.535 metres. Received: from "
             f"{np.min(depth)} to {np.max(depth)}"
         )
-    are_poses = np.asarray(geometry.is_pose(poses.astype("float32")))
+    are_poses = _are_poses(poses)
     if not are_poses.all():
         raise ValueError(
             "Each pose must be a rotation beside a translation. Received: "
             f"{np.sum(~are_poses)} others"
         )
-    focal, middle = _intrinsics(frames.inverse_intrinsics)
-    colour = _eight_bits("colour", colour)
-    folder = pathlib.Path(folder)
+    focal, middle = _intrinsics(
+        "frames.inverse_intrinsics", inverse, convention
+    )
+    colour = _eight_bits("frames.colour", colour)
     for more in (folder / kind / f"{len(depth):06d}.png" for kind in KINDS):
         if more.exists():
             raise ValueError(
                 "A folder must hold no more frames than are written. Received: "
                 f"{len(depth)} frames, and {more}"
             )
-    for name in KINDS:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "camera.json").write_text(
-        json.dumps({"focal_lengths": focal, "principal_point": middle}) + "\n"
-    )
-    for number, (one, other) in enumerate(zip(millimetres, colour)):
-        name = f"{number:06d}.png"
-        Image.fromarray(one.astype("uint16")).save(folder / "depth" / name)
-        Image.fromarray(other).save(folder / "colour" / name)
-    np.savetxt(folder / "poses.txt", poses.reshape(-1, 12))
+    camera = {"focal_lengths": focal, "principal_point": middle}
+    if convention != "esm":
+        camera["convention"] = convention
+    with files_written_aside(folder) as aside:
+        for name in KINDS:
+            (aside / name).mkdir()
+        (aside / "camera.json").write_text(json.dumps(camera) + "\n")
+        for number, (one, other) in enumerate(zip(millimetres, colour)):
+            name = f"{number:06d}.png"
+            Image.fromarray(one.astype("uint16")).save(aside / "depth" / name)
+            Image.fromarray(other).save(aside / "colour" / name)
+        np.savetxt(aside / "poses.txt", poses.reshape(-1, 12))
 
 
-def _intrinsics(inverse):
+def _array(name, value, axes, sizes):
+    return check_array(name, value, axes, sizes, dtype="float64", as_numpy=True)
+
+
+def _intrinsics(name, inverse, convention):
     """Focal lengths and principal point, of `geometry.inverse_intrinsics`."""
-    inverse = np.asarray(inverse)
-    if inverse.shape == (3, 3):
-        focal = [-1 / float(x) if x else 0.0 for x in np.diag(inverse)[:2]]
-        middle = [float(inverse[i, 2]) * focal[i] for i in range(2)]
-        with contextlib.suppress(ValueError):
-            pinhole = geometry.inverse_intrinsics(focal, middle)
-            if np.allclose(pinhole, inverse, 1e-4, 1e-6):
-                return focal, middle
+    geometry.check_camera(name, inverse, convention)
+    focal = [1 / abs(x) if x else 0.0 for x in np.diag(inverse)[:2].tolist()]
+    middle = np.abs(focal) * inverse[:2, 2]
+    middle = (middle if convention == "esm" else -middle).tolist()
+    with contextlib.suppress(ValueError):
+        pinhole = geometry.inverse_intrinsics(focal, middle, convention)
+        if np.allclose(pinhole, inverse, 1e-4, 1e-6):
+            return focal, middle
     raise ValueError(
-        "`inverse_intrinsics` must be as `geometry.inverse_intrinsics` gives "
-        f"it. Received: {inverse.tolist()}"
+        f"`{name}` must be as `geometry.inverse_intrinsics` gives it. "
+        f"Received: {inverse.tolist()}"
     )
 
 
@@ -235,13 +269,11 @@ def write_points(path, points, colours):
     Raises:
         ValueError: other shapes, points that are not finite, or colours beyond
             0 and 1.
+        OSError: a full disk, say. A file that was there is as it was.
     """
-    points, colours = np.asarray(points, "<f4"), np.asarray(colours)
-    if points.shape != colours.shape or points.shape != (len(points), 3):
-        raise ValueError(
-            "`points` and `colours` must be (n, 3) both. Received: shapes "
-            f"{points.shape} and {colours.shape}"
-        )
+    path, sizes = check_path("path", path), {}
+    points = _array("points", points, ("n", 3), sizes).astype("<f4")
+    colours = _array("colours", colours, ("n", 3), sizes)
     if not np.isfinite(points).all():
         raise ValueError("`points` must be finite. Received: NaN or infinity")
     colours = _eight_bits("colours", colours)
@@ -255,5 +287,5 @@ def write_points(path, points, colours):
     header += [f"element vertex {len(points)}"]
     header += [f"property {names[kind]} {name}" for name, kind in kinds]
     text = "\n".join([*header, "end_header"]) + "\n"
-    with written_aside(pathlib.Path(path)) as aside:
+    with written_aside(path) as aside:
         aside.write_bytes(text.encode("ascii") + vertices.tobytes())

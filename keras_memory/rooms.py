@@ -7,6 +7,7 @@ those of `geometry`: x left, y up, z forward, metres.
 import numpy as np
 
 from keras_memory import geometry
+from keras_memory.checks import check_array
 from keras_memory.checks import check_size
 
 COLOURS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
@@ -49,9 +50,11 @@ class Room:
             ((2.1, -1.5, -1.2), (2.9, 0.9, -0.4)),
         ),
     ):
-        half = np.asarray(size, "float64") / 2
-        boxes = np.asarray(boxes, "float64").reshape(-1, 2, 3)
-        if half.shape != (3,) or not (half > 0).all():
+        half = _array("size", size, (3,)) / 2
+        if isinstance(boxes, (list, tuple)) and not boxes:
+            boxes = np.zeros((0, 2, 3))
+        boxes = _array("boxes", boxes, ("n", 2, 3))
+        if not (half > 0).all():
             raise ValueError(
                 "`size` must be three positive numbers of metres. "
                 f"Received: size={size!r}"
@@ -74,8 +77,8 @@ class Room:
             (...) distances in lengths of the directions, and (..., 3) colours
             from 0 to 1.
         """
-        origin = np.asarray(origin, "float64")
-        directions = np.asarray(directions, "float64")
+        origin = _array("origin", origin, (3,))
+        directions = _array("directions", directions, (..., 3))
         _, leave, _, axis = _crossings(self.room, origin, directions)
         distance = leave
         for box in self.boxes:
@@ -104,14 +107,16 @@ class Room:
             (h, w) metres along the optical axis, and (h, w, 3) colours, both
             float32.
         """
-        check_size("height", height)
-        check_size("width", width)
-        if inverse_intrinsics is None:
-            inverse_intrinsics = right_angle(height, width)
+        height, width = check_size("height", height), check_size("width", width)
+        pose = _array("pose", pose, (3, 4))
+        inverse = right_angle(height, width)
+        if inverse_intrinsics is not None:
+            name = "inverse_intrinsics"
+            inverse = _array(name, inverse_intrinsics, (3, 3))
+            geometry.check_camera(name, inverse)
         rows, columns = np.mgrid[:height, :width]
         pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
-        pose = np.asarray(pose, "float64")
-        directions = pixels @ (pose[:, :3] @ inverse_intrinsics).T
+        directions = pixels @ (pose[:, :3] @ inverse).T
         depth, colour = self.cast(pose[:, 3], directions)
         return depth.astype("float32"), colour.astype("float32")
 
@@ -126,7 +131,9 @@ class Room:
         Returns:
             (...) distances in metres, and (..., 3) colours, both float32.
         """
-        pixels = np.asarray(pixels, "float64")
+        height, width = check_size("height", height), check_size("width", width)
+        pose = _array("pose", pose, (3, 4))
+        pixels = _array("pixels", pixels, (..., 2))
         azimuth = np.pi - pixels[..., 0] * (2 * np.pi / width)
         polar = pixels[..., 1] * (np.pi / height)
         level = np.sin(polar)
@@ -135,7 +142,6 @@ class Room:
             np.cos(polar),
             level * np.cos(azimuth),
         ]
-        pose = np.asarray(pose, "float64")
         distance, colour = self.cast(
             pose[:, 3], np.stack(directions, axis=-1) @ pose[:, :3].T
         )
@@ -144,8 +150,13 @@ class Room:
 
 def right_angle(height, width):
     """(3, 3) inverse intrinsics of a camera that sees 90 degrees across."""
+    height, width = check_size("height", height), check_size("width", width)
     middle = (width - 1) / 2, (height - 1) / 2
     return geometry.inverse_intrinsics((width / 2, width / 2), middle)
+
+
+def _array(name, value, axes):
+    return check_array(name, value, axes, dtype="float64", as_numpy=True)
 
 
 def _crossings(box, origin, directions):

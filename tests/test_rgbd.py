@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from test_files import files_of_at_most
 
 from keras_memory import geometry
 from keras_memory import rgbd
@@ -28,12 +29,84 @@ def frames():
 def test_frames_are_read_as_written(tmp_path):
     written = frames()
     rgbd.write_frames(tmp_path / "there", written)
-    for one, other in zip(rgbd.read_frames(tmp_path / "there"), written):
-        assert one.dtype == "float32"
+    found = rgbd.read_frames(tmp_path / "there")
+    dtypes = ["float32", "float32", "float64", "float64"]
+    assert [part.dtype for part in found] == dtypes
+    for one, other in zip(found, written):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
     camera = json.loads((tmp_path / "there" / "camera.json").read_text())
     assert np.allclose(camera["focal_lengths"], [6, 5])
     assert np.allclose(camera["principal_point"], [3.2, 2.1])
+
+
+def test_poses_far_away_are_exact(tmp_path):
+    """As of a world of UTM coordinates."""
+    some = frames()
+    poses = some.poses.astype("float64")
+    poses[:, 0, 3] += 5e5 + 1e-3 * np.arange(3)
+    rgbd.write_frames(tmp_path, some._replace(poses=poses))
+    np.testing.assert_allclose(
+        rgbd.read_frames(tmp_path).poses, poses, rtol=0, atol=1e-9
+    )
+
+
+def test_frames_have_conventions(tmp_path):
+    """Each way is read in the axes of any other."""
+    some = frames()
+    turned = some.poses.copy()
+    turned[:, :, :2] *= -1  # x right and y down
+    flipped = some.poses.copy()
+    flipped[:, :, [0, 2]] *= -1  # x right and z back
+    inverse = np.linalg.inv([[6, 0, 3.2], [0, 5, 2.1], [0, 0, 1]])
+    cases = {
+        "esm": some,
+        "opencv": some._replace(poses=turned, inverse_intrinsics=inverse),
+        "ros": some._replace(poses=turned, inverse_intrinsics=inverse),
+        "opengl": some._replace(poses=flipped, inverse_intrinsics=inverse),
+    }
+    for written, given in cases.items():
+        folder = tmp_path / written
+        rgbd.write_frames(folder, given, convention=written)
+        for wanted, expected in cases.items():
+            found = rgbd.read_frames(folder, convention=wanted)
+            for one, other in zip(found, expected):
+                np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    camera = json.loads((tmp_path / "opencv" / "camera.json").read_text())
+    assert camera["convention"] == "opencv"
+    for call in (
+        lambda: rgbd.read_frames(tmp_path / "esm", "cv2"),
+        lambda: rgbd.write_frames(tmp_path / "esm", some, None),
+    ):
+        with pytest.raises(ValueError, match="`convention` must.*Received"):
+            call()
+    with pytest.raises(ValueError, match="signs of `convention='esm'`"):
+        rgbd.write_frames(tmp_path / "a", some, "opencv")
+    with pytest.raises(ValueError, match="signs of `convention='opencv'`"):
+        rgbd.write_frames(tmp_path / "a", cases["opencv"])
+
+
+def test_a_full_disk_leaves_the_frames_that_were_there(tmp_path):
+    some, folder = frames(), tmp_path / "a" / "b"
+
+    def content():
+        paths = sorted(path for path in tmp_path.rglob("*"))
+        return [(p, p.read_bytes() if p.is_file() else None) for p in paths]
+
+    for before in ("nothing", "other frames"):
+        if before == "other frames":
+            rgbd.write_frames(folder, some._replace(depth=some.depth + 1))
+            (folder / "notes").write_text("mine")
+        old = content()
+        for size in (30, 150, 400):  # camera.json, the images, poses.txt
+            with pytest.raises(
+                OSError, match=f"write {folder}: File too.*Nothing was changed"
+            ):
+                with files_of_at_most(size):
+                    rgbd.write_frames(folder, some)
+            assert content() == old
+    rgbd.write_frames(folder, some)
+    np.testing.assert_allclose(rgbd.read_frames(folder).depth, some.depth)
+    assert not list(folder.glob(".*")) and (folder / "notes").exists()
 
 
 def broken(folder):
@@ -53,6 +126,13 @@ def broken(folder):
     yield "key", lambda: camera('{"focal_lengths": [5, 5]}'), "`principal_point"
     none = '{"focal_lengths": [5, 0], "principal_point": [1, 1]}'
     yield "focal", lambda: camera(none), "two numbers each"
+    other = json.dumps(
+        {
+            **json.loads((folder / "camera.json").read_text()),
+            "convention": "cv2",
+        }
+    )
+    yield "convention", lambda: camera(other), "`convention`, one of"
     yield "numbers", lambda: poses("1 2 3\n"), "lines of 12 numbers"
     scaled = " ".join(str(2 * float(x)) for x in lines[1].split())
     yield "words", lambda: poses("a b c\n"), "lines of 12 numbers"
@@ -72,7 +152,7 @@ def broken(folder):
 
 
 NAMES = ("a file", "json", "list", "key", "focal", "numbers", "pose")
-NAMES += ("words", "fewer", "more", "size", "kind", "bits")
+NAMES += ("convention", "words", "fewer", "more", "size", "kind", "bits")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,13 +184,24 @@ def unlike(frames):
         depth = frames.depth.copy()
         depth[1, 2, 3] = value
         yield {"depth": depth}, "0 to 65.535 metres"
-    for name in ("depth", "colour", "poses"):
-        yield {name: getattr(frames, name)[1:]}, r"\(T, h, w\) of depth"
-    yield {"depth": frames.depth[..., None]}, r"\(T, h, w\) of depth"
+    yield {"depth": frames.depth[1:]}, "`frames.colour` must be an array.*T=2"
+    for name in ("colour", "poses"):
+        told = f"`frames.{name}` must be an array.*T=3"
+        yield {name: getattr(frames, name)[1:]}, told
+    yield (
+        {"depth": frames.depth[..., None]},
+        r"depth` must be an array \(T, h, w",
+    )
+    for name in frames._fields:
+        for wrong in (None, "text", [["a"]], np.ones(2), np.ones(3, complex)):
+            yield {name: wrong}, f"`frames.{name}` must be an array"
+        yield {name: np.ones((2, 2), bool)}, f"`frames.{name}` must be an array"
+    whole = (1000 * frames.depth).astype("uint16")
+    yield {"depth": whole}, "`frames.depth` must be in metres.*depth_scale"
     none = {name: getattr(frames, name)[:0] for name in frames._fields[:3]}
-    yield none, r"\(T, h, w\) of depth"
-    yield {"colour": frames.colour * np.nan}, "`colour` must be from 0 to 1"
-    yield {"colour": frames.colour * 255}, "`colour` must be from 0 to 1"
+    yield none, "`frames.depth` must have at least one"
+    yield {"colour": frames.colour * np.nan}, "colour` must be from 0 to 1"
+    yield {"colour": frames.colour * 255}, "colour` must be from 0 to 1"
     inverse = frames.inverse_intrinsics
     skewed = inverse + np.eye(3, k=1, dtype="float32")
     for other in (
@@ -120,7 +211,7 @@ def unlike(frames):
         inverse[None],
         skewed,
     ):
-        told = "`inverse_intrinsics` must be as"
+        told = "inverse_intrinsics` must be"
         yield {"inverse_intrinsics": other}, told
     yield {"poses": frames.poses * 2}, "a rotation beside"
 
@@ -130,6 +221,14 @@ def test_other_frames_are_refused_and_nothing_is_written(tmp_path):
     for change, told in unlike(some):
         with pytest.raises(ValueError, match=f"{told}.*Received"):
             rgbd.write_frames(tmp_path / "there", some._replace(**change))
+    for wrong in (None, "text", some[:3], np.ones(4)):
+        with pytest.raises(ValueError, match="`frames` must be.*Received"):
+            rgbd.write_frames(tmp_path / "there", wrong)
+    for call in (lambda: rgbd.write_frames(None, some), rgbd.read_frames):
+        with pytest.raises((ValueError, TypeError), match="folder"):
+            call()
+    with pytest.raises(ValueError, match="`folder` must be.*Received"):
+        rgbd.read_frames(3)
     assert not list(tmp_path.iterdir())
 
 
@@ -177,9 +276,32 @@ def test_points_are_a_ply_file(tmp_path):
         (np.ones(3), np.ones(3)),
         (np.full((1, 3), np.nan), np.ones((1, 3))),
         (np.ones((1, 3)), np.full((1, 3), np.nan)),
+        ("text", np.ones((1, 3))),
+        (None, np.ones((1, 3))),
+        (np.ones((1, 3)), [["a", "b", "c"]]),
+        (np.ones((1, 3), complex), np.ones((1, 3))),
+        (np.ones((1, 3)), np.ones((1, 3), bool)),
+        ([[1, 2, 3], [1]], np.ones((1, 3))),
     ],
 )
 def test_wrong_points_leave_no_file(points, colours, tmp_path):
     with pytest.raises(ValueError, match="must be.*Received"):
         rgbd.write_points(tmp_path / "a.ply", points, colours)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_full_disk_leaves_the_points_that_were_there(old, tmp_path):
+    path = tmp_path / "a.ply"
+    if old:
+        path.write_bytes(old)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(
+        OSError, match=f"write {path}: File too large. Nothing was changed"
+    ):
+        with files_of_at_most(100):
+            rgbd.write_points(path, np.ones((99, 3)), np.ones((99, 3)))
+    assert list(tmp_path.iterdir()) == before
+    assert not old or path.read_bytes() == old
+    with pytest.raises(ValueError, match="`path` must be.*Received"):
+        rgbd.write_points(None, np.ones((1, 3)), np.ones((1, 3)))
