@@ -17,8 +17,10 @@ from keras import ops
 from keras.src import backend
 
 from keras_memory import geometry
+from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 
@@ -73,6 +75,8 @@ class _Map(keras.layers.Layer):
         feature_prior=0.5,
         smooth_kernel_size=25,
         depth_buffer=True,
+        convention="esm",
+        depth_scale=None,
         **kwargs,
     ):
         # Coordinates in half precision would be pixels off.
@@ -110,7 +114,14 @@ class _Map(keras.layers.Layer):
                     f"Received: smooth_kernel_size={smooth_kernel_size}"
                 )
         self.depth_buffer = check_bool("depth_buffer", depth_buffer)
+        self.convention = check_one_of(
+            "convention", convention, geometry.CONVENTIONS
+        )
+        self.depth_scale = geometry.check_depth_scale(depth_scale)
         self.supports_masking = True
+        axes = geometry.agent_axes(self.convention)
+        back = np.concatenate([axes[:, :3].T, axes[:, 3:]], axis=1)
+        self._back = self._array(back)  # into the agent's axes
         self._prior = ESMMap(*map(self._array, self._prior_of_pixels()))
 
     @property
@@ -142,6 +153,11 @@ class _Map(keras.layers.Layer):
         Returns:
             `ESMMap`, (B, H, W, 3 + F).
         """
+        if not ops.is_tensor(batch_size):
+            check_size("batch_size", batch_size, least=0)
+        return self._nothing_seen(batch_size)
+
+    def _nothing_seen(self, batch_size):
         shape = (batch_size, *self._prior.mean.shape)
         return ESMMap(
             *(
@@ -194,7 +210,11 @@ class _Map(keras.layers.Layer):
             Mean, variance, and which pixels have points of their own, as of
             `geometry.quantize`.
         """
-        state = ESMMap(*map(ops.convert_to_tensor, state))
+        state = self._check_state("state", state)
+        given = {"motion": motion, "motion_covariance": motion_covariance}
+        given = self._fields("", given, MOTION, ("B",), self._sizes())
+        _check_has("", given, "motion")
+        pose, covariance = self._of_agent(*map(given.get, MOTION))
         valid = ops.logical_not(self._is_hole(state.variance))
         if not self.depth_buffer:
             # What a pixel shows from beside would be fused with itself.
@@ -210,8 +230,8 @@ class _Map(keras.layers.Layer):
             mean[..., 3:],
             variance,
             valid,
-            motion,
-            motion_covariance,
+            geometry.compose(pose, self._back),
+            covariance,
         )
 
     def observe(
@@ -235,29 +255,58 @@ class _Map(keras.layers.Layer):
             Mean, variance, and which pixels have points of their own, as of
             `geometry.quantize`.
         """
+        given = self._camera(
+            "",
+            {
+                "features": features,
+                "points": points,
+                "depth": depth,
+                "inverse_intrinsics": inverse_intrinsics,
+                "variance": variance,
+                "mask": mask,
+                "pose": pose,
+                "pose_covariance": pose_covariance,
+            },
+            ("B",),
+            self._sizes(),
+        )
+        features, points, depth, inverse, variance, mask, pose, covariance = (
+            given.get(name) for name in CAMERA
+        )
         if depth is None:
             valid = ops.ones_like(points[..., :1], dtype="bool")
         else:
             seen = (depth > 0) & (depth < HUGE)
-            valid = seen[..., None]
-            known = _all_below(HUGE, inverse_intrinsics, axis=(-2, -1))
-            valid = valid & known[..., None]
-            inverse_intrinsics = ops.where(known, inverse_intrinsics, 1.0)
+            known = geometry.is_camera(inverse, self.convention)
+            known = known[:, None, None]
+            valid = (seen & known)[..., None]
             points = geometry.pixels_to_camera(
-                ops.where(seen, depth, 1.0), inverse_intrinsics
+                ops.where(seen, depth, 1.0),
+                ops.where(known, inverse, 1.0),
+                self.convention,
+                self.depth_scale,
             )
         if mask is not None:
             valid = valid & mask[..., None]
         if variance is None:
             variance = ops.zeros_like(ops.concatenate([points, features], -1))
-        if pose is None:
-            pose = ops.convert_to_tensor(self._array(np.eye(3, 4)[None]))
+        if pose is None:  # the camera looks to where the agent does
+            axes = geometry.camera_axes(self.convention)
+            pose = self._back[:, :3] @ self._array(axes)
+            pose = ops.convert_to_tensor(pose[None])
             pose = ops.repeat(pose, ops.shape(features)[0], axis=0)
         return self._project(
             *map(_in_line, (points, features, variance, valid)),
-            pose,
-            pose_covariance,
+            *self._of_agent(pose, covariance),
         )
+
+    def _of_agent(self, pose, covariance):
+        """A pose into the agent's frame, and its covariance, as one into that
+        frame with axes as here."""
+        axes = self._array(geometry.agent_axes(self.convention))
+        if covariance is not None:
+            covariance = geometry.turn_covariance(covariance, axes[:, :3])
+        return geometry.compose(axes, pose), covariance
 
     def _project(self, points, features, variance, valid, pose, covariance):
         """Points in any frame, (B, n, ...), as a map in the agent's frame."""
@@ -275,8 +324,9 @@ class _Map(keras.layers.Layer):
         )
         points = geometry.transform(points, pose)
         nearest, farthest = self.depth_limits
-        longest = ops.max(ops.abs(points), axis=-1, keepdims=True)
-        valid = valid & (2 * longest >= nearest) & (longest <= farthest)
+        sizes = ops.abs(points)
+        valid = valid & ops.any(2 * sizes >= nearest, axis=-1, keepdims=True)
+        valid = valid & ops.all(sizes <= farthest, axis=-1, keepdims=True)
         points = ops.where(valid, points, 1.0)
         if covariance is not None:
             by_pose = geometry.pixel_variance(
@@ -284,7 +334,7 @@ class _Map(keras.layers.Layer):
             )
             variance = ops.concatenate(
                 [
-                    variance[..., :3] + ops.maximum(by_pose, 0),
+                    variance[..., :3] + geometry.at_least(by_pose, 0.0),
                     variance[..., 3:],
                 ],
                 axis=-1,
@@ -321,8 +371,8 @@ class _Map(keras.layers.Layer):
             `ESMMap`; the variance stays.
         """
         if self.smooth_kernel_size is None:
-            return state
-        mean, variance = map(ops.convert_to_tensor, state)
+            return self._check_state("state", state)
+        mean, variance = self._check_state("state", state)
         around_all = 2 * min(self.height, self.width) + 1
         size = min(self.smooth_kernel_size, around_all)
         around = geometry.smooth(
@@ -333,120 +383,124 @@ class _Map(keras.layers.Layer):
 
     # What is given.
 
+    def _sizes(self):
+        return {"F": self.feature_channels, "3 + F": 3 + self.feature_channels}
+
     def _parsed(self, inputs, lead):
         """Checked tensors: a list of dicts for the cameras, and a dict for the
         motion. `lead` names their first axes."""
         _check_inputs(inputs)
         motion = {key: inputs[key] for key in inputs if key != "cameras"}
+        sizes = self._sizes()
+        motion = self._fields("", motion, MOTION, lead, sizes)
+        _check_has("", motion, "motion")
         cameras = inputs["cameras"]
         if not isinstance(cameras, (list, tuple)):
-            cameras = [cameras]
+            return [self._camera("cameras", cameras, lead, sizes)], motion
         if not cameras:
             raise ValueError(
                 "There must be at least one camera. Received: cameras=[]"
             )
-        sizes = {"F": self.feature_channels, "3 + F": 3 + self.feature_channels}
-        motion = self._fields("The motion", motion, MOTION, lead, sizes)
-        _check_has("The motion", motion, "motion")
-        parsed = []
-        for number, camera in enumerate(cameras):
-            who = f"Camera {number}"
-            if not isinstance(camera, dict):
-                raise ValueError(
-                    f"{who} must be a dict with some of {tuple(CAMERA)}. "
-                    f"Received: {camera!r}"
-                )
-            own = dict(sizes)  # each may have images of another size
-            camera = self._fields(who, camera, CAMERA, lead, own)
-            sizes.update({axis: own[axis] for axis in lead if axis in own})
-            _check_has(who, camera, "features")
-            if ("points" in camera) == ("depth" in camera):
-                raise ValueError(
-                    f"{who} must have either `points` or `depth`. "
-                    f"Received: {sorted(camera)}"
-                )
-            if ("depth" in camera) != ("inverse_intrinsics" in camera):
-                raise ValueError(
-                    f"{who} must have `inverse_intrinsics` with `depth`, and "
-                    f"only with that. Received: {sorted(camera)}"
-                )
-            parsed.append(camera)
-        return parsed, motion
+        return [
+            self._camera(f"cameras[{number}]", camera, lead, sizes)
+            for number, camera in enumerate(cameras)
+        ], motion
 
-    def _fields(self, who, given, axes_of, lead, sizes):
+    def _camera(self, path, camera, lead, sizes):
+        """The fields of a camera that are not None, as tensors."""
+        if not isinstance(camera, dict):
+            raise ValueError(
+                f"`{path}` must be a dict with some of {tuple(CAMERA)}. "
+                f"Received: {camera!r}"
+            )
+        own = dict(sizes)  # each may have images of another size
+        fields = self._fields(path, camera, CAMERA, lead, own)
+        sizes.update({axis: own[axis] for axis in lead if axis in own})
+        _check_has(path, fields, "features")
+        if ("points" in fields) == ("depth" in fields):
+            raise ValueError(
+                f"{_named(path)} must have either `points` or `depth`. "
+                f"Received: {sorted(fields)}"
+            )
+        if ("depth" in fields) != ("inverse_intrinsics" in fields):
+            raise ValueError(
+                f"{_named(path)} must have `inverse_intrinsics` with `depth`, "
+                f"and only with that. Received: {sorted(fields)}"
+            )
+        return fields
+
+    def _fields(self, path, given, axes_of, lead, sizes):
         """The fields that are not None, as tensors."""
         if not set(given) <= set(axes_of):
             raise ValueError(
-                f"{who} may have {tuple(axes_of)}. Received: {sorted(given)}"
+                f"{_named(path)} may have {tuple(axes_of)}. "
+                f"Received: {sorted(given)}"
             )
-        fields = {}
-        for name, value in given.items():
-            if value is None:
-                continue
-            axes = (*lead, *axes_of[name])
-            value = ops.convert_to_tensor(value)
-            shape = tuple(value.shape)
-            if name in CONSTANT and len(shape) == len(axes) - 1:
-                axes = (*lead[:1], *axes_of[name])
-            if name in ("depth", "mask") and shape[len(axes) :] == (1,):
-                value, shape = value[..., 0], shape[:-1]
-            wanted = [sizes.get(axis, axis) for axis in axes]
-            is_right = len(shape) == len(axes) and all(
-                size in (one, None) or isinstance(one, str)
-                for size, one in zip(shape, wanted)
+        return {
+            name: self._field(
+                f"{path}['{name}']" if path else name,
+                name,
+                value,
+                (*lead, *axes_of[name]),
+                sizes,
             )
-            if not is_right:
-                some = ", with or without T" * (
-                    name in CONSTANT and "T" in lead
-                )
-                raise ValueError(
-                    f"{who}: `{name}` must be ({', '.join(map(str, axes))})"
-                    f"{some}, "
-                    f"which is ({', '.join(map(str, wanted))}) here. "
-                    f"Received: shape {shape}"
-                )
-            empty = [
-                a for a, size in zip(axes, shape) if size == 0 and a != "F"
-            ]
-            if empty:
-                raise ValueError(
-                    f"{who}: `{name}` must have at least one of each axis but "
-                    f"F. Received: shape {shape}"
-                )
-            if (3, 4) == axes_of[name] and "bfloat16" in str(value.dtype):
-                raise ValueError(
-                    f"{who}: `{name}` must be more exact, as no rotation is "
-                    "one in bfloat16. (A model of that policy casts its "
-                    "inputs: give the one around it another.) Received: "
-                    f"dtype {value.dtype}"
-                )
-            for axis, size in zip(axes, shape):
-                if isinstance(axis, str) and size is not None:
-                    sizes[axis] = size
-            dtype = "bool" if name == "mask" else self.map_dtype
-            fields[name] = ops.cast(value, dtype)
-        return fields
+            for name, value in given.items()
+            if value is not None
+        }
 
-    def _check_state(self, state, batch):
-        shape = (batch, *self._prior.mean.shape)
-        parts = state if isinstance(state, (tuple, list)) else ()
-        parts = () if any(part is None for part in parts) else parts
-        parts = [ops.convert_to_tensor(part) for part in parts]
-        is_right = len(parts) == 2 and all(
-            len(part.shape) == 4
-            and all(
-                size in (one, None) or one is None
-                for size, one in zip(part.shape, shape)
-            )
-            for part in parts
-        )
-        if not is_right:
+    def _field(self, path, name, value, axes, sizes):
+        """A tensor of what was given under a name, with axes as named."""
+        kind, dtype = "real", self.map_dtype
+        if name == "mask":
+            kind, dtype = "mask", "bool"
+        # Only what has numbers has a rank, by which some axes are left out.
+        rank = len(check_array(path, value, kind=kind).shape)
+        if name == "depth":
+            geometry.check_depth(path, value, self.depth_scale)
+        if name in CONSTANT and rank == len(axes) - 1:
+            axes = (axes[0], *axes[-2:])
+        is_image = name in ("depth", "mask") and rank == len(axes) + 1
+        given = (*axes, 1) if is_image else axes
+        tensor = check_array(path, value, given, sizes, kind, dtype)
+        shape = tuple(tensor.shape)
+        if 0 in (n for axis, n in zip(axes, shape) if axis not in ("B", "F")):
             raise ValueError(
-                "A state must be an `ESMMap`, mean and variance, each of shape "
-                f"{shape}. Received: "
-                f"{[tuple(part.shape) for part in parts] or state!r}"
+                f"`{path}` must have at least one of each axis but B and F. "
+                f"Received: shape {shape}"
             )
-        return ESMMap(*(ops.cast(part, self.map_dtype) for part in parts))
+        if (3, 4) == axes[-2:] and "bfloat16" in str(
+            getattr(value, "dtype", "")
+        ):
+            raise ValueError(
+                f"`{path}` must be more exact, as no rotation is one in "
+                "bfloat16. (A model of that policy casts its inputs: give the "
+                "one around it another.) Received: dtype bfloat16"
+            )
+        if name == "inverse_intrinsics":
+            # Of a tensor only once, as a device would have to be waited for.
+            known = ops.is_tensor(value) and self.built
+            known = None if known else _values(value)
+            if known is not None:
+                geometry.check_camera(path, known, self.convention)
+        return tensor[..., 0] if is_image else tensor
+
+    def _check_state(self, name, state, batch=None):
+        """A checked `ESMMap` of tensors."""
+        parts = state if isinstance(state, (tuple, list)) else ()
+        if len(parts) != 2:
+            raise ValueError(
+                f"`{name}` must be an `ESMMap`, mean and variance. "
+                f"Received: {state!r}"
+            )
+        axes, sizes = ("B", *self._prior.mean.shape), {"B": batch}
+        return ESMMap(
+            *(
+                check_array(
+                    f"{name}.{field}", part, axes, sizes, dtype=self.map_dtype
+                )
+                for field, part in zip(ESMMap._fields, parts)
+            )
+        )
 
     def compute_mask(self, inputs, previous_mask):
         return None  # a map has no steps, or one for each
@@ -454,7 +508,8 @@ class _Map(keras.layers.Layer):
     def get_config(self):
         names = ("height", "width", "feature_channels", "depth_limits")
         names += ("variance_limits", "depth_prior", "feature_prior")
-        names += ("smooth_kernel_size", "depth_buffer")
+        names += ("smooth_kernel_size", "depth_buffer", "convention")
+        names += ("depth_scale",)
         config = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **config}
 
@@ -465,8 +520,8 @@ class ESMCell(_Map):
 
     Args:
         height, width, feature_channels, depth_limits, variance_limits,
-            depth_prior, feature_prior, smooth_kernel_size, depth_buffer:
-            as of `ESMLayer`.
+            depth_prior, feature_prior, smooth_kernel_size, depth_buffer,
+            convention, depth_scale: as of `ESMLayer`.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -494,9 +549,16 @@ class ESMCell(_Map):
     array([4., 2., 2., 1.], dtype=float32)
     """
 
+    def __call__(self, inputs, state, **kwargs):
+        # Keras makes tensors of arrays, and its errors name no argument.
+        cameras, motion = self._parsed(inputs, ("B",))
+        state = self._check_state("state", state, motion["motion"].shape[0])
+        inputs = {"cameras": cameras, **motion}
+        return super().__call__(inputs, state, **kwargs)
+
     def call(self, inputs, state):
         cameras, motion = self._parsed(inputs, ("B",))
-        state = self._check_state(state, motion["motion"].shape[0])
+        state = self._check_state("state", state, motion["motion"].shape[0])
         state = self.step(cameras, motion, state)
         return self.smooth(state), state
 
@@ -512,8 +574,12 @@ class ESMLayer(_Map):
 
     A memory without weights. At each step the map is projected anew as the
     agent moves, and fused with depth and features of each camera by their
-    variances. Frames, and the sphere's image, are those of `geometry`: x left,
-    y up, z forward; the map's middle is forward, its upper row up.
+    variances. The map's middle is forward, its upper row up. By default frames
+    are those of the paper: x left, y up, z forward; `convention` names others.
+
+    Your own camera: of OpenCV's and of most drivers' take
+    `convention="opencv"`, in ROS `convention="ros"`; give `np.linalg.inv(K)` as
+    `inverse_intrinsics`, and `depth_scale=0.001` for depth in millimetres.
 
     Source: Lenton et al. 2021 (arXiv 2102.07764).
     Departures from the reference (ivy_memory), which has faults: any number of
@@ -538,9 +604,10 @@ class ESMLayer(_Map):
     first.
 
     Masking and dtype: what is masked, not finite, at or behind the camera,
-    beyond `depth_limits`, or no better known than the prior is left out. Of a
-    camera whose pose is not a rotation and a translation all is left out, and a
-    motion that is none leaves nothing of the map before it. A step that `mask`
+    beyond `depth_limits`, or no better known than the prior is left out. A
+    camera is ignored whose pose is not a rotation and a translation, or whose
+    intrinsics are of another convention, which raises an error of NumPy arrays
+    and in the first call. An invalid motion resets the map. A step that `mask`
     leaves out changes nothing. All is computed, and returned, in float32, or in
     float64 if that is `dtype`.
 
@@ -562,6 +629,18 @@ class ESMLayer(_Map):
             reaches around a small map does not count; None for no smoothing.
         depth_buffer: bool. True (default): of the points in a pixel the nearest
             is kept. False: they are fused.
+        convention: str, the axes x, y, z of what is given. `points` have those
+            of a camera, `motion` and its covariance those of the agent, and a
+            camera's `pose` leads from the first to the second:
+            `"esm"` (default): left, up, forward, both;
+            `"opencv"`: right, down, forward, both;
+            `"opengl"`: right, up, back, both;
+            `"ros"`: a camera's right, down, forward, as of optical frames, the
+            agent's forward, left, up, as of a body's frame.
+            `inverse_intrinsics` is `np.linalg.inv(K)` of the usual K, with
+            `"esm"` what `geometry.inverse_intrinsics` gives.
+        depth_scale: float, metres in a unit of `depth`, such as 0.001 for
+            millimetres. None (default): depth is in metres, of a float dtype.
         return_sequences: bool, the map after each step, or (default) the last.
         return_state: bool, False by default, return the state too.
         stateful: bool, False by default, go on from the state of the batch
@@ -578,9 +657,8 @@ class ESMLayer(_Map):
             `cameras`: a dict, or a list of any number, each with
             `features` (B, T, h, w, F);
             `points` (B, T, h, w, 3), coordinates in the camera's frame in
-            metres, or `depth` (B, T, h, w) along the optical axis in metres
-            and `inverse_intrinsics` (B, T, 3, 3), as
-            `geometry.inverse_intrinsics` gives it;
+            metres, or `depth` (B, T, h, w) along the optical axis in metres,
+            or in `depth_scale`, and `inverse_intrinsics` (B, T, 3, 3);
             `variance` (B, T, h, w, 3 + F), optional, of columns and rows in
             squared pixels of the map, of distance in squared metres, and of
             features; the least by default;
@@ -599,8 +677,10 @@ class ESMLayer(_Map):
 
     Raises:
         ValueError: an argument out of its range, wrong shapes, a camera
-            without features, or without depth or points, or another batch size
-            than a stateful layer was built for.
+            without features, or without depth or points, integer depth without
+            `depth_scale`, intrinsics that are not inverted or of another
+            convention, or another batch size than a stateful layer was built
+            for.
 
     A functional model that is loaded from a `.keras` file gives lists in place
     of the records, as Keras writes all outputs so.
@@ -668,6 +748,21 @@ class ESMLayer(_Map):
             )
         self.built = True
 
+    def __call__(self, inputs, initial_state=None, mask=None, **kwargs):
+        # Keras makes tensors of arrays, and its errors name no argument.
+        cameras, motion = self._parsed(inputs, ("B", "T"))
+        batch, times = motion["motion"].shape[:2]
+        if initial_state is not None:
+            initial_state = self._check_state(
+                "initial_state", initial_state, batch
+            )
+        return super().__call__(
+            {"cameras": cameras, **motion},
+            initial_state=initial_state,
+            mask=_as_mask(mask, batch, times),
+            **kwargs,
+        )
+
     def call(self, inputs, initial_state=None, mask=None):
         cameras, motion = self._parsed(inputs, ("B", "T"))
         if self.stateful:
@@ -676,12 +771,12 @@ class ESMLayer(_Map):
             )
         batch, times = motion["motion"].shape[:2]
         if initial_state is not None:
-            state = self._check_state(initial_state, batch)
+            state = self._check_state("initial_state", initial_state, batch)
         elif self.stateful:
             # Copies: PyTorch writes into what the gradient still needs.
             state = ESMMap(*map(ops.copy, self.states))
         else:
-            state = self.get_initial_state(ops.shape(motion["motion"])[0])
+            state = self._nothing_seen(ops.shape(motion["motion"])[0])
         constant = [
             {
                 name: value
@@ -794,6 +889,16 @@ def _over_time(step, given, state, all_steps):
     return apart(shown), apart(states[0])
 
 
+def _values(array):
+    """A NumPy array, or None of a tensor that has no values yet."""
+    if isinstance(array, keras.KerasTensor):
+        return None
+    try:
+        return np.asarray(ops.convert_to_numpy(array))
+    except (NotImplementedError, TypeError, RuntimeError):  # while tracing
+        return None
+
+
 def _in_line(image):
     """(B, h, w, C) as (B, h w, C)."""
     batch, height, width, channels = ops.shape(image)
@@ -814,17 +919,8 @@ def _as_mask(mask, batch, times):
     given = [one for one in keras.tree.flatten(mask) if one is not None]
     if not given:
         return None
-    mask = ops.cast(ops.convert_to_tensor(given[0]), "bool")
-    shape = tuple(mask.shape)
-    if len(shape) != 2 or any(
-        len({one, other} - {None}) > 1
-        for one, other in zip(shape, (batch, times))
-    ):
-        raise ValueError(
-            f"`mask` must be (B, T), ({batch}, {times}) here, one bool for "
-            f"each step. Received: shape {shape}"
-        )
-    return mask
+    sizes = {"B": batch, "T": times}
+    return check_array("mask", given[0], ("B", "T"), sizes, kind="mask")
 
 
 def _check_inputs(inputs):
@@ -836,9 +932,15 @@ def _check_inputs(inputs):
         )
 
 
-def _check_has(who, given, name):
+def _check_has(path, given, name):
     if name not in given:
-        raise ValueError(f"{who} must have `{name}`. Received: {sorted(given)}")
+        raise ValueError(
+            f"{_named(path)} must have `{name}`. Received: {sorted(given)}"
+        )
+
+
+def _named(path):
+    return f"`{path}`" if path else "Inputs"
 
 
 def _check_number(name, value, least=-HUGE):

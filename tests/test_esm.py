@@ -538,6 +538,233 @@ def test_a_point_by_hand():
     assert points_of(found, 1) == [[9, 3]]
 
 
+# Conventions: a pixel to the right of the middle, and above it.
+
+BY_HAND = {  # motion: a metre ahead, then a quarter to the left; pose: 0.3 m up
+    # in the agent, looking to its right
+    "esm": (
+        [[0, 0, -1, 1], [0, 1, 0, 0], [1, 0, 0, 0]],
+        [[0, 0, -1, 0], [0, 1, 0, 0.3], [1, 0, 0, 0]],
+        [-0.5, 0.8, 2],
+    ),
+    "opencv": (
+        [[0, 0, 1, -1], [0, 1, 0, 0], [-1, 0, 0, 0]],
+        [[0, 0, 1, 0], [0, 1, 0, -0.3], [-1, 0, 0, 0]],
+        [0.5, -0.8, 2],
+    ),
+    "opengl": (
+        [[0, 0, -1, -1], [0, 1, 0, 0], [1, 0, 0, 0]],
+        [[0, 0, -1, 0], [0, 1, 0, 0.3], [1, 0, 0, 0]],
+        [0.5, 0.8, -2],
+    ),
+    "ros": (
+        [[0, 1, 0, 0], [-1, 0, 0, 1], [0, 0, 1, 0]],
+        [[-1, 0, 0, 0], [0, 0, -1, 0], [0, -1, 0, 0.3]],
+        [0.5, -0.8, 2],
+    ),
+}
+K = np.array([[4.0, 0, 3], [0, 5, 2], [0, 0, 1]])
+
+
+def one_pixel(convention, depth=2.0, dtype="float32"):
+    """Inputs: what is seen at first, two metres ahead, then a motion."""
+    image = np.zeros((1, 2, 3, 5), dtype)
+    image[0, 0, 0, 4] = depth
+    inverse = geometry.inverse_intrinsics((4, 5), (3, 2))
+    if convention != "esm":
+        inverse = np.linalg.inv(K)
+    camera = {
+        "depth": image,
+        "features": np.ones((1, 2, 3, 5, 1), "float32"),
+        "inverse_intrinsics": inverse[None],
+    }
+    motion = still(1, 2)
+    motion[0, 1] = BY_HAND[convention][0]
+    return {"cameras": camera, "motion": motion}
+
+
+def place(right, up, ahead, height=60, width=120):
+    """Column, row and distance."""
+    point = np.array([[-right, up, ahead]], "float32")
+    return array(geometry.to_pixels(geometry.to_sphere(point), height, width))[
+        0
+    ]
+
+
+def places(found):
+    """(T, 3) of the one point in each map."""
+    rows = []
+    for mean, variance in zip(found.mean[0], found.variance[0]):
+        (row,) = np.unique(mean[variance[..., 2] < 1].round(3), axis=0)
+        rows.append(row[:3])
+    return np.array(rows)
+
+
+def sphere_of(convention, **options):
+    return keras_memory.ESMLayer(
+        60,
+        120,
+        1,
+        smooth_kernel_size=None,
+        return_sequences=True,
+        convention=convention,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("given", ["depth", "points"])
+@pytest.mark.parametrize("convention", BY_HAND)
+def test_conventions_by_hand(convention, given):
+    inputs = one_pixel(convention)
+    if given == "points":
+        camera = inputs["cameras"]
+        points = np.zeros((1, 2, 3, 5, 3), "float32")
+        points[0, 0, 0, 4] = BY_HAND[convention][2]
+        mask = camera.pop("depth") > 0
+        del camera["inverse_intrinsics"]
+        camera |= {"points": points, "mask": mask}
+    layer = sphere_of(convention)
+    wanted = [place(0.5, 0.8, 2), place(1, 0.8, -0.5)]
+    close(places(arrays(layer(inputs))), wanted, 2e-3)
+    pose = np.array(BY_HAND[convention][1])[None]
+    inputs["cameras"]["pose"] = pose
+    inputs["motion"] = still(1, 2)
+    found = places(arrays(layer(inputs)))
+    close(found, [place(2, 1.1, -0.5)] * 2, 2e-3)
+
+
+def test_covariances_have_the_axes_of_the_convention():
+    """Ahead and back, and about what is up."""
+    found = []
+    for convention in BY_HAND:
+        inputs = one_pixel(convention)
+        spread = [0, 0, 0.01, 0, 0.02, 0]
+        if convention == "ros":
+            spread = [0.01, 0, 0, 0, 0, 0.02]
+        spread = np.diag(spread)[None, None].astype("float32")
+        inputs["motion_covariance"] = np.repeat(spread, 2, axis=1)
+        inputs["cameras"]["pose_covariance"] = spread[0]
+        found.append(arrays(sphere_of(convention)(inputs)))
+    assert found[0].variance[..., 2].min() > 0.005
+    for other in found[1:]:
+        close(other.variance, found[0].variance, 1e-4)
+        close(other.mean, found[0].mean, 1e-4)
+
+
+def test_cells_have_conventions():
+    cell = keras_memory.ESMCell(
+        60, 120, 1, smooth_kernel_size=None, convention="ros"
+    )
+    inputs, state = one_pixel("ros"), cell.get_initial_state(1)
+    for time, wanted in enumerate([place(0.5, 0.8, 2), place(1, 0.8, -0.5)]):
+        camera = {**inputs["cameras"]}
+        for name in ("depth", "features"):
+            camera[name] = camera[name][:, time]
+        motion = inputs["motion"][:, time]
+        _, state = cell({"cameras": camera, "motion": motion}, state)
+        found = esm.ESMMap(*(part[:, None] for part in arrays(state)))
+        close(places(found), [wanted], 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "convention", "told"),
+    [
+        (np.linalg.inv(K), "esm", "signs of `convention='opencv'`"),
+        (K, "opencv", "It is K itself"),
+        (K, "esm", "It is K itself"),
+        (geometry.inverse_intrinsics((4, 5), (3, 2)), "ros", "='esm'`"),
+    ],
+)
+def test_other_intrinsics_are_refused(matrix, convention, told):
+    inputs = one_pixel(convention)
+    camera = inputs["cameras"]
+    camera["inverse_intrinsics"] = matrix[None]
+    words = rf"\['inverse_intrinsics'\]` must.*{told}.*Received"
+    for given in (
+        inputs,
+        {**inputs, "cameras": [camera]},
+        keras.tree.map_structure(ops.convert_to_tensor, inputs),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sphere_of(convention)(given)
+
+
+def test_a_camera_of_another_convention_is_left_out_of_a_model():
+    """Where values are not known when it is built."""
+    inputs = one_pixel("opencv")
+    entry = entry_of(inputs, times=2)
+    entry["cameras"]["inverse_intrinsics"] = keras.Input((3, 3))
+    model = keras.Model(keras.tree.flatten(entry), sphere_of("esm")(entry))
+    inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+    found = arrays(model(keras.tree.flatten(inputs)))
+    assert (found.variance[..., 2] > 9000).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_integer_depth_is_refused_without_its_scale(dtype):
+    inputs = one_pixel("opencv", 2000, dtype)
+    told = r"`cameras\['depth'\]`.*`depth_scale=0.001`.*Received: u?int"
+    with pytest.raises(ValueError, match=told):
+        sphere_of("opencv")(inputs)
+    with pytest.raises(ValueError, match=told):
+        sphere_of("opencv")(entry_of(inputs))
+    camera = {**inputs["cameras"]}
+    for name in ("depth", "features"):
+        camera[name] = camera[name][:, 0]
+    cell = keras_memory.ESMCell(60, 120, 1, convention="opencv")
+    with pytest.raises(ValueError, match="`depth` .*`depth_scale=0.001`"):
+        cell.observe(**camera)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_depth_has_a_scale(dtype):
+    inputs = one_pixel("opencv", 2000, dtype)
+    expected = arrays(sphere_of("opencv")(one_pixel("opencv")))
+    layer = sphere_of("opencv", depth_scale=0.001)
+    entry = entry_of(inputs, times=2)
+    entry["cameras"]["inverse_intrinsics"] = keras.Input((3, 3))
+    model = keras.Model(keras.tree.flatten(entry), layer(entry))
+    calls = [lambda: layer(inputs), lambda: model(keras.tree.flatten(inputs))]
+    if harness.BACKEND == "tensorflow" and dtype == "uint16":
+        import tensorflow as tf
+
+        calls += [lambda: tf.function(layer)(inputs)]
+    for call in calls:
+        for one, other in zip(arrays(call()), expected):
+            close(one, other)
+
+
+def test_float64_layers_have_no_constants_of_float32():
+    harness.skip_on(*harness.OTHERS, because="needs float64 in all of Keras")
+    inputs = one_pixel("opencv", dtype="float64")
+    inputs["cameras"]["inverse_intrinsics"] = geometry.inverse_intrinsics(
+        (4 / 3, 5 / 3), (3, 2), "opencv"
+    )[None]
+    layer = keras_memory.ESMLayer(
+        6, 12, 1, convention="opencv", dtype="float64", return_state=True
+    )
+    shown, state = map(arrays, layer(inputs))
+    radius = np.sqrt((2 * 3 / 4) ** 2 + (2 * 6 / 5) ** 2 + 4)
+    moved = np.sqrt((2 * 3 / 4) ** 2 + (2 * 6 / 5) ** 2 + 1)
+    known = state.variance[0, ..., 2] < 1
+    np.testing.assert_allclose(
+        state.mean[0, known, 2], moved, rtol=1e-14, atol=0
+    )
+    assert radius > moved
+    # Smoothed as by loops, with the kernel in float64.
+    kernel = 1 / (1 + np.hypot(*np.mgrid[-6:7, -6:7]))
+    mean, variance = (
+        array(geometry.pad_sphere(part[..., 2:], 6)) for part in state
+    )
+    row, column = np.argwhere(~known)[5]
+    part = np.s_[0, row : row + 13, column : column + 13]
+    weights = kernel[..., None] / variance[part]
+    wanted = (weights * mean[part]).sum((0, 1)) / weights.sum((0, 1))
+    np.testing.assert_allclose(
+        shown.mean[0, row, column, 2:], wanted, rtol=1e-13
+    )
+
+
 # Cameras and variances.
 
 
@@ -568,6 +795,20 @@ def test_the_order_of_cameras_does_not_matter():
     one = layer_of()(inputs)
     other = layer_of()({**inputs, "cameras": inputs["cameras"][::-1]})
     close(one.mean, other.mean, 1e-4)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_batch_of_no_rows(times):
+    inputs = at(seen(), slice(0, times))
+    none = keras.tree.map_structure(lambda x: x[:0], inputs)
+    for found in (
+        layer_of()(none),
+        keras_memory.ESMCell(**SIZES)(
+            at(none, 0), layer_of().get_initial_state(0)
+        )[1],
+    ):
+        assert found.mean.shape[0] == 0 and found.mean.shape[-3:] == (8, 12, 6)
+        assert tuple(found.variance.shape) == tuple(found.mean.shape)
 
 
 def test_cameras_of_different_sizes():
@@ -892,8 +1133,8 @@ def emptied(name, axis):
 
 WRONG = {
     "no time": (emptied("motion", 1), "`motion` must have at least one"),
-    "no batch": (emptied("motion", 0), "`motion` must have at least one"),
-    "no rows": (emptied("points", 2), "`points` must|`features` must"),
+    "no features' rows": (emptied("features", 0), r"\['features'\]` must"),
+    "no rows": (emptied("points", 2), r"\['(points|features)'\]` must"),
     "bfloat16": (
         lambda i, c: i.update(motion=ops.cast(i["motion"], "bfloat16")),
         "`motion` must be more exact",
@@ -905,17 +1146,17 @@ WRONG = {
     "no camera": (lambda i, c: i["cameras"].clear(), "at least one camera"),
     "an array": (
         lambda i, c: i["cameras"].append(np.ones(3)),
-        "Camera 1 must be a dict",
+        r"`cameras\[1\]` must be a dict",
     ),
     "no features": (lambda i, c: c.pop("features"), "must have `features`"),
     "no points": (lambda i, c: c.pop("points"), "either `points` or `depth`"),
     "another name": (
         lambda i, c: c.update(image=c["mask"]),
-        "Camera 0 may have",
+        r"`cameras\[0\]` may have",
     ),
     "another in all": (
         lambda i, c: i.update(image=i["motion"]),
-        "The motion may have",
+        "Inputs may have",
     ),
     "depth too": (
         lambda i, c: c.update(depth=c["points"][..., 0]),
@@ -927,17 +1168,20 @@ WRONG = {
     ),
     "features of 2": (
         cut("features", ..., slice(2)),
-        r"`features` must be \(B, T, h, w, F\)",
+        r"\['features'\]` must be an array \(B, T, h, w, F\)",
     ),
     "fewer rows": (
         cut("points", slice(None), slice(None), slice(4)),
-        "`features` must",
+        r"\['features'\]` must",
     ),
-    "fewer steps": (cut("features", slice(None), slice(2)), "`features` must"),
-    "fewer in batch": (cut("features", slice(1)), "`features` must"),
-    "flat mask": (cut("mask", ..., 0), "`mask` must"),
-    "variance of F": (cut("variance", ..., slice(3)), "`variance` must"),
-    "pose of 2": (cut("pose", ..., slice(2), slice(None)), "`pose` must"),
+    "fewer steps": (
+        cut("features", slice(None), slice(2)),
+        r"\['features'\]` must",
+    ),
+    "fewer in batch": (cut("features", slice(1)), r"\['features'\]` must"),
+    "flat mask": (cut("mask", ..., 0), r"\['mask'\]` must"),
+    "variance of F": (cut("variance", ..., slice(3)), r"\['variance'\]` must"),
+    "pose of 2": (cut("pose", ..., slice(2), slice(None)), r"\['pose'\]` must"),
 }
 
 
@@ -958,7 +1202,7 @@ def test_wrong_states_and_masks_are_refused():
         (part[..., :5],) * 2,
         (part, None),
     ):
-        with pytest.raises(ValueError, match="A state must.*Received"):
+        with pytest.raises(ValueError, match="`initial_state.* must.*Received"):
             layer_of()(inputs, initial_state=wrong)
     for mask in (np.ones((2, 2), bool), np.ones(2, bool)):
         with pytest.raises(ValueError, match="`mask` must be.*Received"):
@@ -976,6 +1220,8 @@ OUT_OF_RANGE = [
     ("feature_prior", [np.inf, None, True, -1e300]),
     ("smooth_kernel_size", [0, 2, -3, 4.0, "3"]),
     ("depth_buffer", [1, None]),
+    ("convention", ["cv2", None, 1]),
+    ("depth_scale", [0, -1.0, "mm", np.nan, True]),
     ("return_sequences", [1, None]),
     ("return_state", [1, None]),
     ("stateful", [0, "no"]),
@@ -989,6 +1235,103 @@ OUT_OF_RANGE = [
 def test_arguments_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}`.*Received: .*{name}="):
         layer_of(**{name: value})
+
+
+# The door.
+
+UNFIT_BOOL = np.ones((2, 3), bool)
+UNFIT = (
+    "text",
+    [["a"]],
+    np.array([["a"]]),
+    np.ones(3, complex),
+    [[1.0], [1.0, 2.0]],
+    np.ones(3),
+    1.0,
+    object(),
+    keras.KerasTensor((2,)),
+)
+
+
+def all_fields():
+    inputs = seen(times=2)
+    spread = np.ones((2, 2, 6, 6), "float32")
+    inputs["motion_covariance"] = spread
+    inputs["cameras"][0]["pose_covariance"] = spread
+    inverse = geometry.inverse_intrinsics((4, 5), (3, 2))[None].repeat(2, 0)
+    other = {name: inputs["cameras"][0][name] for name in ("features", "mask")}
+    other |= {"depth": np.ones((2, 2, 5, 7)), "inverse_intrinsics": inverse}
+    return {**inputs, "cameras": [inputs["cameras"][0], other]}
+
+
+def fields():
+    inputs = all_fields()
+    yield from ((None, name) for name in esm.MOTION)
+    for number, camera in enumerate(inputs["cameras"]):
+        yield from ((number, name) for name in camera)
+
+
+@pytest.mark.parametrize(("camera", "name"), list(fields()))
+def test_what_does_not_fit_is_named(camera, name):
+    path, unfit = f"`{name}`", list(UNFIT)
+    if camera is not None:
+        path = rf"`cameras\[{camera}\]\['{name}'\]`"
+    if name != "mask":
+        unfit += [UNFIT_BOOL]
+    for wrong in unfit:
+        inputs = all_fields()
+        where = inputs if camera is None else inputs["cameras"][camera]
+        where[name] = wrong
+        with pytest.raises(ValueError, match=f"{path}.*Received"):
+            layer_of()(inputs)
+
+
+def test_states_and_masks_that_do_not_fit_are_named():
+    inputs, layer = seen(), layer_of()
+    cell, state = keras_memory.ESMCell(**SIZES), layer.get_initial_state(2)
+    motion = inputs["motion"][:, 0]
+    for wrong in (*UNFIT, UNFIT_BOOL):
+        pair = (state.mean, wrong)
+        for call in (
+            lambda w=wrong: cell(at(inputs, 0), w),
+            lambda p=pair: cell(at(inputs, 0), p),
+            lambda w=wrong: cell.move(w, motion),
+            lambda p=pair: cell.smooth(p),
+            lambda p=pair: layer(inputs, initial_state=p),
+        ):
+            with pytest.raises(ValueError, match="state.* must be.*Received"):
+                call()
+        if wrong is not UNFIT_BOOL:
+            with pytest.raises(ValueError, match="`mask` must be.*Received"):
+                layer(inputs, mask=wrong)
+            with pytest.raises(ValueError, match="`motion` must be.*Received"):
+                cell.move(state, wrong)
+    with pytest.raises(ValueError, match="`state` must be.*Received: None"):
+        cell(at(inputs, 0), None)
+    with pytest.raises(ValueError, match="must have `motion`"):
+        cell.move(state, None)
+    for wrong in (None, "2", -1, 2.5):
+        with pytest.raises(ValueError, match="`batch_size` must be.*Received"):
+            layer.get_initial_state(wrong)
+
+
+def test_lists_and_whole_numbers_are_taken():
+    inputs = seen(batch=1, times=1, height=2, width=3)
+    for name in ("points", "features"):
+        camera = inputs["cameras"][0]
+        camera[name] = camera[name].round().astype("int64")
+    inputs["cameras"][0]["mask"] = np.ones((1, 1, 2, 3), "uint8") * 255
+    expected = layer_of()(
+        keras.tree.map_structure(lambda x: x.astype("float32"), inputs)
+    )
+    lists = {
+        "cameras": [
+            {name: x.tolist() for name, x in inputs["cameras"][0].items()}
+        ],
+        "motion": inputs["motion"].tolist(),
+    }
+    for given in (inputs, lists):
+        close(layer_of()(given).mean, expected.mean)
 
 
 # In models.
@@ -1054,6 +1397,8 @@ def test_config_and_file_round_trip(tmp_path):
         "feature_prior": 0.1,
         "smooth_kernel_size": None,
         "depth_buffer": False,
+        "convention": "ros",
+        "depth_scale": 0.001,
         "return_sequences": True,
         "return_state": True,
         "stateful": True,
@@ -1307,9 +1652,50 @@ def test_the_room_by_hand():
     [
         {"size": (1, 2)},
         {"size": (1, 0, 1)},
+        {"size": None},
+        {"size": "123"},
+        {"size": [True] * 3},
         {"boxes": [((1, 1, 1), (0, 2, 2))]},
+        {"boxes": None},
+        {"boxes": "text"},
+        {"boxes": [1, 2, 3]},
+        {"boxes": [((1, 1), (2, 2))]},
+        {"boxes": np.ones((1, 2, 3), complex)},
     ],
 )
 def test_impossible_rooms_are_refused(arguments):
-    with pytest.raises(ValueError, match="must.*Received"):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"`{name}`.* must.*Received"):
         rooms.Room(**arguments)
+
+
+def test_views_that_do_not_fit_are_named():
+    sound = {
+        "cast": {"origin": np.zeros(3), "directions": np.ones((2, 3))},
+        "render": {
+            "pose": np.eye(3, 4),
+            "height": 2,
+            "width": 4,
+            "inverse_intrinsics": rooms.right_angle(2, 4),
+        },
+        "render_sphere": {
+            "pose": np.eye(3, 4),
+            "pixels": np.ones(2),
+            "height": 2,
+            "width": 4,
+        },
+    }
+    for method, arguments in sound.items():
+        call = getattr(ROOM, method)
+        call(**arguments)
+        for name in arguments:
+            for wrong in (*UNFIT[:5], UNFIT_BOOL, np.ones(5), None):
+                if name == "inverse_intrinsics" and wrong is None:
+                    continue
+                with pytest.raises(ValueError, match=f"`{name}`.*Received"):
+                    call(**{**arguments, name: wrong})
+    with pytest.raises(ValueError, match="signs of `convention='opencv'`"):
+        ROOM.render(np.eye(3, 4), 2, 4, np.linalg.inv(K))
+    for wrong in ((None, 2), (2, "a"), (0, 1)):
+        with pytest.raises(ValueError, match="`(height|width)`.*Received"):
+            rooms.right_angle(*wrong)
