@@ -14,7 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # Each module may import modules of the lines above its own, and of its own
 # line where that says so.
 LAYERS = [
-    ["checks", "files", "replay", "geometry", "visualization"],
+    ["checks", "files", "replay", "visualization"],
+    ["geometry"],
     ["access", "controllers", "durable", "scan", "rgbd", "rooms"],
     ["addressing", "retrieval"],
     ["scann_index"],
