@@ -661,6 +661,29 @@ def test_a_layer_that_is_called_again_has_a_number(tmp_path):
     assert states == {"shared_h", "shared_held_output", "shared_1_h"}
 
 
+def test_states_of_several_memories_and_controllers():
+    def names(**kwargs):
+        sizes = {"memory_slots": 3, "slot_size": 2, "linkage": False}
+        return keras_memory.DNCCell(3, **sizes, **kwargs).state_names
+
+    record = ["reads", "memory", "usage", "read_weighting", "write_weighting"]
+    assert names(controller="dense") == record
+    assert names(controller_layers=2) == [
+        *record,
+        *("controller_h_0", "controller_c_0"),
+        *("controller_h_1", "controller_c_1"),
+    ]
+    assert names(controller="gru", layers=2) == [
+        *record,
+        *("block0_controller_h", "block1_controller_h"),
+    ]
+    assert names(controller="nas", layers=2, share_memory=False) == [
+        f"block{block}_{name}"
+        for block in range(2)
+        for name in [*record, "controller_c", "controller_m"]
+    ]
+
+
 def test_cells_name_their_states(tmp_path):
     own, named = OwnCell(), OwnCell()
     named.state_names = ["count", "share"]
@@ -961,6 +984,17 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 def test_versions_are_positive_integers(version, tmp_path):
     with pytest.raises(ValueError, match="`version` must be an integer"):
         export_for_serving(tiny(), tmp_path, version=version)
+
+
+def test_no_rows_are_served(tmp_path):
+    model = sequential(keras.layers.Masking(), rnn(keras.layers.LSTM))
+    path = export_for_serving(model, tmp_path / "model", warm_up=())
+    signatures, none = load(path), np.zeros((0, 3, 5), "float32")
+    whole = run(signatures["serving_default"], inputs=none)["outputs"]
+    assert whole.shape == none[:, :, :3].shape
+    outputs, states = stream(signatures, none)
+    assert outputs[-1].shape == (0, 3)
+    assert {state.shape for state in states.values()} == {(0, 3)}
 
 
 def test_versions_may_be_times(tmp_path):
