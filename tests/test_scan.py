@@ -620,3 +620,39 @@ def test_calls_of_a_training_loop_leave_nothing_behind(loop):
     call()
     call()
     assert graphs() == before
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **k: keras_memory.NTMLayer(2, 5, 3, controller_units=3, **k),
+        slow_unless(
+            False,
+            lambda **k: keras_memory.DNCLayer(2, 5, 3, controller_units=3, **k),
+        ),
+    ],
+)
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_batch_jacobians_are_vectorized(make, return_sequences):
+    import tensorflow as tf
+
+    layer = make(return_sequences=return_sequences)
+    x = tf.random.normal((2, 3, 4))
+    layer(x)
+
+    @tf.function
+    def jacobian(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return tape.batch_jacobian(y, x)
+
+    found = jacobian(x).numpy()
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        first = layer(x)[:, ..., 0]
+        first = first[:, -1] if return_sequences else first
+    expected = tape.gradient(first, x)
+    found = found[:, -1] if return_sequences else found
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-6)
