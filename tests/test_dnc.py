@@ -1537,7 +1537,7 @@ def test_resets_of_states_that_are_not_there():
             [None] * 9,
             states[0],
         ):
-            with pytest.raises(ValueError, match="has 9 states.*Received"):
+            with pytest.raises(ValueError, match="must be 9 states.*Received"):
                 reset(wrong)
         with pytest.raises(ValueError, match="`states`.*functional"):
             reset([keras.Input(state.shape[1:]) for state in states])
@@ -1755,5 +1755,5 @@ def test_names_that_keras_does_not_know(name):
 def test_a_missing_field_of_the_state_is_named():
     layer = built()
     state = layer.cell.unpack_state(some_state(layer))
-    with pytest.raises(ValueError, match="`linkage` must have shape"):
+    with pytest.raises(ValueError, match="`linkage` must be an array .batch, 1, 11, 11."):
         layer.cell.pack_state(state._replace(linkage=np.zeros((2, 11, 11))))

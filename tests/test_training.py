@@ -214,7 +214,10 @@ def test_an_animation_has_room_for_longer_headlines(tmp_path):
     for number, width in enumerate((30, 47)):
         frame = np.full((20, width, 3), 50 * number, "uint8")
         png = visualization.encode_png(frame)
-        (tmp_path / f"{number:08}.png").write_bytes(png)
+        path = tmp_path / f"{number:08}.png"
+        path.write_bytes(
+            png[: callbacks.HEADER] + callbacks.MARK + png[callbacks.HEADER :]
+        )
     (tmp_path / "out.gif").write_bytes(callbacks.animation(tmp_path))
     with Image.open(tmp_path / "out.gif") as gif:
         assert gif.size == (47, 20)
