@@ -1095,7 +1095,8 @@ def test_a_damaged_picture_is_named(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
     frames = folder / "pictures" / "length-4"
-    (frames / "00000000.png").write_bytes(b"half")
+    path = frames / "00000000.png"
+    path.write_bytes(path.read_bytes()[:200])
     model = runs.load(folder / "model.keras")
     with pytest.raises(ValueError, match=re.escape(str(frames))):
         runs.draw(small(*RESUMED), model, folder)
