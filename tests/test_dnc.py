@@ -1755,5 +1755,5 @@ def test_names_that_keras_does_not_know(name):
 def test_a_missing_field_of_the_state_is_named():
     layer = built()
     state = layer.cell.unpack_state(some_state(layer))
-    with pytest.raises(ValueError, match="`linkage` must be an array .batch, 1, 11, 11."):
+    with pytest.raises(ValueError, match="`linkage` must be an array .batch,"):
         layer.cell.pack_state(state._replace(linkage=np.zeros((2, 11, 11))))
