@@ -75,7 +75,9 @@ def nearest(queries, keys, top_k, bias=None):
     keys = check_array("keys", keys, ("M", "D"), sizes)
     queries, keys = ops.stop_gradient(queries), ops.stop_gradient(keys)
     if bias is not None:
-        bias = ops.stop_gradient(check_array("bias", bias, (..., "M"), sizes))
+        dtype = keras.backend.result_type(ops.dtype(queries), ops.dtype(keys))
+        bias = check_array("bias", bias, (..., "M"), sizes, dtype=dtype)
+        bias = ops.stop_gradient(bias)
         if len(bias.shape) != 1:
             check_array("bias", bias, ("B", "M"), sizes)
     number = keys.shape[0]
@@ -698,6 +700,7 @@ class KNNMemoryLayer(keras.layers.Layer):
         self.memory_count.assign(ops.zeros_like(self.state.count))
 
     def __call__(self, queries, keys=None, values=None, *others, **named):
+        check_process("KNNMemoryLayer")
         given = [let_in("queries", queries, (None, ..., None))]
         any_entries = (None, None, None)
         if keys is not None:

@@ -835,11 +835,11 @@ class ScannIndex(keras.layers.Layer):
         return self._index is not None
 
     def __call__(self, queries, **named):
+        check_process("ScannIndex")
         queries = let_in("queries", queries, (None, ..., None))
         return super().__call__(queries, **named)
 
     def call(self, queries):
-        check_process("ScannIndex")
         queries = self._checked(queries)
         if not self._renew():
             raise ValueError(

@@ -579,6 +579,15 @@ def test_no_entries_of_a_number_that_a_graph_does_not_know():
         check_state(both.state, both.model)
 
 
+def test_nearest_takes_arrays_of_other_dtypes():
+    keys = random(5, 3)
+    expected = brute_force(keys, keys, 2, np.arange(5))
+    for given in (np.arange(5), np.arange(5.0), np.arange(5, dtype="float16")):
+        found, places = retrieval.nearest(*tensors(keys, keys), 2, given)
+        close(found, expected[0].astype("float32"), 1e-5)
+        assert (ops.convert_to_numpy(places) == expected[1]).all()
+
+
 @pytest.mark.parametrize("number", [5, 30])
 def test_nearest_of_no_queries(number, monkeypatch):
     monkeypatch.setattr(retrieval, "BLOCK", 10)
