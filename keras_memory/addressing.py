@@ -284,7 +284,8 @@ def sharpen(weighting, sharpening):
         weighting = weighting + epsilon
         logarithm = ops.log(weighting)
         # The largest is 1, and others may underflow to 0.
-        largest = ops.max(logarithm, axis=-1, keepdims=True)
+        lowest = math.log(epsilon)
+        largest = ops.max(logarithm, axis=-1, keepdims=True, initial=lowest)
         powers = ops.exp(power * (logarithm - ops.stop_gradient(largest)))
         return [powers / total(powers), logarithm, weighting]
 

@@ -392,7 +392,8 @@ def _rows_held(x):
 def _links_held(x):
     def largest(x):
         rows, columns = ops.sum(x, axis=-1), ops.sum(x, axis=-2)
-        return ops.max(ops.maximum(rows, columns), -1)[:, :, None, None]
+        most = ops.max(ops.maximum(rows, columns), axis=-1, initial=0.0)
+        return most[:, :, None, None]
 
     return _held(x, largest)
 

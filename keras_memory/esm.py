@@ -756,6 +756,7 @@ class ESMLayer(_Map):
                 self.map_dtype,
                 ESMMap._fields,
                 name="state",
+                dtype=self.dtype_policy,
             )
         self.built = True
 

@@ -31,8 +31,9 @@ def in_range(x, axis):
         no gradient: a result that does not depend on it needs none.
     """
     limit = LARGEST_FACTOR[ops.dtype(x)]
-    largest = ops.max(ops.abs(x), axis=axis, keepdims=True)
-    scale = ops.stop_gradient(limit / ops.maximum(largest, limit))
+    # Keras takes no maximum of nothing without an `initial` one.
+    largest = ops.max(ops.abs(x), axis=axis, keepdims=True, initial=limit)
+    scale = ops.stop_gradient(limit / largest)
     return x * scale, scale
 
 

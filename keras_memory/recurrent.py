@@ -550,7 +550,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
                 f"batch size of the inputs and the sizes {self.state_size}: as "
                 "`get_initial_state` makes them, `return_state` gives them "
                 "behind the output, and `pack_state` makes them of a record. "
-                f"Received: {len(shapes)} of shapes {shapes}{rows}"
+                f"Received: {len(shapes)} states of shapes {shapes}{rows}"
             )
         return [
             check_array(f"{name}[{index}]", state)
@@ -1153,10 +1153,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             mask = mask[:, :, 0] if with_width else mask
         return sequences, initial_state, mask
 
-    def _check_sequences(self, shape):
+    def _check_sequences(self, shape, name="sequences"):
         if len(shape) != 3 or shape[1] == 0:
             raise ValueError(
-                f"`sequences` of {type(self).__name__} must be of shape "
+                f"`{name}` of {type(self).__name__} must be of shape "
                 "(batch, time, width) with at least one time step. For further "
                 "batch axes reshape to three axes first: "
                 "`keras.ops.reshape(x, (-1, *x.shape[-2:]))`. Received: "
@@ -1230,6 +1230,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             [f"state{_index(i)}" for i in range(len(sizes))]
             + [f"start{_index(i)}" for i in range(len(learned))],
             name="state",
+            dtype=self.dtype_policy,
         )
 
     @property
@@ -1374,7 +1375,8 @@ def trace(
             f"Received: {layer!r}"
         )
     check_bool("use_memory", use_memory)
-    inputs = check_array("inputs", inputs, ("batch", "time", "width"))
+    inputs = check_array("inputs", inputs)
+    layer._check_sequences(inputs.shape, "inputs")
     if not layer.built:
         layer.build(tuple(inputs.shape))
     if initial_state is None and layer.stateful:

@@ -15,18 +15,18 @@ class LayerState(keras.layers.Layer):
     Args:
         shapes: list of tuples of ints, one for each variable.
         initializers: list of as many functions (shape, dtype) -> tensor.
-        dtype: of the variables.
+        variable_dtype: str, of the variables.
         names: list of as many str.
         **kwargs: of `keras.layers.Layer`.
     """
 
-    def __init__(self, shapes, initializers, dtype, names, **kwargs):
-        super().__init__(dtype=dtype, trainable=False, **kwargs)
+    def __init__(self, shapes, initializers, variable_dtype, names, **kwargs):
+        super().__init__(trainable=False, **kwargs)
         for shape, initializer, name in zip(shapes, initializers, names):
             self.add_weight(
                 shape=shape,
                 initializer=initializer,
-                dtype=dtype,
+                dtype=variable_dtype,
                 trainable=False,
                 autocast=False,
                 name=name,
