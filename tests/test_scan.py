@@ -368,6 +368,9 @@ def test_the_fast_loop_is_for_training():
     assert layer.time_loop is None
     assert in_training(layer) == "fast"
     layer(np.ones((2, 3, 5), "float32"))
+    assert layer.time_loop == "fast"  # it tells of training
+    layer = small()
+    layer(np.ones((2, 3, 5), "float32"))
     assert layer.time_loop.startswith("portable: not called")
     layer = small(loop="fast")
     layer(np.ones((2, 3, 5), "float32"))
