@@ -280,6 +280,7 @@ ANY_SIZE = {
     ("trace", "inputs"),
     ("geometry.pad_sphere", "image"),
     ("geometry.pixels_to_camera", "depth"),
+    ("KNNMemoryLayer", "values"),
     ("ScannIndex.set_memory", "keys"),
 }
 
