@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_files import files_of_at_most
+from test_full_disk import files_of_at_most
 
 from keras_memory import geometry
 from keras_memory import rgbd
