@@ -1130,6 +1130,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
 
     def _check_arguments(self, sequences, initial_state, mask):
         """Sequences, states and a mask of bools (B, T), or None, as tensors."""
+        if mask is None:
+            # Keras hands it on to layers of one tensor only. Here in front, as
+            # the sequences lose it where integers become floats.
+            mask = get_keras_mask(sequences)
         sequences = check_array("sequences", sequences)
         self._check_sequences(sequences.shape)
         batch_size, time = sequences.shape[:2]
@@ -1137,9 +1141,6 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             initial_state = self.cell._check_states(
                 initial_state, batch_size, "initial_state"
             )
-        if mask is None:
-            # Keras hands it on to layers of one tensor only.
-            mask = get_keras_mask(sequences)
         if mask is not None:
             with_width = len(getattr(mask, "shape", ())) == 3
             mask = check_array(

@@ -469,6 +469,13 @@ def test_a_mask_goes_with_an_initial_state_in_a_model(x):
     states = layer.cell.get_initial_state(BATCH)
     x[:, 4:] = 0
     close(model([ops.convert_to_tensor(x), *states]), layer(x[:, :4]))
+    # Also where whole numbers become floats on the way.
+    whole = ops.convert_to_tensor(np.round(3 * x).astype("int32"))
+    backend.set_keras_mask(whole, ops.any(whole != 0, axis=-1))
+    close(
+        layer(whole, initial_state=states),
+        layer(whole[:, :4], initial_state=states),
+    )
 
 
 @needs_tensorflow
