@@ -12,6 +12,7 @@ import inspect
 import warnings
 
 import keras
+import ml_dtypes
 import numpy as np
 from keras import ops
 
@@ -137,8 +138,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         for name in ("memory_values", "memory_keys"):
             before = getattr(self, name)
             if before is not None:
-                # What was compiled around it is not to answer from it.
-                before.assign(ops.full(before.shape, np.nan, before.dtype))
+                # See `_is_replaced`.
+                mark = _mark_of_replaced(before.dtype)
+                before.assign(ops.full(before.shape, mark, before.dtype))
                 self._untrack_variable(before)
                 setattr(self, name, None)
             if name in dtypes:
@@ -208,9 +210,10 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if isinstance(encodings, (list, tuple)):
             encodings, memory_encodings = encodings
         self._check_is_there(memory_encodings, training)
-        values, keys = memory_encodings, None
+        values, keys, replaced = memory_encodings, None, None
         if values is None:
             values = ops.convert_to_tensor(self.memory_values)
+            replaced = _is_replaced(values)
             if self.memory_keys is not None:
                 keys = ops.convert_to_tensor(self.memory_keys)
         lost = None
@@ -228,9 +231,13 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             outputs = self._classified(
                 encodings, ops.cast(read, self.compute_dtype)
             )
+        if replaced is not None:
+            outputs = ops.where(replaced, np.nan, outputs)
         if not return_weights:
             return outputs
         weights = ops.cast(weights, self.compute_dtype)
+        if replaced is not None:
+            weights = ops.where(replaced, np.nan, weights)
         if indices is None:
             return outputs, weights
         return outputs, weights, indices
@@ -585,6 +592,37 @@ def _check_some(memory):
             "`memory_encodings` must be of one example at least. "
             f"Received: shape {tuple(memory.shape)}"
         )
+
+
+def _mark_of_replaced(dtype):
+    """What a memory is filled with that made way for another one: a number
+    that no encoding has. Training that diverges makes memories of NaN."""
+    return float(ml_dtypes.finfo(keras.backend.standardize_dtype(dtype)).min)
+
+
+def _is_replaced(values):
+    """Whether a fixed memory, (M, D), has made way for one of another size
+    since a graph of TensorFlow was traced around it. None where no graph is
+    traced.
+
+    Raises:
+        InvalidArgumentError: when the graph runs, it has; not under XLA, which
+            leaves the error out.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return None
+    replaced = tf.reduce_all(values[0] == _mark_of_replaced(values.dtype))
+    message = (
+        "A memory of another number of examples was set after this function "
+        "was traced, which would go on looking at the one before: trace it "
+        "anew, by making another `tf.function`."
+    )
+    tf.debugging.Assert(~replaced, [message])
+    return replaced
 
 
 def _counted(memory, mask):
@@ -957,8 +995,9 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         The encodings are weights of the model: they are saved and exported
         with it. The inputs are not: `memory_inputs` has a copy in this process.
         Call this again after training in another way than by `fit`. A model or
-        function that was compiled around this one must be compiled again where
-        the number of examples changes: until then it answers NaN.
+        function that was traced around this one must be traced anew where the
+        number of examples changes: until then it raises an error, or answers
+        NaN under XLA, which has no errors.
 
         Args:
             x: (M, ...) inputs; M may be another number than `memory_size`.

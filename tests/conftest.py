@@ -9,6 +9,23 @@ import pytest
 
 TESTS = itertools.count(1)
 
+# Files that take longest begin, so that two processes end at the same time.
+LONGEST = (
+    "test_scan.py",
+    "test_knn_memory.py",
+    "test_esm.py",
+    "test_training.py",
+    "test_examples.py",
+    "test_callbacks.py",
+    "test_lowering.py",
+    "test_docstrings.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    names = dict(zip(LONGEST, itertools.count()))
+    items.sort(key=lambda item: names.get(item.path.name, len(names)))
+
 
 @pytest.fixture(autouse=True)
 def seeded():

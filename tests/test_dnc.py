@@ -621,9 +621,12 @@ def gradients_of(layer, x, states, jit_compile=False, eagerly=False):
     return output, found[: -len(kept)], states
 
 
+SLOWER = ("auto", True), ("portable", False)
+
+
 @pytest.mark.parametrize(
     ("loop", "jit_compile"),
-    [("auto", True), slow_unless(False, "portable", False)],
+    [("auto", False), *(slow_unless(False, *way) for way in SLOWER)],
 )
 @needs_tensorflow
 def test_as_many_sparse_links_as_slots_are_all_links(loop, jit_compile):

@@ -10,6 +10,7 @@ import harness
 import keras
 import numpy as np
 import pytest
+from catalogue import slow_unless
 from keras import ops
 
 import keras_memory
@@ -1013,7 +1014,7 @@ def weights_of(layer, inputs):
     return [part.astype(ops.dtype(maps.mean)) for part in parts]
 
 
-@pytest.mark.parametrize("depth_buffer", [True, False])
+@pytest.mark.parametrize("depth_buffer", [True, slow_unless(False, False)])
 def test_gradients_are_those_of_finite_differences(depth_buffer):
     harness.skip_on(*harness.OTHERS, because="needs float64 in all of Keras")
     layer = layer_of(
@@ -1347,7 +1348,7 @@ def entry_of(inputs, batch=None, times=None):
     return keras.tree.map_structure(one, inputs)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, slow_unless(False, True)])
 def test_a_cnn_is_trained_through_the_map(jit_compile):
     if harness.BACKEND == "torch" and jit_compile:
         pytest.skip("PyTorch compiles no loops")

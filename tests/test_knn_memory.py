@@ -31,6 +31,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
+from catalogue import slow_unless
 from harness import golden
 from hypothesis import strategies
 from keras import ops
@@ -531,7 +532,7 @@ os.waitpid(child, 0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-@pytest.mark.parametrize("is_used", ["used", "new"])
+@pytest.mark.parametrize("is_used", ["used", slow_unless(False, "new")])
 def test_a_search_in_a_fork(store, is_used):
     """Of a process that used the backend, whose threads are not there."""
     backend = keras.backend.backend()

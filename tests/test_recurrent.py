@@ -581,8 +581,10 @@ def dnc(**kwargs):
 
 
 @needs_tensorflow
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("make", [ntm, dnc])
+@pytest.mark.parametrize(
+    ("make", "unroll"),
+    [(ntm, False), (ntm, True), (dnc, True), slow_unless(False, dnc, False)],
+)
 def test_a_batch_of_no_rows(make, unroll):
     import tensorflow as tf
 

@@ -636,7 +636,7 @@ def test_calls_of_a_training_loop_leave_nothing_behind(loop):
         ),
     ],
 )
-@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("return_sequences", [False, slow_unless(False, True)])
 def test_batch_jacobians_are_vectorized(make, return_sequences):
     import tensorflow as tf
 
