@@ -758,8 +758,7 @@ def sparsemax(logits, axis=-1):
     logits = ops.convert_to_tensor(logits)
     if "float" not in ops.dtype(logits):
         logits = ops.cast(logits, "float32")
-    dtype = "float64" if ops.dtype(logits) == "float64" else "float32"
-    z = ops.cast(logits, dtype)
+    z = ops.cast(logits, at_least_float32(ops.dtype(logits)))
     # `initial`, or Keras refuses an array of no rows.
     most = ops.max(z, axis=axis, keepdims=True, initial=-np.inf)
     z = z - ops.stop_gradient(most)
@@ -769,7 +768,7 @@ def sparsemax(logits, axis=-1):
 
     def threshold_of(z, support):
         inside = ops.where(support, z, ops.zeros_like(z))
-        count = total(ops.cast(support, dtype))
+        count = total(ops.cast(support, ops.dtype(z)))
         return (total(inside) - 1.0) / ops.maximum(count, 1.0)
 
     fixed = ops.stop_gradient(z)

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import pathlib
-import sys
 import typing
 
 import keras
@@ -130,8 +129,8 @@ def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):
             cannot tell; then only what no process can address is refused.
     """
     shape = [1 if size is None else int(size) for _, size in sizes]
-    size = keras.backend.standardize_dtype(dtype)
-    wanted = math.prod(shape) * np.dtype(size).itemsize
+    name = keras.backend.standardize_dtype(dtype)
+    wanted = math.prod(shape) * np.dtype(name).itemsize
     limit = machine_bytes()
     reason = ""
     if max(shape, default=0) > LONGEST_AXIS:
@@ -141,8 +140,8 @@ def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):
         and wanted > limit
         and (on_host or not has_accelerator())
     ):
-        limit = "" if limit is None else f" of {_in_words(limit)}"
-        reason = f"this machine has a memory{limit}"
+        size = "" if limit is None else f" of {_in_words(limit)}"
+        reason = f"this machine has a memory{size}"
     if reason:
         product = " x ".join(f"{name}={size}" for name, size in sizes)
         raise ValueError(
@@ -200,7 +199,8 @@ def check_array(
     as_numpy=False,
     remedy=None,
 ):
-    """The one door for arrays: a tensor of what a user gave, or an error.
+    """A tensor of what a user gave, or an error: for all arguments that are
+    arrays, but those of `KNNMemory` and pictures, which are NumPy's only.
 
     Args:
         name: str, of the argument, for the error.
@@ -213,8 +213,8 @@ def check_array(
             one to the checks of all arguments of a call. A size that a graph
             does not know fits any.
         kind: `"real"` (integers become floats), `"integer"`, `"bool"`,
-            `"mask"`, `"whole"` or `"any"`: bools and numbers, of which no
-            value is looked at.
+            `"mask"`, `"whole"` or `"any"`: which dtypes it may have, and the
+            words of the error. Values are never looked at.
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
         as_numpy: bool, return a NumPy array, which keeps float64 on JAX too.
@@ -401,7 +401,7 @@ _forked_from = None  # a process that had such threads
 
 def _backend_has_threads():
     """Whether the backend may have been computing in this process."""
-    if "torch" in sys.modules and keras.backend.backend() == "torch":
+    if keras.backend.backend() == "torch":
         return True  # nobody can tell
     try:
         if keras.backend.backend() == "tensorflow":

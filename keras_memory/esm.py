@@ -20,12 +20,14 @@ from keras_memory import geometry
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
+from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
+from keras_memory.numerics import at_least_float32
 from keras_memory.state import LayerState
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
@@ -105,8 +107,10 @@ class _Map(Arguments, keras.layers.Layer):
                 "the least. Received: "
                 f"variance_limits={variance_limits!r}, height={height}"
             )
-        self.depth_prior = _check_number("depth_prior", depth_prior, least=0)
-        self.feature_prior = _check_number("feature_prior", feature_prior)
+        self.depth_prior = check_between("depth_prior", depth_prior, 0, HUGE)
+        self.feature_prior = check_between(
+            "feature_prior", feature_prior, -HUGE, HUGE
+        )
         self.smooth_kernel_size = smooth_kernel_size
         if smooth_kernel_size is not None:
             check_size(
@@ -135,7 +139,7 @@ class _Map(Arguments, keras.layers.Layer):
     def map_dtype(self):
         """Of all that is computed: float64 if that is the layer's, else
         float32, under any policy."""
-        return "float64" if self.compute_dtype == "float64" else "float32"
+        return at_least_float32(self.compute_dtype)
 
     def _array(self, values):
         return np.asarray(values, self.map_dtype)
@@ -745,16 +749,18 @@ class ESMLayer(_Map):
                     "`keras.Input(batch_shape=...)`. Received: motion of shape "
                     f"{tuple(inputs_shape['motion'])}"
                 )
+
+            def initializer(prior):
+                return lambda shape, dtype: ops.broadcast_to(
+                    ops.cast(prior, dtype), shape
+                )
+
             self._state = LayerState(
-                [(batch, *prior.shape) for prior in self._prior],
                 [
-                    lambda shape, dtype, prior=prior: (
-                        ops.zeros(shape, dtype) + ops.cast(prior, dtype)
-                    )
-                    for prior in self._prior
+                    (name, (batch, *prior.shape), initializer(prior))
+                    for name, prior in self._prior._asdict().items()
                 ],
                 self.map_dtype,
-                ESMMap._fields,
                 name="state",
                 dtype=self.dtype_policy,
             )
@@ -955,15 +961,6 @@ def _check_has(path, given, name):
 
 def _named(path):
     return f"`{path}`" if path else "Inputs"
-
-
-def _check_number(name, value, least=-HUGE):
-    if not is_number(value) or not least <= value <= HUGE:
-        raise ValueError(
-            f"`{name}` must be a number from {least} to {HUGE}. "
-            f"Received: {name}={value!r}"
-        )
-    return value
 
 
 def _check_limits(name, limits):

@@ -12,7 +12,6 @@ import functools
 import itertools
 import keyword
 import os
-import pathlib
 import re
 import shutil
 import typing
@@ -28,6 +27,8 @@ from keras_memory import controllers
 from keras_memory import files
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
+from keras_memory.checks import check_whole
+from keras_memory.numerics import at_least_float32
 from keras_memory.scan import select
 from keras_memory.scann_index import ScannIndex
 
@@ -143,14 +144,15 @@ def export_for_serving(
     Raises:
         RuntimeError: another backend than TensorFlow, or what was written
             differs from the model.
-        TypeError: `model` is not a Keras model or layer, or `folder` no path.
+        TypeError: `model` is not a Keras model or layer.
         ValueError: the model is not built, an argument is out of range, or
             the version exists.
         OSError: the folder cannot be written.
     """
     _check_model(model)
-    folder = _as_path(folder)
-    target = folder / str(_as_version(version))
+    folder = files.check_path("folder", folder)
+    # TensorFlow Serving takes no other versions.
+    target = folder / str(check_whole("version", version, 1, 2**63 - 1))
     name = folder.resolve().name if name is None else name
     _check_name(name)
     warm_up = _as_pairs(warm_up)
@@ -224,26 +226,6 @@ def _check_name(name):
             "part of the server's URLs; it is the name of the folder unless "
             f"given. Received: name={name!r}"
         )
-
-
-def _as_path(folder):
-    if isinstance(folder, (str, os.PathLike)):
-        return pathlib.Path(folder)
-    raise TypeError(
-        "`folder` must be a path, a str or `pathlib.Path`, of the model's "
-        f"folder. Received: folder={folder!r}"
-    )
-
-
-def _as_version(version):
-    whole = isinstance(version, (int, np.integer))
-    if whole and type(version) is not bool and 1 <= version < 2**63:
-        return int(version)
-    raise ValueError(
-        "`version` must be an integer of at least 1 and below 2^63, as "
-        "TensorFlow Serving takes no others. Received: "
-        f"version={version!r}"
-    )
 
 
 def _as_pairs(warm_up):
@@ -432,8 +414,7 @@ def _input_shapes(model):
                 "Functional model: `keras.Model(inputs, model(inputs))`. "
                 f"Received: {_titled(model)}, built for the shape {shape}"
             )
-        wide = model.compute_dtype == "float64"
-        specs = [(shape, "float64" if wide else "float32")]
+        specs = [(shape, at_least_float32(model.compute_dtype))]
         structure = None
     return {
         name: ((None, *shape[1:]), dtype)
@@ -786,7 +767,7 @@ def _appearing(target):
 def _remove_abandoned(folder):
     """Removes what killed exports have left. Others that write at this moment
     hold a lock, which dies with them."""
-    if files.fcntl is None:  # no locks, so nobody can tell
+    if not files.has_locks():  # nobody can tell
         return
     for path in folder.iterdir():
         if re.fullmatch(TEMPORARY, path.name):

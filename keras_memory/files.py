@@ -11,7 +11,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TRIES, PAUSE = 100, 0.1  # of a rename on Windows, seconds between two
+TRIES, PAUSE = 100, 0.1  # renames on Windows, and the seconds between two
 
 
 def check_path(name, value):
@@ -69,7 +69,7 @@ def fsync(path):
 
 @contextlib.contextmanager
 def explain_os_errors(what, kept="Nothing was changed.", also=()):
-    """Says in the errors of a full disk, say, what was being written.
+    """Adds to an OSError, such as of a full disk, what was being written.
 
     Args:
         what: str or path of what is written inside of this.
@@ -91,7 +91,8 @@ def explain_os_errors(what, kept="Nothing was changed.", also=()):
 
 
 def os_reason(error):
-    """Why: what the system said, also of an error that says more by now."""
+    """What the system said, also of an error that `explain_os_errors` has
+    raised."""
     return getattr(error, "reason", getattr(error, "strerror", None)) or error
 
 
@@ -137,31 +138,40 @@ def files_written_aside(folder):
     """Gives an empty folder to write files to, and moves them at the end.
 
     They take the place of files of the same names in `folder`; others stay. An
-    error, such as that of a full disk, leaves all as it was, and says so.
+    error while they are written, such as that of a full disk, leaves all as it
+    was; one while they are moved may leave some that are new. It says which.
 
     Args:
         folder: `pathlib.Path`; made where it is absent.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     aside = folder / ".writing"
-    with explain_os_errors(folder):
-        try:
+    try:
+        with explain_os_errors(folder):
             shutil.rmtree(aside, ignore_errors=True)  # of a killed process
             aside.mkdir(parents=True)
             yield aside
             written = sorted(aside.rglob("*"))
+            for path in filter(os.path.isfile, written):
+                fsync(path)
+        some = "Some of its files may be new, the others are as they were."
+        with explain_os_errors(folder, kept=some):
             for path in filter(os.path.isdir, written):
                 (folder / path.relative_to(aside)).mkdir(exist_ok=True)
             for path in filter(os.path.isfile, written):
-                fsync(path)
                 _replace(path, folder / path.relative_to(aside))
             shutil.rmtree(aside)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            with contextlib.suppress(OSError):  # one that is not empty
-                for path in made:
-                    path.rmdir()
-            raise
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # one that is not empty
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def has_locks():
+    """Whether the system has locks, so that `locked` keeps others out."""
+    return fcntl is not None
 
 
 @contextlib.contextmanager

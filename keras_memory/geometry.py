@@ -214,9 +214,10 @@ def check_camera(name, matrix, convention="esm"):
     with contextlib.suppress(np.linalg.LinAlgError):
         if is_right(np.linalg.inv(first), "opencv"):
             why = "It is K itself: give its inverse, `np.linalg.inv(K)`"
-    for other in ("esm", "opencv"):
-        if is_right(first, other):
-            why = f"It has the signs of `convention={other!r}`: say so"
+    alike = [one for one in CONVENTIONS if is_right(first, one)]
+    if alike:
+        words = " and ".join(f'"{one}"' for one in alike)
+        why = f"It has the signs of {words}: say which convention it is"
     raise ValueError(
         f"`{name}` must be the inverse of a camera's intrinsics, of "
         f"`convention={convention!r}`. {why}. Received: {first.tolist()}"

@@ -36,6 +36,7 @@ from keras_memory.retrieval import VALUE_REMEDY
 from keras_memory.retrieval import Neighbours
 from keras_memory.retrieval import RingMemory
 from keras_memory.retrieval import RingState
+from keras_memory.retrieval import check_bytes_of_entries
 from keras_memory.retrieval import check_value_dtype
 from keras_memory.scann_index import Builder
 from keras_memory.scann_index import ScannRow
@@ -101,13 +102,18 @@ class KNNMemory(Arguments):
         target_recall: float in (0, 1), 0.95 by default, the share of the
             neighbours that a tree is to find.
         background: bool. True (default): trees are built beside the searches,
-            and which of them have an answer of the new one depends on the
-            machine. False: whoever adds waits for it, and runs repeat.
+            and which search is the first to use one depends on timing. False:
+            `add` waits for it, and runs are reproducible.
         keep_statistics: bool, False by default; see `statistics`.
         value_dtype: str, of values, which come back in it: `"int32"` or
             `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
             `"float32"` or `"float64"`; None (default) for that of the keys,
             float32.
+
+    Forks: ScaNN searches in them, and builds trees of its own. `"ring"` raises
+    RuntimeError in a fork of a process that used the backend, whose threads
+    are not there: start such processes by `"spawn"`. A folder that is open is
+    neither written nor refreshed in a fork.
 
     Raises:
         ValueError: an argument out of its range.
@@ -146,8 +152,7 @@ class KNNMemory(Arguments):
         self.num_rows = check_size("num_rows", num_rows)
         if value_dim is None:
             value_dim = dim
-        self.value_dtype = check_value_dtype(value_dtype, in_graph=False)
-        self.value_dtype = self.value_dtype or "float32"
+        self.value_dtype = check_value_dtype(value_dtype, False, "float32")
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
         self.target_recall = check_within("target_recall", target_recall)
@@ -158,14 +163,15 @@ class KNNMemory(Arguments):
             may = import_error() is None and not has_accelerator()
             store = "scann" if may else "ring"
         if store == "ring":
-            RingMemory(dim, max_memories, 0)  # which may have fewer slots
+            RingMemory(dim, max_memories, 0)  # raises for too many slots
         if store == "scann":
             check_scann('`KNNMemory(store="scann")`', '`store="ring"` is exact')
         self.store = store
         slots = (num_rows, max_memories)
         rows = ("num_rows", num_rows), ("max_memories", max_memories)
-        width = "dim + value_dim", dim + value_dim
-        check_bytes("Entries", [*rows, width], on_host=True)
+        check_bytes_of_entries(
+            rows, dim, value_dim, "float32", self.value_dtype, on_host=True
+        )
         check_bytes(  # indexes and locks, about a kB each
             "A row each", [rows[0], ("bytes", 1000)], "uint8", on_host=True
         )
@@ -177,7 +183,7 @@ class KNNMemory(Arguments):
         if store == "scann" and background:
             self._builder = Builder()
             weakref.finalize(self, self._builder.close)
-            _WITH_BUILDERS.add(self)
+        _MEMORIES.add(self)
         self._indexes = [self._index(row) for row in range(num_rows)]
         if keep_statistics:
             self._searches = np.zeros(num_rows, "int64")
@@ -299,6 +305,7 @@ class KNNMemory(Arguments):
 
         Raises:
             ValueError: wrong shapes, dtypes, values or rows.
+            RuntimeError: `store="ring"`, in a fork; see the class.
         """
         check_size("top_k", top_k)
         for name, value in (("keys", keys), ("values", values)):
@@ -557,7 +564,7 @@ class KNNMemory(Arguments):
         of processes read what was flushed, also beside one that appends;
         `refresh` brings what was flushed since. What is appended takes room
         until a `flush` that finds more than twice what the entries need. A fork
-        can only search. (On Windows nothing keeps a second process out.)
+        does neither. (On Windows nothing keeps a second process out.)
 
         Args:
             folder: path; with `"a"` made where it is absent.
@@ -599,8 +606,7 @@ class KNNMemory(Arguments):
                 if name == "value_dim" and given is None:
                     given = options.get("dim", config["dim"])
                 if name == "value_dtype":
-                    given = check_value_dtype(given, in_graph=False)
-                    given = given or "float32"
+                    given = check_value_dtype(given, False, "float32")
                 if given != stored:
                     raise ValueError(
                         f"`{name}` must be that of the memory that is there; "
@@ -786,14 +792,17 @@ class KNNMemory(Arguments):
         return rows
 
 
-# A fork has no builders' threads, and would wait for the locks they hold.
+# A fork has none of the other threads, such as builders of trees, and would
+# wait for the locks they hold.
 
-_WITH_BUILDERS = weakref.WeakSet()
+_MEMORIES = weakref.WeakSet()
+_forking = threading.RLock()  # one thread at a time
 _held = []
 
 
 def _before_fork():
-    _held[:] = list(_WITH_BUILDERS)
+    _forking.acquire()
+    _held[:] = list(_MEMORIES)
     for memory in _held:
         memory._lock.acquire()
 
@@ -802,13 +811,15 @@ def _after_fork():
     for memory in _held:
         memory._lock.release()
     _held.clear()
+    _forking.release()
 
 
 def _after_fork_in_child():
     for memory in _held:
-        memory._builder.after_fork()
-        for index in memory._indexes:
-            index.after_fork()
+        if memory._builder is not None:
+            memory._builder.after_fork()
+            for index in memory._indexes:
+                index.after_fork()
     _after_fork()
 
 
@@ -873,12 +884,13 @@ class _ExactRow:
 
 
 def _power(number, least=1):
-    """The next power of two."""
+    """The least power of two that is not smaller."""
     return max(least, 1 << (number - 1).bit_length())
 
 
 def _packed(operation):
-    """As in files, which have floats: values, or their bits as such."""
+    """As in files, which have float32 only: values of 2 bytes as such, of
+    others the bits."""
     row, keys, values = operation
     if values is not None:
         is_half = values.itemsize == 2
@@ -888,7 +900,7 @@ def _packed(operation):
 
 
 def _in_dtype(values, dtype):
-    """What `_packed` has made of values."""
+    """The values that `_packed` packed."""
     if dtype.itemsize == 2:
         return values.astype(dtype)
     return np.ascontiguousarray(values).view(dtype)

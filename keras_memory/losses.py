@@ -14,6 +14,7 @@ from keras import ops
 from keras.src import backend
 
 from keras_memory.checks import check_array
+from keras_memory.numerics import at_least_float32
 
 
 def bits_per_sequence(targets, outputs, mask):
@@ -112,8 +113,7 @@ def _where_it_counts(
     outputs = check_array(names[1], outputs, axes, sizes)
     mask = check_array(names[2], mask, axes[:2], sizes, kind="mask")
     if dtype is None:
-        wide = ops.dtype(outputs) == "float64"
-        dtype = "float64" if wide else "float32"
+        dtype = at_least_float32(ops.dtype(outputs))
     targets, outputs, mask = (
         ops.cast(part, dtype) for part in (targets, outputs, mask)
     )

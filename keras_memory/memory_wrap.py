@@ -24,6 +24,7 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
+from keras_memory.numerics import at_least_float32
 from keras_memory.replay import to_train
 from keras_memory.replay import with_gradient
 from keras_memory.retrieval import LARGEST
@@ -138,9 +139,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         for name in ("memory_values", "memory_keys"):
             before = getattr(self, name)
             if before is not None:
-                # See `_is_replaced`.
-                mark = _mark_of_replaced(before.dtype)
-                before.assign(ops.full(before.shape, mark, before.dtype))
+                if name == "memory_values":  # see `_is_replaced`
+                    mark = _mark_of_replaced(before.dtype)
+                    before.assign(ops.full(before.shape, mark, before.dtype))
                 self._untrack_variable(before)
                 setattr(self, name, None)
             if name in dtypes:
@@ -269,8 +270,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if len(memory) != self.fixed_memory_size:
             raise ValueError(
                 "`memory_encodings` must have as many examples as before, "
-                "which compiled functions of this layer look at: make another "
-                "layer of its `get_config()`. Received: "
+                "which compiled functions of this layer look at: make a layer "
+                f"with `fixed_memory_size={len(memory)}`, and assign it the "
+                "`trainable_weights` of this one. Received: "
                 f"{len(memory)} of them, "
                 f"fixed_memory_size={self.fixed_memory_size}"
             )
@@ -388,7 +390,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
     @property
     def _wide_dtype(self):
         """That of addressing: squares leave the range of 16-bit numbers."""
-        return "float64" if self.compute_dtype == "float64" else "float32"
+        return at_least_float32(self.compute_dtype)
 
     def _wide(self, x):
         return ops.cast(x, self._wide_dtype)
@@ -596,7 +598,8 @@ def _check_some(memory):
 
 def _mark_of_replaced(dtype):
     """What a memory is filled with that made way for another one: a number
-    that no encoding has. Training that diverges makes memories of NaN."""
+    that encodings hardly have. Training that diverges makes memories of NaN.
+    """
     return float(ml_dtypes.finfo(keras.backend.standardize_dtype(dtype)).min)
 
 
@@ -606,8 +609,8 @@ def _is_replaced(values):
     traced.
 
     Raises:
-        InvalidArgumentError: when the graph runs, it has; not under XLA, which
-            leaves the error out.
+        InvalidArgumentError: while the graph runs, if it has. XLA drops
+            assertions, so that callers make their results NaN.
     """
     if keras.backend.backend() != "tensorflow":
         return None
@@ -619,7 +622,7 @@ def _is_replaced(values):
     message = (
         "A memory of another number of examples was set after this function "
         "was traced, which would go on looking at the one before: trace it "
-        "anew, by making another `tf.function`."
+        "anew, by making another `tf.function`, a model's by `compile`."
     )
     tf.debugging.Assert(~replaced, [message])
     return replaced
@@ -704,6 +707,8 @@ def _about_middle(queries, keys, mask):
 
 
 def _minus_squares_of_many(queries, keys, mask):
+    """As `_minus_squares` by products, plus a number for each query, which
+    neither sparsemax nor the choice of the nearest depends on."""
     queries, keys, bias = _about_middle(queries, keys, mask)
     return 2.0 * (inner_products(queries, ops.transpose(keys)) + bias)
 
@@ -996,8 +1001,9 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         with it. The inputs are not: `memory_inputs` has a copy in this process.
         Call this again after training in another way than by `fit`. A model or
         function that was traced around this one must be traced anew where the
-        number of examples changes: until then it raises an error, or answers
-        NaN under XLA, which has no errors.
+        number of examples changes: until then, on TensorFlow, it raises an
+        error, or answers NaN under XLA, which has no errors; a function of
+        `jax.jit` keeps the weights and the memory that it was traced with.
 
         Args:
             x: (M, ...) inputs; M may be another number than `memory_size`.

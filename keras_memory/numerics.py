@@ -9,12 +9,14 @@ result does not depend on.
 import keras
 from keras import ops
 
-# Sums of squares up to this do not overflow, nor do products of such sums.
+# Squares of numbers up to this can be added up, and such sums multiplied,
+# without overflow.
 LARGEST_FACTOR = {"float32": 2.0**30, "float64": 2.0**250}
 
 
 def at_least_float32(dtype):
-    """The dtype to take squares in: 16 bits have too few or too small ones."""
+    """The dtype to take squares in: for these float16 has too small a range,
+    and bfloat16 too few digits."""
     return dtype if dtype in LARGEST_FACTOR else "float32"
 
 

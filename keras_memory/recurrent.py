@@ -46,6 +46,7 @@ from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain
 from keras_memory.numerics import LayerNormalization
+from keras_memory.numerics import at_least_float32
 from keras_memory.replay import activate_parts
 from keras_memory.replay import linear
 from keras_memory.replay import to_train
@@ -626,17 +627,8 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
                 f"{states[0]!r}"
             )
         if rows is not None:
-            rows = rows if ops.is_tensor(rows) else np.asarray(rows)
-            shape, batch = tuple(rows.shape), states[0].shape[0]
-            is_bool = "bool" in str(rows.dtype)
-            fits = len(shape) == 1 and len({*shape, batch} - {None}) <= 1
-            if not (is_bool and fits):
-                raise ValueError(
-                    "`rows` must have one bool for each row of the batch, "
-                    "True to reset it, or be None to reset all. Received: "
-                    f"shape {shape}, dtype {rows.dtype} for states of shape "
-                    f"{tuple(states[0].shape)}"
-                )
+            sizes = {"B": states[0].shape[0]}
+            rows = check_array("rows", rows, ("B",), sizes, "bool")
         starts = self._unflatten(
             self.get_initial_state(ops.shape(states[0])[0])
         )
@@ -788,8 +780,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     @property
     def access_dtype(self):
         """What addressing computes in: never in 16 bits."""
-        wide = self.compute_dtype == "float64"
-        return "float64" if wide else "float32"
+        return at_least_float32(self.compute_dtype)
 
     def project(self, features, training=False):
         """Makes the output of the features: (B, F) or (B, T, F), with the
@@ -1114,8 +1105,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             outputs = super().call(sequences, initial_state, mask, training)
         finally:
             _memory_in_use.reset(in_use)
-        for variable, start in zip(self._starts if starts else (), starts):
-            variable.assign(start)
+        if starts:
+            for variable, start in zip(self._starts, starts):
+                variable.assign(start)
         return outputs
 
     def compute_output_spec(
@@ -1210,9 +1202,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             mask = ops.flip(mask, axis=1)
         if not self.zero_output_for_mask:
             mask = ops.cumsum(mask, axis=1)
-        shown = mask > 0
-        shown = shown[:, :, None] if self.return_sequences else shown[:, -1:]
-        return ops.where(shown, outputs, ops.zeros_like(outputs))
+        shown = mask > 0 if self.return_sequences else mask[:, -1] > 0
+        return scan.select(shown, outputs, ops.zeros_like(outputs))
 
     def _create_state_variables(self, batch_size):
         def initial(index, shape, dtype):
@@ -1220,16 +1211,23 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             # TensorFlow lifts initializers out of it.
             return ops.cast(self.get_initial_state(shape[0])[index], dtype)
 
-        sizes = self.cell.state_size
-        learned = self.cell.learned_states
+        def variables(name, rows, indices):
+            return [
+                (
+                    f"{name}{_index(number)}",
+                    (rows, self.cell.state_size[index]),
+                    functools.partial(initial, index),
+                )
+                for number, index in enumerate(indices)
+            ]
+
+        states = range(len(self.cell.state_size))
         self._state = LayerState(
-            [(batch_size, size) for size in sizes]
-            + [(1, sizes[index]) for index in learned],
-            [functools.partial(initial, i) for i in range(len(sizes))]
-            + [functools.partial(initial, index) for index in learned],
+            [
+                *variables("state", batch_size, states),
+                *variables("start", 1, self.cell.learned_states),
+            ],
             self.variable_dtype,
-            [f"state{_index(i)}" for i in range(len(sizes))]
-            + [f"start{_index(i)}" for i in range(len(learned))],
             name="state",
             dtype=self.dtype_policy,
         )
@@ -1376,6 +1374,7 @@ def trace(
             f"Received: {layer!r}"
         )
     check_bool("use_memory", use_memory)
+    mask = get_keras_mask(inputs) if mask is None else mask
     inputs = check_array("inputs", inputs)
     layer._check_sequences(inputs.shape, "inputs")
     if not layer.built:
@@ -1471,8 +1470,8 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         cell.reset_recurrent_dropout_mask()
     inside = {name: ops.swapaxes(inside[name], 0, 1) for name in shapes}
     if mask is not None and layer.zero_output_for_mask:
-        kept = ops.cast(ops.swapaxes(sequences[1], 0, 1), cell.compute_dtype)
-        inside["output"] = inside["output"] * kept[:, :, None]
+        output, shown = inside["output"], ops.swapaxes(sequences[1], 0, 1)
+        inside["output"] = scan.select(shown, output, ops.zeros_like(output))
     return inside
 
 

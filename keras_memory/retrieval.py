@@ -342,8 +342,9 @@ class RingMemory:
         is_known = isinstance(batch_size, (int, np.integer))
         rows = batch_size if is_known else None
         slots = ("batch size", rows), ("max_memories", self.max_memories)
-        width = "dim + value_dim", self.dim + self.value_dim
-        check_bytes("The memory", [*slots, width], dtype)
+        check_bytes_of_entries(
+            slots, self.dim, self.value_dim, dtype, self.value_dtype
+        )
 
     def size(self, state):
         """(B,) int32, how many entries each row has."""
@@ -787,10 +788,23 @@ def check_dtype(name, dtype, choices, others="", in_graph=True):
     return found
 
 
-def check_value_dtype(dtype, in_graph=True):
-    """None, or the name of a dtype of values; see `check_dtype`."""
+def check_bytes_of_entries(
+    slots, dim, value_dim, dtype, value_dtype, on_host=False
+):
+    """`check_bytes` of keys, and of values, whose dtype None is the keys'."""
+    for what, name, width, of_numbers in (
+        ("The keys", "dim", dim, dtype),
+        ("The values", "value_dim", value_dim, value_dtype or dtype),
+    ):
+        sizes = [*slots, (name, width)]
+        check_bytes(what, sizes, of_numbers, on_host=on_host)
+
+
+def check_value_dtype(dtype, in_graph=True, default=None):
+    """The name of a dtype of values, or `default` for None; see
+    `check_dtype`."""
     if dtype is None:
-        return None
+        return default
     return check_dtype(
         "value_dtype", dtype, VALUE_DTYPES, ", or None", in_graph
     )

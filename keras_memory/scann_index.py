@@ -24,7 +24,6 @@ from keras import ops
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
-from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
@@ -32,6 +31,7 @@ from keras_memory.checks import check_within
 from keras_memory.retrieval import KEY_REMEDY
 from keras_memory.retrieval import SIMILARITIES
 from keras_memory.retrieval import Neighbours
+from keras_memory.retrieval import check_bytes_of_entries
 from keras_memory.retrieval import check_value_dtype
 from keras_memory.retrieval import is_sound
 from keras_memory.retrieval import let_in
@@ -728,8 +728,10 @@ class ScannIndex(Arguments, keras.layers.Layer):
                     name=name,
                 )
 
-        width = "D + value_dim", dim + self.value_dim
-        check_bytes("The memory", [("memory_size", self.memory_size), width])
+        slots = [("memory_size", self.memory_size)]
+        check_bytes_of_entries(
+            slots, dim, self.value_dim, "float32", self.value_dtype
+        )
         watched = functools.partial(_Watched, self._match_version)
         self.memory_keys = weight(
             "memory_keys", (self.memory_size, dim), kind=watched

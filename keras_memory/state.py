@@ -13,16 +13,15 @@ class LayerState(keras.layers.Layer):
     file keeps its state.
 
     Args:
-        shapes: list of tuples of ints, one for each variable.
-        initializers: list of as many functions (shape, dtype) -> tensor.
+        variables: list of (name, shape, initializer), the last a function
+            (shape, dtype) -> tensor.
         variable_dtype: str, of the variables.
-        names: list of as many str.
         **kwargs: of `keras.layers.Layer`.
     """
 
-    def __init__(self, shapes, initializers, variable_dtype, names, **kwargs):
+    def __init__(self, variables, variable_dtype, **kwargs):
         super().__init__(trainable=False, **kwargs)
-        for shape, initializer, name in zip(shapes, initializers, names):
+        for name, shape, initializer in variables:
             self.add_weight(
                 shape=shape,
                 initializer=initializer,

@@ -1014,8 +1014,8 @@ def test_arguments_are_checked_before_any_work(tmp_path, monkeypatch):
     refused(ValueError, "must be built", model=ntm())
     refused(ValueError, "must be built", model=keras.Sequential([ntm()]))
     refused(TypeError, "`model` must be a Keras.*model=None", model=None)
-    refused(TypeError, "`folder` must be a path.*folder=None", folder=None)
-    refused(TypeError, "`folder` must be a path.*folder=3", folder=3)
+    refused(ValueError, "`folder` must be a path.*folder=None", folder=None)
+    refused(ValueError, "`folder` must be a path.*folder=3", folder=3)
     refused(ValueError, "`name` must be letters", name='a"b')
     refused(ValueError, "`name` must be letters.*name=3", name=3)
     for pairs in (None, 3, (1, 2), [(1,)], [(1, 2, 3)], "text", [None]):

@@ -752,8 +752,8 @@ def test_integer_depth_has_a_scale():
     [
         (K, "esm", "It is K itself"),
         (K, "opencv", "It is K itself"),
-        (np.linalg.inv(K), "esm", "signs of `convention='opencv'`"),
-        (np.diag([-1, -1, 1]) @ np.linalg.inv(K), "ros", "convention='esm'`"),
+        (np.linalg.inv(K), "esm", 'signs of "opencv"'),
+        (np.diag([-1, -1, 1]) @ np.linalg.inv(K), "ros", 'signs of "esm"'),
         (np.linalg.inv(K).T, "opencv", r"last row must be \(0, 0, 1\)"),
         (np.diag([-1, 1, 1]) @ np.linalg.inv(K), "opencv", "focal lengths pos"),
         (np.zeros((3, 3)), "opencv", "focal lengths positive"),

@@ -551,6 +551,56 @@ def test_a_search_in_a_fork(store, is_used):
     assert backend == "numpy" or all(refused in told for told in others)
 
 
+FORK_OF_MANY_THREADS = """
+import os, sys, threading
+import numpy as np
+from keras_memory import KNNMemory
+
+memory = KNNMemory(3, 50, store=sys.argv[1], background=False)
+keys = np.ones((1, 2, 3))
+is_held, may_go = threading.Event(), threading.Event()
+
+
+def hold():
+    with memory._lock:
+        is_held.set()
+        may_go.wait(0.2)
+
+
+def fork():
+    child = os.fork()
+    if not child:
+        memory.add(keys, keys)
+        os._exit(int(memory.size()[0]))
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+statuses = []
+threads = [threading.Thread(target=fork) for _ in range(8)]
+threading.Thread(target=hold).start()
+is_held.wait()
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+memory.add(keys, keys)
+print(statuses)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+def test_forks_of_many_threads_wait_for_no_lock(store):
+    """Another thread has the lock at the time, and threads fork at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_OF_MANY_THREADS, store],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[2, 2, 2, 2, 2, 2, 2, 2]\n"
+
+
 def test_slots_are_where_searches_find_entries(store):
     memory = KNNMemory(3, 7, similarity="l2", store=store)
     keys = random(1, 17, 3)

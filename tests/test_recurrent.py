@@ -476,6 +476,9 @@ def test_a_mask_goes_with_an_initial_state_in_a_model(x):
         layer(whole, initial_state=states),
         layer(whole[:, :4], initial_state=states),
     )
+    inside = keras_memory.trace(layer, whole)
+    held = inside["memory"]
+    close(held[:, 4:], np.repeat(held[:, 3:4], TIME - 4, axis=1), 0)
 
 
 @needs_tensorflow

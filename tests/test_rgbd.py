@@ -79,9 +79,9 @@ def test_frames_have_conventions(tmp_path):
     ):
         with pytest.raises(ValueError, match="`convention` must.*Received"):
             call()
-    with pytest.raises(ValueError, match="signs of `convention='esm'`"):
+    with pytest.raises(ValueError, match='signs of "esm"'):
         rgbd.write_frames(tmp_path / "a", some, "opencv")
-    with pytest.raises(ValueError, match="signs of `convention='opencv'`"):
+    with pytest.raises(ValueError, match='signs of "opencv"'):
         rgbd.write_frames(tmp_path / "a", cases["opencv"])
 
 
