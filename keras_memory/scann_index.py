@@ -14,6 +14,7 @@ import os
 import threading
 import uuid
 import warnings
+import weakref
 import zlib
 from concurrent import futures
 
@@ -996,8 +997,14 @@ class _Index:
 
         def make(leaves, is_hashed):
             builder = scann_ops.builder(vectors, 10, DISTANCES[similarity])
-            builder = configured(builder, leaves, is_hashed)
-            return _GraphSearcher(builder.build(), is_hashed, self._negative)
+            name = f"keras_memory-{uuid.uuid4()}"
+            scann = configured(builder, leaves, is_hashed)
+            scann = scann.build(shared_name=name)
+            scann.name = name
+            # TensorFlow would keep it until the process ends.
+            destroy = functools.partial(_destroy, scann.searcher_handle)
+            weakref.finalize(scann, destroy, os.getpid()).atexit = False
+            return _GraphSearcher(scann, is_hashed, self._negative)
 
         best = None
         if len(keys) > FLAT:
@@ -1017,7 +1024,7 @@ class _Index:
             searcher, self.leaves, self.leaves_to_search = best
         self.is_hashed = searcher.is_hashed
         self.tensors = searcher.scann.serialize_to_module()
-        self._name = f"keras_memory-{uuid.uuid4()}"
+        self._scann = searcher.scann  # lives as long as this
 
     def _prepared(self, vectors):
         if self._similarity == "l2":
@@ -1026,9 +1033,13 @@ class _Index:
 
     def search(self, queries, top_k):
         """As `Searcher`, of tensors."""
+        import tensorflow as tf
         from scann.scann_ops.py import scann_ops
 
-        part = self.tensors
+        part, scann = self.tensors, self._scann
+        if tf.executing_eagerly():
+            return self._found_by(scann, queries, top_k)
+        # Finds the one of this name; makes it in another process.
         handle = scann_ops.tensors_to_scann(
             part.dataset,
             part.scann_config,
@@ -1039,12 +1050,25 @@ class _Index:
             part.int8_dataset,
             part.int8_multipliers,
             part.dp_norms,
-            shared_name=self._name,  # or another index of the process answers
+            shared_name=scann.name,
         )
-        scann = scann_ops.ScannSearcher(handle)
+        return self._found_by(scann_ops.ScannSearcher(handle), queries, top_k)
+
+    def _found_by(self, scann, queries, top_k):
         searcher = _GraphSearcher(scann, self.is_hashed, self._negative)
         queries = self._prepared(queries)
         return searcher.search(queries, top_k, self.leaves_to_search)
+
+
+def _destroy(handle, process):
+    if os.getpid() != process:  # a fork would wait for TensorFlow's threads
+        return
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+
+    with tf.init_scope():
+        tf.raw_ops.DestroyResourceOp(resource=handle)
+    context.context().clear_kernel_cache()  # which holds a part of it
 
 
 class _GraphSearcher:

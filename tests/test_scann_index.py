@@ -1,5 +1,6 @@
 """ScaNN's ops in a model and in a SavedModel, and the exact search instead."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -462,3 +463,34 @@ def test_the_exact_search_compiles():
     queries = clustered(22, seed=5)
     compiled = tf.function(index, jit_compile=True)
     close(compiled(queries).scores, index(queries).scores, 1e-6)
+
+
+def memory_in_use():
+    """Bytes of this process that are in RAM."""
+    gc.collect()
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for memory")
+@pytest.mark.parametrize(
+    "is_compiled", [pytest.param(one, marks=needs_scann) for one in (0, 1)]
+)
+def test_entries_that_are_set_again_and_again_leave_nothing_behind(is_compiled):
+    import tensorflow as tf
+
+    keys = np.random.default_rng(0).normal(size=(3000, 100))  # 1.2 MB
+    index = ScannIndex(3000, top_k=2, value_dim=0)
+
+    def renew():
+        np.negative(keys, keys)
+        index.set_memory(keys)
+        search = tf.function(lambda x: index(x)) if is_compiled else index
+        assert search(keys[:3].astype("float32")).indices[2, 0] == 2
+
+    for _ in range(3):
+        renew()
+    before = memory_in_use()
+    for _ in range(20):
+        renew()
+    assert memory_in_use() - before < 10e6
