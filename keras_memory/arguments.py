@@ -1,10 +1,9 @@
-"""The door for arguments of constructors.
+"""Checks of the arguments of constructors.
 
-A class that has `Arguments` as its first base, and each subclass of it, takes
-plain values of Python: scalars of NumPy become Python's own in front of its
-`__init__`, so that `get_config` can be written as JSON. And it tells of
-arguments that it does not have, or lacks, by the name of the class that the
-user wrote.
+A class that has `Arguments` as its first base, and each subclass of it, gets
+plain values of Python: NumPy's scalars become Python's own before its
+`__init__` runs, so that `get_config` can be written as JSON. An error about an
+argument that it does not have, or lacks, names the class that the user wrote.
 """
 
 import contextlib
@@ -21,31 +20,31 @@ from keras_memory.checks import plain
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
-# What layers and cells of Keras take without naming it.
+# What Keras's layers and cells take in `**kwargs` only.
 UNNAMED = ("input_dim", "input_shape", "implementation")
 
-# A class that is made, and the one in whose `__init__` it is, which the user
-# wrote.
+# A pair: a class that is made on behalf of another one, such as a layer's cell,
+# and the other one, which the user wrote and errors name.
 _written = contextvars.ContextVar("written", default=None)
 
 
 class Arguments:
-    """Must be the first base, as the others are behind its door.
+    """Must be the first base, so that it wraps each `__init__`.
 
-    Each `__init__` has a door that looks at what that `__init__` names, and
-    leaves what goes on in `**kwargs` to the door of the next. The last one,
-    behind which Keras comes, knows what that takes.
+    The wrapper checks the arguments that its `__init__` names, and leaves those
+    that go on in `**kwargs` to the wrapper of the next `__init__`. The last one
+    comes before Keras's, and checks the rest by what that takes.
     """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = _behind_a_door(cls, cls.__init__)
+            cls.__init__ = _checked(cls, cls.__init__)
 
     @classmethod
-    def _names_behind(cls, owner):
-        """Arguments that the bases behind `owner` take; None where one of
-        them has a door of its own."""
+    def _accepted_behind(cls, owner):
+        """Names of the arguments that the bases behind `owner` take; None
+        where the next one has a wrapper that checks them itself."""
         bases = cls.__mro__[cls.__mro__.index(owner) + 1 :]
         first = next(base for base in bases if "__init__" in vars(base))
         if issubclass(first, Arguments):
@@ -55,7 +54,12 @@ class Arguments:
 
 def parameters(bases):
     """Parameters of the `__init__` of the first of some classes, by name, with
-    those of the others that its `*args` and `**kwargs` go on to."""
+    those of the next ones that its `*args` and `**kwargs` go on to.
+
+    For `class A(B)` with `A.__init__(self, x, **kwargs)` and
+    `B.__init__(self, y=1, name=None)` they are x, y and name, the last two by
+    keyword only.
+    """
     found, is_positional = {}, True
     for base in bases:
         if "__init__" not in vars(base):
@@ -76,14 +80,14 @@ def parameters(bases):
             break  # behind it come the backend's, which take none
         is_last = inspect.Parameter.VAR_KEYWORD not in kinds
         if is_last and issubclass(base, Arguments):
-            break  # as `keras.Model` goes past the ones next to it
+            break  # `keras.Model.__init__` calls none behind it
     return found
 
 
 @contextlib.contextmanager
 def written_as(made, written):
-    """In here, errors of arguments of the class `made` are told of the class
-    `written`, which hands them on."""
+    """A context in which errors about arguments of the class `made` name the
+    class `written`, which hands them on."""
     token = _written.set((made, written))
     try:
         yield
@@ -91,7 +95,7 @@ def written_as(made, written):
         _written.reset(token)
 
 
-def _behind_a_door(owner, init):
+def _checked(owner, init):
     signature = inspect.signature(init)
     _, *named = signature.parameters.values()
     names = {p.name for p in named if p.kind in (POSITIONAL, KEYWORD)}
@@ -102,7 +106,7 @@ def _behind_a_door(owner, init):
         made, written = _written.get() or (None, None)
         written = written if type(self) is made else type(self)
         more = [name for name in kwargs if name not in names]
-        behind = self._names_behind(owner) if more and has_more else ()
+        behind = self._accepted_behind(owner) if more and has_more else ()
         if behind is not None:
             for name in more:
                 if name not in behind:

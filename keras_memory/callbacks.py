@@ -602,7 +602,7 @@ def _function(name, value):
 
 
 def _numbers(name, value, axes, sizes=None, kind="any"):
-    found = check_array(name, value, axes, sizes, kind, convert=False)
+    found = check_array(name, value, axes, sizes, kind, result="given")
     return ops.convert_to_numpy(found)
 
 

@@ -195,9 +195,8 @@ def check_array(
     sizes=None,
     kind="real",
     dtype=None,
-    convert=True,
-    as_numpy=False,
     remedy=None,
+    result="tensor",
 ):
     """A tensor of what a user gave, or an error: for all arguments that are
     arrays, but those of `KNNMemory` and pictures, which are NumPy's only.
@@ -217,14 +216,14 @@ def check_array(
             words of the error. Values are never looked at.
         dtype: what the result is cast to; None keeps the dtype of an array,
             and makes Keras's `floatx` of integers and of lists of numbers.
-        as_numpy: bool, return a NumPy array, which keeps float64 on JAX too.
-        convert: bool; False for an array or tensor as it came, and a NumPy
-            array of lists.
         remedy: str, a sentence for the error that refuses integers which
             `dtype` would not keep exactly; None lets them be rounded.
+        result: `"tensor"`; `"numpy"`, which keeps float64 on JAX too; or
+            `"given"`, the array or tensor as it came, and of lists a NumPy
+            array.
 
     Returns:
-        Tensor, or NumPy array.
+        Tensor, or array; see `result`.
 
     Raises:
         ValueError: None, text, bools, complex numbers, ragged lists, another
@@ -262,9 +261,9 @@ def check_array(
     if remedy is not None and dtype is not None:
         check_exact(name, found, dtype, remedy)
     sizes.update(known)
-    if isinstance(value, keras.KerasTensor) or not convert:
+    if isinstance(value, keras.KerasTensor) or result == "given":
         return found
-    if as_numpy:
+    if result == "numpy":
         return np.asarray(ops.convert_to_numpy(found), dtype)
     if dtype is not None and ops.is_tensor(found):
         return ops.cast(found, dtype)

@@ -204,7 +204,7 @@ def integrated_gradients(
         outputs = model((ops.convert_to_tensor(x[None]), examples))
         target = int(ops.argmax(outputs[0]))
     check_between("target", target, 0, model.memory_layer.units - 1)
-    baseline = check_array("baseline", baseline, convert=False)
+    baseline = check_array("baseline", baseline, result="given")
     baseline = ops.convert_to_numpy(baseline).astype(dtype)
     try:
         baseline = np.broadcast_to(baseline, x.shape)
@@ -432,7 +432,7 @@ def check_model(model, class_names=None):
 def _inputs_of(model, x, batch_size, name="x", axes=("B", None, ...)):
     check_model(model)
     check_size("batch_size", batch_size)
-    x = ops.convert_to_numpy(check_array(name, x, axes, convert=False))
+    x = ops.convert_to_numpy(check_array(name, x, axes, result="given"))
     if not len(x):
         raise ValueError(
             f"`{name}` must be an array (B, ...), of one at least. "

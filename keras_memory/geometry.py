@@ -149,7 +149,7 @@ def inverse_intrinsics(focal_lengths, principal_point, convention="esm"):
 
 
 def _pair(name, value):
-    pair = check_array(name, value, (2,), dtype="float64", as_numpy=True)
+    pair = check_array(name, value, (2,), dtype="float64", result="numpy")
     if not np.isfinite(pair).all():
         raise ValueError(
             f"`{name}` must be two finite numbers of pixels. "
@@ -829,7 +829,7 @@ def smooth(mean, variance, kernel):
     axes = "B", "H", "W", "C"
     mean, variance = _tensors(mean=(mean, axes), variance=(variance, axes))
     kernel = check_array(
-        "kernel", kernel, ("k", "k"), dtype="float64", as_numpy=True
+        "kernel", kernel, ("k", "k"), dtype="float64", result="numpy"
     )
     if len(kernel) % 2 == 0:
         raise ValueError(

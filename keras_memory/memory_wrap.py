@@ -28,14 +28,14 @@ from keras_memory.numerics import at_least_float32
 from keras_memory.replay import to_train
 from keras_memory.replay import with_gradient
 from keras_memory.retrieval import LARGEST
-from keras_memory.retrieval import SAMPLE
 from keras_memory.retrieval import inner_products
 from keras_memory.retrieval import middle
 from keras_memory.retrieval import nearest
+from keras_memory.retrieval import places_of_sample
 
 DISTANCES = ("cosine", "l2", "dot")
-NORM_EPSILON = 1e-6  # in the roots, as the paper's code has it
-FULL_LENGTH = 0.25  # from which on it counts in full
+NORM_EPSILON = 1e-6  # added to squared lengths, as in the paper's code
+FULL_LENGTH = 0.25  # from which length on it is added in full
 FEW = 2**17  # components of a memory whose differences from an input are taken
 FARTHEST = 1e37  # squared distance: infinities have no gradient
 NO_LABEL = -1  # of an example whose class is not known
@@ -184,7 +184,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if memory is not None:
             name, axes = "memory_encodings", ("M", "D")
             memory = check_array(
-                name, memory, (..., *axes), {**sizes}, convert=False
+                name, memory, (..., *axes), {**sizes}, result="given"
             )
             if len(memory.shape) == 3:
                 axes = ("B", *axes)
@@ -194,7 +194,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if mask is not None:
             name, kind = "memory_mask", "mask"
             mask = check_array(
-                name, mask, (..., "M"), {**sizes}, kind, convert=False
+                name, mask, (..., "M"), {**sizes}, kind, result="given"
             )
             axes = ("B", "M") if len(mask.shape) == 2 else ("M",)
             mask = check_array(name, mask, axes, sizes, kind, "bool")
@@ -210,7 +210,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
     ):
         if isinstance(encodings, (list, tuple)):
             encodings, memory_encodings = encodings
-        self._check_is_there(memory_encodings, training)
+        self._check_readable(memory_encodings, training)
         values, keys, replaced = memory_encodings, None, None
         if values is None:
             values = ops.convert_to_tensor(self.memory_values)
@@ -264,7 +264,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         )
         if not self.built:
             self.build((None, memory.shape[-1]))
-        self._check_memory(memory)
+        self._check_finite(memory)
         if self.fixed_memory_size is None:
             self._make_memory(len(memory))
         if len(memory) != self.fixed_memory_size:
@@ -278,8 +278,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             )
         self._fill(memory)
 
-    def _check_memory(self, memory):
-        _check_some(memory)
+    def _check_finite(self, memory):
+        _check_not_empty(memory)
         if not bool(ops.all(ops.isfinite(memory))):
             raise ValueError(
                 "`memory_encodings` must be finite, as each answer may read "
@@ -397,9 +397,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     # What Keras asks for.
 
-    def _check_is_there(self, memory, training):
+    def _check_readable(self, memory, training):
         if memory is not None:
-            _check_some(memory)
+            _check_not_empty(memory)
             return
         if self.memory_values is None:
             raise ValueError(
@@ -432,7 +432,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
     ):
         if isinstance(encodings, (list, tuple)):
             encodings, memory_encodings = encodings
-        self._check_is_there(memory_encodings, training)
+        self._check_readable(memory_encodings, training)
         batch = encodings.shape[0]
         outputs = keras.KerasTensor((batch, self.units), self._output_dtype)
         if not return_weights:
@@ -588,7 +588,7 @@ def _product_of_both(encodings, read, kernel):
     return with_gradient(product, gradient, encodings, read, kernel)
 
 
-def _check_some(memory):
+def _check_not_empty(memory):
     if memory.shape[-2] == 0:
         raise ValueError(
             "`memory_encodings` must be of one example at least. "
@@ -629,9 +629,9 @@ def _is_replaced(values):
 
 
 def _counted(memory, mask):
-    """Which examples are computed with: those that count for some input, (M,)
-    or (B, M); and for which inputs one counts that is not finite, (B, 1), or
-    None where this shows by itself.
+    """Which examples may enter products, (M,) or (B, M); and the inputs,
+    (B, 1), whose answers must be NaN, as an example that counts for them is
+    not finite, or None where they will be so by themselves.
 
     What does not count must reach no product: 0 times NaN is NaN.
     """
@@ -651,7 +651,7 @@ def _least_unless(counts, similarity):
 
 
 def _unit(vectors):
-    """Vectors of length 1 but for the epsilon, or 0 where they are; (..., D).
+    """Unit vectors, but for the epsilon; zeros stay zeros. (..., D).
 
     Their largest components are 1 on the way, as squares of other sizes leave
     the range of numbers.
@@ -669,8 +669,8 @@ def _unit(vectors):
 
 
 def _are_few(keys):
-    """Whether differences from each input are no large array next to others:
-    a memory for each input is as large."""
+    """Whether an array of all differences, (B, M, D), can be afforded: where
+    each input has a memory of its own there is such an array already."""
     number = keys.shape[-2]
     known = len(keys.shape) == 2 and isinstance(number, int)
     return not known or number * keys.shape[-1] <= FEW
@@ -684,21 +684,20 @@ def _minus_squares(queries, keys):
 
 
 def _about_middle(queries, keys, mask):
-    """(B, D) and (M, D), and (M,): the product of the first two and the third
-    is half of -|q - k|^2, but for what all examples share.
+    """Queries and keys moved to the keys' middle, and a bias (M,): what
+    `queries @ keys.T + bias` gives is -|q - k|^2 / 2 plus a number for each
+    query.
 
     Far from zero the difference of products would be rounding. The middle is
     that of a sample of those that count, however far some are.
     """
-    number = ops.shape(keys)[0]
-    if mask is not None:
+    if mask is None:
+        places = places_of_sample(ops.shape(keys)[0], ops)
+    else:
         counts = mask if len(mask.shape) == 1 else ops.any(mask, axis=0)
-        order = ops.argsort(ops.cast(~counts, "int32"))
         number = ops.maximum(ops.sum(ops.cast(counts, "int32")), 1)
-    step = ops.maximum(number // SAMPLE, 1)
-    places = ops.arange(SAMPLE, dtype="int32") * step % number
-    if mask is not None:
-        places = ops.take(order, places)
+        order = ops.argsort(ops.cast(~counts, "int32"))
+        places = ops.take(order, places_of_sample(number, ops))
     centre = ops.stop_gradient(middle(ops.take(keys, places, axis=0)))
     queries, keys = (
         ops.clip(one - centre, -LARGEST, LARGEST) for one in (queries, keys)
@@ -1018,7 +1017,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         if not self.built:
             self.build(x.shape)
         encodings = self.encode(x, batch_size)
-        self.memory_layer._check_memory(encodings)
+        self.memory_layer._check_finite(encodings)
         self._put(encodings, labels)
         self.memory_inputs = x.copy()
         self.fixed_memory_size = len(x)
@@ -1178,7 +1177,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             _one_input(validation_data[0])
         if not is_dataset:
             sizes = {}
-            x = check_array("x", x, ("N", None, ...), sizes, convert=False)
+            x = check_array("x", x, ("N", None, ...), sizes, result="given")
             x, y = np.asarray(x), np.asarray(_beside_x("y", y, sizes))
             if sample_weight is not None:
                 sample_weight = np.asarray(
@@ -1409,12 +1408,12 @@ def _one_input(x):
 
 def _inputs(name, x):
     """An array or tensor (any number, ...) of numbers, as it came."""
-    return check_array(name, x, ("N", None, ...), convert=False)
+    return check_array(name, x, ("N", None, ...), result="given")
 
 
 def _beside_x(name, array, sizes):
     """An array with a row for each of `x`, as it came."""
-    return check_array(name, array, ("N", ...), sizes, "any", convert=False)
+    return check_array(name, array, ("N", ...), sizes, "any", result="given")
 
 
 def labels_of(y, number, units):
@@ -1430,7 +1429,7 @@ def labels_of(y, number, units):
     Raises:
         ValueError: another shape, or what is no class.
     """
-    labels = np.asarray(check_array("y", y, kind="whole", convert=False))
+    labels = np.asarray(check_array("y", y, kind="whole", result="given"))
     if labels.ndim == 2 and labels.shape[1] in (1, units):
         one_hot = labels.shape[1] > 1
         labels = labels.argmax(axis=1) if one_hot else labels[:, 0]

@@ -1003,10 +1003,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             cls.__signature__ = None  # not that of the base
 
     @classmethod
-    def _names_behind(cls, owner):
+    def _accepted_behind(cls, owner):
         if owner is MemoryRNN and cls.cell_class is not None:
             return None  # the rest goes to the cell, which looks at it
-        return super()._names_behind(owner)
+        return super()._accepted_behind(owner)
 
     def __init__(
         self,

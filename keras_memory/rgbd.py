@@ -229,7 +229,9 @@ def write_frames(folder, frames, convention="esm"):
 
 
 def _array(name, value, axes, sizes):
-    return check_array(name, value, axes, sizes, dtype="float64", as_numpy=True)
+    return check_array(
+        name, value, axes, sizes, dtype="float64", result="numpy"
+    )
 
 
 def _intrinsics(name, inverse, convention):

@@ -156,7 +156,7 @@ def right_angle(height, width):
 
 
 def _array(name, value, axes):
-    return check_array(name, value, axes, dtype="float64", as_numpy=True)
+    return check_array(name, value, axes, dtype="float64", result="numpy")
 
 
 def _crossings(box, origin, directions):

@@ -1,4 +1,4 @@
-"""The one door for arrays: see `checks.check_array`."""
+"""What arrays `checks.check_array` takes, and what it says of others."""
 
 import keras
 import numpy as np
