@@ -133,12 +133,11 @@ def _refuse(written, name, value):
     names.update(parameters(written.__mro__))
     for kind in ("args", "kwargs", "self"):
         names.pop(kind, None)
-    close = difflib.get_close_matches(name, names)
-    hint = (
-        f"Did you mean {' or '.join(f'`{one}`' for one in close)}?"
-        if close
-        else f"It has: {', '.join(names)}."
-    )
+    words = set(name.split("_"))
+    close = [one for one in names if words <= set(one.split("_"))]
+    close += difflib.get_close_matches(name, names)
+    close = " or ".join(f"`{one}`" for one in dict.fromkeys(close))
+    hint = f"Did you mean {close}?" if close else f"It has: {', '.join(names)}."
     raise TypeError(
         f"{written.__name__} has no argument `{name}`. {hint} "
         f"Received: {name}={value!r}"

@@ -469,6 +469,19 @@ def check_batch(name, tensor, size):
     return tensor
 
 
+def with_rows_of(tensor, batch):
+    """`tensor`, with as many rows as `batch`, which `check_batch` has checked.
+
+    In a graph TensorFlow would know how many there are, and might find that
+    they are not those of the targets before the check has told of it.
+    """
+    if batch.shape[0] is not None:
+        return tensor
+    import tensorflow as tf
+
+    return tensor[: tf.shape(batch)[0]]
+
+
 def is_number(value):
     """True for finite numbers; False for bools, texts and all else."""
     number = isinstance(value, (int, float, np.integer, np.floating))

@@ -27,6 +27,7 @@ from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
+from keras_memory.checks import with_rows_of
 from keras_memory.numerics import at_least_float32
 from keras_memory.state import LayerState
 
@@ -783,10 +784,12 @@ class ESMLayer(_Map):
 
     def call(self, inputs, initial_state=None, mask=None):
         cameras, motion = self._parsed(inputs, ("B", "T"))
+        unchecked = motion["motion"]
         if self.stateful:
-            motion["motion"] = check_batch(
-                "motion", motion["motion"], self.states.mean.shape[0]
+            check = functools.partial(
+                check_batch, "motion", size=self.states.mean.shape[0]
             )
+            motion, cameras = keras.tree.map_structure(check, (motion, cameras))
         batch, times = motion["motion"].shape[:2]
         if initial_state is not None:
             state = self._check_state("initial_state", initial_state, batch)
@@ -829,6 +832,8 @@ class ESMLayer(_Map):
                 variable.assign(part)
         if not self.return_sequences:
             shown = self.smooth(state)
+        if self.stateful:
+            shown = ESMMap(*(with_rows_of(part, unchecked) for part in shown))
         return (shown, state) if self.return_state else shown
 
     def compute_output_spec(self, inputs, initial_state=None, mask=None):

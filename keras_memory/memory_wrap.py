@@ -1017,6 +1017,13 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         if not self.built:
             self.build(x.shape)
         encodings = self.encode(x, batch_size)
+        width = self.memory_layer._width
+        if encodings.shape[-1] != width:
+            raise ValueError(
+                f"`x` must be inputs like those before, {self._input_shape}, "
+                f"of which `encoder` makes (M, {width}). Received: shape "
+                f"{x.shape}, of which it makes {tuple(encodings.shape)}"
+            )
         self.memory_layer._check_finite(encodings)
         self._put(encodings, labels)
         self.memory_inputs = x.copy()
@@ -1318,8 +1325,13 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         )
 
     def load_own_variables(self, store):
+        if "0" in store.keys():  # labels, maybe of a memory of another size
+            size = len(store["0"])
+            self._make_place(size)
+            if self.fixed_memory_size is not None:
+                self.fixed_memory_size = size
         super().load_own_variables(store)
-        self.memory_inputs = None  # they were those of another memory
+        self.memory_inputs = None
 
     def get_build_config(self):
         return {"input_shape": self._input_shape} if self.built else None

@@ -45,6 +45,7 @@ from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain
+from keras_memory.checks import with_rows_of
 from keras_memory.numerics import LayerNormalization
 from keras_memory.numerics import at_least_float32
 from keras_memory.replay import activate_parts
@@ -1096,8 +1097,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         )
         starts = []
         if self.stateful:
-            batch_size = self.states[0].shape[0]
+            batch_size, given = self.states[0].shape[0], sequences
             sequences = check_batch("sequences", sequences, batch_size)
+            if mask is not None:
+                mask = check_batch("mask", mask, batch_size)
             states, starts = self._present_states()
             initial_state = states if initial_state is None else initial_state
         in_use = _memory_in_use.set(check_bool("use_memory", use_memory))
@@ -1108,6 +1111,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if starts:
             for variable, start in zip(self._starts, starts):
                 variable.assign(start)
+        if self.stateful:
+            if not self.return_state:
+                return with_rows_of(outputs, given)
+            outputs = [with_rows_of(outputs[0], given), *outputs[1:]]
         return outputs
 
     def compute_output_spec(

@@ -1007,6 +1007,31 @@ def test_batches_that_bring_their_memory(clusters):
         model.predict(data, verbose=0)
 
 
+def test_what_set_memory_refuses_leaves_the_memory(clusters):
+    x, y = clusters
+    encoder = keras.Sequential([keras.layers.Flatten()])
+    model = MemoryWrapClassifier(encoder, 3, memory_size=5)
+    model.set_memory(x[:13], y[:13])
+    before = model(x[:4])
+    for some in (x[:13, 1:], x[:7, 1:]):  # as many, and another number
+        with pytest.raises(ValueError, match="`x` must be inputs like those"):
+            model.set_memory(some)
+        close(model(x[:4]), before, 0)
+
+
+def test_weights_of_a_memory_of_another_size_are_loaded(clusters, tmp_path):
+    x, y = clusters
+    model = classifier()
+    model.set_memory(x[:13], y[:13])
+    model.save_weights(tmp_path / "memory.weights.h5")
+    other = classifier(fixed_memory_size=4)
+    other.build(x.shape)
+    other.load_weights(tmp_path / "memory.weights.h5")
+    close(other(x[:4]), model(x[:4]), 1e-6)
+    assert other.fixed_memory_size == 13
+    assert other.memory_labels.shape == (13,)
+
+
 @harness.needs_tensorflow
 def test_fit_on_a_tf_dataset(clusters, recwarn):
     import tensorflow as tf

@@ -206,15 +206,22 @@ def test_a_loaded_stateful_layer_begins_at_its_initial_state(x, tmp_path):
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_fit_of_a_stateful_layer_names_a_smaller_last_batch(x, jit_compile):
+@pytest.mark.parametrize("rows", [3, 5])
+def test_fit_of_a_stateful_layer_names_other_batches(x, rows, jit_compile):
+    """Before anything else finds that shapes do not agree, as a mask's."""
     model = keras.Sequential(
-        [keras.Input(batch_shape=(2, TIME, WIDTH)), ntm(stateful=True)]
+        [
+            keras.Input(batch_shape=(4, TIME, WIDTH)),
+            keras.layers.Masking(),
+            ntm(stateful=True),
+            keras.layers.Dense(2),
+        ]
     )
     model.compile("sgd", "mse", jit_compile=jit_compile)
-    y = np.zeros((3, TIME, 2), "float32")
-    x = np.concatenate([x, x])[:3]
-    with pytest.raises(Exception, match="must_have_2_rows"):
-        model.fit(x, y, batch_size=2, verbose=0)
+    y = np.zeros((rows, TIME, 2), "float32")
+    x = np.concatenate([x] * rows)[:rows]
+    with pytest.raises(Exception, match="must_have_4_rows"):
+        model.fit(x, y, batch_size=8, verbose=0)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
