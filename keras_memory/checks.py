@@ -167,6 +167,13 @@ def machine_bytes():
         limits.append(pages * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):  # Windows
         pass
+    try:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limits.append(soft)  # below 0 where there is none
+    except (ImportError, AttributeError):  # Windows
+        pass
     for path in ("memory.max", "memory/memory.limit_in_bytes"):
         try:  # of the container, if this is in one
             limits.append(int(pathlib.Path("/sys/fs/cgroup", path).read_text()))
@@ -243,8 +250,10 @@ def check_array(
     is_list = not is_tensor and not hasattr(value, "dtype")
     found = value if is_tensor else _as_numpy(name, value, axes, sizes, kind)
     letters, _ = KINDS[kind]
-    if _kind_of(found) not in letters:
-        got = type(value).__name__ if value is None else _described(found)
+    is_dense = type(value).__name__ not in ("RaggedTensor", "SparseTensor")
+    if not is_dense or _kind_of(found) not in letters:
+        is_named = value is None or not is_dense
+        got = type(value).__name__ if is_named else _described(found)
         is_number = remedy and _kind_of(found) in KINDS["real"][0]
         wanted = _wanted(name, axes, sizes, kind)
         wanted += f" {remedy}" if is_number else ""
@@ -263,6 +272,8 @@ def check_array(
     sizes.update(known)
     if isinstance(value, keras.KerasTensor) or result == "given":
         return found
+    if result == "tensor":
+        check_process(name)
     if result == "numpy":
         return np.asarray(ops.convert_to_numpy(found), dtype)
     if dtype is not None and ops.is_tensor(found):
@@ -278,10 +289,11 @@ def check_exact(name, array, dtype, remedy):
 
     Args:
         name: str, of the argument, for the error.
-        array: array of NumPy's or tensor; floats are rounded, as ever.
+        array: array, tensor or lists; floats are rounded, as ever.
         dtype: str, what it is to be cast to.
         remedy: str, a sentence for the error.
     """
+    array = array if hasattr(array, "dtype") else np.asarray(array)
     if _kind_of(array) not in KINDS["integer"][0]:
         return
     numbers = array
@@ -449,17 +461,34 @@ def check_process(name):
     )
 
 
+def with_size(tensor, axis, size, what):
+    """A tensor whose size along an axis a graph of TensorFlow may not know:
+    then it is checked when the graph runs.
+
+    Args:
+        tensor: tensor.
+        axis: int.
+        size: int that the axis must have, or None for any.
+        what: str, for the error, which shows the names of operations, in XLA
+            too, which leaves out messages.
+    """
+    is_symbolic = isinstance(tensor, keras.KerasTensor)
+    if is_symbolic or size is None or tensor.shape[axis] is not None:
+        return tensor
+    import tensorflow as tf
+
+    shape = list(tensor.shape)
+    shape[axis] = size
+    return tf.ensure_shape(tensor, shape, name=f"{what}_must_be_{size}")
+
+
 def check_batch(name, tensor, size):
     """A tensor, or ValueError unless it has as many rows as a layer that keeps
     a state for each."""
     rows = tensor.shape[0]
     if rows is None:  # in a graph of TensorFlow: when one of them arrives
-        import tensorflow as tf
-
-        shape = (size, *tensor.shape[1:])
-        # The error shows the name, in XLA too, which leaves out messages.
-        name = f"every_batch_of_a_layer_with_state_must_have_{size}_rows"
-        return tf.ensure_shape(tensor, shape, name=name)
+        what = "rows_of_every_batch_of_a_layer_with_state"
+        return with_size(tensor, 0, size, what)
     if rows != size:
         raise ValueError(
             f"`{name}` must have the batch size that the layer was built for, "

@@ -1,6 +1,5 @@
 """Weights of the reference implementations -> layers of this library."""
 
-import pathlib
 import pickle
 import re
 
@@ -14,6 +13,7 @@ from keras_memory.checks import check_clip
 from keras_memory.checks import check_size
 from keras_memory.dnc import DNCInterface
 from keras_memory.dnc import DNCLayer
+from keras_memory.files import check_path
 from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapLayer
 from keras_memory.ntm import NTMInterface
@@ -765,7 +765,7 @@ def read_pytorch_checkpoint(path):
         ValueError: the file is damaged, or has anything but arrays in it.
         ImportError: torch is not installed.
     """
-    path = pathlib.Path(path)
+    path = check_path("path", path)
     with path.open("rb") as file:  # an error of its own if that cannot be
         if path.suffix == ".npz":
             try:

@@ -169,7 +169,15 @@ class _Map(Arguments, keras.layers.Layer):
             check_size("batch_size", batch_size, least=0)
         return self._nothing_seen(batch_size)
 
+    def _check_bytes_of_maps(self, batch_size):
+        height, width, channels = self._prior.mean.shape
+        sizes = [("batch size", batch_size), ("height", height)]
+        sizes += [("width", width), ("3 + feature_channels", channels)]
+        check_bytes("A state", sizes, self.map_dtype)
+
     def _nothing_seen(self, batch_size):
+        if isinstance(batch_size, int):
+            self._check_bytes_of_maps(batch_size)
         shape = (batch_size, *self._prior.mean.shape)
         return ESMMap(
             *(
@@ -750,6 +758,7 @@ class ESMLayer(_Map):
                     "`keras.Input(batch_shape=...)`. Received: motion of shape "
                     f"{tuple(inputs_shape['motion'])}"
                 )
+            self._check_bytes_of_maps(batch)
 
             def initializer(prior):
                 return lambda shape, dtype: ops.broadcast_to(

@@ -37,8 +37,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.checks import LONGEST_AXIS
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
@@ -503,7 +505,10 @@ def from_pixels(pixels, height, width):
 
 def pixel_grid(height, width):
     """(H, W, 2) float32 array: column and row of each pixel's middle."""
-    return _grid(check_size("height", height), check_size("width", width))
+    height, width = check_size("height", height), check_size("width", width)
+    sizes = [("height", height), ("width", width), ("", 4)]  # and as integers
+    check_bytes("The grid", sizes, "int64", on_host=True)
+    return _grid(height, width)
 
 
 @functools.lru_cache(maxsize=8)
@@ -691,6 +696,12 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     )
     valid = ops.reshape(valid, (-1,))
     batch, number, channels = ops.shape(mean)
+    if height * width * (batch if isinstance(batch, int) else 1) > LONGEST_AXIS:
+        raise ValueError(
+            f"`height` x `width` x B must be at most {LONGEST_AXIS}, as pixels "
+            f"have int32 numbers. Received: height={height}, width={width}, "
+            f"B={batch}"
+        )
     shape = (batch, height, width)
     pixels = batch * height * width
     first = height * width * ops.arange(batch, dtype="int32")
@@ -804,6 +815,8 @@ def smoothing_kernel(size):
         raise ValueError(
             f"`size` must be odd, to have a middle. Received: size={size}"
         )
+    sizes = ("size", size), ("size", size)
+    check_bytes("The kernel", sizes, "float64", on_host=True)
     places = np.arange(size) - size // 2
     distance = np.hypot(places[:, None], places[None])
     return 1 / (1 + distance)

@@ -27,6 +27,7 @@ from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
 from keras_memory.checks import has_accelerator
+from keras_memory.files import check_path
 from keras_memory.retrieval import FLOATS
 from keras_memory.retrieval import KEY_REMEDY
 from keras_memory.retrieval import LARGEST
@@ -317,6 +318,12 @@ class KNNMemory(Arguments):
             queries, is_of_one = self._queries(queries, rows)
             flat = _flat(queries)
             shape = (len(rows), flat.shape[1], top_k)
+            check_bytes(
+                "The neighbours",
+                [("rows", len(rows)), ("queries", shape[1]), ("top_k", top_k)]
+                + [("2 + dim + value_dim", 2 + self.dim + self.value_dim)],
+                on_host=True,
+            )
             slots = np.full(shape, -1, "int32")
             scores = np.full(shape, -np.inf, "float32")
             for i, row in enumerate(rows):
@@ -529,6 +536,7 @@ class KNNMemory(Arguments):
             OSError: it could not be written; what was there is there.
             ValueError: another process has it open for appending.
         """
+        folder = check_path("folder", folder)
         with self._lock:
             operations = map(_packed, self._operations())
             durable.write(folder, self._config(), operations)
@@ -582,6 +590,7 @@ class KNNMemory(Arguments):
                 similarity are others; its files are damaged, or of a newer
                 version. The files are as they were.
         """
+        folder = check_path("folder", folder)
         check_one_of("mode", mode, MODES)
         is_new = mode == "a" and not durable.exists(folder)
         if is_new and not {"dim", "max_memories"} <= set(options):

@@ -22,6 +22,7 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
+from keras_memory.checks import check_process
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
 from keras_memory.numerics import at_least_float32
@@ -1420,6 +1421,7 @@ def _one_input(x):
 
 def _inputs(name, x):
     """An array or tensor (any number, ...) of numbers, as it came."""
+    check_process("MemoryWrapClassifier")
     return check_array(name, x, ("N", None, ...), result="given")
 
 

@@ -46,6 +46,7 @@ from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain
 from keras_memory.checks import with_rows_of
+from keras_memory.checks import with_size
 from keras_memory.numerics import LayerNormalization
 from keras_memory.numerics import at_least_float32
 from keras_memory.replay import activate_parts
@@ -901,6 +902,19 @@ _recording = contextvars.ContextVar("recording", default=None)
 _memory_in_use = contextvars.ContextVar("memory_in_use", default=True)
 
 
+class _OfClass:
+    """An attribute of a class that its instances do not have: their signature
+    is that of a call, which `tf.function` asks for."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __get__(self, instance, owner):
+        if instance is not None:
+            raise AttributeError("__signature__")
+        return self.value
+
+
 @keras.saving.register_keras_serializable(package="keras_memory")
 class MemoryRNN(Arguments, keras.layers.RNN):
     """Runs a memory cell over time; the base of all recurrent layers here.
@@ -934,7 +948,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         zero_output_for_mask: bool, masked steps give 0 instead of the output
             of the step before.
         loop: `"auto"`, `"fast"` or `"portable"`. The fast loop has a gradient
-            of its own: the same numbers, sooner, but first derivatives only.
+            of its own: the same numbers, sooner, but first derivatives only,
+            and none that are vectorized, as `batch_jacobian` in a
+            `tf.function` does: take `"portable"` for these.
             `"auto"` takes it in training, on TensorFlow and JAX, unless
             `unroll` is True or a step changes variables, as a controller with
             `Dropout` layers does, or adds losses; `time_loop` says why.
@@ -987,8 +1003,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             own = _parameters(MemoryRNN)
             both = {**_parameters(cell), **own}
             both.pop("accesses", None)
-            cls.__signature__ = inspect.Signature(
-                sorted(both.values(), key=lambda p: p.kind)
+            cls.__signature__ = _OfClass(
+                inspect.Signature(sorted(both.values(), key=lambda p: p.kind))
             )
             # The same attributes on all backends, whose classes have names of
             # their own: `share_memory` is one of PyTorch's.
@@ -1084,6 +1100,11 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         self._check_sequences(sequences_shape)
         super().build(sequences_shape, initial_state_shape)
 
+    def __call__(self, sequences, *args, **kwargs):
+        if isinstance(sequences, np.ndarray):  # Keras's error names no argument
+            check_array("sequences", sequences, result="given")
+        return super().__call__(sequences, *args, **kwargs)
+
     def call(
         self,
         sequences,
@@ -1133,14 +1154,18 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             # Keras hands it on to layers of one tensor only. Here in front, as
             # the sequences lose it where integers become floats.
             mask = get_keras_mask(sequences)
+        width = self.cell.input_size if self.built else None
         sequences = check_array("sequences", sequences)
         self._check_sequences(sequences.shape)
+        sequences = with_size(sequences, -1, width, "width")
         batch_size, time = sequences.shape[:2]
         if initial_state is not None:
             initial_state = self.cell._check_states(
                 initial_state, batch_size, "initial_state"
             )
         if mask is not None:
+            if isinstance(mask, (list, tuple)):
+                mask = check_array("mask", mask, kind="mask", result="given")
             with_width = len(getattr(mask, "shape", ())) == 3
             mask = check_array(
                 "mask",
@@ -1414,8 +1439,14 @@ def trace_model(model, inputs, training=False):
         All are tensors, so that this can be compiled.
 
     Raises:
+        TypeError: not a Keras model.
         ValueError: inputs that the model would refuse.
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a Keras model; for a layer there is `trace`. "
+            f"Received: {model!r}"
+        )
     calls = []
     recording = _recording.set(calls)
     try:

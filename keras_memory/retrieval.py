@@ -18,6 +18,7 @@ from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bytes
+from keras_memory.checks import check_exact
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
@@ -715,15 +716,19 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
 
     def __call__(self, queries, keys=None, values=None, *others, **named):
         check_process("KNNMemoryLayer")
-        given = [let_in("queries", queries, (None, ..., None))]
+        queries = let_in("queries", queries, (None, ..., None))
         any_entries = (None, None, None)
         if keys is not None:
             of_keys = {"dtype": self.memory_dtype, "remedy": KEY_REMEDY}
             keys = let_in("keys", keys, any_entries, **of_keys)
         if values is not None:
             options = of_values(self.value_dtype, self.memory_dtype)
-            values = let_in("values", values, any_entries, **options)
-        given += [keys, values, *others]
+            # They come back in the dtype that is computed in.
+            back = self.value_dtype or self.compute_dtype
+            let = let_in("values", values, any_entries, **options)
+            check_exact("values", values, back, VALUE_REMEDY)
+            values = let
+        given = [queries, keys, values, *others]
         while given[-1] is None:  # which Keras takes by name only
             given.pop()
         return super().__call__(*given, **named)

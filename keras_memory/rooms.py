@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_memory import geometry
 from keras_memory.checks import check_array
+from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 
 COLOURS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
@@ -76,9 +77,30 @@ class Room:
         Returns:
             (...) distances in lengths of the directions, and (..., 3) colours
             from 0 to 1.
+
+        Raises:
+            ValueError: an origin that is not inside, or a direction of length
+                0 or with a number that is not finite.
         """
         origin = _array("origin", origin, (3,))
         directions = _array("directions", directions, (..., 3))
+        least, most = self.room
+        is_inside = (least <= origin).all() and (origin <= most).all()
+        if not is_inside or any(
+            (low < origin).all() and (origin < high).all()
+            for low, high in self.boxes
+        ):
+            raise ValueError(
+                "`origin`, a camera's place, must be inside the room and "
+                f"outside its boxes. Received: {origin.tolist()}, a room from "
+                f"{least.tolist()} to {most.tolist()}"
+            )
+        lengths = np.abs(directions).sum(axis=-1)
+        if not ((0 < lengths) & np.isfinite(lengths)).all():
+            raise ValueError(
+                "`directions` must be finite, and none of length 0. Received: "
+                f"{directions[~((0 < lengths) & np.isfinite(lengths))][0]}"
+            )
         _, leave, _, axis = _crossings(self.room, origin, directions)
         distance = leave
         for box in self.boxes:
@@ -108,6 +130,8 @@ class Room:
             float32.
         """
         height, width = check_size("height", height), check_size("width", width)
+        sizes = [("height", height), ("width", width), ("of a ray", 30)]
+        check_bytes("The picture", sizes, "float64", on_host=True)
         pose = _array("pose", pose, (3, 4))
         inverse = right_angle(height, width)
         if inverse_intrinsics is not None:

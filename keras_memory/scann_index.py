@@ -25,12 +25,14 @@ from keras import ops
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_exact
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
 from keras_memory.retrieval import KEY_REMEDY
 from keras_memory.retrieval import SIMILARITIES
+from keras_memory.retrieval import VALUE_REMEDY
 from keras_memory.retrieval import Neighbours
 from keras_memory.retrieval import check_bytes_of_entries
 from keras_memory.retrieval import check_value_dtype
@@ -774,13 +776,17 @@ class ScannIndex(Arguments, keras.layers.Layer):
         )
         sound = [keys]
         if self.value_dim or values is not None:
-            values = check_array(
+            let = check_array(
                 "values",
                 values,
                 ("memory_size", "value_dim"),
                 sizes,
                 **of_values(self.value_dtype, "float32"),
             )
+            # They come back in the dtype that is computed in.
+            back = self.value_dtype or self.compute_dtype
+            check_exact("values", values, back, VALUE_REMEDY)
+            values = let
             sound += [values] if "float" in ops.dtype(values) else []
         if not all(bool(ops.all(is_sound(part))) for part in sound):
             raise ValueError(

@@ -471,7 +471,9 @@ SIZES = {
     "max_memories=2147483647 x dim": lambda n: built(
         keras_memory.KNNMemoryLayer(n), 2, 3, 4
     ),
-    "num_rows=1 x max_memories=": lambda n: keras_memory.KNNMemory(64, n),
+    "num_rows=1 x max_memories=": lambda n: keras_memory.KNNMemory(
+        64, n // 64, value_dim=640, store="ring"
+    ),
     "num_rows=": lambda n: keras_memory.KNNMemory(1, 1, num_rows=n),
     "memory_size=": lambda n: built(
         keras_memory.ScannIndex(n, exact=True), 2, 64

@@ -1,5 +1,10 @@
 """What arrays `checks.check_array` takes, and what it says of others."""
 
+import os
+import subprocess
+import sys
+
+import harness
 import keras
 import numpy as np
 import pytest
@@ -160,3 +165,60 @@ def test_tensors_of_integers_are_judged_by_their_dtype(of, dtype, is_kept):
 def test_floats_where_integers_are_wanted_are_told_the_remedy():
     with pytest.raises(ValueError, match="of integers. Scale them. Received"):
         check_array("ids", [1.0], (1,), kind="integer", remedy=REMEDY)
+
+
+FORK = """
+import os, sys
+import keras, numpy as np
+import keras_memory
+from keras_memory import geometry
+
+x = np.ones((2, 4, 3), "float32")
+layer = keras_memory.NTMLayer(3, 6, 4, controller_units=5)
+layer(x)
+wrap = keras_memory.MemoryWrapLayer(3)
+wrap([x[:, 0], x[0]])
+encoder = keras.layers.Dense(4)
+model = keras_memory.MemoryWrapClassifier(encoder, 3, memory_size=2)
+model.set_memory(x[:, 0])
+model.predict(x[:, 0], verbose=0)
+calls = [
+    lambda: layer(x),
+    lambda: keras_memory.trace(layer, x),
+    lambda: wrap([x[:, 0], x[0]]),
+    lambda: model.predict(x[:, 0], verbose=0),
+    lambda: geometry.motions(np.eye(3, 4)[None]),
+]
+child = os.fork()
+if not child:
+    for call in calls:
+        try:
+            print("computed", call())
+        except RuntimeError as error:
+            print('get_context("spawn")' in str(error))
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+@harness.needs_tensorflow
+def test_what_computes_in_a_fork_says_to_spawn():
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=90
+    )
+    assert done.stdout.splitlines() == ["True"] * 5, done.stderr
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("make", ["RaggedTensor", "SparseTensor"])
+def test_tensors_that_are_not_dense_are_refused(make):
+    import tensorflow as tf
+
+    values = {
+        "RaggedTensor": tf.ragged.constant([[1.0], [2.0, 3.0]]),
+        "SparseTensor": tf.sparse.from_dense([[1.0, 0.0]]),
+    }
+    with pytest.raises(ValueError, match=f"`x` must be.*Received: {make}"):
+        check_array("x", values[make], (None, None))

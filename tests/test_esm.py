@@ -378,7 +378,7 @@ def test_a_stateful_model_refuses_a_smaller_last_batch():
     entry = entry_of(inputs, batch=2, times=2)
     model = keras.Model(entry, layer_of(stateful=True)(entry))
     with pytest.raises(
-        Exception, match="(?s)expected shape .*must_have_2_rows"
+        Exception, match="(?s)expected shape .*with_state_must_be_2"
     ):
         model.predict(inputs, batch_size=2, verbose=0)
 
@@ -1443,6 +1443,37 @@ def test_one_pixel_one_step():
 # A room.
 
 ROOM = rooms.Room()
+
+
+@pytest.mark.parametrize(
+    "origin, directions",
+    [
+        ((np.nan, 0, 0), [(0, 0, 1)]),
+        ((9, 0, 0), [(0, 0, 1)]),
+        ((0, 0, 0), [(0, 0, 1), (0, 0, 0)]),
+        ((0, 0, 0), [(0, np.inf, 1)]),
+    ],
+)
+def test_rays_that_go_nowhere_are_refused(origin, directions):
+    with pytest.raises(ValueError, match="`(origin|directions)`.* must be"):
+        ROOM.cast(origin, directions)
+
+
+def test_sizes_of_maps_and_pictures_are_looked_at_first():
+    cell = keras_memory.ESMCell(height=10, width=20)
+    with pytest.raises(ValueError, match="A state would take .*batch size="):
+        cell.get_initial_state(10**9)
+    render = functools.partial(ROOM.render, np.eye(3, 4))
+    for make in (geometry.pixel_grid, render):
+        with pytest.raises(ValueError, match="would take .*height=1000000 x"):
+            make(10**6, 10**6)
+    with pytest.raises(ValueError, match="would take .*size=2000001"):
+        geometry.smoothing_kernel(2 * 10**6 + 1)
+    points = np.ones((1, 2, 4))
+    with pytest.raises(ValueError, match="`height` x `width` x B must be"):
+        geometry.quantize(points, points, points[..., 0] > 0, 10**6, 10**6)
+
+
 MAP = {"height": 90, "width": 180}
 
 

@@ -1203,6 +1203,7 @@ print("over")
 @pytest.mark.scann
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 def test_a_fork_builds_trees_of_its_own():
+    need_scann()
     done = subprocess.run(
         [sys.executable, "-c", FORKED],
         capture_output=True,

@@ -220,7 +220,7 @@ def test_fit_of_a_stateful_layer_names_other_batches(x, rows, jit_compile):
     model.compile("sgd", "mse", jit_compile=jit_compile)
     y = np.zeros((rows, TIME, 2), "float32")
     x = np.concatenate([x] * rows)[:rows]
-    with pytest.raises(Exception, match="must_have_4_rows"):
+    with pytest.raises(Exception, match="with_state_must_be_4"):
         model.fit(x, y, batch_size=8, verbose=0)
 
 
@@ -1648,3 +1648,27 @@ def test_canary_call_has_training_arg():
         "A Keras layer no longer tells in `_call_has_training_arg` whether "
         "its call takes `training`. `controllers.step` asks it that."
     )
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("make", [ntm, dnc])
+def test_a_layer_itself_is_a_function_of_tensorflow(make, x):
+    import tensorflow as tf
+
+    layer = make()
+    close(tf.function(layer)(x), layer(x), 1e-6)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_width_that_a_graph_does_not_know_is_checked(x, jit_compile):
+    model = keras.Sequential([keras.Input((None, WIDTH)), ntm()])
+    model.compile(jit_compile=jit_compile)
+    model.predict(x, verbose=0)
+    with pytest.raises(Exception, match=f"width_must_be_{WIDTH}"):
+        model.predict(x[:, :, 1:], verbose=0)
+
+
+def test_a_mask_may_be_a_list(x):
+    layer, mask = ntm(), [[True] * (TIME - 1) + [False]] * BATCH
+    close(layer(x, mask=mask), layer(x, mask=np.array(mask)), 0)

@@ -1182,6 +1182,13 @@ def test_a_layer_looks_at_the_numbers_of_arrays():
         layer(np.full((1, 1, 2), ID), np.full((1, 1, 2), ID), [[[1]]])
 
 
+@pytest.mark.parametrize("values", [np.array([[[2049]]]), [[[2049]]]])
+def test_a_layer_refuses_what_it_would_round_when_found(values):
+    layer, keys = layer_of(5, 1, dtype="mixed_float16"), np.ones((1, 1, 2))
+    with pytest.raises(ValueError, match="`values` .*float16 keeps.*2049"):
+        layer(keys, keys, values, training=True)
+
+
 def test_a_layer_does_not_round_what_it_keeps():
     layer = layer_of(5, 1, write="always", dtype="mixed_float16")
     keys = np.array([[[1.0, 1 / 3]]], "float32")
@@ -1335,7 +1342,7 @@ def test_a_last_batch_that_is_smaller_is_refused(how):
     model, layer = remembering(write="always")
     model.compile("sgd", "mse", **HOW[how])
     x, y = (part[:-1] for part in fed(steps=2))
-    told = r"(?s)not compatible with expected shape \[3,.*must_have_3_rows"
+    told = r"(?s)not compatible with expected shape \[3,.*with_state_must_be_3"
     with pytest.raises(Exception, match=told):
         model.predict([x, y], batch_size=BATCH, verbose=0)
     assert np.isfinite(contents(layer).keys).all()
