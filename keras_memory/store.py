@@ -1,0 +1,319 @@
+"""The entries of a memory on a disk, in one SQLite file.
+
+A store is a folder with `memory.sqlite` and `lock`, which its one writer holds
+locked. While it is in use, and after a kill, SQLite keeps the last transactions
+in `memory.sqlite-wal`, and an index of them in `memory.sqlite-shm`. Tables:
+
+`meta`, one row: config, JSON; first and last, numbers of operations; crc,
+    CRC-32 of these three.
+`operations`, a row for each number from first to last: row of the memory; count
+    of entries that are added to it, or 0 where it is cleared; crc, CRC-32 of
+    number, row, count and bytes; keys and vals, the bytes of two arrays. The
+    first operation clears all rows; its row is -1.
+
+SQLite does not check its pages. Here the checksums find a changed operation,
+and the numbers a lost one. A damaged end of `memory.sqlite-wal` reads as never
+committed, since SQLite cannot tell it from a transaction that was interrupted.
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import sqlite3
+import time
+import zlib
+
+import numpy as np
+
+from keras_memory.files import explain_os_errors
+from keras_memory.files import fsync
+from keras_memory.files import locked
+from keras_memory.files import make_folder
+from keras_memory.files import written_aside
+
+NAME = "memory.sqlite"
+FORMAT = 2  # 1 was a log with a manifest.json
+IDENTITY = {"auto_vacuum": 1}  # gives space back; must be set first
+IDENTITY |= {"application_id": 0x4B4D656D, "user_version": FORMAT}  # "KMem"
+SCHEMA = (
+    "CREATE TABLE meta (config TEXT, first INTEGER, last INTEGER, crc INTEGER);"
+    "CREATE TABLE operations (number INTEGER PRIMARY KEY, row INTEGER, "
+    "count INTEGER, crc INTEGER, keys BLOB, vals BLOB)"
+)
+# Bytes of another length than is expected are not read, and take no memory.
+SELECT = """SELECT number, row, count, crc,
+    CASE length(keys) WHEN count * ? THEN keys END,
+    CASE length(vals) WHEN count * ? THEN vals END
+    FROM operations WHERE number >= ? ORDER BY number"""
+
+# `keys` and `values`, (n, width) arrays, are added to `row`, an int. Without
+# entries the row is cleared, or, where it is -1, all rows.
+Operation = collections.namedtuple("Operation", "row keys values")
+Meta = collections.namedtuple("Meta", "config first last")  # a row of `meta`
+
+
+class Store:
+    """The operations in a folder, to read and to add to.
+
+    Any number of readers may be beside one writer, and see what it committed.
+    One thread at a time may use a store, and no process may fork meanwhile.
+
+    Args:
+        folder: path of the store.
+        mode: "r" to read, without a lock; "a" to write, which makes the store
+            where there is none, and holds the lock until `close` or the death
+            of the process.
+        config: dict for JSON, of a store that is made or replaced.
+        operations: iterable of `Operation`s that replace all in the store;
+            None to leave what is there.
+
+    Attributes:
+        config: dict, as it is stored.
+        owner: int, the process that opened it.
+
+    Raises:
+        ValueError: another writer, or a file that is damaged, of another
+            format or of another program. It stays as it is.
+        OSError: the folder cannot be read or written.
+    """
+
+    def __init__(self, folder, mode, config=None, operations=None):
+        self.path = pathlib.Path(folder).absolute() / NAME
+        self.owner, self.config, self._read = os.getpid(), config, 0
+        self._meta = self._connection = None
+        is_there = exists(folder)
+        with contextlib.ExitStack() as held:
+            if mode == "a":
+                make_folder(self.path.parent)
+                held.enter_context(locked(self.path.with_name("lock")))
+                if not is_there and not exists(folder):
+                    _create(self.path, config, operations or ())
+                    operations = None
+                fsync(self.path.parent)  # its maker may have been killed
+            with self._reading() as connection:
+                if mode == "a":  # on damaged pages it could damage others
+                    told = _pragma(connection, "quick_check(1)")
+                    _check(told == "ok", told)
+            if operations is not None:
+                self.commit(operations, replace=True)
+            self.config = json.loads(self._meta.config)
+            self._held = held.pop_all()
+
+    def operations(self, dim, value_dim, value_dtype):
+        """Reads on; at first from the beginning.
+
+        Args:
+            dim, value_dim: int, widths of keys, which are float32, and values.
+            value_dtype: dtype of values.
+
+        Yields:
+            `Operation`s that are committed and were not yet read. Those of a
+            call that was not finished come again.
+
+        Raises:
+            ValueError: the file is damaged, or holds another memory by now.
+            OSError: it cannot be read.
+        """
+        kinds = (dim, np.dtype("float32")), (value_dim, np.dtype(value_dtype))
+        sizes = [width * dtype.itemsize for width, dtype in kinds]
+        with self._reading() as connection:
+            number = max(self._read + 1, self._meta.first)
+            for found in connection.execute(SELECT, (*sizes, number)):
+                _check(found[0] == number, f"{found[0]} after {number - 1}")
+                types = [type(field) for field in found]
+                right = types == [int] * 4 + [bytes] * 2
+                _check(right, f"operation {number} of another size")
+                _, row, count, crc, *blobs = found
+                right = crc == _checksum((number, row, count), *blobs)
+                _check(right, f"operation {number} of another checksum")
+                pairs = zip(kinds, blobs)
+                arrays = (np.ndarray((count, w), d, x) for (w, d), x in pairs)
+                yield Operation(row, *arrays)
+                number += 1
+            _check(number == self._meta.last + 1, f"no operation {number}")
+        self._read = self._meta.last
+
+    def commit(self, operations, replace=False):
+        """Writes operations in one transaction: readers see all of them or
+        none, and they survive the death of the process and loss of power.
+
+        Args:
+            operations: iterable of `Operation`s.
+            replace: bool, True to write them in the place of all others.
+
+        Raises:
+            OSError: no room, or another reason. Nothing was committed.
+        """
+        self._check_owner()
+        with _explained(self.path):
+            try:
+                if self._connection is None:
+                    self._connection = _connect(self.path, "rw")
+                    self._inode = os.stat(self.path).st_ino
+                self._connection.execute("BEGIN IMMEDIATE")
+                found = _read_meta(self._connection), os.stat(self.path).st_ino
+                if found != (self._meta, self._inode):
+                    raise OSError("another store is there; open this one anew")
+                config = json.dumps(self.config) if replace else None
+                meta = _write(self._connection, found[0], operations, config)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self.disconnect()  # which rolls back
+                raise
+            self._meta = meta
+            if replace:  # so that the file takes less room
+                _pragma(self._connection, "wal_checkpoint")
+
+    def disconnect(self):
+        """Closes the connection to the file, until the next commit."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def close(self):
+        """Lets other writers in."""
+        if self.owner == os.getpid():
+            self.disconnect()
+        self._held.close()
+
+    @contextlib.contextmanager
+    def _reading(self):
+        """A connection in a transaction, of which `_meta` tells."""
+        self._check_owner()
+        os.stat(self.path)  # raises a plain FileNotFoundError
+        with _explained(self.path):
+            with contextlib.closing(_connect(self.path, "ro")) as connection:
+                connection.execute("BEGIN")
+                new = _read_meta(connection)
+                old = self._meta or new
+                right = new.config == old.config and new.last >= old.last
+                _check(right, f"{new} after {old}, which was read")
+                self._meta = new
+                yield connection
+
+    def _check_owner(self):
+        if self.owner != os.getpid():
+            raise ValueError(
+                "A store must be used by the process that opened it. Received: "
+                f"{self.path.parent}, in a fork, which must open it anew"
+            )
+
+
+def exists(folder):
+    """True if there is a store, whole or damaged; ValueError for an old one."""
+    folder = pathlib.Path(folder)
+    if (folder / "manifest.json").exists() and any(folder.glob("log-*.bin")):
+        raise ValueError(
+            f"A store must be of format {FORMAT}: load this one with the "
+            "keras_memory that wrote it, and add its `entries` to a new one. "
+            f"Received: {folder}, with a manifest.json of format 1"
+        )
+    return (folder / NAME).exists()
+
+
+def _create(path, config, operations):
+    """Writes a file aside, and flushes it as a whole, without SQLite."""
+    for stray in path.parent.glob(".memory.writing.sqlite*"):
+        stray.unlink()  # a killed process has left it
+    with written_aside(path) as aside, _explained(aside):
+        with contextlib.closing(_connect(aside, "rwc")) as connection:
+            _pragma(connection, "journal_mode=OFF")
+            settings = {"synchronous": "OFF", **IDENTITY}
+            for name, value in settings.items():
+                connection.execute(f"PRAGMA {name}={value}")
+            connection.executescript(f"BEGIN; {SCHEMA}")
+            # The time: readers of a store that is gone read all of this one.
+            meta = Meta(None, 0, time.time_ns())
+            _write(connection, meta, operations, json.dumps(config))
+            connection.execute("COMMIT")
+            if _pragma(connection, "journal_mode=WAL") != "wal":
+                raise OSError("the file system has no shared memory")
+
+
+def _write(connection, meta, operations, config):
+    """Adds operations, or replaces all and the config; gives the new `Meta`."""
+    _, first, last = meta
+    if config is not None:
+        connection.execute("DELETE FROM operations")
+        none = np.zeros((0, 0))
+        operations = itertools.chain([Operation(-1, none, none)], operations)
+        first = last + 1
+    for number, (row, *arrays) in enumerate(operations, last + 1):
+        blobs = [array.tobytes() for array in arrays]
+        key = number, int(row), len(arrays[0])
+        new = *key, _checksum(key, *blobs), *blobs
+        connection.execute("INSERT INTO operations VALUES (?,?,?,?,?,?)", new)
+        last = number
+    meta = Meta(config or meta.config, first, last)
+    connection.execute("DELETE FROM meta")
+    new = *meta, _checksum(meta)
+    connection.execute("INSERT INTO meta VALUES (?, ?, ?, ?)", new)
+    return meta
+
+
+def _checksum(values, *blobs):
+    crc = zlib.crc32(repr(tuple(values)).encode())
+    for blob in blobs:
+        crc = zlib.crc32(blob, crc)
+    return crc
+
+
+def _read_meta(connection):
+    """`Meta`, if the file is a store."""
+    found = {name: _pragma(connection, name) for name in IDENTITY}
+    _check(found == IDENTITY, f"{found} instead of {IDENTITY}")
+    found = connection.execute("SELECT sql FROM sqlite_master LIMIT 3")
+    found = ";".join(str(sql) for (sql,) in found)
+    _check(found == SCHEMA, f"another schema, {found[:500]}")
+    found = connection.execute("SELECT * FROM meta LIMIT 2").fetchall()
+    types = [type(field) for row in found for field in row]
+    _check(types == [str, int, int, int], "another kind of meta")
+    meta = Meta(*found[0][:3])
+    right = found[0][3] == _checksum(meta)
+    _check(right and 0 < meta.first <= meta.last < 1 << 62, f"{meta}")
+    return meta
+
+
+def _check(condition, found):
+    if not condition:
+        raise sqlite3.DatabaseError(found)
+
+
+def _connect(path, mode):
+    wal = path.with_name(f"{path.name}-wal")
+    if not os.access(path.parent, os.W_OK) and not wal.exists():
+        mode += "&immutable=1"  # no locks, which are files
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}",
+        timeout=60,
+        isolation_level=None,
+        check_same_thread=False,
+        uri=True,
+    )
+    for name in (
+        "trusted_schema=OFF",
+        "synchronous=FULL",
+        "journal_size_limit=0",
+    ):
+        connection.execute(f"PRAGMA {name}")
+    return connection
+
+
+def _pragma(connection, text):
+    return connection.execute(f"PRAGMA {text}").fetchone()[0]
+
+
+@contextlib.contextmanager
+def _explained(path):
+    kept = "It is as it was. SQLite needs room, locks and shared memory there."
+    try:
+        with explain_os_errors(path, kept, also=(sqlite3.OperationalError,)):
+            yield
+    except sqlite3.Error as error:
+        raise ValueError(
+            f"{path} must be as keras_memory wrote it, in format {FORMAT}. It "
+            f"stays as it is. Received: {error}"
+        ) from error
