@@ -28,16 +28,14 @@ import zlib
 
 import numpy as np
 
-from keras_memory.files import explain_os_errors
-from keras_memory.files import fsync
-from keras_memory.files import locked
-from keras_memory.files import make_folder
-from keras_memory.files import written_aside
+from keras_memory import files
 
 NAME = "memory.sqlite"
-FORMAT = 2  # 1 was a log with a manifest.json
-IDENTITY = {"auto_vacuum": 1}  # gives space back; must be set first
-IDENTITY |= {"application_id": 0x4B4D656D, "user_version": FORMAT}  # "KMem"
+IDENTITY = {
+    "auto_vacuum": 1,  # gives space back at each commit; must be set first
+    "application_id": 0x4B4D656D,  # "KMem"
+    "user_version": 2,  # 1 was a log with a manifest.json
+}
 SCHEMA = (
     "CREATE TABLE meta (config TEXT, first INTEGER, last INTEGER, crc INTEGER);"
     "CREATE TABLE operations (number INTEGER PRIMARY KEY, row INTEGER, "
@@ -66,13 +64,10 @@ class Store:
         mode: "r" to read, without a lock; "a" to write, which makes the store
             where there is none, and holds the lock until `close` or the death
             of the process.
-        config: dict for JSON, of a store that is made or replaced.
+        config: dict for JSON, of a store that is made or replaced; later this
+            attribute is the dict that is stored.
         operations: iterable of `Operation`s that replace all in the store;
             None to leave what is there.
-
-    Attributes:
-        config: dict, as it is stored.
-        owner: int, the process that opened it.
 
     Raises:
         ValueError: another writer, or a file that is damaged, of another
@@ -84,34 +79,33 @@ class Store:
         self.path = pathlib.Path(folder).absolute() / NAME
         self.owner, self.config, self._read = os.getpid(), config, 0
         self._meta = self._connection = None
-        is_there = exists(folder)
         with contextlib.ExitStack() as held:
             if mode == "a":
-                make_folder(self.path.parent)
-                held.enter_context(locked(self.path.with_name("lock")))
-                if not is_there and not exists(folder):
-                    _create(self.path, config, operations or ())
-                    operations = None
-                fsync(self.path.parent)  # its maker may have been killed
+                files.make_folder(self.path.parent)
+                held.enter_context(files.locked(self.path.with_name("lock")))
+            if not exists(folder) and mode == "a":
+                _create(self.path, json.dumps(config), operations or ())
+                operations = None
             with self._reading() as connection:
                 if mode == "a":  # on damaged pages it could damage others
                     told = _pragma(connection, "quick_check(1)")
                     _check(told == "ok", told)
+                    files.fsync(
+                        self.path.parent
+                    )  # its maker may have been killed
             if operations is not None:
                 self.commit(operations, replace=True)
             self.config = json.loads(self._meta.config)
             self._held = held.pop_all()
 
     def operations(self, dim, value_dim, value_dtype):
-        """Reads on; at first from the beginning.
+        """Yields `Operation`s that are committed and were not yet read.
+
+        Those of a call that was not finished come again.
 
         Args:
             dim, value_dim: int, widths of keys, which are float32, and values.
             value_dtype: dtype of values.
-
-        Yields:
-            `Operation`s that are committed and were not yet read. Those of a
-            call that was not finished come again.
 
         Raises:
             ValueError: the file is damaged, or holds another memory by now.
@@ -122,13 +116,10 @@ class Store:
         with self._reading() as connection:
             number = max(self._read + 1, self._meta.first)
             for found in connection.execute(SELECT, (*sizes, number)):
-                _check(found[0] == number, f"{found[0]} after {number - 1}")
-                types = [type(field) for field in found]
-                right = types == [int] * 4 + [bytes] * 2
-                _check(right, f"operation {number} of another size")
                 _, row, count, crc, *blobs = found
-                right = crc == _checksum((number, row, count), *blobs)
-                _check(right, f"operation {number} of another checksum")
+                right = [type(x) for x in found] == [int] * 4 + [bytes] * 2
+                right = right and crc == _checksum((number, row, count), *blobs)
+                _check(right, f"operation {number} of another size or checksum")
                 pairs = zip(kinds, blobs)
                 arrays = (np.ndarray((count, w), d, x) for (w, d), x in pairs)
                 yield Operation(row, *arrays)
@@ -148,6 +139,7 @@ class Store:
             OSError: no room, or another reason. Nothing was committed.
         """
         self._check_owner()
+        config = json.dumps(self.config) if replace else None
         with _explained(self.path):
             try:
                 if self._connection is None:
@@ -157,15 +149,14 @@ class Store:
                 found = _read_meta(self._connection), os.stat(self.path).st_ino
                 if found != (self._meta, self._inode):
                     raise OSError("another store is there; open this one anew")
-                config = json.dumps(self.config) if replace else None
-                meta = _write(self._connection, found[0], operations, config)
+                meta = _write(self._connection, self._meta, operations, config)
                 self._connection.execute("COMMIT")
+                self._meta = meta
             except BaseException:
                 self.disconnect()  # which rolls back
                 raise
-            self._meta = meta
-            if replace:  # so that the file takes less room
-                _pragma(self._connection, "wal_checkpoint")
+        if replace:  # the file is cut to its new size
+            _pragma(self._connection, "wal_checkpoint")
 
     def disconnect(self):
         """Closes the connection to the file, until the next commit."""
@@ -175,8 +166,7 @@ class Store:
 
     def close(self):
         """Lets other writers in."""
-        if self.owner == os.getpid():
-            self.disconnect()
+        self.disconnect()
         self._held.close()
 
     @contextlib.contextmanager
@@ -207,8 +197,8 @@ def exists(folder):
     folder = pathlib.Path(folder)
     if (folder / "manifest.json").exists() and any(folder.glob("log-*.bin")):
         raise ValueError(
-            f"A store must be of format {FORMAT}: load this one with the "
-            "keras_memory that wrote it, and add its `entries` to a new one. "
+            "A store must be of format 2: load this one with the keras_memory "
+            "that wrote it, and add its `entries` to a new one. "
             f"Received: {folder}, with a manifest.json of format 1"
         )
     return (folder / NAME).exists()
@@ -218,23 +208,21 @@ def _create(path, config, operations):
     """Writes a file aside, and flushes it as a whole, without SQLite."""
     for stray in path.parent.glob(".memory.writing.sqlite*"):
         stray.unlink()  # a killed process has left it
-    with written_aside(path) as aside, _explained(aside):
+    settings = {"journal_mode": "OFF", "synchronous": "OFF", **IDENTITY}
+    settings = [f"PRAGMA {name}={value};" for name, value in settings.items()]
+    with files.written_aside(path) as aside, _explained(aside):
         with contextlib.closing(_connect(aside, "rwc")) as connection:
-            _pragma(connection, "journal_mode=OFF")
-            settings = {"synchronous": "OFF", **IDENTITY}
-            for name, value in settings.items():
-                connection.execute(f"PRAGMA {name}={value}")
-            connection.executescript(f"BEGIN; {SCHEMA}")
+            connection.executescript("".join([*settings, "BEGIN;", SCHEMA]))
             # The time: readers of a store that is gone read all of this one.
             meta = Meta(None, 0, time.time_ns())
-            _write(connection, meta, operations, json.dumps(config))
+            _write(connection, meta, operations, config)
             connection.execute("COMMIT")
             if _pragma(connection, "journal_mode=WAL") != "wal":
                 raise OSError("the file system has no shared memory")
 
 
 def _write(connection, meta, operations, config):
-    """Adds operations, or replaces all and the config; gives the new `Meta`."""
+    """Adds operations, or replaces all with a config; gives the new `Meta`."""
     _, first, last = meta
     if config is not None:
         connection.execute("DELETE FROM operations")
@@ -255,10 +243,7 @@ def _write(connection, meta, operations, config):
 
 
 def _checksum(values, *blobs):
-    crc = zlib.crc32(repr(tuple(values)).encode())
-    for blob in blobs:
-        crc = zlib.crc32(blob, crc)
-    return crc
+    return zlib.crc32(b"".join([repr(tuple(values)).encode(), *blobs]))
 
 
 def _read_meta(connection):
@@ -286,19 +271,11 @@ def _connect(path, mode):
     wal = path.with_name(f"{path.name}-wal")
     if not os.access(path.parent, os.W_OK) and not wal.exists():
         mode += "&immutable=1"  # no locks, which are files
-    connection = sqlite3.connect(
-        f"{path.as_uri()}?mode={mode}",
-        timeout=60,
-        isolation_level=None,
-        check_same_thread=False,
-        uri=True,
-    )
-    for name in (
-        "trusted_schema=OFF",
-        "synchronous=FULL",
-        "journal_size_limit=0",
-    ):
-        connection.execute(f"PRAGMA {name}")
+    uri = f"{path.as_uri()}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    for setting in "trusted_schema=OFF", "synchronous=FULL":
+        connection.execute(f"PRAGMA {setting}")
+    connection.execute("PRAGMA journal_size_limit=0")
     return connection
 
 
@@ -310,10 +287,10 @@ def _pragma(connection, text):
 def _explained(path):
     kept = "It is as it was. SQLite needs room, locks and shared memory there."
     try:
-        with explain_os_errors(path, kept, also=(sqlite3.OperationalError,)):
+        with files.explain_os_errors(path, kept, (sqlite3.OperationalError,)):
             yield
     except sqlite3.Error as error:
         raise ValueError(
-            f"{path} must be as keras_memory wrote it, in format {FORMAT}. It "
-            f"stays as it is. Received: {error}"
+            f"{path} must be as keras_memory wrote it, and stays as it is. "
+            f"Received: {error}"
         ) from error
