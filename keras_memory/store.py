@@ -11,9 +11,9 @@ in `memory.sqlite-wal`, and an index of them in `memory.sqlite-shm`. Tables:
     number, row, count and bytes; keys and vals, the bytes of two arrays. The
     first operation clears all rows; its row is -1.
 
-SQLite does not check its pages. Here the checksums find a changed operation,
-and the numbers a lost one. A damaged end of `memory.sqlite-wal` reads as never
-committed, since SQLite cannot tell it from a transaction that was interrupted.
+SQLite does not check its pages: a changed operation has another checksum, a
+lost one leaves out a number. A damaged end of `memory.sqlite-wal` reads as a
+transaction that was interrupted, and so as never committed.
 """
 
 import collections
@@ -31,10 +31,10 @@ import numpy as np
 from keras_memory import files
 
 NAME = "memory.sqlite"
-IDENTITY = {
-    "auto_vacuum": 1,  # gives space back at each commit; must be set first
-    "application_id": 0x4B4D656D,  # "KMem"
-    "user_version": 2,  # 1 was a log with a manifest.json
+IDENTITY = {  # "KMem", and the format, of which 1 was a log
+    "auto_vacuum": 1,  # gives space back; it must be set before the others
+    "application_id": 0x4B4D656D,
+    "user_version": 2,
 }
 SCHEMA = (
     "CREATE TABLE meta (config TEXT, first INTEGER, last INTEGER, crc INTEGER);"
@@ -50,24 +50,22 @@ SELECT = """SELECT number, row, count, crc,
 # `keys` and `values`, (n, width) arrays, are added to `row`, an int. Without
 # entries the row is cleared, or, where it is -1, all rows.
 Operation = collections.namedtuple("Operation", "row keys values")
-Meta = collections.namedtuple("Meta", "config first last")  # a row of `meta`
+Meta = collections.namedtuple("Meta", "config first last")
 
 
 class Store:
     """The operations in a folder, to read and to add to.
 
     Any number of readers may be beside one writer, and see what it committed.
-    One thread at a time may use a store, and no process may fork meanwhile.
+    One thread at a time may use a store, and none may fork a process meanwhile.
 
     Args:
         folder: path of the store.
-        mode: "r" to read, without a lock; "a" to write, which makes the store
-            where there is none, and holds the lock until `close` or the death
-            of the process.
+        mode: "r" to read, without a lock; "a" to write, which makes a store
+            where there is none, and holds the lock until `close`.
         config: dict for JSON, of a store that is made or replaced; later this
-            attribute is the dict that is stored.
-        operations: iterable of `Operation`s that replace all in the store;
-            None to leave what is there.
+            attribute is what is stored.
+        operations: iterable of `Operation`s that replace all; None for none.
 
     Raises:
         ValueError: another writer, or a file that is damaged, of another
@@ -90,18 +88,15 @@ class Store:
                 if mode == "a":  # on damaged pages it could damage others
                     told = _pragma(connection, "quick_check(1)")
                     _check(told == "ok", told)
-                    files.fsync(
-                        self.path.parent
-                    )  # its maker may have been killed
+                    files.fsync(self.path.parent)  # a kill may have left it
             if operations is not None:
                 self.commit(operations, replace=True)
             self.config = json.loads(self._meta.config)
             self._held = held.pop_all()
 
     def operations(self, dim, value_dim, value_dtype):
-        """Yields `Operation`s that are committed and were not yet read.
-
-        Those of a call that was not finished come again.
+        """Yields `Operation`s that are committed and were not yet read, and
+        those again of a call that was not finished.
 
         Args:
             dim, value_dim: int, widths of keys, which are float32, and values.
@@ -111,18 +106,21 @@ class Store:
             ValueError: the file is damaged, or holds another memory by now.
             OSError: it cannot be read.
         """
-        kinds = (dim, np.dtype("float32")), (value_dim, np.dtype(value_dtype))
-        sizes = [width * dtype.itemsize for width, dtype in kinds]
-        with self._reading() as connection:
+        kinds = ("float32", (dim,)), (value_dtype, (value_dim,))
+        kinds = [np.dtype(kind) for kind in kinds]
+        sizes = [kind.itemsize for kind in kinds]
+        with self._reading() as connection, contextlib.ExitStack() as stack:
             number = max(self._read + 1, self._meta.first)
-            for found in connection.execute(SELECT, (*sizes, number)):
+            cursor = connection.execute(SELECT, (*sizes, number))
+            stack.callback(cursor.close)  # or the connection would stay open
+            for found in cursor:
                 _, row, count, crc, *blobs = found
                 right = [type(x) for x in found] == [int] * 4 + [bytes] * 2
                 right = right and crc == _checksum((number, row, count), *blobs)
                 _check(right, f"operation {number} of another size or checksum")
-                pairs = zip(kinds, blobs)
-                arrays = (np.ndarray((count, w), d, x) for (w, d), x in pairs)
-                yield Operation(row, *arrays)
+                yield Operation(
+                    row, *map(np.ndarray, [count] * 2, kinds, blobs)
+                )
                 number += 1
             _check(number == self._meta.last + 1, f"no operation {number}")
         self._read = self._meta.last
@@ -140,23 +138,23 @@ class Store:
         """
         self._check_owner()
         config = json.dumps(self.config) if replace else None
-        with _explained(self.path):
-            try:
-                if self._connection is None:
-                    self._connection = _connect(self.path, "rw")
-                    self._inode = os.stat(self.path).st_ino
-                self._connection.execute("BEGIN IMMEDIATE")
-                found = _read_meta(self._connection), os.stat(self.path).st_ino
-                if found != (self._meta, self._inode):
-                    raise OSError("another store is there; open this one anew")
-                meta = _write(self._connection, self._meta, operations, config)
-                self._connection.execute("COMMIT")
-                self._meta = meta
-            except BaseException:
-                self.disconnect()  # which rolls back
-                raise
-        if replace:  # the file is cut to its new size
-            _pragma(self._connection, "wal_checkpoint")
+        with _explained(self.path), contextlib.ExitStack() as undo:
+            undo.callback(self.disconnect)  # which rolls back
+            if self._connection is None:
+                self._connection = _connect(self.path, "rw")
+                self._connection.execute("PRAGMA synchronous=FULL")
+                self._connection.execute("PRAGMA journal_size_limit=0")
+                self._inode = os.stat(self.path).st_ino
+            self._connection.execute("BEGIN IMMEDIATE")
+            found = _read_meta(self._connection), os.stat(self.path).st_ino
+            if found != (self._meta, self._inode):
+                raise OSError("another store is there; open this one anew")
+            meta = _write(self._connection, self._meta, operations, config)
+            self._connection.execute("COMMIT")
+            self._meta = meta
+            undo.pop_all()
+            if replace:  # the file is cut to its new size
+                _pragma(self._connection, "wal_checkpoint")
 
     def disconnect(self):
         """Closes the connection to the file, until the next commit."""
@@ -251,7 +249,7 @@ def _read_meta(connection):
     found = {name: _pragma(connection, name) for name in IDENTITY}
     _check(found == IDENTITY, f"{found} instead of {IDENTITY}")
     found = connection.execute("SELECT sql FROM sqlite_master LIMIT 3")
-    found = ";".join(str(sql) for (sql,) in found)
+    found = ";".join(str(sql) for (sql,) in found.fetchall())
     _check(found == SCHEMA, f"another schema, {found[:500]}")
     found = connection.execute("SELECT * FROM meta LIMIT 2").fetchall()
     types = [type(field) for row in found for field in row]
@@ -259,7 +257,10 @@ def _read_meta(connection):
     meta = Meta(*found[0][:3])
     right = found[0][3] == _checksum(meta)
     _check(right and 0 < meta.first <= meta.last < 1 << 62, f"{meta}")
-    return meta
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(json.loads(meta.config), dict):
+            return meta
+    _check(False, "a config that is no dict")
 
 
 def _check(condition, found):
@@ -273,9 +274,8 @@ def _connect(path, mode):
         mode += "&immutable=1"  # no locks, which are files
     uri = f"{path.as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
-    for setting in "trusted_schema=OFF", "synchronous=FULL":
-        connection.execute(f"PRAGMA {setting}")
-    connection.execute("PRAGMA journal_size_limit=0")
+    connection.execute("PRAGMA trusted_schema=OFF")
+    connection.text_factory = lambda text: text.decode(errors="replace")
     return connection
 
 
@@ -289,7 +289,7 @@ def _explained(path):
     try:
         with files.explain_os_errors(path, kept, (sqlite3.OperationalError,)):
             yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} must be as keras_memory wrote it, and stays as it is. "
             f"Received: {error}"
