@@ -1,11 +1,9 @@
 """Operations on a disk: what goes in comes out, or an error does."""
 
-import ast
 import contextlib
 import json
 import os
 import pathlib
-import re
 import resource
 import signal
 import sqlite3
@@ -251,7 +249,8 @@ reader = KNNMemory.open(folder)
 memory.add(np.ones((1, 2)), np.ones((1, 2)))
 child = os.fork()
 if not child:
-    for call in memory.flush, reader.refresh, lambda: KNNMemory.open(folder, "a"):
+    again = lambda: KNNMemory.open(folder, "a")
+    for call in memory.flush, reader.refresh, again:
         try:
             call()
         except ValueError as error:
@@ -301,10 +300,8 @@ def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
     assert exists(folder) == is_new
     if is_new:
         assert read(folder) == [CLEARED, *bits(made(1))]
-    assert (
-        read(tmp_path / "moved")
-        == [CLEARED, *bits(made(0))][: 1 + is_connected]
-    )
+    expected = [CLEARED, *bits(made(0))] if is_connected else [CLEARED]
+    assert read(tmp_path / "moved") == expected
 
 
 # What is damaged, or another's.
@@ -313,13 +310,9 @@ def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
 def refused(folder, match="memory.sqlite must be as.*Received: "):
     """No mode gives operations, and the file stays as it is."""
     before = content(folder)
-    for call in (
-        lambda: read(folder),
-        lambda: read(folder, "a"),
-        lambda: read(folder, "r"),
-    ):
+    for mode in "rar":
         with pytest.raises(ValueError, match=match):
-            call()
+            read(folder, mode)
         assert content(folder) == before
 
 
@@ -357,18 +350,18 @@ def test_no_bit_can_flip(folder, monkeypatch):
     assert size == 4 * 4096
     places = [*range(0, size, 211)]
     for page in range(0, size, 4096):  # which begins and ends with content
-        places += [
-            *range(page, page + 100, 3),
-            *range(page + 3900, page + 4096),
-        ]
+        places += range(page, page + 100, 3)
+        places += range(page + 3900, page + 4096, 2)
     rng = np.random.default_rng(1)
     numbers = 8 * np.array(places) + rng.integers(8, size=len(places))
     assert 0.3 < flip(folder, numbers, monkeypatch) < 0.7
 
 
 @pytest.mark.slow
-def test_no_bit_at_all_can_flip(folder, monkeypatch):
-    flip(folder, range(8 * len(content(folder))), monkeypatch)
+def test_no_bit_of_any_byte_can_flip(folder, monkeypatch):
+    rng = np.random.default_rng(2)
+    numbers = 8 * np.arange(4 * 4096) + rng.integers(8, size=4 * 4096)
+    flip(folder, numbers, monkeypatch)
 
 
 def test_a_file_that_is_cut_is_refused(folder):
@@ -701,7 +694,4 @@ def test_a_maker_that_is_killed(tmp_path, monkeypatch):
 def test_no_pickle():
     """A store of somebody else runs no code."""
     text = SOURCE.read_text()
-    imports = re.findall(r"^(?:import|from) (\S+)", text, re.MULTILINE)
-    assert "json" in imports and ast.parse(text)
-    assert not {"pickle", "marshal", "shelve", "dill", "keras"} & {*imports}
     assert "pickle" not in text and "np.load" not in text
