@@ -12,8 +12,8 @@ in `memory.sqlite-wal`, and an index of them in `memory.sqlite-shm`. Tables:
     first operation clears all rows; its row is -1.
 
 SQLite does not check its pages: a changed operation has another checksum, a
-lost one leaves out a number. A damaged end of `memory.sqlite-wal` reads as a
-transaction that was interrupted, and so as never committed.
+lost one leaves out a number. A damaged end of `memory.sqlite-wal` reads as an
+interrupted transaction, and so as never committed.
 """
 
 import collections
@@ -31,21 +31,18 @@ import numpy as np
 from keras_memory import files
 
 NAME = "memory.sqlite"
-IDENTITY = {  # "KMem", and the format, of which 1 was a log
-    "auto_vacuum": 1,  # gives space back; it must be set before the others
-    "application_id": 0x4B4D656D,
-    "user_version": 2,
-}
+# "KMem" and format 2, since 1 was a log. auto_vacuum, first, gives space back.
+IDENTITY = {"auto_vacuum": 1, "application_id": 0x4B4D656D, "user_version": 2}
 SCHEMA = (
     "CREATE TABLE meta (config TEXT, first INTEGER, last INTEGER, crc INTEGER);"
     "CREATE TABLE operations (number INTEGER PRIMARY KEY, row INTEGER, "
     "count INTEGER, crc INTEGER, keys BLOB, vals BLOB)"
 )
 # Bytes of another length than is expected are not read, and take no memory.
-SELECT = """SELECT number, row, count, crc,
+SELECT = """SELECT row, count, crc,
     CASE length(keys) WHEN count * ? THEN keys END,
     CASE length(vals) WHEN count * ? THEN vals END
-    FROM operations WHERE number >= ? ORDER BY number"""
+    FROM operations WHERE number = ?"""
 
 # `keys` and `values`, (n, width) arrays, are added to `row`, an int. Without
 # entries the row is cleared, or, where it is -1, all rows.
@@ -54,17 +51,15 @@ Meta = collections.namedtuple("Meta", "config first last")
 
 
 class Store:
-    """The operations in a folder, to read and to add to.
+    """The operations in a folder, for one writer and any number of readers.
 
-    Any number of readers may be beside one writer, and see what it committed.
     One thread at a time may use a store, and none may fork a process meanwhile.
 
     Args:
         folder: path of the store.
         mode: "r" to read, without a lock; "a" to write, which makes a store
             where there is none, and holds the lock until `close`.
-        config: dict for JSON, of a store that is made or replaced; later this
-            attribute is what is stored.
+        config: dict for JSON, of a store that is made or replaced.
         operations: iterable of `Operation`s that replace all; None for none.
 
     Raises:
@@ -96,45 +91,36 @@ class Store:
 
     def operations(self, dim, value_dim, value_dtype):
         """Yields `Operation`s that are committed and were not yet read, and
-        those again of a call that was not finished.
+        those again of a call that was not finished. ValueError if the file is
+        damaged, or holds another memory by now.
 
         Args:
             dim, value_dim: int, widths of keys, which are float32, and values.
             value_dtype: dtype of values.
-
-        Raises:
-            ValueError: the file is damaged, or holds another memory by now.
-            OSError: it cannot be read.
         """
         kinds = ("float32", (dim,)), (value_dtype, (value_dim,))
         kinds = [np.dtype(kind) for kind in kinds]
         sizes = [kind.itemsize for kind in kinds]
-        with self._reading() as connection, contextlib.ExitStack() as stack:
-            number = max(self._read + 1, self._meta.first)
-            cursor = connection.execute(SELECT, (*sizes, number))
-            stack.callback(cursor.close)  # or the connection would stay open
-            for found in cursor:
-                _, row, count, crc, *blobs = found
-                right = [type(x) for x in found] == [int] * 4 + [bytes] * 2
-                right = right and crc == _checksum((number, row, count), *blobs)
-                _check(right, f"operation {number} of another size or checksum")
+        with self._reading() as connection:
+            begin = max(self._read + 1, self._meta.first)
+            for number in range(begin, self._meta.last + 1):
+                found = connection.execute(SELECT, (*sizes, number)).fetchone()
+                right = [type(x) for x in found or ()] == [int] * 3 + [
+                    bytes
+                ] * 2
+                _check(right, f"operation {number} is lost or of another size")
+                row, count, crc, *blobs = found
+                right = crc == _checksum((number, row, count), *blobs)
+                _check(right, f"operation {number} has another checksum")
                 yield Operation(
                     row, *map(np.ndarray, [count] * 2, kinds, blobs)
                 )
-                number += 1
-            _check(number == self._meta.last + 1, f"no operation {number}")
         self._read = self._meta.last
 
     def commit(self, operations, replace=False):
-        """Writes operations in one transaction: readers see all of them or
-        none, and they survive the death of the process and loss of power.
-
-        Args:
-            operations: iterable of `Operation`s.
-            replace: bool, True to write them in the place of all others.
-
-        Raises:
-            OSError: no room, or another reason. Nothing was committed.
+        """Writes an iterable of `Operation`s, or replaces all by them, in one
+        transaction: readers see all of them or none, and they survive the death
+        of the process and loss of power. After an OSError nothing has changed.
         """
         self._check_owner()
         config = json.dumps(self.config) if replace else None
@@ -195,9 +181,8 @@ def exists(folder):
     folder = pathlib.Path(folder)
     if (folder / "manifest.json").exists() and any(folder.glob("log-*.bin")):
         raise ValueError(
-            "A store must be of format 2: load this one with the keras_memory "
-            "that wrote it, and add its `entries` to a new one. "
-            f"Received: {folder}, with a manifest.json of format 1"
+            "A store must be of format 2: load this one by the version that "
+            f"wrote it. Received: {folder}, with a manifest.json of format 1"
         )
     return (folder / NAME).exists()
 
@@ -256,11 +241,9 @@ def _read_meta(connection):
     _check(types == [str, int, int, int], "another kind of meta")
     meta = Meta(*found[0][:3])
     right = found[0][3] == _checksum(meta)
+    right = right and isinstance(json.loads(meta.config), dict)
     _check(right and 0 < meta.first <= meta.last < 1 << 62, f"{meta}")
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(json.loads(meta.config), dict):
-            return meta
-    _check(False, "a config that is no dict")
+    return meta
 
 
 def _check(condition, found):
@@ -269,8 +252,8 @@ def _check(condition, found):
 
 
 def _connect(path, mode):
-    wal = path.with_name(f"{path.name}-wal")
-    if not os.access(path.parent, os.W_OK) and not wal.exists():
+    is_wal = path.with_name(f"{path.name}-wal").exists()
+    if not is_wal and not os.access(path.parent, os.W_OK):
         mode += "&immutable=1"  # no locks, which are files
     uri = f"{path.as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
@@ -289,7 +272,7 @@ def _explained(path):
     try:
         with files.explain_os_errors(path, kept, (sqlite3.OperationalError,)):
             yield
-    except (sqlite3.Error, UnicodeDecodeError) as error:
+    except (sqlite3.Error, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must be as keras_memory wrote it, and stays as it is. "
             f"Received: {error}"
