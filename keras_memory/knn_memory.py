@@ -549,13 +549,16 @@ class KNNMemory(Arguments):
     def open(cls, folder, mode="r", **options):
         """A memory whose entries are on a disk.
 
-        With `mode="a"` what is added and cleared is appended to a file in the
-        folder, and from `flush` on survives a kill and a loss of power; only
-        one process at a time can have it open so. With `mode="r"` any number
-        of processes read what was flushed, also beside one that appends;
-        `refresh` brings what was flushed since. What is appended takes room
-        until a `flush` that finds more than twice what the entries need. A fork
-        does neither. (On Windows nothing keeps a second process out.)
+        With `mode="a"`, `flush` writes what was added and cleared to a file in
+        the folder, where it survives a kill and a loss of power; only one
+        process at a time can have it open so. With `mode="r"` any number of
+        processes read what was flushed, also beside one that writes; `refresh`
+        brings what was flushed since. A file that is larger than 16 MiB and
+        twice its entries is written anew. A fork neither flushes nor
+        refreshes. (On Windows nothing keeps a second process out.)
+
+        The file, `memory.sqlite`, is one of SQLite. Readers write its index
+        beside it, unless the folder is read-only.
 
         Args:
             folder: path; with `"a"` made where it is absent.
@@ -615,11 +618,11 @@ class KNNMemory(Arguments):
         return memory
 
     def flush(self):
-        """Waits until all that was added and cleared is on the disk.
+        """Writes what was added and cleared since, and waits for the disk.
 
         Raises:
-            OSError: the disk is full, say. Nothing is lost: what is in memory
-                stays, and may be flushed again.
+            OSError: the disk is full, say. Nothing is lost: the file is as it
+                was, and what is in memory may be flushed again.
             ValueError: the memory is not open for appending.
         """
         with self._lock:

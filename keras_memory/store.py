@@ -7,9 +7,9 @@ in `memory.sqlite-wal`, and an index of them in `memory.sqlite-shm`. Tables:
 `meta`, one row: config, JSON; first and last, numbers of operations; crc,
     CRC-32 of these three.
 `operations`, a row for each number from first to last: row of the memory; count
-    of entries that are added to it, or 0 where it is cleared; crc, CRC-32 of
-    number, row, count and bytes; keys and vals, the bytes of two arrays. The
-    first operation clears all rows; its row is -1.
+    of entries added to it, or 0 where it is cleared; crc, CRC-32 of number,
+    row, count and bytes; keys and vals, the bytes of two arrays. The first
+    operation clears all rows; its row is -1.
 
 SQLite does not check its pages: a changed operation has another checksum, a
 lost one leaves out a number. A damaged end of `memory.sqlite-wal` reads as an
@@ -63,8 +63,8 @@ class Store:
         operations: iterable of `Operation`s that replace all; None for none.
 
     Raises:
-        ValueError: another writer, or a file that is damaged, of another
-            format or of another program. It stays as it is.
+        ValueError: another writer, or a file that is damaged, or of another
+            format or program. It stays as it is.
         OSError: the folder cannot be read or written.
     """
 
@@ -90,31 +90,26 @@ class Store:
             self._held = held.pop_all()
 
     def operations(self, dim, value_dim, value_dtype):
-        """Yields `Operation`s that are committed and were not yet read, and
-        those again of a call that was not finished. ValueError if the file is
-        damaged, or holds another memory by now.
-
-        Args:
-            dim, value_dim: int, widths of keys, which are float32, and values.
-            value_dtype: dtype of values.
+        """Yields `Operation`s that are committed and were not yet read, with
+        float32 keys, or a ValueError where the file is damaged or another one.
+        Those of a call that was not finished come again.
         """
-        kinds = ("float32", (dim,)), (value_dtype, (value_dim,))
-        kinds = [np.dtype(kind) for kind in kinds]
-        sizes = [kind.itemsize for kind in kinds]
+        keys, values = ("f4", (dim,)), (value_dtype, (value_dim,))
+        kinds = np.dtype(keys), np.dtype(values)
+        sizes = kinds[0].itemsize, kinds[1].itemsize
         with self._reading() as connection:
             begin = max(self._read + 1, self._meta.first)
             for number in range(begin, self._meta.last + 1):
                 found = connection.execute(SELECT, (*sizes, number)).fetchone()
-                right = [type(x) for x in found or ()] == [int] * 3 + [
-                    bytes
-                ] * 2
-                _check(right, f"operation {number} is lost or of another size")
-                row, count, crc, *blobs = found
-                right = crc == _checksum((number, row, count), *blobs)
-                _check(right, f"operation {number} has another checksum")
-                yield Operation(
-                    row, *map(np.ndarray, [count] * 2, kinds, blobs)
+                row, count, crc, *blobs = found or [None] * 5
+                types = [type(field) for field in (row, count, *blobs)]
+                right = types == [int, int, bytes, bytes]
+                right = right and crc == _checksum((number, row, count), *blobs)
+                _check(
+                    right, f"operation {number}, of another size or checksum"
                 )
+                arrays = map(np.ndarray, (count, count), kinds, blobs)
+                yield Operation(row, *arrays)
         self._read = self._meta.last
 
     def commit(self, operations, replace=False):
@@ -139,6 +134,7 @@ class Store:
             self._connection.execute("COMMIT")
             self._meta = meta
             undo.pop_all()
+        with contextlib.suppress(sqlite3.Error):  # of a disk that is full
             if replace:  # the file is cut to its new size
                 _pragma(self._connection, "wal_checkpoint")
 
@@ -171,8 +167,7 @@ class Store:
     def _check_owner(self):
         if self.owner != os.getpid():
             raise ValueError(
-                "A store must be used by the process that opened it. Received: "
-                f"{self.path.parent}, in a fork, which must open it anew"
+                f"A fork must open its store. Received: {self.path}"
             )
 
 
@@ -180,17 +175,14 @@ def exists(folder):
     """True if there is a store, whole or damaged; ValueError for an old one."""
     folder = pathlib.Path(folder)
     if (folder / "manifest.json").exists() and any(folder.glob("log-*.bin")):
-        raise ValueError(
-            "A store must be of format 2: load this one by the version that "
-            f"wrote it. Received: {folder}, with a manifest.json of format 1"
-        )
+        raise ValueError(f"{folder} must be of format 2. Received: format 1")
     return (folder / NAME).exists()
 
 
 def _create(path, config, operations):
-    """Writes a file aside, and flushes it as a whole, without SQLite."""
     for stray in path.parent.glob(".memory.writing.sqlite*"):
         stray.unlink()  # a killed process has left it
+    # SQLite need not flush, as the file is flushed as a whole.
     settings = {"journal_mode": "OFF", "synchronous": "OFF", **IDENTITY}
     settings = [f"PRAGMA {name}={value};" for name, value in settings.items()]
     with files.written_aside(path) as aside, _explained(aside):
@@ -239,9 +231,8 @@ def _read_meta(connection):
     found = connection.execute("SELECT * FROM meta LIMIT 2").fetchall()
     types = [type(field) for row in found for field in row]
     _check(types == [str, int, int, int], "another kind of meta")
-    meta = Meta(*found[0][:3])
-    right = found[0][3] == _checksum(meta)
-    right = right and isinstance(json.loads(meta.config), dict)
+    meta, crc = Meta(*found[0][:3]), found[0][3]
+    right = crc == _checksum(meta) and type(json.loads(meta.config)) is dict
     _check(right and 0 < meta.first <= meta.last < 1 << 62, f"{meta}")
     return meta
 
@@ -274,6 +265,5 @@ def _explained(path):
             yield
     except (sqlite3.Error, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} must be as keras_memory wrote it, and stays as it is. "
-            f"Received: {error}"
+            f"{path} must be as keras_memory wrote it. Received: {error}"
         ) from error
