@@ -1,15 +1,15 @@
 """The entries of a memory on a disk, in one SQLite file.
 
 A store is a folder with `memory.sqlite` and `lock`, which its one writer holds
-locked. While it is in use, and after a kill, SQLite keeps the last transactions
-in `memory.sqlite-wal`, and an index of them in `memory.sqlite-shm`. Tables:
+locked. SQLite keeps the last transactions in `memory.sqlite-wal`, and an index
+of them in `memory.sqlite-shm`, while it is in use and after a kill. Tables:
 
 `meta`, one row: config, JSON; first and last, numbers of operations; crc,
     CRC-32 of these three.
 `operations`, a row for each number from first to last: row of the memory; count
     of entries added to it, or 0 where it is cleared; crc, CRC-32 of number,
-    row, count and bytes; keys and vals, the bytes of two arrays. The first
-    operation clears all rows; its row is -1.
+    row, count and bytes; keys and vals, the bytes of two arrays. The first one
+    clears all rows; its row is -1.
 
 SQLite does not check its pages: a changed operation has another checksum, a
 lost one leaves out a number. A damaged end of `memory.sqlite-wal` reads as an
@@ -113,10 +113,9 @@ class Store:
         self._read = self._meta.last
 
     def commit(self, operations, replace=False):
-        """Writes an iterable of `Operation`s, or replaces all by them, in one
-        transaction: readers see all of them or none, and they survive the death
-        of the process and loss of power. After an OSError nothing has changed.
-        """
+        """Adds an iterable of `Operation`s, or replaces all, in a transaction:
+        readers see all of it or nothing, and it survives kills and loss of
+        power. After an OSError nothing has changed."""
         self._check_owner()
         config = json.dumps(self.config) if replace else None
         with _explained(self.path), contextlib.ExitStack() as undo:
@@ -201,9 +200,8 @@ def _write(connection, meta, operations, config):
     _, first, last = meta
     if config is not None:
         connection.execute("DELETE FROM operations")
-        none = np.zeros((0, 0))
-        operations = itertools.chain([Operation(-1, none, none)], operations)
-        first = last + 1
+        clear = Operation(-1, *np.zeros((2, 0, 0)))
+        first, operations = last + 1, itertools.chain([clear], operations)
     for number, (row, *arrays) in enumerate(operations, last + 1):
         blobs = [array.tobytes() for array in arrays]
         key = number, int(row), len(arrays[0])
@@ -225,9 +223,10 @@ def _read_meta(connection):
     """`Meta`, if the file is a store."""
     found = {name: _pragma(connection, name) for name in IDENTITY}
     _check(found == IDENTITY, f"{found} instead of {IDENTITY}")
-    found = connection.execute("SELECT sql FROM sqlite_master LIMIT 3")
-    found = ";".join(str(sql) for (sql,) in found.fetchall())
-    _check(found == SCHEMA, f"another schema, {found[:500]}")
+    found = connection.execute(
+        "SELECT group_concat(sql, ';') FROM sqlite_master"
+    )
+    _check(found.fetchall() == [(SCHEMA,)], "another schema")
     found = connection.execute("SELECT * FROM meta LIMIT 2").fetchall()
     types = [type(field) for row in found for field in row]
     _check(types == [str, int, int, int], "another kind of meta")

@@ -196,17 +196,6 @@ def test_readers_see_a_replacement(folder):
     assert read(folder) == [CLEARED, *bits(made(23))]
 
 
-def test_space_is_given_back(folder):
-    big = Operation(0, np.ones((50_000, 2), "f4"), np.ones((50_000, 5), "f4"))
-    with contextlib.closing(Store(folder, "a")) as store:
-        store.commit([big, big])
-        store.commit([big], replace=True)
-        assert len(content(folder)) < 1.1 * 50_000 * 28
-        store.commit(made(1), replace=True)
-        assert len(content(folder)) < 20_000
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 20_000
-
-
 def test_one_writer_in_a_process(folder):
     store = Store(folder, "a")
     for arguments in (), (CONFIG, made(1)):
@@ -688,9 +677,3 @@ def test_a_maker_that_is_killed(tmp_path, monkeypatch):
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         assert exists(tmp_path / "store") == is_late
     assert read(tmp_path / "store", "a") == FIVE
-
-
-def test_no_pickle():
-    """A store of somebody else runs no code."""
-    text = SOURCE.read_text()
-    assert "pickle" not in text and "np.load" not in text
