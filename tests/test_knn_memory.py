@@ -2537,7 +2537,7 @@ def kill(child, heard):
 
 
 def run_kills(folder, number):
-    knn_memory.FILE_LEAST = 30_000
+    knn_memory.FILE_LEAST = 17_000  # four pages, and little more
     rng = np.random.default_rng(int(number))
     model, known, first = Model(**SIZES_OF_KILLED), 0, set()
     reader = in_a_child(read_on, folder)
