@@ -67,6 +67,18 @@ def fsync(path):
         os.close(handle)
 
 
+def make_folder(path):
+    """Makes a folder and those above it, so that a loss of power leaves them.
+
+    Args:
+        path: `pathlib.Path`.
+    """
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync(path.parent)
+
+
 @contextlib.contextmanager
 def explain_os_errors(what, kept="Nothing was changed.", also=()):
     """Adds to an OSError, such as of a full disk, what was being written.

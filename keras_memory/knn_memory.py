@@ -6,6 +6,7 @@ keys, V width of values, K neighbours.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -17,7 +18,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory import durable
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
@@ -45,13 +45,17 @@ from keras_memory.scann_index import check_scann
 from keras_memory.scann_index import closeness
 from keras_memory.scann_index import import_error
 from keras_memory.scann_index import recall
+from keras_memory.store import Operation
+from keras_memory.store import Store
+from keras_memory.store import exists
 
 STORES = ("auto", "ring", "scann")
 MODES = ("r", "a")
 STORED = ("dim", "max_memories", "num_rows", "value_dim", "similarity")
-STORED += ("value_dtype",)  # where it is not float32
-LOG_FACTOR = 2  # a file larger than so many times its entries is rewritten
-LOG_LEAST = 1 << 24  # bytes of a file that is never rewritten
+STORED += ("value_dtype",)
+BLOCK = 1 << 26  # bytes of entries that are stored together
+FILE_FACTOR = 2  # a file larger than so many times its entries is rewritten
+FILE_LEAST = 1 << 24  # bytes of a file that is never rewritten
 
 
 class Statistics(NamedTuple):
@@ -192,8 +196,9 @@ class KNNMemory(Arguments):
             self._added_at = np.zeros(slots, "int64")
             self._hit_at = np.zeros(slots, "int64")
         self._is_counted = True  # what is searched
-        self._log = self._mode = None
-        self._news, self._operations_read = None, []  # not yet in this memory
+        self._file = self._mode = None
+        self._stored_count = np.zeros(num_rows, "int64")  # of `_count`
+        self._is_cleared = np.zeros(num_rows, bool)  # and not in the file
 
     def _index(self, row):
         if self.store == "ring":
@@ -231,8 +236,6 @@ class KNNMemory(Arguments):
         Raises:
             ValueError: wrong shapes, dtypes, values or rows, or a memory that
                 was opened for reading. Nothing was added.
-            OSError: a memory that was opened for appending could not write
-                its file. Nothing was added.
         """
         with self._lock:
             self._check_writable()
@@ -254,18 +257,11 @@ class KNNMemory(Arguments):
                 kept = _bools("mask", mask, shape[:-1], "one for each entry")
             if is_of_one:
                 keys, values, kept = keys[None], values[None], kept[None]
-            entries = [
-                durable.Operation(int(row), keys[i, some], values[i, some])
-                for i, (row, some) in enumerate(zip(rows, kept))
-                if some.any()
-            ]
-            if self._log is not None:
-                self._log.append(map(_packed, entries))
             slots = np.full(kept.shape, -1, "int32")
-            added = iter(entries)
-            for i, some in enumerate(kept):
+            for i, (row, some) in enumerate(zip(rows, kept)):
                 if some.any():
-                    slots[i, some] = self._add(*next(added))
+                    entries = keys[i, some], values[i, some]
+                    slots[i, some] = self._add(row, *entries)
             return slots[0] if is_of_one else slots
 
     def _is_of_one(self, array, rows):
@@ -396,20 +392,15 @@ class KNNMemory(Arguments):
 
         Raises:
             ValueError: wrong rows, or a memory that was opened for reading.
-            OSError: as `add`.
         """
         with self._lock:
             self._check_writable()
-            rows = self._rows(rows)
-            if self._log is not None:
-                self._log.append(
-                    [durable.Operation(int(row), None, None) for row in rows]
-                )
-            for row in rows:
+            for row in self._rows(rows):
                 self._clear(row)
 
     def _clear(self, row):
-        self._count[row] = 0
+        self._count[row] = self._stored_count[row] = 0
+        self._is_cleared[row] = True
         self._indexes[row].clear()
 
     def size(self):
@@ -538,8 +529,8 @@ class KNNMemory(Arguments):
         """
         folder = check_path("folder", folder)
         with self._lock:
-            operations = map(_packed, self._operations())
-            durable.write(folder, self._config(), operations)
+            operations = self._operations(self._count)
+            Store(folder, "a", self._config(), operations).close()
 
     @classmethod
     def load(cls, folder, **options):
@@ -559,20 +550,23 @@ class KNNMemory(Arguments):
         """
         memory = cls.open(folder, "r", **options)
         memory.close()
-        memory._log = memory._mode = None
+        memory._mode = None
         return memory
 
     @classmethod
     def open(cls, folder, mode="r", **options):
         """A memory whose entries are on a disk.
 
-        With `mode="a"` what is added and cleared is appended to a file in the
-        folder, and from `flush` on survives a kill and a loss of power; only
-        one process at a time can have it open so. With `mode="r"` any number
-        of processes read what was flushed, also beside one that appends;
-        `refresh` brings what was flushed since. What is appended takes room
-        until a `flush` that finds more than twice what the entries need. A fork
-        does neither. (On Windows nothing keeps a second process out.)
+        With `mode="a"`, `flush` writes what was added and cleared to a file in
+        the folder, where it survives a kill and a loss of power; only one
+        process at a time can have it open so. With `mode="r"` any number of
+        processes read what was flushed, also beside one that writes; `refresh`
+        brings what was flushed since. A file that is larger than 16 MiB and
+        twice its entries is written anew. A fork neither flushes nor
+        refreshes. (On Windows nothing keeps a second process out.)
+
+        The file, `memory.sqlite`, is one of SQLite. Readers write its index
+        beside it, unless the folder is read-only.
 
         Args:
             folder: path; with `"a"` made where it is absent.
@@ -592,23 +586,21 @@ class KNNMemory(Arguments):
         """
         folder = check_path("folder", folder)
         check_one_of("mode", mode, MODES)
-        is_new = mode == "a" and not durable.exists(folder)
+        is_new = mode == "a" and not exists(folder)
         if is_new and not {"dim", "max_memories"} <= set(options):
             raise FileNotFoundError(
                 "There must be a memory in `folder`, or `dim` and "
                 "`max_memories` to make one. Received: no memory in "
                 f"{folder}, and {sorted(options)}"
             )
-        if is_new:
-            log = durable.Log(folder, mode, cls(**options)._config())
-        else:
-            log = durable.Log(folder, mode)
+        config = cls(**options)._config() if is_new else None
+        file = Store(folder, mode, config)
         try:
-            config = {"value_dtype": "float32", **log.config}
+            config = file.config
             if set(config) != set(STORED):
                 raise ValueError(
                     f"`folder` must be of a `KNNMemory`, with {STORED}. "
-                    f"Received: {folder}, with {tuple(log.config)}"
+                    f"Received: {folder}, with {tuple(config)}"
                 )
             for name, stored in config.items():
                 given = options.get(name, stored)
@@ -624,36 +616,52 @@ class KNNMemory(Arguments):
                         f"{folder}"
                     )
             memory = cls(**{**options, **config})
-            memory._log, memory._mode = log, mode
-            for operation in memory._operations_of_log():
-                memory._check_stored(*operation)
-                memory._do(*operation)
+            memory._file, memory._mode = file, mode
+            with memory._lock:
+                for operation in memory._read_on():
+                    memory._do(*operation)
+                memory._all_is_stored()
         except BaseException:
-            log.close()
+            file.close()
             raise
         return memory
 
     def flush(self):
-        """Waits until all that was added and cleared is on the disk.
+        """Writes what was added and cleared since, and waits for the disk.
 
         Raises:
-            OSError: the disk is full, say. Nothing is lost: what is in memory
-                stays, and may be flushed again.
+            OSError: the disk is full, say. Nothing is lost: the file is as it
+                was, and what is in memory may be flushed again.
             ValueError: the memory is not open for appending.
         """
         with self._lock:
-            if self._mode != "a" or self._log is None:
+            if self._mode != "a":
                 raise ValueError(
                     "`flush` needs a memory that is open for appending: "
                     '`KNNMemory.open(folder, "a")`. '
                     f"Received: mode={self._mode!r}"
                 )
-            entries = int(self.size().sum())
-            least = entries * 4 * (self.dim + self._stored_width)
-            if self._log.size > max(LOG_LEAST, LOG_FACTOR * least):
-                self._log.rewrite(map(_packed, self._operations()))
+            new = self._count - self._stored_count
+            if not (new.any() or self._is_cleared.any()):
+                return
+            size = self.dim * self._keys.itemsize
+            size += self.value_dim * self._values.itemsize
+            some, all_ = (
+                int(np.minimum(counts, self.max_memories).sum()) * size
+                for counts in (new, self._count)
+            )
+            limit = max(FILE_LEAST, FILE_FACTOR * all_)
+            if self._file.path.stat().st_size + some > limit:
+                self._file.commit(self._operations(self._count), replace=True)
             else:
-                self._log.flush()
+                cleared = map(self._cleared, np.flatnonzero(self._is_cleared))
+                operations = itertools.chain(cleared, self._operations(new))
+                self._file.commit(operations)
+            self._all_is_stored()
+
+    def _all_is_stored(self):
+        self._stored_count[:] = self._count
+        self._is_cleared[:] = False
 
     def refresh(self):
         """Brings what another process has flushed since.
@@ -666,26 +674,25 @@ class KNNMemory(Arguments):
                 damaged.
         """
         with self._lock:
-            if self._mode != "r" or self._log is None:
+            if self._mode != "r":
                 raise ValueError(
                     "`refresh` needs a memory that is open for reading: "
                     '`KNNMemory.open(folder, "r")`. '
                     f"Received: mode={self._mode!r}"
                 )
-            news = self._log.refresh()
-            if news == "anew":
-                self._operations_read = []
-            if self._news != "anew":
-                self._news = news or self._news
-            return self._catch_up()
+            operations = list(self._read_on())  # all, or an error and none
+            for operation in operations:
+                self._do(*operation)
+            return bool(operations)
 
     def close(self):
         """Flushes, and lets other processes write. Searches still work."""
         with self._lock:
-            if self._log is not None:
-                self._log.close()
-                self._log = None
-                self._mode = "closed"
+            if self._file is not None:
+                if self._mode == "a" and self._file.owner == os.getpid():
+                    self.flush()
+                self._file.close()
+                self._file, self._mode = None, "closed"
 
     def __enter__(self):
         return self
@@ -700,74 +707,51 @@ class KNNMemory(Arguments):
         )
 
     def __repr__(self):
-        names = (*self._config(), "store", "target_recall")
+        names = [*STORED[:-1], "store", "target_recall"]
+        if self.value_dtype != "float32":
+            names.insert(-2, "value_dtype")
         values = (f"{name}={getattr(self, name)!r}" for name in names)
         return f"KNNMemory({', '.join(values)})"
 
     def _config(self):
-        config = {name: getattr(self, name) for name in STORED}
-        if self.value_dtype == "float32":  # as of files of before
-            del config["value_dtype"]
-        return config
+        return {name: getattr(self, name) for name in STORED}
 
-    def _operations(self):
-        """All that a file needs to make this memory again."""
-        for row in range(self.num_rows):
-            keys, values = self.entries(row)
-            if len(keys):
-                yield durable.Operation(row, keys, values)
+    def _operations(self, counts):
+        """The latest entries, so many of each row, as a file has them."""
+        size = self.dim * self._keys.itemsize
+        size += self.value_dim * self._values.itemsize
+        step = max(1, BLOCK // size)
+        for row in np.flatnonzero(counts):
+            slots = self._slots(row)[-counts[row] :]
+            for begin in range(0, len(slots), step):
+                some = slots[begin : begin + step]
+                arrays = self._keys[row, some], self._values[row, some]
+                yield Operation(row, *arrays)
 
-    @property
-    def _stored_width(self):
-        """Floats in the files for a value."""
-        itemsize = self._values.itemsize
-        return self.value_dim * max(1, itemsize // 4)
+    def _cleared(self, row):
+        return Operation(row, self._keys[row, :0], self._values[row, :0])
 
-    def _operations_of_log(self):
-        """What is to be read of the log, with values in their dtype."""
-        for row, keys, values in self._log.operations():
-            if values is not None and values.shape[1] == self._stored_width:
-                values = _in_dtype(values, self._values.dtype)
-            yield durable.Operation(row, keys, values)
+    def _read_on(self):
+        """Operations that are in the file and not in this memory, checked."""
+        sizes = self.dim, self.value_dim, self._values.dtype
+        for operation in self._file.operations(*sizes):
+            self._check_stored(*operation)
+            yield operation
 
     def _do(self, row, keys, values):
-        if keys is None:
-            self._clear(row)
-        else:
+        if len(keys):
             self._add(row, keys, values)
-
-    def _catch_up(self):
-        """Does what the log tells, or, if it is damaged, nothing of it."""
-        if self._news is None:
-            return False
-        for operation in self._operations_of_log():
-            self._operations_read.append(operation)
-        for operation in self._operations_read:
-            self._check_stored(*operation)
-        if self._news == "anew":
-            for row in range(self.num_rows):
-                self._clear(row)
-        for operation in self._operations_read:
-            self._do(*operation)
-        self._news, self._operations_read = None, []
-        return True
+        else:
+            for each in range(self.num_rows) if row < 0 else [row]:
+                self._clear(each)
 
     def _check_stored(self, row, keys, values):
-        widths = (self.dim, self.value_dim)
-        is_right = row < self.num_rows and (
-            keys is None
-            or (
-                (keys.shape[1], values.shape[1]) == widths
-                and values.dtype == self._values.dtype
-                and all(_is_sound(part).all() for part in (keys, values))
-            )
-        )
-        if not is_right:
-            shapes = None if keys is None else (keys.shape, values.shape)
+        least = 0 if len(keys) else -1  # which clears all rows
+        is_sound = all(_is_sound(part).all() for part in (keys, values))
+        if not (least <= row < self.num_rows and is_sound):
             raise ValueError(
-                "A stored entry must fit the memory that it is in, and be "
-                f"finite. Received: row {row}, shapes {shapes}, in the file "
-                f"of {self!r}"
+                "Stored entries must be finite, in rows of the memory. "
+                f"Received: row {row}, in the file of {self!r}"
             )
 
     def _check_writable(self):
@@ -814,6 +798,8 @@ def _before_fork():
     _held[:] = list(_MEMORIES)
     for memory in _held:
         memory._lock.acquire()
+        if memory._file is not None:
+            memory._file.disconnect()
 
 
 def _after_fork():
@@ -895,24 +881,6 @@ class _ExactRow:
 def _power(number, least=1):
     """The least power of two that is not smaller."""
     return max(least, 1 << (number - 1).bit_length())
-
-
-def _packed(operation):
-    """As in files, which have float32 only: values of 2 bytes as such, of
-    others the bits."""
-    row, keys, values = operation
-    if values is not None:
-        is_half = values.itemsize == 2
-        values = np.ascontiguousarray(values)
-        values = values.astype("float32") if is_half else values.view("float32")
-    return durable.Operation(row, keys, values)
-
-
-def _in_dtype(values, dtype):
-    """The values that `_packed` packed."""
-    if dtype.itemsize == 2:
-        return values.astype(dtype)
-    return np.ascontiguousarray(values).view(dtype)
 
 
 def _flat(queries):

@@ -7,8 +7,8 @@ import stat
 import numpy as np
 import pytest
 
-from keras_memory import durable
 from keras_memory import files
+from keras_memory import store
 
 fcntl = pytest.importorskip("fcntl", reason="asks how files are open")
 
@@ -50,7 +50,7 @@ class Windows:
 @pytest.fixture
 def windows(monkeypatch):
     system = Windows()
-    for module in (files, durable):
+    for module in (files, store):
         monkeypatch.setattr(module, "os", system)
     monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(files, "PAUSE", 0.0)
@@ -79,15 +79,13 @@ def test_a_file_is_written_on_windows(windows, tmp_path):
 @needs_proc
 def test_a_store_is_written_on_windows(windows, tmp_path):
     keys, values = np.ones((2, 3), "f4"), np.ones((2, 0), "f4")
-    operation = durable.Operation(0, keys, values)
-    log = durable.Log(tmp_path / "new" / "store", "a", config={})
-    log.append([operation])
-    log.flush()
-    log.rewrite([operation, operation])
-    log.close()
-    log = durable.Log(tmp_path / "new" / "store", "r")
-    assert len(list(log.operations())) == 2
-    log.close()
+    operation = store.Operation(0, keys, values)
+    one = store.Store(tmp_path / "new" / "store", "a", {}, [operation])
+    one.commit([operation])
+    one.close()
+    one = store.Store(tmp_path / "new" / "store", "r")
+    assert len(list(one.operations(3, 0, "f4"))) == 3
+    one.close()
 
 
 @needs_proc

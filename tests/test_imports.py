@@ -23,7 +23,7 @@ LAYERS = [
         "visualization",
     ],
     ["arguments", "geometry"],
-    ["access", "controllers", "durable", "scan", "rgbd", "rooms"],
+    ["access", "controllers", "store", "scan", "rgbd", "rooms"],
     ["addressing", "retrieval"],
     ["scann_index"],
     ["knn_memory"],

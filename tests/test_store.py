@@ -1,0 +1,679 @@
+"""Operations on a disk: what goes in comes out, or an error does."""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from keras_memory import files
+from keras_memory import store as module
+from keras_memory.store import Operation
+from keras_memory.store import Store
+from keras_memory.store import exists
+
+CONFIG = {"dim": 2, "name": "é", "clip": None}
+CLEARED = (-1, (0, 2), b"", b"")
+SOURCE = pathlib.Path(module.__file__)
+
+# Begins a script that has the module, without Keras and what it brings.
+ALONE = f"""
+import contextlib, os, random, signal, sys, time, types
+package = types.ModuleType("keras_memory")
+package.__path__ = [{str(SOURCE.parent)!r}]
+sys.modules["keras_memory"] = package
+import numpy as np
+from keras_memory.store import Operation, Store, exists
+"""
+
+
+def made(*numbers):
+    """Operations that are all different: each third one clears."""
+    for i in numbers:
+        rng = np.random.default_rng(i)
+        shape = i % 3, 2
+        yield Operation(
+            i % 7,
+            rng.normal(size=shape).astype("f4"),
+            rng.normal(size=(i % 3, 5)).astype("f4"),
+        )
+
+
+def bits(operations):
+    """What can be compared of operations."""
+    return [
+        (row, keys.shape, keys.tobytes(), values.tobytes())
+        for row, keys, values in operations
+    ]
+
+
+def rest(store):
+    return bits(store.operations(2, 5, "f4"))
+
+
+def read(folder, mode="r"):
+    with contextlib.closing(Store(folder, mode)) as store:
+        return rest(store)
+
+
+def content(folder):
+    return (folder / "memory.sqlite").read_bytes()
+
+
+def run_script(code, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A store of five operations."""
+    Store(tmp_path / "store", "a", CONFIG, made(*range(5))).close()
+    return tmp_path / "store"
+
+
+FIVE = [CLEARED, *bits(made(*range(5)))]
+
+
+# What is written is read.
+
+
+def test_what_is_committed_is_read(tmp_path):
+    folder = tmp_path / "with" / "parents of 100%?#"
+    assert not exists(folder)
+    with contextlib.closing(Store(folder, "a", CONFIG)) as store:
+        assert exists(folder) and store.config == CONFIG
+        assert rest(store) == [CLEARED]
+        store.commit(made(0, 1))
+        store.commit([])
+        store.commit(made(2, 3))
+    with contextlib.closing(Store(str(folder), "a")) as store:
+        assert rest(store) == [CLEARED, *bits(made(*range(4)))]
+        store.commit(made(4))
+        assert rest(store) == bits(made(4))
+    reader = Store(folder, "r")
+    assert reader.config == CONFIG
+    next(reader.operations(2, 5, "f4"))  # and no further
+    assert rest(reader) == FIVE
+    assert rest(reader) == []
+    reader.close()
+    Store(folder, "a").disconnect()
+    assert {"lock", "memory.sqlite"} <= set(os.listdir(folder))
+
+
+@pytest.mark.parametrize("widths", [(2, 0), (1, 3)])
+@pytest.mark.parametrize("dtype", ["f8", "i8", "f2", ml_dtypes.bfloat16])
+def test_arrays_come_back_in_their_dtype(widths, dtype, tmp_path):
+    keys, values = (
+        np.arange(4 * width).reshape(width, 4).T for width in widths
+    )
+    keys, values = keys.astype("f4"), values.astype(dtype)
+    store = Store(tmp_path, "a", {}, [Operation(np.int64(3), keys, values)])
+    store.close()
+    with contextlib.closing(Store(tmp_path, "r")) as store:
+        _, found = store.operations(*widths, dtype)
+    assert found.row == 3
+    for x, y in zip(found[1:], (keys, values)):
+        assert x.dtype == y.dtype and (x == y).all() and x.shape == y.shape
+
+
+def test_what_is_not_there(tmp_path):
+    for absent in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match="memory.sqlite"):
+            Store(absent, "r")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        Store(tmp_path / "file", "a", CONFIG)
+
+
+# One writer, any number of readers.
+
+
+def test_readers_see_what_is_committed(folder):
+    store, early, late = (Store(folder, mode) for mode in "arr")
+    assert rest(early) == FIVE
+    interrupted = early.operations(2, 5, "f4")
+    assert rest(early) == []
+
+    def half():
+        yield from made(5)
+        assert rest(early) == []
+        yield from made(6)
+
+    store.commit(half())
+    assert rest(early) == bits(made(5, 6))
+    store.commit(made(7))
+    assert rest(late) == [*FIVE, *bits(made(5, 6, 7))]
+    store.commit(made(8))
+    store.close()
+    assert bits(interrupted) == bits(made(7, 8))
+    assert rest(late) == bits(made(8))
+    early.close()
+    late.close()
+
+
+def test_readers_see_a_replacement(folder):
+    store, reader, late = (Store(folder, mode) for mode in "arr")
+    assert rest(reader) == FIVE
+    going = late.operations(2, 5, "f4")
+    first = next(going)
+    store.commit(made(5))
+    store.commit(made(10, 11), replace=True)
+    assert bits([first, *going]) == FIVE  # as when it began
+    assert rest(reader) == rest(late) == [CLEARED, *bits(made(10, 11))]
+    store.commit(made(12))
+    assert rest(reader) == bits(made(12))
+    store.commit([], replace=True)
+    assert rest(reader) == [CLEARED]
+    store.close()
+    # The same when the whole store is another one.
+    Store(folder, "a", CONFIG, made(20, 21)).close()
+    assert rest(reader) == [CLEARED, *bits(made(20, 21))]
+    for path in folder.iterdir():
+        path.unlink()
+    Store(folder, "a", CONFIG, made(22)).close()
+    assert rest(reader) == [CLEARED, *bits(made(22))]
+    Store(folder, "a", {"dim": 3}, made(23)).close()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='memory.sqlite.*"dim": 3.*after'):
+            rest(reader)
+    assert read(folder) == [CLEARED, *bits(made(23))]
+
+
+def test_one_writer_in_a_process(folder):
+    store = Store(folder, "a")
+    for arguments in (), (CONFIG, made(1)):
+        with pytest.raises(ValueError, match="Only one.*Received: .*store"):
+            Store(folder, "a", *arguments)
+    store.commit(made(5))
+    store.close()
+    store.close()
+    assert read(folder, "a") == [*FIVE, *bits(made(5))]
+
+
+def test_one_writer_among_processes_until_its_death(folder):
+    code = ALONE + "x = Store(sys.argv[1], 'a'); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"1\n"
+        try:
+            with pytest.raises(ValueError, match="Only one"):
+                Store(folder, "a")
+            assert read(folder) == FIVE
+        finally:
+            other.kill()
+    assert read(folder, "a") == FIVE
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from keras_memory import KNNMemory
+
+folder = sys.argv[1]
+sizes = {"dim": 2, "max_memories": 100, "store": "ring"}
+memory = KNNMemory.open(folder, "a", **sizes)
+memory.add(np.ones((1, 2)), np.ones((1, 2)))
+memory.flush()
+reader = KNNMemory.open(folder)
+memory.add(np.ones((1, 2)), np.ones((1, 2)))
+child = os.fork()
+if not child:
+    again = lambda: KNNMemory.open(folder, "a")
+    for call in memory.flush, reader.refresh, again:
+        try:
+            call()
+        except ValueError as error:
+            print(str(error)[:16], flush=True)
+    memory.close()
+    reader.close()
+    assert KNNMemory.open(folder).size() == [1]
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+memory.flush()
+assert reader.refresh() and reader.size() == [2]
+alive, stop = os.pipe()
+child = os.fork()
+if not child:
+    os.close(stop)
+    os.read(alive, 1)  # until the parent is done
+    os._exit(0)
+memory.close()  # and the child keeps no lock
+with KNNMemory.open(folder, "a") as memory:
+    assert memory.size() == [2]
+os.close(stop)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+def test_forks_write_nothing(tmp_path):
+    told = run_script(FORKED, tmp_path / "memory", KERAS_BACKEND="numpy")
+    refused = ["A fork must open", "A fork must open", "Only one process"]
+    assert told.split("\n")[:3] == refused
+
+
+@pytest.mark.parametrize("is_connected", [False, True])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
+    folder = tmp_path / "store"
+    store = Store(folder, "a", CONFIG)
+    if is_connected:
+        store.commit(made(0))
+    folder.rename(tmp_path / "moved")
+    if is_new:
+        Store(folder, "a", CONFIG, made(1)).close()
+    for _ in range(2):
+        with pytest.raises(OSError, match="memory.sqlite"):
+            store.commit(made(2))
+    store.close()
+    assert exists(folder) == is_new
+    if is_new:
+        assert read(folder) == [CLEARED, *bits(made(1))]
+    expected = [CLEARED, *bits(made(0))] if is_connected else [CLEARED]
+    assert read(tmp_path / "moved") == expected
+
+
+# What is damaged, or another's.
+
+
+def refused(folder, match="memory.sqlite must be as.*Received: "):
+    """No mode gives operations, and the file stays as it is."""
+    before = content(folder)
+    for mode in "rar":
+        with pytest.raises(ValueError, match=match):
+            read(folder, mode)
+        assert content(folder) == before
+
+
+def flip(folder, numbers, monkeypatch):
+    """Flips bits, one at a time: an error, or nothing is lost, also when more
+    is written."""
+    monkeypatch.setattr(files, "fsync", lambda path: None)  # too slow
+    whole, path, refusals = content(folder), folder / "memory.sqlite", 0
+    for number in numbers:
+        flipped = bytearray(whole)
+        flipped[number // 8] ^= 1 << number % 8
+        path.write_bytes(flipped)
+        try:
+            assert read(folder) == FIVE, number
+            expected = FIVE
+        except (ValueError, OSError) as error:
+            expected = None
+            assert "memory.sqlite" in str(error), number
+        try:
+            with contextlib.closing(Store(folder, "a")) as store:
+                assert rest(store) == expected, number
+                store.commit(made(5))
+            assert read(folder) == [*FIVE, *bits(made(5))], number
+        except (ValueError, OSError) as error:
+            refusals += 1
+            assert "memory.sqlite" in str(error), number
+            assert bytes(flipped) == content(folder), number
+        for name in "-wal", "-shm":
+            path.with_name(f"memory.sqlite{name}").unlink(missing_ok=True)
+    return refusals / len(numbers)
+
+
+def test_no_bit_can_flip(folder, monkeypatch):
+    size = len(content(folder))
+    assert size == 4 * 4096
+    places = [*range(0, size, 211)]
+    for page in range(0, size, 4096):  # which begins and ends with content
+        places += range(page, page + 100, 3)
+        places += range(page + 3900, page + 4096, 2)
+    rng = np.random.default_rng(1)
+    numbers = 8 * np.array(places) + rng.integers(8, size=len(places))
+    assert 0.3 < flip(folder, numbers, monkeypatch) < 0.7
+
+
+@pytest.mark.slow
+def test_no_bit_of_any_byte_can_flip(folder, monkeypatch):
+    rng = np.random.default_rng(2)
+    numbers = 8 * np.arange(4 * 4096) + rng.integers(8, size=4 * 4096)
+    flip(folder, numbers, monkeypatch)
+
+
+def test_a_file_that_is_cut_is_refused(folder):
+    whole = content(folder)
+    for size in [*range(0, len(whole), 511), *range(len(whole))[-3:]]:
+        (folder / "memory.sqlite").write_bytes(whole[:size])
+        refused(folder)
+    for other in (b"text" * 5000, bytes(len(whole)), whole + bytes(5)):
+        (folder / "memory.sqlite").write_bytes(other)
+        if other[:-5] != whole:
+            refused(folder)
+    assert read(folder) == FIVE
+
+
+def test_a_cut_log_of_sqlite_gives_earlier_commits(folder, tmp_path):
+    """Which a kill may leave too."""
+    store = Store(folder, "a")
+    for i in range(5, 9):
+        store.commit(made(i))
+    wal, main = (folder / "memory.sqlite-wal").read_bytes(), content(folder)
+    store.close()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "memory.sqlite").write_bytes(main)
+    lengths = set()
+    for size in range(0, len(wal) + 1, 200):
+        (tmp_path / "new" / "memory.sqlite-wal").write_bytes(wal[:size])
+        found = read(tmp_path / "new")
+        assert found == [CLEARED, *bits(made(*range(9)))][: len(found)]
+        lengths.add(len(found))
+    assert lengths >= {6, 7, 8, 9}
+
+
+HOSTILE = {
+    "trigger": "CREATE TRIGGER t AFTER INSERT ON meta BEGIN SELECT 1; END",
+    "view": "DROP TABLE meta; CREATE VIEW meta AS SELECT 1",
+    "index": "CREATE INDEX i ON operations (abs(row))",
+    "more": "CREATE TABLE more (a)",
+    "no-meta": "DELETE FROM meta",
+    "two-metas": "INSERT INTO meta SELECT * FROM meta",
+    "types": "UPDATE meta SET config = CAST(config AS BLOB)",
+    "numbers": "UPDATE meta SET last = last + 1",
+    "lost": "DELETE FROM operations WHERE row = 4",
+    "lost-last": "DELETE FROM operations WHERE number = "
+    "(SELECT max(number) FROM operations)",
+    "row": "UPDATE operations SET row = 6 WHERE row = 4",
+    "text": "UPDATE operations SET keys = 'é' || hex(zeroblob(3))",
+    "null": "UPDATE operations SET vals = NULL WHERE count = 1",
+    "count": "UPDATE operations SET count = 1 << 61",
+    "negative": "UPDATE operations SET count = -1",
+    "real": "UPDATE operations SET count = 1.5",
+    "big": "UPDATE operations SET keys = zeroblob(1 << 24)",
+    "another-program": "PRAGMA application_id = 5",
+    "newer-format": "PRAGMA user_version = 3",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_of_others_is_refused(name, folder):
+    connection = sqlite3.connect(folder / "memory.sqlite")
+    connection.executescript(HOSTILE[name])
+    connection.close()
+    refused(folder)
+
+
+@pytest.mark.parametrize("count", [1, 2, 1 << 40, -1])
+def test_sizes_are_checked_though_checksums_are_right(count, tmp_path):
+    Store(tmp_path, "a", CONFIG, made(1)).close()
+    connection = sqlite3.connect(tmp_path / "memory.sqlite")
+    (number,) = connection.execute("SELECT last FROM meta").fetchone()
+    for blobs in (bytes(16), bytes(1 << 20)), (b"", b""), (bytes(8), bytes(20)):
+        if count == 1 and blobs[1] == bytes(20):
+            continue  # which is right
+        crc = module._checksum((number, 1, count), *blobs)
+        new = 1, count, crc, *blobs
+        text = "UPDATE operations SET row=?, count=?, crc=?, keys=?, vals=?"
+        connection.execute(f"{text} WHERE number = {number}", new)
+        connection.commit()
+        refused(tmp_path, "of another size")
+    connection.close()
+
+
+def test_a_config_of_others_is_refused(folder):
+    connection = sqlite3.connect(folder / "memory.sqlite")
+    for config in "{", "[" * 100_000, "9" * 10_000, "[]":
+        _, first, last, _ = connection.execute("SELECT * FROM meta").fetchone()
+        crc = module._checksum((config, first, last))
+        new = "UPDATE meta SET config = ?, crc = ?"
+        connection.execute(new, (config, crc))
+        connection.commit()
+        for mode in "ra":
+            with pytest.raises(ValueError, match="memory.sqlite"):
+                Store(folder, mode)
+    connection.close()
+
+
+@pytest.mark.parametrize("program", ["", "PRAGMA journal_mode=WAL;"])
+def test_a_database_of_another_program_stays(program, tmp_path):
+    path = tmp_path / "memory.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript(program + "CREATE TABLE theirs (a)")
+    connection.close()
+    refused(tmp_path)
+    with pytest.raises(ValueError, match="memory.sqlite must be as"):
+        Store(tmp_path, "a", CONFIG, made(1))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT * FROM theirs").fetchall() == []
+
+
+def test_a_store_of_the_format_of_before(tmp_path):
+    (tmp_path / "log-1.bin").write_bytes(b"kerasmem")
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1}))
+    for mode in "ra":
+        with pytest.raises(ValueError, match="must be of format 2.*format 1"):
+            Store(tmp_path, mode, CONFIG)
+    assert not (tmp_path / "memory.sqlite").exists()
+    (tmp_path / "log-1.bin").unlink()  # a manifest of something else
+    Store(tmp_path, "a", CONFIG).close()
+
+
+# A disk that is full, read-only, or of another kind.
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_a_full_disk(replace, is_connected, folder):
+    big = Operation(1, np.ones((9000, 2), "f4"), np.ones((9000, 5), "f4"))
+    expected = FIVE
+    with contextlib.closing(Store(folder, "a")) as store:
+        if is_connected:
+            store.commit(made(5))
+            expected = [*FIVE, *bits(made(5))]
+        for size in (0, 100, 5000, 33_000, 60_000, 100_000, 252_000):
+            with no_file_beyond(size), pytest.raises(OSError, match="room"):
+                store.commit([*made(6), big], replace)
+            assert read(folder) == expected
+        store.commit([*made(6), big], replace)
+        store.commit(made(7))
+    new = bits([*made(6), big, *made(7)])
+    assert read(folder) == [*([CLEARED] if replace else expected), *new]
+
+
+def test_a_full_disk_of_sqlite(folder):
+    """Which fails elsewhere than a limit of the system."""
+    with contextlib.closing(Store(folder, "a")) as store:
+        store.commit([])
+        store._connection.execute("PRAGMA max_page_count=5")
+        big = Operation(1, np.ones((900, 2), "f4"), np.ones((900, 5), "f4"))
+        with pytest.raises(OSError, match="sqlite: database or disk is full"):
+            store.commit([*made(5), big])
+        assert read(folder) == FIVE
+        store.commit([big])
+    assert read(folder) == [*FIVE, *bits([big])]
+
+
+def test_a_disk_that_is_full_at_the_first_write(tmp_path):
+    for size in (0, 100, 5000, 12_000):
+        with no_file_beyond(size), pytest.raises(OSError, match="sqlite"):
+            Store(tmp_path, "a", CONFIG, made(*range(50)))
+        assert os.listdir(tmp_path) == ["lock"]
+    (tmp_path / ".memory.writing.sqlite").write_bytes(b"of a kill")
+    Store(tmp_path, "a", CONFIG, made(1)).close()
+    assert read(tmp_path) == [CLEARED, *bits(made(1))]
+    assert ".memory.writing.sqlite" not in os.listdir(tmp_path)
+
+
+def test_no_shared_memory(folder, tmp_path, monkeypatch):
+    connect = sqlite3.connect
+
+    def elsewhere(path, **options):
+        return connect(f"{path}&vfs=unix-dotfile", **options)
+
+    monkeypatch.setattr(module.sqlite3, "connect", elsewhere)
+    with pytest.raises(OSError, match="no shared memory"):
+        Store(tmp_path / "new", "a", CONFIG)
+    assert os.listdir(tmp_path / "new") == ["lock"]
+    with pytest.raises(OSError, match="memory.sqlite.*shared memory"):
+        Store(folder, "r")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+def test_a_folder_that_is_read_only(folder):
+    """Opened without `memory.sqlite-shm`, which SQLite could not make."""
+    code = ALONE + (
+        "os.geteuid() or os.setuid(65534)\n"
+        "assert not os.access(sys.argv[1], os.W_OK)\n"
+        "store = Store(sys.argv[1], 'r')\n"
+        "print(len(list(store.operations(2, 5, 'f4'))))\n"
+        "try:\n"
+        "    Store(sys.argv[1], 'a')\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.getuid() and path != pathlib.Path("/"):
+            path.chmod(path.stat().st_mode | 0o555)
+    for is_written in (False, True):
+        store = Store(folder, "a") if is_written else None
+        if is_written:
+            store.commit(made(5))
+        folder.chmod(0o555)
+        before = sorted(os.listdir(folder))
+        try:
+            told = run_script(code, folder)
+        finally:
+            folder.chmod(0o755)
+        assert told.startswith(f"{6 + is_written}\n") and "denied" in told
+        assert sorted(os.listdir(folder)) == before
+    store.close()
+
+
+def test_ctrl_c(folder):
+    def interrupted():
+        yield from made(5, 6)
+        raise KeyboardInterrupt
+
+    with contextlib.closing(Store(folder, "a")) as store:
+        for replace in (False, True):
+            with pytest.raises(KeyboardInterrupt):
+                store.commit(interrupted(), replace)
+            assert read(folder) == FIVE
+        store.commit(made(5))
+    assert read(folder) == [*FIVE, *bits(made(5))]
+
+
+# Processes that are killed.
+
+KILLS = (
+    ALONE
+    + """
+folder, kills, rng = sys.argv[1], int(sys.argv[2]), random.Random(sys.argv[2])
+
+def numbered(*numbers):
+    for i in numbers:
+        keys = np.full((1 + i % 50, 30), i, "f4")
+        yield Operation(i, keys, keys[:, :20])
+
+def write(told):
+    store = Store(folder, "a", {})
+    *_, last = store.operations(30, 20, "f4")
+    count = last.row + 1
+    while True:
+        store.commit(numbered(*range(count, count + 5)))
+        count += 5
+        if count % 35 == 0:
+            store.commit(numbered(*range(max(count - 20, 0), count)), True)
+        os.write(told, b"%d " % count)
+
+def look(store, count):
+    "The number that follows what is there."
+    for row, keys, values in store.operations(30, 20, "f4"):
+        if row < 0:
+            count = None
+            continue
+        assert count in (None, row) and len(keys) == 1 + row % 50, (count, row)
+        assert (keys == row).all() and (values == row).all()
+        count = row + 1
+    return count
+
+reader, known, replaced = None, 0, 0
+for kill in range(kills):
+    heard, told = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            write(told)
+        finally:
+            os._exit(1)
+    os.close(told)
+    end = time.monotonic() + rng.uniform(0, 0.06)
+    seen = known
+    while time.monotonic() < end:
+        if reader is None and exists(folder):
+            reader = Store(folder, "r")
+        if reader is not None:
+            seen = look(reader, seen) or 0
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it ended by itself"
+    with open(heard, "rb") as file:
+        numbers = [known, *map(int, file.read().split())]
+    if not exists(folder):
+        assert numbers == [0]
+        continue
+    with contextlib.closing(Store(folder, "r")) as store:
+        known = look(store, None) or 0
+    # A commit that was not acknowledged may be there, but whole.
+    assert numbers[-1] <= known <= numbers[-1] + 5 and known % 5 == 0, numbers
+    if reader is not None:
+        assert (look(reader, seen) or 0) == known
+print(known)
+"""
+)
+
+
+def test_writers_that_are_killed(tmp_path):
+    assert int(run_script(KILLS, tmp_path / "store", 40)) > 100
+
+
+@pytest.mark.slow
+def test_many_writers_that_are_killed(tmp_path):
+    assert int(run_script(KILLS, tmp_path / "store", 1000)) > 1000
+
+
+def test_a_maker_that_is_killed(tmp_path, monkeypatch):
+    """Before the file has its name, or just after."""
+
+    def killed(*paths):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for is_late in (False, True):
+        child = os.fork()
+        if not child:
+            replace = os.replace if is_late else killed
+            os.replace = lambda *paths, do=replace: (do(*paths), killed())
+            Store(tmp_path / "store", "a", CONFIG, made(*range(5)))
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert exists(tmp_path / "store") == is_late
+    assert read(tmp_path / "store", "a") == FIVE
