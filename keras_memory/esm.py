@@ -761,8 +761,9 @@ class ESMLayer(_Map):
             self._check_bytes_of_maps(batch)
 
             def initializer(prior):
-                return lambda shape, dtype: ops.broadcast_to(
-                    ops.cast(prior, dtype), shape
+                return lambda shape, dtype: (
+                    # No view, as PyTorch writes into it.
+                    ops.zeros(shape, dtype) + ops.cast(prior, dtype)
                 )
 
             self._state = LayerState(
