@@ -49,8 +49,17 @@ def main(arguments=None):
     Returns:
         Exit code: 0; 2 after a line that says what was wrong; 130 if it was
         interrupted.
+
+    Raises:
+        SystemExit: arguments that cannot be parsed, with code 2; or `--help`
+            or `--version`, with 0.
     """
-    parsed = parser().parse_args(arguments)
+    top = parser()
+    parsed, unknown = top.parse_known_args(arguments)
+    if unknown:
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if "run" not in parsed:
+        top.error("the following arguments are required: command")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         parsed.run(parsed)
@@ -80,7 +89,7 @@ def parser():
     top.add_argument(
         "--version", action="version", version=f"keras-memory {__version__}"
     )
-    commands = top.add_subparsers(required=True, metavar="command")
+    commands = top.add_subparsers(metavar="command")
 
     def add(function, help, description, example):
         command = commands.add_parser(

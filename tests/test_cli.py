@@ -77,6 +77,7 @@ def test_version_and_help_need_no_tensorflow(start, command):
     "arguments, told",
     [
         ("", "required: command"),
+        ("--verison", "unrecognized arguments: --verison"),
         ("trian copy", "invalid choice: 'trian'"),
         ("train cpoy", "the task must be one of: copy, .* Received: cpoy"),
         ("train", "the task must be one of"),
