@@ -67,8 +67,10 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
         report.write_json(folder / "scaling.json", numbers)
 
     for kind in kinds:
-        panels = []
-        for axis in axes:
+        width = 5.6 * len(QUANTITIES)
+        figure = visualization.Figure((width, 3 * len(axes)), layout="tight")
+        grid = figure.subplots(len(axes), len(QUANTITIES), squeeze=False)
+        for axis, row_of_axes in zip(axes, grid):
             print(f"{described(kind, axis)}\n", flush=True)
             text.append("")
             points, printed = [], None
@@ -85,10 +87,8 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
                 text[-1] = f"{described(kind, axis)}\n\n{table(axis, points)}\n"
                 (folder / "scaling.md").write_text("\n".join(text))
             printed.end()
-            panels.append(panel(kind, axis, points))
-            picture = visualization.stack(panels)
-            path = folder / f"scaling-{kind}.png"
-            path.write_bytes(visualization.encode_png(picture))
+            panel(kind, axis, points, row_of_axes)
+            figure.savefig(folder / f"scaling-{kind}.png")
     text.append(
         f"Milliseconds a training step (medians of at most "
         f"{report.counted(rounds, 'step')}, "
@@ -158,30 +158,28 @@ def _cell(result, quantity):
     return report.short(result[quantity])
 
 
-def panel(kind, axis, points):
-    """A picture for each quantity, side by side; the reference, if it was
+def panel(kind, axis, points, axes):
+    """Draws each quantity into axes of its own; the reference, if it was
     there, is the last line."""
     values = [value for value, _ in points]
     reference, *names = points[0][1]
     if any("not_run" not in results[reference] for _, results in points):
         names.append(reference)
-    pictures = []
-    for quantity, (unit, title) in QUANTITIES.items():
+    for ax, quantity in zip(axes, QUANTITIES):
+        unit, title = QUANTITIES[quantity]
         series = {
             name: (values, [_number(r[name], quantity) for _, r in points])
             for name in names
         }
-        picture = visualization.curves(
+        visualization.plot_curves(
             series,
+            ax,
             f"{kind.upper()}: {title}",
             axis,
             unit,
             log_x=True,
             log_y=True,
-            size=(420, 260),
         )
-        pictures.append(picture.swapaxes(0, 1))
-    return visualization.stack(pictures).swapaxes(0, 1)
 
 
 def _number(result, quantity):

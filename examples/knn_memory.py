@@ -62,11 +62,8 @@ def picture(queries, labels, found, rows):
     """Queries, and beside each its neighbours, in blue if of its class."""
     drawn = []
     for row in rows:
-        tiles = [
-            visualization.Tile(
-                queries[row].reshape(8, 8), "query", str(labels[row])
-            )
-        ]
+        image, right = queries[row].reshape(8, 8), str(labels[row])
+        tiles = [visualization.Tile(image, "query", right)]
         for score, key, (value,) in zip(
             found.scores[0, row], found.keys[0, row], found.values[0, row]
         ):
@@ -75,11 +72,11 @@ def picture(queries, labels, found, rows):
                     key.reshape(8, 8),
                     f"{np.sqrt(-score):.2f} away",
                     str(int(value)),
-                    int(value != labels[row]),
+                    visualization.LINES[int(value != labels[row])],
                 )
             )
-        drawn.append(visualization.tiles(tiles, size=64))
-    return visualization.stack(drawn)
+        drawn.append(tiles)
+    return visualization.plot_tiles(drawn)
 
 
 def main(arguments=None):
@@ -151,9 +148,9 @@ def run(options, folder):
     )
 
     wrong = np.flatnonzero(answers(found) != labels)[:2]
-    image = picture(queries, labels, found, [0, 1, 2, *wrong])
+    figure = picture(queries, labels, found, [0, 1, 2, *wrong])
     path = folder / "neighbours.png"
-    path.write_bytes(visualization.encode_png(image))
+    figure.savefig(path)
     if options.out:
         print(f"wrote {path}")
 

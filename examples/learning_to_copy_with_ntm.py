@@ -49,9 +49,14 @@ class Drawing(keras.callbacks.Callback):
         answer = mask > 0
         print(f"\nepoch {epoch + 1}: loss {logs['loss']:.4f}")
         print(in_text(target[answer], output[answer]))
-        self.frames.append(
-            visualization.target_and_output(target, output, mask)
+        figure = visualization.plot_task(
+            {},
+            targets=self.batch.targets[:1],
+            outputs=outputs,
+            mask=self.batch.mask[:1],
+            title=f"epoch {epoch + 1}: loss {logs['loss']:.4f}",
         )
+        self.frames.append(visualization.to_image(figure))
 
 
 def main(arguments=None):
@@ -105,7 +110,7 @@ def main(arguments=None):
         callbacks=[drawing],
     )
     path = parsed.out / "learning_to_copy.gif"
-    path.write_bytes(visualization.encode_gif(drawing.frames, 400))
+    path.write_bytes(visualization.to_gif(drawing.frames, 400))
     wrong = history.history["wrong_bits_per_sequence"][-1]
     print(f"\nwrong bits a sequence: {wrong:.2f}; drawn: {path}")
     return wrong

@@ -83,34 +83,18 @@ def mapped(frames):
 
 def picture(frames, number, shown, farthest):
     """What the camera sees, beside the map."""
+    figure = visualization.Figure((9.6, 7.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
+    seen = left.subplots(2, 1)
+    seen[0].imshow(np.clip(frames.colour[number], 0, 1))
     depth = np.where(frames.depth[number] > 0, frames.depth[number], np.nan)
-    left = visualization.stack(
-        [
-            visualization.tiles(
-                [visualization.Tile(image, words, "")], 2 * SIZE
-            )
-            for image, words in (
-                (np.clip(frames.colour[number], 0, 1), "the camera sees"),
-                (
-                    visualization.colorize(depth, 0.0, farthest) / 255,
-                    f"frame {number}",
-                ),
-            )
-        ]
-    )
-    right = visualization.sphere(*shown, farthest, "the map, smoothed")
-    rows = max(len(left), len(right))
-    return np.concatenate(
-        [
-            np.pad(
-                part,
-                ((0, rows - len(part)), (0, 0), (0, 0)),
-                constant_values=255,
-            )
-            for part in (left, right)
-        ],
-        axis=1,
-    )
+    seen[1].imshow(depth, vmin=0.0, vmax=farthest)
+    for ax, title in zip(seen, ("the camera sees", f"depth, frame {number}")):
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_axis_off()
+    axes = right.subplots(3, 1)
+    visualization.plot_sphere(*shown, axes, farthest, "the map, smoothed")
+    return figure
 
 
 def main(arguments=None):
@@ -154,7 +138,8 @@ def run(options, folder):
     pictures, began = [], time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     for number, (*shown, mean, variance) in enumerate(mapped(frames)):
-        pictures.append(picture(frames, number, shown, farthest))
+        figure = picture(frames, number, shown, farthest)
+        pictures.append(visualization.to_image(figure))
         seen = variance[..., 2] < 1.0
         is_last = number + 1 == len(frames.depth)
         if room is not None and (is_last or (number + 1) % 12 == 0):
@@ -176,8 +161,8 @@ def run(options, folder):
         ops.convert_to_numpy(points)[0], axis=0, return_index=True
     )
     rgbd.write_points(folder / "room.ply", points, mean[seen, 3:][places])
-    (folder / "room.gif").write_bytes(visualization.encode_gif(pictures, 150))
-    (folder / "room.png").write_bytes(visualization.encode_png(pictures[-1]))
+    (folder / "room.gif").write_bytes(visualization.to_gif(pictures, 150))
+    (folder / "room.png").write_bytes(visualization.to_png(pictures[-1]))
     callbacks.write_images(folder / "logs", "map", pictures)
     if options.out:
         print(f"wrote room.gif, room.png, room.ply and logs to {folder}")

@@ -25,7 +25,6 @@ import numpy as np
 
 import keras_memory
 from keras_memory import explanations
-from keras_memory import visualization
 
 MODELS = "standard", "standard, same classifier", "baseline", "memory wrap"
 MEMORY = 100  # examples
@@ -236,9 +235,10 @@ def main(arguments=None):
     wrong = model.predict(x_test, verbose=0).argmax(axis=1) != y_test
     right, wrong = (np.flatnonzero(one)[:2] for one in (~wrong, wrong))
     shown = [*right, *wrong]
-    picture = explanations.picture(model, x_test[shown])
+    labels = y_test[shown]
+    picture = explanations.picture(model, x_test[shown], labels=labels)
     path = pathlib.Path(options.picture)
-    path.write_bytes(visualization.encode_png(picture))
+    picture.savefig(path)
     print(f"picture: {path}, {len(wrong)} wrong answers at its end")
     return results
 

@@ -19,14 +19,19 @@ def _is_command():
 # Keras loads a layer only if it is registered, so all modules are imported.
 # Only the command waits until it has parsed its arguments, as TensorFlow takes
 # seconds.
+if TYPE_CHECKING:
+    from keras_memory import visualization as visualization
 if TYPE_CHECKING or not _is_command():
     from keras_memory.api import *  # noqa: F403
-else:
 
-    def __getattr__(name):
+
+def __getattr__(name):
+    if name == "visualization":  # imports Matplotlib
+        return importlib.import_module("keras_memory.visualization")
+    if _is_command():
         api = importlib.import_module("keras_memory.api")
         public = {key: vars(api)[key] for key in vars(api) if key[0] != "_"}
         globals().update(public)
         if name in public:
             return public[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -786,3 +786,62 @@ def sparsemax(logits, axis=-1):
     # XLA's maximum passes over NaN, but the sum does not.
     threshold = ops.where(ops.isnan(total(z)), total(z), threshold)
     return ops.cast(ops.relu(z - threshold), logits.dtype)
+
+
+def dense_linkage(linkage, columns):
+    """Makes N x N links of those that a DNC with `sparse_links` keeps.
+
+    Args:
+        linkage: (..., N, K) links, as `trace` or a `DNCState` have them.
+        columns: (..., N, K) whole numbers in [0, N), their `link_columns`.
+
+    Returns:
+        (..., N, N) array, 0 where no link is kept, for `plot_linkage`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    linkage, columns = np.asarray(linkage), np.asarray(columns)
+    if linkage.shape != columns.shape or linkage.ndim < 2:
+        raise ValueError(
+            "`linkage` and `columns` must both be (..., N, K). Received: "
+            f"linkage.shape={linkage.shape}, columns.shape={columns.shape}"
+        )
+    slots = linkage.shape[-2]
+    dense = np.zeros((*linkage.shape[:-1], slots), linkage.dtype)
+    *places, _ = np.indices(linkage.shape, sparse=True)
+    np.add.at(dense, (*places, columns.astype("int64")), linkage)
+    return dense
+
+
+def entropy(weighting):
+    """How widely a weighting is spread, in bits: the sum of -w log2 w.
+
+    0 where one slot has all, log2(N) where all share alike. A weighting that
+    sums to less than 1 is not rescaled: a head that looks nowhere has 0.
+
+    Args:
+        weighting: (..., N), not negative.
+
+    Returns:
+        (...) float64.
+
+    Raises:
+        ValueError: `weighting` has no slots, or is negative somewhere.
+
+    >>> print(entropy([[1.0, 0.0], [0.5, 0.5], [0.5, 0.0]]))
+    [0.  1.  0.5]
+    """
+    weighting = np.asarray(weighting, "float64")
+    if not weighting.ndim or not weighting.shape[-1]:
+        raise ValueError(
+            "`weighting` must have the shape (..., N), of N slots. "
+            f"Received: shape {weighting.shape}"
+        )
+    if np.any(weighting < -1e-6):  # less is rounding
+        raise ValueError(
+            "`weighting` must not be negative. "
+            f"Received: a smallest of {np.nanmin(weighting)}"
+        )
+    bits = np.log2(np.where(weighting <= 0, 1.0, weighting))
+    return 0.0 - (weighting * bits).sum(axis=-1)

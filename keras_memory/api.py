@@ -11,7 +11,6 @@ from keras_memory import retrieval as retrieval
 from keras_memory import rgbd as rgbd
 from keras_memory import rooms as rooms
 from keras_memory import tasks as tasks
-from keras_memory import visualization as visualization
 from keras_memory.dnc import DNCCell as DNCCell
 from keras_memory.dnc import DNCLayer as DNCLayer
 from keras_memory.dnc import DNCState as DNCState
@@ -28,6 +27,7 @@ from keras_memory.ntm import MERLINState as MERLINState
 from keras_memory.ntm import NTMCell as NTMCell
 from keras_memory.ntm import NTMLayer as NTMLayer
 from keras_memory.ntm import NTMState as NTMState
+from keras_memory.plotting import plot as plot
 from keras_memory.recurrent import MemoryCell as MemoryCell
 from keras_memory.recurrent import MemoryRNN as MemoryRNN
 from keras_memory.recurrent import trace as trace

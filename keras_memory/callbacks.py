@@ -1,19 +1,17 @@
 """Keras callbacks that show a memory while it learns."""
 
 import pathlib
-import struct
 import time
 import warnings
-import zlib
 from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_memory import addressing
 from keras_memory import explanations
 from keras_memory import recurrent
-from keras_memory import visualization
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
@@ -118,16 +116,17 @@ class Probe:
         return tf.function(run)
 
 
-def probe_picture(seen, title, memory=False):
+def probe_picture(seen, title, memory=False, **options):
     """Draws the first sequence of a probe.
 
     Args:
         seen: `Seen`, with targets.
         title: str, the headline.
-        memory: bool, with a film strip of the memory.
+        memory: bool, whether the memory is drawn.
+        **options: of `visualization.plot_task`.
 
     Returns:
-        (H, W, 3) uint8 image.
+        `visualization.Figure`.
 
     Raises:
         ValueError: what was seen is no sequences, or has no targets.
@@ -139,49 +138,18 @@ def probe_picture(seen, title, memory=False):
             "(B, T, units), and a mask (B, T) or none. Received: inputs {}, "
             "targets {}, outputs {}, mask {}".format(*shapes)
         )
-    inside = {}
-    for layer, trace in seen.traces.items():
-        prefix = f"{layer}/" if len(seen.traces) > 1 else ""
-        weightings = _weightings_of_heads(trace)
-        if not weightings:
-            continue  # which a picture of a memory needs
-        gates = [
-            name
-            for name, values in trace.items()
-            if name.endswith("_gate") and values.ndim == 3
-        ]
-        memories = [
-            name
-            for name, values in trace.items()
-            if name.split("/")[-1] == "memory" and values.ndim == 4
-        ]
-        for name in gates + weightings + memories * memory:
-            inside[prefix + name] = _first_sequence(name, trace[name])
-    return visualization.task_picture(
-        seen.inputs[0],
-        seen.targets[0],
-        seen.outputs[0],
-        None if seen.mask is None else seen.mask[0],
-        inside,
-        title,
-        high=max(1.0, float(seen.targets[0].max())),
+    from keras_memory import visualization
+
+    return visualization.plot_task(
+        recurrent.joined(seen.traces),
+        seen.inputs,
+        seen.targets,
+        seen.outputs,
+        seen.mask,
+        title=title,
+        memory=memory,
+        **options,
     )
-
-
-def _weightings_of_heads(trace):
-    """Names of the weightings by which heads read and write, not of those on
-    the way to them; of all where an architecture calls them otherwise."""
-    names = [name for name in trace if name.endswith("_weighting")]
-    final = ("read_weighting", "write_weighting")
-    return [n for n in names if n.split("/")[-1] in final] or names
-
-
-def _first_sequence(name, values):
-    """(T, ...); weightings of pairs of heads (T, R, H, N) as (T, R H, N)."""
-    values = values[0]
-    if name.endswith("_weighting") and values.ndim > 3:
-        values = values.reshape(len(values), -1, values.shape[-1])
-    return values
 
 
 class ProbePictures(keras.callbacks.Callback):
@@ -237,9 +205,12 @@ class ProbePictures(keras.callbacks.Callback):
             self._draw()
 
     def _draw(self):
-        picture = probe_picture(
-            self.probe.look(self.model), self.title(self._done)
+        from keras_memory import images
+
+        figure = probe_picture(
+            self.probe.look(self.model), self.title(self._done), slots="all"
         )
+        image = images.to_image(figure)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self._done:08}.png"
         if path.exists() and not _is_marked(path):
@@ -249,21 +220,21 @@ class ProbePictures(keras.callbacks.Callback):
                 stacklevel=2,
             )
             return
-        encoded = visualization.encode_png(picture)
         with written_aside(path) as aside:
-            aside.write_bytes(encoded[:HEADER] + MARK + encoded[HEADER:])
+            aside.write_bytes(images.to_png(image, MARK))
 
 
-# A text within a PNG, behind its signature and its header.
-HEADER = 8 + 25
-_TEXT = b"tEXtSoftware\0keras_memory.callbacks.ProbePictures"
-MARK = struct.pack(">I", len(_TEXT) - 4) + _TEXT
-MARK += struct.pack(">I", zlib.crc32(_TEXT))
+MARK = "keras_memory.callbacks.ProbePictures"  # "Software" of a PNG
 
 
 def _is_marked(path):
-    with open(path, "rb") as file:
-        return file.read(HEADER + len(MARK)).endswith(MARK)
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except OSError:  # no image
+        return False
 
 
 def pictures(folder):
@@ -285,21 +256,29 @@ def animation(folder, milliseconds=400):
     Raises:
         FileNotFoundError: no pictures.
     """
-    frames = [
-        visualization.decode_png(path.read_bytes()) for path in pictures(folder)
-    ]
+    from PIL import Image
+
+    from keras_memory import images
+
+    frames = []
+    for path in pictures(folder):
+        with Image.open(path) as image:
+            frames.append(np.asarray(image.convert("RGB")))
     if not frames:
         raise FileNotFoundError(
             "An animation needs the pictures of a training, which `picture_"
             f"every` asks for. Received: {folder}, which has none"
         )
-    # A longer headline makes a narrow picture wider.
-    width = max(frame.shape[1] for frame in frames)
+    # A run that went on with another version has pictures of two sizes.
+    size = np.max([frame.shape for frame in frames], axis=0)
     frames = [
-        np.pad(frame, ((0, 0), (0, width - frame.shape[1]), (0, 0)), "edge")
+        np.pad(frame, [(0, more) for more in size - frame.shape], "edge")
         for frame in frames
     ]
-    return visualization.encode_gif(frames + frames[-1:] * 5, milliseconds)
+    return images.to_gif(frames + frames[-1:] * 5, milliseconds)
+
+
+THUMBNAIL = 4.5  # inches, of what TensorBoard shows in columns
 
 
 class MemoryTensorBoard(keras.callbacks.Callback):
@@ -424,49 +403,70 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
     def _images(self, seen):
         """Tag -> (encoded image, the image or its first frame)."""
-        images, animations = {}, {}
+        from keras_memory import visualization
+
+        figures, animations = {}, {}
         if seen.has_sequences():
-            images["probe"] = probe_picture(
-                seen._replace(traces={}), f"After {self._done:,} {self.unit}"
+            figures["probe"] = probe_picture(
+                seen._replace(traces={}),
+                f"After {self._done:,} {self.unit}",
+                width=THUMBNAIL,
             )
         for layer, trace in seen.traces.items():
+            trace = {name: values[:1] for name, values in trace.items()}
             for name, values in trace.items():
-                tag = f"{layer}/{name}"
-                values = _first_sequence(name, values)
-                title = name.replace("_", " ").capitalize()
-                kind = name.split("/")[-1]
+                place, _, kind = name.rpartition("/")
+                tag, first = f"{layer}/{name}", values[0]
+                title = name.replace("_", " ")
                 if kind.endswith("_weighting"):
-                    images[tag] = visualization.weightings(values, title)
-                elif kind == "usage" and values.ndim == 2:
-                    images[tag] = visualization.slots_over_time(values, title)
-                elif kind == "linkage" and values.ndim == 4:
+                    beside = {
+                        other.removeprefix(f"{place}/"): trace[other][0]
+                        for other in trace
+                        if other.rpartition("/")[0] == place
+                    }
+                    heads = visualization.named_heads(kind, beside)
+                    figures[tag] = visualization.plot_weighting(
+                        np.stack([*heads.values()], 1),
+                        names=list(heads),
+                        title=title,
+                        width=THUMBNAIL,
+                    )
+                elif kind == "usage" and first.ndim == 2:
+                    figures[tag] = visualization.plot_weighting(
+                        first, title=title, width=THUMBNAIL
+                    )
+                elif kind == "linkage" and first.ndim == 4:
                     columns = trace.get(f"{name[: -len(kind)]}link_columns")
-                    for head in range(values.shape[1]):
-                        several = f"_{head}" * (values.shape[1] > 1)
-                        links = values[:, head]
+                    for head in range(first.shape[1]):
+                        several = f"_{head}" * (first.shape[1] > 1)
+                        links = first[:, head]
                         if columns is not None:
-                            links = visualization.dense_linkage(
+                            links = addressing.dense_linkage(
                                 links, columns[0, :, head]
                             )
-                        images[tag + several] = (
-                            visualization.linkage_film_strip(links)
+                        figures[tag + several] = visualization.plot_linkage(
+                            links, width=THUMBNAIL
                         )
-                elif kind.endswith("memory") and values.ndim == 3:
-                    images[tag] = visualization.memory_film_strip(values)
-                    ways = {
-                        way: _first_sequence(way, trace[way])
-                        for way in _weightings_of_heads(trace)
-                        if way.rpartition("/")[0] == name.rpartition("/")[0]
-                    }
-                    animations[f"{tag}_over_time"] = (
-                        visualization.sequence_frames(values, ways, layer)
+                elif kind.endswith("memory") and first.ndim == 3:
+                    figures[tag] = visualization.plot_memory(
+                        first, frames=4, title=title, width=THUMBNAIL
                     )
+                    ways = {
+                        way.rpartition("/")[2]: trace[way]
+                        for way in trace
+                        if way.endswith("_weighting")
+                        and way.rpartition("/")[0] == place
+                    }
+                    animations[f"{tag}_over_time"] = visualization.animate(
+                        {"memory": trace[name], **ways}, title=layer
+                    ).images()
         written = {
-            tag: (visualization.encode_png(image), image)
-            for tag, image in images.items()
+            tag: (visualization.to_png(image), image)
+            for tag, figure in figures.items()
+            for image in [visualization.to_image(figure)]
         }
         for tag, frames in animations.items():
-            written[tag] = visualization.encode_gif(frames), frames[0]
+            written[tag] = visualization.to_gif(frames), frames[0]
         return written
 
 
@@ -480,7 +480,8 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
     Args:
         log_dir: TensorBoard's folder; the files go to `explanations` in it.
         x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images, a few.
-        class_names, most, attribution, to_image: of `explanations.picture`.
+        class_names, most, attribution, to_image, labels: of
+            `explanations.picture`.
         every: int, at least 1, epochs from one look to the next.
 
     Raises:
@@ -511,10 +512,14 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         attribution=True,
         to_image=None,
         every=1,
+        labels=None,
     ):
         super().__init__()
         self.folder = _path("log_dir", log_dir) / "explanations"
+        from keras_memory.tiles import check_shades
+
         self.x = _numbers("x", x, ("B", "H", "W", ...))
+        self.labels = labels
         if to_image is not None:
             _function("to_image", to_image)
         self.class_names = class_names
@@ -522,9 +527,8 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         self.attribution = check_bool("attribution", attribution)
         self.to_image = to_image
         self.every = check_size("every", every)
-        for one in self.x:  # an error now, not after the first epoch
-            image = one if to_image is None else to_image(one)
-            visualization.tiles([visualization.Tile(image, "", "")])
+        for image in self.x:  # an error now, not after the first epoch
+            check_shades(image if to_image is None else to_image(image))
 
     def on_train_begin(self, logs=None):
         explanations.check_model(self.model, self.class_names)
@@ -533,10 +537,12 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         import tensorflow as tf
 
+        from keras_memory import images
+
         if (epoch + 1) % self.every:
             return
         whys = explanations.explain(self.model, self.x)
-        image = explanations.picture(
+        figure = explanations.picture(
             self.model,
             self.x,
             self.class_names,
@@ -544,12 +550,13 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             self.attribution,
             to_image=self.to_image,
             whys=whys,
+            labels=self.labels,
         )
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(str(self.folder))
         with self._writer.as_default(step=epoch + 1):
-            encoded = visualization.encode_png(image)
-            _write_image("explanations", encoded, image)
+            image = images.to_image(figure)
+            _write_image("explanations", images.to_png(image), image)
             used = [len(why.weights) for why in whys]
             tf.summary.scalar("examples_used", np.mean(used))
         self._writer.flush()
@@ -572,6 +579,8 @@ def write_images(folder, name, images):
     """
     import tensorflow as tf
 
+    from keras_memory.images import to_png
+
     images = [
         _numbers("images", image, ("H", "W", 3), kind="integer")
         for image in images
@@ -580,7 +589,7 @@ def write_images(folder, name, images):
     with writer.as_default(step=0):
         for step, image in enumerate(images, 1):
             tf.summary.experimental.set_step(step)
-            _write_image(name, visualization.encode_png(image), image)
+            _write_image(name, to_png(image), image)
     writer.close()
 
 
@@ -609,7 +618,7 @@ def _numbers(name, value, axes, sizes=None, kind="any"):
 def _number(tag, values):
     """Tag and value of the one number that says most of a quantity."""
     if tag.endswith("_weighting"):
-        return f"{tag}/entropy_bits", visualization.entropy(values).mean()
+        return f"{tag}/entropy_bits", addressing.entropy(values).mean()
     if tag.endswith("memory"):
         return f"{tag}/root_mean_square", np.sqrt(np.square(values).mean())
     return f"{tag}/mean", values.mean()

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory import visualization
 from keras_memory.checks import check_array
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
@@ -34,6 +33,9 @@ class Explanation(NamedTuple):
             it looks at other examples; None where their inputs are not known,
             as in a model that was saved.
         inputs: (n, ...), the examples themselves; None where not known.
+        input: (...), what was answered; None where not known.
+
+    A notebook shows it as a picture, if the inputs are images in [0, 1].
     """
 
     prediction: int
@@ -42,6 +44,7 @@ class Explanation(NamedTuple):
     labels: np.ndarray
     predicted: np.ndarray | None
     inputs: np.ndarray | None
+    input: np.ndarray | None = None
 
     @property
     def classes(self):
@@ -53,6 +56,28 @@ class Explanation(NamedTuple):
         """(n,) bool: of the input's predicted class. The others are
         counterfactuals."""
         return self.classes == self.prediction
+
+    def __repr__(self):
+        return (
+            f"Explanation(prediction={self.prediction}, "
+            f"{self.is_example.sum()} examples, "
+            f"{(~self.is_example).sum()} counterfactuals)"
+        )
+
+    def _repr_png_(self):
+        return Explanations([self])._repr_png_()
+
+
+class Explanations(list):
+    """A list of `Explanation`, which a notebook shows as a picture."""
+
+    def _repr_png_(self):
+        from keras_memory import visualization
+
+        try:
+            return visualization.plot_explanations(self)._repr_png_()
+        except ValueError:  # no images, or not known: text is shown
+            return None
 
 
 def explain(model, x, batch_size=128):
@@ -70,7 +95,7 @@ def explain(model, x, batch_size=128):
         batch_size: int, how many inputs are looked at at a time.
 
     Returns:
-        List of B `Explanation`.
+        `Explanations`, a list of B `Explanation`.
 
     Raises:
         TypeError: another model.
@@ -88,7 +113,7 @@ def explain(model, x, batch_size=128):
     """
     x = _inputs_of(model, x, batch_size)
     memory = _Memory(model)
-    found = []
+    found = Explanations()
     for begin in range(0, len(x), batch_size):
         found += memory.explain(x[begin : begin + batch_size])
     return found
@@ -246,12 +271,14 @@ def picture(
     baseline=0.0,
     to_image=None,
     whys=None,
+    labels=None,
 ):
     """Draws inputs beside the examples that decided the answers.
 
-    One row of tiles for each input: the input, then the examples used, the
-    heaviest first, with weight and class; counterfactuals are framed in
-    another colour. Below each tile, what speaks for the answer in it.
+    One row of images for each input: the input, then the examples used, the
+    heaviest first, with weight and class, and the true class where it is
+    another; counterfactuals are framed in another color. Below each image,
+    what speaks for the answer in it.
 
     Args:
         model: `MemoryWrapClassifier`, whose memory's inputs are known.
@@ -262,62 +289,47 @@ def picture(
             gradients of all examples used.
         baseline: of `integrated_gradients`.
         to_image: function from one input to an image in [0, 1], such as the
-            inverse of a normalisation; None where inputs are in [0, 1].
+            inverse of a normalization; None where inputs are in [0, 1].
         whys: what `explain` gives for `x`; None for calling it.
+        labels: (B,) int or (B, units) one-hot, the true classes of `x`, by
+            which wrong answers are marked; None where they are not known.
 
     Returns:
-        (H, W, 3) uint8 image.
+        `visualization.Figure`.
 
     Raises:
         TypeError: another model.
         ValueError: no images, a memory of encodings only, or another number
-            of class names.
+            of class names or labels.
     """
+    from keras_memory import visualization
+
     check_model(model, class_names)
     check_size("most", most)
     check_bool("attribution", attribution)
     x = _inputs_of(model, x, 1, axes=("B", "H", "W", ...))
-    rows = []
-    if whys is None:
-        whys = explain(model, x)
-    for image, why in zip(x, whys, strict=True):
-        if why.inputs is None:
-            raise ValueError(
-                "The examples of the memory must be known to be drawn, and a "
-                "saved model does not keep them: call `set_memory` again. "
-                "Received: a memory of encodings"
-            )
-
-        def name(label):
-            return str(label if class_names is None else class_names[label])
-
-        heat = [None] * (1 + len(why.inputs))
-        if attribution:
-            of_x, of_examples = integrated_gradients(
+    if labels is not None:
+        labels = labels_of(labels, len(x), model.memory_layer.units)
+    whys = explain(model, x) if whys is None else whys
+    attributions = None
+    if attribution and all(why.inputs is not None for why in whys):
+        attributions = [
+            integrated_gradients(
                 model, image, why.inputs, why.prediction, baseline
             )
-            heat = [of_x, *of_examples]
-
-        def shown(one):
-            return one if to_image is None else to_image(one)
-
-        answer = name(why.prediction)
-        tiles = [
-            visualization.Tile(shown(image), "prediction", answer, heat=heat[0])
+            for image, why in zip(x, whys)
         ]
-        for index in range(min(most, len(why.inputs))):
-            another = int(not why.is_example[index])
-            tiles.append(
-                visualization.Tile(
-                    shown(why.inputs[index]),
-                    ("example", "counterfactual")[another],
-                    f"{why.weights[index]:.2f}: {name(why.classes[index])}",
-                    another,
-                    heat[1 + index],
-                )
-            )
-        rows.append(visualization.tiles(tiles))
-    return visualization.stack(rows)
+    if to_image is not None:
+        whys = [
+            why
+            if why.inputs is None
+            else why._replace(inputs=[to_image(one) for one in why.inputs])
+            for why in whys
+        ]
+        x = [to_image(image) for image in x]
+    return visualization.plot_explanations(
+        whys, x, labels, class_names, most, attributions
+    )
 
 
 class _Memory:
@@ -402,6 +414,7 @@ class _Memory:
                 None
                 if self.inputs is None
                 else self.inputs[indices[row][used[row]]],
+                x[row],
             )
             for row in range(len(x))
         ]

@@ -1388,9 +1388,10 @@ def trace(
         use_memory: bool, as in the layer's call.
 
     Returns:
-        Dict of NumPy arrays (B, T, ...), in the order in which the steps were
-        taken: `"output"`, every field of the state record after the step
-        except the controller's states (for the NTM `"reads"`, `"memory"`,
+        `Trace`, a dict of NumPy arrays (B, T, ...), in the order in which the
+        steps were taken, which a notebook shows as a picture: `"output"`,
+        every field of the state record after the step except the
+        controller's states (for the NTM `"reads"`, `"memory"`,
         `"read_weighting"`, `"write_weighting"`), `"controller_output"`, and
         what the architecture adds (keys, gates, ...). Where a cell has
         several blocks, names start with `"block0/"`, `"block1/"`, ...
@@ -1419,7 +1420,7 @@ def trace(
     if initial_state is None:
         initial_state = layer.cell.get_initial_state(batch_size=inputs.shape[0])
     inside = _inside(layer, inputs, initial_state, mask, training, use_memory)
-    return keras.tree.map_structure(ops.convert_to_numpy, inside)
+    return Trace(keras.tree.map_structure(ops.convert_to_numpy, inside))
 
 
 def trace_model(model, inputs, training=False):
@@ -1461,6 +1462,31 @@ def trace_model(model, inputs, training=False):
             name = f"{layer.name}_{number}"
         traces[name] = _inside(layer, *arguments)
     return outputs, traces
+
+
+def joined(traces):
+    """One trace of those of several layers, as `trace_model` gives them: the
+    layer's name is in front of each name where there are several."""
+    several = len(traces) > 1
+    return Trace(
+        (f"{layer}/{name}" if several else name, ops.convert_to_numpy(values))
+        for layer, trace in traces.items()
+        for name, values in trace.items()
+    )
+
+
+class Trace(dict):
+    """What `trace` gives: a dict of arrays, which a notebook shows as a
+    picture."""
+
+    def __repr__(self):
+        shapes = [f"{name}: {values.shape}" for name, values in self.items()]
+        return f"Trace({', '.join(shapes)})"
+
+    def _repr_png_(self):
+        from keras_memory import visualization
+
+        return visualization.plot_task(self)._repr_png_()
 
 
 def _inside(layer, inputs, initial_state, mask, training, use_memory):

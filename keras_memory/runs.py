@@ -13,7 +13,6 @@ import numpy as np
 from keras_memory import config as configuration
 from keras_memory import losses
 from keras_memory import tasks
-from keras_memory import visualization
 from keras_memory.callbacks import Probe
 from keras_memory.callbacks import animation
 from keras_memory.callbacks import probe_picture
@@ -255,7 +254,7 @@ def draw(config, model, folder, drawn=None):
 
     For each probe `length-<length>.png` (inputs, targets, outputs,
     weightings, memory), and `length-<length>.gif` over the training;
-    `learning.png`, the error over the training.
+    `learning.png`, loss and error over the training.
 
     Args:
         config: a `config.Training`.
@@ -266,6 +265,8 @@ def draw(config, model, folder, drawn=None):
     Returns:
         List of the paths of the pictures.
     """
+    from keras_memory import visualization
+
     configuration.check_training(config)
     pictures = _pictures_of(folder)
     steps = int(model.optimizer.iterations)
@@ -287,13 +288,16 @@ def draw(config, model, folder, drawn=None):
     history = read_history(folder, config)
     if history:
         error = losses.KINDS[config.task.kind].error
-        x, y = ([row[name] for row in history] for name in ("step", error))
-        picture = visualization.curves(
-            {f"seed {config.seed}": (x, y)},
-            f"{config.task.name}: learning",
-            f"steps of {config.batch_size} sequences",
-            error.replace("_", " "),
-            log_y=True,
+        names = "step", "longest", "loss", error
+        picture = visualization.plot_learning(
+            {
+                f"seed {config.seed}": [
+                    {name: row[name] for name in names} for row in history
+                ]
+            },
+            goals={error: config.stop_error} if config.stop_error else None,
+            title=f"{config.task.name}: learning",
+            x_label=f"steps of {config.batch_size} sequences",
         )
         written.append(_write_png(pictures / "learning.png", picture))
     return written
@@ -322,6 +326,8 @@ def draw_lengths(config, model, folder):
     Returns:
         The path of the picture.
     """
+    from keras_memory import visualization
+
     configuration.check_training(config)
     pictures = _pictures_of(folder)
     task = config.task
@@ -336,11 +342,11 @@ def draw_lengths(config, model, folder):
         ]
         for length in lengths
     ]
-    picture = visualization.curves(
+    picture = visualization.plot_curves(
         {f"seed {config.seed}": (lengths, errors)},
-        f"{task.name}: error by length",
-        "length",
-        error.replace("_", " "),
+        title=f"{task.name}: error by length",
+        x_label="length",
+        y_label=error.replace("_", " "),
         marks={"longest in training": task.max_length},
     )
     return _write_png(pictures / "error_by_length.png", picture)
@@ -364,6 +370,8 @@ def compare(folders, path, by="steps", below=0.1):
         ValueError: folders that are no runs, have no reports, are given twice,
             or are of different tasks.
     """
+    from keras_memory import visualization
+
     if by not in ("steps", "sequences", "seconds"):
         raise ValueError(
             "`by` must be 'steps', 'sequences' or 'seconds'. "
@@ -404,11 +412,11 @@ def compare(folders, path, by="steps", below=0.1):
         label = label or runs[0].config.task.name
         label += f" ({len(members)} {'runs' if len(members) > 1 else 'run'})"
         series[label] = _aligned(members, by)
-    picture = visualization.curves(
+    picture = visualization.plot_curves(
         series,
-        "Learning; runs that ended early go on level",
-        _axis(by, {run.config.batch_size for run in runs}),
-        runs[0].error.replace("_", " "),
+        title="Learning; runs that ended early go on level",
+        x_label=_axis(by, {run.config.batch_size for run in runs}),
+        y_label=runs[0].error.replace("_", " "),
         log_y=True,
     )
     _write_png(path, picture)
@@ -479,7 +487,7 @@ def _aligned(runs, by):
     return longest, np.stack(errors)
 
 
-def _write_png(path, picture):
+def _write_png(path, figure):
     with written_aside(path) as aside:
-        aside.write_bytes(visualization.encode_png(picture))
+        figure.savefig(aside, format="png")
     return path

@@ -12,6 +12,8 @@ from unittest import mock
 import harness
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
 
 from keras_memory import scann_index
 from keras_memory import visualization
@@ -262,11 +264,11 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
     written = json.loads((tmp_path / "scaling.json").read_text())
     assert written["limits"] == {"gigabytes": 16.0, "seconds": 9.0}
     assert len(written["results"]) == 3 * len(scaling.AXES["N"][1])
-    picture = visualization.decode_png(
-        (tmp_path / "scaling-dnc.png").read_bytes()
-    )
-    for colour in visualization.LINES[:2]:  # of ours, in both plots
-        columns = np.all(picture == colour, axis=2).any(axis=0)
+    with Image.open(tmp_path / "scaling-dnc.png") as image:
+        picture = np.asarray(image.convert("RGB"))
+    for color in visualization.LINES[:2]:  # of ours, in both plots
+        color = np.round(np.multiply(to_rgb(color), 255))
+        columns = np.all(picture == color, axis=2).any(axis=0)
         half = len(columns) // 2
         assert columns[:half].any() and columns[half:].any()
 

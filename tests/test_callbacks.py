@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import harness
 import keras
+import matplotlib
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -106,6 +107,11 @@ def tensors(read, tag):
     ]
 
 
+def thumbnail(plot, *arguments, **options):
+    figure = plot(*arguments, width=callbacks.THUMBNAIL, **options)
+    return visualization.to_image(figure)
+
+
 @pytest.mark.parametrize("sparse_links", [slow_unless(False, None), 3])
 def test_what_tensorboard_gets_of_a_dnc(tmp_path, sparse_links):
     options = {"write_heads": 2, "sparse_links": sparse_links}
@@ -119,58 +125,55 @@ def test_what_tensorboard_gets_of_a_dnc(tmp_path, sparse_links):
         with Image.open(io.BytesIO(encoded)) as image:
             return np.asarray(image.convert("RGB"))
 
-    for name in ("allocation", "forward", "read", "write_content"):
-        name += "_weighting"
-        title = name.replace("_", " ").capitalize()
+    for name, heads in {
+        "allocation_weighting": ["allocation 0", "allocation 1"],
+        "forward_weighting": [
+            f"forward, read {pair // 2}, write {pair % 2}" for pair in range(4)
+        ],
+        "read_weighting": ["read 0", "read 1"],
+    }.items():
         values = inside[name][0]
-        values = values.reshape(len(values), -1, 7)  # pairs of heads in a row
-        expected = visualization.weightings(values, title)
+        expected = thumbnail(
+            visualization.plot_weighting,
+            values.reshape(len(values), -1, 7),  # pairs of heads in a row
+            names=heads,
+            title=name.replace("_", " "),
+        )
         np.testing.assert_array_equal(shown(f"dnc/{name}"), expected)
-    expected = visualization.slots_over_time(inside["usage"][0], "Usage")
+    usage = inside["usage"][0]
+    expected = thumbnail(visualization.plot_weighting, usage, title="usage")
     np.testing.assert_array_equal(shown("dnc/usage"), expected)
     for head in range(2):
         links = inside["linkage"][0][:, head]
         if sparse_links:
             columns = inside["link_columns"][0][:, head]
             links = visualization.dense_linkage(links, columns)
-        expected = visualization.linkage_film_strip(links)
+        expected = thumbnail(visualization.plot_linkage, links)
         np.testing.assert_array_equal(shown(f"dnc/linkage_{head}"), expected)
     tags = read.Tags()["tensors"]
     assert "dnc/linkage/mean" in tags
     assert not any("link_columns" in tag for tag in tags)
 
 
-def test_a_probe_shows_gates_and_where_heads_act(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        visualization,
-        "task_picture",
-        lambda *arguments, **_: drawn.append(arguments[4]),
-    )
+def titles(figure):
+    every = [ax.get_title(loc="left") for ax in figure.axes]
+    return [title for title in every if title]
+
+
+def test_a_probe_shows_gates_and_where_heads_act():
     model = sequential(dnc(name="dnc"))
     seen = callbacks.Probe.of(BATCH).look(model)
-    callbacks.probe_picture(seen, "title", memory=True)
-    assert list(drawn[0]) == [
-        "free_gate",
-        "allocation_gate",
-        "write_gate",
-        "read_weighting",
-        "write_weighting",
-        "memory",
-    ]
+    figure = callbacks.probe_picture(seen, "title", memory=True)
+    heads = ["write 0", "read 0", "read 1"]
+    assert titles(figure)[-5:] == ["gates", *heads, "memory"]
     inside = keras_memory.trace(model.layers[0], BATCH.inputs)
-    for name, values in drawn[0].items():
-        harness.close(values, inside[name][0])
-
-
-def test_a_probe_of_a_memory_without_weightings_shows_the_sequence():
-    seen = callbacks.Probe.of(BATCH).look(sequential(ntm()))
-    contents = {"own": {"memory": np.ones((2, 11, 7, 5))}}
-    with_memory, without = (
-        callbacks.probe_picture(seen._replace(traces=traces), "title", True)
-        for traces in (contents, {})
-    )
-    np.testing.assert_array_equal(with_memory, without)
+    drawn = {ax.get_title(loc="left"): ax for ax in figure.axes}
+    array = drawn["read 1"].images[0].get_array()
+    harness.close(array, inside["read_weighting"][0, :, 1].T)
+    rows = [text.get_text() for text in drawn["gates"].get_yticklabels()]
+    modes = [f"read 0 {mode}" for mode in ("backward", "content", "forward")]
+    assert rows[:4] == ["free 0", "free 1", "allocation 0", "write 0"]
+    assert rows[4:7] == modes
 
 
 class OtherState(NamedTuple):
@@ -241,7 +244,7 @@ def test_a_memory_of_other_shapes_is_seen_as_well(blocks, tmp_path):
         assert f"{first}{name}/values" in tags and first + name not in tags
     seen = callbacks.Probe.of(BATCH).look(model)
     picture = callbacks.probe_picture(seen, "title", memory=True)
-    assert picture.dtype == "uint8"
+    assert "read 0" in str(titles(picture))
 
 
 def test_what_tensorboard_gets(tmp_path):
@@ -268,8 +271,11 @@ def test_what_tensorboard_gets(tmp_path):
     _, (width, height, encoded) = tensors(read, "low/read_weighting")[-1]
     with Image.open(io.BytesIO(encoded)) as image:
         assert image.size == (int(width), int(height))
-        expected = visualization.weightings(
-            inside["read_weighting"][0], "Read weighting"
+        expected = thumbnail(
+            visualization.plot_weighting,
+            inside["read_weighting"][0],
+            names=["read 0"],
+            title="read weighting",
         )
         np.testing.assert_array_equal(np.asarray(image), expected)
     _, (_, _, encoded) = tensors(read, "high/memory_over_time")[-1]
@@ -602,7 +608,9 @@ def test_pictures_of_the_probe_and_their_animation(tmp_path):
     names = [path.name for path in callbacks.pictures(folder)]
     assert names == [f"{done:08}.png" for done in (0, 2, 4, 5)]
     seen = callbacks.Probe(tuple(part[:1] for part in BATCH)).look(model)
-    expected = callbacks.probe_picture(seen, "epoch 5")
+    expected = visualization.to_image(
+        callbacks.probe_picture(seen, "epoch 5", slots="all")
+    )
     with Image.open(folder / names[-1]) as png:
         np.testing.assert_array_equal(np.asarray(png), expected)
     with Image.open(io.BytesIO(callbacks.animation(folder))) as gif:
@@ -615,7 +623,7 @@ def test_pictures_of_the_probe_and_their_animation(tmp_path):
 def test_pictures_of_others_stay(tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
-    other = visualization.encode_png(np.zeros((2, 2, 3), "uint8"))
+    other = visualization.to_png(np.zeros((2, 2, 3), "uint8"))
     users = {"20240101.png": other, "00000001.png": b"a user's own"}
     for name, content in users.items():
         (folder / name).write_bytes(content)
@@ -723,8 +731,9 @@ def test_tensorboard_shows_the_images_in_a_browser(tmp_path):
             assert image.format == ("GIF" if animated else "PNG")
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    for colour in visualization.SEQUENTIAL[[0, -1]]:  # weightings are there
-        assert (np.abs(pixels - colour.astype(int)).max(-1) < 8).sum() > 200
+    for end in (0.0, 1.0):  # weightings are there
+        color = np.multiply(matplotlib.colormaps["viridis"](end)[:3], 255)
+        assert (np.abs(pixels - color).max(-1) < 8).sum() > 200
 
 
 def test_images_are_steps(tmp_path):

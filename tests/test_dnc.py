@@ -16,7 +16,7 @@ from keras import ops
 import keras_memory
 from keras_memory import DNCState
 from keras_memory import addressing
-from keras_memory.visualization import dense_linkage
+from keras_memory.addressing import dense_linkage
 
 BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
 SIZES = {

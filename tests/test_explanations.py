@@ -1,11 +1,14 @@
 """Which examples a Memory Wrap used, and which parts of them."""
 
+import io
+
 import harness
 import keras
 import numpy as np
 import pytest
 from harness import close
 from keras import ops
+from PIL import Image
 
 from keras_memory import callbacks
 from keras_memory import explanations
@@ -242,29 +245,33 @@ def test_tiles():
     heat = np.zeros((5, 7, 1))
     heat[1, 2] = 3.0
     heat[2, 2] = -3.0
-    first = visualization.Tile(image, "prediction", "5")
-    second = visualization.Tile(np.ones((5, 7, 3)), "example", "0.3", 0, heat)
-    picture = visualization.tiles([first, second], size=70)
-    assert picture.dtype == np.uint8 and picture.shape[2] == 3
-    grey = (picture == 128).all(axis=2)
-    assert grey.sum() == 50 * 70  # ten times as large, whole
-    blue = (picture == visualization.LINES[0]).all(axis=2)
-    assert blue.sum() > 4 * 70  # two frames
-    (yellow,) = np.unique(
-        picture[(picture[:, :, 2] < 100) & (picture[:, :, 0] > 200)], axis=0
-    )[-1:]
-    assert yellow[0] > yellow[2]  # the hottest
-    alone = visualization.tiles([first], size=70)
-    assert alone.shape[0] < picture.shape[0]
-    with pytest.raises(ValueError, match="at least one tile"):
-        visualization.tiles([])
+    row = [
+        visualization.Tile(image, "prediction", "5"),
+        visualization.Tile(np.ones((5, 7, 3)), "example", "0.3", "blue", heat),
+    ]
+    figure = visualization.plot_tiles([row])
+    (ax,) = figure.axes
+    first, second, hot = (image.get_array() for image in ax.images)
+    np.testing.assert_array_equal(first, np.full((5, 7, 3), 0.5))
+    np.testing.assert_array_equal(second, 1.0)
+    assert (hot[1, 2] < second[1, 2]).any()
+    np.testing.assert_array_equal(hot[2, 2], hot[0, 0])
+    words = [text.get_text() for text in ax.texts]
+    assert words == ["prediction", "5", "example", "0.3"]
+    assert [frame.get_edgecolor()[2] for frame in ax.patches] == [0.3, 1, 1]
+    with pytest.raises(ValueError, match="`rows` must be rows of tiles"):
+        visualization.plot_tiles([[]])
     for wrong, words in (
         (np.zeros((5, 7, 2)), r"\(5, 7, 2\)"),
         (np.full((5, 7), 2.0), "from 2 to 2"),
         (np.full((5, 7), np.nan), "from nan"),
     ):
         with pytest.raises(ValueError, match=words):
-            visualization.tiles([visualization.Tile(wrong, "", "")])
+            visualization.plot_tiles([[visualization.Tile(wrong)]])
+
+
+def words_of(figure):
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
 @trains
@@ -276,13 +283,51 @@ def test_picture(trained, images):
     model.set_memory(x, y)
     small = explanations.picture(model, x[:2], most=2, attribution=False)
     large = explanations.picture(model, x[:2], "abc", most=5)
-    assert large.shape[0] > small.shape[0]
-    assert large.shape[1] > small.shape[1]
-    assert (explanations.picture(model, x[:2], "abc", most=5) == large).all()
+    assert len(large.axes[0].images) > 2 * len(small.axes[0].images)
     inverse = explanations.picture(
         model, x[:2], most=2, attribution=False, to_image=lambda one: 1 - one
     )
-    assert inverse.shape == small.shape and (inverse != small).any()
+    for one, other in zip(small.axes[0].images, inverse.axes[0].images):
+        close(one.get_array(), 1 - other.get_array())
+
+
+def test_a_picture_marks_what_is_wrong(images):
+    """The example of class 1 is taken for class 2."""
+    x, _ = images
+    why = explanations.Explanation(
+        prediction=1,
+        indices=np.array([3, 5]),
+        weights=np.array([0.75, 0.25]),
+        labels=np.array([1, 1]),
+        predicted=np.array([1, 2]),
+        inputs=x[[3, 5]],
+        input=x[0],
+    )
+    unknown = ["answer", "1", "example", "0.75: 1"]
+    unknown += ["counterfactual", "0.25: 2, is 1"]
+    assert words_of(visualization.plot_explanations([why])) == unknown
+    right, wrong = (
+        words_of(visualization.plot_explanations([why], labels=[label]))
+        for label in (1, 0)
+    )
+    assert right == ["right answer", *unknown[1:]]
+    assert wrong == ["WRONG answer", "1, is 0", *unknown[2:]]
+    named = visualization.plot_explanations([why], class_names="abc", most=1)
+    assert words_of(named) == ["answer", "b", "example", "0.75: b"]
+    with pytest.raises(ValueError, match="`labels` must be 1.*Received: 2"):
+        visualization.plot_explanations([why], labels=[1, 2])
+
+
+def test_a_notebook_shows_explanations_of_images(images):
+    x, y = images
+    model = untrained()
+    model.set_memory(x, y)
+    whys = explanations.explain(model, x[:2])
+    for one in (whys, whys[0]):
+        assert one._repr_png_().startswith(b"\x89PNG")
+    assert len(repr(whys[0])) < 80
+    vectors = whys[0]._replace(input=np.ones(3), inputs=np.ones((2, 3)))
+    assert vectors._repr_png_() is None
 
 
 @harness.needs_tensorflow
@@ -307,8 +352,8 @@ def test_in_tensorboard(images, tmp_path):
     width, height, png = next(
         tf.make_ndarray(t) for _, tag, t in events if tag == "explanations"
     )
-    shape = visualization.decode_png(png).shape
-    assert shape == (int(height), int(width), 3)
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.size == (int(width), int(height))
     dense = keras.Sequential([keras.layers.Dense(3)])
     dense.compile("sgd", "mse")
     with pytest.raises(TypeError, match="MemoryWrapClassifier"):
@@ -357,7 +402,7 @@ def test_refusals(images):
         ),
         (
             lambda: callbacks.ExplanationTensorBoard("logs", 2 * x),
-            "normalisation",
+            "normalization",
         ),
         (
             lambda: explanations.explain(

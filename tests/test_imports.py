@@ -20,16 +20,18 @@ LAYERS = [
         "numerics",
         "replay",
         "state",
-        "visualization",
     ],
-    ["arguments", "geometry"],
+    ["arguments", "geometry", "images"],
+    ["curves", "tiles"],
     ["access", "controllers", "store", "scan", "rgbd", "rooms"],
     ["addressing", "retrieval"],
+    ["visualization"],
     ["scann_index"],
     ["knn_memory"],
     ["recurrent"],
     ["ntm", "dnc", "sam", "sdnc", "esm", "memory_wrap"],
     ["memorizing_transformer", "explanations"],
+    ["plotting"],
     ["tasks", "losses"],
     ["config"],
     ["callbacks", "export", "convert"],
@@ -109,7 +111,8 @@ def test_import_is_light():
         "print(*sorted({m.partition('.')[0] for m in"
         " set(sys.modules) - before} - {'keras_memory', 'keras'}))"
     ).split()
-    heavy = {"scann", "tensorboard", "PIL", "tensorflow_serving", "grpc"}
+    heavy = {"scann", "tensorboard", "PIL", "matplotlib"}
+    heavy |= {"tensorflow_serving", "grpc"}
     assert not heavy & set(new)
 
 
@@ -119,7 +122,8 @@ def test_one_backend_is_enough(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     absent = {"tensorflow", "jax", "torch"} - {backend}
-    absent |= {"tensorboard", "tensorflow_serving", "PIL", "scann", "sklearn"}
+    absent |= {"tensorboard", "tensorflow_serving", "scann", "sklearn"}
+    absent |= {"PIL", "matplotlib"}
     output = run_python(
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "import keras_memory, numpy as np\n"

@@ -191,33 +191,36 @@ def test_everything_counts_steps(run, monkeypatch, tmp_path):
         range(5, 51, 5)
     )
     assert of_memory["probe"][-1] == 50
-    drawn = []
-    curves = visualization.curves
+    written = []
     monkeypatch.setattr(
-        runs.visualization,
-        "curves",
-        lambda *arguments, **options: (
-            drawn.append(arguments) or curves(*arguments, **options)
-        ),
+        runs, "_write_png", lambda path, figure: written.append(figure)
     )
     model = runs.load(folder / "model.keras")
     runs.draw(small(*RESUMED), model, folder, {})
     runs.compare([folder], tmp_path / "out.png")
-    for (series, _, x_label, _), width in zip(drawn, (10, 10), strict=True):
-        assert x_label == "steps of 2 sequences"
-        ((x, _),) = series.values()
-        assert list(x) == list(range(5, 51, 5)) and len(x) == width
+    learning, comparison = (figure.axes for figure in written)
+    assert [ax.get_ylabel() for ax in learning] == [
+        "loss",
+        "wrong bits per sequence",
+    ]
+    marks = [text.get_text() for text in learning[0].texts]
+    assert marks == [" up to 3", " up to 4"]  # the curriculum
+    goal = f"goal: {small(*RESUMED).stop_error:g}"
+    assert (goal in learning[1].get_legend_handles_labels()[1]) == (
+        small(*RESUMED).stop_error > 0
+    )
+    for ax in (*learning, *comparison):
+        (line,) = ax.get_legend_handles_labels()[0][:1]
+        assert list(line.get_xdata()) == list(range(5, 51, 5))
+    for ax in (learning[-1], *comparison):
+        assert ax.get_xlabel() == "steps of 2 sequences"
 
 
-def test_an_animation_has_room_for_longer_headlines(tmp_path):
-    """Of pictures that are narrower than those."""
+def test_an_animation_has_room_for_pictures_of_other_sizes(tmp_path):
     for number, width in enumerate((30, 47)):
         frame = np.full((20, width, 3), 50 * number, "uint8")
-        png = visualization.encode_png(frame)
         path = tmp_path / f"{number:08}.png"
-        path.write_bytes(
-            png[: callbacks.HEADER] + callbacks.MARK + png[callbacks.HEADER :]
-        )
+        path.write_bytes(visualization.to_png(frame, callbacks.MARK))
     (tmp_path / "out.gif").write_bytes(callbacks.animation(tmp_path))
     with Image.open(tmp_path / "out.gif") as gif:
         assert gif.size == (47, 20)
@@ -821,17 +824,13 @@ def test_the_legend_of_a_comparison(run, changes, label, tmp_path, monkeypatch):
     shutil.copy(run[0] / "history.csv", other)
     changed = dataclasses.replace(small(*RESUMED), **changes)
     (other / "config.json").write_text(config.to_json(changed))
-    drawn = []
-    curves = visualization.curves
+    written = []
     monkeypatch.setattr(
-        runs.visualization,
-        "curves",
-        lambda series, *rest, **options: (
-            drawn.extend(series) or curves(series, *rest, **options)
-        ),
+        runs, "_write_png", lambda path, figure: written.append(figure)
     )
     runs.compare([run[0], other], tmp_path / "out.png")
-    assert drawn[-1] == label.replace("FOLDER", str(tmp_path))
+    _, labels = written[0].axes[0].get_legend_handles_labels()
+    assert labels[-1] == label.replace("FOLDER", str(tmp_path))
 
 
 def test_the_mean_of_seeds_goes_on_level_after_an_end():
