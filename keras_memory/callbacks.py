@@ -183,7 +183,7 @@ class ProbePictures(keras.callbacks.Callback):
         self.title = _function("title", title)
 
     def on_train_begin(self, logs=None):
-        self._done = None
+        self._done = self._redrawn = None
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._done is None and self.every:
@@ -207,10 +207,16 @@ class ProbePictures(keras.callbacks.Callback):
     def _draw(self):
         from keras_memory import images
 
+        figure = self._redrawn and self._redrawn.figure
         figure = probe_picture(
-            self.probe.look(self.model), self.title(self._done), slots="all"
+            self.probe.look(self.model),
+            self.title(self._done),
+            slots="all",
+            figure=figure,
         )
-        image = images.to_image(figure)
+        if self._redrawn is None:
+            self._redrawn = images.Redrawn(figure)
+        image = self._redrawn.image()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self._done:08}.png"
         if path.exists() and not _is_marked(path):

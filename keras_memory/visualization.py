@@ -59,7 +59,7 @@ def plot_weighting(
     """Draws where heads look: slots over time.
 
     The scale ends at 1, or at the largest weight where that is below 0.5, as
-    it is of weightings that are spread over many slots.
+    it is of weightings that are spread over many slots (see `slots`).
 
     Args:
         weighting: (T, N) or (T, heads, N), in [0, 1].
@@ -67,8 +67,8 @@ def plot_weighting(
         names: a title for each head; None for numbers.
         title: str, headline of the figure.
         slots: "used" draws the shortest range, perhaps across the last slot,
-            of all slots with a tenth of the largest weight at some time;
-            "all" draws all; a list of slots draws these.
+            of all slots with a tenth of the largest weight at some time; a
+            list of slots draws these; "all" draws all, on a scale to 1.
         width: inches of a new figure.
     """
     axes = ("T", "N") if np.ndim(weighting) == 2 else ("T", "heads", "N")
@@ -80,7 +80,7 @@ def plot_weighting(
     check_length("names", names, heads)
     rows = _rows(weighting.max(axis=(0, 1)), slots)
     panels = [
-        _weighting_panel(weighting[:, head], name, rows)
+        _weighting_panel(weighting[:, head], name, rows, slots)
         for head, name in enumerate(names)
     ]
     return _drawn(panels, ax, title, width)
@@ -192,6 +192,7 @@ def plot_task(
     slots="used",
     memory=True,
     width=WIDTH,
+    figure=None,
 ):
     """Draws all of a sequence: inputs, targets, outputs, gates and modes,
     where each head writes and reads, the memory. A column is a time step.
@@ -209,6 +210,8 @@ def plot_task(
         title: str, headline.
         slots, width: as of `plot_weighting`; heads and memory share a range.
         memory: bool, whether the memory is drawn.
+        figure: what this function returned for other numbers of the same
+            shapes, with all slots, into which these are drawn; scales stay.
 
     Example:
 
@@ -262,10 +265,16 @@ def plot_task(
             continue
         rows = _rows(strength, slots)
         for name, values in heads.items():
-            panels.append(_weighting_panel(values, prefix + name, rows))
+            panels.append(_weighting_panel(values, prefix + name, rows, slots))
         if memory and contents is not None:
             films.append(_memory_panel(contents, f"{prefix}memory", rows))
-    return _drawn([*panels, *films], None, title, width)
+    if figure is None:
+        return _drawn([*panels, *films], None, title, width)
+    figure.texts[0].set_text(title)
+    for panel, ax in zip([*panels, *films], figure.axes, strict=True):
+        for image, matrix in zip(ax.images, panel.draw.keywords["matrices"]):
+            image.set_data(matrix)
+    return figure
 
 
 def plot_sphere(
@@ -467,9 +476,10 @@ def _time_panel(values, inches, title, **options):
     return _Panel(inches, "time step", draw, left)
 
 
-def _weighting_panel(values, title, rows):
+def _weighting_panel(values, title, rows, slots):
     inches = min(6.0, max(1.0, 0.07 * min(len(rows), 24), len(rows) / DPI))
-    options = {"slots": (rows, values.shape[1]), "high": _high(values)}
+    high = 1.0 if isinstance(slots, str) and slots == "all" else _high(values)
+    options = {"slots": (rows, values.shape[1]), "high": high}
     return _time_panel(values[:, rows], inches, title, **options)
 
 
@@ -533,8 +543,9 @@ def _draw(
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))
     else:
         ax.set_xticks(starts + (wide - 1) / 2, steps)
-    for step in np.flatnonzero(grey) if grey is not None else ():
-        ax.axvspan(step - 0.5, step + 0.5, color="0.7", alpha=0.85, lw=0)
+    edges = np.diff(np.r_[0, [] if grey is None else grey, 0])
+    for first, end in np.flatnonzero(edges).reshape(-1, 2):
+        ax.axvspan(first - 0.5, end - 0.5, color="0.7", alpha=0.85, lw=0)
     label = None
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
     if names is not None:
