@@ -16,6 +16,7 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import written_aside
+from keras_memory.traces import named_heads
 
 
 class Seen(NamedTuple):
@@ -207,14 +208,14 @@ class ProbePictures(keras.callbacks.Callback):
     def _draw(self):
         from keras_memory import images
 
-        figure = self._redrawn and self._redrawn.figure
+        before = self._redrawn and self._redrawn.figure
         figure = probe_picture(
             self.probe.look(self.model),
             self.title(self._done),
             slots="all",
-            figure=figure,
+            figure=before,
         )
-        if self._redrawn is None:
+        if figure is not before:
             self._redrawn = images.Redrawn(figure)
         image = self._redrawn.image()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -430,7 +431,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
                         for other in trace
                         if other.rpartition("/")[0] == place
                     }
-                    heads = visualization.named_heads(kind, beside)
+                    heads = named_heads(kind, beside)
                     figures[tag] = visualization.plot_weighting(
                         np.stack([*heads.values()], 1),
                         names=list(heads),

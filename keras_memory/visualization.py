@@ -12,7 +12,6 @@ of another shape or range raise ValueError. pyplot is not used.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,6 +42,8 @@ from keras_memory.images import write_labels
 from keras_memory.tiles import Tile as Tile
 from keras_memory.tiles import plot_explanations as plot_explanations
 from keras_memory.tiles import plot_tiles as plot_tiles
+from keras_memory.traces import head_names
+from keras_memory.traces import heads_of
 
 DIVERGING = "RdBu_r"  # for values with a sign
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"
@@ -50,7 +51,6 @@ STEPS = 1, 2, 5, 10  # of numbers at an axis
 MOST_VARIANCE = 1e4  # square metres: `ESMLayer` knows nothing there
 LEFT, WIDE_LEFT, RIGHT = 0.8, 1.2, 0.6  # inches
 TOP, GAP, LABEL = 0.32, 0.3, 0.34
-HEADS = "write_weighting", "read_weighting"
 
 
 def plot_weighting(
@@ -144,43 +144,6 @@ def plot_gates(gates, ax=None, title="gates", width=WIDTH):
     return _drawn([_gates_panel(gates, title)], ax, "", width)
 
 
-def heads_of(trace):
-    """Where heads write and read: dict from "write 0", "read 0", ... to
-    (T, N), of a trace of one sequence; of other names all its weightings."""
-    names = [name for name in HEADS if name in trace]
-    names = names or [name for name in trace if name.endswith("_weighting")]
-    every = [named_heads(name, trace).items() for name in names]
-    return dict(head for heads in every for head in heads)
-
-
-def named_heads(name, trace):
-    """One weighting of a trace of one sequence: dict from the names of its
-    heads to (T, N)."""
-    values = numbers(name, trace[name], ("T", ..., "N"))
-    names = _head_names(name, values.shape[1:-1], trace)
-    values = values.reshape(len(values), -1, values.shape[-1])
-    return dict(zip(names, values.swapaxes(0, 1)))
-
-
-def _head_names(name, shape, trace):
-    """Of (heads,), of (read heads, write heads), or of () for one head."""
-    word = name.removesuffix("_weighting").removesuffix("_gate")
-    word = word.replace("_", " ")
-    if len(shape) > 1:
-        pairs = np.ndindex(*shape)
-        return [f"{word}, read {read}, write {write}" for read, write in pairs]
-    heads = [  # as gates and contents of all heads have them
-        f"{kind.removesuffix('_weighting')} {head}"
-        for kind in sorted(HEADS)
-        if kind in trace
-        for head in range(np.prod(np.shape(trace[kind])[1:-1], dtype=int))
-    ]
-    count = math.prod(shape)
-    if len(heads) == count and name not in HEADS:
-        return [f"{word}, {head}" for head in heads]
-    return [f"{word} {head}" for head in range(count)]
-
-
 def plot_task(
     trace,
     inputs=None,
@@ -211,7 +174,7 @@ def plot_task(
         slots, width: as of `plot_weighting`; heads and memory share a range.
         memory: bool, whether the memory is drawn.
         figure: what this function returned for other numbers of the same
-            shapes, with all slots, into which these are drawn; scales stay.
+            shapes, with all slots: these are drawn into it if scales agree.
 
     Example:
 
@@ -268,11 +231,14 @@ def plot_task(
             panels.append(_weighting_panel(values, prefix + name, rows, slots))
         if memory and contents is not None:
             films.append(_memory_panel(contents, f"{prefix}memory", rows))
-    if figure is None:
-        return _drawn([*panels, *films], None, title, width)
+    panels += films
+    drawn = [] if figure is None else [ax.images for ax in figure.axes]
+    scales = [images[0].get_clim() for images in drawn]
+    if scales != [panel.scale() for panel in panels]:
+        return _drawn(panels, None, title, width)
     figure.texts[0].set_text(title)
-    for panel, ax in zip([*panels, *films], figure.axes, strict=True):
-        for image, matrix in zip(ax.images, panel.draw.keywords["matrices"]):
+    for images, panel in zip(drawn, panels):
+        for image, matrix in zip(images, panel.draw.keywords["matrices"]):
             image.set_data(matrix)
     return figure
 
@@ -395,18 +361,18 @@ def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
     return Animation(figure, update, steps, milliseconds)
 
 
-# A picture is a list of panels, one below the other.
-
-
-class _Panel(NamedTuple):
+class _Panel(NamedTuple):  # a picture has them one below the other
     inches: float
     x_label: str
     draw: Callable  # of axes
     left: float = LEFT  # inches
 
+    def scale(self):
+        return tuple(self.draw.keywords[end] for end in ("low", "high"))
+
 
 def _drawn(panels, ax, title, width):
-    """The figure of panels. Neighbors with one x label share it."""
+    """The figure of panels; neighbors share an x label."""
     if ax is not None:
         axes = list(np.ravel(ax))
         check_length("ax", axes, len(panels))
@@ -442,7 +408,7 @@ def _gates_panel(gates, title):
         axes = ("T", None, None)[: np.ndim(gates[name])]
         values = numbers(name, gates[name], axes, sizes)
         if name != "read_mode":
-            names = _head_names(name, values.shape[1:], gates)
+            names = head_names(name, values.shape[1:], gates)
             rows.update(zip(names, values.T))
             continue
         for head in range(values.shape[1]):
@@ -465,7 +431,7 @@ def _is_gate(name):
 
 def _time_panel(values, inches, title, **options):
     """Of (T, rows)."""
-    options = {"high": max(1.0, values.max()), **options}
+    options = {"low": 0.0, "high": max(1.0, values.max()), **options}
     if values.min() < 0:
         reach = _reach(values)
         options |= {"low": -reach, "high": reach, "cmap": DIVERGING}

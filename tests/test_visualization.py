@@ -307,7 +307,7 @@ def test_a_figure_takes_other_numbers_of_the_same_shapes(trace):
     """As fast as a training wants it."""
     other = {name: values[::-1] / 2 for name, values in trace.items()}
     mask = np.ones((2, 11)) * (np.arange(11) > 5)
-    options = {"slots": "all", "mask": mask}
+    options = {"slots": "all", "mask": mask, "memory": False}
     figure = visualization.plot_task(trace, title="one", **options)
     redrawn = Redrawn(figure)
     for parts, title in ((other, "other"), (trace, "one")):
@@ -319,6 +319,9 @@ def test_a_figure_takes_other_numbers_of_the_same_shapes(trace):
             for one, array in zip(arrays(ax), arrays(same), strict=True):
                 np.testing.assert_array_equal(one, array)
         check_alike(redrawn.image(), visualization.to_image(figure))
+    more = {**trace, "output": 3 * trace["output"]}  # on another scale
+    options["figure"] = figure
+    assert visualization.plot_task(more, **options) is not figure
 
 
 def test_blocks_are_told_apart_and_without_memory_the_rest_stays(trace):
