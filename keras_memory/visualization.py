@@ -49,7 +49,7 @@ DIVERGING = "RdBu_r"  # for values with a sign
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"
 STEPS = 1, 2, 5, 10  # of numbers at an axis
 MOST_VARIANCE = 1e4  # square metres: `ESMLayer` knows nothing there
-LEFT, WIDE_LEFT, RIGHT = 0.8, 1.2, 0.6  # inches
+LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.6  # inches
 TOP, GAP, LABEL = 0.32, 0.3, 0.34
 
 
