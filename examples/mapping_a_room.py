@@ -83,8 +83,8 @@ def mapped(frames):
 
 def picture(frames, number, shown, farthest):
     """What the camera sees, beside the map."""
-    figure = visualization.Figure((9.6, 7.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
+    figure = visualization.Figure((8.4, 7.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
     seen = left.subplots(2, 1)
     seen[0].imshow(np.clip(frames.colour[number], 0, 1))
     depth = np.where(frames.depth[number] > 0, frames.depth[number], np.nan)

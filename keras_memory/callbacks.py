@@ -16,6 +16,7 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import written_aside
+from keras_memory.traces import named_heads
 
 
 class Seen(NamedTuple):
@@ -183,7 +184,7 @@ class ProbePictures(keras.callbacks.Callback):
         self.title = _function("title", title)
 
     def on_train_begin(self, logs=None):
-        self._done = None
+        self._done = self._redrawn = None
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._done is None and self.every:
@@ -207,10 +208,16 @@ class ProbePictures(keras.callbacks.Callback):
     def _draw(self):
         from keras_memory import images
 
+        before = self._redrawn and self._redrawn.figure
         figure = probe_picture(
-            self.probe.look(self.model), self.title(self._done), slots="all"
+            self.probe.look(self.model),
+            self.title(self._done),
+            slots="all",
+            figure=before,
         )
-        image = images.to_image(figure)
+        if figure is not before:
+            self._redrawn = images.Redrawn(figure)
+        image = self._redrawn.image()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self._done:08}.png"
         if path.exists() and not _is_marked(path):
@@ -424,7 +431,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
                         for other in trace
                         if other.rpartition("/")[0] == place
                     }
-                    heads = visualization.named_heads(kind, beside)
+                    heads = named_heads(kind, beside)
                     figures[tag] = visualization.plot_weighting(
                         np.stack([*heads.values()], 1),
                         names=list(heads),

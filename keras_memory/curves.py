@@ -71,7 +71,9 @@ def plot_curves(
     ax.set_ylim(bottom=0.0 if log_y else min(0.0, ax.get_ylim()[0]))
     for text, x in (marks or {}).items():
         ax.axvline(x, color="0.4", lw=1, ls=":")
-        at = {"x": x, "y": 0.03, "transform": ax.get_xaxis_transform()}
+        at = {"x": x, "y": 0.04, "transform": ax.get_xaxis_transform()}
+        if not log_y:  # low numbers are at the bottom
+            at |= {"y": 0.96, "va": "top"}
         ax.text(s=f" {text}", **at, fontsize=9, color="0.3")
     if goal is not None:
         ax.axhline(goal, color="0.3", lw=1, ls="--", label=f"goal: {goal:g}")

@@ -98,6 +98,31 @@ def _image(image):
     return image
 
 
+class Redrawn:
+    """A figure of which only images and the title change: all else is drawn
+    once, but for what lies over images."""
+
+    def __init__(self, figure):
+        self.figure, self.changing = figure, [*figure.texts]
+        for ax in figure.axes:
+            self.changing += [*ax.images, *ax.patches, *ax.spines.values()]
+        before, self._canvas = figure.canvas, FigureCanvasAgg(figure)
+        for artist in self.changing:
+            artist.set_animated(True)
+        self._canvas.draw()
+        self._still = self._canvas.copy_from_bbox(figure.bbox)
+        for artist in self.changing:
+            artist.set_animated(False)
+        figure.set_canvas(before)
+
+    def image(self):
+        """The picture now: (H, W, 3) uint8."""
+        self._canvas.restore_region(self._still)
+        for artist in self.changing:
+            artist.draw(self._canvas.get_renderer())
+        return np.asarray(self._canvas.buffer_rgba())[:, :, :3].copy()
+
+
 class Animation(mpl.animation.FuncAnimation):
     """A Matplotlib animation that a notebook shows, as a GIF.
 
@@ -112,21 +137,8 @@ class Animation(mpl.animation.FuncAnimation):
     def images(self):
         """The frames: list of (H, W, 3) uint8."""
         figure, update, steps, _ = self._given
-        before, frames = figure.canvas, []
-        canvas, changing = FigureCanvasAgg(figure), update(steps[0])
-        for artist in changing:
-            artist.set_animated(True)
-        canvas.draw()
-        background = canvas.copy_from_bbox(figure.bbox)
-        for step in steps:
-            canvas.restore_region(background)
-            for artist in update(step):
-                figure.draw_artist(artist)
-            frames.append(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
-        for artist in changing:
-            artist.set_animated(False)
-        figure.set_canvas(before)
-        return frames
+        redrawn = Redrawn(figure)
+        return [redrawn.image() for step in steps if update(step)]
 
     def _repr_html_(self):
         data = base64.b64encode(to_gif(self.images(), self._given[3])).decode()

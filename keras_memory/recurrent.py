@@ -1367,6 +1367,31 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return cls(**config)
 
 
+class Trace(dict):
+    """What `trace` gives: a dict of arrays, which a notebook shows as a
+    picture."""
+
+    def __repr__(self):
+        shapes = [f"{name}: {values.shape}" for name, values in self.items()]
+        return f"Trace({', '.join(shapes)})"
+
+    def _repr_png_(self):
+        from keras_memory import visualization
+
+        return visualization.plot_task(self)._repr_png_()
+
+
+def joined(traces):
+    """One trace of those of several layers, as `trace_model` gives them: the
+    layer's name is in front of each name where there are several."""
+    several = len(traces) > 1
+    return Trace(
+        (f"{layer}/{name}" if several else name, ops.convert_to_numpy(values))
+        for layer, trace in traces.items()
+        for name, values in trace.items()
+    )
+
+
 def trace(
     layer,
     inputs,
@@ -1462,31 +1487,6 @@ def trace_model(model, inputs, training=False):
             name = f"{layer.name}_{number}"
         traces[name] = _inside(layer, *arguments)
     return outputs, traces
-
-
-def joined(traces):
-    """One trace of those of several layers, as `trace_model` gives them: the
-    layer's name is in front of each name where there are several."""
-    several = len(traces) > 1
-    return Trace(
-        (f"{layer}/{name}" if several else name, ops.convert_to_numpy(values))
-        for layer, trace in traces.items()
-        for name, values in trace.items()
-    )
-
-
-class Trace(dict):
-    """What `trace` gives: a dict of arrays, which a notebook shows as a
-    picture."""
-
-    def __repr__(self):
-        shapes = [f"{name}: {values.shape}" for name, values in self.items()]
-        return f"Trace({', '.join(shapes)})"
-
-    def _repr_png_(self):
-        from keras_memory import visualization
-
-        return visualization.plot_task(self)._repr_png_()
 
 
 def _inside(layer, inputs, initial_state, mask, training, use_memory):

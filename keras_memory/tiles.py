@@ -12,6 +12,8 @@ from keras_memory.images import SEQUENTIAL
 from keras_memory.images import Figure
 from keras_memory.images import check_length
 
+WRONG = "#a00000"  # dark red
+
 
 class Tile(NamedTuple):
     """An image for `plot_tiles`.
@@ -20,7 +22,7 @@ class Tile(NamedTuple):
         image: (H, W), (H, W, 1) or (H, W, 3), in [0, 1].
         caption: a short text, in the color of the frame.
         words: text below that, above the image.
-        color: of the frame; None for a grey one, which stands apart.
+        color: of the frame; None for grey. The first of a row stands apart.
         heat: (H, W) or (H, W, C), such as attributions: what is positive,
             summed over channels, is drawn below on the faint image; or None.
     """
@@ -47,7 +49,7 @@ def plot_tiles(rows, ax=None):
         left, top = apart, bottom + above + apart / 2
         for tile in row:
             places.append((left, top, tile))
-            left += 1 + apart + 0.5 * (tile.color is None and len(row) > 1)
+            left += 1 + apart + 0.4 * (tile is row[0] and len(row) > 1)
         bottom = top + 1 + 1.08 * any(tile.heat is not None for tile in row)
     right = max(left for left, _, _ in places) + 1 + apart
     bottom += apart
@@ -112,15 +114,13 @@ def plot_explanations(
         heats = [None] * (1 + len(why.inputs))
         if attributions is not None:
             heats = [attributions[index][0], *attributions[index][1]]
-        caption, words = "answer", name(why.prediction)
+        caption, words, color = "answer", name(why.prediction), None
         if labels is not None and labels[index] != why.prediction:
-            caption, words = (
-                "WRONG answer",
-                f"{words}, is {name(labels[index])}",
-            )
+            caption, color = "WRONG answer", WRONG
+            words += f", is {name(labels[index])}"
         elif labels is not None:
             caption = "right answer"
-        row = [Tile(inputs[index], caption, words, None, heats[0])]
+        row = [Tile(inputs[index], caption, words, color, heats[0])]
         for one in range(min(most, len(why.inputs))):
             kind = 0 if why.is_example[one] else 1
             seen, label = why.classes[one], why.labels[one]

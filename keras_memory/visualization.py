@@ -12,7 +12,6 @@ of another shape or range raise ValueError. pyplot is not used.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,14 +42,15 @@ from keras_memory.images import write_labels
 from keras_memory.tiles import Tile as Tile
 from keras_memory.tiles import plot_explanations as plot_explanations
 from keras_memory.tiles import plot_tiles as plot_tiles
+from keras_memory.traces import head_names
+from keras_memory.traces import heads_of
 
 DIVERGING = "RdBu_r"  # for values with a sign
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"
 STEPS = 1, 2, 5, 10  # of numbers at an axis
 MOST_VARIANCE = 1e4  # square metres: `ESMLayer` knows nothing there
-LEFT, WIDE_LEFT, RIGHT = 0.8, 1.2, 0.6  # inches
+LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.6  # inches
 TOP, GAP, LABEL = 0.32, 0.3, 0.34
-HEADS = "write_weighting", "read_weighting"
 
 
 def plot_weighting(
@@ -59,7 +59,7 @@ def plot_weighting(
     """Draws where heads look: slots over time.
 
     The scale ends at 1, or at the largest weight where that is below 0.5, as
-    it is of weightings that are spread over many slots.
+    it is of weightings that are spread over many slots (see `slots`).
 
     Args:
         weighting: (T, N) or (T, heads, N), in [0, 1].
@@ -67,8 +67,8 @@ def plot_weighting(
         names: a title for each head; None for numbers.
         title: str, headline of the figure.
         slots: "used" draws the shortest range, perhaps across the last slot,
-            of all slots with a tenth of the largest weight at some time;
-            "all" draws all; a list of slots draws these.
+            of all slots with a tenth of the largest weight at some time; a
+            list of slots draws these; "all" draws all, on a scale to 1.
         width: inches of a new figure.
     """
     axes = ("T", "N") if np.ndim(weighting) == 2 else ("T", "heads", "N")
@@ -80,7 +80,7 @@ def plot_weighting(
     check_length("names", names, heads)
     rows = _rows(weighting.max(axis=(0, 1)), slots)
     panels = [
-        _weighting_panel(weighting[:, head], name, rows)
+        _weighting_panel(weighting[:, head], name, rows, slots)
         for head, name in enumerate(names)
     ]
     return _drawn(panels, ax, title, width)
@@ -144,43 +144,6 @@ def plot_gates(gates, ax=None, title="gates", width=WIDTH):
     return _drawn([_gates_panel(gates, title)], ax, "", width)
 
 
-def heads_of(trace):
-    """Where heads write and read: dict from "write 0", "read 0", ... to
-    (T, N), of a trace of one sequence; of other names all its weightings."""
-    names = [name for name in HEADS if name in trace]
-    names = names or [name for name in trace if name.endswith("_weighting")]
-    every = [named_heads(name, trace).items() for name in names]
-    return dict(head for heads in every for head in heads)
-
-
-def named_heads(name, trace):
-    """One weighting of a trace of one sequence: dict from the names of its
-    heads to (T, N)."""
-    values = numbers(name, trace[name], ("T", ..., "N"))
-    names = _head_names(name, values.shape[1:-1], trace)
-    values = values.reshape(len(values), -1, values.shape[-1])
-    return dict(zip(names, values.swapaxes(0, 1)))
-
-
-def _head_names(name, shape, trace):
-    """Of (heads,), of (read heads, write heads), or of () for one head."""
-    word = name.removesuffix("_weighting").removesuffix("_gate")
-    word = word.replace("_", " ")
-    if len(shape) > 1:
-        pairs = np.ndindex(*shape)
-        return [f"{word}, read {read}, write {write}" for read, write in pairs]
-    heads = [  # as gates and contents of all heads have them
-        f"{kind.removesuffix('_weighting')} {head}"
-        for kind in sorted(HEADS)
-        if kind in trace
-        for head in range(np.prod(np.shape(trace[kind])[1:-1], dtype=int))
-    ]
-    count = math.prod(shape)
-    if len(heads) == count and name not in HEADS:
-        return [f"{word}, {head}" for head in heads]
-    return [f"{word} {head}" for head in range(count)]
-
-
 def plot_task(
     trace,
     inputs=None,
@@ -192,6 +155,7 @@ def plot_task(
     slots="used",
     memory=True,
     width=WIDTH,
+    figure=None,
 ):
     """Draws all of a sequence: inputs, targets, outputs, gates and modes,
     where each head writes and reads, the memory. A column is a time step.
@@ -209,6 +173,8 @@ def plot_task(
         title: str, headline.
         slots, width: as of `plot_weighting`; heads and memory share a range.
         memory: bool, whether the memory is drawn.
+        figure: what this function returned for other numbers of the same
+            shapes, with all slots: these are drawn into it if scales agree.
 
     Example:
 
@@ -262,10 +228,19 @@ def plot_task(
             continue
         rows = _rows(strength, slots)
         for name, values in heads.items():
-            panels.append(_weighting_panel(values, prefix + name, rows))
+            panels.append(_weighting_panel(values, prefix + name, rows, slots))
         if memory and contents is not None:
             films.append(_memory_panel(contents, f"{prefix}memory", rows))
-    return _drawn([*panels, *films], None, title, width)
+    panels += films
+    drawn = [] if figure is None else [ax.images for ax in figure.axes]
+    scales = [images[0].get_clim() for images in drawn]
+    if scales != [panel.scale() for panel in panels]:
+        return _drawn(panels, None, title, width)
+    figure.texts[0].set_text(title)
+    for images, panel in zip(drawn, panels):
+        for image, matrix in zip(images, panel.draw.keywords["matrices"]):
+            image.set_data(matrix)
+    return figure
 
 
 def plot_sphere(
@@ -386,18 +361,18 @@ def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
     return Animation(figure, update, steps, milliseconds)
 
 
-# A picture is a list of panels, one below the other.
-
-
-class _Panel(NamedTuple):
+class _Panel(NamedTuple):  # a picture has them one below the other
     inches: float
     x_label: str
     draw: Callable  # of axes
     left: float = LEFT  # inches
 
+    def scale(self):
+        return tuple(self.draw.keywords[end] for end in ("low", "high"))
+
 
 def _drawn(panels, ax, title, width):
-    """The figure of panels. Neighbors with one x label share it."""
+    """The figure of panels; neighbors share an x label."""
     if ax is not None:
         axes = list(np.ravel(ax))
         check_length("ax", axes, len(panels))
@@ -433,7 +408,7 @@ def _gates_panel(gates, title):
         axes = ("T", None, None)[: np.ndim(gates[name])]
         values = numbers(name, gates[name], axes, sizes)
         if name != "read_mode":
-            names = _head_names(name, values.shape[1:], gates)
+            names = head_names(name, values.shape[1:], gates)
             rows.update(zip(names, values.T))
             continue
         for head in range(values.shape[1]):
@@ -456,7 +431,7 @@ def _is_gate(name):
 
 def _time_panel(values, inches, title, **options):
     """Of (T, rows)."""
-    options = {"high": max(1.0, values.max()), **options}
+    options = {"low": 0.0, "high": max(1.0, values.max()), **options}
     if values.min() < 0:
         reach = _reach(values)
         options |= {"low": -reach, "high": reach, "cmap": DIVERGING}
@@ -467,9 +442,10 @@ def _time_panel(values, inches, title, **options):
     return _Panel(inches, "time step", draw, left)
 
 
-def _weighting_panel(values, title, rows):
+def _weighting_panel(values, title, rows, slots):
     inches = min(6.0, max(1.0, 0.07 * min(len(rows), 24), len(rows) / DPI))
-    options = {"slots": (rows, values.shape[1]), "high": _high(values)}
+    high = 1.0 if isinstance(slots, str) and slots == "all" else _high(values)
+    options = {"slots": (rows, values.shape[1]), "high": high}
     return _time_panel(values[:, rows], inches, title, **options)
 
 
@@ -533,8 +509,9 @@ def _draw(
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))
     else:
         ax.set_xticks(starts + (wide - 1) / 2, steps)
-    for step in np.flatnonzero(grey) if grey is not None else ():
-        ax.axvspan(step - 0.5, step + 0.5, color="0.7", alpha=0.85, lw=0)
+    edges = np.diff(np.r_[0, [] if grey is None else grey, 0])
+    for first, end in np.flatnonzero(edges).reshape(-1, 2):
+        ax.axvspan(first - 0.5, end - 0.5, color="0.7", alpha=0.85, lw=0)
     label = None
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
     if names is not None:

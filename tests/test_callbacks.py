@@ -612,7 +612,8 @@ def test_pictures_of_the_probe_and_their_animation(tmp_path):
         callbacks.probe_picture(seen, "epoch 5", slots="all")
     )
     with Image.open(folder / names[-1]) as png:
-        np.testing.assert_array_equal(np.asarray(png), expected)
+        different = (np.asarray(png) != expected).any(axis=2)
+        assert different.mean() < 0.002  # ticks, under frames
     with Image.open(io.BytesIO(callbacks.animation(folder))) as gif:
         assert gif.n_frames == 4
     with pytest.raises(FileNotFoundError, match="picture_every"):

@@ -20,6 +20,7 @@ LAYERS = [
         "numerics",
         "replay",
         "state",
+        "traces",
     ],
     ["arguments", "geometry", "images"],
     ["curves", "tiles"],
