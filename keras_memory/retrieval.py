@@ -24,6 +24,7 @@ from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
 from keras_memory.checks import make_plain
+from keras_memory.checks import with_rows_of
 
 BLOCK = 16384  # keys that are compared at a time
 QUERIES = 1024  # queries that are compared at a time
@@ -743,8 +744,15 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         training=False,
     ):
         before = state = self.state
-        queries = check_array("queries", queries, (None, ..., self.ring.dim))
-        queries = check_batch("queries", queries, self.memory_keys.shape[0])
+        given = check_array("queries", queries, (None, ..., self.ring.dim))
+        rows = self.memory_keys.shape[0]
+        queries = check_batch("queries", given, rows)
+        others = {"keys": keys, "values": values}
+        others |= {"keys_mask": keys_mask, "clear": clear}
+        keys, values, keys_mask, clear = (
+            check_batch(name, other, rows) if ops.is_tensor(other) else other
+            for name, other in others.items()
+        )
         if clear is not None:
             state = self.ring.clear(state, clear)
         found = self.ring.search(state, queries, self.top_k)
@@ -756,10 +764,11 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
                 self.memory_keys.assign(state.keys)
                 self.memory_values.assign(state.values)
         dtype = self.value_dtype or self.compute_dtype
-        return found._replace(
+        found = found._replace(
             keys=ops.cast(found.keys, self.compute_dtype),
             values=ops.cast(found.values, dtype),
         )
+        return Neighbours(*(with_rows_of(part, given) for part in found))
 
     def get_config(self):
         names = ("max_memories", "top_k", "similarity", "method")

@@ -191,14 +191,17 @@ def test_everything_counts_steps(run, monkeypatch, tmp_path):
         range(5, 51, 5)
     )
     assert of_memory["probe"][-1] == 50
-    written = []
+    written = {}
     monkeypatch.setattr(
-        runs, "_write_png", lambda path, figure: written.append(figure)
+        runs,
+        "_write_png",
+        lambda path, figure: written.update({path.name: figure}),
     )
     model = runs.load(folder / "model.keras")
     runs.draw(small(*RESUMED), model, folder, {})
     runs.compare([folder], tmp_path / "out.png")
-    learning, comparison = (figure.axes for figure in written)
+    learning = written["learning.png"].axes
+    comparison = written["out.png"].axes
     assert [ax.get_ylabel() for ax in learning] == [
         "loss",
         "wrong bits per sequence",
