@@ -521,10 +521,10 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         every=1,
         labels=None,
     ):
-        super().__init__()
-        self.folder = _path("log_dir", log_dir) / "explanations"
         from keras_memory.tiles import check_shades
 
+        super().__init__()
+        self.folder = _path("log_dir", log_dir) / "explanations"
         self.x = _numbers("x", x, ("B", "H", "W", ...))
         self.labels = labels
         if to_image is not None:

@@ -166,7 +166,8 @@ class _Map(Arguments, keras.layers.Layer):
             `ESMMap`, (B, H, W, 3 + F).
         """
         if not ops.is_tensor(batch_size):
-            check_size("batch_size", batch_size, least=0)
+            batch_size = check_size("batch_size", batch_size, least=0)
+            self._check_bytes_of_maps(batch_size)
         return self._nothing_seen(batch_size)
 
     def _check_bytes_of_maps(self, batch_size):
@@ -176,8 +177,6 @@ class _Map(Arguments, keras.layers.Layer):
         check_bytes("A state", sizes, self.map_dtype)
 
     def _nothing_seen(self, batch_size):
-        if isinstance(batch_size, int):
-            self._check_bytes_of_maps(batch_size)
         shape = (batch_size, *self._prior.mean.shape)
         return ESMMap(
             *(

@@ -644,10 +644,9 @@ class KNNMemory(Arguments):
             new = self._count - self._stored_count
             if not (new.any() or self._is_cleared.any()):
                 return
-            size = self.dim * self._keys.itemsize
-            size += self.value_dim * self._values.itemsize
             some, all_ = (
-                int(np.minimum(counts, self.max_memories).sum()) * size
+                int(np.minimum(counts, self.max_memories).sum())
+                * self._bytes_of_entry
                 for counts in (new, self._count)
             )
             limit = max(FILE_LEAST, FILE_FACTOR * all_)
@@ -716,11 +715,14 @@ class KNNMemory(Arguments):
     def _config(self):
         return {name: getattr(self, name) for name in STORED}
 
+    @property
+    def _bytes_of_entry(self):
+        of_key = self.dim * self._keys.itemsize
+        return of_key + self.value_dim * self._values.itemsize
+
     def _operations(self, counts):
         """The latest entries, so many of each row, as a file has them."""
-        size = self.dim * self._keys.itemsize
-        size += self.value_dim * self._values.itemsize
-        step = max(1, BLOCK // size)
+        step = max(1, BLOCK // self._bytes_of_entry)
         for row in np.flatnonzero(counts):
             slots = self._slots(row)[-counts[row] :]
             for begin in range(0, len(slots), step):

@@ -27,6 +27,7 @@ import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+from keras.src.tree import tree_api
 
 from keras_memory import controllers
 from keras_memory import scan
@@ -1367,12 +1368,20 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return cls(**config)
 
 
+@tree_api.register_tree_node_class
 class Trace(dict):
     """What `trace` gives: a dict of arrays, which a notebook shows as a
     picture."""
 
+    def tree_flatten(self):  # for `keras.tree`, as of any dict
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names, values):
+        return cls(zip(names, values, strict=True))
+
     def __repr__(self):
-        shapes = [f"{name}: {values.shape}" for name, values in self.items()]
+        shapes = [f"{name}: {np.shape(one)}" for name, one in self.items()]
         return f"Trace({', '.join(shapes)})"
 
     def _repr_png_(self):

@@ -723,12 +723,12 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
             of_keys = {"dtype": self.memory_dtype, "remedy": KEY_REMEDY}
             keys = let_in("keys", keys, any_entries, **of_keys)
         if values is not None:
+            given = values
             options = of_values(self.value_dtype, self.memory_dtype)
+            values = let_in("values", given, any_entries, **options)
             # They come back in the dtype that is computed in.
             back = self.value_dtype or self.compute_dtype
-            let = let_in("values", values, any_entries, **options)
-            check_exact("values", values, back, VALUE_REMEDY)
-            values = let
+            check_exact("values", given, back, VALUE_REMEDY)
         given = [queries, keys, values, *others]
         while given[-1] is None:  # which Keras takes by name only
             given.pop()

@@ -776,17 +776,17 @@ class ScannIndex(Arguments, keras.layers.Layer):
         )
         sound = [keys]
         if self.value_dim or values is not None:
-            let = check_array(
+            given = values
+            values = check_array(
                 "values",
-                values,
+                given,
                 ("memory_size", "value_dim"),
                 sizes,
                 **of_values(self.value_dtype, "float32"),
             )
             # They come back in the dtype that is computed in.
             back = self.value_dtype or self.compute_dtype
-            check_exact("values", values, back, VALUE_REMEDY)
-            values = let
+            check_exact("values", given, back, VALUE_REMEDY)
             sound += [values] if "float" in ops.dtype(values) else []
         if not all(bool(ops.all(is_sound(part))) for part in sound):
             raise ValueError(

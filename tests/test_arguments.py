@@ -584,3 +584,45 @@ def test_many_buckets():
     assert ends == {4, 8, 11}
     many = dataclasses.replace(few, buckets=HUGE)
     assert many.sample(rng, 1).mask.shape[1] <= 11
+
+
+def test_a_suggestion_has_all_words_of_what_was_written():
+    with pytest.raises(TypeError, match="Did you mean `memory_slots`"):
+        keras_memory.NTMLayer(3, slots=4)
+
+
+@pytest.mark.parametrize("dtype, fits", [("int32", True), ("int64", False)])
+def test_bytes_of_values_are_those_of_their_dtype(dtype, fits, small_machine):
+    ring = RingMemory(1, 5 * 10**6, 600, value_dtype=dtype)
+    if fits:  # 12 GB
+        ring._check_bytes(1, "float32")
+    else:
+        with pytest.raises(ValueError, match="The values would take 24 GB"):
+            ring._check_bytes(1, "float32")
+
+
+def test_neighbours_that_do_not_fit(small_machine):
+    memory = keras_memory.KNNMemory(2, 3, store="ring")
+    memory.add(np.eye(2), np.eye(2))
+    with pytest.raises(ValueError, match="neighbours.*top_k=1000000000"):
+        memory.search(np.eye(2), top_k=10**9)
+
+
+def test_a_limit_of_the_process_is_a_limit(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (12345, -1))
+    checks.machine_bytes.cache_clear()
+    try:
+        assert checks.machine_bytes() == 12345
+    finally:
+        checks.machine_bytes.cache_clear()
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_what_is_no_path_is_named(path):
+    memory = keras_memory.KNNMemory(2, 3, store="ring")
+    for call in (memory.save, memory.load, memory.open):
+        with pytest.raises(ValueError, match="`folder` must be a path"):
+            call(path)
+    with pytest.raises(ValueError, match="`path` must be a path"):
+        keras_memory.convert.read_pytorch_checkpoint(path)

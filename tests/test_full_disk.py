@@ -6,7 +6,9 @@ import pathlib
 
 import pytest
 
+from keras_memory import files
 from keras_memory.files import explain_os_errors
+from keras_memory.files import files_written_aside
 from keras_memory.files import written_aside
 
 resource = pytest.importorskip("resource")
@@ -71,3 +73,26 @@ def test_errors_are_explained_and_keep_their_kind():
         str(caught.value)
         == "Could not write all: no room. Nothing was changed."
     )
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_disk_that_ends_while_files_are_moved(moved, tmp_path, monkeypatch):
+    """Not all is then as it was, and it is not said to be."""
+    (tmp_path / "0.txt").write_text("old")
+    replace, calls = files._replace, []
+
+    def full(source, target):
+        calls.append(target)
+        if len(calls) > moved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(files, "_replace", full)
+    with pytest.raises(
+        OSError, match="No space .*Some of its files may be new"
+    ):
+        with files_written_aside(tmp_path) as aside:
+            for number in range(2):
+                (aside / f"{number}.txt").write_text("new")
+    assert (tmp_path / "0.txt").read_text() == ("new" if moved else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["0.txt"]

@@ -1672,3 +1672,24 @@ def test_a_width_that_a_graph_does_not_know_is_checked(x, jit_compile):
 def test_a_mask_may_be_a_list(x):
     layer, mask = ntm(), [[True] * (TIME - 1) + [False]] * BATCH
     close(layer(x, mask=mask), layer(x, mask=np.array(mask)), 0)
+
+
+def test_sequences_of_objects_are_refused_by_name(x):
+    with pytest.raises(ValueError, match="`sequences` must be .* real numbers"):
+        ntm()(x.astype(object))
+
+
+def test_a_trace_is_a_tree_of_keras(x):
+    """By a function of Keras that is not public."""
+    inside = keras_memory.trace(ntm(), x)
+    shapes = keras.tree.map_structure(np.shape, {"of": inside})["of"]
+    assert type(shapes) is type(inside) and list(shapes) == list(inside)
+    assert shapes["memory"] == inside["memory"].shape
+    assert len(keras.tree.flatten(inside)) == len(inside)
+    assert "memory: (" in repr(inside)
+
+
+def test_a_whole_model_is_needed_to_trace_one(x):
+    for wrong in (None, ntm()):
+        with pytest.raises(TypeError, match="`model` must be a Keras model"):
+            keras_memory.recurrent.trace_model(wrong, x)
