@@ -27,7 +27,6 @@ import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
-from keras.src.tree import tree_api
 
 from keras_memory import controllers
 from keras_memory import scan
@@ -1368,17 +1367,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return cls(**config)
 
 
-@tree_api.register_tree_node_class
 class Trace(dict):
     """What `trace` gives: a dict of arrays, which a notebook shows as a
-    picture."""
-
-    def tree_flatten(self):  # for `keras.tree`, as of any dict
-        return tuple(self.values()), tuple(self)
-
-    @classmethod
-    def tree_unflatten(cls, names, values):
-        return cls(zip(names, values, strict=True))
+    picture. `keras.tree` takes it for one leaf: give it `dict(trace)`."""
 
     def __repr__(self):
         shapes = [f"{name}: {np.shape(one)}" for name, one in self.items()]
