@@ -1,6 +1,7 @@
 """Files that are whole or not there, and written by one process."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -80,14 +81,15 @@ def make_folder(path):
 
 
 @contextlib.contextmanager
-def explain_os_errors(what, kept="Nothing was changed.", also=()):
+def explain_os_errors(what, kept="Nothing was changed.", also=(), verb="write"):
     """Adds to an OSError, such as of a full disk, what was being written.
 
     Args:
-        what: str or path of what is written inside of this.
+        what: str or path of what is written or read inside of this.
         kept: str, what is left after an error.
         also: tuple of further classes of exceptions that tell of the disk,
             such as `tf.errors.OpError`.
+        verb: "write" or "read".
 
     Raises:
         OSError: of the same `errno`, and so of the same class.
@@ -96,7 +98,9 @@ def explain_os_errors(what, kept="Nothing was changed.", also=()):
         yield
     except (OSError, *also) as error:
         number, reason = getattr(error, "errno", None), os_reason(error)
-        text = f"Could not write {what}: {reason}. {kept}"
+        if getattr(error, "sqlite_errorname", None) == "SQLITE_FULL":
+            number = errno.ENOSPC
+        text = f"Could not {verb} {what}: {reason}. {kept}"
         told = OSError(text) if number is None else OSError(number, text)
         told.reason = reason
         raise told from error

@@ -8,8 +8,8 @@ of them in `memory.sqlite-shm`, while it is in use and after a kill. Tables:
     CRC-32 of these three.
 `operations`, a row for each number from first to last: row of the memory; count
     of entries added to it, or 0 where it is cleared; crc, CRC-32 of number,
-    row, count and bytes; keys and vals, the bytes of two arrays. The first one
-    clears all rows; its row is -1.
+    row, count and bytes; keys and vals, the bytes of two arrays. The first
+    operation clears all rows; its row is -1.
 
 SQLite does not check its pages: a changed operation has another checksum, a
 lost one leaves out a number. A damaged end of `memory.sqlite-wal` reads as an
@@ -39,10 +39,8 @@ SCHEMA = (
     "count INTEGER, crc INTEGER, keys BLOB, vals BLOB)"
 )
 # Bytes of another length than is expected are not read, and take no memory.
-SELECT = """SELECT row, count, crc,
-    CASE length(keys) WHEN count * ? THEN keys END,
-    CASE length(vals) WHEN count * ? THEN vals END
-    FROM operations WHERE number = ?"""
+SELECT = """SELECT row, count, crc, keys, vals FROM operations WHERE
+    number = ? AND length(keys) = count * ? AND length(vals) = count * ?"""
 
 # `keys` and `values`, (n, width) arrays, are added to `row`, an int. Without
 # entries the row is cleared, or, where it is -1, all rows.
@@ -94,20 +92,17 @@ class Store:
         float32 keys, or a ValueError where the file is damaged or another one.
         Those of a call that was not finished come again.
         """
-        keys, values = ("f4", (dim,)), (value_dtype, (value_dim,))
-        kinds = np.dtype(keys), np.dtype(values)
-        sizes = kinds[0].itemsize, kinds[1].itemsize
+        kinds = np.dtype(("f4", (dim,))), np.dtype((value_dtype, (value_dim,)))
+        sizes = [kind.itemsize for kind in kinds]
         with self._reading() as connection:
             begin = max(self._read + 1, self._meta.first)
             for number in range(begin, self._meta.last + 1):
-                found = connection.execute(SELECT, (*sizes, number)).fetchone()
+                found = connection.execute(SELECT, (number, *sizes)).fetchone()
                 row, count, crc, *blobs = found or [None] * 5
                 types = [type(field) for field in (row, count, *blobs)]
                 right = types == [int, int, bytes, bytes]
                 right = right and crc == _checksum((number, row, count), *blobs)
-                _check(
-                    right, f"operation {number}, of another size or checksum"
-                )
+                _check(right, f"operation {number}: another size or checksum")
                 arrays = map(np.ndarray, (count, count), kinds, blobs)
                 yield Operation(row, *arrays)
         self._read = self._meta.last
@@ -118,7 +113,7 @@ class Store:
         power. After an OSError nothing has changed."""
         self._check_owner()
         config = json.dumps(self.config) if replace else None
-        with _explained(self.path), contextlib.ExitStack() as undo:
+        with _explained("write", self.path), contextlib.ExitStack() as undo:
             undo.callback(self.disconnect)  # which rolls back
             if self._connection is None:
                 self._connection = _connect(self.path, "rw")
@@ -153,7 +148,7 @@ class Store:
         """A connection in a transaction, of which `_meta` tells."""
         self._check_owner()
         os.stat(self.path)  # raises a plain FileNotFoundError
-        with _explained(self.path):
+        with _explained("read", self.path):
             with contextlib.closing(_connect(self.path, "ro")) as connection:
                 connection.execute("BEGIN")
                 new = _read_meta(connection)
@@ -165,9 +160,7 @@ class Store:
 
     def _check_owner(self):
         if self.owner != os.getpid():
-            raise ValueError(
-                f"A fork must open its store. Received: {self.path}"
-            )
+            raise ValueError(f"A fork must open its store. Got: {self.path}")
 
 
 def exists(folder):
@@ -184,7 +177,7 @@ def _create(path, config, operations):
     # SQLite need not flush, as the file is flushed as a whole.
     settings = {"journal_mode": "OFF", "synchronous": "OFF", **IDENTITY}
     settings = [f"PRAGMA {name}={value};" for name, value in settings.items()]
-    with files.written_aside(path) as aside, _explained(aside):
+    with files.written_aside(path) as aside, _explained("write", aside):
         with contextlib.closing(_connect(aside, "rwc")) as connection:
             connection.executescript("".join([*settings, "BEGIN;", SCHEMA]))
             # The time: readers of a store that is gone read all of this one.
@@ -223,10 +216,9 @@ def _read_meta(connection):
     """`Meta`, if the file is a store."""
     found = {name: _pragma(connection, name) for name in IDENTITY}
     _check(found == IDENTITY, f"{found} instead of {IDENTITY}")
-    found = connection.execute(
-        "SELECT group_concat(sql, ';') FROM sqlite_master"
-    )
-    _check(found.fetchall() == [(SCHEMA,)], "another schema")
+    schema = "SELECT group_concat(sql, ';') FROM sqlite_master"
+    found = connection.execute(schema).fetchall()
+    _check(found == [(SCHEMA,)], "another schema")
     found = connection.execute("SELECT * FROM meta LIMIT 2").fetchall()
     types = [type(field) for row in found for field in row]
     _check(types == [str, int, int, int], "another kind of meta")
@@ -257,10 +249,11 @@ def _pragma(connection, text):
 
 
 @contextlib.contextmanager
-def _explained(path):
+def _explained(verb, path):
     kept = "It is as it was. SQLite needs room, locks and shared memory there."
+    also = (sqlite3.OperationalError,)
     try:
-        with files.explain_os_errors(path, kept, (sqlite3.OperationalError,)):
+        with files.explain_os_errors(path, kept, also, verb):
             yield
     except (sqlite3.Error, ValueError, RecursionError) as error:
         raise ValueError(
