@@ -1,7 +1,6 @@
 """The public names of the package, which `__init__` hands on."""
 
 from keras_memory import callbacks as callbacks
-from keras_memory import controllers as controllers
 from keras_memory import convert as convert
 from keras_memory import explanations as explanations
 from keras_memory import export as export
@@ -28,9 +27,10 @@ from keras_memory.ntm import NTMCell as NTMCell
 from keras_memory.ntm import NTMLayer as NTMLayer
 from keras_memory.ntm import NTMState as NTMState
 from keras_memory.plotting import plot as plot
-from keras_memory.recurrent import MemoryCell as MemoryCell
-from keras_memory.recurrent import MemoryRNN as MemoryRNN
-from keras_memory.recurrent import trace as trace
-from keras_memory.recurrent import trace_model as trace_model
+from keras_memory.recurrent import controllers as controllers
+from keras_memory.recurrent.cell import MemoryCell as MemoryCell
+from keras_memory.recurrent.layer import MemoryRNN as MemoryRNN
+from keras_memory.recurrent.tracing import trace as trace
+from keras_memory.recurrent.tracing import trace_model as trace_model
 from keras_memory.retrieval import KNNMemoryLayer as KNNMemoryLayer
 from keras_memory.scann_index import ScannIndex as ScannIndex

@@ -16,6 +16,7 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import written_aside
+from keras_memory.recurrent import tracing
 from keras_memory.traces import named_heads
 
 
@@ -142,7 +143,7 @@ def probe_picture(seen, title, memory=False, **options):
     from keras_memory import visualization
 
     return visualization.plot_task(
-        recurrent.joined(seen.traces),
+        tracing.joined(seen.traces),
         seen.inputs,
         seen.targets,
         seen.outputs,

@@ -46,9 +46,9 @@ from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
 from keras_memory.checks import plain
-from keras_memory.controllers import check_units
 from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
+from keras_memory.recurrent.cells import check_units
 
 MOST_STEPS = 2**31 - 1  # that TensorFlow counts
 

@@ -6,7 +6,6 @@ import re
 import keras
 import numpy as np
 
-from keras_memory import controllers
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
@@ -18,6 +17,7 @@ from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapLayer
 from keras_memory.ntm import NTMInterface
 from keras_memory.ntm import NTMLayer
+from keras_memory.recurrent import controllers
 
 
 def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):

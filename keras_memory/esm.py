@@ -17,6 +17,7 @@ from keras import ops
 from keras.src import backend
 
 from keras_memory import geometry
+from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
@@ -28,8 +29,7 @@ from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
 from keras_memory.checks import with_rows_of
-from keras_memory.numerics import at_least_float32
-from keras_memory.state import LayerState
+from keras_memory.recurrent.state import LayerState
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
 HUGE = 1e25  # as infinite: it would overflow in sums and squares

@@ -23,13 +23,13 @@ import numpy as np
 from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
-from keras_memory import controllers
 from keras_memory import files
+from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
-from keras_memory.numerics import at_least_float32
-from keras_memory.scan import select
+from keras_memory.recurrent import controllers
+from keras_memory.recurrent.state import select
 from keras_memory.scann_index import ScannIndex
 
 MOST_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses a model with more

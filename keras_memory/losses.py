@@ -13,8 +13,8 @@ import keras
 from keras import ops
 from keras.src import backend
 
+from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.checks import check_array
-from keras_memory.numerics import at_least_float32
 
 
 def bits_per_sequence(targets, outputs, mask):

@@ -16,7 +16,10 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
-from keras_memory.addressing import sparsemax
+from keras_memory.addressing.activations import sparsemax
+from keras_memory.addressing.gradients import to_train
+from keras_memory.addressing.gradients import with_gradient
+from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_between
@@ -25,9 +28,6 @@ from keras_memory.checks import check_bytes
 from keras_memory.checks import check_process
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
-from keras_memory.numerics import at_least_float32
-from keras_memory.replay import to_train
-from keras_memory.replay import with_gradient
 from keras_memory.retrieval import LARGEST
 from keras_memory.retrieval import inner_products
 from keras_memory.retrieval import middle

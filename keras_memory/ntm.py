@@ -14,19 +14,19 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory.access import erase_and_add
-from keras_memory.access import read
-from keras_memory.addressing import activation_by_name
-from keras_memory.addressing import add_usage
-from keras_memory.addressing import content_weighting
-from keras_memory.addressing import interpolate
-from keras_memory.addressing import least_used
-from keras_memory.addressing import mark_used
-from keras_memory.addressing import not_negative
-from keras_memory.addressing import oneplus
-from keras_memory.addressing import sharpen
-from keras_memory.addressing import shift
-from keras_memory.addressing import softmax
+from keras_memory.addressing.activations import activation_by_name
+from keras_memory.addressing.activations import not_negative
+from keras_memory.addressing.activations import oneplus
+from keras_memory.addressing.activations import softmax
+from keras_memory.addressing.content import content_weighting
+from keras_memory.addressing.location import interpolate
+from keras_memory.addressing.location import sharpen
+from keras_memory.addressing.location import shift
+from keras_memory.addressing.slots import erase_and_add
+from keras_memory.addressing.slots import read
+from keras_memory.addressing.usage import add_usage
+from keras_memory.addressing.usage import least_used
+from keras_memory.addressing.usage import mark_used
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
@@ -34,12 +34,12 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
-from keras_memory.recurrent import Initial
-from keras_memory.recurrent import MemoryCell
-from keras_memory.recurrent import MemoryRNN
-from keras_memory.recurrent import check_sizes_of_memory
-from keras_memory.recurrent import interface_size
-from keras_memory.recurrent import split_interface
+from keras_memory.recurrent.cell import MemoryCell
+from keras_memory.recurrent.interface import Initial
+from keras_memory.recurrent.interface import check_sizes_of_memory
+from keras_memory.recurrent.interface import interface_size
+from keras_memory.recurrent.interface import split_interface
+from keras_memory.recurrent.layer import MemoryRNN
 
 
 class NTMState(NamedTuple):

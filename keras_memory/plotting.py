@@ -8,6 +8,7 @@ from keras_memory import explanations
 from keras_memory import recurrent
 from keras_memory.esm import ESMLayer
 from keras_memory.memory_wrap import MemoryWrapClassifier
+from keras_memory.recurrent import tracing
 
 
 def plot(layer, x, **options):
@@ -52,7 +53,7 @@ def plot(layer, x, **options):
                 "`layer` must be a layer of keras_memory, or a model with one. "
                 f"Received: {layer!r}"
             )
-        trace = recurrent.joined(traces)
+        trace = tracing.joined(traces)
         outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)
         if np.ndim(outputs) == 3:
             given["outputs"] = outputs

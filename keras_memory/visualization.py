@@ -20,8 +20,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
-from keras_memory.addressing import dense_linkage as dense_linkage
-from keras_memory.addressing import entropy as entropy
+from keras_memory.addressing.content import entropy as entropy
+from keras_memory.addressing.linkage import dense_linkage as dense_linkage
 from keras_memory.checks import check_array
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole

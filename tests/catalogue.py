@@ -11,7 +11,7 @@ import pytest
 import toy
 
 import keras_memory
-from keras_memory import controllers
+from keras_memory.recurrent import cells
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a key of `harness.ran`
@@ -90,8 +90,8 @@ def stacked_cells():
     return keras.layers.StackedRNNCells(
         [
             keras.layers.GRUCell(7),
-            controllers.PeepholeLSTMCell(3),
-            controllers.NASCell(5, projection=13),
+            cells.PeepholeLSTMCell(3),
+            cells.NASCell(5, projection=13),
         ]
     )
 

@@ -9,7 +9,7 @@ import pytest
 import reference
 from keras import ops
 
-from keras_memory import access as on_tensors
+from keras_memory.addressing import slots as on_tensors
 
 access = harness.on_arrays(on_tensors)
 slots_last = harness.slots_last

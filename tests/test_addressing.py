@@ -1,4 +1,4 @@
-"""Where to read and write: the functions of `addressing.py`."""
+"""Where to read and write: the functions of `addressing`."""
 
 import harness
 import keras
@@ -8,6 +8,8 @@ import reference
 from keras import ops
 
 from keras_memory import addressing as on_tensors
+from keras_memory.addressing.content import NORM_EPSILON
+from keras_memory.addressing.location import SHARPENING_EPSILON
 
 addressing = harness.on_arrays(on_tensors)
 BATCH, HEADS, SLOTS, WIDTH = 2, 3, 7, 5
@@ -125,7 +127,7 @@ def test_sharpen_equals_the_oracle(rng):
         addressing.sharpen(weighting, sharpening),
         loop(
             lambda w, gamma: reference.sharpen(
-                w, gamma, addressing.SHARPENING_EPSILON["float64"]
+                w, gamma, SHARPENING_EPSILON["float64"]
             ),
             weighting,
             sharpening,
@@ -332,16 +334,14 @@ def test_gradients_at_zero_memory_and_zero_key(dtype, slots, key):
     with tf.GradientTape() as tape:
         tape.watch([memory, keys, strengths])
         weighting = addressing.content_weighting(
-            memory, keys, strengths, addressing.NORM_EPSILON[dtype]
+            memory, keys, strengths, NORM_EPSILON[dtype]
         )
         loss = tf.reduce_sum(weighting * [0.0, 2.0, 3.0])
     is_weighting(weighting)
     for gradient in tape.gradient(loss, [memory, keys, strengths]):
         assert np.isfinite(gradient).all()
         # The slope of the cosine at 0 is 1 / root of the epsilon.
-        assert np.abs(gradient).max() <= 2 / np.sqrt(
-            addressing.NORM_EPSILON[dtype]
-        )
+        assert np.abs(gradient).max() <= 2 / np.sqrt(NORM_EPSILON[dtype])
 
 
 @needs_gradients

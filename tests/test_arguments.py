@@ -16,7 +16,6 @@ from catalogue import name_of
 import keras_memory
 from keras_memory import checks
 from keras_memory import config
-from keras_memory import controllers
 from keras_memory import tasks
 from keras_memory.checks import LONGEST_AXIS
 from keras_memory.checks import MOST_LAYERS
@@ -24,14 +23,16 @@ from keras_memory.checks import MOST_SEED
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import plain
+from keras_memory.recurrent import cells
+from keras_memory.recurrent import controllers
 from keras_memory.retrieval import RingMemory
 
 CELLS = [
-    controllers.DenseCell,
-    controllers.LayerNormLSTMCell,
-    controllers.LayerNormSimpleRNNCell,
-    controllers.NASCell,
-    controllers.PeepholeLSTMCell,
+    cells.DenseCell,
+    cells.LayerNormLSTMCell,
+    cells.LayerNormSimpleRNNCell,
+    cells.NASCell,
+    cells.PeepholeLSTMCell,
 ]
 OF_NUMPY = {bool: np.bool_, int: np.int64, float: np.float32, str: np.str_}
 
@@ -357,7 +358,7 @@ def test_keywords_of_keras_and_of_a_cell_of_ones_own_are_taken():
     assert layer.name == "mine" and layer.dtype == "float64"
     with pytest.warns(UserWarning, match="input_shape"):
         keras_memory.KNNMemoryLayer(40, input_shape=(3, 4))
-    controllers.LayerNormLSTMCell(3, implementation=1)
+    cells.LayerNormLSTMCell(3, implementation=1)
 
 
 def test_keras_finds_the_arguments_behind_the_door():
@@ -484,7 +485,7 @@ SIZES = {
     "2 x features=": lambda n: built(keras_memory.MemoryWrapLayer(n), 2, 64),
     "height=": lambda n: keras_memory.ESMLayer(height=n),
     "feature_channels=": lambda n: keras_memory.ESMCell(feature_channels=n),
-    "units=2147483647 x 4": lambda n: controllers.LayerNormLSTMCell(n),
+    "units=2147483647 x 4": lambda n: cells.LayerNormLSTMCell(n),
     "bits=": lambda n: tasks.Copy(bits=n),
     "max_length=": lambda n: tasks.Copy(max_length=n),
     "max_repeats=": lambda n: tasks.RepeatCopy(max_repeats=n),

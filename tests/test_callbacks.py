@@ -27,7 +27,7 @@ import keras_memory
 from keras_memory import callbacks
 from keras_memory import tasks
 from keras_memory import visualization
-from keras_memory.recurrent import Initial
+from keras_memory.recurrent.interface import Initial
 
 TASK = tasks.Copy(bits=3, max_length=3, buckets=1)
 BATCH = TASK.sample(np.random.default_rng(3), 2, length=5)

@@ -14,7 +14,7 @@ from harness import needs_tensorflow
 from keras import ops
 
 import keras_memory
-from keras_memory import controllers
+from keras_memory.recurrent import controllers
 
 BATCH, WIDTH, UNITS = 2, 5, 7
 

@@ -16,7 +16,8 @@ from keras import ops
 import keras_memory
 from keras_memory import DNCState
 from keras_memory import addressing
-from keras_memory.addressing import dense_linkage
+from keras_memory.addressing import usage
+from keras_memory.addressing.linkage import dense_linkage
 
 BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
 SIZES = {
@@ -359,7 +360,7 @@ def test_initial_memories_equal_the_oracle(start):
 
 @needs_tensorflow
 def test_sorting_the_slots_equals_the_oracle(monkeypatch):
-    monkeypatch.setattr(addressing, "MOST_COMPARED_SLOTS", 0)
+    monkeypatch.setattr(usage, "MOST_COMPARED_SLOTS", 0)
     layer = randomised(write_heads=3, initial_memory="random", dtype="float64")
     equals_the_oracle(layer, numbers())
     equals_the_oracle(layer, numbers(), some_state(layer))
@@ -922,14 +923,14 @@ def test_gradients_of_the_allocation_equal_finite_differences(slots, sort):
 def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
     import tensorflow as tf
 
-    for usage in (
+    for numbers in (
         np.zeros((1, 7)),
         np.ones((1, 7)),
         [[0, 0, 1, 1, 0.5, 0, 1]],
         [[0.0]],
         [[1.0]],
     ):
-        usage = tf.constant(usage, dtype)
+        usage = tf.constant(numbers, dtype)
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(usage)
             found = addressing.allocation(usage, 1e-6, sort)

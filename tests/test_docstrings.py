@@ -15,9 +15,10 @@ import keras_memory
 from keras_memory import scann_index
 
 ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "keras_memory"
 MODULES = sorted(
-    path.stem
-    for path in (ROOT / "keras_memory").glob("*.py")
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
     if path.stem != "__init__"
 )
 
@@ -25,7 +26,7 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
     harness.skip_on(*harness.OTHERS, because="shapes print as TensorFlow's do")
-    if name == "scann_index" and scann_index.import_error() is not None:
+    if name.endswith("scann_index") and scann_index.import_error() is not None:
         pytest.skip(f"needs ScaNN: {scann_index.import_error()}")
     module = importlib.import_module(f"keras_memory.{name}")
     known = {"keras": keras, "keras_memory": keras_memory, "np": np}

@@ -10,8 +10,9 @@ from catalogue import dnc
 from catalogue import ntm
 from keras import ops
 
-from keras_memory import controllers
-from keras_memory import numerics
+from keras_memory.addressing import scaling
+from keras_memory.recurrent import cells
+from keras_memory.recurrent import controllers
 
 pytestmark = harness.needs_tensorflow
 
@@ -123,7 +124,7 @@ def test_bounds_of_other_dtypes(case, loop, dtype):
 def test_layer_norms_have_no_scale(dtype):
     import tensorflow as tf
 
-    norm = numerics.LayerNormalization(dtype=dtype)
+    norm = cells.LayerNormalization(dtype=dtype)
     largest = float(np.finfo("float16").max) if dtype == "float16" else 3e38
     rng = np.random.default_rng(3)
     for size in (largest / 1e3, largest):
@@ -145,7 +146,7 @@ def test_layer_norms_have_no_scale(dtype):
 def test_layer_norms_of_ordinary_numbers_are_those_of_keras():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(3, 7), scale=1e6).astype("float32")
-    found = numerics.LayerNormalization(epsilon=1e-3)(x)
+    found = cells.LayerNormalization(epsilon=1e-3)(x)
     np.testing.assert_array_equal(
         found, keras.layers.LayerNormalization(epsilon=1e-3)(x)
     )
@@ -153,7 +154,7 @@ def test_layer_norms_of_ordinary_numbers_are_those_of_keras():
 
 def test_scales_of_ordinary_numbers_are_exactly_1():
     x = ops.convert_to_tensor(np.float32([[0.0, -3e-9, 2.0**30, 7.0]]))
-    scaled, scale = numerics.in_range(x, axis=-1)
+    scaled, scale = scaling.in_range(x, axis=-1)
     np.testing.assert_array_equal(scaled, x)
     np.testing.assert_array_equal(scale, [[1.0]])
 

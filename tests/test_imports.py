@@ -11,26 +11,34 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 
-# Each module may import modules of the lines above its own, and of its own
-# line where that says so.
+# Each module may import modules of the lines above its own. A folder's
+# `__init__` stands behind its last module.
 LAYERS = [
-    [
-        "checks",
-        "files",
-        "numerics",
-        "replay",
-        "state",
-        "traces",
-    ],
-    ["arguments", "geometry", "images"],
+    ["checks", "files"],
+    ["arguments"],
+    ["addressing.gradients", "addressing.scaling"],
+    ["addressing.slots"],
+    ["addressing.activations"],
+    ["addressing.content", "addressing.location"],
+    ["addressing.usage", "addressing.linkage"],
+    ["addressing"],
+    ["images", "traces"],
     ["curves", "tiles"],
-    ["access", "controllers", "store", "scan", "rgbd", "rooms"],
-    ["addressing", "retrieval"],
     ["visualization"],
+    ["recurrent.cells", "recurrent.replay", "recurrent.state"],
+    ["recurrent.backend", "recurrent.controllers", "recurrent.interface"],
+    ["recurrent.fast_loop", "recurrent.serialization"],
+    ["recurrent.loop"],
+    ["recurrent.cell"],
+    ["recurrent.layer"],
+    ["recurrent.tracing"],
+    ["recurrent"],
+    ["ntm", "dnc", "sam", "sdnc"],
+    ["store", "geometry"],
+    ["rgbd", "rooms", "retrieval"],
     ["scann_index"],
     ["knn_memory"],
-    ["recurrent"],
-    ["ntm", "dnc", "sam", "sdnc", "esm", "memory_wrap"],
+    ["esm", "memory_wrap"],
     ["memorizing_transformer", "explanations"],
     ["plotting"],
     ["tasks", "losses"],
@@ -45,23 +53,37 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
+def name_of(path):
+    """`recurrent.cell` for recurrent/cell.py, `recurrent` for its folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    name_of(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+
+
 def imported_by(source):
     """Modules of keras_memory that a source text imports."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
             yield "a relative import"
         elif isinstance(node, ast.ImportFrom) and node.module:
-            parts = node.module.split(".")
-            if parts[0] == "keras_memory":
-                if len(parts) > 1:
-                    yield parts[1]
-                else:
-                    names = {alias.name for alias in node.names}
-                    yield from sorted(names - {"__version__"})
+            package, _, module = node.module.partition(".")
+            if package == "keras_memory":
+                for alias in node.names:
+                    name = f"{module}.{alias.name}".lstrip(".")
+                    is_module = name in RANK or not module
+                    if name != "__version__":
+                        yield name if is_module else module
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.startswith("keras_memory"):
-                    yield (alias.name.split(".") + ["the package itself"])[1]
+                package, _, module = alias.name.partition(".")
+                if package == "keras_memory":
+                    yield module or "the package itself"
 
 
 def misplaced(module, source):
@@ -73,14 +95,15 @@ def misplaced(module, source):
     ]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in PACKAGE.glob("*.py") if p.stem != "__init__"],
-    ids=lambda path: path.stem,
-)
-def test_imports_point_downward(path):
-    assert path.stem in RANK, f"give {path.stem} its place in LAYERS"
-    assert misplaced(path.stem, path.read_text()) == []
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downward(name):
+    assert name in RANK, f"give {name} its place in LAYERS"
+    assert misplaced(name, MODULES[name].read_text()) == []
+
+
+def test_modules_of_folders_are_seen():
+    assert "recurrent.cell" in MODULES and "recurrent" in MODULES
+    assert len(MODULES) > 30
 
 
 def test_the_check_sees_upward_and_sideways_imports():
@@ -90,6 +113,11 @@ def test_the_check_sees_upward_and_sideways_imports():
     assert misplaced("ntm", "from .recurrent import trace") != []
     assert misplaced("ntm", "from keras_memory import NTMLayer") != []
     assert misplaced("ntm", "from keras_memory.recurrent import trace") == []
+    inside = "from keras_memory.recurrent import layer"
+    assert misplaced("recurrent.cell", inside) == ["recurrent.layer"]
+    inside = "from keras_memory.recurrent.layer import MemoryRNN"
+    assert misplaced("recurrent.cell", inside) == ["recurrent.layer"]
+    assert misplaced("recurrent.layer", "from keras_memory import recurrent")
 
 
 def run_python(code, **environment):

@@ -12,7 +12,8 @@ from harness import needs_tensorflow
 from keras import ops
 
 import keras_memory
-from keras_memory import addressing
+from keras_memory.addressing import content
+from keras_memory.addressing import location
 
 BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
 SIZES = {"memory_slots": 11, "slot_size": 5, "controller_units": 7}
@@ -102,13 +103,13 @@ def oracle(layer, x):
     )
     norm_epsilon = config["norm_epsilon"]
     if norm_epsilon is None:
-        norm_epsilon = addressing.NORM_EPSILON[layer.compute_dtype]
+        norm_epsilon = content.NORM_EPSILON[layer.compute_dtype]
     return reference.ntm_sequence(
         x,
         {name: ops.convert_to_numpy(w) for name, w in weights.items()},
         initial=initial,
         norm_epsilon=norm_epsilon,
-        sharpening_epsilon=addressing.SHARPENING_EPSILON[layer.compute_dtype],
+        sharpening_epsilon=location.SHARPENING_EPSILON[layer.compute_dtype],
         strength=config["strength_activation"],
         key_activation=BY_NAME[config["key_activation"]],
         add_activation=BY_NAME[config["add_activation"]],

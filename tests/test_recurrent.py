@@ -20,8 +20,9 @@ from keras.src import backend
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 import keras_memory
-from keras_memory import controllers
-from keras_memory.recurrent import Initial
+from keras_memory.recurrent import cells
+from keras_memory.recurrent import controllers
+from keras_memory.recurrent.interface import Initial
 
 BATCH, TIME, WIDTH = 2, 7, 5
 SIZES = {
@@ -525,7 +526,7 @@ def test_a_controller_that_was_built_before_keeps_its_weights(x):
     [
         lambda: keras.layers.GRUCell(13, recurrent_dropout=0.25),
         lambda: keras.layers.StackedRNNCells(
-            [keras.layers.LSTMCell(7), controllers.DenseCell(13)]
+            [keras.layers.LSTMCell(7), cells.DenseCell(13)]
         ),
         lambda: ntm_cell(controller="rnn"),
     ],
@@ -845,7 +846,7 @@ def test_dropout_is_that_of_a_loop_over_the_cell(x, implementation):
 
 def test_a_cell_makes_the_masks_of_all_its_controllers(x):
     both = keras.layers.SimpleRNNCell(7, dropout=0.5, recurrent_dropout=0.25)
-    dense = controllers.DenseCell(11, dropout=0.5)
+    dense = cells.DenseCell(11, dropout=0.5)
     last = keras.layers.SimpleRNNCell(13, recurrent_dropout=0.25)
     stack = keras.layers.StackedRNNCells([both, dense, last])
     layer = ntm(controller=stack, slot_size=3, read_heads=2)

@@ -14,9 +14,11 @@ from catalogue import slow_unless
 from keras import ops
 
 import keras_memory
-from keras_memory import addressing
-from keras_memory import replay
-from keras_memory import scan
+from keras_memory.addressing import usage
+from keras_memory.addressing.gradients import activate
+from keras_memory.addressing.gradients import kept
+from keras_memory.addressing.gradients import linear
+from keras_memory.recurrent import fast_loop
 
 HOLES = np.array([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]], bool)
 PLAIN = [case for case in CASES if case.name in ("ntm-default", "dnc-default")]
@@ -290,7 +292,7 @@ def test_fewer_states_are_kept():
     """Of 9 steps those of every third, by the arrays that are kept."""
     x = np.ones((2, 9, 5), "float32")
     kept = {}
-    real = scan._scan
+    real = fast_loop.scan
 
     def counting(step, carried, slices, specs, reverse=False):
         after, results = real(step, carried, slices, specs, reverse)
@@ -301,7 +303,7 @@ def test_fewer_states_are_kept():
         return after, results
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "_scan", counting)
+        patch.setattr(fast_loop, "scan", counting)
         for recompute in (None, 3):
             small(recompute=recompute)(x, training=True)
     assert set(kept[None]) == {9}
@@ -348,7 +350,7 @@ def test_unknown_ways_to_compute_again_are_refused():
 def test_allocation_by_sorting_has_the_same_gradient(monkeypatch):
     case = next(case for case in PLAIN if case.name == "dnc-default")
     _, expected = differentiate_portably(case)
-    monkeypatch.setattr(addressing, "MOST_COMPARED_SLOTS", 1)
+    monkeypatch.setattr(usage, "MOST_COMPARED_SLOTS", 1)
     _, _, gradients = differentiate(case, "auto")
     same(gradients, expected, 2e-5)
     _, portable = differentiate_portably(case)
@@ -514,8 +516,8 @@ def test_products_have_derivatives_of_any_order():
     own, by finite differences of their gradients."""
     import tensorflow as tf
 
-    from keras_memory import access
     from keras_memory import addressing
+    from keras_memory.addressing import slots
 
     rng = np.random.default_rng(5)
 
@@ -525,11 +527,11 @@ def test_products_have_derivatives_of_any_order():
     memory, vectors, weighting = array(2, 3, 5), array(2, 2, 3), array(2, 2, 5)
     places = tf.constant([[4.0, 0.0, 4.0], [1.0, 2.0, 3.0]], "float64")
     functions = {
-        lambda x: access.take(x, places): (array(2, 5, 3),),
-        lambda x: access.put(x, places, 5): (array(2, 3, 2),),
-        access.read: (memory, weighting),
-        access.match: (vectors, memory),
-        access.spread: (vectors, weighting),
+        lambda x: slots.take(x, places): (array(2, 5, 3),),
+        lambda x: slots.put(x, places, 5): (array(2, 3, 2),),
+        slots.read: (memory, weighting),
+        slots.match: (vectors, memory),
+        slots.spread: (vectors, weighting),
         addressing.shift: (weighting, array(2, 2, 3)),
         addressing.linkage_after_write: (
             array(2, 2, 5, 5),
@@ -587,11 +589,11 @@ def test_forward_mode_where_nothing_is_trained():
 def test_linear_and_kept_just_compute_outside_of_the_loop():
     x = np.ones((2, 3), "float32")
     kernel = np.full((3, 5), 2.0, "float32")
-    result = replay.linear([x, x], [kernel, kernel], np.ones(5, "float32"))
+    result = linear([x, x], [kernel, kernel], np.ones(5, "float32"))
     harness.close(result, np.full((2, 5), 13.0, "float32"))
-    kept = replay.kept(lambda x: [ops.exp(x), x], None, x)
-    harness.close(kept, np.exp(x))
-    harness.close(replay.activate(ops.exp, x), np.exp(x))
+    result = kept(lambda x: [ops.exp(x), x], None, x)
+    harness.close(result, np.exp(x))
+    harness.close(activate(ops.exp, x), np.exp(x))
 
 
 @harness.needs_tensorflow

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 import keras_memory
-from keras_memory.recurrent import Initial
+from keras_memory.recurrent.interface import Initial
 
 
 class ToyState(NamedTuple):

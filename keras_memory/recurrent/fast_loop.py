@@ -1,11 +1,10 @@
-"""The time loop of a recurrent memory: two ways, the same numbers.
+"""The time loop with a gradient of its own.
 
-The portable way is Keras's own RNN loop, on any backend, differentiated by
-the backend. The fast way has a gradient of its own: forward, it keeps the
-states in front of each step and what `replay.py` is told to; backward, it
-runs each step once more without its products with weights, and takes the
-gradients of the weights after the loop, in one matrix product each. It can
-also keep the states of some steps only, and run those between once more.
+Forward, it keeps the states in front of each step and what `replay.py` is told
+to; backward, it runs each step once more without its products with weights,
+and takes the gradients of the weights after the loop, in one matrix product
+each. It can also keep the states of some steps only, and run those between once
+more.
 """
 
 import math
@@ -14,157 +13,12 @@ import keras
 from keras import ops
 from keras.src import backend
 
-from keras_memory import replay
-
-LOOPS = ("auto", "fast", "portable")
-
-
-def run(
-    cell,
-    sequences,
-    records,
-    mask=None,
-    training=False,
-    go_backwards=False,
-    unroll=False,
-    all_outputs=True,
-    use_memory=True,
-    loop="auto",
-    recompute=None,
-):
-    """Steps a memory cell through time.
-
-    Args:
-        cell: a `MemoryCell`.
-        sequences: (B, T, D).
-        records: the cell's state records at the beginning.
-        mask: (B, T) bool or None; False holds a row at that step.
-        training: bool.
-        go_backwards: bool, from the last step to the first.
-        unroll: bool, as in `keras.layers.RNN`.
-        all_outputs: bool, features of every step, or of the last only.
-        use_memory: bool, as in the cell's call.
-        loop: one of `LOOPS`; `"auto"` is the fast one in training, where the
-            cell fits.
-        recompute: int, "sqrt" or None, see `MemoryRNN`.
-
-    Returns:
-        Features (B, T, F), in the order in which the steps were taken, or
-        (B, F) of the last step; the state records at the end; and which loop
-        it was: "fast", or "portable: " and why.
-
-    Raises:
-        ValueError: loop="fast" where that is not possible.
-    """
-    inputs = [ops.cast(sequences, cell.compute_dtype)]
-    states = keras.tree.flatten(records)
-    why = _why_portable(loop, training, unroll)
-    # Where the loop itself does not give the last features, a state holds them.
-    holds = mask is not None or not (all_outputs or why)
-    if holds:
-        rows = ops.shape(sequences)[0]
-        held = ops.zeros((rows, cell.features_size), dtype=cell.compute_dtype)
-        states = [held, *states]
-    if mask is not None:
-        # What is masked never reaches a step: NaN times a gradient of 0 is NaN.
-        inputs[0] = select(mask, inputs[0], ops.zeros_like(inputs[0]))
-        inputs.append(mask)
-
-    # Both are gone when the fast loop runs a step again.
-    dropout_masks = cell.dropout_masks()
-    autocast = getattr(backend.get_autocast_scope(), "dtype", None)
-
-    def step(inputs, states):
-        before = list(states[1:] if holds else states)
-        before = keras.tree.pack_sequence_as(records, before)
-        with cell.dropping(dropout_masks), backend.AutocastScope(autocast):
-            features, after, _ = cell.step(
-                inputs[0], before, training, use_memory
-            )
-        after = keras.tree.flatten(after)
-        if holds:
-            after = [features, *after]
-        if mask is not None:
-            after = [
-                select(inputs[1], new, old) for old, new in zip(states, after)
-            ]
-            features = after[0]
-        return features, after
-
-    if not why:
-        survey, specs = _survey(step, inputs, states)
-        why = survey.why_not
-    if loop == "fast" and why:
-        raise ValueError(
-            f'loop="fast" is not possible for {cell.name!r} here: {why}'
-        )
-    if why:
-        features, states = _portable(
-            step, inputs, states, go_backwards, all_outputs, unroll
-        )
-    else:
-        features, states = _fast(
-            step,
-            inputs,
-            states,
-            go_backwards,
-            all_outputs,
-            recompute,
-            survey,
-            specs,
-        )
-    if holds and not all_outputs:
-        features = states[0]
-    states = states[1:] if holds else states
-    records = keras.tree.pack_sequence_as(records, list(states))
-    return features, records, f"portable: {why}" if why else "fast"
+from keras_memory.recurrent import replay
+from keras_memory.recurrent.backend import scan
+from keras_memory.recurrent.backend import vjp
 
 
-def select(updated, new, old):
-    """Takes `new` where `updated`, of its first axes, is True, else `old`."""
-    more = len(new.shape) - len(updated.shape)
-    return ops.where(updated[(..., *[None] * more)], new, old)
-
-
-def _why_portable(loop, training, unroll):
-    if loop == "portable":
-        return 'loop="portable"'
-    if backend.backend() not in ("tensorflow", "jax"):
-        return f"the fast loop does not run on {backend.backend()}"
-    if unroll:
-        return "unroll=True"
-    if loop == "auto" and not training:
-        return "not called with training=True"
-    return ""
-
-
-def _portable(step, inputs, states, go_backwards, all_outputs, unroll):
-    """Keras's loop. The mask travels as one more input into each step:
-    Keras's own masking takes the first state for the previous output on
-    JAX."""
-    masked = len(inputs) > 1
-    if masked:
-        mask = ops.cast(inputs[1], inputs[0].dtype)[:, :, None]
-        inputs = [ops.concatenate([inputs[0], mask], axis=-1)]
-
-    def step_of_one(inputs, states):
-        if masked:
-            return step([inputs[:, :-1], inputs[:, -1] > 0], states)
-        return step([inputs], states)
-
-    last, features, states = backend.rnn(
-        step_of_one,
-        inputs[0],
-        states,
-        go_backwards=go_backwards,
-        unroll=unroll,
-        input_length=inputs[0].shape[1],
-        return_all_outputs=all_outputs,
-    )
-    return features if all_outputs else last, states
-
-
-def _survey(step, inputs, states):
+def survey_step(step, inputs, states):
     """A `replay.Survey` of a step, and `keras.KerasTensor`s like the results
     of `_forward`."""
     found = []
@@ -188,7 +42,7 @@ def _forward(step, run, inputs, states):
     return after, features, (states, run.inputs, run.results, run.values)
 
 
-def _fast(
+def run_fast(
     step, inputs, states, go_backwards, all_outputs, recompute, survey, specs
 ):
     """The loop with a gradient of its own, as a whole or in segments."""
@@ -288,7 +142,7 @@ class _Loop:
             return after, ([features] * self.all_outputs, kept)
 
         specs = [self.features_spec] * self.all_outputs, self.kept_spec
-        after, (features, kept) = _scan(once, states, inputs, specs)
+        after, (features, kept) = scan(once, states, inputs, specs)
         return features, after, kept
 
     def backward(self, of_features, of_after, kept, inputs, linears, values):
@@ -309,14 +163,14 @@ class _Loop:
                 return [features] * self.all_outputs, after
 
             taps = [ops.zeros_like(result) for result in results]
-            of_x, of_before, of_results, more = _vjp(
+            of_x, of_before, of_results, more = vjp(
                 again,
                 (inputs[0], before, taps, values),
                 (of_features, of_after),
             )
             return (of_before, _sum(of_values, more)), (of_x, of_results)
 
-        (of_states, of_values), (of_x, of_results) = _scan(
+        (of_states, of_values), (of_x, of_results) = scan(
             once,
             (of_after, _zeros(values)),
             (of_features, kept, inputs),
@@ -347,7 +201,7 @@ class _LoopInSegments(_Loop):
             return after, (features, states)
 
         features_spec = _spec(self.features_spec, self.segment)
-        after, (features, kept) = _scan(
+        after, (features, kept) = scan(
             once,
             states,
             self._cut(inputs),
@@ -367,7 +221,7 @@ class _LoopInSegments(_Loop):
             )
             return (of_before, _sum(of_weights, more)), of_x
 
-        (of_states, of_weights), of_x = _scan(
+        (of_states, of_weights), of_x = scan(
             once,
             (of_after, _zeros([linears, values])),
             (self._cut(of_features), kept, self._cut(inputs)),
@@ -452,70 +306,3 @@ def _first_only(function):
         return function(*arguments), gradient
 
     return call
-
-
-def _scan(step, carried, slices, specs, reverse=False):
-    """Loops over the first axis, as `jax.lax.scan` does.
-
-    Args:
-        step: (carried, slices of one step) -> (carried, results).
-        carried: nested arrays.
-        slices: nested arrays (T, ...).
-        specs: nested, with shapes and dtypes like the results of `step`.
-        reverse: bool, from the last to the first; results stay in place.
-
-    Returns:
-        What is carried after the last step, and the results (T, ...).
-    """
-    if backend.backend() == "jax":
-        import jax
-
-        return jax.lax.scan(step, carried, slices, reverse=reverse)
-    import tensorflow as tf
-
-    first = keras.tree.flatten(slices)[0]
-    length = first.shape[0] or tf.shape(first)[0]
-    stacks = keras.tree.map_structure(
-        lambda spec: tf.TensorArray(
-            spec.dtype, size=length, element_shape=spec.shape
-        ),
-        specs,
-    )
-
-    def body(t, carried, stacks):
-        at = length - 1 - t if reverse else t
-        now = keras.tree.map_structure(lambda x: x[at], slices)
-        carried, results = step(carried, now)
-        stacks = keras.tree.map_structure(
-            lambda stack, result: stack.write(at, result), stacks, results
-        )
-        return t + 1, carried, stacks
-
-    _, carried, stacks = tf.while_loop(
-        lambda t, *_: t < length,
-        body,
-        (0, carried, stacks),
-        maximum_iterations=length,
-    )
-    return carried, keras.tree.map_structure(lambda s: s.stack(), stacks)
-
-
-def _vjp(function, arguments, upstream):
-    """Gradients of a function's arguments from those of its results; all
-    nested."""
-    if backend.backend() == "jax":
-        import jax
-
-        _, pull = jax.vjp(function, *arguments)
-        return pull(upstream)
-    import tensorflow as tf
-
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(arguments)
-        results = function(*arguments)
-    return tape.gradient(
-        results,
-        arguments,
-        output_gradients=upstream,
-        unconnected_gradients="zero",
-    )

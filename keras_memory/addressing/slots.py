@@ -11,7 +11,7 @@ other's gradient.
 import keras
 from keras import ops
 
-from keras_memory.replay import with_gradient
+from keras_memory.addressing.gradients import with_gradient
 
 
 def read(memory, weighting):

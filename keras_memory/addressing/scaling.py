@@ -6,7 +6,6 @@ divided by it NaN. Here such numbers are first divided by a scale, which the
 result does not depend on.
 """
 
-import keras
 from keras import ops
 
 # Squares of numbers up to this can be added up, and such sums multiplied,
@@ -37,12 +36,3 @@ def in_range(x, axis):
     largest = ops.max(ops.abs(x), axis=axis, keepdims=True, initial=limit)
     scale = ops.stop_gradient(limit / largest)
     return x * scale, scale
-
-
-class LayerNormalization(keras.layers.LayerNormalization):
-    """Keras's, over the last axis, for all finite numbers."""
-
-    def call(self, inputs):
-        # Where the scale is not 1, the epsilon is less than the rounding.
-        wide = ops.cast(inputs, at_least_float32(ops.dtype(inputs)))
-        return super().call(in_range(wide, axis=-1)[0])

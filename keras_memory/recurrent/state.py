@@ -1,6 +1,13 @@
-"""What a stateful layer carries from call to call."""
+"""States: which rows go on, and what a stateful layer carries between calls."""
 
 import keras
+from keras import ops
+
+
+def select(updated, new, old):
+    """Takes `new` where `updated`, of its first axes, is True, else `old`."""
+    more = len(new.shape) - len(updated.shape)
+    return ops.where(updated[(..., *[None] * more)], new, old)
 
 
 class LayerState(keras.layers.Layer):

@@ -1,0 +1,101 @@
+"""Activations that Keras lacks, or has with a warning."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory.addressing.gradients import SLOPES
+from keras_memory.addressing.scaling import at_least_float32
+from keras_memory.addressing.slots import total
+
+
+def not_negative(x):
+    """0 instead of what is below; the slope of 0 itself is 1."""
+    return ops.where(x < 0, ops.zeros_like(x), x)
+
+
+def softmax(logits):
+    """Softmax over the last axis, without Keras's warning where that has one
+    entry: there may be one slot, or one shift."""
+    return (
+        ops.softmax(logits) if logits.shape[-1] > 1 else ops.ones_like(logits)
+    )
+
+
+def oneplus(x):
+    """1 + log(1 + exp(x)), at least 1.
+
+    Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
+    """
+    return 1.0 + ops.softplus(x)
+
+
+def grad_softmax(dy, y, x=None):
+    """The gradient of `softmax` where it gave `y`, from that of `y`."""
+    dy = dy * y
+    return dy - y * total(dy)
+
+
+SLOPES[softmax] = grad_softmax
+SLOPES[oneplus] = SLOPES[keras.activations.softplus]
+
+
+def activation_by_name(name):
+    """A Keras activation, or `"oneplus"`."""
+    return oneplus if name == "oneplus" else keras.activations.get(name)
+
+
+# Registered, or a saved model would come back with Keras's own sparsemax.
+@keras.saving.register_keras_serializable(package="keras_memory")
+def sparsemax(logits, axis=-1):
+    """Projects logits onto the probability simplex: a softmax with zeros.
+
+    Source: Martins & Astudillo 2016 (arXiv 1602.02068), eqs. 2-3.
+    Departure: their Algorithm 1 sorts; here the support shrinks until it stays
+    (Michelot 1986), in a few passes over the logits. The maximum is subtracted
+    first, which changes nothing but the rounding; 16-bit logits are computed
+    in float32.
+
+    `keras.ops.sparsemax` of Keras 3.15 does not sum to 1 where more than one
+    entry is positive (Keras issue 23425).
+
+    Args:
+        logits: array of any shape; any real value. -inf gives 0. Integers
+            become float32.
+        axis: int, the axis to sum to 1 over.
+
+    Returns:
+        Array like `logits`: non-negative, sums to 1 over `axis`; all NaN where
+        there is a NaN or +inf, or -inf only, along `axis`.
+    """
+    logits = ops.convert_to_tensor(logits)
+    if "float" not in ops.dtype(logits):
+        logits = ops.cast(logits, "float32")
+    z = ops.cast(logits, at_least_float32(ops.dtype(logits)))
+    # `initial`, or Keras refuses an array of no rows.
+    most = ops.max(z, axis=axis, keepdims=True, initial=-np.inf)
+    z = z - ops.stop_gradient(most)
+
+    def total(x):
+        return ops.sum(x, axis=axis, keepdims=True)
+
+    def threshold_of(z, support):
+        inside = ops.where(support, z, ops.zeros_like(z))
+        count = total(ops.cast(support, ops.dtype(z)))
+        return (total(inside) - 1.0) / ops.maximum(count, 1.0)
+
+    fixed = ops.stop_gradient(z)
+
+    def shrinks(support, smaller):
+        return ops.any(ops.not_equal(support, smaller))
+
+    def shrink(support, smaller):
+        return smaller, smaller & (fixed > threshold_of(fixed, smaller))
+
+    # What is 1 below the maximum or lower is outside.
+    none, first = ops.zeros_like(z, dtype="bool"), fixed > -1.0
+    _, support = ops.while_loop(shrinks, shrink, (none, first))
+    threshold = threshold_of(z, support)
+    # XLA's maximum passes over NaN, but the sum does not.
+    threshold = ops.where(ops.isnan(total(z)), total(z), threshold)
+    return ops.cast(ops.relu(z - threshold), logits.dtype)

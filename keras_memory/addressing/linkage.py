@@ -1,0 +1,275 @@
+"""Temporal links: which slot was written right after which.
+
+Axes are always batch B, head H, slot N.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory.addressing.gradients import remember
+from keras_memory.addressing.gradients import with_gradient
+from keras_memory.addressing.slots import match
+from keras_memory.addressing.slots import put
+from keras_memory.addressing.slots import read
+from keras_memory.addressing.slots import spread
+from keras_memory.addressing.slots import take
+
+
+def linkage_after_write(linkage, precedence, write_weighting):
+    """Links each slot to the one written before it.
+
+    Source: Graves et al. 2016, Methods, temporal memory linkage.
+
+    Args:
+        linkage: (B, H, N, N); entry i, j says how much slot i was written
+            right after slot j. Rows and columns sum to at most 1.
+        precedence: (B, H, N), of the step before: how much each slot was the
+            last one written.
+        write_weighting: (B, H, N) weighting of this step.
+
+    Returns:
+        (B, H, N, N) linkage, with a zero diagonal.
+    """
+    heads, slots = write_weighting.shape[1:]
+
+    def between_slots(links):
+        slot = ops.arange(slots)
+        return ops.where(slot[:, None] != slot, links, 0.0)
+
+    def kept_share(weighting):
+        return 1.0 - weighting[:, 0, :, None] - weighting
+
+    def links(linkage, precedence, weighting):
+        new = weighting[:, 0, :, None] * precedence
+        return between_slots(kept_share(weighting) * linkage + new)
+
+    def gradient(of_links, linkage, precedence, weighting):
+        of_links = between_slots(of_links)
+        of_kept = of_links * linkage
+        ones = ops.ones_like(precedence)
+        return (
+            of_links * kept_share(weighting),
+            match(weighting, of_links),
+            read(of_links, precedence)
+            - read(of_kept, ones)
+            - match(ones, of_kept),
+        )
+
+    # Each head has links of its own: (B H, N, N) and (B H, 1, N).
+    arguments = [
+        ops.reshape(linkage, (-1, slots, slots)),
+        ops.reshape(precedence, (-1, 1, slots)),
+        ops.reshape(write_weighting, (-1, 1, slots)),
+    ]
+    linkage = with_gradient(links, gradient, *arguments)
+    return ops.reshape(linkage, (-1, heads, slots, slots))
+
+
+def precedence_after_write(precedence, write_weighting):
+    """How much each slot was the last one written.
+
+    Source: Graves et al. 2016, Methods, temporal memory linkage.
+
+    Args:
+        precedence: (B, H, N) in [0, 1], sums to at most 1 over N.
+        write_weighting: (B, H, N) weighting of this step.
+
+    Returns:
+        (B, H, N), likewise.
+    """
+    written = ops.sum(write_weighting, axis=-1, keepdims=True)
+    return (1.0 - written) * precedence + write_weighting
+
+
+def follow_links(linkage, read_weighting):
+    """Goes from what was read to what was written after and before it.
+
+    Source: Graves et al. 2016, Methods, temporal memory linkage.
+
+    Args:
+        linkage: (B, H, N, N), one for each write head.
+        read_weighting: (B, R, N) weighting of the step before.
+
+    Returns:
+        Forward and backward weightings, (B, R, H, N) each; they sum to at
+        most 1 over N.
+    """
+    readers, slots = read_weighting.shape[1:]
+    writers = linkage.shape[1]
+    links = ops.reshape(linkage, (-1, slots, slots))
+    weighting = ops.stack([read_weighting] * writers, axis=1)
+    weighting = ops.reshape(weighting, (-1, readers, slots))
+
+    def both(links, weighting):
+        return ops.concatenate(
+            [read(links, weighting), match(weighting, links)], axis=1
+        )
+
+    def gradient(upstream, links, weighting):
+        of_forward, of_backward = ops.split(upstream, 2, axis=1)
+        return (
+            spread(
+                ops.concatenate([of_forward, weighting], axis=1),
+                ops.concatenate([weighting, of_backward], axis=1),
+            ),
+            match(of_forward, links) + read(links, of_backward),
+        )
+
+    weightings = remember(with_gradient(both, gradient, links, weighting))
+    weightings = ops.reshape(weightings, (-1, writers, 2 * readers, slots))
+    return ops.split(ops.swapaxes(weightings, 1, 2), 2, axis=1)
+
+
+def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
+    """`linkage_after_write` that keeps K entries of each row, in time N K.
+
+    Source: Graves et al. 2016, Methods, sparse link matrix. New links come
+    from the K largest entries of write weighting and precedence; a row keeps
+    the K largest of what it had and of what is new. Nothing is normalised when
+    entries are left out, so that with K = N the links are those of
+    `linkage_after_write`. The choice of entries has no gradient, their values
+    have. For small K: merging what is new takes K^3.
+
+    Args:
+        linkage: (B, H, K, N); entry k, i says how much slot i was written
+            right after slot `columns`[k, i]. At least 0; sums over K to at
+            most 1.
+        columns: (B, H, K, N) whole numbers in [0, N), as floats; those of a
+            slot i differ from each other. Their gradient is zero.
+        precedence: (B, H, N), of the step before: how much each slot was the
+            last one written.
+        write_weighting: (B, H, N) weighting of this step.
+
+    Returns:
+        (B, H, K, N) linkage, and (B, H, K, N) columns.
+    """
+    heads, entries, slots = linkage.shape[1:]
+    # What is there becomes less.
+    at_columns = _at(
+        write_weighting, ops.reshape(columns, (-1, heads, entries * slots))
+    )
+    at_columns = ops.reshape(at_columns, (-1, heads, entries, slots))
+    linkage = (1.0 - write_weighting[:, :, None] - at_columns) * linkage
+    slot = ops.arange(slots, dtype=ops.dtype(columns))
+    linkage = ops.where(columns != slot, linkage, 0.0)
+    # What is new: (B, H, K rows, K columns).
+    rows = _largest(write_weighting, entries)
+    recent = _largest(precedence, entries)
+    new = (
+        _at(write_weighting, rows)[:, :, :, None]
+        * _at(precedence, recent)[:, :, None]
+    )
+    between = rows[:, :, :, None] != recent[:, :, None]
+    new = ops.where(between, new, 0.0)
+    # It is added to what its row has in the same column.
+    each_entry = ops.repeat(rows[:, :, None], entries, axis=2)
+    old = ops.swapaxes(_at(linkage, each_entry), 2, 3)
+    old_columns = ops.swapaxes(_at(columns, each_entry), 2, 3)
+    same = old_columns[:, :, :, :, None] == recent[:, :, None, None]
+    nth = ops.cumsum(ops.cast(same, "int32"), axis=3)
+    same = ops.logical_and(same, nth == 1)  # a state of zeros has equal ones
+    old = old + ops.sum(ops.where(same, new[:, :, :, None], 0.0), axis=4)
+    # The K largest stay; -1 is what is in `old` now, or no link.
+    other = ops.logical_and(between, ops.logical_not(ops.any(same, axis=3)))
+    both = ops.concatenate([old, ops.where(other, new, -1.0)], axis=3)
+    columns_of_both = ops.concatenate(
+        [old_columns, ops.repeat(recent[:, :, None], entries, axis=2)], axis=3
+    )
+    staying = _largest(both, entries)
+    is_row = _put(ops.ones_like(rows), rows, slots)[:, :, None] > 0
+
+    def with_rows(matrix, both):
+        found = ops.swapaxes(_at(both, staying), 2, 3)
+        return ops.where(is_row, _put(found, each_entry, slots), matrix)
+
+    columns = with_rows(columns, columns_of_both)
+    return with_rows(linkage, both), ops.stop_gradient(columns)
+
+
+def follow_sparse_links(linkage, columns, read_weighting):
+    """`follow_links` where K entries of each row are kept, in time N K.
+
+    Args:
+        linkage, columns: see `sparse_linkage_after_write`.
+        read_weighting: (B, R, N) weighting of the step before.
+
+    Returns:
+        Forward and backward weightings, (B, R, H, N) each; they sum to at
+        most 1 over N.
+    """
+    entries, slots = linkage.shape[2:]
+    weighting = ops.swapaxes(read_weighting, 1, 2)
+    heads = weighting.shape[-1]
+    forward, backward = [], []
+    for head in range(linkage.shape[1]):
+        links = linkage[:, head, :, :, None]
+        places = ops.reshape(columns[:, head], (-1, entries * slots))
+        ahead = ops.reshape(
+            take(weighting, places), (-1, entries, slots, heads)
+        )
+        forward.append(ops.sum(links * ahead, axis=1))
+        back = links * weighting[:, None]
+        back = ops.reshape(back, (-1, entries * slots, heads))
+        backward.append(put(back, places, slots))
+    return tuple(
+        ops.transpose(remember(ops.stack(found, axis=1)), (0, 3, 1, 2))
+        for found in (forward, backward)
+    )
+
+
+def _largest(x, count):
+    """Where the `count` largest entries of the last axis are, as floats; of
+    equal ones the first."""
+    x = ops.stop_gradient(x)
+    if keras.backend.backend() in ("tensorflow", "jax"):
+        return ops.cast(ops.top_k(x, count)[1], ops.dtype(x))
+    found, place = [], ops.arange(x.shape[-1])  # top_k takes any of equal ones
+    for _ in range(count):
+        found.append(ops.argmax(x, axis=-1, keepdims=True))
+        x = ops.where(place == found[-1], -np.inf, x)
+    return ops.cast(ops.concatenate(found, axis=-1), ops.dtype(x))
+
+
+def _at(x, places):
+    """(..., N) at places (..., P) of the same leading axes: (..., P)."""
+    found = take(
+        ops.reshape(x, (-1, x.shape[-1], 1)),
+        ops.reshape(places, (-1, places.shape[-1])),
+    )
+    return ops.reshape(found, (-1, *places.shape[1:]))
+
+
+def _put(x, places, size):
+    """(..., P) to places (..., P), added up: (..., size)."""
+    count = x.shape[-1]
+    found = put(
+        ops.reshape(x, (-1, count, 1)), ops.reshape(places, (-1, count)), size
+    )
+    return ops.reshape(found, (-1, *x.shape[1:-1], size))
+
+
+def dense_linkage(linkage, columns):
+    """Makes N x N links of those that a DNC with `sparse_links` keeps.
+
+    Args:
+        linkage: (..., N, K) links, as `trace` or a `DNCState` have them.
+        columns: (..., N, K) whole numbers in [0, N), their `link_columns`.
+
+    Returns:
+        (..., N, N) array, 0 where no link is kept, for `plot_linkage`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    linkage, columns = np.asarray(linkage), np.asarray(columns)
+    if linkage.shape != columns.shape or linkage.ndim < 2:
+        raise ValueError(
+            "`linkage` and `columns` must both be (..., N, K). Received: "
+            f"linkage.shape={linkage.shape}, columns.shape={columns.shape}"
+        )
+    slots = linkage.shape[-2]
+    dense = np.zeros((*linkage.shape[:-1], slots), linkage.dtype)
+    *places, _ = np.indices(linkage.shape, sparse=True)
+    np.add.at(dense, (*places, columns.astype("int64")), linkage)
+    return dense

@@ -1,0 +1,189 @@
+"""Usage of slots, and where there is room to write.
+
+Axes are always batch B, head H, slot N.
+"""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_memory.addressing.gradients import kept
+
+# Usage of an unused slot. One less this is rounded to one, so that unused
+# slots are all as free and taken one after the other.
+USAGE_EPSILON = {
+    "float16": 1e-4,
+    "bfloat16": 1e-8,
+    "float32": 1e-8,
+    "float64": 1e-16,
+}
+
+# `allocation` compares so many slots each with each, and sorts more.
+MOST_COMPARED_SLOTS = 128
+
+
+def least_used(usage):
+    """Points at the slot of lowest usage, the first of several.
+
+    Source: Wayne et al. 2018, of the row that is written.
+
+    Args:
+        usage: (B, N); any real value.
+
+    Returns:
+        (B, 1, N) weighting: 1 at one slot, 0 at the others; no gradient.
+    """
+    slot = ops.argmin(usage, axis=-1)
+    weighting = ops.one_hot(slot, usage.shape[-1], dtype=ops.dtype(usage))
+    return weighting[:, None]
+
+
+def mark_used(usage, write_weighting):
+    """Usage after a write: slots written for the first time go from -1 to 0.
+
+    Source: Wayne et al. 2018; -1 is our mark of a slot that was never
+    written, so that no counter of steps is needed.
+
+    Args:
+        usage: (B, N), -1 or at least 0.
+        write_weighting: (B, 1, N) weighting, 1 at one slot.
+
+    Returns:
+        (B, N) usage.
+    """
+    return ops.maximum(usage, write_weighting[:, 0] - 1.0)
+
+
+def add_usage(usage, read_weighting):
+    """Usage after a read: a slot's usage is how much it was read so far.
+
+    Source: Wayne et al. 2018. Reading a slot that was never written (-1) is
+    no use of it.
+
+    Args:
+        usage: (B, N), -1 or at least 0.
+        read_weighting: (B, R, N) weighting.
+
+    Returns:
+        (B, N) usage.
+    """
+    read = ops.sum(read_weighting, axis=1)
+    return ops.where(usage < 0, usage, usage + read)
+
+
+def retention(free_gate, read_weighting):
+    """How much of each slot is kept after it was read.
+
+    Source: Graves et al. 2016 (Nature 538), Methods, memory retention vector.
+
+    Args:
+        free_gate: (B, R) in [0, 1]; 1 frees what the head has read.
+        read_weighting: (B, R, N) weighting of the step before.
+
+    Returns:
+        (B, N) in [0, 1].
+    """
+    return _product_of_heads(1.0 - free_gate[:, :, None] * read_weighting)
+
+
+def usage_after_write(usage, write_weighting):
+    """Usage of each slot after what the write heads have taken.
+
+    Source: Graves et al. 2016, Methods, usage vector; with several write
+    heads it is written as if they came one after another.
+
+    Args:
+        usage: (B, N) in [0, 1].
+        write_weighting: (B, H, N) weighting of the step before.
+
+    Returns:
+        (B, N) in [0, 1].
+    """
+    return usage + (1.0 - usage) * (
+        1.0 - _product_of_heads(1.0 - write_weighting)
+    )
+
+
+def _product_of_heads(x):
+    """(B, H, N) -> (B, N). JAX's gradient of `ops.prod` is none of a free
+    batch size, which a model is exported with."""
+    return math.prod(x[:, head] for head in range(x.shape[1]))
+
+
+def allocation(usage, usage_epsilon=None, sort=None):
+    """Weighs slots by how free they are: the freest one first.
+
+    Source: Graves et al. 2016, Methods, dynamic memory allocation:
+    a[phi(j)] = (1 - u[phi(j)]) prod_{i < j} u[phi(i)], where phi has the
+    slots by ascending usage; of slots of equal usage the lower comes first.
+    Departure: u is `usage_epsilon` + (1 - `usage_epsilon`) usage, and the
+    product is a sum of logarithms, so that gradients are finite at usage 0
+    and 1.
+
+    Args:
+        usage: (B, N) in [0, 1].
+        usage_epsilon: float in (0, 1); None for that of `USAGE_EPSILON`.
+        sort: bool, True to sort the slots, in time N log N, False to compare
+            each with each, in time N^2 but faster for few. The numbers are the
+            same. None: by N.
+
+    Returns:
+        (B, N) weighting: non-negative, sums to at most 1 over N.
+    """
+    slots = usage.shape[-1]
+    if usage_epsilon is None:
+        usage_epsilon = USAGE_EPSILON[ops.dtype(usage)]
+    if sort is None:
+        sort = slots > MOST_COMPARED_SLOTS
+
+    def free_and_used(usage):
+        share = 1.0 - usage_epsilon
+        return share * (1.0 - usage), usage_epsilon + share * usage
+
+    def allocated(usage):
+        free, used = free_and_used(usage)
+        if sort:
+            order = ops.argsort(-free, axis=-1)
+            orders = [order, ops.argsort(order, axis=-1)]
+            before = _sum_of_earlier(ops.log(used), *orders)
+        else:
+            orders = []
+            is_freer = _is_freer(free, usage.dtype)
+            before = ops.matmul(is_freer, ops.log(used)[:, :, None])[:, :, 0]
+        share = ops.exp(before)
+        return [free * share, share, *orders]
+
+    def gradient(upstream, kept, usage):
+        weighting, share, *orders = kept
+        free, used = free_and_used(usage)
+        of_before = upstream * weighting
+        if sort:
+            of_log = _sum_of_earlier(of_before, *orders, from_the_end=True)
+        else:
+            is_freer = _is_freer(free, usage.dtype)
+            of_log = ops.matmul(of_before[:, None], is_freer)[:, 0]
+        return (1.0 - usage_epsilon) * (of_log / used - upstream * share)
+
+    return kept(allocated, gradient, usage)
+
+
+def _is_freer(free, dtype):
+    """(B, N, N), 1 where slot j is freer than slot i, or as free and lower."""
+    mine, other = free[:, :, None], free[:, None, :]
+    lower = np.tri(free.shape[-1], k=-1, dtype=bool)
+    tied = ops.logical_and(other == mine, lower)
+    return ops.cast(ops.logical_or(other > mine, tied), dtype)
+
+
+def _sum_of_earlier(x, order, place, from_the_end=False):
+    """For each slot the sum of x over those that `order` has before it, where
+    it has the place `place`."""
+    ranked = ops.take_along_axis(x, order, axis=-1)
+    if from_the_end:
+        ranked = ops.flip(ranked, axis=-1)
+    sums = ops.cumsum(ranked[:, :-1], axis=-1)
+    sums = ops.concatenate([ops.zeros_like(x[:, :1]), sums], axis=-1)
+    if from_the_end:
+        sums = ops.flip(sums, axis=-1)
+    return ops.take_along_axis(sums, place, axis=-1)

@@ -1,0 +1,71 @@
+"""Loops and gradients that `keras.ops` does not have, on TensorFlow and JAX."""
+
+import keras
+from keras.src import backend
+
+
+def scan(step, carried, slices, specs, reverse=False):
+    """Loops over the first axis, as `jax.lax.scan` does.
+
+    Args:
+        step: (carried, slices of one step) -> (carried, results).
+        carried: nested arrays.
+        slices: nested arrays (T, ...).
+        specs: nested, with shapes and dtypes like the results of `step`.
+        reverse: bool, from the last to the first; results stay in place.
+
+    Returns:
+        What is carried after the last step, and the results (T, ...).
+    """
+    if backend.backend() == "jax":
+        import jax
+
+        return jax.lax.scan(step, carried, slices, reverse=reverse)
+    import tensorflow as tf
+
+    first = keras.tree.flatten(slices)[0]
+    length = first.shape[0] or tf.shape(first)[0]
+    stacks = keras.tree.map_structure(
+        lambda spec: tf.TensorArray(
+            spec.dtype, size=length, element_shape=spec.shape
+        ),
+        specs,
+    )
+
+    def body(t, carried, stacks):
+        at = length - 1 - t if reverse else t
+        now = keras.tree.map_structure(lambda x: x[at], slices)
+        carried, results = step(carried, now)
+        stacks = keras.tree.map_structure(
+            lambda stack, result: stack.write(at, result), stacks, results
+        )
+        return t + 1, carried, stacks
+
+    _, carried, stacks = tf.while_loop(
+        lambda t, *_: t < length,
+        body,
+        (0, carried, stacks),
+        maximum_iterations=length,
+    )
+    return carried, keras.tree.map_structure(lambda s: s.stack(), stacks)
+
+
+def vjp(function, arguments, upstream):
+    """Gradients of a function's arguments from those of its results; all
+    nested."""
+    if backend.backend() == "jax":
+        import jax
+
+        _, pull = jax.vjp(function, *arguments)
+        return pull(upstream)
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(arguments)
+        results = function(*arguments)
+    return tape.gradient(
+        results,
+        arguments,
+        output_gradients=upstream,
+        unconnected_gradients="zero",
+    )

@@ -1,0 +1,155 @@
+"""What a block asks of its memory, and what it tells it."""
+
+import dataclasses
+import math
+import typing
+
+import keras
+
+from keras_memory.addressing.gradients import activate_parts
+from keras_memory.checks import check_bytes
+from keras_memory.checks import check_size
+from keras_memory.checks import is_number
+
+
+class Access(typing.Protocol):
+    """What a block asks of its memory. An access holds no weights.
+
+    A user's own access is any object with these attributes; `NTMAccess` in
+    `ntm.py` is the one to read.
+    """
+
+    interface_size: int
+    """Width of the interface vector that `step` takes."""
+
+    read_size: int
+    """Width of all reads of one step, flattened."""
+
+    initial_state: typing.NamedTuple
+    """A record whose fields are `Initial`. The first is `reads`, and there is
+    a `controller`, which is () here: the cell fills it in."""
+
+    def step(self, interface, state):
+        """Acts once on the memory.
+
+        Args:
+            interface: (B, interface_size), float32 or float64.
+            state: a record like `initial_state`, with arrays (B,
+                *`shape_in_step`).
+
+        Returns:
+            The record after the step, with these reads in its first field,
+            and a dict of what else happened (weightings, gates: (B, ...)),
+            for `trace`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """How one state tensor starts.
+
+    Args:
+        shape: tuple of ints, without the batch axis.
+        start: `"learned"` (a trainable weight), `"random"` (a weight drawn
+            once and kept), `"constant"`, or a number, which is then the
+            constant.
+        constant: what `"constant"` fills the tensor with: a number, or an
+            array that broadcasts to `shape`.
+        draw: Keras initializer of the weight, if it is one.
+        activation: function from the weight to the state, such as softmax
+            where the state is a weighting.
+        turned: bool; True: a step has the last two axes of `shape` the other
+            way round, as a memory has, whose slots come last there.
+        held: function that brings a state from outside, (B, *`shape_in_step`),
+            into the range that steps keep it in; None where that is any.
+    """
+
+    shape: tuple
+    start: str | float = "constant"
+    constant: typing.Any = 0.0
+    draw: typing.Any = "zeros"
+    activation: typing.Callable = keras.activations.linear
+    turned: bool = False
+    held: typing.Callable | None = None
+
+    @property
+    def shape_in_step(self):
+        if not self.turned:
+            return self.shape
+        *others, a, b = self.shape
+        return (*others, b, a)
+
+    @property
+    def is_weight(self):
+        return self.start in ("learned", "random")
+
+    @property
+    def fill(self):
+        return self.constant if self.start == "constant" else self.start
+
+    @classmethod
+    def check(cls, name, value):
+        """Returns `value` if it is a valid one, or raises ValueError."""
+        by_name = isinstance(value, str) and value in (
+            "learned",
+            "random",
+            "constant",
+        )
+        if by_name or is_number(value):
+            return value
+        raise ValueError(
+            f'`{name}` must be "learned", "random", "constant" or a finite '
+            "number, which is then the constant. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def interface_size(shapes):
+    """Width of an interface whose parts have these shapes; None for none."""
+    return sum(math.prod(shape) for shape in shapes if shape is not None)
+
+
+def split_interface(interface, shapes, activations):
+    """Takes an interface vector apart.
+
+    Args:
+        interface: (B, `interface_size(shapes)`).
+        shapes: record with the shape of each part, without the batch axis, in
+            the order in which they stand in the interface; None for parts
+            that a layer does without.
+        activations: a record like it, with the function of each part.
+
+    Returns:
+        A record like it, with arrays (B, *shape) or None.
+    """
+    present = [
+        (activation, shape)
+        for activation, shape in zip(activations, shapes, strict=True)
+        if shape is not None
+    ]
+    parts = iter(activate_parts(*zip(*present), interface))
+    return type(shapes)(
+        *(None if shape is None else next(parts) for shape in shapes)
+    )
+
+
+def check_sizes_of_memory(access):
+    """Raises ValueError unless the sizes of an access are such, and what it
+    has of them fits into the machine."""
+    for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
+        check_size(name, getattr(access, name))
+    check_bytes_of_state(access, "The memory", ("memory_slots", "slot_size"))
+    for heads in ("read_heads", "write_heads"):
+        names = (heads, "memory_slots"), (heads, "slot_size")
+        check_bytes_of_state(access, "The weightings", names[0])
+        check_bytes_of_state(access, "The vectors", names[1])
+
+
+def check_bytes_of_state(access, what, names, instead=""):
+    """Raises ValueError unless a state fits into the machine, and into the one
+    axis that it has outside of a step."""
+    sizes = [(name, getattr(access, name)) for name in names]
+    what = f"{what} of one row"
+    check_bytes(what, sizes, instead=instead)
+    size = math.prod(size for _, size in sizes)
+    check_bytes(what, [(" x ".join(names), size)], instead=instead)

@@ -1,0 +1,155 @@
+"""The time loop of a recurrent memory: which one runs, and the portable one.
+
+The portable loop is Keras's own, on any backend, differentiated by the backend.
+The fast one, with a gradient of its own, is `fast_loop.py`. Both give the same
+numbers.
+"""
+
+import keras
+from keras import ops
+from keras.src import backend
+
+from keras_memory.recurrent.fast_loop import run_fast
+from keras_memory.recurrent.fast_loop import survey_step
+from keras_memory.recurrent.state import select
+
+LOOPS = ("auto", "fast", "portable")
+
+
+def run(
+    cell,
+    sequences,
+    records,
+    mask=None,
+    training=False,
+    go_backwards=False,
+    unroll=False,
+    all_outputs=True,
+    use_memory=True,
+    loop="auto",
+    recompute=None,
+):
+    """Steps a memory cell through time.
+
+    Args:
+        cell: a `MemoryCell`.
+        sequences: (B, T, D).
+        records: the cell's state records at the beginning.
+        mask: (B, T) bool or None; False holds a row at that step.
+        training: bool.
+        go_backwards: bool, from the last step to the first.
+        unroll: bool, as in `keras.layers.RNN`.
+        all_outputs: bool, features of every step, or of the last only.
+        use_memory: bool, as in the cell's call.
+        loop: one of `LOOPS`; `"auto"` is the fast one in training, where the
+            cell fits.
+        recompute: int, "sqrt" or None, see `MemoryRNN`.
+
+    Returns:
+        Features (B, T, F), in the order in which the steps were taken, or
+        (B, F) of the last step; the state records at the end; and which loop
+        it was: "fast", or "portable: " and why.
+
+    Raises:
+        ValueError: loop="fast" where that is not possible.
+    """
+    inputs = [ops.cast(sequences, cell.compute_dtype)]
+    states = keras.tree.flatten(records)
+    why = _why_portable(loop, training, unroll)
+    # Where the loop itself does not give the last features, a state holds them.
+    holds = mask is not None or not (all_outputs or why)
+    if holds:
+        rows = ops.shape(sequences)[0]
+        held = ops.zeros((rows, cell.features_size), dtype=cell.compute_dtype)
+        states = [held, *states]
+    if mask is not None:
+        # What is masked never reaches a step: NaN times a gradient of 0 is NaN.
+        inputs[0] = select(mask, inputs[0], ops.zeros_like(inputs[0]))
+        inputs.append(mask)
+
+    # Both are gone when the fast loop runs a step again.
+    dropout_masks = cell.dropout_masks()
+    autocast = getattr(backend.get_autocast_scope(), "dtype", None)
+
+    def step(inputs, states):
+        before = list(states[1:] if holds else states)
+        before = keras.tree.pack_sequence_as(records, before)
+        with cell.dropping(dropout_masks), backend.AutocastScope(autocast):
+            features, after, _ = cell.step(
+                inputs[0], before, training, use_memory
+            )
+        after = keras.tree.flatten(after)
+        if holds:
+            after = [features, *after]
+        if mask is not None:
+            after = [
+                select(inputs[1], new, old) for old, new in zip(states, after)
+            ]
+            features = after[0]
+        return features, after
+
+    if not why:
+        survey, specs = survey_step(step, inputs, states)
+        why = survey.why_not
+    if loop == "fast" and why:
+        raise ValueError(
+            f'loop="fast" is not possible for {cell.name!r} here: {why}'
+        )
+    if why:
+        features, states = _portable(
+            step, inputs, states, go_backwards, all_outputs, unroll
+        )
+    else:
+        features, states = run_fast(
+            step,
+            inputs,
+            states,
+            go_backwards,
+            all_outputs,
+            recompute,
+            survey,
+            specs,
+        )
+    if holds and not all_outputs:
+        features = states[0]
+    states = states[1:] if holds else states
+    records = keras.tree.pack_sequence_as(records, list(states))
+    return features, records, f"portable: {why}" if why else "fast"
+
+
+def _why_portable(loop, training, unroll):
+    if loop == "portable":
+        return 'loop="portable"'
+    if backend.backend() not in ("tensorflow", "jax"):
+        return f"the fast loop does not run on {backend.backend()}"
+    if unroll:
+        return "unroll=True"
+    if loop == "auto" and not training:
+        return "not called with training=True"
+    return ""
+
+
+def _portable(step, inputs, states, go_backwards, all_outputs, unroll):
+    """Keras's loop. The mask travels as one more input into each step:
+    Keras's own masking takes the first state for the previous output on
+    JAX."""
+    masked = len(inputs) > 1
+    if masked:
+        mask = ops.cast(inputs[1], inputs[0].dtype)[:, :, None]
+        inputs = [ops.concatenate([inputs[0], mask], axis=-1)]
+
+    def step_of_one(inputs, states):
+        if masked:
+            return step([inputs[:, :-1], inputs[:, -1] > 0], states)
+        return step([inputs], states)
+
+    last, features, states = backend.rnn(
+        step_of_one,
+        inputs[0],
+        states,
+        go_backwards=go_backwards,
+        unroll=unroll,
+        input_length=inputs[0].shape[1],
+        return_all_outputs=all_outputs,
+    )
+    return features if all_outputs else last, states

@@ -1,0 +1,182 @@
+"""The two passes over a step that the fast time loop makes.
+
+The forward pass saves what each product with weights gave, and what `saved`
+values need; the replay takes these instead of computing them again. See
+`addressing/gradients.py` for what a step is written with.
+"""
+
+import keras
+from keras import ops
+
+from keras_memory.addressing.gradients import current_pass
+
+
+class _Pass:
+    """One run of a step. `linears` and values kept are told apart by the
+    order in which they come, which is the same in all runs."""
+
+    may_change = False
+    # Whether gradients are taken of this run. In a graph each custom gradient
+    # is registered with TensorFlow for ever, so the others define none.
+    differentiates = False
+
+    def __init__(self, scope):
+        self.scope = scope
+
+    def __enter__(self):
+        self.token = current_pass.set(self)
+        self.scope.__enter__()
+        return self
+
+    def __exit__(self, *raised):
+        self.scope.__exit__(*raised)
+        current_pass.reset(self.token)
+        if raised[0] is None and self.scope.changed and not self.may_change:
+            raise RuntimeError(
+                "A step in the fast time loop changed variables that it did "
+                'not change before; take `loop="portable"`. Changed: '
+                f"{[variable.path for variable in self.scope.changed]}"
+            )
+
+
+class _Scope(keras.StatelessScope):
+    """Sees which variables are read, and which would be changed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._read, self._changed = {}, {}
+
+    def get_current_value(self, ref):
+        self._read.setdefault(id(ref), ref)
+        # Keras asks the innermost scope only, but in its training on JAX the
+        # outermost one alone has the values.
+        value, scope = super().get_current_value(ref), self.original_scope
+        while value is None and scope is not None:
+            value = scope.get_current_value(ref)
+            scope = scope.original_scope
+        return value
+
+    def add_update(self, update):
+        self._changed.setdefault(id(update[0]), update[0])
+        return super().add_update(update)
+
+    @property
+    def read(self):
+        return list(self._read.values())
+
+    @property
+    def changed(self):
+        return list(self._changed.values())
+
+
+class Forward(_Pass):
+    """The first run.
+
+    Args:
+        linears: list of (kernel, bias) or (kernel,) arrays, for each call of
+            `linear`, its kernels one below the other.
+        variables: list of (variable, array) pairs to compute with.
+
+    Attributes:
+        inputs: list of (B, D), what came to each `linear`.
+        results: list of (B, U), what it gave.
+        values: list of lists of arrays, what each `kept` gave.
+    """
+
+    def __init__(self, linears, variables, **of_scope):
+        super().__init__(_Scope(variables, **of_scope))
+        self.linears = iter(linears)
+        self.inputs, self.results, self.values = [], [], []
+
+    def linear(self, inputs, kernels, bias):
+        kernel, *bias = next(self.linears)
+        self.inputs.append(_joined(inputs))
+        self.results.append(sum(bias, ops.matmul(self.inputs[-1], kernel)))
+        return self.results[-1]
+
+    def kept(self, function, gradient, *arguments):
+        self.values.append(function(*arguments))
+        return self.values[-1][0]
+
+
+class Replay(_Pass):
+    """The second run, in which gradients are taken.
+
+    Args:
+        kernels: list of (U, D), the kernels of `Forward`'s `linears` with
+            their axes swapped.
+        variables: as in `Forward`.
+        results, values: lists, those of the first run.
+        taps: list of arrays like `results`, which get their gradients.
+    """
+
+    differentiates = True
+
+    def __init__(self, kernels, variables, results, values, taps):
+        super().__init__(_Scope(variables))
+        self.kernels, self.taps = iter(kernels), iter(taps)
+        self.results, self.values = iter(results), iter(values)
+
+    def linear(self, inputs, kernels, bias):
+        kernel, result = next(self.kernels), next(self.results)
+
+        @ops.custom_gradient
+        def again(joined, tap):
+            def gradient(upstream):
+                return ops.matmul(upstream, kernel), upstream
+
+            return result, gradient
+
+        return again(_joined(inputs), next(self.taps))
+
+    def kept(self, function, gradient, *arguments):
+        values = next(self.values)
+
+        @ops.custom_gradient
+        def again(*arguments):
+            def of_arguments(upstream):
+                return gradient(upstream, values, *arguments)
+
+            return values[0], of_arguments
+
+        return again(*arguments)
+
+
+class Survey(Forward):
+    """A first run on arrays without numbers, to find out what a step asks for.
+
+    Attributes:
+        linears: list of (kernels, bias), a call of `linear` each.
+        variables: list of the other variables that the step reads.
+    """
+
+    may_change = True
+
+    def __init__(self):
+        super().__init__([], [], collect_losses=True)
+        self.linears = []
+
+    def linear(self, inputs, kernels, bias):
+        self.linears.append((kernels, bias))
+        rows, dtype = ops.shape(inputs[0])[0], inputs[0].dtype
+        self.inputs.append(_joined(inputs))
+        self.results.append(ops.zeros((rows, kernels[0].shape[-1]), dtype))
+        return self.results[-1]
+
+    @property
+    def variables(self):
+        return self.scope.read
+
+    @property
+    def why_not(self):
+        """Why the step cannot be run twice, or an empty text."""
+        if self.scope.changed:
+            paths = ", ".join(variable.path for variable in self.scope.changed)
+            return f"each step changes {paths}"
+        if self.scope.losses:
+            return "each step adds a loss"
+        return ""
+
+
+def _joined(inputs):
+    return inputs[0] if len(inputs) == 1 else ops.concatenate(inputs, axis=-1)

@@ -1,0 +1,186 @@
+"""What happens inside a recurrent memory, step by step."""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src.backend import get_keras_mask
+
+from keras_memory.checks import check_array
+from keras_memory.checks import check_bool
+from keras_memory.recurrent.layer import MemoryRNN
+from keras_memory.recurrent.layer import recorded_calls
+from keras_memory.recurrent.state import select
+
+
+class Trace(dict):
+    """What `trace` gives: a dict of arrays, which a notebook shows as a
+    picture. `keras.tree` takes it for one leaf: give it `dict(trace)`."""
+
+    def __repr__(self):
+        shapes = [f"{name}: {np.shape(one)}" for name, one in self.items()]
+        return f"Trace({', '.join(shapes)})"
+
+    def _repr_png_(self):
+        from keras_memory import visualization
+
+        return visualization.plot_task(self)._repr_png_()
+
+
+def joined(traces):
+    """One trace of those of several layers, as `trace_model` gives them: the
+    layer's name is in front of each name where there are several."""
+    several = len(traces) > 1
+    return Trace(
+        (f"{layer}/{name}" if several else name, ops.convert_to_numpy(values))
+        for layer, trace in traces.items()
+        for name, values in trace.items()
+    )
+
+
+def trace(
+    layer,
+    inputs,
+    initial_state=None,
+    mask=None,
+    training=False,
+    use_memory=True,
+):
+    """Records what happens inside a recurrent layer of this library.
+
+    Runs the layer's cell over the sequences once more.
+
+    Args:
+        layer: a `MemoryRNN`, such as `NTMLayer`.
+        inputs: (B, T, D) array.
+        initial_state: list of (B, size), or None for the layer's own.
+        mask: (B, T) bool or None; a masked step repeats the step before.
+        training: bool.
+        use_memory: bool, as in the layer's call.
+
+    Returns:
+        `Trace`, a dict of NumPy arrays (B, T, ...), in the order in which the
+        steps were taken, which a notebook shows as a picture: `"output"`,
+        every field of the state record after the step except the
+        controller's states (for the NTM `"reads"`, `"memory"`,
+        `"read_weighting"`, `"write_weighting"`), `"controller_output"`, and
+        what the architecture adds (keys, gates, ...). Where a cell has
+        several blocks, names start with `"block0/"`, `"block1/"`, ...
+
+    Raises:
+        TypeError: not a recurrent layer of this library.
+        ValueError: inputs or states that the layer would refuse.
+    """
+    if not isinstance(layer, MemoryRNN):
+        raise TypeError(
+            "`trace` takes a recurrent layer of keras_memory, such as "
+            "`NTMLayer`; for a whole model there is `trace_model`. "
+            f"Received: {layer!r}"
+        )
+    check_bool("use_memory", use_memory)
+    mask = get_keras_mask(inputs) if mask is None else mask
+    inputs = check_array("inputs", inputs)
+    layer._check_sequences(inputs.shape, "inputs")
+    if not layer.built:
+        layer.build(tuple(inputs.shape))
+    if initial_state is None and layer.stateful:
+        initial_state, _ = layer._present_states()
+    inputs, initial_state, mask = layer._check_arguments(
+        inputs, initial_state, mask
+    )
+    if initial_state is None:
+        initial_state = layer.cell.get_initial_state(batch_size=inputs.shape[0])
+    inside = _inside(layer, inputs, initial_state, mask, training, use_memory)
+    return Trace(keras.tree.map_structure(ops.convert_to_numpy, inside))
+
+
+def trace_model(model, inputs, training=False):
+    """Records what happens inside each recurrent memory of a model.
+
+    The states of stateful layers go on, as in any call of the model.
+
+    Args:
+        model: a `keras.Model`, also a subclassed one.
+        inputs: what the model takes.
+        training: bool.
+
+    Returns:
+        Tuple of the model's outputs, and a dict from the layers' names, in
+        the order of their calls, to what `trace` gives for each. A layer that
+        is called again has a number behind its name.
+        All are tensors, so that this can be compiled.
+
+    Raises:
+        TypeError: not a Keras model.
+        ValueError: inputs that the model would refuse.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a Keras model; for a layer there is `trace`. "
+            f"Received: {model!r}"
+        )
+    calls = []
+    recording = recorded_calls.set(calls)
+    try:
+        outputs = model(inputs, training=training)
+    finally:
+        recorded_calls.reset(recording)
+    traces = {}
+    for layer, arguments in calls:
+        name, number = layer.name, 1
+        while name in traces:
+            number += 1
+            name = f"{layer.name}_{number}"
+        traces[name] = _inside(layer, *arguments)
+    return outputs, traces
+
+
+def _inside(layer, inputs, initial_state, mask, training, use_memory):
+    """What happens inside of a layer, as a dict of tensors (B, T, ...)."""
+    cell = layer.cell
+    states = tuple(
+        ops.cast(state, cell.compute_dtype) for state in initial_state
+    )
+    sequences = [inputs]
+    if mask is not None:
+        padding = ops.zeros_like(inputs)
+        sequences = [select(mask, inputs, padding), mask]
+    if layer.go_backwards:
+        sequences = [ops.flip(one, axis=1) for one in sequences]
+    sequences = [ops.swapaxes(one, 0, 1) for one in sequences]
+
+    def step(before, at_step):
+        states, held = before
+        features, after, details = cell.step(
+            at_step[0], cell._records(states), training, use_memory
+        )
+        after = tuple(cell._flatten(after))
+        output = cell.project(features, training)
+        now = {"output": output, **cell._named(details)}
+        if mask is not None:
+            hold = functools.partial(select, at_step[1])
+            now = keras.tree.map_structure(hold, now, held)
+            after = tuple(map(hold, after, states))
+        return (after, now), (after, now)
+
+    cell.get_dropout_mask(inputs)
+    cell.get_recurrent_dropout_mask(inputs)
+    try:
+        records = cell._records(states)
+        features, _, details = cell.step(
+            sequences[0][0], records, training, use_memory
+        )
+        shapes = {"output": cell.project(features), **cell._named(details)}
+        # In front of the first valid step nothing happened, but a state is.
+        held = keras.tree.map_structure(ops.zeros_like, shapes)
+        held.update(cell._named(cell._state_fields(records)))
+        _, (_, inside) = ops.scan(step, (states, held), tuple(sequences))
+    finally:
+        cell.reset_dropout_mask()
+        cell.reset_recurrent_dropout_mask()
+    inside = {name: ops.swapaxes(inside[name], 0, 1) for name in shapes}
+    if mask is not None and layer.zero_output_for_mask:
+        output, shown = inside["output"], ops.swapaxes(sequences[1], 0, 1)
+        inside["output"] = select(shown, output, ops.zeros_like(output))
+    return inside
