@@ -21,7 +21,7 @@ SEARCHED = 256  # queries of each step, which tune trees
 BATCH, LEARNING_RATE = 256, 1e-3
 NEVER = {"REBUILT": math.inf, "WORN": math.inf}
 UNTRIED = {"TRIED": (math.inf, math.inf)}
-RULES = {  # constants of `scann_index`, but for those of the first tree
+RULES = {  # constants of `tuning`, but for those of the first tree
     "never": {**NEVER, **UNTRIED},
     "after 12.5 %": {"REBUILT": 0.125, **UNTRIED},
     "after 50 %": {"REBUILT": 0.5, **UNTRIED},
@@ -157,15 +157,15 @@ class Drift:
     def tried(self, rule):
         """Recall of a memory whose trees are built anew by a rule."""
         import keras_memory
-        from keras_memory import scann_index
+        from keras_memory.retrieval import tuning
 
-        before = {name: getattr(scann_index, name) for name in rule}
+        before = {name: getattr(tuning, name) for name in rule}
         try:
-            return self._tried(keras_memory.KNNMemory, scann_index, rule)
+            return self._tried(keras_memory.KNNMemory, tuning, rule)
         finally:
-            vars(scann_index).update(before)
+            vars(tuning).update(before)
 
-    def _tried(self, made, scann_index, rule):
+    def _tried(self, made, tuning, rule):
         memory = made(
             DIM, ENTRIES, 1, value_dim=0, store="scann", background=False
         )
@@ -174,7 +174,7 @@ class Drift:
         memory.add(self.first[None, :some])
         memory.search(self.queries[0][None], TOP_K)  # a tree is tuned by them
         memory.add(self.first[None, some:])
-        vars(scann_index).update(rule)
+        vars(tuning).update(rule)
         trees = neighbours.Trees()
         found = {"steps": [], "recalls": [], "leaves": []}
         times = []

@@ -61,10 +61,10 @@ class Trees:
     """Counts the trees that ScaNN builds in this process, and times them."""
 
     def __init__(self):
-        from keras_memory import scann_index
+        from keras_memory.retrieval import scann_row
 
         self.built, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
-        build = scann_index.ScannRow._build
+        build = scann_row.ScannRow._build
         build = getattr(build, "__wrapped__", build)
 
         @functools.wraps(build)
@@ -77,7 +77,7 @@ class Trees:
                 self.seconds += time.perf_counter() - begun
                 self.cpu_seconds += time.thread_time() - cpu_begun
 
-        scann_index.ScannRow._build = timed
+        scann_row.ScannRow._build = timed
 
     def tell(self):
         """What was built since it was called before."""

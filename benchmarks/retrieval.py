@@ -376,7 +376,7 @@ class OfKNNMemory(Step):
         super().__init__(size, kind)
 
     def fill(self):
-        from keras_memory import scann_index
+        from keras_memory.retrieval import tuning
 
         first = min(self.size, ADDED)
         self.memory.add(*self.entries(first))
@@ -385,9 +385,9 @@ class OfKNNMemory(Step):
         if first < self.size:
             self.memory.add(*self.entries(self.size - first))
         self.memory.wait()
-        if self.memory.store == "scann" and self.size > scann_index.FLAT:
+        if self.memory.store == "scann" and self.size > tuning.FLAT:
             # Half-way between two trees, as worn as they are on average.
-            steps = int(scann_index.REBUILT / 2 * self.size / ADDED)
+            steps = int(tuning.REBUILT / 2 * self.size / ADDED)
             for _ in range(min(steps, self.size // ADDED)):
                 self.memory.add(*self.entries(ADDED))
             self.memory.wait()

@@ -365,14 +365,14 @@ def exact(folder, name):
     def scann(vectors):
         from scann.scann_ops.py import scann_ops_pybind
 
-        from keras_memory import scann_index
+        from keras_memory.retrieval import tuning
 
         searcher = (
             scann_ops_pybind.builder(vectors, TOP_K, "dot_product")
             .score_brute_force()
             .build()
         )
-        searcher.searcher.set_num_threads(scann_index.threads())
+        searcher.searcher.set_num_threads(tuning.threads())
         return lambda queries: searcher.search_batched_parallel(queries)[0]
 
     made = {"faiss": faiss, "NumPy": numpy, "ScaNN": scann}

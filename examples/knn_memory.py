@@ -20,8 +20,8 @@ import time
 import numpy as np
 
 from keras_memory import KNNMemory
-from keras_memory import scann_index
 from keras_memory import visualization
+from keras_memory.retrieval import tuning
 
 NEIGHBOURS = 8
 
@@ -106,10 +106,10 @@ def run(options, folder):
     keys, values, queries, labels = digits(options.shifts)
     sizes = {"dim": 64, "value_dim": 1, "max_memories": len(keys)}
     stores = ["ring", "scann"]
-    if scann_index.import_error() is not None:
+    if tuning.import_error() is not None:
         print(
             "without ScaNN, `pip install scann==1.4.2`: "
-            f"{scann_index.import_error()}"
+            f"{tuning.import_error()}"
         )
         stores.remove("scann")
     for store in stores:

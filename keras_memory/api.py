@@ -6,7 +6,6 @@ from keras_memory import explanations as explanations
 from keras_memory import export as export
 from keras_memory import geometry as geometry
 from keras_memory import losses as losses
-from keras_memory import retrieval as retrieval
 from keras_memory import rgbd as rgbd
 from keras_memory import rooms as rooms
 from keras_memory import tasks as tasks
@@ -16,7 +15,6 @@ from keras_memory.dnc import DNCState as DNCState
 from keras_memory.esm import ESMCell as ESMCell
 from keras_memory.esm import ESMLayer as ESMLayer
 from keras_memory.esm import ESMMap as ESMMap
-from keras_memory.knn_memory import KNNMemory as KNNMemory
 from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
 from keras_memory.memory_wrap import (
     MemoryWrapClassifier as MemoryWrapClassifier,
@@ -32,5 +30,6 @@ from keras_memory.recurrent.cell import MemoryCell as MemoryCell
 from keras_memory.recurrent.layer import MemoryRNN as MemoryRNN
 from keras_memory.recurrent.tracing import trace as trace
 from keras_memory.recurrent.tracing import trace_model as trace_model
-from keras_memory.retrieval import KNNMemoryLayer as KNNMemoryLayer
-from keras_memory.scann_index import ScannIndex as ScannIndex
+from keras_memory.retrieval.knn_layer import KNNMemoryLayer as KNNMemoryLayer
+from keras_memory.retrieval.knn_memory import KNNMemory as KNNMemory
+from keras_memory.retrieval.scann_index import ScannIndex as ScannIndex

@@ -30,7 +30,7 @@ from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.state import select
-from keras_memory.scann_index import ScannIndex
+from keras_memory.retrieval.scann_index import ScannIndex
 
 MOST_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses a model with more
 TEMPORARY = r"\.\d+\.[0-9a-f]{8}"  # folders that exports write to

@@ -28,11 +28,11 @@ from keras_memory.checks import check_bytes
 from keras_memory.checks import check_process
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
-from keras_memory.retrieval import LARGEST
-from keras_memory.retrieval import inner_products
-from keras_memory.retrieval import middle
-from keras_memory.retrieval import nearest
-from keras_memory.retrieval import places_of_sample
+from keras_memory.retrieval.exact import LARGEST
+from keras_memory.retrieval.exact import inner_products
+from keras_memory.retrieval.exact import middle
+from keras_memory.retrieval.exact import nearest
+from keras_memory.retrieval.exact import places_of_sample
 
 DISTANCES = ("cosine", "l2", "dot")
 NORM_EPSILON = 1e-6  # added to squared lengths, as in the paper's code

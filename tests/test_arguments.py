@@ -25,7 +25,7 @@ from keras_memory.checks import check_bytes
 from keras_memory.checks import plain
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
-from keras_memory.retrieval import RingMemory
+from keras_memory.retrieval.ring import RingMemory
 
 CELLS = [
     cells.DenseCell,

@@ -15,8 +15,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from keras_memory import scann_index
 from keras_memory import visualization
+from keras_memory.retrieval import scann_row
+from keras_memory.retrieval import tuning
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -476,18 +477,18 @@ def tiny(monkeypatch):
         monkeypatch.setattr(neighbours, name, lambda threads: None)
     prepared = dict.fromkeys(static_store.PREPARED, lambda threads: None)
     monkeypatch.setattr(static_store, "PREPARED", prepared)
-    build = scann_index.ScannRow._build
-    monkeypatch.setattr(scann_index.ScannRow, "_build", build)
+    build = scann_row.ScannRow._build
+    monkeypatch.setattr(scann_row.ScannRow, "_build", build)
 
 
 @pytest.fixture
 def trees(monkeypatch):
     """ScaNN builds trees of some hundred entries."""
     pytest.importorskip("scann")
-    monkeypatch.setattr(scann_index, "FLAT", 300)
-    monkeypatch.setattr(scann_index, "WORTH", 10.0)
-    monkeypatch.setattr(scann_index, "WORN", math.inf)
-    monkeypatch.setattr(scann_index, "REBUILT", 0.25)
+    monkeypatch.setattr(tuning, "FLAT", 300)
+    monkeypatch.setattr(tuning, "WORTH", 10.0)
+    monkeypatch.setattr(tuning, "WORN", math.inf)
+    monkeypatch.setattr(tuning, "REBUILT", 0.25)
 
 
 def test_recall_is_counted():
@@ -668,7 +669,7 @@ def test_a_static_store(tiny, monkeypatch, tmp_path, capsys):
     by_kind = {(r["kind"], r["asked_for"]): r for r in found["results"]}
     exact = by_kind["exact", 1.0]
     assert exact["recall"] == 1.0 and exact["queries"] == 20
-    if scann_index.import_error() is None:
+    if tuning.import_error() is None:
         ours = by_kind["ours", 0.95]
         assert ours["recall"] == 1.0 and ours["queries"] == 47
         assert len(ours["times_faiss"]) == len(ours["times_exact"]) == 3
@@ -702,7 +703,7 @@ def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
         for name, share in (("never", math.inf), ("25 %", 0.25), ("all", 1.0))
     }
     monkeypatch.setattr(key_drift, "RULES", rules)
-    rule = scann_index.REBUILT
+    rule = tuning.REBUILT
 
     class Pool:  # in this process, where sizes are tiny
         def __init__(self, *arguments):
@@ -719,7 +720,7 @@ def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
 
     monkeypatch.setattr(key_drift.futures, "ProcessPoolExecutor", Pool)
     numbers = key_drift.run(2)
-    assert scann_index.REBUILT == rule
+    assert tuning.REBUILT == rule
     found = numbers["rules"]
     # 22 of 880 at each of 40 steps.
     assert [one["trees_built"] for one in found.values()] == [0, 4, 1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_memory
-from keras_memory import scann_index
+from keras_memory.retrieval import tuning
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_memory"
@@ -26,8 +26,8 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
     harness.skip_on(*harness.OTHERS, because="shapes print as TensorFlow's do")
-    if name.endswith("scann_index") and scann_index.import_error() is not None:
-        pytest.skip(f"needs ScaNN: {scann_index.import_error()}")
+    if name.endswith("scann_index") and tuning.import_error() is not None:
+        pytest.skip(f"needs ScaNN: {tuning.import_error()}")
     module = importlib.import_module(f"keras_memory.{name}")
     known = {"keras": keras, "keras_memory": keras_memory, "np": np}
     result = doctest.testmod(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_memory import files
-from keras_memory import store
+from keras_memory.retrieval import store
 
 fcntl = pytest.importorskip("fcntl", reason="asks how files are open")
 

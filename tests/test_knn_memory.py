@@ -35,20 +35,22 @@ from harness import golden
 from hypothesis import strategies
 from keras import ops
 
-from keras_memory import knn_memory
 from keras_memory import retrieval
-from keras_memory import scann_index
-from keras_memory.knn_memory import KNNMemory
-from keras_memory.retrieval import SIMILARITIES
-from keras_memory.store import Operation
-from keras_memory.store import Store
-from keras_memory.store import exists
+from keras_memory.retrieval import knn_memory
+from keras_memory.retrieval import ring as ring_module
+from keras_memory.retrieval import scann_row
+from keras_memory.retrieval import tuning
+from keras_memory.retrieval.exact import SIMILARITIES
+from keras_memory.retrieval.knn_memory import KNNMemory
+from keras_memory.retrieval.store import Operation
+from keras_memory.retrieval.store import Store
+from keras_memory.retrieval.store import exists
 
 TOLERANCE = 1e-5  # of scores, by the lengths of the vectors
 
 
 def need_scann():
-    reason = scann_index.import_error()
+    reason = tuning.import_error()
     if reason is not None:
         pytest.skip(reason)
 
@@ -64,9 +66,9 @@ def store(request):
 def trees(monkeypatch):
     """Trees from 500 entries on, if they compare less than half of them."""
     need_scann()
-    monkeypatch.setattr(scann_index, "FLAT", 500)
-    monkeypatch.setattr(scann_index, "WORTH", 0.5)
-    monkeypatch.setattr(scann_index, "REBUILT", 0.25)
+    monkeypatch.setattr(tuning, "FLAT", 500)
+    monkeypatch.setattr(tuning, "WORTH", 0.5)
+    monkeypatch.setattr(tuning, "REBUILT", 0.25)
 
 
 def random(*shape, seed=7):
@@ -792,7 +794,7 @@ def test_what_the_reference_should_find(kind, name):
     """
     arrays, _, meta = golden(f"mt__knn_memory_{name}")
     sizes = meta["dim"], meta["max_memories"], meta["batch"]
-    if kind in retrieval.METHODS:
+    if kind in ring_module.METHODS:
         memory = InGraph(kind, *sizes)
     else:
         if kind == "scann":
@@ -920,13 +922,13 @@ def test_equal_keys_count_alike(trees):
 
 @pytest.mark.scann
 def test_a_tree_follows_what_is_written(trees, monkeypatch):
-    built, best = [], scann_index.ScannRow._best_tree
+    built, best = [], scann_row.ScannRow._best_tree
 
     def counted(index, *arguments):
         built.append(best(index, *arguments))
         return built[-1]
 
-    monkeypatch.setattr(scann_index.ScannRow, "_best_tree", counted)
+    monkeypatch.setattr(scann_row.ScannRow, "_best_tree", counted)
     memory, model = pair("scann", 8, 1000, similarity="l2")
     arrays = [clustered(1, 1000, 8)] * 2
     check_add(memory, model, *arrays)
@@ -952,7 +954,7 @@ def test_a_tree_follows_what_is_written(trees, monkeypatch):
 
 @pytest.mark.scann
 def test_where_no_tree_helps_all_are_compared(trees, monkeypatch):
-    monkeypatch.setattr(scann_index, "WORTH", 0.25)
+    monkeypatch.setattr(tuning, "WORTH", 0.25)
     memory, model = pair("scann", 32, 900, similarity="l2")
     keys = random(1, 900, 32)
     check_add(memory, model, keys, keys)
@@ -964,7 +966,7 @@ def test_where_no_tree_helps_all_are_compared(trees, monkeypatch):
     # Nor when a tree was there before.
     for seed, helps in ((1, True), (2, False), (3, True)):
         share = 0.5 if helps else 0.25
-        monkeypatch.setattr(scann_index, "WORTH", share)
+        monkeypatch.setattr(tuning, "WORTH", share)
         keys = (clustered if helps else random)(1, 900, 32, seed=seed)
         check_add(memory, model, keys, keys)
         memory.search(keys[:, ::3], 9)
@@ -982,7 +984,7 @@ def test_writes_after_a_tree_was_given_up(trees, monkeypatch):
     check_add(memory, model, keys[:, :900], keys[:, :900])
     memory.search(queries, 9)
     assert index_of(memory).leaves is not None
-    monkeypatch.setattr(scann_index.ScannRow, "_best_tree", no_tree)
+    monkeypatch.setattr(scann_row.ScannRow, "_best_tree", no_tree)
     for begin in range(900, 2000, 90):  # without a search between
         some = keys[:, begin : begin + 90]
         check_add(memory, model, some, some)
@@ -1017,7 +1019,7 @@ def test_compressed_vectors_have_exact_scores(compressed, similarity):
 @pytest.fixture
 def compressed(trees, monkeypatch):
     """Makes a memory of 1,200 entries that are compressed."""
-    monkeypatch.setattr(scann_index, "HASHED", 600)
+    monkeypatch.setattr(tuning, "HASHED", 600)
 
     def make(similarity):
         options = {
@@ -1051,14 +1053,14 @@ def beside(similarity, background=True):
 def held(trees, monkeypatch):
     """Events: a tree has begun to be built; it may go on."""
     began, go = threading.Event(), threading.Event()
-    best = scann_index.ScannRow._best_tree
+    best = scann_row.ScannRow._best_tree
 
     def waiting(index, *arguments):
         began.set()
         assert go.wait(60)
         return best(index, *arguments)
 
-    monkeypatch.setattr(scann_index.ScannRow, "_best_tree", waiting)
+    monkeypatch.setattr(scann_row.ScannRow, "_best_tree", waiting)
     yield began, go
     go.set()
 
@@ -1120,13 +1122,13 @@ def test_a_memory_that_is_cleared_while_a_tree_is_built(held, n):
 
 @pytest.mark.scann
 def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
-    asked, best = [], scann_index.ScannRow._best_tree
+    asked, best = [], scann_row.ScannRow._best_tree
 
     def noted(index, vectors, *arguments):
         asked.append(vectors[0, 0])
         return best(index, vectors, *arguments)
 
-    monkeypatch.setattr(scann_index.ScannRow, "_best_tree", noted)
+    monkeypatch.setattr(scann_row.ScannRow, "_best_tree", noted)
     memory = KNNMemory(8, 1000, store="scann")
     builder, go = memory._builder, threading.Event()
 
@@ -1233,7 +1235,7 @@ def test_a_tree_that_cannot_be_built(trees, background, monkeypatch):
         raise RuntimeError("no tree today")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scann_index.ScannRow, "_best_tree", fails)
+        patch.setattr(scann_row.ScannRow, "_best_tree", fails)
         for begin, end in ((0, 600), (600, 800)):
             some = keys[:, begin:end]
             with pytest.warns(RuntimeWarning, match="built.*no tree today"):
@@ -1253,14 +1255,14 @@ def no_tree(*arguments):
 
 
 def fail_in_the_midst(patch):
-    upsert = scann_index.Searcher.upsert
+    upsert = scann_row.Searcher.upsert
 
     def fails(searcher, slots, size, vectors):
         half = len(slots) // 2
         upsert(searcher, slots[:half], size, vectors[:half])
         raise RuntimeError("half of it")
 
-    patch.setattr(scann_index.Searcher, "upsert", fails)
+    patch.setattr(scann_row.Searcher, "upsert", fails)
 
 
 @pytest.mark.scann
@@ -1273,7 +1275,7 @@ def test_a_write_that_fails_in_the_midst(trees, has_tree, monkeypatch):
     check_search(memory, model, queries, 9, is_exact=not has_tree)
     index = index_of(memory)
     assert (index.leaves is not None) == has_tree
-    monkeypatch.setattr(scann_index.ScannRow, "_best_tree", no_tree)
+    monkeypatch.setattr(scann_row.ScannRow, "_best_tree", no_tree)
     for begin, end in ((n, n + 60), (n + 60, n + 63), (n + 63, n + 100)):
         some = keys[:, begin:end]
         with monkeypatch.context() as patch:
@@ -1351,7 +1353,7 @@ def run_threads(functions):
 
 def test_many_threads(store, monkeypatch):
     """All add, search and clear at once; a value is twice its key."""
-    monkeypatch.setattr(scann_index, "FLAT", 200)
+    monkeypatch.setattr(tuning, "FLAT", 200)
     memory = KNNMemory(4, 600, num_rows=2, store=store, keep_statistics=True)
     end = time.monotonic() + 0.7
     done = collections.Counter()
@@ -1618,9 +1620,9 @@ ALONE = frozenset(name for name, *_ in wrong_arguments())
 def with_trees(flat, hashed=1 << 30):
     """Builds trees beyond so many entries, come what may."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scann_index, "FLAT", flat)
-        patch.setattr(scann_index, "HASHED", hashed)
-        patch.setattr(scann_index, "WORTH", 1e9)
+        patch.setattr(tuning, "FLAT", flat)
+        patch.setattr(tuning, "HASHED", hashed)
+        patch.setattr(tuning, "WORTH", 1e9)
         yield
 
 
@@ -1735,7 +1737,7 @@ def check_magnitudes(store, magnitudes, n):
             assert (found.keys == found.values).all()
             assert 0.0 <= memory.recall() <= 1.0
             if similarity == "cosine":
-                check_cosines(found, keys[0, ::-1], n <= scann_index.FLAT)
+                check_cosines(found, keys[0, ::-1], n <= tuning.FLAT)
         assert memory.entries()[0].tobytes() == keys[0].tobytes()
 
 
@@ -1769,7 +1771,7 @@ def check_tree(store, keys, similarities):
             check_add(memory, model, some, some)
             check_search(memory, model, queries, 7, is_exact=False)
         check_entries(memory, model)
-        if store == "scann" and n > scann_index.FLAT:
+        if store == "scann" and n > tuning.FLAT:
             assert index_of(memory).leaves
 
 
@@ -1998,7 +2000,7 @@ def run_without_scann(folder):
         check_entries(KNNMemory.load(f"{folder}/memory"), model)
         sys.modules.pop("scann", None)
         sys.path.insert(0, folder)
-        scann_index.import_error.cache_clear()
+        tuning.import_error.cache_clear()
 
 
 def test_where_scann_is_not_there(tmp_path):
@@ -2044,7 +2046,7 @@ def loaded(folder):
 def test_what_is_saved_is_loaded(store, similarity, value_dim, tmp_path):
     sizes = 3, 7, 3, value_dim
     memory, model = pair(store, *sizes, similarity=similarity)
-    other = "ring" if scann_index.import_error() else "scann"
+    other = "ring" if tuning.import_error() else "scann"
     other = {"ring": other, "scann": "ring"}[store]
     folder = tmp_path / "new" / "memory"
     queries = random(3, 2, 3)
@@ -2692,7 +2694,7 @@ def test_any_operations(store, number):
 @pytest.mark.scann
 @FEW_OR_MANY
 def test_any_operations_on_trees(number, trees, monkeypatch):
-    monkeypatch.setattr(scann_index, "FLAT", 30)
+    monkeypatch.setattr(tuning, "FLAT", 30)
     centres = 3.0 * random(9, 4, seed=1)
 
     def around(rng, shape):

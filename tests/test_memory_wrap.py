@@ -15,11 +15,11 @@ import keras_memory
 from keras_memory import convert
 from keras_memory import explanations
 from keras_memory import memory_wrap
-from keras_memory import retrieval
-from keras_memory.knn_memory import KNNMemory
 from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapClassifier
 from keras_memory.memory_wrap import MemoryWrapLayer
+from keras_memory.retrieval import exact
+from keras_memory.retrieval.knn_memory import KNNMemory
 
 each_wrap = pytest.mark.parametrize("case", WRAPS, ids=name_of)
 each_distance = pytest.mark.parametrize("distance", memory_wrap.DISTANCES)
@@ -297,7 +297,7 @@ def test_mask_is_removal(layer_class, distance):
 def test_nearest_are_exact_where_the_support_is_among_them(
     block, distance, monkeypatch
 ):
-    monkeypatch.setattr(retrieval, "BLOCK", block)
+    monkeypatch.setattr(exact, "BLOCK", block)
     rng = np.random.default_rng(7)
     scale = 1.0 if distance == "cosine" else 0.5
     encodings = scale * rng.normal(size=(13, 3))
@@ -364,7 +364,7 @@ def test_candidates_of_a_knn_memory(size):
 
 @pytest.mark.parametrize("block", [4, 100])
 def test_fewer_that_count_than_top_k(block, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", block)
+    monkeypatch.setattr(exact, "BLOCK", block)
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(3, 5)), rng.normal(size=(11, 5))
     counts = np.isin(np.arange(11), [0, 3, 9])

@@ -19,6 +19,9 @@ from harness import gradient
 from keras import ops
 
 from keras_memory import retrieval
+from keras_memory.retrieval import exact as exact_module
+from keras_memory.retrieval import knn_layer
+from keras_memory.retrieval import ring as ring_module
 
 
 def brute_force(queries, keys, top_k, bias):
@@ -30,7 +33,7 @@ def brute_force(queries, keys, top_k, bias):
 @pytest.mark.parametrize("block", [3, 4, 11, 16, 100])
 @pytest.mark.parametrize("top_k", [1, 5, 11])
 def test_nearest_is_brute_force(block, top_k, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", block)
+    monkeypatch.setattr(exact_module, "BLOCK", block)
     rng = np.random.default_rng(7)
     queries, keys = rng.normal(size=(5, 2)), rng.normal(size=(11, 2))
     for bias in (None, rng.normal(size=11), rng.normal(size=(5, 11))):
@@ -48,7 +51,7 @@ def test_nearest_is_brute_force(block, top_k, monkeypatch):
 
 def test_keys_with_minus_infinity_come_last(monkeypatch):
     for block in (2, 9):
-        monkeypatch.setattr(retrieval, "BLOCK", block)
+        monkeypatch.setattr(exact_module, "BLOCK", block)
         keys = ops.convert_to_tensor(np.arange(5.0)[:, None], "float32")
         bias = ops.convert_to_tensor(
             [-np.inf, 0.0, 0.0, -np.inf, -np.inf], "float32"
@@ -69,7 +72,7 @@ def test_another_top_k_is_refused(top_k):
 def test_nearest_compiles_with_a_free_number_of_keys(monkeypatch):
     import tensorflow as tf
 
-    monkeypatch.setattr(retrieval, "BLOCK", 4)
+    monkeypatch.setattr(exact_module, "BLOCK", 4)
     rng = np.random.default_rng(7)
     queries = tf.constant(rng.normal(size=(3, 2)), "float32")
     keys = tf.constant(rng.normal(size=(11, 2)), "float32")
@@ -91,8 +94,8 @@ def test_nearest_compiles_with_a_free_number_of_keys(monkeypatch):
 # A memory in the graph.
 
 SOME = [("exact", "dot"), ("blocked", "l2")]
-SIMILARITY = pytest.mark.parametrize("similarity", retrieval.SIMILARITIES)
-METHOD = pytest.mark.parametrize("method", retrieval.METHODS)
+SIMILARITY = pytest.mark.parametrize("similarity", exact_module.SIMILARITIES)
+METHOD = pytest.mark.parametrize("method", ring_module.METHODS)
 
 
 def random(*shape, seed=7):
@@ -291,8 +294,8 @@ def test_no_slot_is_written_with_two_contents(monkeypatch):
         written.append(arrays_of((slots, new)))
         return write(entries, slots, new)
 
-    write = retrieval._with_rows_at
-    monkeypatch.setattr(retrieval, "_with_rows_at", noted)
+    write = ring_module._with_rows_at
+    monkeypatch.setattr(ring_module, "_with_rows_at", noted)
     both = Pair(retrieval.RingMemory(3, 5, 2), 2)
     for seed, n in enumerate((1, 4, 7, 23)):
         both.fill(n, seed=seed, mask=random(2, n, seed=seed) > [[-0.5], [0.5]])
@@ -410,7 +413,7 @@ def test_cosines_have_no_scale(method):
 
 def test_equal_vectors_have_no_cosine_beyond_1():
     vectors = ops.convert_to_tensor(random(4000, 11))
-    found = retrieval.similarity_of(vectors, vectors, "cosine")
+    found = exact_module.similarity_of(vectors, vectors, "cosine")
     found = ops.convert_to_numpy(found)
     assert found.max() == 1 and found.min() > 1 - 1e-6
 
@@ -425,7 +428,7 @@ def test_gradients_of_cosines(scale):
     keys[2] = 1.7 * directions[2]
 
     def total(queries):
-        cosines = retrieval.similarity_of(
+        cosines = exact_module.similarity_of(
             queries, ops.convert_to_tensor(keys), "cosine"
         )
         return ops.sum(cosines)
@@ -449,9 +452,9 @@ def test_gradients_of_cosines(scale):
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 34_636_834, 1 << 30])
 def test_places_of_a_sample(size):
     expected = [step * (size - 1) // 62 for step in range(63)]
-    assert retrieval.places_of_sample(size).tolist() == expected
+    assert exact_module.places_of_sample(size).tolist() == expected
     sizes = ops.convert_to_tensor(np.array([[size], [1]], "int32"))
-    places = ops.convert_to_numpy(retrieval.places_of_sample(sizes, ops))
+    places = ops.convert_to_numpy(exact_module.places_of_sample(sizes, ops))
     assert places.dtype == "int32"
     assert places.tolist() == [expected, [0] * 63]
 
@@ -464,7 +467,7 @@ def test_counts_of_the_largest_memory():
         for added in (0, 1, size - 1, size, longest)
     ]
     counts, added = np.array(pairs, "int32").T
-    found = retrieval._after(*tensors(counts, added), size)
+    found = ring_module._after(*tensors(counts, added), size)
     expected = [
         sum(pair) if sum(pair) < size else size + sum(pair) % size
         for pair in pairs
@@ -590,7 +593,7 @@ def test_nearest_takes_arrays_of_other_dtypes():
 
 @pytest.mark.parametrize("number", [5, 30])
 def test_nearest_of_no_queries(number, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 10)
+    monkeypatch.setattr(exact_module, "BLOCK", 10)
     keys = ops.convert_to_tensor(random(number, 3))
     found, places = retrieval.nearest(ops.zeros((0, 3)), keys, 2)
     assert tuple(found.shape) == tuple(places.shape) == (0, 2)
@@ -730,13 +733,13 @@ def test_l2_is_exact_beside_a_key_far_away(method):
 @METHOD
 @pytest.mark.parametrize("number", [4, 8, 11])
 def test_more_queries_than_are_compared_at_a_time(method, number, monkeypatch):
-    monkeypatch.setattr(retrieval, "QUERIES", 4)
+    monkeypatch.setattr(ring_module, "QUERIES", 4)
     both = Pair(retrieval.RingMemory(3, 40, method=method), 2)
     both.fill(30)
     queries = random(2, number, 3)
     queries[1, number - 1] = np.nan
     found = both.ring.search(both.state, *tensors(queries), 3)
-    monkeypatch.setattr(retrieval, "QUERIES", 100)
+    monkeypatch.setattr(ring_module, "QUERIES", 100)
     expected = both.ring.search(both.state, *tensors(queries), 3)
     for one, other in zip(arrays_of(found), arrays_of(expected)):
         np.testing.assert_allclose(one, other, rtol=1e-6)
@@ -796,7 +799,9 @@ SOME_OR_ALL = pytest.mark.parametrize(
     "method, similarity",
     [
         pytest.param(*both, marks=[] if both in SOME else pytest.mark.slow)
-        for both in itertools.product(retrieval.METHODS, retrieval.SIMILARITIES)
+        for both in itertools.product(
+            ring_module.METHODS, exact_module.SIMILARITIES
+        )
     ],
 )
 
@@ -806,7 +811,7 @@ SOME_OR_ALL = pytest.mark.parametrize(
 def test_the_ring_compiles_with_a_free_batch(similarity, method, monkeypatch):
     import tensorflow as tf
 
-    monkeypatch.setattr(retrieval, "QUERIES", 4)
+    monkeypatch.setattr(ring_module, "QUERIES", 4)
     ring = retrieval.RingMemory(3, 40, 2, similarity, method)
 
     def step(state, keys, values, mask, rows, queries):
@@ -993,7 +998,7 @@ def test_a_query_finds_what_earlier_calls_have_written():
     assert not arrays_of(layer(*tensors(keys))).mask.any()
 
 
-@pytest.mark.parametrize("write", retrieval.WRITES)
+@pytest.mark.parametrize("write", knn_layer.WRITES)
 @pytest.mark.parametrize("training", [True, False])
 def test_when_it_writes(write, training):
     layer = layer_of(write=write)
@@ -1418,7 +1423,7 @@ def test_the_ring_lowers_for_other_devices():
     )
     assert result.returncode == 0, result.stderr[-3000:]
     lines = dict(map(json.loads, result.stdout.splitlines()))
-    assert list(lines) == list(retrieval.METHODS)
+    assert list(lines) == list(ring_module.METHODS)
     for platforms, difference in lines.values():
         assert platforms == ["tpu", "cuda", "cpu"] and difference < 1e-5
 
@@ -1428,7 +1433,9 @@ def lower():
     import jax
     from jax import export
 
-    for method, similarity in zip(retrieval.METHODS, retrieval.SIMILARITIES):
+    for method, similarity in zip(
+        ring_module.METHODS, exact_module.SIMILARITIES
+    ):
         ring = retrieval.RingMemory(3, 40, 2, similarity, method)
 
         @jax.jit
@@ -1467,11 +1474,11 @@ def test_products_where_factors_are_rounded(monkeypatch):
     rng = np.random.default_rng(0)
     vectors, columns = rng.normal(size=(2, 64, 64)).astype("float32")
     exact = vectors.astype("float64") @ columns.astype("float64")
-    monkeypatch.setattr(retrieval.ops, "matmul", rounding_matmul)
+    monkeypatch.setattr(exact_module.ops, "matmul", rounding_matmul)
     errors = []
     for rounds in (False, True):
-        monkeypatch.setattr(retrieval, "_rounds", lambda: rounds)  # noqa: B023
-        found = retrieval.inner_products(
+        monkeypatch.setattr(exact_module, "_rounds", lambda: rounds)  # noqa: B023
+        found = exact_module.inner_products(
             *map(ops.convert_to_tensor, (vectors, columns))
         )
         errors.append(np.abs(ops.convert_to_numpy(found) - exact).max())
@@ -1486,7 +1493,7 @@ def test_products_ask_for_full_precision():
     import jax
 
     zeros = np.zeros((3, 3), "float32")
-    steps = str(jax.make_jaxpr(retrieval.inner_products)(zeros, zeros))
+    steps = str(jax.make_jaxpr(exact_module.inner_products)(zeros, zeros))
     assert "HIGHEST" in steps
 
 
@@ -1498,7 +1505,9 @@ def test_the_largest_are_those_of_top_k(number, top_k):
     values = np.random.default_rng(number).normal(size=(2, 3, number))
     values = values.astype("float32")
     values[0, 0, number // 2 + 8 :] = -np.inf
-    found, places = map(ops.convert_to_numpy, retrieval.largest(values, top_k))
+    found, places = map(
+        ops.convert_to_numpy, exact_module.largest(values, top_k)
+    )
     np.testing.assert_array_equal(found, -np.sort(-values)[..., :top_k])
     np.testing.assert_array_equal(
         np.take_along_axis(values, places, axis=-1), found
@@ -1523,18 +1532,18 @@ def test_neighbours_where_factors_are_rounded(search, monkeypatch):
         return np.sort(ops.convert_to_numpy(places), axis=-1)
 
     right = found()
-    monkeypatch.setattr(retrieval.ops, "matmul", rounding_matmul)
+    monkeypatch.setattr(exact_module.ops, "matmul", rounding_matmul)
     assert (found() != right).any()
-    monkeypatch.setattr(retrieval, "_rounds", lambda: True)
+    monkeypatch.setattr(exact_module, "_rounds", lambda: True)
     np.testing.assert_array_equal(found(), right)
 
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_products_of_other_dtypes(dtype, monkeypatch):
-    monkeypatch.setattr(retrieval, "_rounds", lambda: True)
+    monkeypatch.setattr(exact_module, "_rounds", lambda: True)
     ones = ops.ones((2, 2), dtype)
-    found = retrieval.inner_products(ones, ones)
+    found = exact_module.inner_products(ones, ones)
     assert ops.dtype(found) == dtype
     assert (ops.convert_to_numpy(found) == 2).all()
 
@@ -1543,12 +1552,12 @@ def test_products_of_other_dtypes(dtype, monkeypatch):
 def test_factors_are_rounded_on_gpus_that_may(monkeypatch):
     import tensorflow as tf
 
-    assert not retrieval._rounds() or tf.config.list_physical_devices("GPU")
+    assert not exact_module._rounds() or tf.config.list_physical_devices("GPU")
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
-    assert retrieval._rounds()
+    assert exact_module._rounds()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
-        assert not retrieval._rounds()
+        assert not exact_module._rounds()
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(True)
 

@@ -17,14 +17,14 @@ from keras import ops
 
 from keras_memory import ScannIndex
 from keras_memory import export
-from keras_memory import scann_index
+from keras_memory.retrieval import tuning
 
 needs_scann = [
     pytest.mark.scann,
     harness.needs_tensorflow,
     pytest.mark.skipif(
-        scann_index.import_error() is not None,
-        reason=f"needs ScaNN: {scann_index.import_error()}",
+        tuning.import_error() is not None,
+        reason=f"needs ScaNN: {tuning.import_error()}",
     ),
 ]
 variants = pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_it_finds_what_is_nearest(exact, similarity):
 @pytest.mark.parametrize("similarity", ["dot", "l2"])
 @pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
 def test_a_tree_finds_most_and_scores_exactly(exact, similarity, monkeypatch):
-    monkeypatch.setattr(scann_index, "FLAT", 1000)
+    monkeypatch.setattr(tuning, "FLAT", 1000)
     index, keys, values = filled(5000, exact, similarity=similarity)
     assert index._index.leaves is not None
     queries = clustered(300, seed=5)
@@ -95,11 +95,11 @@ def test_a_tree_finds_most_and_scores_exactly(exact, similarity, monkeypatch):
     indices = found.indices.numpy()
     scores, order = brute_force(queries, keys, 10, similarity)
     near, right = (
-        scann_index.closeness(queries, keys, similarity, some)
+        tuning.closeness(queries, keys, similarity, some)
         for some in (indices, order)
     )
     assert found.mask.numpy().all()
-    assert scann_index.recall(near, right) > 0.92
+    assert tuning.recall(near, right) > 0.92
     assert (np.diff(found.scores.numpy(), axis=1) <= 0).all()
     close(found.values, values[indices], 0)
     for row in (0, 299):
@@ -332,7 +332,7 @@ np.savez(sys.argv[4], **{name: x.numpy() for name, x in found.items()})
 def test_serving_with_ops_or_exactly(exact, tmp_path, monkeypatch):
     import scann
 
-    monkeypatch.setattr(scann_index, "FLAT", 1000)
+    monkeypatch.setattr(tuning, "FLAT", 1000)
     index, _, _ = filled(3000, exact, top_k=5)
     assert index._index.leaves is not None
     model = model_of(index)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from keras_memory import files
-from keras_memory import store as module
-from keras_memory.store import Operation
-from keras_memory.store import Store
-from keras_memory.store import exists
+from keras_memory.retrieval import store as module
+from keras_memory.retrieval.store import Operation
+from keras_memory.retrieval.store import Store
+from keras_memory.retrieval.store import exists
 
 CONFIG = {"dim": 2, "name": "é", "clip": None}
 CLEARED = (-1, (0, 2), b"", b"")

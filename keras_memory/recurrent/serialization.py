@@ -56,6 +56,7 @@ def cell_property(name):
 
 
 def serialize(value):
+    """An argument of a cell as `get_config` has it: plain values."""
     if isinstance(value, keras.initializers.Initializer):
         return keras.initializers.serialize(value)
     if isinstance(value, keras.layers.Layer):

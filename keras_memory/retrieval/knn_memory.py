@@ -14,40 +14,37 @@ import weakref
 from typing import Any
 from typing import NamedTuple
 
-import keras
 import numpy as np
-from keras import ops
 
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
-from keras_memory.checks import check_exact
 from keras_memory.checks import check_one_of
-from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import check_within
 from keras_memory.checks import has_accelerator
 from keras_memory.files import check_path
-from keras_memory.retrieval import FLOATS
-from keras_memory.retrieval import KEY_REMEDY
-from keras_memory.retrieval import LARGEST
-from keras_memory.retrieval import QUERIES
-from keras_memory.retrieval import SIMILARITIES
-from keras_memory.retrieval import VALUE_REMEDY
-from keras_memory.retrieval import Neighbours
-from keras_memory.retrieval import RingMemory
-from keras_memory.retrieval import RingState
-from keras_memory.retrieval import check_bytes_of_entries
-from keras_memory.retrieval import check_value_dtype
-from keras_memory.scann_index import Builder
-from keras_memory.scann_index import ScannRow
-from keras_memory.scann_index import check_scann
-from keras_memory.scann_index import closeness
-from keras_memory.scann_index import import_error
-from keras_memory.scann_index import recall
-from keras_memory.store import Operation
-from keras_memory.store import Store
-from keras_memory.store import exists
+from keras_memory.retrieval.entries import KEY_REMEDY
+from keras_memory.retrieval.entries import VALUE_REMEDY
+from keras_memory.retrieval.entries import _is_sound
+from keras_memory.retrieval.entries import check_bools
+from keras_memory.retrieval.entries import check_bytes_of_entries
+from keras_memory.retrieval.entries import check_value_dtype
+from keras_memory.retrieval.entries import check_vectors
+from keras_memory.retrieval.entries import to_numpy
+from keras_memory.retrieval.exact import SIMILARITIES
+from keras_memory.retrieval.exact import Neighbours
+from keras_memory.retrieval.exact_row import ExactRow
+from keras_memory.retrieval.ring import RingMemory
+from keras_memory.retrieval.scann_row import Builder
+from keras_memory.retrieval.scann_row import ScannRow
+from keras_memory.retrieval.store import Operation
+from keras_memory.retrieval.store import Store
+from keras_memory.retrieval.store import exists
+from keras_memory.retrieval.tuning import check_scann
+from keras_memory.retrieval.tuning import closeness
+from keras_memory.retrieval.tuning import import_error
+from keras_memory.retrieval.tuning import recall
 
 STORES = ("auto", "ring", "scann")
 MODES = ("r", "a")
@@ -202,7 +199,7 @@ class KNNMemory(Arguments):
 
     def _index(self, row):
         if self.store == "ring":
-            return _ExactRow(self._keys[row], self.similarity)
+            return ExactRow(self._keys[row], self.similarity)
         return ScannRow(
             self._keys[row],
             self.similarity,
@@ -240,21 +237,23 @@ class KNNMemory(Arguments):
         with self._lock:
             self._check_writable()
             rows = self._rows(rows)
-            keys = _numpy("keys", keys)
+            keys = to_numpy("keys", keys)
             is_of_one = self._is_of_one(keys, rows)
             axis = () if is_of_one else (len(rows),)
-            keys = _vectors(
+            keys = check_vectors(
                 "keys", keys, (*axis, None, self.dim), rows, remedy=KEY_REMEDY
             )
             shape = (*keys.shape[:-1], self.value_dim)
             if values is None and not self.value_dim:
                 values = np.zeros(shape, self.value_dtype)
-            values = _vectors(
+            values = check_vectors(
                 "values", values, shape, rows, self.value_dtype, VALUE_REMEDY
             )
             kept = np.ones(shape[:-1], bool)
             if mask is not None:
-                kept = _bools("mask", mask, shape[:-1], "one for each entry")
+                kept = check_bools(
+                    "mask", mask, shape[:-1], "one for each entry"
+                )
             if is_of_one:
                 keys, values, kept = keys[None], values[None], kept[None]
             slots = np.full(kept.shape, -1, "int32")
@@ -359,10 +358,12 @@ class KNNMemory(Arguments):
 
     def _queries(self, queries, rows):
         """(R, ..., D) float32, and whether they came without the first axis."""
-        queries = _numpy("queries", queries)
+        queries = to_numpy("queries", queries)
         is_of_one = self._is_of_one(queries, rows)
         axis = () if is_of_one else (len(rows),)
-        queries = _vectors("queries", queries, (*axis, ..., self.dim), rows)
+        queries = check_vectors(
+            "queries", queries, (*axis, ..., self.dim), rows
+        )
         return (queries[None] if is_of_one else queries), is_of_one
 
     def _search(self, row, queries, slots, scores):
@@ -487,7 +488,7 @@ class KNNMemory(Arguments):
                 slots = self.search(
                     of_row[None], most, [row], keys=False, values=False
                 ).indices[0]
-                exact = _ExactRow(self._keys[row], self.similarity)
+                exact = ExactRow(self._keys[row], self.similarity)
                 exact.size = self._indexes[row].size
                 right, _ = exact.search(of_row, most)
                 near, right = (
@@ -772,7 +773,7 @@ class KNNMemory(Arguments):
             f"({self.num_rows},) bool. Received: rows={rows!r}, "
             f"num_rows={self.num_rows}"
         )
-        rows = _numpy("rows", rows)
+        rows = to_numpy("rows", rows)
         if rows.dtype == bool:
             if rows.shape != (self.num_rows,):
                 raise ValueError(wanted)
@@ -828,146 +829,7 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class _ExactRow:
-    """The index of one row that compares with all entries, by the backend."""
-
-    def __init__(self, keys, similarity):
-        self.keys, self.similarity = keys, similarity
-        self.size = 0
-        self._on_device = None
-
-    def write(self, slots):
-        self.size = max(self.size, int(slots.max()) + 1)
-        self._on_device = None
-
-    def clear(self):
-        self.size = 0
-        self._on_device = None
-
-    def wait(self):
-        pass
-
-    def search(self, queries, top_k, is_counted=True):
-        """(Q, top_k) slots and scores."""
-        check_process('KNNMemory(store="ring")')
-        # As few shapes as there are powers of two, for what is compiled.
-        if self._on_device is None:
-            slots = min(len(self.keys), _power(self.size, least=1024))
-            keys = ops.convert_to_tensor(self.keys[None, :slots])
-            none = ops.zeros((1, slots, 0))
-            size = ops.convert_to_tensor(np.array([self.size], "int32"))
-            self._on_device = RingState(keys, none, size)
-        state = self._on_device
-        slots = state.keys.shape[1]
-        ring = RingMemory(
-            queries.shape[1], slots, 0, self.similarity, "blocked"
-        )
-        most = min(slots, _power(top_k))
-        parts = []
-        for begin in range(0, len(queries), QUERIES):
-            some = queries[begin : begin + QUERIES]
-            more = min(QUERIES, _power(len(some), least=16)) - len(some)
-            padded = np.pad(some, ((0, more), (0, 0)))
-            found = ring.search(
-                state, ops.convert_to_tensor(padded[None]), most
-            )
-            parts.append(
-                [
-                    ops.convert_to_numpy(part[0])[: len(some), :top_k]
-                    for part in (found.indices, found.scores)
-                ]
-            )
-        return tuple(map(np.concatenate, zip(*parts)))
-
-
-def _power(number, least=1):
-    """The least power of two that is not smaller."""
-    return max(least, 1 << (number - 1).bit_length())
-
-
 def _flat(queries):
     """(R, ..., D) as (R, Q, D)."""
     rows, *number, width = queries.shape
     return queries.reshape(rows, math.prod(number), width)
-
-
-def _numpy(name, values):
-    """An array of what a user may give."""
-    try:
-        if keras.ops.is_tensor(values) or isinstance(values, keras.Variable):
-            return np.asarray(ops.convert_to_numpy(values))
-        return np.asarray(values)
-    except Exception as error:
-        raise ValueError(
-            f"`{name}` must be an array or a tensor. "
-            f"Received: {type(values).__name__} ({error})"
-        ) from error
-
-
-def _vectors(name, values, shape, rows, dtype="float32", remedy=None):
-    """An array (rows, ..., width) of a dtype, checked.
-
-    Args:
-        name: str, of the argument.
-        values: what was given.
-        shape: tuple of what it must be, None for any size, ... for any axes;
-            without the axis of rows for what is of one row.
-        rows: (R,) ints of the rows, for the error.
-        dtype: str, which it becomes.
-        remedy: str, for integers that it does not keep; None to round them.
-    """
-    array = _numpy(name, values)
-    asked = str(shape).replace("Ellipsis", "...").replace("None", "n")
-    is_right = array.ndim >= 2 and array.shape[-1] == shape[-1]
-    if ... in shape:
-        before = shape[: shape.index(...)]
-        is_right = is_right and array.shape[: len(before)] == before
-    else:
-        sizes = zip(array.shape, shape)
-        is_right = array.ndim == len(shape) and all(
-            size == wanted or wanted is None for size, wanted in sizes
-        )
-    if not is_right:
-        raise ValueError(
-            f"`{name}` must be {asked}, vectors for each row that is meant. "
-            f"Received: shape {array.shape}, rows={rows.tolist()}"
-        )
-    is_float = dtype in FLOATS
-    kind = "f" if "float" in array.dtype.name else array.dtype.kind
-    if kind not in "iu" + "f" * (is_float or not array.size):
-        wanted = "real numbers." if is_float else f"integers. {remedy}"
-        raise ValueError(
-            f"`{name}` must be {wanted} Received: dtype {array.dtype}"
-        )
-    if remedy is not None:
-        check_exact(name, array, dtype, remedy)
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = np.ascontiguousarray(array, dtype)
-    is_sound = _is_sound(array)
-    if not is_sound.all():
-        place = tuple(map(int, np.argwhere(~is_sound)[0]))
-        row = rows[place[0] if len(rows) > 1 else 0]
-        raise ValueError(
-            f"`{name}` must be finite, and within +-{LARGEST:.0e} so that "
-            f"products are, or searches would find nonsense. Received: "
-            f"{array[place]} in row {row}, at {place}"
-        )
-    return array
-
-
-def _is_sound(array):
-    """True where numbers can be computed with, or need not."""
-    if array.dtype.kind in "iu":
-        return np.ones(array.shape, bool)
-    with np.errstate(over="ignore"):
-        return np.abs(array.astype("float32", copy=False)) <= LARGEST
-
-
-def _bools(name, values, shape, meaning):
-    array = _numpy(name, values)
-    if array.shape != shape or array.dtype != bool:
-        raise ValueError(
-            f"`{name}` must be {shape} bool, {meaning}. "
-            f"Received: shape {array.shape}, dtype {array.dtype}"
-        )
-    return array

@@ -1,0 +1,247 @@
+"""Exact search for nearest neighbours, in the graph.
+
+Axes: B rows of a batch, M or N keys, D width of keys, V width of values, K
+neighbours.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory.checks import check_array
+from keras_memory.checks import check_process
+from keras_memory.checks import check_size
+
+BLOCK = 16384  # keys that are compared at a time
+GROUP = 8  # values whose largest is looked at first, if there are many
+LARGEST = 1e15  # of a component: products of two must be finite in float32
+SAMPLE = 63  # keys amid which distances are measured from
+
+SIMILARITIES = ("dot", "cosine", "l2")
+
+
+def nearest(queries, keys, top_k, bias=None):
+    """Finds the keys with the largest products with each query.
+
+    Keys are compared a block at a time, so that memory does not grow with
+    their number. Nothing is differentiated.
+
+    Args:
+        queries: (B, D), any real value.
+        keys: (M, D), any real value.
+        top_k: int, from 1 to M; a tensor where M is not known.
+        bias: (M,) or (B, M), added to the products; -inf leaves a key out.
+            None for 0.
+
+    Returns:
+        (B, top_k) products with bias, the largest first, and (B, top_k) int32
+        indices of the keys. Where fewer than `top_k` are above -inf, the last
+        products are -inf and their indices have no meaning.
+
+    Raises:
+        ValueError: `top_k` is not from 1 to M; wrong shapes or dtypes.
+
+    Example:
+
+    >>> keys = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]], "float32")
+    >>> products, indices = nearest(keys[:1], keys, top_k=2)
+    >>> indices
+    <tf.Tensor: shape=(1, 2), dtype=int32, numpy=array([[2, 0]], dtype=int32)>
+    """
+    check_process("nearest")
+    sizes = {}
+    queries = check_array("queries", queries, ("B", "D"), sizes)
+    keys = check_array("keys", keys, ("M", "D"), sizes)
+    queries, keys = ops.stop_gradient(queries), ops.stop_gradient(keys)
+    if bias is not None:
+        dtype = keras.backend.result_type(ops.dtype(queries), ops.dtype(keys))
+        bias = check_array("bias", bias, (..., "M"), sizes, dtype=dtype)
+        bias = ops.stop_gradient(bias)
+        if len(bias.shape) != 1:
+            check_array("bias", bias, ("B", "M"), sizes)
+    number = keys.shape[0]
+    both = isinstance(number, int) and isinstance(top_k, int)
+    if both and not 1 <= top_k <= number:
+        raise ValueError(
+            "`top_k` must be from 1 to the number of keys. "
+            f"Received: top_k={top_k}, keys of shape {tuple(keys.shape)}"
+        )
+    if not ops.is_tensor(top_k):
+        top_k = check_size("top_k", top_k)
+    if not isinstance(number, int) or number <= BLOCK:  # a free one is small
+        products = inner_products(queries, ops.transpose(keys))
+        if bias is not None:
+            products = products + bias
+        found, places = ops.top_k(products, top_k)
+        return found, ops.cast(places, "int32")
+
+    def search(block, found, places):
+        # The last block reaches back into the one before, and leaves out what
+        # that has seen.
+        first = ops.minimum(block * BLOCK, number - BLOCK)
+        rows = first + ops.arange(BLOCK, dtype="int32")
+        some = ops.slice(keys, (first, 0), (BLOCK, keys.shape[1]))
+        products = inner_products(queries, ops.transpose(some))
+        if bias is not None:
+            products = products + ops.take(bias, rows, axis=-1)
+        is_new = rows >= block * BLOCK
+        products = ops.where(is_new, products, -np.inf)
+        products, columns = largest(products, min(top_k, BLOCK))
+        found = ops.concatenate([found, products], axis=1)
+        new = first + ops.cast(columns, "int32")
+        places = ops.concatenate([places, new], axis=1)
+        found, columns = ops.top_k(found, top_k)
+        return found, ops.take_along_axis(places, columns, axis=1)
+
+    start = ops.zeros_like(queries[:, :1])
+    found = ops.tile(start - np.inf, (1, top_k))
+    places = ops.tile(ops.cast(start, "int32"), (1, top_k))
+    return ops.fori_loop(
+        0,
+        -(-number // BLOCK),
+        lambda block, carried: search(block, *carried),
+        (found, places),
+    )
+
+
+def inner_products(vectors, columns):
+    """A product of matrices as exact as their dtype, on accelerators too.
+
+    By default JAX and TensorFlow let a GPU round float32 factors to 11 bits,
+    and a TPU to 8: one of two thousand neighbours would be a wrong one, or
+    more.
+
+    Args:
+        vectors: (..., n, D).
+        columns: (..., D, m), vectors too.
+
+    Returns:
+        (..., n, m).
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            return ops.matmul(vectors, columns)
+    dtypes = {ops.dtype(vectors), ops.dtype(columns)}
+    if backend == "tensorflow" and dtypes == {"float32"} and _rounds():
+        (high, low), (columns, rest) = map(_halves, (vectors, columns))
+        small = ops.matmul(high, rest) + ops.matmul(low, columns)
+        return ops.matmul(high, columns) + small
+    return ops.matmul(vectors, columns)
+
+
+def _rounds():
+    import tensorflow as tf
+
+    may = tf.config.experimental.tensor_float_32_execution_enabled()
+    return may and bool(tf.config.list_physical_devices("GPU"))
+
+
+def _halves(x):
+    """The leading 11 bits of each, and what is left (TensorFlow)."""
+    import tensorflow as tf
+
+    bits = tf.bitcast(x, "uint32") & np.uint32(0xFFFFE000)
+    high = tf.bitcast(bits, "float32")
+    return high, x - high
+
+
+def largest(values, top_k):
+    """The largest of the last axis and their places, as `ops.top_k` finds them.
+
+    For large axes it is quicker than that, mostly on GPUs, which sort all.
+    """
+    number = values.shape[-1]
+    groups = -(-number // GROUP)
+    if groups <= top_k or 0 in values.shape:  # which has no maxima
+        return ops.top_k(values, top_k)
+    # The largest K are in those K groups that have the largest maxima.
+    more = groups * GROUP - number
+    if more:
+        widths = [*[(0, 0)] * (len(values.shape) - 1), (0, more)]
+        values = ops.pad(values, widths, constant_values=-np.inf)
+    shape = tuple(ops.shape(values)[:-1])
+    maxima = ops.max(ops.reshape(values, (*shape, GROUP, groups)), axis=-2)
+    _, group = largest(maxima, top_k)
+    members = groups * ops.arange(GROUP, dtype="int32")[:, None]
+    places = ops.cast(group, "int32")[..., None, :] + members
+    places = ops.reshape(places, (*shape, GROUP * top_k))
+    values = ops.take_along_axis(values, places, axis=-1)
+    found, of_places = ops.top_k(values, top_k)
+    places = ops.take_along_axis(places, of_places, axis=-1)
+    # Where all are at -inf it may be a place that only fills the groups.
+    return found, ops.minimum(places, number - 1)
+
+
+class Neighbours(NamedTuple):
+    """What a search finds, for each query the best first.
+
+    Args:
+        scores: (B, ..., K) float32, larger is nearer: the inner product, its
+            cosine, or minus the squared distance; -inf where nothing was found.
+        indices: (B, ..., K) int32, the slots, from 0; -1 where nothing was
+            found.
+        mask: (B, ..., K) bool, False where nothing was found, as the memory
+            had fewer entries.
+        keys: (B, ..., K, D), as they were added; 0 where nothing was found.
+        values: (B, ..., K, V), likewise, in the dtype of values.
+    """
+
+    scores: Any
+    indices: Any
+    mask: Any
+    keys: Any
+    values: Any
+
+
+def unit(vectors, xp=ops):
+    """Vectors of length 1, or 0 where they are, however small or large they
+    are; (..., D). `xp` may be NumPy, for arrays of its own."""
+    largest = xp.max(xp.abs(vectors), axis=-1, keepdims=True, initial=0)
+    if xp is ops:  # the scale does not matter, nor what it changes with
+        largest = ops.stop_gradient(largest)
+    # Smaller numbers have few bits, or none where a device takes them for 0.
+    is_zero = largest < np.finfo("float32").tiny
+    vectors = vectors / xp.where(is_zero, 1, largest)
+    squares = xp.sum(vectors * vectors, axis=-1, keepdims=True)
+    return xp.where(
+        is_zero, 0, vectors / xp.sqrt(xp.where(is_zero, 1, squares))
+    )
+
+
+def similarity_of(queries, keys, similarity):
+    """Similarities of vectors, (..., D) and (..., D): (...,) float32."""
+    queries, keys = (ops.cast(one, "float32") for one in (queries, keys))
+    if similarity == "l2":
+        return -ops.sum(ops.square(queries - keys), axis=-1)
+    if similarity == "dot":
+        return ops.sum(queries * keys, axis=-1)
+    cosines = ops.sum(unit(queries) * unit(keys), axis=-1)
+    # Rounding may lead beyond 1. Gradients are the cosine's all the same.
+    return cosines + ops.stop_gradient(ops.clip(cosines, -1, 1) - cosines)
+
+
+def places_of_sample(size, xp=np):
+    """(SAMPLE,) int32 from 0 to size - 1, where to look for the `middle`; of
+    (B, 1) sizes, (B, SAMPLE), with `keras.ops`."""
+    steps, last = xp.arange(SAMPLE, dtype="int32"), SAMPLE - 1
+    # Their product with the size may be too large for an int32.
+    return (size - 1) // last * steps + (size - 1) % last * steps // last
+
+
+def middle(vectors):
+    """A point amid most of (..., SAMPLE, D) vectors, however far some are: the
+    medians of the components; (..., 1, D)."""
+    half = SAMPLE // 2
+    return ops.sort(vectors, axis=-2)[..., half : half + 1, :]
+
+
+def is_sound(vectors):
+    """True where all components are numbers that can be computed with."""
+    vectors = ops.cast(vectors, "float32")
+    return ops.all(ops.abs(vectors) <= LARGEST, axis=-1)

@@ -1,0 +1,66 @@
+"""One row of a memory on the host, compared whole by the backend."""
+
+import numpy as np
+from keras import ops
+
+from keras_memory.checks import check_process
+from keras_memory.retrieval.ring import QUERIES
+from keras_memory.retrieval.ring import RingMemory
+from keras_memory.retrieval.ring import RingState
+
+
+class ExactRow:
+    """The index of one row that compares with all entries, by the backend."""
+
+    def __init__(self, keys, similarity):
+        self.keys, self.similarity = keys, similarity
+        self.size = 0
+        self._on_device = None
+
+    def write(self, slots):
+        self.size = max(self.size, int(slots.max()) + 1)
+        self._on_device = None
+
+    def clear(self):
+        self.size = 0
+        self._on_device = None
+
+    def wait(self):
+        pass
+
+    def search(self, queries, top_k, is_counted=True):
+        """(Q, top_k) slots and scores."""
+        check_process('KNNMemory(store="ring")')
+        # As few shapes as there are powers of two, for what is compiled.
+        if self._on_device is None:
+            slots = min(len(self.keys), power_of_two(self.size, least=1024))
+            keys = ops.convert_to_tensor(self.keys[None, :slots])
+            none = ops.zeros((1, slots, 0))
+            size = ops.convert_to_tensor(np.array([self.size], "int32"))
+            self._on_device = RingState(keys, none, size)
+        state = self._on_device
+        slots = state.keys.shape[1]
+        ring = RingMemory(
+            queries.shape[1], slots, 0, self.similarity, "blocked"
+        )
+        most = min(slots, power_of_two(top_k))
+        parts = []
+        for begin in range(0, len(queries), QUERIES):
+            some = queries[begin : begin + QUERIES]
+            more = min(QUERIES, power_of_two(len(some), least=16)) - len(some)
+            padded = np.pad(some, ((0, more), (0, 0)))
+            found = ring.search(
+                state, ops.convert_to_tensor(padded[None]), most
+            )
+            parts.append(
+                [
+                    ops.convert_to_numpy(part[0])[: len(some), :top_k]
+                    for part in (found.indices, found.scores)
+                ]
+            )
+        return tuple(map(np.concatenate, zip(*parts)))
+
+
+def power_of_two(number, least=1):
+    """The least power of two that is not smaller."""
+    return max(least, 1 << (number - 1).bit_length())

@@ -1,0 +1,231 @@
+"""`KNNMemoryLayer`: a ring memory in the weights of a layer."""
+
+import keras
+from keras import ops
+
+from keras_memory.arguments import Arguments
+from keras_memory.checks import check_array
+from keras_memory.checks import check_batch
+from keras_memory.checks import check_exact
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_process
+from keras_memory.checks import check_size
+from keras_memory.checks import with_rows_of
+from keras_memory.retrieval.entries import FLOATS
+from keras_memory.retrieval.entries import KEY_REMEDY
+from keras_memory.retrieval.entries import OF_INTEGERS
+from keras_memory.retrieval.entries import VALUE_REMEDY
+from keras_memory.retrieval.entries import check_dtype
+from keras_memory.retrieval.entries import let_in
+from keras_memory.retrieval.entries import of_values
+from keras_memory.retrieval.exact import Neighbours
+from keras_memory.retrieval.ring import RingMemory
+from keras_memory.retrieval.ring import RingState
+
+WRITES = ("training", "always", "never")
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class KNNMemoryLayer(Arguments, keras.layers.Layer):
+    """A nearest-neighbour memory in the weights of a model, for plain `fit`.
+
+    Source: Wu et al. 2022 (arXiv 2203.08913), section 3.
+
+    First each query finds its nearest entries, then the new entries are
+    written, so that no query finds its own.
+
+    State: weights that are not trained, `memory_keys` (B, N, D),
+    `memory_values` (B, N, V) and `memory_count` (B,), as of `RingState`; empty
+    at first, written by each call in training, saved with the model.
+
+    Masking and dtype: a mask that comes with the keys leaves entries out.
+    Searches are in float32 under any policy; keys and values are kept in
+    `memory_dtype` and returned in the compute dtype. With `value_dtype` values
+    are kept and returned in it.
+
+    The batch size is fixed, since each row of the batch has a memory: `fit`
+    needs a multiple of it, and `predict` the same `batch_size`. Where it
+    varies, over several devices, or to serve a memory that each client keeps,
+    hand a `RingState` in and out instead (`RingMemory`).
+
+    Args:
+        max_memories, similarity, method, target_recall, value_dtype: as of
+            `RingMemory`.
+        top_k: int, K, from 1 (32 by default) to `max_memories`.
+        write: when entries are written and rows cleared for good:
+            `"training"` (default), so that evaluation leaves the memory alone,
+            `"always"`, or `"never"`.
+        memory_dtype: of what is kept, a floating point type, `"float32"` by
+            default.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        queries: (B, ..., D), any real value.
+        keys: (B, n, D), entries to write; None to only search.
+        values: (B, n, V); None where only keys are kept. What the first call
+            has decides: without, V is 0. Integers need a `value_dtype` that
+            keeps all of their dtype.
+        keys_mask: (B, n) bool, False for entries that are not written.
+        clear: (B,) bool, True for rows whose entries are forgotten before the
+            search, as at the start of a document.
+        training: bool.
+
+    Returns:
+        `Neighbours`.
+
+    Raises:
+        ValueError: a batch size that is not known, wrong shapes, or arguments
+            out of range.
+
+    Example:
+
+    >>> layer = KNNMemoryLayer(max_memories=100, top_k=2)
+    >>> keys = np.eye(3, dtype="float32")[None]
+    >>> layer(keys, keys, keys, training=True).mask.numpy().any()
+    np.False_
+    >>> layer(keys[:, :1]).keys.numpy()[0, 0, 0]
+    array([1., 0., 0.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        max_memories,
+        top_k=32,
+        similarity="dot",
+        method="exact",
+        target_recall=0.95,
+        write="training",
+        memory_dtype="float32",
+        value_dtype=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.autocast = False  # what is kept is not rounded to compute with
+        ring = RingMemory(
+            1, max_memories, 0, similarity, method, target_recall, value_dtype
+        )
+        self.max_memories = ring.max_memories
+        self.top_k = check_size("top_k", top_k)
+        if top_k > max_memories:
+            raise ValueError(
+                "`top_k` must be at most `max_memories`, as more can never be "
+                f"found. Received: top_k={top_k}, max_memories={max_memories}"
+            )
+        self.similarity = similarity
+        self.method = method
+        self.target_recall = target_recall
+        self.write = check_one_of("write", write, WRITES)
+        self.memory_dtype = check_dtype(
+            "memory_dtype", memory_dtype, FLOATS, OF_INTEGERS
+        )
+        self.value_dtype = ring.value_dtype
+
+    def build(self, queries_shape, keys_shape=None, values_shape=None):
+        batch, dim = ([None, *queries_shape][place] for place in (1, -1))
+        if batch is None or dim is None or len(queries_shape) < 2:
+            raise ValueError(
+                "`queries` must be (B, ..., D), of a known batch size and "
+                "width, as each row has a memory among the weights: "
+                "`keras.Input(batch_shape=...)`. Received: shape "
+                f"{tuple(queries_shape)}"
+            )
+        self.ring = RingMemory(
+            dim,
+            self.max_memories,
+            values_shape[-1] if values_shape else 0,
+            self.similarity,
+            self.method,
+            self.target_recall,
+            self.value_dtype,
+        )
+        self.ring._check_bytes(batch, self.memory_dtype)
+        slots = (batch, self.max_memories)
+        shapes = [(*slots, dim), (*slots, self.ring.value_dim), (batch,)]
+        value_dtype = self.value_dtype or self.memory_dtype
+        self.memory_keys, self.memory_values, self.memory_count = (
+            self.add_weight(
+                shape=shape,
+                initializer="zeros",
+                dtype=dtype,
+                trainable=False,
+                autocast=False,
+                name=f"memory_{name}",
+            )
+            for name, shape, dtype in zip(
+                RingState._fields,
+                shapes,
+                (self.memory_dtype, value_dtype, "int32"),
+            )
+        )
+        self.built = True
+
+    @property
+    def state(self):
+        """`RingState` of the weights."""
+        weights = self.memory_keys, self.memory_values, self.memory_count
+        return RingState(*map(ops.convert_to_tensor, weights))
+
+    def reset_state(self):
+        """Forgets all entries."""
+        self.memory_count.assign(ops.zeros_like(self.state.count))
+
+    def __call__(self, queries, keys=None, values=None, *others, **named):
+        check_process("KNNMemoryLayer")
+        queries = let_in("queries", queries, (None, ..., None))
+        any_entries = (None, None, None)
+        if keys is not None:
+            of_keys = {"dtype": self.memory_dtype, "remedy": KEY_REMEDY}
+            keys = let_in("keys", keys, any_entries, **of_keys)
+        if values is not None:
+            given = values
+            options = of_values(self.value_dtype, self.memory_dtype)
+            values = let_in("values", given, any_entries, **options)
+            # They come back in the dtype that is computed in.
+            back = self.value_dtype or self.compute_dtype
+            check_exact("values", given, back, VALUE_REMEDY)
+        given = [queries, keys, values, *others]
+        while given[-1] is None:  # which Keras takes by name only
+            given.pop()
+        return super().__call__(*given, **named)
+
+    def call(
+        self,
+        queries,
+        keys=None,
+        values=None,
+        keys_mask=None,
+        clear=None,
+        training=False,
+    ):
+        before = state = self.state
+        given = check_array("queries", queries, (None, ..., self.ring.dim))
+        rows = self.memory_keys.shape[0]
+        queries = check_batch("queries", given, rows)
+        others = {"keys": keys, "values": values}
+        others |= {"keys_mask": keys_mask, "clear": clear}
+        keys, values, keys_mask, clear = (
+            check_batch(name, other, rows) if ops.is_tensor(other) else other
+            for name, other in others.items()
+        )
+        if clear is not None:
+            state = self.ring.clear(state, clear)
+        found = self.ring.search(state, queries, self.top_k)
+        if keys is not None:
+            state = self.ring.add(state, keys, values, keys_mask)
+        if self.write == "always" or (self.write == "training" and training):
+            self.memory_count.assign(state.count)
+            if state.keys is not before.keys:
+                self.memory_keys.assign(state.keys)
+                self.memory_values.assign(state.values)
+        dtype = self.value_dtype or self.compute_dtype
+        found = found._replace(
+            keys=ops.cast(found.keys, self.compute_dtype),
+            values=ops.cast(found.values, dtype),
+        )
+        return Neighbours(*(with_rows_of(part, given) for part in found))
+
+    def get_config(self):
+        names = ("max_memories", "top_k", "similarity", "method")
+        names += ("target_recall", "write", "memory_dtype", "value_dtype")
+        config = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), **config}

@@ -1,0 +1,433 @@
+"""A memory of (key, value) pairs as tensors: state in, state out."""
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory.checks import check_array
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_process
+from keras_memory.checks import check_size
+from keras_memory.checks import check_within
+from keras_memory.checks import make_plain
+from keras_memory.retrieval.entries import FLOATS
+from keras_memory.retrieval.entries import KEY_REMEDY
+from keras_memory.retrieval.entries import OF_INTEGERS
+from keras_memory.retrieval.entries import check_bytes_of_entries
+from keras_memory.retrieval.entries import check_dtype
+from keras_memory.retrieval.entries import check_value_dtype
+from keras_memory.retrieval.entries import of_values
+from keras_memory.retrieval.exact import SIMILARITIES
+from keras_memory.retrieval.exact import Neighbours
+from keras_memory.retrieval.exact import inner_products
+from keras_memory.retrieval.exact import is_sound
+from keras_memory.retrieval.exact import largest
+from keras_memory.retrieval.exact import middle
+from keras_memory.retrieval.exact import places_of_sample
+from keras_memory.retrieval.exact import similarity_of
+from keras_memory.retrieval.exact import unit
+
+QUERIES = 1024  # queries that are compared at a time
+MOST_SLOTS = 1 << 30  # of a row: its count is below twice as many
+METHODS = ("exact", "blocked", "approximate")
+
+
+class RingState(NamedTuple):
+    """A memory of (key, value) pairs for each row of a batch.
+
+    Args:
+        keys: (B, N, D), 0 until a slot is first written.
+        values: (B, N, V), likewise.
+        count: (B,) int32 in [0, 2 N): how many entries were added since the
+            row was cleared; beyond 2 N, N less again and again. The next entry
+            goes to slot `count % N`.
+    """
+
+    keys: Any
+    values: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RingMemory:
+    """Exact nearest-neighbour memory in the graph: state in, state out.
+
+    Source: Wu et al. 2022 (arXiv 2203.08913), section 3: a memory of (key,
+    value) pairs, not differentiated, of which the oldest are dropped.
+
+    All methods are pure functions of tensors on any backend, which compile with
+    XLA and lower for GPU and TPU; hand the state on from call to call, or use
+    `KNNMemoryLayer`, which keeps it in weights. Each row of the batch has a
+    memory of its own.
+
+    What cannot be refused in a graph does no harm: an entry with a NaN, an
+    infinity or a component beyond 1e15 is not written, and a query with one
+    finds nothing.
+
+    Args:
+        dim: int, D, width of keys and queries.
+        max_memories: int, N, slots of each row, 2^30 at most; one more entry
+            takes the place of the oldest.
+        value_dim: int, V, width of values, 0 for none; None (default) for D.
+        similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
+            0 from all others, or `"l2"`, minus the squared distance.
+        method: `"exact"` (default), a product with all keys and their largest;
+            `"blocked"`, as exact, and faster for large memories: it looks for
+            the largest among the groups of slots that can hold them;
+            `"approximate"`, the backend's approximate search (TensorFlow, JAX),
+            which is quicker on a TPU.
+        target_recall: float in (0, 1), the share of the neighbours that
+            `"approximate"` is to find, 0.95 by default.
+        value_dtype: str, of values, which come back in it: `"int32"` or
+            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
+            `"float32"` or `"float64"`; None (default) for that of the keys.
+
+    Raises:
+        ValueError: a size below 1, another similarity, method or dtype, or one
+            that the backend does not have.
+
+    Example:
+
+    >>> ring = RingMemory(dim=2, max_memories=3)
+    >>> state = ring.initial_state(batch_size=1)
+    >>> keys = np.array([[[1.0, 0.0], [0.0, 1.0]]], "float32")
+    >>> state = ring.add(state, keys, values=keys)
+    >>> found = ring.search(state, keys[:, :1], top_k=3)
+    >>> found.indices.numpy(), found.mask.numpy()
+    (array([[[ 0,  1, -1]]], dtype=int32), array([[[ True,  True, False]]]))
+    """
+
+    dim: int
+    max_memories: int
+    value_dim: int | None = None
+    similarity: str = "dot"
+    method: str = "exact"
+    target_recall: float = 0.95
+    value_dtype: str | None = None
+
+    def __post_init__(self):
+        make_plain(self)
+        width = self.dim if self.value_dim is None else self.value_dim
+        for name, size in (
+            ("dim", check_size("dim", self.dim)),
+            ("max_memories", check_size("max_memories", self.max_memories)),
+            ("value_dim", check_size("value_dim", width, least=0)),
+        ):
+            object.__setattr__(self, name, size)
+        if self.max_memories > MOST_SLOTS:
+            raise ValueError(
+                f"`max_memories` must be at most {MOST_SLOTS}, or a row's "
+                "count, up to twice as many, would not be an int32. "
+                f"Received: max_memories={self.max_memories}"
+            )
+        check_one_of("similarity", self.similarity, SIMILARITIES)
+        check_one_of("method", self.method, METHODS)
+        check_within("target_recall", self.target_recall)
+        dtype = check_value_dtype(self.value_dtype)
+        object.__setattr__(self, "value_dtype", dtype)
+
+    def initial_state(self, batch_size, dtype="float32"):
+        """An empty memory for each row.
+
+        Args:
+            batch_size: int or scalar tensor, B.
+            dtype: of keys, and of values but for `value_dtype`, a floating
+                point type; half as much memory in 16 bits. Keys are compared in
+                float32 all the same.
+
+        Returns:
+            `RingState`.
+        """
+        check_process("RingMemory")
+        if not ops.is_tensor(batch_size):
+            check_size("batch_size", batch_size, least=0)
+        dtype = check_dtype("dtype", dtype, FLOATS, OF_INTEGERS)
+        self._check_bytes(batch_size, dtype)
+        slots = (batch_size, self.max_memories)
+        return RingState(
+            ops.zeros((*slots, self.dim), dtype),
+            ops.zeros((*slots, self.value_dim), self.value_dtype or dtype),
+            ops.zeros((batch_size,), "int32"),
+        )
+
+    def _check_bytes(self, batch_size, dtype):
+        is_known = isinstance(batch_size, (int, np.integer))
+        rows = batch_size if is_known else None
+        slots = ("batch size", rows), ("max_memories", self.max_memories)
+        check_bytes_of_entries(
+            slots, self.dim, self.value_dim, dtype, self.value_dtype
+        )
+
+    def size(self, state):
+        """(B,) int32, how many entries each row has."""
+        state, _ = self._checked(state)
+        return ops.minimum(state.count, self.max_memories)
+
+    def clear(self, state, rows):
+        """Forgets all entries of some rows, and nobody else's.
+
+        Args:
+            state: `RingState`.
+            rows: (B,) bool, True for those that are cleared.
+
+        Returns:
+            `RingState`.
+        """
+        state, sizes = self._checked(state)
+        rows = check_array("rows", rows, ("B",), sizes, "bool")
+        return state._replace(count=ops.where(rows, 0, state.count))
+
+    def add(self, state, keys, values=None, mask=None):
+        """Appends entries to each row, in the place of the oldest ones.
+
+        Args:
+            state: `RingState`.
+            keys: (B, n, D), any real value; n may be larger than N.
+            values: (B, n, V); None where V is 0. Integers are refused where
+                their dtype does not keep them exactly: NumPy's and lists by
+                their numbers, tensors by their dtype. So are keys.
+            mask: (B, n) bool, False for entries that are left out; None for
+                all. A row of False is not touched.
+
+        Returns:
+            `RingState`. No gradient flows to what was added.
+
+        Raises:
+            ValueError: wrong shapes or dtypes.
+        """
+        state, sizes = self._checked(state)
+        keys, values = self._entries(state, keys, values, sizes)
+        kept = is_sound(keys)
+        if not _is_integer(values):
+            kept = kept & is_sound(values)
+        if mask is not None:
+            kept = kept & check_array("mask", mask, ("B", "n"), sizes, "bool")
+        if keys.shape[1] == 0:
+            return state
+        if keys.shape[1] is None:  # there may be none: one that is left out
+            keys, values = (
+                ops.pad(part, ((0, 0), (0, 1), (0, 0)))
+                for part in (keys, values)
+            )
+            kept = ops.pad(kept, ((0, 0), (0, 1)), constant_values=False)
+        size = self.max_memories
+        order = ops.cumsum(ops.cast(kept, "int32"), axis=1)
+        added = order[:, -1:]
+        kept = kept & (order > added - size)  # the last N, if there are more
+        # Entries that are left out repeat the last one that is kept, or what
+        # the next slot holds, so that no slot is written with two contents.
+        last = ops.argmax(ops.where(kept, order, 0), axis=1)[:, None]
+        here = ops.arange(ops.shape(keys)[1], dtype="int32")
+        source = ops.where(kept, here, ops.cast(last, "int32"))
+        order = ops.take_along_axis(order, source, axis=1)
+        slots = _after(state.count[:, None], ops.maximum(order - 1, 0), size)
+        slots = slots % size
+
+        def written(before, entries):
+            entries = ops.where(
+                added[:, :, None] > 0,
+                _rows_at(entries, source),
+                _rows_at(before, slots),
+            )
+            return _with_rows_at(before, slots, entries)
+
+        return RingState(
+            written(state.keys, keys),
+            written(state.values, values) if self.value_dim else state.values,
+            _after(state.count, added[:, 0], size),
+        )
+
+    def search(self, state, queries, top_k):
+        """Finds the nearest entries of each query in its row's memory.
+
+        Args:
+            state: `RingState`.
+            queries: (B, ..., D), any real value.
+            top_k: int, K, from 1 to N.
+
+        Returns:
+            `Neighbours`. Gradients flow from the scores to the queries, and
+            none to the memory.
+
+        Raises:
+            ValueError: wrong shapes or dtypes, or another `top_k`.
+        """
+        check_size("top_k", top_k)
+        if top_k > self.max_memories:
+            raise ValueError(
+                "`top_k` must be at most `max_memories`, as more can never be "
+                f"found. Received: top_k={top_k}, "
+                f"max_memories={self.max_memories}"
+            )
+        state, sizes = self._checked(state)
+        queries = check_array(
+            "queries", queries, ("B", ..., self.dim), sizes, dtype="float32"
+        )
+        shape = (*ops.shape(queries)[:-1], top_k)
+        number = functools.reduce(operator.mul, shape[1:-1], 1)
+        flat = ops.reshape(queries, (shape[0], number, self.dim))
+        sound = is_sound(flat)[..., None]
+        flat = ops.where(sound, flat, 0.0)
+        state = RingState(*map(ops.stop_gradient, state))
+        found, slots = self._find(state, ops.stop_gradient(flat), top_k)
+        mask = sound & (found > -np.inf)
+        keys = _rows_at(state.keys, slots)
+        scores = similarity_of(flat[:, :, None], keys, self.similarity)
+        neighbours = Neighbours(
+            ops.where(mask, scores, -np.inf),
+            ops.where(mask, slots, -1),
+            mask,
+            ops.where(mask[..., None], keys, 0),
+            ops.where(mask[..., None], _rows_at(state.values, slots), 0),
+        )
+        widths = (), (), (), (self.dim,), (self.value_dim,)
+        return Neighbours(
+            *(
+                ops.reshape(part, (*shape, *width))
+                for part, width in zip(neighbours, widths)
+            )
+        )
+
+    def _find(self, state, queries, top_k):
+        """(B, Q, K) products, -inf for slots without an entry, and slots."""
+        keys = ops.cast(state.keys, "float32")
+        slots = ops.arange(self.max_memories, dtype="int32")
+        size = ops.minimum(state.count, self.max_memories)[:, None]
+        bias = ops.where(slots < size, 0.0, -np.inf)
+        if self.similarity == "cosine":
+            queries, keys = unit(queries), unit(keys)
+        if self.similarity == "l2":  # -|q - k|^2 / 2, but for what all share
+            # Far from zero the difference of products would be rounding.
+            places = places_of_sample(ops.maximum(size, 1), ops)
+            centre = middle(_rows_at(keys, places))
+            queries, keys = queries - centre, keys - centre
+            bias = bias - 0.5 * ops.sum(keys * keys, axis=-1)
+        keys = ops.swapaxes(keys, 1, 2)
+
+        def search(queries):
+            products = inner_products(queries, keys) + bias[:, None]
+            found, slots = self._largest(products, top_k)
+            return found, ops.cast(slots, "int32")
+
+        number = queries.shape[1]
+        if number is None or number <= QUERIES:
+            return search(queries)
+        blocks = -(-number // QUERIES)
+        more = blocks * QUERIES - number
+        queries = ops.pad(queries, ((0, 0), (0, more), (0, 0)))
+        queries = ops.reshape(queries, (-1, blocks, QUERIES, self.dim))
+        found = ops.map(search, ops.swapaxes(queries, 0, 1))
+        return tuple(
+            ops.reshape(
+                ops.swapaxes(part, 0, 1), (-1, blocks * QUERIES, top_k)
+            )[:, :number]
+            for part in found
+        )
+
+    def _largest(self, products, top_k):
+        backend = keras.backend.backend()
+        if self.method == "approximate" and backend == "jax":
+            import jax
+
+            return jax.lax.approx_max_k(
+                products, top_k, recall_target=self.target_recall
+            )
+        if self.method == "approximate" and backend == "tensorflow":
+            import tensorflow as tf
+
+            return tf.math.approx_max_k(
+                products, top_k, recall_target=self.target_recall
+            )
+        if self.method == "blocked":
+            return largest(products, top_k)
+        return ops.top_k(products, top_k)
+
+    def _checked(self, state):
+        """The tensors of a state, and a dict with B, the number of its rows."""
+        check_process("RingMemory")
+        if not isinstance(state, (tuple, list)) or len(state) != 3:
+            raise ValueError(
+                "`state` must be a `RingState`, as `initial_state` makes it. "
+                f"Received: {type(state).__name__}"
+            )
+        keys, values, count = state
+        sizes, slots = {}, ("B", self.max_memories)
+        options = of_values(self.value_dtype)
+        keys = check_array(
+            "state.keys", keys, (*slots, self.dim), sizes, remedy=KEY_REMEDY
+        )
+        values = check_array(
+            "state.values", values, (*slots, self.value_dim), sizes, **options
+        )
+        count = check_array(
+            "state.count", count, ("B",), sizes, "integer", "int32"
+        )
+        return RingState(keys, values, count), sizes
+
+    def _entries(self, state, keys, values, sizes):
+        """Checked, without gradient, in the dtypes of the state."""
+        dtypes = [ops.dtype(part) for part in state]
+        of_keys = {"dtype": dtypes[0], "remedy": KEY_REMEDY}
+        keys = check_array("keys", keys, ("B", "n", self.dim), sizes, **of_keys)
+        if values is None and not self.value_dim:
+            values = ops.zeros((*ops.shape(keys)[:2], 0), dtypes[1])
+        values = check_array(
+            "values",
+            values,
+            ("B", "n", self.value_dim),
+            sizes,
+            **of_values(self.value_dtype, dtypes[1]),
+        )
+        return ops.stop_gradient(keys), ops.stop_gradient(values)
+
+
+def _is_integer(array):
+    return "int" in ops.dtype(array)
+
+
+def _after(count, added, size):
+    """The `count` of a `RingState` after more entries, all int32: no sum here
+    is above 2 N, which 32 bits hold."""
+    is_full = added >= size - count
+    return (count % size + added % size) % size + ops.where(is_full, size, 0)
+
+
+def _rows_at(entries, slots):
+    """(B, N, W) at (B, ...): (B, ..., W)."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.gather(entries, slots, batch_dims=1)
+    return entries[_rows_of(slots), ops.cast(slots, _index_dtype())]
+
+
+def _with_rows_at(entries, slots, new):
+    """(B, N, W), with (B, n, W) new ones at (B, n)."""
+    places = [ops.broadcast_to(_rows_of(slots), ops.shape(slots))]
+    places.append(ops.cast(slots, _index_dtype()))
+    return ops.scatter_update(
+        entries,
+        ops.reshape(ops.stack(places, axis=-1), (-1, 2)),
+        ops.reshape(new, (-1, new.shape[-1])),
+    )
+
+
+# Places are pairs of a row and a slot, since one number for both, such as for
+# entries of all rows in a line, might be beyond 2^31.
+
+
+def _rows_of(slots):
+    """The row of each of (B, ...) slots, (B, 1 ...)."""
+    rows = ops.arange(ops.shape(slots)[0], dtype=_index_dtype())
+    return ops.reshape(rows, (-1, *[1] * (len(slots.shape) - 1)))
+
+
+def _index_dtype():
+    """JAX has no int64, and needs none; TensorFlow makes of the pairs one."""
+    return "int32" if keras.backend.backend() == "jax" else "int64"

@@ -1,0 +1,533 @@
+"""Approximate nearest neighbours by ScaNN, in host memory or in a SavedModel.
+
+Guo et al. 2020, "Accelerating Large-Scale Inference with Anisotropic Vector
+Quantization" (arXiv 1908.10396). ScaNN crashes, or answers wrongly, on what it
+does not expect: whoever calls what is here has checked vectors and sizes.
+Axes: Q queries, M entries, D width of keys, V width of values, K neighbours.
+"""
+
+import contextlib
+import functools
+import os
+import uuid
+import weakref
+import zlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory.arguments import Arguments
+from keras_memory.checks import check_array
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_exact
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_process
+from keras_memory.checks import check_size
+from keras_memory.checks import check_within
+from keras_memory.retrieval import tuning
+from keras_memory.retrieval.entries import KEY_REMEDY
+from keras_memory.retrieval.entries import VALUE_REMEDY
+from keras_memory.retrieval.entries import check_bytes_of_entries
+from keras_memory.retrieval.entries import check_value_dtype
+from keras_memory.retrieval.entries import let_in
+from keras_memory.retrieval.entries import of_values
+from keras_memory.retrieval.exact import SIMILARITIES
+from keras_memory.retrieval.exact import Neighbours
+from keras_memory.retrieval.exact import is_sound
+from keras_memory.retrieval.exact import middle
+from keras_memory.retrieval.exact import nearest
+from keras_memory.retrieval.exact import places_of_sample
+from keras_memory.retrieval.exact import similarity_of
+from keras_memory.retrieval.exact import unit
+from keras_memory.retrieval.tuning import best_tree
+from keras_memory.retrieval.tuning import candidates
+from keras_memory.retrieval.tuning import check_scann
+from keras_memory.retrieval.tuning import configured
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class ScannIndex(Arguments, keras.layers.Layer):
+    """Finds the nearest of many fixed entries, in the graph, by ScaNN's ops.
+
+    For a store that no longer changes: kNN language models, Memory Wrap over a
+    whole training set. The index, a tree of compressed vectors, is part of a
+    SavedModel; candidates are compared exactly with the keys themselves, which
+    are weights.
+
+    Where it runs: TensorFlow on a CPU, with ScaNN's ops, which XLA cannot
+    compile (models with it proceed with `jit_compile=False`) and through which
+    no gradient flows to the indices. A process that loads such a SavedModel, a
+    server too, must load them first: `tf.load_op_library` of `_scann_ops.so` in
+    the package scann; the stock image of TensorFlow Serving has none.
+    `exact=True` compares with all entries instead, by stock ops on any backend;
+    `export_for_serving(..., exact_search=True)` exports so what was trained
+    with ScaNN.
+
+    State: weights that are not trained, `memory_keys` (M, D), `memory_values`
+    (M, V) and `memory_version`, 0 for no entries, else a checksum of the keys,
+    whoever changes them. A `.keras` file has these; the index is built anew
+    from them where it is of other keys, also after `set_weights`.
+
+    Up to 16,384 entries, and where no tree would do with a quarter of the
+    entries, all are compared, by ScaNN.
+
+    Args:
+        memory_size: int, M, how many entries it will hold.
+        top_k: int, K, from 1 to M, 10 by default.
+        value_dim: int, V, width of values, 0 (default) for none.
+        similarity: `"dot"` (default), `"cosine"` or `"l2"`, minus the squared
+            distance.
+        target_recall: float in (0, 1), 0.95 by default, the share of the
+            neighbours that a tree is to find.
+        exact: bool, False by default.
+        value_dtype: str, of values, which come back in it: `"int32"` or
+            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
+            `"float32"` or `"float64"`; None (default) keeps them in float32 and
+            returns them in the compute dtype.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        queries: (..., D). One with a NaN, an infinity or a component beyond
+            1e15 finds nothing.
+
+    Returns:
+        `retrieval.Neighbours`. Gradients flow from scores to queries.
+
+    Raises:
+        ImportError: ScaNN cannot be imported, and `exact` is False.
+        ValueError: an argument out of its range, another backend, entries that
+            are not finite, or a call before `set_memory`.
+
+    Example:
+
+    >>> index = ScannIndex(memory_size=3, top_k=2)
+    >>> index.set_memory(np.eye(3, dtype="float32"))
+    >>> index(np.array([[0.0, 2.0, 1.0]], "float32")).indices
+    <tf.Tensor: shape=(1, 2), dtype=int32, numpy=array([[1, 2]], dtype=int32)>
+    """
+
+    def __init__(
+        self,
+        memory_size,
+        top_k=10,
+        value_dim=0,
+        similarity="dot",
+        target_recall=0.95,
+        exact=False,
+        value_dtype=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.memory_size = check_size("memory_size", memory_size)
+        self.top_k = check_size("top_k", top_k)
+        if top_k > memory_size:
+            raise ValueError(
+                "`top_k` must be at most `memory_size`, as more can never be "
+                f"found. Received: top_k={top_k}, memory_size={memory_size}"
+            )
+        self.value_dim = check_size("value_dim", value_dim, least=0)
+        self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
+        check_within("target_recall", target_recall)
+        self.target_recall = target_recall
+        self.exact = check_bool("exact", exact)
+        self.value_dtype = check_value_dtype(value_dtype)
+        self.supports_jit = exact
+        if not exact:
+            check_scann("`ScannIndex`", "`exact=True` needs none")
+            if keras.backend.backend() != "tensorflow":
+                raise ValueError(
+                    "`ScannIndex` needs TensorFlow, for which ScaNN has ops; "
+                    "`exact=True` does not. Received: "
+                    f"KERAS_BACKEND={keras.backend.backend()}"
+                )
+        self._index = None  # of the graph, of this version of the memory
+        self._version = 0
+
+    def build(self, queries_shape):
+        dim = queries_shape[-1] if len(queries_shape) > 1 else None
+        if dim is None:
+            raise ValueError(
+                "The last axis of `queries`, (..., D), must have a known size, "
+                f"that of the keys. Received: shape {tuple(queries_shape)}"
+            )
+
+        def weight(name, shape, dtype="float32", kind=keras.Variable):
+            with keras.name_scope(self.name, caller=self):
+                return kind(
+                    "zeros",
+                    shape=shape,
+                    dtype=dtype,
+                    trainable=False,
+                    autocast=False,
+                    name=name,
+                )
+
+        slots = [("memory_size", self.memory_size)]
+        check_bytes_of_entries(
+            slots, dim, self.value_dim, "float32", self.value_dtype
+        )
+        watched = functools.partial(_Watched, self._match_version)
+        self.memory_keys = weight(
+            "memory_keys", (self.memory_size, dim), kind=watched
+        )
+        self.memory_values = None
+        if self.value_dim:
+            shape = (self.memory_size, self.value_dim)
+            dtype = self.value_dtype or "float32"
+            self.memory_values = weight("memory_values", shape, dtype)
+        self.memory_version = weight("memory_version", (), "int32", watched)
+        self.built = True
+
+    def set_memory(self, keys, values=None):
+        """Fixes the entries, and builds the index, which takes seconds for
+        100,000 of them.
+
+        A function that was traced before, such as a model's for `predict`,
+        refuses to answer from the entries before: trace it anew, by
+        `model.make_predict_function(force=True)`.
+
+        Args:
+            keys: (M, D), finite, each component within +-1e15.
+            values: (M, V), likewise; None where V is 0.
+
+        Raises:
+            ValueError: wrong shapes, or values that are not finite.
+        """
+        check_process("ScannIndex")
+        sizes = {"memory_size": self.memory_size, "value_dim": self.value_dim}
+        if self.built:
+            sizes["D"] = self.memory_keys.shape[-1]
+        keys = check_array(
+            "keys",
+            keys,
+            ("memory_size", "D"),
+            sizes,
+            dtype="float32",
+            remedy=KEY_REMEDY,
+        )
+        sound = [keys]
+        if self.value_dim or values is not None:
+            given = values
+            values = check_array(
+                "values",
+                given,
+                ("memory_size", "value_dim"),
+                sizes,
+                **of_values(self.value_dtype, "float32"),
+            )
+            # They come back in the dtype that is computed in.
+            back = self.value_dtype or self.compute_dtype
+            check_exact("values", given, back, VALUE_REMEDY)
+            sound += [values] if "float" in ops.dtype(values) else []
+        if not all(bool(ops.all(is_sound(part))) for part in sound):
+            raise ValueError(
+                "Entries must be finite, and within +-1e15 so that products "
+                "are. Received: NaN, infinity or larger values"
+            )
+        if not self.built:
+            self.build(tuple(keys.shape))
+        if self.value_dim:
+            self.memory_values.assign(values)
+        self.memory_version.assign(0)  # not to look at the keys twice
+        self.memory_keys.assign(keys)
+        self.memory_version.assign(1)
+        self._renew()
+
+    def _match_version(self):
+        """Makes the version that of the keys, if there are entries."""
+        if self.exact or not self.built:
+            return
+        import tensorflow as tf
+
+        if not tf.executing_eagerly():
+            raise ValueError(
+                "The weights of a `ScannIndex` must be changed outside of "
+                "graphs, as an index is built of them. Received: a change "
+                "while a function is traced"
+            )
+        version = int(self.memory_version)
+        if version:
+            checksum = zlib.crc32(ops.convert_to_numpy(self.memory_keys))
+            checksum = max(1, checksum & 0x7FFFFFFF)
+            if version != checksum:
+                self.memory_version.assign(checksum)
+
+    def _renew(self):
+        """Builds the index anew if it is not that of the entries.
+
+        Returns:
+            bool, whether there are any.
+        """
+        with _outside_of_graphs():
+            try:
+                version = int(self.memory_version)
+            except TypeError:  # JAX traces it, and there is no index
+                return True
+            if version != self._version:
+                self._version, self._index = version, None
+                if version and not self.exact:
+                    keys = ops.convert_to_tensor(self.memory_keys)
+                    keys = ops.convert_to_numpy(keys)
+                    self._index = _Index(
+                        keys, self.similarity, self.top_k, self.target_recall
+                    )
+        return version != 0
+
+    @property
+    def is_by_scann(self):
+        """Whether ScaNN finds the entries, now."""
+        return self._index is not None
+
+    def __call__(self, queries, **named):
+        check_process("ScannIndex")
+        queries = let_in("queries", queries, (None, ..., None))
+        return super().__call__(queries, **named)
+
+    def call(self, queries):
+        queries = self._checked(queries)
+        if not self._renew():
+            raise ValueError(
+                "There must be entries to find: call `set_memory`, or load "
+                "weights. Received: nothing to look at yet"
+            )
+        shape = (*ops.shape(queries)[:-1], self.top_k)
+        flat = ops.reshape(queries, (-1, queries.shape[-1]))
+        sound = is_sound(flat)[:, None]
+        flat = ops.where(sound, ops.cast(flat, "float32"), 0.0)
+        keys = ops.convert_to_tensor(self.memory_keys)
+        with self._current():
+            if self._index is None:
+                slots, found = self._compare(ops.stop_gradient(flat), keys)
+            else:
+                slots, found = self._index.search(
+                    ops.stop_gradient(flat), self.top_k
+                )
+        keys = ops.take(keys, slots, axis=0)
+        scores = similarity_of(flat[:, None], keys, self.similarity)
+        if slots.shape[1] != self.top_k:  # the best of more candidates
+            scores = ops.where(found > -np.inf, scores, -np.inf)
+            found, best = ops.top_k(scores, self.top_k)
+            scores = ops.take_along_axis(scores, best, axis=1)
+            slots = ops.take_along_axis(slots, best, axis=1)
+            keys = ops.take_along_axis(keys, best[..., None], axis=1)
+        mask = sound & (found > -np.inf)
+        keys = ops.where(mask[..., None], keys, 0)
+        if self.value_dim:
+            values = ops.take(
+                ops.convert_to_tensor(self.memory_values), slots, axis=0
+            )
+            values = ops.where(mask[..., None], values, 0)
+        else:
+            values = ops.zeros((*ops.shape(slots), 0))
+        return Neighbours(
+            ops.reshape(ops.where(mask, scores, -np.inf), shape),
+            ops.reshape(ops.where(mask, slots, -1), shape),
+            ops.reshape(mask, shape),
+            ops.reshape(
+                ops.cast(keys, self.compute_dtype), (*shape, keys.shape[-1])
+            ),
+            ops.reshape(
+                ops.cast(values, self.value_dtype or self.compute_dtype),
+                (*shape, self.value_dim),
+            ),
+        )
+
+    def _compare(self, queries, keys):
+        bias = None
+        if self.similarity == "cosine":
+            queries, keys = unit(queries), unit(keys)
+        if self.similarity == "l2":  # far from zero, differences are rounding
+            sample = ops.take(keys, places_of_sample(keys.shape[0]), axis=0)
+            centre = middle(sample)
+            queries, keys = queries - centre, keys - centre
+            bias = -0.5 * ops.sum(keys * keys, axis=-1)
+        return nearest(queries, keys, self.top_k, bias)[::-1]
+
+    @contextlib.contextmanager
+    def _current(self):
+        """In a graph of another version of the memory, an error."""
+        if self._index is None:
+            yield
+            return
+        import tensorflow as tf
+
+        check = tf.debugging.assert_equal(
+            self.memory_version.value,
+            self._version,
+            "The entries were changed after this function was traced, which "
+            "would go on finding those before: trace it anew, a model's by "
+            "`model.make_predict_function(force=True)`",
+        )
+        with tf.control_dependencies([check] if check is not None else []):
+            yield
+
+    def _checked(self, queries):
+        dim = self.memory_keys.shape[-1]
+        return check_array("queries", queries, (None, ..., dim))
+
+    def compute_output_spec(self, queries):
+        self._checked(queries)
+        shape = (*queries.shape[:-1], self.top_k)
+        dtype = self.compute_dtype
+        return Neighbours(
+            keras.KerasTensor(shape, "float32"),
+            keras.KerasTensor(shape, "int32"),
+            keras.KerasTensor(shape, "bool"),
+            keras.KerasTensor((*shape, queries.shape[-1]), dtype),
+            keras.KerasTensor(
+                (*shape, self.value_dim), self.value_dtype or dtype
+            ),
+        )
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self._renew()
+
+    def get_build_config(self):
+        if not self.built:
+            return None
+        return {"input_shape": (None, self.memory_keys.shape[-1])}
+
+    def build_from_config(self, config):
+        self.build(config["input_shape"])
+
+    def get_config(self):
+        names = ("memory_size", "top_k", "value_dim", "similarity")
+        names += ("target_recall", "exact", "value_dtype")
+        config = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), **config}
+
+
+def _outside_of_graphs():
+    """Where values can be read while a function is traced."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
+
+
+class _Watched(keras.Variable):
+    """A weight that tells of each new value."""
+
+    def __init__(self, changed, *arguments, **options):
+        self._changed = changed
+        super().__init__(*arguments, **options)
+
+    def assign(self, value):
+        value = super().assign(value)
+        self._changed()
+        return value
+
+
+class _Index:
+    """ScaNN's ops over (M, D) keys, and the tensors that make their index
+    anew in another process."""
+
+    def __init__(self, keys, similarity, top_k, target_recall):
+        from scann.scann_ops.py import scann_ops
+
+        self._negative = similarity == "l2"
+        self._similarity = similarity
+        self._centre = np.median(keys[places_of_sample(len(keys))], axis=0)
+        vectors = ops.convert_to_numpy(self._prepared(keys))
+
+        def make(leaves, is_hashed):
+            builder = scann_ops.builder(
+                vectors, 10, tuning.DISTANCES[similarity]
+            )
+            name = f"keras_memory-{uuid.uuid4()}"
+            scann = configured(builder, leaves, is_hashed)
+            scann = scann.build(shared_name=name)
+            scann.name = name
+            # TensorFlow would keep it until the process ends.
+            destroy = functools.partial(_destroy, scann.searcher_handle)
+            weakref.finalize(scann, destroy, os.getpid()).atexit = False
+            return _GraphSearcher(scann, is_hashed, self._negative)
+
+        best = None
+        if len(keys) > tuning.FLAT:
+            queries = vectors[:: -(-len(keys) // tuning.SAMPLE)]
+            best = best_tree(
+                make,
+                vectors,
+                "l2" if self._negative else "dot",  # of unit vectors
+                queries,
+                top_k,
+                target_recall,
+                is_hashed=True,
+            )
+        self.leaves = self.leaves_to_search = None
+        searcher = make(None, False)
+        if best is not None:
+            searcher, self.leaves, self.leaves_to_search = best
+        self.is_hashed = searcher.is_hashed
+        self.tensors = searcher.scann.serialize_to_module()
+        self._scann = searcher.scann  # lives as long as this
+
+    def _prepared(self, vectors):
+        if self._similarity == "l2":
+            return vectors - self._centre
+        return unit(vectors) if self._similarity == "cosine" else vectors
+
+    def search(self, queries, top_k):
+        """As `Searcher`, of tensors."""
+        import tensorflow as tf
+        from scann.scann_ops.py import scann_ops
+
+        part, scann = self.tensors, self._scann
+        if tf.executing_eagerly():
+            return self._found_by(scann, queries, top_k)
+        # Finds the one of this name; makes it in another process.
+        handle = scann_ops.tensors_to_scann(
+            part.dataset,
+            part.scann_config,
+            part.serialized_partitioner,
+            part.datapoint_to_token,
+            part.ah_codebook,
+            part.hashed_dataset,
+            part.int8_dataset,
+            part.int8_multipliers,
+            part.dp_norms,
+            shared_name=scann.name,
+        )
+        return self._found_by(scann_ops.ScannSearcher(handle), queries, top_k)
+
+    def _found_by(self, scann, queries, top_k):
+        searcher = _GraphSearcher(scann, self.is_hashed, self._negative)
+        queries = self._prepared(queries)
+        return searcher.search(queries, top_k, self.leaves_to_search)
+
+
+def _destroy(handle, process):
+    if os.getpid() != process:  # a fork would wait for TensorFlow's threads
+        return
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+
+    with tf.init_scope():
+        tf.raw_ops.DestroyResourceOp(resource=handle)
+    context.context().clear_kernel_cache()  # which holds a part of it
+
+
+class _GraphSearcher:
+    """`Searcher`, by ScaNN's ops."""
+
+    def __init__(self, scann, is_hashed, negative):
+        self.scann, self.is_hashed, self._negative = scann, is_hashed, negative
+
+    def search(self, queries, top_k, leaves_to_search=None):
+        """As of `Searcher`."""
+        top_k, reordered = candidates(top_k, self.is_hashed)
+        slots, distances = self.scann.search_batched_parallel(
+            queries, top_k, reordered, leaves_to_search
+        )
+        # Its shape is not known in a graph, and for no queries it is (0, 0).
+        shape = (ops.shape(queries)[0], top_k)
+        slots, distances = (
+            ops.reshape(part, shape) for part in (slots, distances)
+        )
+        if self._negative:
+            distances = -distances
+        return slots, ops.where(ops.isnan(distances), -np.inf, distances)
