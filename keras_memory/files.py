@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import time
+import weakref
 
 try:
     import fcntl
@@ -204,6 +205,7 @@ def locked(path):
     """
     owner = os.getpid()
     with open(path, "a") as file:
+        _lock_files.add(file)
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,6 +217,19 @@ def locked(path):
         try:
             yield
         finally:
-            # A fork has the file too, and would keep the lock, or give it up.
+            # In a fork the file is closed, and the lock the parent's.
             if fcntl is not None and os.getpid() == owner:
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+
+# A fork has the files too: it would keep the locks of a parent that is killed.
+_lock_files = weakref.WeakSet()
+
+
+def _close_lock_files():
+    for file in list(_lock_files):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_lock_files)

@@ -23,16 +23,17 @@ from keras_memory.retrieval.store import exists
 
 CONFIG = {"dim": 2, "name": "é", "clip": None}
 CLEARED = (-1, (0, 2), b"", b"")
-SOURCE = pathlib.Path(module.__file__)
+PACKAGE = pathlib.Path(module.__file__).parents[1]
 
 # Begins a script that has the module, without Keras and what it brings.
 ALONE = f"""
 import contextlib, os, random, signal, sys, time, types
-package = types.ModuleType("keras_memory")
-package.__path__ = [{str(SOURCE.parent)!r}]
-sys.modules["keras_memory"] = package
+for name, path in ("", ""), (".retrieval", "/retrieval"):
+    package = types.ModuleType("keras_memory" + name)
+    package.__path__ = [{str(PACKAGE)!r} + path]
+    sys.modules["keras_memory" + name] = package
 import numpy as np
-from keras_memory.store import Operation, Store, exists
+from keras_memory.retrieval.store import Operation, Store, exists
 """
 
 
@@ -272,6 +273,26 @@ def test_forks_write_nothing(tmp_path):
     assert told.split("\n")[:3] == refused
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+def test_a_fork_does_not_keep_the_lock_of_a_parent_that_is_killed(folder):
+    code = ALONE + (
+        "store = Store(sys.argv[1], 'a')\n"
+        "if not os.fork():\n"
+        "    print(1, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, folder],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout.readline() == b"1\n"
+        process.kill()
+        process.wait()
+        Store(folder, "a").close()
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("is_connected", [False, True])
 @pytest.mark.parametrize("is_new", [False, True])
 def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
@@ -366,8 +387,10 @@ def test_a_file_that_is_cut_is_refused(folder):
 
 
 def test_a_cut_log_of_sqlite_gives_earlier_commits(folder, tmp_path):
-    """Which a kill may leave too."""
-    store = Store(folder, "a")
+    """Which a kill may leave too, where a reader kept it from the file."""
+    store, reader = Store(folder, "a"), Store(folder, "r")
+    reading = reader.operations(2, 5, "f4")
+    next(reading)
     for i in range(5, 9):
         store.commit(made(i))
     wal, main = (folder / "memory.sqlite-wal").read_bytes(), content(folder)
@@ -381,6 +404,25 @@ def test_a_cut_log_of_sqlite_gives_earlier_commits(folder, tmp_path):
         assert found == [CLEARED, *bits(made(*range(9)))][: len(found)]
         lengths.add(len(found))
     assert lengths >= {6, 7, 8, 9}
+
+
+def test_a_commit_does_not_stay_in_the_log_of_sqlite(folder):
+    """Whose damage would not be seen, and which may be left out of a copy."""
+    with contextlib.closing(Store(folder, "a")) as store:
+        store.commit(made(5))
+        for name in "-wal", "-shm":
+            (folder / f"memory.sqlite{name}").write_bytes(b"damage")
+            (folder / f"memory.sqlite{name}").rename(folder / name)
+        assert read(folder) == [*FIVE, *bits(made(5))]
+
+
+def test_files_of_a_reader_can_be_written_by_a_writer(folder):
+    """Another user's, in a folder that both may write to."""
+    folder.chmod(0o777)
+    reader = Store(folder, "r")
+    reading = reader.operations(2, 5, "f4")
+    next(reading)
+    assert (folder / "memory.sqlite-shm").stat().st_mode & 0o777 == 0o666
 
 
 HOSTILE = {

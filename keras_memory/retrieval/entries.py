@@ -135,6 +135,7 @@ def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
         )
     if remedy is not None:
         check_exact(name, array, dtype, remedy)
+    given = array
     with np.errstate(over="ignore", invalid="ignore"):
         array = np.ascontiguousarray(array, dtype)
     is_sound = _is_sound(array)
@@ -144,7 +145,7 @@ def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
         raise ValueError(
             f"`{name}` must be finite, and within +-{LARGEST:.0e} so that "
             f"products are, or searches would find nonsense. Received: "
-            f"{array[place]} in row {row}, at {place}"
+            f"{given[place]} in row {row}, at {place}, to be kept as {dtype}"
         )
     return array
 

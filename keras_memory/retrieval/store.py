@@ -12,8 +12,8 @@ of them in `memory.sqlite-shm`, while it is in use and after a kill. Tables:
     operation clears all rows; its row is -1.
 
 SQLite does not check its pages: a changed operation has another checksum, a
-lost one leaves out a number. A damaged end of `memory.sqlite-wal` reads as an
-interrupted transaction, and so as never committed.
+lost one leaves out a number. Damage to `memory.sqlite-wal` reads as interrupted
+transactions, as never committed: each commit is copied from it into the file.
 """
 
 import collections
@@ -73,6 +73,8 @@ class Store:
         with contextlib.ExitStack() as held:
             if mode == "a":
                 files.make_folder(self.path.parent)
+                if not os.access(self.path.parent, os.W_OK):
+                    raise PermissionError(f"Write denied: {self.path.parent}")
                 held.enter_context(files.locked(self.path.with_name("lock")))
             if not exists(folder) and mode == "a":
                 _create(self.path, json.dumps(config), operations or ())
@@ -118,8 +120,8 @@ class Store:
             if self._connection is None:
                 self._connection = _connect(self.path, "rw")
                 self._connection.execute("PRAGMA synchronous=FULL")
-                self._connection.execute("PRAGMA journal_size_limit=0")
                 self._inode = os.stat(self.path).st_ino
+            _pragma(self._connection, "busy_timeout=5000")
             self._connection.execute("BEGIN IMMEDIATE")
             found = _read_meta(self._connection), os.stat(self.path).st_ino
             if found != (self._meta, self._inode):
@@ -128,9 +130,10 @@ class Store:
             self._connection.execute("COMMIT")
             self._meta = meta
             undo.pop_all()
-        with contextlib.suppress(sqlite3.Error):  # of a disk that is full
-            if replace:  # the file is cut to its new size
-                _pragma(self._connection, "wal_checkpoint")
+        # Into the file, whose damage is seen, as far as readers let it.
+        with contextlib.suppress(sqlite3.Error):
+            _pragma(self._connection, "busy_timeout=0")
+            _pragma(self._connection, "wal_checkpoint(TRUNCATE)")
 
     def disconnect(self):
         """Closes the connection to the file, until the next commit."""
@@ -156,7 +159,16 @@ class Store:
                 right = new.config == old.config and new.last >= old.last
                 _check(right, f"{new} after {old}, which was read")
                 self._meta = new
+                self._share()
                 yield connection
+
+    def _share(self):
+        """Lets all write to the files beside it who may write to the folder,
+        as the writer may be another user than the reader that made them."""
+        access = os.stat(self.path.parent).st_mode & 0o666
+        for name in "-wal", "-shm":
+            with contextlib.suppress(OSError):
+                os.chmod(f"{self.path}{name}", access)
 
     def _check_owner(self):
         if self.owner != os.getpid():
