@@ -472,7 +472,7 @@ def _thumbnails(layer, place, parts):
                 values, frames=4, title=title, width=THUMBNAIL
             )
             pictures[f"{tag}_over_time"] = visualization.animate(
-                {"memory": parts[kind], **ways}, title=layer
+                {"memory": parts[kind], **ways}, title=layer, width=THUMBNAIL
             )
     return pictures
 

@@ -49,7 +49,7 @@ DIVERGING = "RdBu_r"  # for values with a sign
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"
 STEPS = 1, 2, 5, 10  # of numbers at an axis
 MOST_VARIANCE = 1e4  # square metres: `ESMLayer` knows nothing there
-LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.6  # inches
+LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.7  # inches
 TOP, GAP, LABEL = 0.32, 0.3, 0.34
 
 
@@ -271,7 +271,15 @@ def plot_sphere(
     return axes[0].figure
 
 
-def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
+def animate(
+    trace,
+    row=0,
+    most=64,
+    slots="used",
+    title="",
+    milliseconds=200,
+    width=WIDTH,
+):
     """Shows the memory step by step, and beside it how much each head writes
     or reads at the same slots.
 
@@ -280,7 +288,7 @@ def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
             "memory", (B, T, N, W).
         row: int, which sequence of the batch.
         most: int, how many steps at most, evenly spread, the last among them.
-        slots: as of `plot_weighting`.
+        slots, width: as of `plot_weighting`.
         title: str.
         milliseconds: how long a step is shown.
 
@@ -306,13 +314,13 @@ def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
         weights = np.stack([*heads.values()], -1)
         parts.append((weights[:, rows], {"high": _high(weights)}))
     height, below = min(3.6, max(1.6, 0.12 * len(rows))), 0.8
-    total = height + TOP + below
-    figure = Figure((WIDTH, total))
-    ratios = [0.55, 0.35][: len(parts)]
+    total, wide = height + TOP + below, width - LEFT - 2 * RIGHT
+    figure = Figure((width, total))
+    ratios = [0.6, 0.4][: len(parts)]
     axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=ratios)[0]
-    left, right = LEFT / WIDTH, 1 - RIGHT / WIDTH
+    left, right = LEFT / width, 1 - RIGHT / width
     top, bottom = 1 - TOP / total, below / total
-    figure.subplots_adjust(left, bottom, right, top, wspace=2 / 9)
+    figure.subplots_adjust(left, bottom, right, top, wspace=2 * RIGHT / wide)
     options = {"inches": height, "slots": (rows, memory.shape[1])}
     images = [
         _draw(ax, _Panel(values[:1], **options, **scale))
@@ -320,7 +328,11 @@ def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
     ]
     write_labels(axes[0], x_label="contents")
     for ax in axes[1:]:
-        ax.set_xticks(range(len(heads)), heads, rotation=35, ha="right")
+        if 0.4 * wide > 0.25 * len(heads):
+            turned = {"rotation": 35, "ha": "right"}
+        else:  # there words would overlap
+            turned = {"rotation": 90}
+        ax.set_xticks(range(len(heads)), heads, **turned)
         ax.set(ylabel="", yticks=[])
     text = figure.text(left, 1 - 0.08 / total, "", va="top", fontsize=11)
 
@@ -517,18 +529,21 @@ def _draw(ax, panel):
         at = [place for place, slot in enumerate(rows) if slot % apart == 0]
         ax.set_yticks(at, rows[at])
     write_labels(ax, panel.title, y_label=label)
+    ax.spines[:].set(color="0.6", lw=0.6)
     _color_bar(ax, image)
     return image
 
 
 def _color_bar(ax, image):
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes([1.015, 0, 0.02, 1]))
+    inch = ax.figure.dpi / ax.get_window_extent().width  # of the axes' width
+    place = 1 + 0.075 * inch, 0, 0.1 * inch, 1
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes(place))
     ends = image.get_clim()
-    bar.set_ticks(ends, labels=[f"{end:.2g}" for end in ends])
+    labels = [f"{end:.2g}".replace("e-0", "e-") for end in ends]
+    bar.set_ticks(ends, labels=labels)
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
-    ax.spines[:].set(color="0.6", lw=0.6)
 
 
 def _draw_sphere(ax, values, title, scale):
@@ -541,6 +556,7 @@ def _draw_sphere(ax, values, title, scale):
     levels = ["up", "level", "down"]
     ax.set_yticks(np.linspace(-0.5, height - 0.5, 3), levels)
     write_labels(ax, title)
+    ax.spines[:].set(color="0.6", lw=0.6)
     if scale:
         _color_bar(ax, image)
 
