@@ -187,13 +187,13 @@ def plot_task(
     """
     outputs = trace.get("output") if outputs is None else outputs
     given = {"inputs": inputs, "targets": targets, "outputs": outputs}
-    given = {name: one for name, one in given.items() if one is not None}
-    if not given and not trace:
-        raise ValueError("`trace` must not be empty alone. Received: {}")
     sizes, one, grey = {}, {}, None
     for name, values in given.items():
         axes = "B", "T", "channels" if name == "inputs" else "units"
-        one[name] = _row(name, values, axes, sizes, row)
+        if values is not None:
+            one[name] = _row(name, values, axes, sizes, row)
+    if not one and not trace:
+        raise ValueError("`trace` must not be empty alone. Received: {}")
     if mask is not None:
         grey = _row("mask", mask, ("B", "T"), sizes, row) == 0
     if "targets" in one and "outputs" in one:
@@ -265,21 +265,13 @@ def plot_sphere(
         name = "standard deviation of depth, m"
         parts.append((deviations, name, {"norm": norm}))
     inches = (WIDTH - LEFT - RIGHT) * len(depth) / depth.shape[1]
-    axes = _axes(ax, [inches] * len(parts), [""] * len(parts))
+    axes = _axes(ax, [(inches, "")] * len(parts))
     for one, part in zip(axes, parts):
         _draw_sphere(one, *part)
     return axes[0].figure
 
 
-def animate(
-    trace,
-    row=0,
-    most=64,
-    slots="used",
-    title="",
-    milliseconds=200,
-    width=WIDTH,
-):
+def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     """Shows the memory step by step, and beside it how much each head writes
     or reads at the same slots.
 
@@ -290,10 +282,9 @@ def animate(
         most: int, how many steps at most, evenly spread, the last among them.
         slots, width: as of `plot_weighting`.
         title: str.
-        milliseconds: how long a step is shown.
 
     Returns:
-        `Animation`.
+        `Animation`, of 0.2 seconds a step.
     """
     if "memory" not in trace:
         raise ValueError(
@@ -328,11 +319,7 @@ def animate(
     ]
     write_labels(axes[0], x_label="contents")
     for ax in axes[1:]:
-        if 0.4 * wide > 0.25 * len(heads):
-            turned = {"rotation": 35, "ha": "right"}
-        else:  # there words would overlap
-            turned = {"rotation": 90}
-        ax.set_xticks(range(len(heads)), heads, **turned)
+        ax.set_xticks(range(len(heads)), heads, rotation=90)
         ax.set(ylabel="", yticks=[])
     text = figure.text(left, 1 - 0.08 / total, "", va="top", fontsize=11)
 
@@ -342,7 +329,7 @@ def animate(
         text.set_text(f"{title} after step {step} (0 to {len(memory) - 1})")
         return [*images, text]
 
-    return Animation(figure, update, steps, milliseconds)
+    return Animation(figure, update, steps, milliseconds=200)
 
 
 class _Panel(NamedTuple):
@@ -364,9 +351,8 @@ class _Panel(NamedTuple):
 def _drawn(panels, ax, title, width):
     """The figure of panels."""
     left = WIDE_LEFT if any(panel.names for panel in panels) else LEFT
-    heights = [panel.inches for panel in panels]
-    labels = [panel.x_label for panel in panels]
-    axes = _axes(ax, heights, labels, title, width, left)
+    sizes = [(panel.inches, panel.x_label) for panel in panels]
+    axes = _axes(ax, sizes, title, width, left)
     for one, panel in zip(axes, panels):
         _draw(one, panel)
     return axes[0].figure
@@ -385,12 +371,13 @@ def _redrawn(figure, panels, title):
     return True
 
 
-def _axes(ax, heights, labels, title="", width=WIDTH, left=LEFT):
+def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
     """The axes of a user, or new ones, one below the other, of which neighbors
-    share an x label."""
+    share an x label; `sizes` are pairs of inches and x labels."""
+    heights, labels = zip(*sizes)
     if ax is not None:
         axes = list(np.ravel(ax))
-        check_length("ax", axes, len(heights))
+        check_length("ax", axes, len(sizes))
         for one, label in zip(axes, labels):
             write_labels(one, x_label=label)
         return axes
@@ -399,15 +386,14 @@ def _axes(ax, heights, labels, title="", width=WIDTH, left=LEFT):
     head = TOP + 0.34 * bool(title)
     height = head + sum(heights) + sum(gaps)
     figure, axes, top = Figure((width, height)), [], height - head
-    top_left = left / width, 1 - 0.1 / height
-    figure.text(*top_left, title, va="top", fontsize=12)
+    figure.text(left / width, 1 - 0.1 / height, title, va="top", fontsize=12)
     for inches, gap, share, label in zip(heights, gaps, shared, labels):
         corner = left / width, (top - inches) / height
         size = (width - left - RIGHT) / width, inches / height
         axes.append(figure.add_axes((*corner, *size)))
-        top -= inches + gap
         axes[-1].tick_params(labelbottom=not share)
         write_labels(axes[-1], x_label="" if share else label)
+        top -= inches + gap
     return axes
 
 
@@ -539,8 +525,8 @@ def _color_bar(ax, image):
     place = 1 + 0.075 * inch, 0, 0.1 * inch, 1
     bar = ax.figure.colorbar(image, cax=ax.inset_axes(place))
     ends = image.get_clim()
-    labels = [f"{end:.2g}".replace("e-0", "e-") for end in ends]
-    bar.set_ticks(ends, labels=labels)
+    labels = [f"{end:.2g}".replace("e+0", "e") for end in ends]
+    bar.set_ticks(ends, labels=[one.replace("e-0", "e-") for one in labels])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
