@@ -75,6 +75,7 @@ def plot_curves(
         at = {"x": x, "y": 0.04, "transform": ax.get_xaxis_transform()}
         if not log_y:  # low numbers are at the bottom
             at |= {"y": 0.96, "va": "top"}
+        at |= {"ha": "right", "rotation": 90}  # close ones do not overlap
         ax.text(s=f" {text}", **at, fontsize=9, color="0.3")
     if goal is not None:
         ax.axhline(goal, color="0.3", lw=1, ls="--", label=f"goal: {goal:g}")
