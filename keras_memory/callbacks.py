@@ -297,10 +297,10 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     also a subclassed one. For each layer TensorBoard gets
 
     - images of the first sequence: each weighting (slots over time, on the
-      fixed scale 0 to 1), the memory at some moments, and an animation of it
-      beside the weightings by which heads read and write; of a DNC also the
-      usage over time and the links at some moments; inputs, targets and
-      outputs on one time axis;
+      scale of `visualization.plot_weighting`), the memory at some moments, and
+      an animation of it beside the weightings by which heads read and write;
+      of a DNC also the usage over time and the links at some moments; inputs,
+      targets and outputs on one time axis;
     - scalars: entropy of each weighting in bits (0 where a head looks at one
       slot, log2 of the number of slots where at all alike), the root mean
       square of the memory, the mean of gates, strengths and all else;
