@@ -455,7 +455,8 @@ def _time_panel(values, inches, title, **options):
 
 
 def _weighting_panel(values, title, rows, slots):
-    inches = min(6.0, max(1.0, 0.07 * min(len(rows), 24), len(rows) / DPI))
+    count, pixels = len(rows), 2  # a slot: one is hidden by the frame
+    inches = min(6.0, max(1.0, 0.07 * min(count, 24), pixels * count / DPI))
     high = 1.0 if isinstance(slots, str) and slots == "all" else _high(values)
     options = {"slots": (rows, values.shape[1]), "high": high}
     return _time_panel(values[:, rows], inches, title, **options)
