@@ -10,13 +10,13 @@ import numpy as np
 from keras import ops
 
 from keras_memory import addressing
-from keras_memory import explanations
 from keras_memory import recurrent
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import written_aside
 from keras_memory.recurrent import tracing
+from keras_memory.traces import by_place
 from keras_memory.traces import named_heads
 
 
@@ -75,7 +75,8 @@ class Probe:
             if structure is None and name != "inputs":
                 return None
             return keras.tree.map_structure(
-                lambda one: _numbers(name, one, ("B", ...), sizes), structure
+                lambda one: check_numbers(name, one, ("B", ...), sizes),
+                structure,
             )
 
         names = "inputs", "targets", "mask"
@@ -296,10 +297,10 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     also a subclassed one. For each layer TensorBoard gets
 
     - images of the first sequence: each weighting (slots over time, on the
-      fixed scale 0 to 1), the memory at some moments, and an animation of it
-      beside the weightings by which heads read and write; of a DNC also the
-      usage over time and the links at some moments; inputs, targets and
-      outputs on one time axis;
+      scale of `visualization.plot_weighting`), the memory at some moments, and
+      an animation of it beside the weightings by which heads read and write;
+      of a DNC also the usage over time and the links at some moments; inputs,
+      targets and outputs on one time axis;
     - scalars: entropy of each weighting in bits (0 where a head looks at one
       slot, log2 of the number of slots where at all alike), the root mean
       square of the memory, the mean of gates, strengths and all else;
@@ -411,71 +412,69 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
     def _images(self, seen):
         """Tag -> (encoded image, the image or its first frame)."""
-        from keras_memory import visualization
+        from keras_memory import images
 
-        figures, animations = {}, {}
+        pictures = {}
         if seen.has_sequences():
-            figures["probe"] = probe_picture(
+            pictures["probe"] = probe_picture(
                 seen._replace(traces={}),
                 f"After {self._done:,} {self.unit}",
                 width=THUMBNAIL,
             )
         for layer, trace in seen.traces.items():
-            trace = {name: values[:1] for name, values in trace.items()}
-            for name, values in trace.items():
-                place, _, kind = name.rpartition("/")
-                tag, first = f"{layer}/{name}", values[0]
-                title = name.replace("_", " ")
-                if kind.endswith("_weighting"):
-                    beside = {
-                        other.removeprefix(f"{place}/"): trace[other][0]
-                        for other in trace
-                        if other.rpartition("/")[0] == place
-                    }
-                    heads = named_heads(kind, beside)
-                    figures[tag] = visualization.plot_weighting(
-                        np.stack([*heads.values()], 1),
-                        names=list(heads),
-                        title=title,
-                        width=THUMBNAIL,
-                    )
-                elif kind == "usage" and first.ndim == 2:
-                    figures[tag] = visualization.plot_weighting(
-                        first, title=title, width=THUMBNAIL
-                    )
-                elif kind == "linkage" and first.ndim == 4:
-                    columns = trace.get(f"{name[: -len(kind)]}link_columns")
-                    for head in range(first.shape[1]):
-                        several = f"_{head}" * (first.shape[1] > 1)
-                        links = first[:, head]
-                        if columns is not None:
-                            links = addressing.dense_linkage(
-                                links, columns[0, :, head]
-                            )
-                        figures[tag + several] = visualization.plot_linkage(
-                            links, width=THUMBNAIL
-                        )
-                elif kind.endswith("memory") and first.ndim == 3:
-                    figures[tag] = visualization.plot_memory(
-                        first, frames=4, title=title, width=THUMBNAIL
-                    )
-                    ways = {
-                        way.rpartition("/")[2]: trace[way]
-                        for way in trace
-                        if way.endswith("_weighting")
-                        and way.rpartition("/")[0] == place
-                    }
-                    animations[f"{tag}_over_time"] = visualization.animate(
-                        {"memory": trace[name], **ways}, title=layer
-                    ).images()
-        written = {
-            tag: (visualization.to_png(image), image)
-            for tag, figure in figures.items()
-            for image in [visualization.to_image(figure)]
-        }
-        for tag, frames in animations.items():
-            written[tag] = visualization.to_gif(frames), frames[0]
-        return written
+            for place, parts in by_place(trace).items():
+                parts = {kind: values[:1] for kind, values in parts.items()}
+                pictures |= _thumbnails(layer, place, parts)
+        encoded = {}
+        for tag, picture in pictures.items():
+            if isinstance(picture, images.Animation):
+                frames = picture.images()
+                encoded[tag] = images.to_gif(frames), frames[0]
+            else:
+                image = images.to_image(picture)
+                encoded[tag] = images.to_png(image), image
+        return encoded
+
+
+def _thumbnails(layer, place, parts):
+    """Tag -> figure or animation, of the parts of a trace at one place."""
+    from keras_memory import visualization
+
+    prefix = f"{place}/" if place else ""
+    one = {kind: values[0] for kind, values in parts.items()}
+    ways = {kind: parts[kind] for kind in parts if kind.endswith("_weighting")}
+    pictures = {}
+    for kind, values in one.items():
+        tag = f"{layer}/{prefix}{kind}"
+        title = f"{prefix}{kind}".replace("_", " ")
+        if kind in ways:
+            heads = named_heads(kind, one)
+            values = np.stack([*heads.values()], 1)
+            pictures[tag] = visualization.plot_weighting(
+                values, names=list(heads), title=title, width=THUMBNAIL
+            )
+        elif kind == "usage" and values.ndim == 2:
+            pictures[tag] = visualization.plot_weighting(
+                values, title=title, width=THUMBNAIL
+            )
+        elif kind == "linkage" and values.ndim == 4:
+            for head in range(values.shape[1]):
+                links = values[:, head]
+                if "link_columns" in one:
+                    columns = one["link_columns"][:, head]
+                    links = addressing.dense_linkage(links, columns)
+                several = f"_{head}" * (values.shape[1] > 1)
+                pictures[tag + several] = visualization.plot_linkage(
+                    links, width=THUMBNAIL
+                )
+        elif kind.endswith("memory") and values.ndim == 3:
+            pictures[tag] = visualization.plot_memory(
+                values, frames=4, title=title, width=THUMBNAIL
+            )
+            pictures[f"{tag}_over_time"] = visualization.animate(
+                {"memory": parts[kind], **ways}, title=layer, width=THUMBNAIL
+            )
+    return pictures
 
 
 class ExplanationTensorBoard(keras.callbacks.Callback):
@@ -522,11 +521,14 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         every=1,
         labels=None,
     ):
+        from keras_memory.memory_wrap import labels_of
         from keras_memory.tiles import check_shades
 
         super().__init__()
         self.folder = _path("log_dir", log_dir) / "explanations"
-        self.x = _numbers("x", x, ("B", "H", "W", ...))
+        self.x = check_numbers("x", x, ("B", "H", "W", ...))
+        if labels is not None:
+            labels_of(labels, len(self.x), name="labels")
         self.labels = labels
         if to_image is not None:
             _function("to_image", to_image)
@@ -539,12 +541,19 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             check_shades(image if to_image is None else to_image(image))
 
     def on_train_begin(self, logs=None):
+        from keras_memory import explanations
+        from keras_memory.memory_wrap import labels_of
+
         explanations.check_model(self.model, self.class_names)
+        if self.labels is not None:
+            units = self.model.memory_layer.units
+            labels_of(self.labels, len(self.x), units, "labels")
         self._writer = None
 
     def on_epoch_end(self, epoch, logs=None):
         import tensorflow as tf
 
+        from keras_memory import explanations
         from keras_memory import images
 
         if (epoch + 1) % self.every:
@@ -590,7 +599,7 @@ def write_images(folder, name, images):
     from keras_memory.images import to_png
 
     images = [
-        _numbers("images", image, ("H", "W", 3), kind="integer")
+        check_numbers("images", image, ("H", "W", 3), kind="integer")
         for image in images
     ]
     writer = tf.summary.create_file_writer(str(_path("folder", folder)))
@@ -618,7 +627,8 @@ def _function(name, value):
     return value
 
 
-def _numbers(name, value, axes, sizes=None, kind="any"):
+def check_numbers(name, value, axes, sizes=None, kind="any"):
+    """An array of NumPy, checked as by `check_array`."""
     found = check_array(name, value, axes, sizes, kind, result="given")
     return ops.convert_to_numpy(found)
 

@@ -42,7 +42,7 @@ def plot_curves(
             f"colors. Received: {len(series)} lines"
         )
     ax = ax or Figure((WIDTH, 3.6), layout="constrained").subplots()
-    least = goal or 1.0
+    least = goal or np.inf
     for index, (label, (x, y)) in enumerate(series.items()):
         sizes = {}
         x = numbers(f"{label} x", x, ("P",), sizes)
@@ -66,6 +66,7 @@ def plot_curves(
     if log_x:
         ax.set_xscale("log")
     if log_y:
+        least = 1.0 if least == np.inf else least
         least = 10.0 ** np.floor(np.log10(least))  # below it is zero
         ax.set_yscale("symlog", linthresh=least, linscale=0.5)
     ax.set_ylim(bottom=0.0 if log_y else min(0.0, ax.get_ylim()[0]))
@@ -74,6 +75,7 @@ def plot_curves(
         at = {"x": x, "y": 0.04, "transform": ax.get_xaxis_transform()}
         if not log_y:  # low numbers are at the bottom
             at |= {"y": 0.96, "va": "top"}
+        at |= {"ha": "right", "rotation": 90}  # close ones do not overlap
         ax.text(s=f" {text}", **at, fontsize=9, color="0.3")
     if goal is not None:
         ax.axhline(goal, color="0.3", lw=1, ls="--", label=f"goal: {goal:g}")

@@ -309,7 +309,8 @@ def picture(
     check_bool("attribution", attribution)
     x = _inputs_of(model, x, 1, axes=("B", "H", "W", ...))
     if labels is not None:
-        labels = labels_of(labels, len(x), model.memory_layer.units)
+        units = model.memory_layer.units
+        labels = labels_of(labels, len(x), units, "labels")
     whys = explain(model, x) if whys is None else whys
     attributions = None
     if attribution and all(why.inputs is not None for why in whys):

@@ -1430,7 +1430,7 @@ def _beside_x(name, array, sizes):
     return check_array(name, array, ("N", ...), sizes, "any", result="given")
 
 
-def labels_of(y, number, units):
+def labels_of(y, number, units=None, name="y"):
     """Labels as int32 (number,).
 
     Args:
@@ -1438,27 +1438,38 @@ def labels_of(y, number, units):
             `units` - 1; or (number, units) one-hot. Bools are 0 and 1.
         number: int, how many there must be.
         units: int, how many outputs a model has; with one the classes may be
-            any.
+            any. None where the model is not known yet: any number of them.
+        name: str, of the argument, for the error.
 
     Raises:
         ValueError: another shape, or what is no class.
     """
-    labels = np.asarray(check_array("y", y, kind="whole", result="given"))
-    if labels.ndim == 2 and labels.shape[1] in (1, units):
-        one_hot = labels.shape[1] > 1
-        labels = labels.argmax(axis=1) if one_hot else labels[:, 0]
+    labels = np.asarray(check_array(name, y, kind="whole", result="given"))
+    if labels.ndim == 2:
+        width = labels.shape[1]
+        if width == 1:
+            labels = labels[:, 0]
+        elif width and width == (units or width):
+            labels = labels.argmax(axis=1)
     if labels.shape != (number,):
+        wide = "classes" if units is None else units
         raise ValueError(
-            f"`y` must be ({number},) whole numbers or ({number}, {units}) "
+            f"`{name}` must be ({number},) whole numbers or ({number}, {wide}) "
             "one-hot, one for each input or example. "
             f"Received: shape {np.shape(y)}"
         )
     if labels.dtype.kind == "f" and (labels % 1 != 0).any():
         raise ValueError(
-            "`y` must be whole numbers, classes. "
+            f"`{name}` must be whole numbers, classes. "
             f"Received: {labels.dtype} such as {labels[:3]}"
         )
-    if units > 1 and number:
+    if units != 1 and number:
+        wanted = f"at least {NO_LABEL}"
+        if units is not None:
+            wanted = f"in [{NO_LABEL}, {units - 1}]"
         for label in (labels.min(), labels.max()):
-            check_between("label", int(label), NO_LABEL, units - 1)
+            if not NO_LABEL <= label < (units or np.inf):
+                raise ValueError(
+                    f"`{name}` must be {wanted}. Received: label={int(label)}"
+                )
     return labels.astype("int32")

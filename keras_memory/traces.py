@@ -7,6 +7,16 @@ import numpy as np
 HEADS = "write_weighting", "read_weighting"
 
 
+def by_place(trace):
+    """The parts of a trace: dict from a place, such as "block0", or "", to a
+    dict of what is there."""
+    places = {}
+    for name, values in trace.items():
+        place, _, kind = name.rpartition("/")
+        places.setdefault(place, {})[kind] = values
+    return places
+
+
 def heads_of(trace):
     """Where heads write and read: dict from "write 0", "read 0", ... to
     (T, N), of a trace of one sequence; of other names all its weightings."""

@@ -11,8 +11,7 @@ of another shape or range raise ValueError. pyplot is not used.
 >>> figure.savefig("weighting.pdf")  # doctest: +SKIP
 """
 
-import functools
-from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -42,6 +41,7 @@ from keras_memory.images import write_labels
 from keras_memory.tiles import Tile as Tile
 from keras_memory.tiles import plot_explanations as plot_explanations
 from keras_memory.tiles import plot_tiles as plot_tiles
+from keras_memory.traces import by_place
 from keras_memory.traces import head_names
 from keras_memory.traces import heads_of
 
@@ -49,7 +49,7 @@ DIVERGING = "RdBu_r"  # for values with a sign
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"
 STEPS = 1, 2, 5, 10  # of numbers at an axis
 MOST_VARIANCE = 1e4  # square metres: `ESMLayer` knows nothing there
-LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.6  # inches
+LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.7  # inches
 TOP, GAP, LABEL = 0.32, 0.3, 0.34
 
 
@@ -101,7 +101,7 @@ def plot_memory(
         slots: as of `plot_weighting`; in use are those that differ.
     """
     memory = numbers("memory", memory, ("T", "N", "W"))
-    rows = _rows(_changes(memory), slots)
+    rows = _rows(_use({}, memory), slots)
     return _drawn([_memory_panel(memory, title, rows, frames)], ax, "", width)
 
 
@@ -119,16 +119,16 @@ def plot_linkage(
     most = linkage.max(axis=0)
     rows = _rows(np.maximum(most.max(axis=0), most.max(axis=1)), slots)
     steps = _moments(len(linkage), frames)
-    draw = functools.partial(
-        _draw,
-        matrices=linkage[steps][:, rows][:, :, rows],
-        steps=steps,
-        title=f"{title}: row written right after column",
-        slots=(rows, linkage.shape[1]),
+    panel = _Panel(
+        linkage[steps][:, rows][:, :, rows],
+        min(2.4, (width - LEFT - RIGHT) / len(steps)),
+        f"{title}: row written right after column",
+        "links after step",
         high=_high(linkage),
+        steps=steps,
+        slots=(rows, linkage.shape[1]),
     )
-    inches = min(2.4, (width - LEFT - RIGHT) / len(steps))
-    return _drawn([_Panel(inches, "links after step", draw)], ax, "", width)
+    return _drawn([panel], ax, "", width)
 
 
 def plot_gates(gates, ax=None, title="gates", width=WIDTH):
@@ -187,60 +187,39 @@ def plot_task(
     """
     outputs = trace.get("output") if outputs is None else outputs
     given = {"inputs": inputs, "targets": targets, "outputs": outputs}
-    given = {name: one for name, one in given.items() if one is not None}
-    if not given and not trace:
-        raise ValueError("`trace` must not be empty alone. Received: {}")
     sizes, one, grey = {}, {}, None
     for name, values in given.items():
         axes = "B", "T", "channels" if name == "inputs" else "units"
-        one[name] = _row(name, values, axes, sizes, row)
+        if values is not None:
+            one[name] = _row(name, values, axes, sizes, row)
+    if not one and not trace:
+        raise ValueError("`trace` must not be empty alone. Received: {}")
     if mask is not None:
         grey = _row("mask", mask, ("B", "T"), sizes, row) == 0
     if "targets" in one and "outputs" in one:
         one["|target - output|"] = np.abs(one["targets"] - one["outputs"])
-    panels, films, places = [], [], {}
-    most = max([1.0, *(one[n].max() for n in one if n != "inputs")])
-    for name, values in one.items():
-        what, options = name.removesuffix("s"), {"grey": grey, "high": most}
-        if name == "inputs":
-            options = {}
-        elif name == "targets" and grey is not None:
-            what += " (grey: does not count)"
-        inches = min(1.3, max(0.4, 0.11 * values.shape[1]))
-        panels.append(_time_panel(values, inches, what, **options))
-    for name, values in trace.items():
-        place, _, kind = name.rpartition("/")
-        rank = 4 if kind in ("read_mode", "memory") else 3
-        if np.ndim(values) == rank or kind.endswith("_weighting"):
-            if _is_gate(kind) or kind.endswith(("_weighting", "memory")):
-                values = _row(name, values, ("B", "T", ...), sizes, row)
-                places.setdefault(place, {})[kind] = values
-    for place, here in places.items():
+    panels, memories = _sequence_panels(one, grey), []
+    shown = {
+        name: _row(name, values, ("B", "T", ...), sizes, row)
+        for name, values in trace.items()
+        if _is_shown(name.rpartition("/")[2], np.ndim(values))
+    }
+    for place, here in by_place(shown).items():
         prefix = f"{place}: " if place else ""
         if any(map(_is_gate, here)):
             panels.append(_gates_panel(here, f"{prefix}gates"))
         heads, contents = heads_of(here), here.get("memory")
-        if heads:
-            strength = np.max([w.max(axis=0) for w in heads.values()], axis=0)
-        elif contents is not None:
-            strength = _changes(contents)
-        else:
+        if not heads and contents is None:
             continue
-        rows = _rows(strength, slots)
+        rows = _rows(_use(heads, contents), slots)
         for name, values in heads.items():
             panels.append(_weighting_panel(values, prefix + name, rows, slots))
         if memory and contents is not None:
-            films.append(_memory_panel(contents, f"{prefix}memory", rows))
-    panels += films
-    drawn = [] if figure is None else [ax.images for ax in figure.axes]
-    scales = [images[0].get_clim() for images in drawn]
-    if scales != [panel.scale() for panel in panels]:
-        return _drawn(panels, None, title, width)
-    figure.texts[0].set_text(title)
-    for images, panel in zip(drawn, panels):
-        for image, matrix in zip(images, panel.draw.keywords["matrices"]):
-            image.set_data(matrix)
-    return figure
+            memories.append(_memory_panel(contents, f"{prefix}memory", rows))
+    panels += memories
+    if figure is not None and _redrawn(figure, panels, title):
+        return figure
+    return _drawn(panels, None, title, width)
 
 
 def plot_sphere(
@@ -286,14 +265,13 @@ def plot_sphere(
         name = "standard deviation of depth, m"
         parts.append((deviations, name, {"norm": norm}))
     inches = (WIDTH - LEFT - RIGHT) * len(depth) / depth.shape[1]
-    panels = [
-        _Panel(inches, "", functools.partial(_draw_sphere, part=part))
-        for part in parts
-    ]
-    return _drawn(panels, ax, "", WIDTH)
+    axes = _axes(ax, [(inches, "")] * len(parts))
+    for one, part in zip(axes, parts):
+        _draw_sphere(one, *part)
+    return axes[0].figure
 
 
-def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
+def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     """Shows the memory step by step, and beside it how much each head writes
     or reads at the same slots.
 
@@ -302,12 +280,11 @@ def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
             "memory", (B, T, N, W).
         row: int, which sequence of the batch.
         most: int, how many steps at most, evenly spread, the last among them.
-        slots: as of `plot_weighting`.
+        slots, width: as of `plot_weighting`.
         title: str.
-        milliseconds: how long a step is shown.
 
     Returns:
-        `Animation`.
+        `Animation`, of 0.2 seconds a step.
     """
     if "memory" not in trace:
         raise ValueError(
@@ -322,84 +299,128 @@ def animate(trace, row=0, most=64, slots="used", title="", milliseconds=200):
         if name.endswith("_weighting")
     }
     heads = heads_of(ways)
-    weights = np.stack([np.zeros(memory.shape[:2]), *heads.values()], -1)
-    strength = weights.max(axis=(0, 2)) if heads else _changes(memory)
-    rows, reach = _rows(strength, slots), _reach(memory)
-    steps = _moments(len(memory), most)
-    height, below = min(3.6, max(1.6, 0.12 * len(rows))), 0.8
-    wide, total = WIDTH - LEFT - RIGHT, height + TOP + below
-    figure = Figure((WIDTH, total))
-    parts = [(memory[:, rows], (-reach, reach, DIVERGING), 0.55)]
+    rows, steps = _rows(_use(heads, memory), slots), _moments(len(memory), most)
+    parts = [(memory[:, rows], _about_zero(memory))]
     if heads:
-        scale = 0.0, _high(weights), SEQUENTIAL
-        parts.append((weights[:, rows, 1:], scale, 0.35))
-    left, images = LEFT, []
-    for values, scale, share in parts:
-        place = (
-            left / WIDTH,
-            below / total,
-            share * wide / WIDTH,
-            height / total,
-        )
-        options = dict(zip(("low", "high", "cmap"), scale))
-        options["slots"] = rows, memory.shape[1]
-        images.append(_draw(figure.add_axes(place), values[:1], **options))
-        left += (share + 0.1) * wide
-    write_labels(figure.axes[0], x_label="contents")
-    for ax in figure.axes[1:]:
-        ax.set_xticks(range(len(heads)), heads, rotation=35, ha="right")
+        weights = np.stack([*heads.values()], -1)
+        parts.append((weights[:, rows], {"high": _high(weights)}))
+    height, below = min(3.6, max(1.6, 0.12 * len(rows))), 0.8
+    total, wide = height + TOP + below, width - LEFT - 2 * RIGHT
+    figure = Figure((width, total))
+    ratios = [0.6, 0.4][: len(parts)]
+    axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=ratios)[0]
+    left, right = LEFT / width, 1 - RIGHT / width
+    top, bottom = 1 - TOP / total, below / total
+    figure.subplots_adjust(left, bottom, right, top, wspace=2 * RIGHT / wide)
+    options = {"inches": height, "slots": (rows, memory.shape[1])}
+    images = [
+        _draw(ax, _Panel(values[:1], **options, **scale))
+        for ax, (values, scale) in zip(axes, parts)
+    ]
+    write_labels(axes[0], x_label="contents")
+    for ax in axes[1:]:
+        ax.set_xticks(range(len(heads)), heads, rotation=90)
         ax.set(ylabel="", yticks=[])
-    place = {"x": LEFT / WIDTH, "y": 1 - 0.08 / total, "va": "top"}
-    text = figure.text(s="", fontsize=11, **place)
+    text = figure.text(left, 1 - 0.08 / total, "", va="top", fontsize=11)
 
     def update(step):
-        for image, (values, *_) in zip(images, parts):
+        for image, (values, _) in zip(images, parts):
             image.set_data(values[step])
         text.set_text(f"{title} after step {step} (0 to {len(memory) - 1})")
         return [*images, text]
 
-    return Animation(figure, update, steps, milliseconds)
+    return Animation(figure, update, steps, milliseconds=200)
 
 
-class _Panel(NamedTuple):  # a picture has them one below the other
-    inches: float
-    x_label: str
-    draw: Callable  # of axes
-    left: float = LEFT  # inches
+class _Panel(NamedTuple):
+    """What axes show; a picture has them one below the other."""
 
-    def scale(self):
-        return tuple(self.draw.keywords[end] for end in ("low", "high"))
+    matrices: np.ndarray  # (moments, rows, columns), side by side
+    inches: float  # height
+    title: str = ""
+    x_label: str = "time step"
+    low: float = 0.0  # ends of the scale
+    high: float = 1.0
+    cmap: str = SEQUENTIAL
+    steps: np.ndarray | None = None  # of moments; None: columns are steps
+    names: list | None = None  # of rows
+    slots: tuple | None = None  # which of how many slots the rows are
+    grey: np.ndarray | None = None  # (columns,) bool, what is greyed out
 
 
 def _drawn(panels, ax, title, width):
-    """The figure of panels; neighbors share an x label."""
+    """The figure of panels."""
+    left = WIDE_LEFT if any(panel.names for panel in panels) else LEFT
+    sizes = [(panel.inches, panel.x_label) for panel in panels]
+    axes = _axes(ax, sizes, title, width, left)
+    for one, panel in zip(axes, panels):
+        _draw(one, panel)
+    return axes[0].figure
+
+
+def _redrawn(figure, panels, title):
+    """Draws panels into a figure of other ones; False if scales differ."""
+    drawn = [ax.images for ax in figure.axes]
+    scales = [images[0].get_clim() for images in drawn]
+    if scales != [(panel.low, panel.high) for panel in panels]:
+        return False
+    figure.texts[0].set_text(title)
+    for images, panel in zip(drawn, panels):
+        for image, matrix in zip(images, panel.matrices):
+            image.set_data(matrix)
+    return True
+
+
+def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
+    """The axes of a user, or new ones, one below the other, of which neighbors
+    share an x label; `sizes` are pairs of inches and x labels."""
+    heights, labels = zip(*sizes)
     if ax is not None:
         axes = list(np.ravel(ax))
-        check_length("ax", axes, len(panels))
-    else:
-        head = TOP + 0.34 * bool(title)
-        gaps = [
-            GAP + LABEL * (above.x_label != below.x_label or not above.x_label)
-            for above, below in zip(panels, [*panels[1:], _Panel(0, "", None)])
-        ]
-        top = height = head + sum(p.inches for p in panels) + sum(gaps)
-        figure, axes, top = Figure((width, height)), [], height - head
-        left = max(panel.left for panel in panels)
-        place = {"x": left / width, "y": 1 - 0.1 / height, "va": "top"}
-        figure.text(s=title, fontsize=12, **place)
-        for panel, gap in zip(panels, gaps):
-            corner = left / width, (top - panel.inches) / height
-            size = (width - left - RIGHT) / width, panel.inches / height
-            axes.append(figure.add_axes((*corner, *size)))
-            top -= panel.inches + gap
-    for index, panel in enumerate(panels):
-        panel.draw(axes[index])
-        shared = ax is None and index + 1 < len(panels)
-        if shared and "" != panel.x_label == panels[index + 1].x_label:
-            axes[index].tick_params(labelbottom=False)
-        else:
-            write_labels(axes[index], x_label=panel.x_label)
-    return axes[0].figure
+        check_length("ax", axes, len(sizes))
+        for one, label in zip(axes, labels):
+            write_labels(one, x_label=label)
+        return axes
+    shared = [one == below != "" for one, below in pairwise([*labels, ""])]
+    gaps = [GAP if share else GAP + LABEL for share in shared]
+    head = TOP + 0.34 * bool(title)
+    height = head + sum(heights) + sum(gaps)
+    figure, axes, top = Figure((width, height)), [], height - head
+    figure.text(left / width, 1 - 0.1 / height, title, va="top", fontsize=12)
+    for inches, gap, share, label in zip(heights, gaps, shared, labels):
+        corner = left / width, (top - inches) / height
+        size = (width - left - RIGHT) / width, inches / height
+        axes.append(figure.add_axes((*corner, *size)))
+        axes[-1].tick_params(labelbottom=not share)
+        write_labels(axes[-1], x_label="" if share else label)
+        top -= inches + gap
+    return axes
+
+
+def _is_shown(kind, rank):
+    """Whether `plot_task` draws an array of a trace, of so many axes."""
+    wanted = 4 if kind in ("read_mode", "memory") else 3
+    is_known = _is_gate(kind) or kind == "memory"
+    return kind.endswith("_weighting") or (is_known and rank == wanted)
+
+
+def _is_gate(kind):
+    return kind.endswith("_gate") or kind == "read_mode"
+
+
+def _sequence_panels(given, grey):
+    """Of inputs, targets and outputs, each (T, channels)."""
+    most = max([1.0, *(given[n].max() for n in given if n != "inputs")])
+    panels = []
+    for name, values in given.items():
+        what, options = name.removesuffix("s"), {"grey": grey, "high": most}
+        if name == "inputs":
+            options = {}
+        elif name == "targets" and grey is not None:
+            what += " (grey: does not count)"
+        inches = min(1.3, max(0.4, 0.11 * values.shape[1]))
+        panels.append(_time_panel(values, inches, what, **options))
+    return panels
 
 
 def _gates_panel(gates, title):
@@ -425,25 +446,17 @@ def _gates_panel(gates, title):
     return _time_panel(values, inches, title, names=list(rows))
 
 
-def _is_gate(name):
-    return name.endswith("_gate") or name == "read_mode"
-
-
 def _time_panel(values, inches, title, **options):
     """Of (T, rows)."""
-    options = {"low": 0.0, "high": max(1.0, values.max()), **options}
+    options = {"high": max(1.0, values.max()), **options}
     if values.min() < 0:
-        reach = _reach(values)
-        options |= {"low": -reach, "high": reach, "cmap": DIVERGING}
-    draw = functools.partial(
-        _draw, matrices=values.T[None], title=title, **options
-    )
-    left = WIDE_LEFT if "names" in options else LEFT
-    return _Panel(inches, "time step", draw, left)
+        options |= _about_zero(values)
+    return _Panel(values.T[None], inches, title, **options)
 
 
 def _weighting_panel(values, title, rows, slots):
-    inches = min(6.0, max(1.0, 0.07 * min(len(rows), 24), len(rows) / DPI))
+    count, pixels = len(rows), 2  # a slot: one is hidden by the frame
+    inches = min(6.0, max(1.0, 0.07 * min(count, 24), pixels * count / DPI))
     high = 1.0 if isinstance(slots, str) and slots == "all" else _high(values)
     options = {"slots": (rows, values.shape[1]), "high": high}
     return _time_panel(values[:, rows], inches, title, **options)
@@ -455,91 +468,72 @@ def _high(weights):
 
 
 def _memory_panel(memory, title, rows, frames=6):
-    steps, reach = _moments(len(memory), frames), _reach(memory)
-    draw = functools.partial(
-        _draw,
-        matrices=memory[steps][:, rows],
+    steps = _moments(len(memory), frames)
+    return _Panel(
+        memory[steps][:, rows],
+        min(6.0, max(1.2, 0.08 * min(len(rows), 24), len(rows) / DPI)),
+        title,
+        "contents after step",
         steps=steps,
-        title=title,
         slots=(rows, memory.shape[1]),
-        low=-reach,
-        high=reach,
-        cmap=DIVERGING,
+        **_about_zero(memory),
     )
-    inches = min(6.0, max(1.2, 0.08 * min(len(rows), 24), len(rows) / DPI))
-    return _Panel(inches, "contents after step", draw)
 
 
-def _draw(
-    ax,
-    matrices,
-    title="",
-    slots=None,
-    names=None,
-    steps=None,
-    grey=None,
-    low=0.0,
-    high=1.0,
-    cmap=SEQUENTIAL,
-):
-    """Draws (moments, rows, columns) side by side; returns the last image.
-
-    Args:
-        slots: (rows, N), which of how many slots the rows are.
-        names: of the rows.
-        steps: of the moments; None for one, whose columns are steps.
-        grey: (columns,) bool, what to grey out.
-    """
-    count, wide = matrices.shape[1:]
+def _draw(ax, panel):
+    """Returns the last image."""
+    count, wide = panel.matrices.shape[1:]
     ax.tick_params(labelsize=9, length=2)
-    cmap = mpl.colormaps[cmap].with_extremes(bad=NAN_COLOR)
-    starts = np.arange(len(matrices)) * max(wide * 1.06, wide + 0.3)
-    for start, matrix in zip(starts, matrices):
+    cmap = mpl.colormaps[panel.cmap].with_extremes(bad=NAN_COLOR)
+    starts = np.arange(len(panel.matrices)) * max(wide * 1.06, wide + 0.3)
+    for start, matrix in zip(starts, panel.matrices):
         image = ax.imshow(
             matrix,
             cmap,
-            vmin=low,
-            vmax=high,
+            vmin=panel.low,
+            vmax=panel.high,
             aspect="auto",
             interpolation="nearest" if max(count, wide) < 300 else None,
             extent=(start - 0.5, start + wide - 0.5, count - 0.5, -0.5),
         )
     ax.set_xlim(-0.5, starts[-1] + wide - 0.5)
-    if steps is None:
+    if panel.steps is None:
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))
     else:
-        ax.set_xticks(starts + (wide - 1) / 2, steps)
-    edges = np.diff(np.r_[0, [] if grey is None else grey, 0])
+        ax.set_xticks(starts + (wide - 1) / 2, panel.steps)
+    edges = np.diff(np.r_[0, [] if panel.grey is None else panel.grey, 0])
     for first, end in np.flatnonzero(edges).reshape(-1, 2):
         ax.axvspan(first - 0.5, end - 0.5, color="0.7", alpha=0.85, lw=0)
     label = None
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
-    if names is not None:
-        ax.set_yticks(range(count), names, fontsize=8)
-    elif slots is not None:
-        rows, of = slots
+    if panel.names is not None:
+        ax.set_yticks(range(count), panel.names, fontsize=8)
+    elif panel.slots is not None:
+        rows, of = panel.slots
         label = "slot" if count == of else f"slot ({count} of {of})"
         ticks = MaxNLocator(5, integer=True, steps=STEPS)
         apart = int(ticks.tick_values(0, count)[1])
         at = [place for place, slot in enumerate(rows) if slot % apart == 0]
         ax.set_yticks(at, rows[at])
-    write_labels(ax, title, y_label=label)
+    write_labels(ax, panel.title, y_label=label)
+    ax.spines[:].set(color="0.6", lw=0.6)
     _color_bar(ax, image)
     return image
 
 
 def _color_bar(ax, image):
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes([1.015, 0, 0.02, 1]))
+    inch = ax.figure.dpi / ax.get_window_extent().width  # of the axes' width
+    place = 1 + 0.075 * inch, 0, 0.1 * inch, 1
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes(place))
     ends = image.get_clim()
-    bar.set_ticks(ends, labels=[f"{end:.2g}" for end in ends])
+    labels = [f"{end:.2g}".replace("e+0", "e") for end in ends]
+    bar.set_ticks(ends, labels=[one.replace("e-0", "e-") for one in labels])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
-    ax.spines[:].set(color="0.6", lw=0.6)
 
 
-def _draw_sphere(ax, part):
-    values, title, scale = part
+def _draw_sphere(ax, values, title, scale):
     ax.tick_params(labelsize=9, length=2)
     height, width = values.shape[:2]
     cmap = mpl.colormaps[SEQUENTIAL].with_extremes(bad=UNSEEN)
@@ -549,6 +543,7 @@ def _draw_sphere(ax, part):
     levels = ["up", "level", "down"]
     ax.set_yticks(np.linspace(-0.5, height - 0.5, 3), levels)
     write_labels(ax, title)
+    ax.spines[:].set(color="0.6", lw=0.6)
     if scale:
         _color_bar(ax, image)
 
@@ -576,8 +571,11 @@ def _rows(strength, slots):
     return np.array(rows)
 
 
-def _changes(memory):
-    """(N,), how far each slot of (T, N, W) is from what most slots are."""
+def _use(heads, memory):
+    """(N,), how much heads, (T, N) each, use the slots; without heads, how far
+    each slot of (T, N, W) is from what most slots are."""
+    if heads:
+        return np.max([weights.max(axis=0) for weights in heads.values()], 0)
     usual = np.median(memory, axis=1, keepdims=True)
     return np.nan_to_num(np.abs(memory - usual).max(axis=(0, 2)))
 
@@ -588,9 +586,10 @@ def _moments(steps, most):
     return np.linspace(steps - 1, 0, most).round().astype(int)[::-1]
 
 
-def _reach(values):
-    """The largest magnitude, for a scale symmetric about zero."""
-    return np.abs(values[np.isfinite(values)]).max(initial=0.0) or 1.0
+def _about_zero(values):
+    """A scale that is symmetric about zero."""
+    reach = np.abs(values[np.isfinite(values)]).max(initial=0.0) or 1.0
+    return {"low": -reach, "high": reach, "cmap": DIVERGING}
 
 
 def _row(name, values, axes, sizes, row):

@@ -659,7 +659,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
-    "--window-size=1500,1500",
+    "--window-size=1500,2000",
     "--virtual-time-budget=20000",
 ]
 

@@ -363,6 +363,35 @@ def test_in_tensorboard(images, tmp_path):
         model.fit(x, y, callbacks=[board], verbose=0)
 
 
+@harness.needs_tensorflow
+def test_labels_are_checked_before_the_training(images, tmp_path):
+    x, y = images
+    for labels in (
+        [0, 1, 2],
+        [0],
+        0,
+        [0.5, 1.0],
+        [0, -2],
+        ["0", "1"],
+        np.ones((2, 3, 1), int),
+        np.ones((2, 0), int),
+        np.ones((3, 3), int),
+    ):
+        with pytest.raises(ValueError, match="`labels` must be.*Received: "):
+            callbacks.ExplanationTensorBoard(tmp_path, x[:2], labels=labels)
+    for labels in ([0, 7], np.eye(2, 4)):  # of a model with three classes
+        board = callbacks.ExplanationTensorBoard(tmp_path, x[:2], labels=labels)
+        with pytest.raises(ValueError, match="`labels` must be.*Received: "):
+            untrained().fit(x, y, callbacks=[board], verbose=0)
+        with pytest.raises(ValueError, match="`labels` must be.*Received: "):
+            explanations.picture(untrained(), x[:2], labels=labels)
+    assert not [*tmp_path.iterdir()]
+    for labels in ([2, -1], y[:2, None], np.eye(2, 3)):
+        board = callbacks.ExplanationTensorBoard(tmp_path, x[:2], labels=labels)
+        untrained().fit(x, y, callbacks=[board], verbose=0)
+    assert (tmp_path / "explanations").exists()
+
+
 # Bad input.
 
 
