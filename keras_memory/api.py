@@ -1,8 +1,6 @@
 """The public names of the package, which `__init__` hands on."""
 
-from keras_memory import callbacks as callbacks
 from keras_memory import convert as convert
-from keras_memory import explanations as explanations
 from keras_memory import export as export
 from keras_memory import geometry as geometry
 from keras_memory import losses as losses
@@ -15,6 +13,9 @@ from keras_memory.dnc import DNCState as DNCState
 from keras_memory.esm import ESMCell as ESMCell
 from keras_memory.esm import ESMLayer as ESMLayer
 from keras_memory.esm import ESMMap as ESMMap
+from keras_memory.inspection import callbacks as callbacks
+from keras_memory.inspection import explanations as explanations
+from keras_memory.inspection.plotting import plot as plot
 from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
 from keras_memory.memory_wrap import (
     MemoryWrapClassifier as MemoryWrapClassifier,
@@ -24,7 +25,6 @@ from keras_memory.ntm import MERLINState as MERLINState
 from keras_memory.ntm import NTMCell as NTMCell
 from keras_memory.ntm import NTMLayer as NTMLayer
 from keras_memory.ntm import NTMState as NTMState
-from keras_memory.plotting import plot as plot
 from keras_memory.recurrent import controllers as controllers
 from keras_memory.recurrent.cell import MemoryCell as MemoryCell
 from keras_memory.recurrent.layer import MemoryRNN as MemoryRNN

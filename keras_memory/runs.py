@@ -13,14 +13,14 @@ import numpy as np
 from keras_memory import config as configuration
 from keras_memory import losses
 from keras_memory import tasks
-from keras_memory.callbacks import Probe
-from keras_memory.callbacks import animation
-from keras_memory.callbacks import probe_picture
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
 from keras_memory.files import check_path
 from keras_memory.files import check_run_folder
 from keras_memory.files import written_aside
+from keras_memory.inspection.callbacks import animation
+from keras_memory.inspection.probe import Probe
+from keras_memory.inspection.probe import probe_picture
 
 EVALUATED_BATCHES, EVALUATED_BATCH_SIZE = 40, 8
 

@@ -15,9 +15,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from keras_memory import visualization
 from keras_memory.retrieval import scann_row
 from keras_memory.retrieval import tuning
+from keras_memory.visualization.images import LINES
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -267,7 +267,7 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
     assert len(written["results"]) == 3 * len(scaling.AXES["N"][1])
     with Image.open(tmp_path / "scaling-dnc.png") as image:
         picture = np.asarray(image.convert("RGB"))
-    for color in visualization.LINES[:2]:  # of ours, in both plots
+    for color in LINES[:2]:  # of ours, in both plots
         color = np.round(np.multiply(to_rgb(color), 255))
         columns = np.all(picture == color, axis=2).any(axis=0)
         half = len(columns) // 2

@@ -24,9 +24,11 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 import keras_memory
-from keras_memory import callbacks
 from keras_memory import tasks
 from keras_memory import visualization
+from keras_memory.addressing import dense_linkage
+from keras_memory.inspection import callbacks
+from keras_memory.inspection import probe as probe_module
 from keras_memory.recurrent.interface import Initial
 
 TASK = tasks.Copy(bits=3, max_length=3, buckets=1)
@@ -147,7 +149,7 @@ def test_what_tensorboard_gets_of_a_dnc(tmp_path, sparse_links):
         links = inside["linkage"][0][:, head]
         if sparse_links:
             columns = inside["link_columns"][0][:, head]
-            links = visualization.dense_linkage(links, columns)
+            links = dense_linkage(links, columns)
         expected = thumbnail(visualization.plot_linkage, links)
         np.testing.assert_array_equal(shown(f"dnc/linkage_{head}"), expected)
     tags = read.Tags()["tensors"]
@@ -162,8 +164,8 @@ def titles(figure):
 
 def test_a_probe_shows_gates_and_where_heads_act():
     model = sequential(dnc(name="dnc"))
-    seen = callbacks.Probe.of(BATCH).look(model)
-    figure = callbacks.probe_picture(seen, "title", memory=True)
+    seen = probe_module.Probe.of(BATCH).look(model)
+    figure = probe_module.probe_picture(seen, "title", memory=True)
     heads = ["write 0", "read 0", "read 1"]
     assert titles(figure)[-5:] == ["gates", *heads, "memory"]
     inside = keras_memory.trace(model.layers[0], BATCH.inputs)
@@ -242,8 +244,8 @@ def test_a_memory_of_other_shapes_is_seen_as_well(blocks, tmp_path):
     assert {first + name for name in drawn} <= set(tags)
     for name in ("usage", "linkage", "open_gate", "slot_gate", "memory"):
         assert f"{first}{name}/values" in tags and first + name not in tags
-    seen = callbacks.Probe.of(BATCH).look(model)
-    picture = callbacks.probe_picture(seen, "title", memory=True)
+    seen = probe_module.Probe.of(BATCH).look(model)
+    picture = probe_module.probe_picture(seen, "title", memory=True)
     assert "read 0" in str(titles(picture))
 
 
@@ -333,7 +335,7 @@ def test_a_look_shows_each_call_of_each_layer():
     shared = own(4, name="shared")
     inputs = keras.Input((None, 4))
     model = keras.Model(inputs, own(3, name="last")(shared(shared(inputs))))
-    seen = callbacks.Probe(BATCH).look(model)
+    seen = probe_module.Probe(BATCH).look(model)
     assert list(seen.traces) == ["shared", "shared_2", "last"]
     first = keras_memory.trace(shared, BATCH.inputs)
     harness.close(seen.traces["shared"]["output"], first["output"])
@@ -347,7 +349,7 @@ def test_a_look_shows_each_call_of_each_layer():
 def test_a_look_sees_the_masks_and_the_weights_of_now():
     model = sequential(keras.layers.Masking(), ntm())
     x = BATCH.inputs * (np.arange(11) < 8)[:, None]
-    probe = callbacks.Probe(x)
+    probe = probe_module.Probe(x)
     for _ in range(2):
         seen = probe.look(model)
         mask = (x != 0).any(-1)
@@ -401,7 +403,7 @@ def shorter():
 def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
     model, (x, y) = make()
     model.compile("sgd", "mse", run_eagerly=True)
-    probe = callbacks.Probe((x, y))
+    probe = probe_module.Probe((x, y))
     board = callbacks.MemoryTensorBoard(tmp_path, probe, every=1)
     model.fit(x, y, verbose=0, callbacks=[board])
     tags = events(tmp_path).Tags()["tensors"]
@@ -433,7 +435,7 @@ def test_a_look_leaves_states_as_they_are():
     model = keras.Sequential([keras.Input((None, 4), batch_size=2), layer])
     model(BATCH.inputs)
     before = [np.array(state) for state in layer.states]
-    probe = callbacks.Probe(BATCH)
+    probe = probe_module.Probe(BATCH)
     first, second = probe.look(model).outputs, probe.look(model).outputs
     np.testing.assert_array_equal(first, second)
     for state, kept in zip(layer.states, before):
@@ -447,7 +449,7 @@ def test_a_look_leaves_what_dropout_draws_next():
     assert len(seeds) == 2
     model(BATCH.inputs)
     before = [np.array(seed) for seed in seeds]
-    callbacks.Probe(BATCH).look(model)
+    probe_module.Probe(BATCH).look(model)
     for seed, kept in zip(seeds, before):
         np.testing.assert_array_equal(seed, kept)
 
@@ -468,7 +470,7 @@ def test_a_look_copies_no_weights(monkeypatch):
         copied.append(np.prod(tensor.shape))
         return to_numpy(tensor)
 
-    monkeypatch.setattr(callbacks.ops, "convert_to_numpy", noted)
+    monkeypatch.setattr(probe_module.ops, "convert_to_numpy", noted)
     assigned = []
     assign = keras.Variable.assign
     monkeypatch.setattr(
@@ -476,7 +478,7 @@ def test_a_look_copies_no_weights(monkeypatch):
         "assign",
         lambda self, value: assigned.append(0) or assign(self, value),
     )
-    probe = callbacks.Probe(x)
+    probe = probe_module.Probe(x)
     probe.look(model)
     assigned.clear()  # while it was traced
     outputs = [probe.look(model).outputs for _ in range(2)]
@@ -489,7 +491,7 @@ def test_a_look_copies_no_weights(monkeypatch):
 
 def test_a_look_at_a_model_that_is_not_built():
     model = Subclassed()
-    seen = callbacks.Probe(BATCH).look(model)
+    seen = probe_module.Probe(BATCH).look(model)
     harness.close(seen.outputs, model(BATCH.inputs))
 
 
@@ -527,7 +529,7 @@ def test_impossible_arguments(every, tmp_path):
 @pytest.mark.parametrize("bad", ["text", None, object(), {"a": "text"}, 1.0])
 def test_probes_that_are_no_arrays(bad, tmp_path):
     for make in (
-        callbacks.Probe,
+        probe_module.Probe,
         lambda probe: callbacks.ProbePictures(probe, tmp_path),
         lambda probe: callbacks.MemoryTensorBoard(tmp_path, probe),
     ):
@@ -540,9 +542,9 @@ def test_probes_that_are_no_arrays(bad, tmp_path):
                 make((*BATCH[:2], bad))
     complex_inputs = BATCH.inputs.astype("complex64")
     with pytest.raises(ValueError, match="`inputs`.*complex64"):
-        callbacks.Probe(complex_inputs)
+        probe_module.Probe(complex_inputs)
     with pytest.raises(ValueError, match="`targets`.*B=2.*shape .1,"):
-        callbacks.Probe((BATCH.inputs, BATCH.targets[:1]))
+        probe_module.Probe((BATCH.inputs, BATCH.targets[:1]))
 
 
 @pytest.mark.parametrize("bad", [None, 3, b"bytes"])
@@ -607,9 +609,9 @@ def test_pictures_of_the_probe_and_their_animation(tmp_path):
     assert all(other.exists() for other in others)
     names = [path.name for path in callbacks.pictures(folder)]
     assert names == [f"{done:08}.png" for done in (0, 2, 4, 5)]
-    seen = callbacks.Probe(tuple(part[:1] for part in BATCH)).look(model)
+    seen = probe_module.Probe(tuple(part[:1] for part in BATCH)).look(model)
     expected = visualization.to_image(
-        callbacks.probe_picture(seen, "epoch 5", slots="all")
+        probe_module.probe_picture(seen, "epoch 5", slots="all")
     )
     with Image.open(folder / names[-1]) as png:
         different = (np.asarray(png) != expected).any(axis=2)

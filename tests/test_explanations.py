@@ -10,9 +10,9 @@ from harness import close
 from keras import ops
 from PIL import Image
 
-from keras_memory import callbacks
-from keras_memory import explanations
 from keras_memory import visualization
+from keras_memory.inspection import callbacks
+from keras_memory.inspection import explanations
 from keras_memory.memory_wrap import MemoryWrapClassifier
 
 trains = pytest.mark.skipif(

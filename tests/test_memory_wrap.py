@@ -13,8 +13,8 @@ from keras import ops
 
 import keras_memory
 from keras_memory import convert
-from keras_memory import explanations
 from keras_memory import memory_wrap
+from keras_memory.inspection import explanations
 from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapClassifier
 from keras_memory.memory_wrap import MemoryWrapLayer

@@ -18,13 +18,13 @@ import tensorflow as tf
 from catalogue import slow_unless
 from PIL import Image
 
-from keras_memory import callbacks
 from keras_memory import cli
 from keras_memory import config
 from keras_memory import runs
 from keras_memory import tasks
 from keras_memory import training
 from keras_memory import visualization
+from keras_memory.inspection import callbacks
 
 SMALL = [
     "bits=3",

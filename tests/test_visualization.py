@@ -13,7 +13,9 @@ from PIL import Image
 
 import keras_memory
 from keras_memory import visualization
-from keras_memory.images import Redrawn
+from keras_memory.addressing import dense_linkage
+from keras_memory.addressing import entropy
+from keras_memory.visualization.images import Redrawn
 
 RNG = np.random.default_rng(3)
 
@@ -244,11 +246,11 @@ def test_links_that_were_kept_in_their_places():
     linkage = np.array([[0.5, 0.25], [0.0, 1.0], [0.125, 0.0]])
     columns = np.array([[2, 1], [0, 2], [1, 0]], "float32")
     expected = [[0, 0.25, 0.5], [0, 0, 1], [0, 0.125, 0]]
-    dense = visualization.dense_linkage([[linkage]], [[columns]])
+    dense = dense_linkage([[linkage]], [[columns]])
     np.testing.assert_array_equal(dense, [[expected]])
     for wrong in (columns[:, :1], columns[0]):
         with pytest.raises(ValueError, match="`linkage` and `columns`.*Rec"):
-            visualization.dense_linkage(linkage, wrong)
+            dense_linkage(linkage, wrong)
 
 
 def test_gates_and_modes_are_rows_with_the_names_of_heads(trace):
@@ -576,13 +578,11 @@ def test_plot_draws_maps_and_answers():
     ],
 )
 def test_entropy_is_in_bits(weighting, bits):
-    np.testing.assert_allclose(
-        visualization.entropy(weighting), bits, atol=1e-12
-    )
+    np.testing.assert_allclose(entropy(weighting), bits, atol=1e-12)
 
 
 def test_what_is_no_weighting_has_no_entropy():
-    assert np.isnan(visualization.entropy([np.nan, 1.0]))
+    assert np.isnan(entropy([np.nan, 1.0]))
     for wrong in (1.0, np.ones((3, 0)), [-0.5, 1.5]):
         with pytest.raises(ValueError, match="`weighting`.*Received"):
-            visualization.entropy(wrong)
+            entropy(wrong)

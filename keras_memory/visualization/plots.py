@@ -1,15 +1,4 @@
-"""Pictures of memory, drawn by Matplotlib.
-
-Each `plot_` function returns a figure: Jupyter shows it, `savefig` writes it
-as PNG, SVG or PDF, `to_image` makes an array of it. Where `ax` is given, it
-draws into these axes: one, or a list where a picture has several. Time runs to
-the right, slots run down; slots, heads and time steps count from 0. Arguments
-of another shape or range raise ValueError. pyplot is not used.
-
->>> weighting = np.eye(5)[[0, 1, 2]]  # three steps, five slots
->>> figure = keras_memory.visualization.plot_weighting(weighting)
->>> figure.savefig("weighting.pdf")  # doctest: +SKIP
-"""
+"""The pictures of a memory and its heads: see `visualization/__init__.py`."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,31 +8,20 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
-from keras_memory.addressing.content import entropy as entropy
-from keras_memory.addressing.linkage import dense_linkage as dense_linkage
 from keras_memory.checks import check_array
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
-from keras_memory.curves import plot_curves as plot_curves
-from keras_memory.curves import plot_learning as plot_learning
-from keras_memory.images import DPI
-from keras_memory.images import LINES as LINES
-from keras_memory.images import SEQUENTIAL
-from keras_memory.images import WIDTH
-from keras_memory.images import Animation
-from keras_memory.images import Figure
-from keras_memory.images import check_length
-from keras_memory.images import numbers
-from keras_memory.images import to_gif as to_gif
-from keras_memory.images import to_image as to_image
-from keras_memory.images import to_png as to_png
-from keras_memory.images import write_labels
-from keras_memory.tiles import Tile as Tile
-from keras_memory.tiles import plot_explanations as plot_explanations
-from keras_memory.tiles import plot_tiles as plot_tiles
-from keras_memory.traces import by_place
-from keras_memory.traces import head_names
-from keras_memory.traces import heads_of
+from keras_memory.recurrent.heads import by_place
+from keras_memory.recurrent.heads import head_names
+from keras_memory.recurrent.heads import heads_of
+from keras_memory.visualization.images import DPI
+from keras_memory.visualization.images import SEQUENTIAL
+from keras_memory.visualization.images import WIDTH
+from keras_memory.visualization.images import Animation
+from keras_memory.visualization.images import Figure
+from keras_memory.visualization.images import check_length
+from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import write_labels
 
 DIVERGING = "RdBu_r"  # for values with a sign
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"

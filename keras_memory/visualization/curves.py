@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from keras_memory.images import LINES
-from keras_memory.images import WIDTH
-from keras_memory.images import Figure
-from keras_memory.images import numbers
-from keras_memory.images import write_labels
+from keras_memory.visualization.images import LINES
+from keras_memory.visualization.images import WIDTH
+from keras_memory.visualization.images import Figure
+from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import write_labels
 
 STYLES = "-", "--", "-.", ":"
 COUNTS = "epoch", "step", "sequences", "longest", "seconds", "learning_rate"

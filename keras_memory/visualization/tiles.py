@@ -7,10 +7,10 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from keras_memory.checks import check_size
-from keras_memory.images import LINES
-from keras_memory.images import SEQUENTIAL
-from keras_memory.images import Figure
-from keras_memory.images import check_length
+from keras_memory.visualization.images import LINES
+from keras_memory.visualization.images import SEQUENTIAL
+from keras_memory.visualization.images import Figure
+from keras_memory.visualization.images import check_length
 
 WRONG = "#a00000"  # dark red
 

@@ -3,156 +3,20 @@
 import pathlib
 import time
 import warnings
-from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_memory import addressing
 from keras_memory import recurrent
-from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import written_aside
-from keras_memory.recurrent import tracing
-from keras_memory.traces import by_place
-from keras_memory.traces import named_heads
-
-
-class Seen(NamedTuple):
-    """What a model did with a probe, as NumPy arrays.
-
-    Args:
-        inputs: what the model took.
-        targets: what it should give, or None.
-        outputs: what it gave.
-        mask: (B, T) or None.
-        traces: dict from layer names to what `trace` gives.
-    """
-
-    inputs: np.ndarray | dict | list
-    targets: np.ndarray | dict | list | None
-    outputs: np.ndarray | dict | list
-    mask: np.ndarray | None
-    traces: dict
-
-    def has_sequences(self):
-        """True for inputs (B, T, D), targets and outputs (B, T, units)."""
-        parts = self.inputs, self.targets, self.outputs
-        return (
-            all(getattr(part, "ndim", 0) == 3 for part in parts)
-            and self.targets.shape == self.outputs.shape
-            and self.targets.shape[:2] == self.inputs.shape[:2]
-            and (self.mask is None or self.mask.shape == self.inputs.shape[:2])
-        )
-
-
-class Probe:
-    """A fixed batch, and what goes on inside of a model that is given it.
-
-    On TensorFlow the way through the model is compiled at the first look.
-
-    Args:
-        batch: inputs, which are no tuple, or a tuple (inputs, targets) or
-            (inputs, targets, mask), such as a `tasks.Batch`.
-
-    Raises:
-        ValueError: another tuple, what are no arrays of numbers, or several
-            batch sizes.
-    """
-
-    def __init__(self, batch):
-        parts = batch if isinstance(batch, tuple) else (batch,)
-        if not 1 <= len(parts) <= 3:
-            raise ValueError(
-                "A probe is inputs, (inputs, targets) or (inputs, targets, "
-                f"mask). Received: {len(parts)} parts"
-            )
-        sizes = {}
-
-        def arrays(name, structure):
-            if structure is None and name != "inputs":
-                return None
-            return keras.tree.map_structure(
-                lambda one: check_numbers(name, one, ("B", ...), sizes),
-                structure,
-            )
-
-        names = "inputs", "targets", "mask"
-        parts = [*map(arrays, names, parts), None, None]
-        self.inputs, self.targets, self.mask = parts[:3]
-        self._model = self._run = None
-
-    @classmethod
-    def of(cls, batch):
-        """The probe of a batch, or the probe itself."""
-        return batch if isinstance(batch, cls) else cls(batch)
-
-    def look(self, model):
-        """Shows the batch to a model, whose states stay as they are: what a
-        call assigns to variables is forgotten, and nothing is copied.
-
-        Returns:
-            What was `Seen`.
-        """
-        if model is not self._model:
-            self._model = model
-            self._run = self._compiled(model)
-        inputs = keras.tree.map_structure(ops.convert_to_tensor, self.inputs)
-        if not model.built:
-            with keras.StatelessScope():
-                model(inputs)
-        seen = self._run(inputs)
-        outputs, traces = keras.tree.map_structure(ops.convert_to_numpy, seen)
-        return Seen(self.inputs, self.targets, outputs, self.mask, traces)
-
-    def _compiled(self, model):
-        def run(inputs):
-            with keras.StatelessScope():
-                return recurrent.trace_model(model, inputs)
-
-        if keras.backend.backend() != "tensorflow":
-            return run
-        import tensorflow as tf
-
-        return tf.function(run)
-
-
-def probe_picture(seen, title, memory=False, **options):
-    """Draws the first sequence of a probe.
-
-    Args:
-        seen: `Seen`, with targets.
-        title: str, the headline.
-        memory: bool, whether the memory is drawn.
-        **options: of `visualization.plot_task`.
-
-    Returns:
-        `visualization.Figure`.
-
-    Raises:
-        ValueError: what was seen is no sequences, or has no targets.
-    """
-    if not seen.has_sequences():
-        shapes = [keras.tree.map_structure(np.shape, part) for part in seen[:4]]
-        raise ValueError(
-            "A picture of a probe needs inputs (B, T, D), targets and outputs "
-            "(B, T, units), and a mask (B, T) or none. Received: inputs {}, "
-            "targets {}, outputs {}, mask {}".format(*shapes)
-        )
-    from keras_memory import visualization
-
-    return visualization.plot_task(
-        tracing.joined(seen.traces),
-        seen.inputs,
-        seen.targets,
-        seen.outputs,
-        seen.mask,
-        title=title,
-        memory=memory,
-        **options,
-    )
+from keras_memory.inspection.probe import Probe
+from keras_memory.inspection.probe import check_numbers
+from keras_memory.inspection.probe import probe_picture
+from keras_memory.recurrent.heads import by_place
+from keras_memory.recurrent.heads import named_heads
 
 
 class ProbePictures(keras.callbacks.Callback):
@@ -208,7 +72,7 @@ class ProbePictures(keras.callbacks.Callback):
             self._draw()
 
     def _draw(self):
-        from keras_memory import images
+        from keras_memory.visualization import images
 
         before = self._redrawn and self._redrawn.figure
         figure = probe_picture(
@@ -267,7 +131,7 @@ def animation(folder, milliseconds=400):
     """
     from PIL import Image
 
-    from keras_memory import images
+    from keras_memory.visualization import images
 
     frames = []
     for path in pictures(folder):
@@ -412,7 +276,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
     def _images(self, seen):
         """Tag -> (encoded image, the image or its first frame)."""
-        from keras_memory import images
+        from keras_memory.visualization import images
 
         pictures = {}
         if seen.has_sequences():
@@ -522,7 +386,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         labels=None,
     ):
         from keras_memory.memory_wrap import labels_of
-        from keras_memory.tiles import check_shades
+        from keras_memory.visualization.tiles import check_shades
 
         super().__init__()
         self.folder = _path("log_dir", log_dir) / "explanations"
@@ -541,7 +405,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             check_shades(image if to_image is None else to_image(image))
 
     def on_train_begin(self, logs=None):
-        from keras_memory import explanations
+        from keras_memory.inspection import explanations
         from keras_memory.memory_wrap import labels_of
 
         explanations.check_model(self.model, self.class_names)
@@ -553,8 +417,8 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         import tensorflow as tf
 
-        from keras_memory import explanations
-        from keras_memory import images
+        from keras_memory.inspection import explanations
+        from keras_memory.visualization import images
 
         if (epoch + 1) % self.every:
             return
@@ -596,7 +460,7 @@ def write_images(folder, name, images):
     """
     import tensorflow as tf
 
-    from keras_memory.images import to_png
+    from keras_memory.visualization.images import to_png
 
     images = [
         check_numbers("images", image, ("H", "W", 3), kind="integer")
@@ -625,12 +489,6 @@ def _function(name, value):
             f"`{name}` must be a function. Received: {name}={value!r}"
         )
     return value
-
-
-def check_numbers(name, value, axes, sizes=None, kind="any"):
-    """An array of NumPy, checked as by `check_array`."""
-    found = check_array(name, value, axes, sizes, kind, result="given")
-    return ops.convert_to_numpy(found)
 
 
 def _number(tag, values):

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory import explanations
 from keras_memory import recurrent
 from keras_memory.esm import ESMLayer
+from keras_memory.inspection import explanations
 from keras_memory.memory_wrap import MemoryWrapClassifier
 from keras_memory.recurrent import tracing
 
