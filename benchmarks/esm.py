@@ -99,7 +99,7 @@ def is_ivy(folder):
 
 def frame():
     """Depth and colours of a room, (1, h, w) and (1, h, w, 3)."""
-    from keras_memory import rooms
+    from keras_memory.spatial import rooms
 
     return [
         part[None] for part in rooms.Room().render(np.eye(3, 4), SIZE, SIZE)
@@ -114,8 +114,8 @@ def ours(kind, jit_compile):
     import tensorflow as tf
 
     import keras_memory
-    from keras_memory import geometry
-    from keras_memory import rooms
+    from keras_memory.spatial import geometry
+    from keras_memory.spatial import rooms
 
     depth, colour = map(tf.constant, frame())
     inverse = tf.constant(rooms.right_angle(SIZE, SIZE)[None])

@@ -16,7 +16,6 @@ import numpy as np
 from keras import ops
 from keras.src import backend
 
-from keras_memory import geometry
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
@@ -26,29 +25,22 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
-from keras_memory.checks import is_number
-from keras_memory.checks import plain_tuple
 from keras_memory.checks import with_rows_of
 from keras_memory.recurrent.state import LayerState
+from keras_memory.spatial import fusion
+from keras_memory.spatial import geometry
+from keras_memory.spatial.inputs import CAMERA
+from keras_memory.spatial.inputs import MOTION
+from keras_memory.spatial.inputs import MapInputs
+from keras_memory.spatial.inputs import as_mask
+from keras_memory.spatial.inputs import check_has
+from keras_memory.spatial.inputs import check_inputs
+from keras_memory.spatial.inputs import check_limits
 
 SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
 HUGE = 1e25  # as infinite: it would overflow in sums and squares
 SPAN = 1e11  # of variances: beyond, smoothing would lose what is uncertain
 VAGUE = 1e9  # squared metres, squared radians: a pose of which nothing is known
-
-# Axes behind batch and time of what a camera tells, and of the motion.
-CAMERA = {
-    "features": ("h", "w", "F"),
-    "points": ("h", "w", 3),
-    "depth": ("h", "w"),
-    "inverse_intrinsics": (3, 3),
-    "variance": ("h", "w", "3 + F"),
-    "mask": ("h", "w"),
-    "pose": (3, 4),
-    "pose_covariance": (6, 6),
-}
-MOTION = {"motion": (3, 4), "motion_covariance": (6, 6)}
-CONSTANT = "inverse_intrinsics", "pose", "pose_covariance"  # they may be
 
 
 class ESMMap(NamedTuple):
@@ -68,7 +60,7 @@ class ESMMap(NamedTuple):
     variance: Any
 
 
-class _Map(Arguments, keras.layers.Layer):
+class _Map(Arguments, MapInputs, keras.layers.Layer):
     """What `ESMCell` and `ESMLayer` share: arguments, and the paper's step."""
 
     def __init__(
@@ -98,8 +90,8 @@ class _Map(Arguments, keras.layers.Layer):
         self.feature_channels = check_size(
             "feature_channels", feature_channels, least=0
         )
-        self.depth_limits = _check_limits("depth_limits", depth_limits)
-        self.variance_limits = _check_limits("variance_limits", variance_limits)
+        self.depth_limits = check_limits("depth_limits", depth_limits)
+        self.variance_limits = check_limits("variance_limits", variance_limits)
         least, most = self.variance_limits
         if 2 * least > min(most, height) or most > SPAN * least:
             raise ValueError(
@@ -204,7 +196,7 @@ class _Map(Arguments, keras.layers.Layer):
         is_beside = ops.logical_not(
             functools.reduce(ops.logical_or, [own for *_, own in seen])
         )
-        mean, variance = geometry.fuse(
+        mean, variance = fusion.fuse(
             [mean for mean, _, _ in seen],
             [
                 ops.where(own | is_beside, variance, np.inf)
@@ -227,12 +219,12 @@ class _Map(Arguments, keras.layers.Layer):
 
         Returns:
             Mean, variance, and which pixels have points of their own, as of
-            `geometry.quantize`.
+            `fusion.quantize`.
         """
         state = self._check_state("state", state)
         given = {"motion": motion, "motion_covariance": motion_covariance}
         given = self._fields("", given, MOTION, ("B",), self._sizes())
-        _check_has("", given, "motion")
+        check_has("", given, "motion")
         pose, covariance = self._of_agent(*map(given.get, MOTION))
         valid = ops.logical_not(self._is_hole(state.variance))
         if not self.depth_buffer:
@@ -272,7 +264,7 @@ class _Map(Arguments, keras.layers.Layer):
 
         Returns:
             Mean, variance, and which pixels have points of their own, as of
-            `geometry.quantize`.
+            `fusion.quantize`.
         """
         given = self._camera(
             "",
@@ -365,7 +357,7 @@ class _Map(Arguments, keras.layers.Layer):
         valid = valid & (depth >= nearest) & (depth <= farthest)
         valid = valid & ops.logical_not(self._is_hole(variance))
         variance = geometry.at_least(variance, self.variance_limits[0])
-        return geometry.quantize(
+        return fusion.quantize(
             ops.concatenate([pixels, features], axis=-1),
             variance,
             valid[..., 0],
@@ -394,114 +386,11 @@ class _Map(Arguments, keras.layers.Layer):
         mean, variance = self._check_state("state", state)
         around_all = 2 * min(self.height, self.width) + 1
         size = min(self.smooth_kernel_size, around_all)
-        around = geometry.smooth(
-            mean[..., 2:], variance[..., 2:], geometry.smoothing_kernel(size)
+        around = fusion.smooth(
+            mean[..., 2:], variance[..., 2:], fusion.smoothing_kernel(size)
         )
         rest = ops.where(self._is_hole(variance), around, mean[..., 2:])
         return ESMMap(ops.concatenate([mean[..., :2], rest], -1), variance)
-
-    # What is given.
-
-    def _sizes(self):
-        return {"F": self.feature_channels, "3 + F": 3 + self.feature_channels}
-
-    def _parsed(self, inputs, lead):
-        """Checked tensors: a list of dicts for the cameras, and a dict for the
-        motion. `lead` names their first axes."""
-        _check_inputs(inputs)
-        motion = {key: inputs[key] for key in inputs if key != "cameras"}
-        sizes = self._sizes()
-        motion = self._fields("", motion, MOTION, lead, sizes)
-        _check_has("", motion, "motion")
-        cameras = inputs["cameras"]
-        if not isinstance(cameras, (list, tuple)):
-            return [self._camera("cameras", cameras, lead, sizes)], motion
-        if not cameras:
-            raise ValueError(
-                "There must be at least one camera. Received: cameras=[]"
-            )
-        return [
-            self._camera(f"cameras[{number}]", camera, lead, sizes)
-            for number, camera in enumerate(cameras)
-        ], motion
-
-    def _camera(self, path, camera, lead, sizes):
-        """The fields of a camera that are not None, as tensors."""
-        if not isinstance(camera, dict):
-            raise ValueError(
-                f"`{path}` must be a dict with some of {tuple(CAMERA)}. "
-                f"Received: {camera!r}"
-            )
-        own = dict(sizes)  # each may have images of another size
-        fields = self._fields(path, camera, CAMERA, lead, own)
-        sizes.update({axis: own[axis] for axis in lead if axis in own})
-        _check_has(path, fields, "features")
-        if ("points" in fields) == ("depth" in fields):
-            raise ValueError(
-                f"{_named(path)} must have either `points` or `depth`. "
-                f"Received: {sorted(fields)}"
-            )
-        if ("depth" in fields) != ("inverse_intrinsics" in fields):
-            raise ValueError(
-                f"{_named(path)} must have `inverse_intrinsics` with `depth`, "
-                f"and only with that. Received: {sorted(fields)}"
-            )
-        return fields
-
-    def _fields(self, path, given, axes_of, lead, sizes):
-        """The fields that are not None, as tensors."""
-        if not set(given) <= set(axes_of):
-            raise ValueError(
-                f"{_named(path)} may have {tuple(axes_of)}. "
-                f"Received: {sorted(given)}"
-            )
-        return {
-            name: self._field(
-                f"{path}['{name}']" if path else name,
-                name,
-                value,
-                (*lead, *axes_of[name]),
-                sizes,
-            )
-            for name, value in given.items()
-            if value is not None
-        }
-
-    def _field(self, path, name, value, axes, sizes):
-        """A tensor of what was given under a name, with axes as named."""
-        kind, dtype = "real", self.map_dtype
-        if name == "mask":
-            kind, dtype = "mask", "bool"
-        # Only what has numbers has a rank, by which some axes are left out.
-        rank = len(check_array(path, value, kind=kind).shape)
-        if name == "depth":
-            geometry.check_depth(path, value, self.depth_scale)
-        if name in CONSTANT and rank == len(axes) - 1:
-            axes = (axes[0], *axes[-2:])
-        is_image = name in ("depth", "mask") and rank == len(axes) + 1
-        given = (*axes, 1) if is_image else axes
-        tensor = check_array(path, value, given, sizes, kind, dtype)
-        shape = tuple(tensor.shape)
-        if 0 in (n for axis, n in zip(axes, shape) if axis not in ("B", "F")):
-            raise ValueError(
-                f"`{path}` must have at least one of each axis but B and F. "
-                f"Received: shape {shape}"
-            )
-        if (3, 4) == axes[-2:] and "bfloat16" in str(
-            getattr(value, "dtype", "")
-        ):
-            raise ValueError(
-                f"`{path}` must be more exact, as no rotation is one in "
-                "bfloat16. (A model of that policy casts its inputs: give the "
-                "one around it another.) Received: dtype bfloat16"
-            )
-        if name == "inverse_intrinsics":
-            # Of a tensor only once, as a device would have to be waited for.
-            known = ops.is_tensor(value) and self.built
-            known = None if known else _values(value)
-            if known is not None:
-                geometry.check_camera(path, known, self.convention)
-        return tensor[..., 0] if is_image else tensor
 
     def _check_state(self, name, state, batch=None):
         """A checked `ESMMap` of tensors."""
@@ -612,11 +501,11 @@ class ESMLayer(_Map):
     Equations, in the order of `step`:
         re-projection: p' = R p + t for each pixel that was seen, in `move`.
         quantisation: round to pixels; of several points the nearest, or their
-        fusion, in `geometry.quantize`.
+        fusion, in `fusion.quantize`.
         fusion: v = 1 / sum_k 1 / v_k, m = v sum_k m_k / v_k, of the map and
-        each camera, in `geometry.fuse`.
+        each camera, in `fusion.fuse`.
         smoothing: m = sum_j c_j m_j / v_j / sum_j c_j / v_j with c = 1 / (1 +
-        distance in pixels), where nothing was seen, in `geometry.smooth`; of
+        distance in pixels), where nothing was seen, in `fusion.smooth`; of
         what is returned only, not of the state.
 
     State: `ESMMap`, mean and variance, (B, H, W, 3 + F) each, the prior at
@@ -749,7 +638,7 @@ class ESMLayer(_Map):
 
     def build(self, inputs_shape):
         if self.stateful:
-            _check_inputs(inputs_shape)
+            check_inputs(inputs_shape)
             batch = inputs_shape["motion"][0]
             if batch is None:
                 raise ValueError(
@@ -787,7 +676,7 @@ class ESMLayer(_Map):
         return super().__call__(
             {"cameras": cameras, **motion},
             initial_state=initial_state,
-            mask=_as_mask(mask, batch, times),
+            mask=as_mask(mask, batch, times),
             **kwargs,
         )
 
@@ -820,7 +709,7 @@ class ESMLayer(_Map):
             for camera, same in zip(cameras, constant)
         ]
         given = [changing, motion]
-        if (mask := _as_mask(mask, batch, times)) is not None:
+        if (mask := as_mask(mask, batch, times)) is not None:
             given.append(mask)
 
         def step(given, before):
@@ -921,16 +810,6 @@ def _over_time(step, given, state, all_steps):
     return apart(shown), apart(states[0])
 
 
-def _values(array):
-    """A NumPy array, or None of a tensor that has no values yet."""
-    if isinstance(array, keras.KerasTensor):
-        return None
-    try:
-        return np.asarray(ops.convert_to_numpy(array))
-    except (NotImplementedError, TypeError, RuntimeError):  # while tracing
-        return None
-
-
 def _in_line(image):
     """(B, h, w, C) as (B, h w, C)."""
     batch, height, width, channels = ops.shape(image)
@@ -944,47 +823,3 @@ def _all_below(most, values, axis):
 
 def _spec(shape, dtype):
     return ESMMap(*(keras.KerasTensor(shape, dtype) for _ in range(2)))
-
-
-def _as_mask(mask, batch, times):
-    """(B, T) bools, of what a user or Keras gives."""
-    given = [one for one in keras.tree.flatten(mask) if one is not None]
-    if not given:
-        return None
-    sizes = {"B": batch, "T": times}
-    return check_array(
-        "mask", given[0], ("B", "T"), sizes, kind="mask", dtype="bool"
-    )
-
-
-def _check_inputs(inputs):
-    is_dict = isinstance(inputs, dict)
-    if not is_dict or not {"cameras", "motion"} <= set(inputs):
-        raise ValueError(
-            "Inputs must be a dict with `cameras` and `motion`. Received: "
-            f"{sorted(inputs) if is_dict else type(inputs).__name__}"
-        )
-
-
-def _check_has(path, given, name):
-    if name not in given:
-        raise ValueError(
-            f"{_named(path)} must have `{name}`. Received: {sorted(given)}"
-        )
-
-
-def _named(path):
-    return f"`{path}`" if path else "Inputs"
-
-
-def _check_limits(name, limits):
-    """A pair, from something positive to something larger."""
-    pair = plain_tuple(limits)
-    pair = pair if isinstance(pair, tuple) else ()
-    is_right = len(pair) == 2 and all(map(is_number, pair))
-    if not is_right or not 0 < pair[0] < pair[1]:
-        raise ValueError(
-            f"`{name}` must be two positive numbers, the least and the most. "
-            f"Received: {name}={limits!r}"
-        )
-    return pair

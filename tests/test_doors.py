@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import keras_memory
-from keras_memory import geometry
 from keras_memory import losses
 from keras_memory import memory_wrap
 from keras_memory import retrieval
-from keras_memory import rooms
+from keras_memory.spatial import fusion
+from keras_memory.spatial import geometry
+from keras_memory.spatial import rooms
 
 RNG = np.random.default_rng(5)
 
@@ -244,14 +245,14 @@ CALLS = {
         {"points": real(2, 5, 3), "covariance": real(2, 6, 6)},
     ),
     "geometry.quantize": (
-        lambda **arrays: geometry.quantize(
+        lambda **arrays: fusion.quantize(
             valid=np.ones((2, 5), "bool"), height=4, width=8, **arrays
         ),
         {"mean": real(2, 5, 4), "variance": real(2, 5, 4)},
     ),
     "geometry.smooth": (
-        lambda **arrays: geometry.smooth(
-            kernel=geometry.smoothing_kernel(3), **arrays
+        lambda **arrays: fusion.smooth(
+            kernel=fusion.smoothing_kernel(3), **arrays
         ),
         {"mean": real(2, 4, 8, 3), "variance": real(2, 4, 8, 3)},
     ),
@@ -260,7 +261,7 @@ CALLS = {
         {"focal_lengths": real(2), "principal_point": real(2)},
     ),
     "geometry.pad_sphere": (
-        lambda **arrays: geometry.pad_sphere(size=1, **arrays),
+        lambda **arrays: fusion.pad_sphere(size=1, **arrays),
         {"image": real(2, 4, 8, 3)},
     ),
     "rooms.Room.render": (

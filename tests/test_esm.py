@@ -15,8 +15,10 @@ from keras import ops
 
 import keras_memory
 from keras_memory import esm
-from keras_memory import geometry
-from keras_memory import rooms
+from keras_memory.spatial import fusion
+from keras_memory.spatial import geometry
+from keras_memory.spatial import inputs as inputs_module
+from keras_memory.spatial import rooms
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 RECORDED = (
@@ -253,7 +255,7 @@ def test_a_step_is_the_references():
     cell = keras_memory.ESMCell(
         *shape[2:4], shape[-1] - 3, smooth_kernel_size=5
     )
-    kernel = geometry.smoothing_kernel(5)
+    kernel = fusion.smoothing_kernel(5)
     for time in range(3):
         state = esm.ESMMap(
             d["step.fused_mean_raw"][time][:, 0].astype("float32"),
@@ -263,7 +265,7 @@ def test_a_step_is_the_references():
         close(shown.variance, d["step.fused_var"][time])
         precision = 1 / state.variance[..., 2:]
         around = array(
-            geometry.smooth(precision, np.ones_like(precision), kernel)
+            fusion.smooth(precision, np.ones_like(precision), kernel)
         )
         hole = (state.variance >= 0.99 * cell._prior.variance[0, 0]).any(-1)
         assert 0.1 < hole.mean() < 0.95
@@ -757,7 +759,7 @@ def test_float64_layers_have_no_constants_of_float32():
     # Smoothed as by loops, with the kernel in float64.
     kernel = 1 / (1 + np.hypot(*np.mgrid[-6:7, -6:7]))
     mean, variance = (
-        array(geometry.pad_sphere(part[..., 2:], 6)) for part in state
+        array(fusion.pad_sphere(part[..., 2:], 6)) for part in state
     )
     row, column = np.argwhere(~known)[5]
     part = np.s_[0, row : row + 13, column : column + 13]
@@ -1269,7 +1271,7 @@ def all_fields():
 
 def fields():
     inputs = all_fields()
-    yield from ((None, name) for name in esm.MOTION)
+    yield from ((None, name) for name in inputs_module.MOTION)
     for number, camera in enumerate(inputs["cameras"]):
         yield from ((number, name) for name in camera)
 
@@ -1468,10 +1470,10 @@ def test_sizes_of_maps_and_pictures_are_looked_at_first():
         with pytest.raises(ValueError, match="would take .*height=1000000 x"):
             make(10**6, 10**6)
     with pytest.raises(ValueError, match="would take .*size=2000001"):
-        geometry.smoothing_kernel(2 * 10**6 + 1)
+        fusion.smoothing_kernel(2 * 10**6 + 1)
     points = np.ones((1, 2, 4))
     with pytest.raises(ValueError, match="`height` x `width` x B must be"):
-        geometry.quantize(points, points, points[..., 0] > 0, 10**6, 10**6)
+        fusion.quantize(points, points, points[..., 0] > 0, 10**6, 10**6)
 
 
 MAP = {"height": 90, "width": 180}

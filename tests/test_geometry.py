@@ -8,7 +8,8 @@ import pytest
 from harness import gradient
 from keras import ops
 
-from keras_memory import geometry
+from keras_memory.spatial import fusion
+from keras_memory.spatial import geometry
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FUNCTIONS = "esm__functions_a", "esm__functions_b"
@@ -287,7 +288,7 @@ def test_fusion_of_three_is_the_product_of_gaussians():
     product /= product.sum()
     mean = (x * product).sum()
     variance = ((x - mean) ** 2 * product).sum()
-    found = geometry.fuse(
+    found = fusion.fuse(
         [np.full((1,), m) for m in means], [np.full((1,), v) for v in variances]
     )
     close(found[0], [mean], 1e-5)
@@ -296,22 +297,22 @@ def test_fusion_of_three_is_the_product_of_gaussians():
 
 def test_fusion_with_what_was_not_measured():
     ones, inf = np.ones(2, "float32"), np.array([np.inf, 3.0], "float32")
-    mean, variance = geometry.fuse([5 * ones, ones], [inf, inf])
+    mean, variance = fusion.fuse([5 * ones, ones], [inf, inf])
     close(mean, [0, 3])
     assert array(variance).tolist() == [np.inf, 1.5]
-    mean, variance = geometry.fuse([5 * ones, ones], [inf, 2 * ones])
+    mean, variance = fusion.fuse([5 * ones, ones], [inf, 2 * ones])
     close(mean, [1, 5 * 0.4 + 1 * 0.6], 1e-5)
     close(variance, [2, 1.2], 1e-5)
 
 
 def test_fusion_of_one_and_of_zero_variance():
-    mean, variance = geometry.fuse([np.array([3.0])], [np.array([2.0])])
+    mean, variance = fusion.fuse([np.array([3.0])], [np.array([2.0])])
     close([mean[0], variance[0]], [3, 2])
     zero = np.zeros(1, "float32")
-    mean, variance = geometry.fuse([zero + 3, zero + 5], [zero, zero + 1])
+    mean, variance = fusion.fuse([zero + 3, zero + 5], [zero, zero + 1])
     close([mean[0], variance[0]], [3, 0])
     slopes = gradient(
-        lambda x: ops.sum(geometry.fuse([x, x * 2], [zero, zero + np.inf])[0]),
+        lambda x: ops.sum(fusion.fuse([x, x * 2], [zero, zero + np.inf])[0]),
         zero + 3,
     )
     close(slopes, [1])
@@ -321,7 +322,7 @@ def test_fusion_of_one_and_of_zero_variance():
 def test_fusion_of_two_is_the_references(name):
     d = golden(name)
     for time in range(3):
-        mean, variance = geometry.fuse(
+        mean, variance = fusion.fuse(
             [d["step.meas_mean"][:, time], d["step.prior_mean"][time]],
             [d["step.meas_var"][:, time], d["step.prior_var"][time]],
         )
@@ -347,7 +348,7 @@ def some_points(depth=(3.0, 2.0, 5.0)):
 
 def quantized(*arguments):
     """Mean and variance, of pixels that have points of their own."""
-    mean, variance, own = geometry.quantize(*arguments)
+    mean, variance, own = fusion.quantize(*arguments)
     return ops.where(own, mean, 0.0), ops.where(own, variance, np.inf)
 
 
@@ -368,7 +369,7 @@ def test_points_are_fused_without_a_depth_buffer():
     image, spread = map(array, found)
     close(
         [image[0, 2, 1], spread[0, 2, 1]],
-        geometry.fuse(list(mean[0, :2]), list(variance[0, :2])),
+        fusion.fuse(list(mean[0, :2]), list(variance[0, :2])),
         1e-5,
     )
     close(image[0, 3, 5], mean[0, 2])
@@ -487,7 +488,7 @@ def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
     mean, variance = some_points()  # at (1.4, 1.9), (0.6, 2.3), (5.2, 3.4)
     valid = [[True] * 3]
     image, spread, own = map(
-        array, geometry.quantize(mean, variance, valid, 4, 6)
+        array, fusion.quantize(mean, variance, valid, 4, 6)
     )
     assert np.argwhere(own[0, ..., 0]).tolist() == [[2, 1], [3, 5]]
     # One reaches (1, 1) to (2, 2), the other (2, 0) to (3, 1).
@@ -504,7 +505,7 @@ def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
         close(spread[0, row, column], variance[0, point])
     assert np.isfinite(spread[0, ..., 0]).sum() == 8
     mean[0, 1, 2] = 20.0  # farther than the first
-    image = array(geometry.quantize(mean, variance, valid, 4, 6)[0])
+    image = array(fusion.quantize(mean, variance, valid, 4, 6)[0])
     close(image[0, 2, 1], mean[0, 0])
     # The last, in column 5.2, is beside the first column.
     close(image[0, 3, 0], mean[0, 2] - [6, 0, 0, 0, 0])
@@ -517,28 +518,28 @@ def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
 def test_padding_is_the_references(name):
     d = golden(name)
     size = (d["pad.out"].shape[1] - d["pad.image"].shape[1]) // 2
-    close(geometry.pad_sphere(d["pad.image"], size), d["pad.out"])
+    close(fusion.pad_sphere(d["pad.image"], size), d["pad.out"])
 
 
 def test_padding_by_nothing():
     image = np.arange(24.0).reshape(1, 2, 4, 3)
-    close(geometry.pad_sphere(image, 0), image)
+    close(fusion.pad_sphere(image, 0), image)
 
 
 def test_the_kernel_by_hand():
     root = 1 / (1 + np.sqrt(2))
     close(
-        geometry.smoothing_kernel(3),
+        fusion.smoothing_kernel(3),
         [[root, 0.5, root], [0.5, 1, 0.5], [root, 0.5, root]],
     )
-    close(geometry.smoothing_kernel(1), [[1]])
+    close(fusion.smoothing_kernel(1), [[1]])
 
 
 def smoothed(mean, variance, kernel):
     """As `geometry.smooth`, by loops."""
     size = len(kernel) // 2
     mean, variance = (
-        array(geometry.pad_sphere(one, size)).astype("float64")
+        array(fusion.pad_sphere(one, size)).astype("float64")
         for one in (mean, variance)
     )
     height, width = mean.shape[1] - 2 * size, mean.shape[2] - 2 * size
@@ -556,9 +557,9 @@ def test_smoothing_by_loops(size):
     rng = np.random.default_rng(0)
     mean = rng.normal(size=(2, 8, 10, 3)).astype("float32")
     variance = 10 ** rng.uniform(-3, 4, size=mean.shape).astype("float32")
-    kernel = geometry.smoothing_kernel(size)
+    kernel = fusion.smoothing_kernel(size)
     close(
-        geometry.smooth(mean, variance, kernel),
+        fusion.smooth(mean, variance, kernel),
         smoothed(mean, variance, kernel),
         1e-4,
     )
@@ -570,8 +571,8 @@ def test_smoothing_far_from_what_is_certain():
     variance = np.full_like(mean, 1e4)
     variance[:, :3] = 1e-3
     mean[:, :3] = 5.0
-    kernel = geometry.smoothing_kernel(7)
-    found = array(geometry.smooth(mean, variance, kernel))
+    kernel = fusion.smoothing_kernel(7)
+    found = array(fusion.smooth(mean, variance, kernel))
     close(found[0, 10:], mean[0, 10:], 1e-5)
     close(found, smoothed(mean, variance, kernel), 1e-5)
 
@@ -588,10 +589,10 @@ def test_smoothing_is_the_references(name):
     for channel, scale in enumerate(d["smooth.kernel_scale"]):
         kernel = 1 / (1 + scale * distance)
         some = np.s_[..., channel : channel + 1]
-        found = array(geometry.smooth(mean[some], variance[some], kernel))
+        found = array(fusion.smooth(mean[some], variance[some], kernel))
         ones = np.ones_like(variance[some])
         precision = array(
-            geometry.smooth(1 / variance[some], ones, kernel)
+            fusion.smooth(1 / variance[some], ones, kernel)
         )  # the mean of it
         found = (found * precision / (precision + 0.01))[:, inner, inner]
         close(found, d["smooth.new_mean"][some], 1e-5)
@@ -601,10 +602,10 @@ def test_smoothing_is_the_references(name):
 def test_smoothing_keeps_signs_and_has_gradients():
     mean = np.full((1, 4, 6, 2), -2.0, "float32")
     variance = np.ones_like(mean)
-    kernel = geometry.smoothing_kernel(3)
-    close(geometry.smooth(mean, variance, kernel), mean, 1e-5)
+    kernel = fusion.smoothing_kernel(3)
+    close(fusion.smooth(mean, variance, kernel), mean, 1e-5)
     slopes = gradient(
-        lambda x: ops.sum(geometry.smooth(x, variance, kernel)), mean
+        lambda x: ops.sum(fusion.smooth(x, variance, kernel)), mean
     )
     close(slopes, np.ones_like(mean), 1e-5)
 
@@ -621,9 +622,9 @@ def results(points, pose):
         geometry.transform(points, pose),
         geometry.compose(pose, np.pad(points, [(0, 0), (0, 0), (0, 1)])),
         geometry.pixel_variance(points, covariance, 4, 6),
-        *geometry.fuse([points, turn], [turn + 1, points + 2]),
-        *geometry.quantize(points, turn + 1, [[True] * 3], 4, 6)[:2],
-        geometry.smooth(image[:, :, :2], spread[:, :, :2], np.ones((1, 1))),
+        *fusion.fuse([points, turn], [turn + 1, points + 2]),
+        *fusion.quantize(points, turn + 1, [[True] * 3], 4, 6)[:2],
+        fusion.smooth(image[:, :, :2], spread[:, :, :2], np.ones((1, 1))),
     ]
 
 
@@ -662,14 +663,14 @@ def test_lists_and_integers_take_the_dtype_of_arrays():
 def test_constants_are_as_exact_as_float64():
     inverse = geometry.inverse_intrinsics((3.0, 7.0), (1 / 3, 0.1))
     close(inverse, [[-1 / 3, 0, 1 / 9], [0, -1 / 7, 0.1 / 7], [0, 0, 1]], 1e-16)
-    kernel = geometry.smoothing_kernel(3)
+    kernel = fusion.smoothing_kernel(3)
     close(kernel[0, 0], 1 / (1 + np.sqrt(2)), 1e-16)
     if keras.backend.backend() == "jax":
         return
     mean = np.random.default_rng(0).normal(size=(1, 4, 6, 2))
     variance = np.exp(mean)
     close(
-        geometry.smooth(mean, variance, kernel),
+        fusion.smooth(mean, variance, kernel),
         smoothed(mean, variance, kernel),
         1e-13,
     )
@@ -832,7 +833,8 @@ def unfit(value):
 
 @pytest.mark.parametrize("name", SOUND)
 def test_what_does_not_fit_is_named(name):
-    function, sound = getattr(geometry, name), SOUND[name]
+    module = geometry if hasattr(geometry, name) else fusion
+    function, sound = getattr(module, name), SOUND[name]
     function(**sound)
     for argument, value in sound.items():
         for wrong in unfit(value):
@@ -844,10 +846,12 @@ def test_what_does_not_fit_is_named(name):
 
 def test_all_functions_have_a_door():
     known = {"check_camera", "check_depth", "check_depth_scale", *SOUND}
+    known |= {"check_leads", "float_tensors", "matrix_product"}
     own = {
         name
-        for name, value in vars(geometry).items()
-        if getattr(value, "__module__", "") == geometry.__name__
+        for module in (geometry, fusion)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__
         and not name.startswith("_")
     }
     assert own == known

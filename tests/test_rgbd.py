@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_full_disk import files_of_at_most
 
-from keras_memory import geometry
-from keras_memory import rgbd
+from keras_memory.spatial import geometry
+from keras_memory.spatial import rgbd
 
 PIL = pytest.importorskip("PIL.Image")
 

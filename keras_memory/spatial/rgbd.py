@@ -25,12 +25,12 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_memory import geometry
 from keras_memory.checks import check_array
 from keras_memory.checks import check_one_of
 from keras_memory.files import check_path
 from keras_memory.files import files_written_aside
 from keras_memory.files import written_aside
+from keras_memory.spatial import geometry
 
 KINDS = "depth", "colour"
 MILLIMETRES = 1000.0  # in a metre

@@ -37,9 +37,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory.checks import LONGEST_AXIS
 from keras_memory.checks import check_array
-from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
@@ -177,7 +175,9 @@ def is_camera(inverse_intrinsics, convention="esm"):
         (...) bool; False for NaN, the signs of another convention, the
         intrinsics K themselves, and for another last row than (0, 0, 1).
     """
-    (matrix,) = _tensors(inverse_intrinsics=(inverse_intrinsics, (..., 3, 3)))
+    (matrix,) = float_tensors(
+        inverse_intrinsics=(inverse_intrinsics, (..., 3, 3))
+    )
     scales = ops.stack([matrix[..., 0, 0], matrix[..., 1, 1]], axis=-1)
     scales, offsets = (
         _sign(convention) * part for part in (scales, matrix[..., :2, 2])
@@ -278,10 +278,10 @@ def pixels_to_camera(
             intrinsics that are of another convention or not inverted.
     """
     matrix = inverse_intrinsics
-    tensors = _tensors(
+    tensors = float_tensors(
         depth=(depth, (..., "h", "w")), inverse_intrinsics=(matrix, (..., 3, 3))
     )
-    _check_leads(depth=tensors[0], inverse_intrinsics=tensors[1])
+    check_leads(depth=tensors[0], inverse_intrinsics=tensors[1])
     check_depth("depth", depth, check_depth_scale(depth_scale))
     if not ops.is_tensor(matrix) and not isinstance(matrix, keras.KerasTensor):
         check_camera("inverse_intrinsics", np.asarray(matrix), convention)
@@ -291,7 +291,7 @@ def pixels_to_camera(
     dtype = ops.dtype(depth)
     rows, columns = np.mgrid[: depth.shape[-2], : depth.shape[-1]]
     pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
-    matrix = _product(ops.cast(_optical_axes(convention), dtype), matrix)
+    matrix = matrix_product(ops.cast(_optical_axes(convention), dtype), matrix)
     directions = _turned(ops.cast(pixels, dtype), matrix[..., None, None, :, :])
     return directions * depth[..., None]
 
@@ -309,7 +309,7 @@ def transform(points, pose):
     Returns:
         (B, n, 3) metres.
     """
-    points, pose = _tensors(
+    points, pose = float_tensors(
         points=(points, ("B", "n", 3)), pose=(pose, ("B", 3, 4))
     )
     return _turned(points, pose[..., None, :, :3]) + pose[..., None, :, 3]
@@ -333,7 +333,7 @@ def rotation_matrix(rotation_vector):
            [ 0.,  1.,  0.],
            [ 0.,  0., -1.]])
     """
-    (vector,) = _tensors(rotation_vector=(rotation_vector, (..., 3)))
+    (vector,) = float_tensors(rotation_vector=(rotation_vector, (..., 3)))
     square = ops.sum(vector * vector, axis=-1)[..., None, None]
     is_small = square < SMALL
     angle = ops.sqrt(ops.where(is_small, 1.0, square))
@@ -348,7 +348,7 @@ def rotation_matrix(rotation_vector):
     cross = ops.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1)
     cross = ops.reshape(cross, (*ops.shape(x), 3, 3))
     identity = ops.eye(3, dtype=ops.dtype(cross))
-    return identity + by_sine * cross + by_cosine * _product(cross, cross)
+    return identity + by_sine * cross + by_cosine * matrix_product(cross, cross)
 
 
 def pose_matrix(pose_vector):
@@ -361,7 +361,7 @@ def pose_matrix(pose_vector):
     Returns:
         (..., 3, 4).
     """
-    (pose_vector,) = _tensors(pose_vector=(pose_vector, (..., 6)))
+    (pose_vector,) = float_tensors(pose_vector=(pose_vector, (..., 6)))
     rotation = rotation_matrix(pose_vector[..., 3:])
     return ops.concatenate([rotation, pose_vector[..., :3, None]], axis=-1)
 
@@ -375,20 +375,22 @@ def compose(second, first):
     Returns:
         (..., 3, 4).
     """
-    second, first = _tensors(
+    second, first = float_tensors(
         second=(second, (..., 3, 4)), first=(first, (..., 3, 4))
     )
-    _check_leads(second=second, first=first)
+    check_leads(second=second, first=first)
     rotation, translation = second[..., :3], second[..., 3:]
     last = ops.cast(np.array([0, 0, 0, 1]), ops.dtype(translation))
-    return _product(rotation, first) + translation * last
+    return matrix_product(rotation, first) + translation * last
 
 
 def invert(pose):
     """The pose that undoes another, (..., 3, 4)."""
-    (pose,) = _tensors(pose=(pose, (..., 3, 4)))
+    (pose,) = float_tensors(pose=(pose, (..., 3, 4)))
     back = ops.swapaxes(pose[..., :3], -1, -2)
-    return ops.concatenate([back, -_product(back, pose[..., 3:])], axis=-1)
+    return ops.concatenate(
+        [back, -matrix_product(back, pose[..., 3:])], axis=-1
+    )
 
 
 def motions(poses):
@@ -402,7 +404,7 @@ def motions(poses):
         (..., T, 3, 4), from the frame at the step before to that at each step;
         at the first it did not move.
     """
-    (poses,) = _tensors(poses=(poses, (..., "T", 3, 4)))
+    (poses,) = float_tensors(poses=(poses, (..., "T", 3, 4)))
     before = ops.concatenate([poses[..., :1, :, :], poses[..., :-1, :, :]], -3)
     return compose(invert(poses), before)
 
@@ -416,11 +418,11 @@ def is_pose(pose):
     Returns:
         (...) bool; False for NaN, scalings and mirrors too.
     """
-    (pose,) = _tensors(pose=(pose, (..., 3, 4)))
+    (pose,) = float_tensors(pose=(pose, (..., 3, 4)))
     rotation, translation = pose[..., :3], pose[..., 3]
     transposed = ops.swapaxes(rotation, -1, -2)
     identity = ops.eye(3, dtype=ops.dtype(rotation))
-    error = _product(rotation, transposed) - identity
+    error = matrix_product(rotation, transposed) - identity
     x, y, z = (rotation[..., i, :] for i in range(3))
     determinant = ops.sum(ops.cross(x, y, axis=-1) * z, axis=-1)
     # A comparison with NaN is False.
@@ -445,7 +447,7 @@ def to_sphere(points):
         up and down the azimuth is 0, and at the origin all are. Gradients are
         finite everywhere, and 0 where there are none.
     """
-    (points,) = _tensors(points=(points, (..., 3)))
+    (points,) = float_tensors(points=(points, (..., 3)))
     x, y, z = (points[..., i] for i in range(3))
     square = x * x + z * z
     on_axis = square < TINY
@@ -463,7 +465,7 @@ def to_sphere(points):
 
 def from_sphere(sphere):
     """Coordinates, in metres, of what `to_sphere` gave: (..., 3)."""
-    (sphere,) = _tensors(sphere=(sphere, (..., 3)))
+    (sphere,) = float_tensors(sphere=(sphere, (..., 3)))
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
     level = radius * ops.sin(polar)
     return ops.stack(
@@ -487,7 +489,7 @@ def to_pixels(sphere, height, width):
         (..., 3): column in [0, W), row in [0, H], depth.
     """
     height, width = check_size("height", height), check_size("width", width)
-    (sphere,) = _tensors(sphere=(sphere, (..., 3)))
+    (sphere,) = float_tensors(sphere=(sphere, (..., 3)))
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
     column = (math.pi - azimuth) * (width / (2 * math.pi))
     row = polar * (height / math.pi)
@@ -497,7 +499,7 @@ def to_pixels(sphere, height, width):
 def from_pixels(pixels, height, width):
     """Azimuth, polar angle and radius of what `to_pixels` gave: (..., 3)."""
     height, width = check_size("height", height), check_size("width", width)
-    (pixels,) = _tensors(pixels=(pixels, (..., 3)))
+    (pixels,) = float_tensors(pixels=(pixels, (..., 3)))
     column, row, depth = (pixels[..., i] for i in range(3))
     azimuth = math.pi - column * (2 * math.pi / width)
     return ops.stack([azimuth, row * (math.pi / height), depth], axis=-1)
@@ -534,7 +536,7 @@ def pixel_variance(points, covariance, height, width):
         depth, in squared metres; 0 at the origin.
     """
     height, width = check_size("height", height), check_size("width", width)
-    points, covariance = _tensors(
+    points, covariance = float_tensors(
         points=(points, ("B", "n", 3)), covariance=(covariance, ("B", 6, 6))
     )
     is_there = ops.sum(points * points, axis=-1, keepdims=True) > TINY
@@ -562,7 +564,7 @@ def pixel_variance(points, covariance, height, width):
     by_move = ops.stack(slopes, axis=-2)
     by_turn = ops.cross(points[..., None, :], by_move, axis=-1)
     jacobian = ops.concatenate([by_move, by_turn], axis=-1)  # (B, n, 3, 6)
-    spread = _product(jacobian, covariance[:, None])
+    spread = matrix_product(jacobian, covariance[:, None])
     variance = ops.sum(spread * jacobian, axis=-1)
     return ops.where(is_there, variance, 0.0)
 
@@ -577,7 +579,7 @@ def turn_covariance(covariance, rotation):
     Returns:
         (..., 6, 6).
     """
-    covariance, rotation = _tensors(
+    covariance, rotation = float_tensors(
         covariance=(covariance, (..., 6, 6)), rotation=(rotation, (3, 3))
     )
     none = ops.zeros_like(rotation)
@@ -588,314 +590,10 @@ def turn_covariance(covariance, rotation):
         ],
         axis=-2,
     )
-    return _product(_product(turn, covariance), ops.transpose(turn))
+    return matrix_product(matrix_product(turn, covariance), ops.transpose(turn))
 
 
-# Measurements.
-
-
-def fuse(means, variances):
-    """The product of Gaussians: what measurements of the same thing tell.
-
-    Source: Lenton et al. 2021, for any number of measurements: v = 1 / sum 1 /
-    v_k, m = v sum m_k / v_k.
-
-    Args:
-        means: list of arrays of one shape, any finite value.
-        variances: likewise, not negative; infinity for what was not measured.
-
-    Returns:
-        Mean and variance, of that shape. What nobody measured has the mean 0
-        and infinite variance.
-
-    Example:
-
-    >>> ones = np.ones(1)
-    >>> mean, variance = fuse([0 * ones, 3 * ones, 6 * ones], [ones] * 3)
-    >>> float(mean[0]), float(variance[0])
-    (3.0, 0.3333333333333333)
-    """
-    lists = {"means": means, "variances": variances}
-    if not all(hasattr(some, "__iter__") for some in lists.values()) or (
-        not 0 < len(means) == len(variances)
-    ):
-        raise ValueError(
-            "`means` and `variances` must be two lists of arrays, of one "
-            f"length. Received: means={means!r}, variances={variances!r}"
-        )
-    axes = tuple(check_array("means[0]", means[0]).shape)
-    tensors = _tensors(
-        **{
-            f"{name}[{i}]": (some[i], axes)
-            for name, some in lists.items()
-            for i in range(len(some))
-        }
-    )
-    means, variances = tensors[: len(means)], tensors[len(means) :]
-    precisions = [1.0 / at_least(variance, TINY) for variance in variances]
-    weighted = [mean * precision for mean, precision in zip(means, precisions)]
-    return _of_sums(sum(weighted), sum(precisions))
-
-
-def _of_sums(weighted, precision):
-    is_hole = precision <= 0.0
-    variance = 1.0 / ops.where(is_hole, 1.0, precision)
-    return weighted * variance, ops.where(is_hole, np.inf, variance)
-
-
-def quantize(mean, variance, valid, height, width, depth_buffer=True):
-    """Rounds points to the pixels of the sphere's image.
-
-    A pixel has the points that are within half a pixel of its middle; where
-    there are none, it shows the nearest of those that are within one pixel, so
-    that what moved is not full of holes. Points keep their own coordinates.
-
-    Source: Lenton et al. 2021: of all points in a pixel the nearest is kept
-    (depth buffer), or they are fused by their variances.
-    Departure: the reference leaves holes as they are; its depth buffer mixes
-    channels of points that are nearly as near; its columns are not continuous
-    across the seam; its lower pole is in the upper one's row; and of n points
-    that it fuses the variance is n times that of the product of Gaussians.
-
-    Args:
-        mean: (B, n, C) column, row, depth, and further channels, finite, depth
-            not negative.
-        variance: (B, n, C), positive.
-        valid: (B, n) bool, False for points that are left out.
-        height, width: ints, H and W.
-        depth_buffer: bool, keep the nearest (default), or fuse.
-
-    Returns:
-        Mean and variance, (B, H, W, C), 0 and infinity where no point is, and
-        (B, H, W, 1) bool, True for pixels that have points of their own.
-        Gradients flow to the points that are kept.
-
-    Example:
-
-    >>> points = np.array([[[1.2, 0.0, 3.0], [0.9, 0.1, 2.0]]])
-    >>> ones = np.ones_like(points)
-    >>> mean, variance, own = quantize(points, ones, [[True, True]], 1, 4)
-    >>> ops.convert_to_numpy(mean)[0, 0, :, 2]
-    array([2., 2., 3., 0.])
-    >>> ops.convert_to_numpy(own)[0, 0, :, 0]
-    array([False,  True, False, False])
-    """
-    height, width = check_size("height", height), check_size("width", width)
-    check_bool("depth_buffer", depth_buffer)
-    sizes, axes = {}, ("B", "n", "C")
-    mean, variance = _tensors(
-        sizes, mean=(mean, axes), variance=(variance, axes)
-    )
-    if sizes.get("C", 3) < 3 or sizes.get("n", 1) < 1:
-        raise ValueError(
-            "`mean` must have at least one point, of at least column, row and "
-            f"depth. Received: shape {tuple(mean.shape)}"
-        )
-    valid = check_array(
-        "valid", valid, axes[:2], sizes, kind="mask", dtype="bool"
-    )
-    valid = ops.reshape(valid, (-1,))
-    batch, number, channels = ops.shape(mean)
-    if height * width * (batch if isinstance(batch, int) else 1) > LONGEST_AXIS:
-        raise ValueError(
-            f"`height` x `width` x B must be at most {LONGEST_AXIS}, as pixels "
-            f"have int32 numbers. Received: height={height}, width={width}, "
-            f"B={batch}"
-        )
-    shape = (batch, height, width)
-    pixels = batch * height * width
-    first = height * width * ops.arange(batch, dtype="int32")
-    first = ops.reshape(ops.tile(first[:, None], (1, number)), (-1,))
-
-    def place(columns, rows):
-        """(B n,) the pixel in a line of all; behind it for what is left out."""
-        row = ops.clip(ops.cast(rows, "int32"), 0, height - 1)
-        column = ops.cast(columns, "int32") % width
-        line = first + ops.reshape(row * width + column, (-1,))
-        return ops.where(valid, line, pixels)
-
-    columns, rows = (ops.stop_gradient(mean[..., i]) for i in range(2))
-    column, row = ops.floor(columns + 0.5), ops.floor(rows + 0.5)
-    # The pixels around each point: its own, which counts more, and others.
-    beside = column + ops.sign(columns - column)
-    above = row + ops.sign(rows - row)
-    own = place(column, row)
-    others = [(beside, row), (column, above), (beside, above)]
-    line = ops.concatenate([own, *(place(*other) for other in others)])
-    nearness = 1.0 / (1.0 + ops.stop_gradient(mean[..., 2]))  # above 0, to 1
-    # PyTorch's maxima of segments are those of float32.
-    dtype = keras.backend.result_type(ops.dtype(nearness), "float32")
-    nearness = ops.reshape(ops.cast(nearness, dtype), (-1,))
-    nearness = ops.concatenate([nearness + 1.0, nearness, nearness, nearness])
-    most = ops.segment_max(nearness, line, pixels + 1)
-    point = ops.tile(ops.arange(batch * number, dtype="int32"), (4,))
-    point = ops.where(nearness >= ops.take(most, line), point, -1)
-    point = ops.segment_max(point, line, pixels + 1)[:pixels]
-    is_hole = (point < 0)[:, None]
-    is_own = most[:pixels, None] > 1.0
-    both = ops.concatenate([mean, variance], axis=-1)
-    both = ops.reshape(both, (-1, 2 * channels))
-    kept = ops.take(both, ops.maximum(point, 0), axis=0)
-    mean = ops.where(is_hole, 0.0, kept[:, :channels])
-    variance = ops.where(is_hole, np.inf, kept[:, channels:])
-    if not depth_buffer:
-        around = ops.floor((both[:, :1] + 0.5) / width)
-        means = both[:, :channels] - ops.pad(
-            width * ops.stop_gradient(around), ((0, 0), (0, channels - 1))
-        )
-        precision = 1.0 / at_least(both[:, channels:], TINY)
-        sums = ops.concatenate([means * precision, precision], axis=-1)
-        sums = ops.segment_sum(sums, own, pixels + 1)[:pixels]
-        fused = _of_sums(sums[:, :channels], sums[:, channels:])
-        mean = ops.where(is_own, fused[0], mean)
-        variance = ops.where(is_own, fused[1], variance)
-    # Beside the seam, columns go on beyond the first and the last.
-    grid = ops.cast(ops.arange(pixels) % width, ops.dtype(mean))[:, None]
-    around = ops.round(ops.stop_gradient(mean[:, :1] - grid) / width)
-    mean = ops.concatenate([mean[:, :1] - width * around, mean[:, 1:]], -1)
-    return (
-        ops.reshape(mean, (*shape, channels)),
-        ops.reshape(variance, (*shape, channels)),
-        ops.reshape(is_own & ops.logical_not(is_hole), (*shape, 1)),
-    )
-
-
-def pad_sphere(image, size):
-    """Continues an image of the sphere across its poles and its seam.
-
-    Args:
-        image: (B, H, W, C), W even.
-        size: int, from 0 to H, how many pixels to each side; at most W.
-
-    Returns:
-        (B, H + 2 size, W + 2 size, C).
-
-    Example:
-
-    >>> image = np.arange(4.0).reshape(1, 1, 4, 1)
-    >>> ops.convert_to_numpy(pad_sphere(image, 1))[0, ..., 0]
-    array([[1., 2., 3., 0., 1., 2.],
-           [3., 0., 1., 2., 3., 0.],
-           [1., 2., 3., 0., 1., 2.]])
-    """
-    size = check_size("size", size, least=0)
-    (image,) = _tensors(image=(image, ("B", "H", "W", "C")))
-    _check_around(image, size)
-    image = _pad_poles(image, size)
-    left, right = image[:, :, image.shape[2] - size :], image[:, :, :size]
-    return ops.concatenate([left, image, right], axis=2)
-
-
-def _check_around(image, size):
-    """Raises ValueError unless `_pad_poles` can take so many pixels."""
-    height, width = image.shape[1:3]
-    if width % 2 or size > min(height, width):
-        raise ValueError(
-            "An image of a sphere must have an even number of columns, and at "
-            f"least as many rows and columns as are added, {size}. Received: "
-            f"shape {tuple(image.shape)}"
-        )
-
-
-def _pad_poles(image, size):
-    height, width = image.shape[1:3]
-    # Beyond a pole is the other side.
-    other = ops.roll(image, width // 2, axis=2)
-    above = ops.flip(other[:, :size], axis=1)
-    below = ops.flip(other[:, height - size :], axis=1)
-    return ops.concatenate([above, image, below], axis=1)
-
-
-def smoothing_kernel(size):
-    """(size, size) float64 array of an odd size, 1 / (1 + distance in pixels).
-
-    Source: Lenton et al. 2021, smoothing.
-    """
-    if check_size("size", size) % 2 == 0:
-        raise ValueError(
-            f"`size` must be odd, to have a middle. Received: size={size}"
-        )
-    sizes = ("size", size), ("size", size)
-    check_bytes("The kernel", sizes, "float64", on_host=True)
-    places = np.arange(size) - size // 2
-    distance = np.hypot(places[:, None], places[None])
-    return 1 / (1 + distance)
-
-
-def smooth(mean, variance, kernel):
-    """The mean around each pixel, by what is near and what is certain.
-
-    Source: Lenton et al. 2021, smoothing: m = sum_j c_j m_j / v_j / sum_j c_j /
-    v_j.
-    Departure: the reference adds a hundredth of the kernel's sum to the
-    denominator, and takes the absolute value.
-
-    Args:
-        mean: (B, H, W, C), finite.
-        variance: (B, H, W, C), positive.
-        kernel: (k, k) array, not negative, symmetric about both its axes, k
-            odd and at most 2 H + 1. Its dtype does not count.
-
-    Returns:
-        (B, H, W, C) means; variances are not smoothed.
-    """
-    axes = "B", "H", "W", "C"
-    mean, variance = _tensors(mean=(mean, axes), variance=(variance, axes))
-    kernel = check_array(
-        "kernel", kernel, ("k", "k"), dtype="float64", result="numpy"
-    )
-    if len(kernel) % 2 == 0:
-        raise ValueError(
-            "`kernel` must have an odd number of rows, to have a middle. "
-            f"Received: shape {kernel.shape}"
-        )
-    _check_around(mean, len(kernel) // 2)
-    if 0 in mean.shape:  # PyTorch has no spectra of nothing
-        return mean
-    precision = 1.0 / at_least(variance, TINY)
-    both = ops.concatenate([mean * precision, precision], axis=-1)
-    if keras.backend.backend() == "jax":  # has no float64 unless it is told
-        both = _convolved(both, kernel)
-    else:
-        both = _convolved_by_spectra(both, kernel)
-    weighted, precision = ops.split(both, 2, axis=-1)
-    return weighted / precision
-
-
-def _convolved(image, kernel):
-    image = pad_sphere(image, kernel.shape[0] // 2)
-    channels = image.shape[-1]
-    kernel = np.tile(kernel[:, :, None, None], (1, 1, channels, 1))
-    return ops.depthwise_conv(image, ops.cast(kernel, ops.dtype(image)))
-
-
-def _convolved_by_spectra(image, kernel):
-    """As `_convolved`, sooner: rows are periodic. In float64, or what is
-    certain would drown in rounding what is not."""
-    height, width = image.shape[1:3]
-    half = kernel.shape[0] // 2
-    rows = np.zeros((half + 1, width))
-    for column in range(-half, half + 1):
-        rows[:, column % width] += kernel[half:, half + column]
-    of_kernel = np.fft.rfft(rows).real  # as it is symmetric
-    of_kernel = ops.convert_to_tensor(of_kernel, "float64")
-    padded = ops.cast(_pad_poles(image, half), "float64")
-    spectra = ops.rfft(ops.transpose(padded, (0, 3, 1, 2)))
-
-    def summed(part):
-        total = part[:, :, half : half + height] * of_kernel[0]
-        for row in range(1, half + 1):
-            above = part[:, :, half - row : half - row + height]
-            below = part[:, :, half + row : half + row + height]
-            total = total + (above + below) * of_kernel[row]
-        return total
-
-    real, imaginary = map(summed, spectra)
-    result = ops.irfft((real, imaginary), fft_length=width)
-    return ops.cast(ops.transpose(result, (0, 2, 3, 1)), ops.dtype(image))
-
-
-def _tensors(sizes=None, **arrays):
+def float_tensors(sizes=None, **arrays):
     """Checked tensors, of the widest float dtype among them.
 
     Args:
@@ -930,7 +628,7 @@ def _widest(*dtypes):
     return "float64" if wide else keras.backend.result_type(*dtypes)
 
 
-def _check_leads(**tensors):
+def check_leads(**tensors):
     """Raises ValueError unless all axes but the last two can be broadcast."""
     leads = [tuple(tensor.shape)[-3::-1] for tensor in tensors.values()]
     for sizes in itertools.zip_longest(*leads, fillvalue=1):
@@ -943,7 +641,7 @@ def _check_leads(**tensors):
             )
 
 
-def _product(matrices, others):
+def matrix_product(matrices, others):
     """(..., i, k) products of (..., i, j) with (..., j, k), for a small j.
 
     Of `ops.matmul` accelerators round the factors to 11 bits or 8, and so 10
@@ -957,10 +655,10 @@ def _product(matrices, others):
 
 def _turned(vectors, matrices):
     """(..., 3) products of (..., 3, 3) with (..., 3)."""
-    return _product(matrices, vectors[..., None])[..., 0]
+    return matrix_product(matrices, vectors[..., None])[..., 0]
 
 
 def at_least(values, least):
     """As `ops.maximum`, which on PyTorch makes float32 of float64."""
-    values, least = _tensors(values=(values, None), least=(least, None))
+    values, least = float_tensors(values=(values, None), least=(least, None))
     return ops.where(values > least, values, least)

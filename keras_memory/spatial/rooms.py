@@ -6,10 +6,10 @@ those of `geometry`: x left, y up, z forward, metres.
 
 import numpy as np
 
-from keras_memory import geometry
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
+from keras_memory.spatial import geometry
 
 COLOURS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
     [
