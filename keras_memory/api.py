@@ -14,10 +14,10 @@ from keras_memory.inspection import callbacks as callbacks
 from keras_memory.inspection import explanations as explanations
 from keras_memory.inspection.plotting import plot as plot
 from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
-from keras_memory.memory_wrap import (
+from keras_memory.memory_wrap import MemoryWrapLayer as MemoryWrapLayer
+from keras_memory.memory_wrap_classifier import (
     MemoryWrapClassifier as MemoryWrapClassifier,
 )
-from keras_memory.memory_wrap import MemoryWrapLayer as MemoryWrapLayer
 from keras_memory.ntm import MERLINState as MERLINState
 from keras_memory.ntm import NTMCell as NTMCell
 from keras_memory.ntm import NTMLayer as NTMLayer

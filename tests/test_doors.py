@@ -9,7 +9,7 @@ import pytest
 
 import keras_memory
 from keras_memory import losses
-from keras_memory import memory_wrap
+from keras_memory import memory_wrap_classifier
 from keras_memory import retrieval
 from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
@@ -140,7 +140,7 @@ CALLS = {
         {"memory_encodings": real(5, 3)},
     ),
     "labels_of": (
-        lambda y: memory_wrap.labels_of(y, 5, 3),
+        lambda y: memory_wrap_classifier.labels_of(y, 5, 3),
         {"y": np.eye(5, 3, dtype="float32")},
     ),
     "ESMLayer": (

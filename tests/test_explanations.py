@@ -13,7 +13,7 @@ from PIL import Image
 from keras_memory import visualization
 from keras_memory.inspection import callbacks
 from keras_memory.inspection import explanations
-from keras_memory.memory_wrap import MemoryWrapClassifier
+from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 
 trains = pytest.mark.skipif(
     not harness.TRAINS, reason="Keras has no gradients on NumPy"

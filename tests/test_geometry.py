@@ -887,7 +887,8 @@ def test_sizes_that_disagree_are_told(name, change):
     if name == "pixels_to_camera":
         sound = {**sound, "inverse_intrinsics": np.stack([INVERSE] * 3)}
     with pytest.raises(ValueError, match="must .*Received: "):
-        getattr(geometry, name)(**{**sound, **change})
+        module = geometry if hasattr(geometry, name) else fusion
+        getattr(module, name)(**{**sound, **change})
 
 
 def test_accelerators_round_no_factor(monkeypatch):

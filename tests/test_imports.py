@@ -45,7 +45,7 @@ LAYERS = [
     ["retrieval.scann_index", "retrieval.knn_memory"],
     ["retrieval"],
     ["esm", "memory_wrap"],
-    ["memorizing_transformer"],
+    ["memory_wrap_classifier", "memorizing_transformer"],
     ["inspection.explanations"],
     ["inspection.plotting", "inspection.probe"],
     ["inspection.callbacks"],

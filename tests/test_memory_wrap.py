@@ -16,8 +16,8 @@ from keras_memory import convert
 from keras_memory import memory_wrap
 from keras_memory.inspection import explanations
 from keras_memory.memory_wrap import BaselineMemory
-from keras_memory.memory_wrap import MemoryWrapClassifier
 from keras_memory.memory_wrap import MemoryWrapLayer
+from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 from keras_memory.retrieval import exact
 from keras_memory.retrieval.knn_memory import KNNMemory
 

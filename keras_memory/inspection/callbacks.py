@@ -385,7 +385,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         every=1,
         labels=None,
     ):
-        from keras_memory.memory_wrap import labels_of
+        from keras_memory.memory_wrap_classifier import labels_of
         from keras_memory.visualization.tiles import check_shades
 
         super().__init__()
@@ -406,7 +406,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         from keras_memory.inspection import explanations
-        from keras_memory.memory_wrap import labels_of
+        from keras_memory.memory_wrap_classifier import labels_of
 
         explanations.check_model(self.model, self.class_names)
         if self.labels is not None:

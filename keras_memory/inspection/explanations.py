@@ -15,10 +15,10 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
-from keras_memory.memory_wrap import NO_LABEL
-from keras_memory.memory_wrap import MemoryWrapClassifier
-from keras_memory.memory_wrap import labels_of
-from keras_memory.memory_wrap import without_gradients
+from keras_memory.memory_wrap_classifier import NO_LABEL
+from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
+from keras_memory.memory_wrap_classifier import labels_of
+from keras_memory.memory_wrap_classifier import without_gradients
 
 
 class Explanation(NamedTuple):

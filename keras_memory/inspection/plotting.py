@@ -7,7 +7,7 @@ from keras import ops
 from keras_memory import recurrent
 from keras_memory.esm import ESMLayer
 from keras_memory.inspection import explanations
-from keras_memory.memory_wrap import MemoryWrapClassifier
+from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 from keras_memory.recurrent import tracing
 
 
