@@ -1,7 +1,6 @@
 """The public names of the package, which `__init__` hands on."""
 
 from keras_memory import convert as convert
-from keras_memory import export as export
 from keras_memory import losses as losses
 from keras_memory import tasks as tasks
 from keras_memory.dnc import DNCCell as DNCCell
@@ -30,6 +29,7 @@ from keras_memory.recurrent.tracing import trace_model as trace_model
 from keras_memory.retrieval.knn_layer import KNNMemoryLayer as KNNMemoryLayer
 from keras_memory.retrieval.knn_memory import KNNMemory as KNNMemory
 from keras_memory.retrieval.scann_index import ScannIndex as ScannIndex
+from keras_memory.serving import export as export
 from keras_memory.spatial import geometry as geometry
 from keras_memory.spatial import rgbd as rgbd
 from keras_memory.spatial import rooms as rooms

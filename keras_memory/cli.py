@@ -411,7 +411,7 @@ def export(parsed):
     _check_least(parsed, version=1)
     config, model = _trained(parsed.folder)
 
-    from keras_memory.export import export_for_serving
+    from keras_memory.serving.export import export_for_serving
 
     target = export_for_serving(
         model, parsed.out, version=parsed.version, name=config.task.name

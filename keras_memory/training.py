@@ -18,13 +18,13 @@ from keras_memory import config as configuration
 from keras_memory import losses
 from keras_memory import runs
 from keras_memory import tasks
-from keras_memory.export import export_for_serving
 from keras_memory.files import check_new_folder
 from keras_memory.files import check_run_folder
 from keras_memory.files import locked
 from keras_memory.files import written_aside
 from keras_memory.inspection.callbacks import MemoryTensorBoard
 from keras_memory.inspection.callbacks import ProbePictures
+from keras_memory.serving.export import export_for_serving
 
 
 def build(config):

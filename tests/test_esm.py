@@ -389,7 +389,7 @@ def test_a_stateful_model_refuses_a_smaller_last_batch():
 def test_a_stateful_model_is_served_as_one_without_state(tmp_path):
     import tensorflow as tf
 
-    from keras_memory import export
+    from keras_memory.serving import export
 
     inputs = seen(batch=2, times=3)
     entry = entry_of(inputs, batch=2, times=3)

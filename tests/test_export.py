@@ -16,8 +16,10 @@ from catalogue import of_layers
 from harness import close
 
 import keras_memory
-from keras_memory import export
-from keras_memory.export import export_for_serving
+from keras_memory.serving import export
+from keras_memory.serving import saved_model
+from keras_memory.serving import streaming
+from keras_memory.serving.export import export_for_serving
 
 tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":
@@ -631,12 +633,12 @@ def test_an_input_has_its_own_name(given, served, tmp_path):
     ],
 )
 def test_names_are_those_that_tensorflow_takes(given, served):
-    assert export._names("inputs", keras.Input((5,), name=given)) == [served]
+    assert streaming._names("inputs", keras.Input((5,), name=given)) == [served]
 
     def function(**inputs):
         return inputs
 
-    signature = export._trace(function, {served: ((None,), "float32")})
+    signature = streaming._trace(function, {served: ((None,), "float32")})
     assert takes(signature) == {served}
     signature(**{served: tf.ones(3)})
 
@@ -865,8 +867,8 @@ def interrupted(*args, **kwargs):
         (None, "save", lambda save: failing, OSError),
         (None, "save", wrong_weights, RuntimeError),
         (None, "load", lambda load: interrupted, KeyboardInterrupt),
-        (export, "_check_signatures", lambda check: failing, OSError),
-        (export, "_write_warm_up", lambda write: failing, OSError),
+        (export, "check_signatures", lambda check: failing, OSError),
+        (export, "write_warm_up", lambda write: failing, OSError),
         (os, "fsync", lambda fsync: failing, OSError),
         (pathlib.Path, "rename", lambda rename: failing, OSError),
     ],
@@ -920,18 +922,20 @@ def test_a_full_disk_is_told(place, name, error, tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a writer")
 def test_what_killed_exports_left_is_removed(tmp_path):
     folder = tmp_path / "model"
-    with export._appearing(folder / "3") as running:  # another, at work
+    with saved_model.appearing_folder(
+        folder / "3"
+    ) as running:  # another, at work
         (running / "part").write_text("half")
         reads, writes = os.pipe()
         killed = os.fork()
         if killed == 0:
-            with export._appearing(folder / "1") as left:
+            with saved_model.appearing_folder(folder / "1") as left:
                 (left / "part").write_text("half")
                 os.write(writes, b"!")
                 signal.pause()
         assert os.read(reads, 1) == b"!"
         hidden = {path.name for path in folder.iterdir()}
-        with export._appearing(folder / "2"):  # while that one lives
+        with saved_model.appearing_folder(folder / "2"):  # while that one lives
             assert hidden < {path.name for path in folder.iterdir()}
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
@@ -939,7 +943,7 @@ def test_what_killed_exports_left_is_removed(tmp_path):
         # An older version had no locks, and a user has folders of his own.
         (folder / ".7.0123abcd").mkdir()
         (folder / ".7.mine").mkdir()
-        with export._appearing(folder / "4"):
+        with saved_model.appearing_folder(folder / "4"):
             pass
         names = {running.name, f"{running.name}.lock", ".7.mine", "2", "4"}
         assert {path.name for path in folder.iterdir()} == names
@@ -950,21 +954,21 @@ def test_what_killed_exports_left_is_removed(tmp_path):
 
 
 def test_a_difference_in_streaming_is_found(tmp_path, monkeypatch):
-    initial = export._initial_states
+    initial = streaming._initial_states
 
     def shifted(calls, batch):
         states = initial(calls, batch)
         traced = tf.is_symbolic_tensor(batch)
         return [state + traced * 1.0 for state in states]
 
-    monkeypatch.setattr(export, "_initial_states", shifted)
+    monkeypatch.setattr(streaming, "_initial_states", shifted)
     with pytest.raises(RuntimeError, match="signature `step`.*difference of"):
         export_for_serving(tiny(), tmp_path / "model")
     assert not list((tmp_path / "model").iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_take_apart", failing)  # no work before
+    monkeypatch.setattr(export, "take_apart", failing)  # no work before
     file = tmp_path / "file"
     file.write_text("in the way")
     for folder in (file, file / "below"):

@@ -16,8 +16,8 @@ from harness import close
 from keras import ops
 
 from keras_memory import ScannIndex
-from keras_memory import export
 from keras_memory.retrieval import tuning
+from keras_memory.serving import export
 
 needs_scann = [
     pytest.mark.scann,
