@@ -1,6 +1,5 @@
 """The public names of the package, which `__init__` hands on."""
 
-from keras_memory import convert as convert
 from keras_memory import losses as losses
 from keras_memory import tasks as tasks
 from keras_memory.dnc import DNCCell as DNCCell

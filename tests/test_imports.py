@@ -56,6 +56,8 @@ LAYERS = [
     ["serving.saved_model"],
     ["serving.export"],
     ["serving"],
+    ["convert.weights", "convert.checkpoints"],
+    ["convert.ntm", "convert.dnc", "convert.memory_wrap"],
     ["convert"],
     ["runs"],
     ["training"],

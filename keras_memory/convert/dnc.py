@@ -1,0 +1,369 @@
+"""Differentiable Neural Computers of DeepMind and of pytorch-dnc."""
+
+import re
+
+import numpy as np
+
+from keras_memory.checks import check_between
+from keras_memory.checks import check_clip
+from keras_memory.checks import check_size
+from keras_memory.convert.weights import NORM_EPSILON
+from keras_memory.convert.weights import TORCH_GATES
+from keras_memory.convert.weights import Sizes
+from keras_memory.convert.weights import assign_weights
+from keras_memory.convert.weights import canonical_arrays
+from keras_memory.convert.weights import check_shapes
+from keras_memory.convert.weights import make_layer
+from keras_memory.convert.weights import split_columns
+from keras_memory.convert.weights import tensorflow_lstm
+from keras_memory.convert.weights import torch_cells
+from keras_memory.convert.weights import torch_controller
+from keras_memory.convert.weights import torch_layers
+from keras_memory.convert.weights import torch_linear
+from keras_memory.convert.weights import torch_name
+from keras_memory.convert.weights import torch_shapes
+from keras_memory.dnc import DNCInterface
+from keras_memory.dnc import DNCLayer
+
+
+def from_deepmind_dnc(weights, memory_slots, clip_value=None, **layer_kwargs):
+    """Makes a DNC of the weights of google-deepmind/dnc.
+
+    The layer computes what the reference's `dnc.DNC` computes, also where
+    that differs from the paper: strengths are a softplus (not 1 more), usage
+    passes no gradient to the write weightings.
+
+    Args:
+        weights: dict of arrays with the names of a TensorFlow 1 checkpoint
+            (`tf.train.load_checkpoint`), without an optimizer's variables.
+            Names may begin with any scope and end in `:0`.
+        memory_slots: int, at least 1, `memory_size` of the reference.
+        clip_value: float above 0 or None, as the reference was made with
+            (its `train.py` has 20): clips controller output, controller state
+            and output.
+        **layer_kwargs: arguments of `DNCLayer` that the weights leave open:
+            `dtype`, `name`, `stateful`, ... `return_sequences` is True by
+            default.
+
+    Returns:
+        A built `DNCLayer`; of a stateful one the cell is built, and the states
+        come with the first batch.
+
+    Raises:
+        ValueError: arrays are missing, too many or misshapen, or hold
+            anything but finite numbers; an argument is out of its range, or
+            is one that the weights determine.
+
+    Example:
+
+    >>> file = np.load("tests/goldens/dm_dnc__full_b.npz")
+    >>> weights = {n[2:]: file[n] for n in file.files if n.startswith("w.")}
+    >>> layer = keras_memory.convert.from_deepmind_dnc(weights, 5)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 4])
+    """
+    check_size("memory_slots", memory_slots)
+    check_clip("clip_value", clip_value)
+    weights = canonical_arrays(weights, _deepmind_name)
+    sizes = Sizes(weights)
+    (outputs,) = sizes.of("output_linear/b", 1)
+    (readers,) = sizes.of("memory_access/read_strengths/b", 1)
+    (writers,) = sizes.of("memory_access/write_strengths/b", 1)
+    (keys,) = sizes.of("memory_access/read_keys/b", 1)
+    (gates,) = sizes.of("lstm/b_gates", 1)
+    width, units = keys // readers, gates // 4
+    inputs = sizes.rest("lstm/w_gates", 0, readers * width + units)
+    parts = DNCInterface(
+        read_key=("read_keys", readers * width),
+        read_strength=("read_strengths", readers),
+        write_key=("write_keys", writers * width),
+        write_strength=("write_strengths", writers),
+        erase_vector=("erase_vectors", writers * width),
+        add_vector=("write_vectors", writers * width),
+        free_gate=("free_gate", readers),
+        allocation_gate=("allocation_gate", writers),
+        write_gate=("write_gate", writers),
+        read_mode=("read_mode", readers * (2 * writers + 1)),
+        **_NO_OPTIONS,
+    )
+    shapes = {
+        "lstm/w_gates": (inputs + readers * width + units, 4 * units),
+        "lstm/b_gates": (4 * units,),
+        "output_linear/w": (units + readers * width, outputs),
+        "output_linear/b": (outputs,),
+    }
+    for name, size in filter(None, parts):
+        shapes[f"memory_access/{name}/w"] = (units, size)
+        shapes[f"memory_access/{name}/b"] = (size,)
+    check_shapes(weights, shapes, sizes)
+
+    def linear(name):
+        return np.concatenate(
+            [weights[f"{name}/w"], weights[f"{name}/b"][None]]
+        )
+
+    columns = DNCInterface(
+        *[part and linear(f"memory_access/{part[0]}") for part in parts]
+    )
+    layer = make_layer(
+        DNCLayer,
+        layer_kwargs,
+        determined={
+            "units": outputs,
+            "memory_slots": memory_slots,
+            "slot_size": width,
+            "read_heads": readers,
+            "write_heads": writers,
+            "controller": "lstm",
+            "controller_units": units,
+            "controller_layers": 1,
+            "controller_clip": clip_value,
+            "controller_state_clip": clip_value,
+            "clip_value": clip_value,
+            "layers": 1,
+            "usage_gradient": False,
+            "key_activation": "linear",
+            "add_activation": "linear",
+            "norm_epsilon": 1e-6,
+            **_OF_BOTH_DNCS,
+        },
+    )
+    return assign_weights(
+        layer,
+        inputs,
+        [tensorflow_lstm(weights["lstm/w_gates"], weights["lstm/b_gates"])],
+        [_dnc_interface(columns, readers, writers)],
+        linear("output_linear"),
+    )
+
+
+def from_pytorch_dnc(
+    weights,
+    memory_slots,
+    read_heads,
+    nonlinearity="tanh",
+    clip=20.0,
+    **layer_kwargs,
+):
+    """Makes a DNC of the weights of ixaxaar/pytorch-dnc, 1.1.0 or 2.0.0b1.
+
+    The layer computes what the reference's `DNC` computes when it is called
+    one step at a time with its state handed on, also where that differs from
+    the paper: strengths are a softplus (not 1 more), keys and write vectors
+    pass a tanh.
+
+    Departures: within one call the reference never feeds reads back to the
+    controller; the layer always does. The reference draws the controller's
+    initial state anew at each call; here it is 0, unless
+    `initial_controller_state` says otherwise. With one memory for several
+    layers the reference has one set of interface weights for all; here each
+    layer has its own, which start equal.
+
+    Args:
+        weights: dict of arrays, a state dict of `DNC`; names may begin with
+            `module.`.
+        memory_slots: int, at least 1, `nr_cells` of the reference.
+        read_heads: int, at least 1, likewise. Few wrong numbers fit the
+            weights, but those cannot be told.
+        nonlinearity: `"tanh"` or `"relu"`, of `rnn_type="rnn"`.
+        clip: float, at least 0, as the reference was made with: clips the
+            controllers' outputs; 0 or None does not.
+        **layer_kwargs: arguments of `DNCLayer` that the weights leave open:
+            `dtype`, `name`, `stateful`, ... `return_sequences` is True by
+            default.
+
+    Returns:
+        A built `DNCLayer`; of a stateful one the cell is built, and the states
+        come with the first batch.
+
+    Raises:
+        ValueError: arrays are missing, too many or misshapen, or hold
+            anything but finite numbers; an argument is out of its range, or
+            is one that the weights determine.
+
+    Example:
+
+    >>> name = "pytorch_dnc_stepwise__lstm_1l_shared_r2_a.npz"
+    >>> file = np.load(f"tests/goldens/{name}")
+    >>> weights = {n[2:]: file[n] for n in file.files if n.startswith("w.")}
+    >>> layer = keras_memory.convert.from_pytorch_dnc(weights, 7, 2)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 4])
+    """
+    check_size("memory_slots", memory_slots)
+    check_size("read_heads", read_heads)
+    if clip is not None:
+        check_between("clip", clip, 0)
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(
+            "`nonlinearity` must be 'tanh' or 'relu'. "
+            f"Received: nonlinearity={nonlinearity!r}"
+        )
+    weights = canonical_arrays(weights, torch_name)
+    rnns = [
+        re.fullmatch(r"((\w+)_layer_\d+)\.weight_ih_l0", name)
+        for name in weights
+    ]
+    kinds = {match[2] for match in rnns if match}
+    if len(kinds) != 1 or not kinds <= set(TORCH_GATES):
+        raise ValueError(
+            "`weights` must have controllers of one kind, such as "
+            f"'lstm_layer_0.weight_ih_l0'. Received: {sorted(weights)}"
+        )
+    (kind,) = kinds
+    if nonlinearity != "tanh" and kind != "rnn":
+        raise ValueError(
+            f"`nonlinearity` must be 'tanh' for these weights, of {kind!r}: "
+            "only 'rnn' has a choice. "
+            f"Received: nonlinearity={nonlinearity!r}"
+        )
+    layers = len(list(filter(None, rnns)))
+    first = f"{kind}_layer_0"
+    hidden_layers = torch_layers(weights, first)
+    bias = any(".bias_ih_l" in n or ".bias_hh_l" in n for n in weights)
+    shared = any("memory_shared" in name for name in weights)
+    memories = [
+        f"rnn_layer_memory_{'shared' if shared else layer}"
+        for layer in range(layers)
+    ]
+    apart = any("_transform." in name for name in weights)
+
+    sizes = Sizes(weights)
+    (outputs,) = sizes.of("output.bias", 1)
+    _, units = sizes.of(f"{first}.weight_hh_l0", 2)
+    reads_size = sizes.rest("output.weight", 1, units)
+    width, rest = divmod(reads_size, read_heads)
+    if rest:
+        raise ValueError(
+            "`read_heads` must divide the width of all reads, which is "
+            f"{reads_size} by 'output.weight'. "
+            f"Received: read_heads={read_heads}"
+        )
+    sizes.sources.append(f"read_heads={read_heads}")
+    inputs = sizes.rest(f"{first}.weight_ih_l0", 1, reads_size)
+    # As they follow one another where they are in one matrix.
+    parts = {
+        "read_key": ("read_keys", read_heads * width),
+        "read_strength": ("read_strengths", read_heads),
+        "write_key": ("write_key", width),
+        "write_strength": ("write_strength", 1),
+        "erase_vector": ("erase_vector", width),
+        "add_vector": ("write_vector", width),
+        "free_gate": ("free_gates", read_heads),
+        "allocation_gate": ("allocation_gate", 1),
+        "write_gate": ("write_gate", 1),
+        "read_mode": ("read_modes", 3 * read_heads),
+    }
+    shapes = {
+        "output.weight": (outputs, units + reads_size),
+        "output.bias": (outputs,),
+    }
+    for layer in range(layers):
+        width_in = (units if layer else inputs) + reads_size
+        shapes |= torch_shapes(
+            f"{kind}_layer_{layer}", kind, hidden_layers, width_in, units, bias
+        )
+    for memory in set(memories):
+        linears = {"interface_weights": sum(n for _, n in parts.values())}
+        if apart:
+            linears = {f"{n}_transform": size for n, size in parts.values()}
+        for name, size in linears.items():
+            shapes[f"{memory}.{name}.weight"] = (size, units)
+            shapes[f"{memory}.{name}.bias"] = (size,)
+    check_shapes(weights, shapes, sizes)
+
+    def interface(memory):
+        if apart:
+            columns = [
+                torch_linear(weights, f"{memory}.{name}_transform")
+                for name, _ in parts.values()
+            ]
+        else:
+            columns = split_columns(
+                torch_linear(weights, f"{memory}.interface_weights"),
+                *[size for _, size in parts.values()],
+            )
+        columns = DNCInterface(**dict(zip(parts, columns)), **_NO_OPTIONS)
+        return _dnc_interface(columns, read_heads, write_heads=1)
+
+    layer = make_layer(
+        DNCLayer,
+        layer_kwargs,
+        determined={
+            "units": outputs,
+            "memory_slots": memory_slots,
+            "slot_size": width,
+            "read_heads": read_heads,
+            "write_heads": 1,
+            "controller": torch_cells(
+                kind,
+                units,
+                hidden_layers,
+                nonlinearity,
+                bias,
+                layer_kwargs,
+            ),
+            "controller_units": units,
+            "controller_layers": hidden_layers,
+            "controller_clip": clip or None,
+            "controller_state_clip": None,
+            "clip_value": None,
+            "layers": layers,
+            "share_memory": shared,
+            "usage_gradient": True,
+            "key_activation": "tanh",
+            "add_activation": "tanh",
+            "norm_epsilon": NORM_EPSILON,
+            **_OF_BOTH_DNCS,
+        },
+    )
+    return assign_weights(
+        layer,
+        inputs,
+        [
+            torch_controller(
+                weights, f"{kind}_layer_{layer}", kind, hidden_layers, bias
+            )
+            for layer in range(layers)
+        ],
+        [interface(memory) for memory in memories],
+        torch_linear(weights, "output"),
+    )
+
+
+# What the two DNCs have in common, and an interface without our options.
+_OF_BOTH_DNCS = {
+    "linkage": True,
+    "sparse_links": None,
+    "content_masks": False,
+    "deallocation": False,
+    "link_sharpening": False,
+    "interface_layer_norm": False,
+    "strength_activation": "softplus",
+    "activation": None,
+    "product_epsilon": 1e-6,
+    "usage_epsilon": 1e-6,
+}
+_NO_OPTIONS = {
+    "read_mask": None,
+    "write_mask": None,
+    "forward_sharpening": None,
+    "backward_sharpening": None,
+}
+
+
+def _deepmind_name(name):
+    name = name.removesuffix(":0")
+    match = re.match(r"(?:.*/)?((?:lstm|memory_access|output_linear)/.*)", name)
+    return match[1] if match else name
+
+
+def _dnc_interface(columns, read_heads, write_heads):
+    """One projection of a `DNCInterface` of columns whose read modes are, for
+    each head, backward, forward, content."""
+    modes = np.arange(2 * write_heads + 1)
+    modes[write_heads:] = np.roll(modes[write_heads:], 1)
+    heads = np.split(columns.read_mode, read_heads, axis=1)
+    read_mode = np.concatenate([head[:, modes] for head in heads], axis=1)
+    columns = columns._replace(read_mode=read_mode)
+    return np.concatenate([c for c in columns if c is not None], axis=1)

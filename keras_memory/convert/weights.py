@@ -1,0 +1,253 @@
+"""Weights of other libraries: named, checked, and put into layers."""
+
+import keras
+import numpy as np
+
+from keras_memory.recurrent import controllers
+
+# The references have no epsilon in their norms, which gives NaN for a zero
+# vector; this one is too small to be seen beside any other.
+NORM_EPSILON = 1e-30
+
+
+def torch_name(name):
+    """A name as the network itself has it, without that of a wrapper."""
+    return name.removeprefix("module.")
+
+
+def canonical_arrays(weights, canonical_name):
+    """The arrays as float64, by their canonical names."""
+    if not isinstance(weights, dict):
+        raise ValueError(
+            "`weights` must be a dict of names and arrays. "
+            f"Received: {type(weights).__name__}"
+        )
+    arrays = {}
+    for name, value in weights.items():
+        try:
+            array = np.asarray(value)
+        except Exception:  # a tensor that has a gradient, rows of two lengths
+            array = np.asarray(None)
+        if not isinstance(name, str) or array.dtype.kind not in "fiu":
+            raise ValueError(
+                "`weights` must have names and NumPy arrays of real numbers. "
+                f"Received: {name!r} with {type(value).__name__} of type "
+                f"{getattr(value, 'dtype', None)}"
+            )
+        array = array.astype("float64")
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"`weights` must be finite. Received: {name!r} with NaN or "
+                "infinite values"
+            )
+        canonical = canonical_name(name)
+        if not np.array_equal(arrays.setdefault(canonical, array), array):
+            raise ValueError(
+                f"`weights` has {canonical!r} several times, with different "
+                f"values. Received: {list(weights)}"
+            )
+    return arrays
+
+
+class Sizes:
+    """Reads sizes off the arrays that determine them."""
+
+    def __init__(self, weights):
+        self.weights = weights
+        self.sources = []
+
+    def of(self, name, axes):
+        self.sources.append(name)
+        if name not in self.weights:
+            raise ValueError(
+                f"`weights` must have {name!r}. "
+                f"Received: {sorted(self.weights)}"
+            )
+        shape = self.weights[name].shape
+        if len(shape) != axes or 0 in shape:
+            raise ValueError(
+                f"{name!r} must have {axes} axes, none of them empty. "
+                f"Received: shape {shape}"
+            )
+        return shape
+
+    def rest(self, name, axis, known):
+        """What an axis of a matrix has beside what is known to be there."""
+        shape = self.of(name, 2)
+        if shape[axis] <= known:
+            raise ValueError(
+                f"Axis {axis} of {name!r} must hold the inputs, at least one, "
+                f"beside the reads and the controller's own: {known} by the "
+                f"number of read heads and the sizes of {self.sources}. "
+                f"Received: shape {shape}"
+            )
+        return shape[axis] - known
+
+
+def check_shapes(weights, shapes, sizes):
+    """Raises ValueError unless `weights` has these names and shapes, which
+    follow from `sizes`."""
+    missing = sorted(set(shapes) - set(weights))
+    extra = sorted(set(weights) - set(shapes))
+    if missing or extra:
+        raise ValueError(
+            "`weights` must have the arrays of the reference implementation, "
+            f"and no others. Missing: {missing}. Too many: {extra}"
+        )
+    wrong = [
+        f"{name!r} must have shape {shape}. Received: {weights[name].shape}"
+        for name, shape in shapes.items()
+        if weights[name].shape != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{'; '.join(wrong)}. The sizes are those of {sizes.sources}"
+        )
+
+
+def split_columns(columns, *sizes):
+    """Consecutive columns of these sizes."""
+    ends = np.cumsum(sizes)
+    return [
+        columns[:, end - size : end]
+        for end, size in zip(ends, sizes, strict=True)
+    ]
+
+
+def tensorflow_lstm(kernel, bias):
+    """Keras's weights of a TensorFlow 1 or Sonnet 1 LSTM: one matrix for
+    input and hidden state, gates in the order i, candidate, f, o, and 1 added
+    to f."""
+
+    def in_order(array):
+        i, candidate, f, o = np.split(array, 4, axis=-1)
+        return np.concatenate([i, f, candidate, o], axis=-1)
+
+    kernel, bias = in_order(kernel), in_order(bias)
+    units = len(bias) // 4
+    bias[units : 2 * units] += 1.0
+    return [kernel[:-units], kernel[-units:], bias]
+
+
+# PyTorch's RNN modules: gates, and their order in Keras.
+TORCH_GATES = {"lstm": [0, 1, 2, 3], "gru": [1, 0, 2], "rnn": [0]}
+
+
+def torch_layers(weights, name):
+    """How many layers a recurrent network has."""
+    return sum(one.startswith(f"{name}.weight_ih_l") for one in weights)
+
+
+def torch_shapes(name, kind, layers, inputs, units, bias=True):
+    """Names and shapes of a PyTorch LSTM, GRU or RNN."""
+    gates = len(TORCH_GATES[kind]) * units
+    shapes = {}
+    for layer in range(layers):
+        width = units if layer else inputs
+        shapes[f"{name}.weight_ih_l{layer}"] = (gates, width)
+        shapes[f"{name}.weight_hh_l{layer}"] = (gates, units)
+        if bias:
+            shapes[f"{name}.bias_ih_l{layer}"] = (gates,)
+            shapes[f"{name}.bias_hh_l{layer}"] = (gates,)
+    return shapes
+
+
+def torch_controller(weights, name, kind, layers, bias=True):
+    """Keras's weights of a PyTorch LSTM, GRU or RNN, layer after layer."""
+
+    def in_order(array):
+        gates = np.split(array, len(TORCH_GATES[kind]))
+        return np.concatenate([gates[i] for i in TORCH_GATES[kind]])
+
+    arrays = []
+    for layer in range(layers):
+        for of in ("ih", "hh"):
+            arrays.append(in_order(weights[f"{name}.weight_{of}_l{layer}"]).T)
+        if bias:
+            of_inputs, of_hidden = (
+                in_order(weights[f"{name}.bias_{of}_l{layer}"])
+                for of in ("ih", "hh")
+            )
+            # Keras's GRU has both, as its reset gate acts on one of them.
+            both = np.stack([of_inputs, of_hidden])
+            arrays.append(both if kind == "gru" else both.sum(axis=0))
+    return arrays
+
+
+def torch_cells(kind, units, layers, nonlinearity, bias, layer_kwargs):
+    """A controller like PyTorch's; its name where it is like Keras's own."""
+    options = {"activation": nonlinearity} if kind == "rnn" else {}
+    if bias and options.get("activation") != "relu":
+        return kind
+    return controllers.get(
+        kind,
+        units,
+        layers,
+        layer_kwargs.get("controller_dropout", 0.0),
+        layer_kwargs.get("seed"),
+        layer_kwargs.get("dtype"),
+        use_bias=bias,
+        **options,
+    )
+
+
+def torch_linear(weights, name):
+    """(U + 1, P): the kernel, and the bias as its last row."""
+    kernel = weights[f"{name}.weight"].T
+    return np.concatenate([kernel, weights[f"{name}.bias"][None]])
+
+
+def make_layer(layer_class, layer_kwargs, determined, start=None):
+    """The layer, after a look at what the user may set."""
+    start = start or {}
+    for name, value in layer_kwargs.items():
+        is_weight = isinstance(value, str) and value in ("learned", "random")
+        if name in determined or (name in start and not is_weight):
+            wanted = determined.get(name, '"learned" or "random"')
+            raise ValueError(
+                f"`{name}` is determined by the weights and must be {wanted}. "
+                f"Received: {name}={value!r}"
+            )
+    if issubclass(layer_class, keras.layers.RNN):
+        start = {"return_sequences": True, **start}
+    return layer_class(**{**start, **determined, **layer_kwargs})
+
+
+def assign_weights(layer, inputs, controllers, interfaces, output, start=()):
+    """Builds the layer and fills its weights.
+
+    Args:
+        layer: a `MemoryRNN`.
+        inputs: int, width of the inputs.
+        controllers: for each block a list of its controller's arrays.
+        interfaces: for each block (U + 1, P), the bias as last row.
+        output: (F + 1, units), the bias as last row.
+        start: list with one array for each state tensor; those of states that
+            are not weights are not looked at. () where the reference starts
+            with zeros: so do then those that are learned.
+    """
+    cell = layer.cell
+    if layer.stateful:  # the states need a batch size
+        cell.build((None, inputs))
+    else:
+        layer.build((None, None, inputs))
+    for controller, arrays in zip(
+        cell.block_controllers, controllers, strict=True
+    ):
+        controller.set_weights(arrays)
+    for (kernel, bias), array in zip(
+        [*cell.interfaces, cell.output_projection],
+        [*interfaces, output],
+        strict=True,
+    ):
+        kernel.assign(array[:-1])
+        bias.assign(array[-1])
+    initials = keras.tree.flatten(cell.initial_records)
+    start = start or [
+        np.zeros(initial.shape) if initial.start == "learned" else weight
+        for initial, weight in zip(initials, cell.start_weights)
+    ]
+    for weight, array in zip(cell.start_weights, start):
+        if weight is not None:
+            weight.assign(array)
+    return layer
