@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_memory
-from keras_memory import tasks
+from keras_memory.training import tasks
 
 TASK = tasks.Copy(max_length=10, buckets=1)
 BATCH = 8

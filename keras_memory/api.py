@@ -1,7 +1,5 @@
 """The public names of the package, which `__init__` hands on."""
 
-from keras_memory import losses as losses
-from keras_memory import tasks as tasks
 from keras_memory.dnc import DNCCell as DNCCell
 from keras_memory.dnc import DNCLayer as DNCLayer
 from keras_memory.dnc import DNCState as DNCState
@@ -32,3 +30,5 @@ from keras_memory.serving import export as export
 from keras_memory.spatial import geometry as geometry
 from keras_memory.spatial import rgbd as rgbd
 from keras_memory.spatial import rooms as rooms
+from keras_memory.training import losses as losses
+from keras_memory.training import tasks as tasks

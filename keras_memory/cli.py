@@ -273,16 +273,16 @@ def train(parsed):
         _check_training(parsed)
         folder = parsed.out or _next_folder(parsed.task)
 
-    from keras_memory import config as configuration
-    from keras_memory import runs
     from keras_memory import training
+    from keras_memory.training import runs
+    from keras_memory.training.config import to_json
 
     if parsed.resume:
         train, arguments = training.resume, ()
     else:
-        config = _config(parsed, configuration)
+        config = _config(parsed)
         if parsed.show:
-            print(configuration.to_json(config), end="")
+            print(to_json(config), end="")
             return
         train, arguments = training.train, (config,)
     try:
@@ -320,8 +320,8 @@ def _check_training(parsed):
 def _presets():
     """Names of presets by task: with the user's own, if this is a program
     that has registered some."""
-    config = sys.modules.get("keras_memory.config")
-    return PRESETS if config is None else config.PRESETS
+    presets = sys.modules.get("keras_memory.training.presets")
+    return PRESETS if presets is None else presets.PRESETS
 
 
 def _check_least(parsed, **least):
@@ -335,15 +335,18 @@ def _check_least(parsed, **least):
                 )
 
 
-def _config(parsed, configuration):
+def _config(parsed):
     """The configuration that the arguments of `train` ask for."""
-    preset = configuration.PRESETS[parsed.task][parsed.preset or "default"]
+    from keras_memory.training.config import override
+    from keras_memory.training.presets import PRESETS
+
+    preset = PRESETS[parsed.task][parsed.preset or "default"]
     settings = [
         f"{name}={value}"
         for name in ("seed", "steps", "report_every", "checkpoint_every")
         if (value := getattr(parsed, name)) is not None
     ]
-    return configuration.override(preset, [*parsed.set, *settings])
+    return override(preset, [*parsed.set, *settings])
 
 
 def evaluate(parsed):
@@ -351,7 +354,7 @@ def evaluate(parsed):
     _check_least(parsed, length=1, repeats=1, seed=0)
     config, model = _trained(parsed.folder)
 
-    from keras_memory import runs
+    from keras_memory.training import runs
 
     ranges = {}
     if parsed.repeats is not None:
@@ -374,7 +377,7 @@ def plot(parsed):
     """The command `plot`."""
     config, model = _trained(parsed.folder)
 
-    from keras_memory import runs
+    from keras_memory.training import runs
 
     paths = runs.draw(config, model, parsed.folder)
     paths.append(runs.draw_lengths(config, model, parsed.folder))
@@ -393,7 +396,7 @@ def compare(parsed):
     for folder in parsed.folders:
         check_run_folder(folder)
 
-    from keras_memory import runs
+    from keras_memory.training import runs
 
     rows = runs.compare(parsed.folders, out, parsed.by, parsed.below)
     cells = [list(rows[0])]
@@ -438,7 +441,7 @@ def _trained(folder):
             f"Received: {folder}, without model.keras and checkpoint.keras"
         )
 
-    from keras_memory import runs
+    from keras_memory.training import runs
 
     config = runs.read_config(folder)
     model = runs.load(path)
@@ -454,7 +457,7 @@ def _trained(folder):
 
 def _print_training(folder, config, steps):
     """What a model was trained on."""
-    from keras_memory import runs
+    from keras_memory.training import runs
 
     task = config.task
     print(

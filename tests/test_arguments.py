@@ -15,8 +15,6 @@ from catalogue import name_of
 
 import keras_memory
 from keras_memory import checks
-from keras_memory import config
-from keras_memory import tasks
 from keras_memory.checks import LONGEST_AXIS
 from keras_memory.checks import MOST_LAYERS
 from keras_memory.checks import MOST_SEED
@@ -26,6 +24,9 @@ from keras_memory.checks import plain
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
 from keras_memory.retrieval.ring import RingMemory
+from keras_memory.training import config
+from keras_memory.training import presets
+from keras_memory.training import tasks
 
 CELLS = [
     cells.DenseCell,
@@ -176,7 +177,7 @@ def test_flags_of_numpy():
 
 @pytest.mark.parametrize("name", ["default", "dnc", "lstm", "paper"])
 def test_a_run_configuration_of_numpy_numbers(name):
-    expected = config.PRESETS["copy"][name]
+    expected = presets.PRESETS["copy"][name]
 
     def renewed(value):
         fields = {
@@ -204,7 +205,7 @@ def test_a_run_configuration_of_numpy_numbers(name):
 @pytest.mark.parametrize("curriculum", [[3, 5], np.array([3, 5])])
 def test_a_run_configuration_of_lists_and_whole_numbers(curriculum):
     given = dataclasses.replace(
-        config.PRESETS["copy"]["default"],
+        presets.PRESETS["copy"]["default"],
         curriculum=curriculum,
         learning_rate=1,
     )
@@ -218,7 +219,7 @@ def test_a_run_configuration_of_lists_and_whole_numbers(curriculum):
     [("model", "erase"), (None, "learning_rate_decay"), (None, "jit_compile")],
 )
 def test_a_flag_of_a_run_is_a_bool(owner, flag):
-    preset = config.PRESETS["copy"]["default"]
+    preset = presets.PRESETS["copy"]["default"]
     given = preset if owner is None else getattr(preset, owner)
     wanted = f"`{flag}` must be (True or False|of type bool)"
     with pytest.raises(ValueError, match=wanted):
@@ -226,7 +227,7 @@ def test_a_flag_of_a_run_is_a_bool(owner, flag):
 
 
 def test_seeds():
-    preset = config.PRESETS["copy"]["default"]
+    preset = presets.PRESETS["copy"]["default"]
     assert dataclasses.replace(preset, seed=MOST_SEED).seed == MOST_SEED
     for options in (
         {"bypass_dropout": 0.5},
@@ -493,7 +494,7 @@ SIZES = {
     "context=": lambda n: tasks.NGrams(n, n, context=n - 1),
     "digits=": lambda n: tasks.Adding(digits=n),
     "batch_size=": lambda n: config.override(
-        config.PRESETS["copy"]["default"], [f"batch_size={n}"]
+        presets.PRESETS["copy"]["default"], [f"batch_size={n}"]
     ),
     "LSTM": lambda n: config.LSTM(units=n),
     "LSTM layers": lambda n: config.LSTM(layers=n),
@@ -504,7 +505,7 @@ SIZES = {
         controller_units=n, initialization="pytorch-ntm"
     ),
     "test length": lambda n: config.override(
-        config.PRESETS["copy"]["default"], [f"test_lengths=({n},)"]
+        presets.PRESETS["copy"]["default"], [f"test_lengths=({n},)"]
     ),
 }
 

@@ -24,12 +24,12 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 import keras_memory
-from keras_memory import tasks
 from keras_memory import visualization
 from keras_memory.addressing import dense_linkage
 from keras_memory.inspection import callbacks
 from keras_memory.inspection import probe as probe_module
 from keras_memory.recurrent.interface import Initial
+from keras_memory.training import tasks
 
 TASK = tasks.Copy(bits=3, max_length=3, buckets=1)
 BATCH = TASK.sample(np.random.default_rng(3), 2, length=5)

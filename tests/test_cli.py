@@ -11,7 +11,7 @@ import pytest
 
 import keras_memory
 from keras_memory import cli
-from keras_memory import config
+from keras_memory.training.presets import PRESETS
 
 PACKAGE = pathlib.Path(keras_memory.__file__).parent
 AS_SCRIPT = """
@@ -141,14 +141,14 @@ def test_elsewhere_all_layers_are_registered_at_once():
 
 
 def test_the_command_knows_all_tasks_and_presets():
-    presets = {task: set(config.PRESETS[task]) for task in config.PRESETS}
+    presets = {task: set(PRESETS[task]) for task in PRESETS}
     assert presets == {task: set(cli.PRESETS[task]) for task in cli.PRESETS}
-    assert list(cli.PRESETS) == list(config.PRESETS)
+    assert list(cli.PRESETS) == list(PRESETS)
 
 
 def test_tasks_of_the_users_own_are_known(monkeypatch, capsys):
-    mine = {"default": config.PRESETS["copy"]["default"]}
-    monkeypatch.setitem(config.PRESETS, "mine", mine)
+    mine = {"default": PRESETS["copy"]["default"]}
+    monkeypatch.setitem(PRESETS, "mine", mine)
     assert cli.main(["train", "mine", "--show"]) == 0
     assert '"name": "copy"' in capsys.readouterr().out
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import keras_memory
-from keras_memory import losses
 from keras_memory import memory_wrap_classifier
 from keras_memory import retrieval
 from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
 from keras_memory.spatial import rooms
+from keras_memory.training import losses
 
 RNG = np.random.default_rng(5)
 

@@ -6,9 +6,10 @@ import runpy
 import numpy as np
 import pytest
 
-from keras_memory import config
-from keras_memory import runs
 from keras_memory import training
+from keras_memory.training import config
+from keras_memory.training import presets
+from keras_memory.training import runs
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +21,7 @@ def train(start, folder, *settings):
 
 @pytest.mark.parametrize("seed", [1, 10, 100])
 def test_copy(seed, tmp_path):
-    start = config.PRESETS["copy"]["default"]
+    start = presets.PRESETS["copy"]["default"]
     results = train(start, tmp_path / "run", f"seed={seed}")
     assert results["steps"] < start.steps
     assert results["wrong_bits_per_sequence_up_to_20"] < 0.1
@@ -28,14 +29,14 @@ def test_copy(seed, tmp_path):
 
 @pytest.mark.parametrize("seed", [1, 10, 100])
 def test_copy_with_a_dnc(seed, tmp_path):
-    start = config.PRESETS["copy"]["dnc"]
+    start = presets.PRESETS["copy"]["dnc"]
     all_steps = ("steps=1500", "stop_error=0")  # as README's table
     results = train(start, tmp_path / "run", f"seed={seed}", *all_steps)
     assert results["wrong_bits_per_sequence_up_to_20"] < 0.1
 
 
 def test_copy_as_pytorch_ntm_trains_it(tmp_path):
-    start = config.PRESETS["copy"]["pytorch-ntm"]
+    start = presets.PRESETS["copy"]["pytorch-ntm"]
     train(start, tmp_path / "run", "steps=12000")
     history = runs.read_history(tmp_path / "run", start)
     errors = [row["wrong_bits_per_sequence"] for row in history]
@@ -53,7 +54,7 @@ def test_copy_as_pytorch_ntm_trains_it(tmp_path):
     ],
 )
 def test_task(task, error, most, tmp_path):
-    results = train(config.PRESETS[task]["default"], tmp_path / "run")
+    results = train(presets.PRESETS[task]["default"], tmp_path / "run")
     assert results[error] < most
 
 
@@ -68,7 +69,7 @@ def test_a_dnc_never_gets_a_nan():
 
 def test_copy_without_a_memory_fails(tmp_path):
     """The control: one slot holds one vector, and no more is learned."""
-    start = config.PRESETS["copy"]["default"]
+    start = presets.PRESETS["copy"]["default"]
     settings = ["memory_slots=1", "shift_range=0", "steps=1000"]
     settings += ["initialization=keras", "controller=dense"]
     results = train(start, tmp_path / "run", *settings)

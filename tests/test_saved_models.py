@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_memory import losses
-from keras_memory import tasks
+from keras_memory.training import losses
+from keras_memory.training import tasks
 
 MODELS = pathlib.Path(__file__).parents[1] / "saved_models"
 

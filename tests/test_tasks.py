@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_memory import losses as on_tensors
-from keras_memory import tasks
+from keras_memory.training import losses as on_tensors
+from keras_memory.training import tasks
 
 losses = harness.on_arrays(on_tensors)
 

@@ -19,12 +19,16 @@ from catalogue import slow_unless
 from PIL import Image
 
 from keras_memory import cli
-from keras_memory import config
-from keras_memory import runs
-from keras_memory import tasks
 from keras_memory import training
 from keras_memory import visualization
 from keras_memory.inspection import callbacks
+from keras_memory.training import config
+from keras_memory.training import presets
+from keras_memory.training import runner
+from keras_memory.training import runs
+from keras_memory.training import tasks
+from keras_memory.training.callbacks import Curriculum
+from keras_memory.training.callbacks import Progress
 
 SMALL = [
     "bits=3",
@@ -48,7 +52,7 @@ OF_A_MEMORY = ("memory_slots", "slot_size", "controller_units", "initializ")
 
 def small(*settings):
     return config.override(
-        config.PRESETS["copy"]["default"], [*SMALL, *settings]
+        presets.PRESETS["copy"]["default"], [*SMALL, *settings]
     )
 
 
@@ -56,7 +60,7 @@ def plain(*settings):
     """Of an LSTM, which is traced soonest: where only the run matters."""
     fit = [one for one in SMALL if not one.startswith(OF_A_MEMORY)]
     return config.override(
-        config.PRESETS["copy"]["lstm"], [*fit, "units=13", *settings]
+        presets.PRESETS["copy"]["lstm"], [*fit, "units=13", *settings]
     )
 
 
@@ -145,7 +149,7 @@ def test_a_run_can_be_loaded_and_served(run):
 def test_a_backend_that_cannot_export_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     with pytest.raises(ValueError, match="TensorFlow backend.*=torch"):
-        training.train(config.PRESETS["copy"]["default"], tmp_path / "run")
+        training.train(presets.PRESETS["copy"]["default"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -248,10 +252,10 @@ def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
 def test_time_left_is_without_compilation(monkeypatch):
     """The first steps take a minute, the others a tenth of a second."""
     now = [0.0]
-    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     config, shown = small("steps=100", "report_every=10"), []
-    curriculum = training.Curriculum(config)
-    progress = training.Progress(config, curriculum, 0.0, shown.append)
+    curriculum = Curriculum(config)
+    progress = Progress(config, curriculum, 0.0, shown.append)
     progress.on_train_begin()
     for epoch in range(3):
         progress.on_epoch_begin(epoch)
@@ -269,8 +273,8 @@ def test_time_left_is_without_compilation(monkeypatch):
 
 def test_time_left_of_one_step_is_not_known(monkeypatch):
     config, shown = small("report_every=1"), []
-    curriculum = training.Curriculum(config)
-    progress = training.Progress(config, curriculum, 0.0, shown.append)
+    curriculum = Curriculum(config)
+    progress = Progress(config, curriculum, 0.0, shown.append)
     progress.on_train_begin()
     progress.on_epoch_begin(0)
     progress.on_train_batch_end(0)
@@ -286,7 +290,7 @@ class Model:
 
 
 def curriculum_of(*settings):
-    curriculum = training.Curriculum(small(*settings))
+    curriculum = Curriculum(small(*settings))
     curriculum.set_model(Model())
     return curriculum
 
@@ -332,7 +336,7 @@ def test_the_curriculum_grows_with_steps():
 def test_a_preset_can_drop_of_its_controllers_inputs(preset):
     settings = ["controller_dropout=0.25", "controller_layers=2"]
     model = training.build(
-        config.override(config.PRESETS["copy"][preset], settings)
+        config.override(presets.PRESETS["copy"][preset], settings)
     )
     (layer,) = [one for one in model.layers if hasattr(one, "cell")]
     (controller,) = layer.cell.block_controllers
@@ -477,7 +481,7 @@ def test_ctrl_c_at_the_very_end_saves(tmp_path, monkeypatch):
     def interrupted(self, logs=None):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(training.ProbePictures, "on_train_end", interrupted)
+    monkeypatch.setattr(runner.ProbePictures, "on_train_end", interrupted)
     folder = tmp_path / "run"
     settings = ["steps=10", "checkpoint_every=0"]
     with pytest.raises(KeyboardInterrupt):
@@ -614,7 +618,7 @@ def test_settings_reach_task_model_and_training():
     assert made.model.controller == "gru"
     assert made.learning_rate == 1e-4
     assert made.seed == 7
-    assert config.PRESETS["copy"]["default"].task == tasks.Copy()
+    assert presets.PRESETS["copy"]["default"].task == tasks.Copy()
     options = "optimizer_options={'momentum': 0.5}"
     settings = training.build(small("optimizer=sgd", options)).optimizer
     assert isinstance(settings, keras.optimizers.SGD)
@@ -622,13 +626,13 @@ def test_settings_reach_task_model_and_training():
 
 
 PRESETS = [
-    (task, name) for task in tasks.TASKS for name in config.PRESETS[task]
+    (task, name) for task in tasks.TASKS for name in presets.PRESETS[task]
 ]
 
 
 @pytest.mark.parametrize(("task", "name"), PRESETS)
 def test_presets_are_of_known_parts(task, name):
-    made = config.PRESETS[task][name]
+    made = presets.PRESETS[task][name]
     assert config.from_json(config.to_json(made)) == made
     assert made.task.name == task
     assert dataclasses.replace(made, seed=2) != made
@@ -643,7 +647,7 @@ def test_presets_are_of_known_parts(task, name):
     ],
 )
 def test_each_task_trains(task, tmp_path):
-    preset = config.PRESETS[task]["default"]
+    preset = presets.PRESETS[task]["default"]
     longest = 10 if task == "n-grams" else 4
     settings = [setting for setting in SMALL if not setting.startswith("bits")]
     settings += ["steps=5", f"max_length={longest}", "min_length=2"]
@@ -885,7 +889,7 @@ def test_show_prints_what_can_be_set(capsys):
     command = ["train", "copy", "--preset", "pytorch-ntm", "--show"]
     assert cli.main([*command, "--set", "memory_slots=7"]) == 0
     shown = config.from_json(capsys.readouterr().out)
-    preset = config.PRESETS["copy"]["pytorch-ntm"]
+    preset = presets.PRESETS["copy"]["pytorch-ntm"]
     assert shown == config.override(preset, ["memory_slots=7"])
 
 
@@ -1002,7 +1006,7 @@ def test_lengths_go_with_the_longest(capsys):
     made = config.from_json(capsys.readouterr().out)
     assert made.test_lengths == (10, 20, 30)
     assert made.probe_lengths == (5, 20)
-    start = config.PRESETS["copy"]["default"]
+    start = presets.PRESETS["copy"]["default"]
     made = config.override(start, ["test_lengths=(7,)", "max_length=5"])
     assert (made.test_lengths, made.probe_lengths) == ((7,), (5, 20))
     made = config.override(start, ["max_length=1"])
@@ -1012,7 +1016,7 @@ def test_lengths_go_with_the_longest(capsys):
 
 # Files that were damaged.
 
-GOOD = config.to_json(config.PRESETS["copy"]["default"])
+GOOD = config.to_json(presets.PRESETS["copy"]["default"])
 DAMAGED = {
     "empty": b"",
     "truncated": GOOD.encode()[: len(GOOD) // 2],
@@ -1111,7 +1115,7 @@ def test_runs_of_different_tasks_are_not_compared(run, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(run[0] / "history.csv", other)
-    repeat = config.PRESETS["repeat-copy"]["default"]
+    repeat = presets.PRESETS["repeat-copy"]["default"]
     (other / "config.json").write_text(config.to_json(repeat))
     out = tmp_path / "out.png"
     command = ["compare", str(run[0]), str(other), "--out", str(out)]
@@ -1143,7 +1147,7 @@ def test_of_an_unfinished_run_the_checkpoint_is_taken(
 
 # What is no argument of that kind.
 
-START = config.PRESETS["copy"]["default"]
+START = presets.PRESETS["copy"]["default"]
 RNG = np.random.default_rng(1)
 NO_TEXT, NO_PATH = (None, 3.5, "x"), (None, 3.5)
 CALLS = [
@@ -1184,7 +1188,7 @@ CALLS = [
     ("folder", NO_PATH, lambda x: training.train(START, x)),
     ("show", NO_TEXT, lambda x: training.train(START, "x", x)),
     ("folder", NO_PATH, training.resume),
-    ("folder", NO_PATH, training.make_run_folder),
+    ("folder", NO_PATH, runner.make_run_folder),
     ("min_length", NO_TEXT, tasks.Copy),
     ("rng", NO_TEXT, lambda x: tasks.Copy().sample(x, 1)),
     ("batch_size", NO_TEXT, lambda x: tasks.Copy().sample(RNG, x)),

@@ -10,9 +10,6 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_memory import config as configuration
-from keras_memory import losses
-from keras_memory import tasks
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
 from keras_memory.files import check_path
@@ -21,6 +18,11 @@ from keras_memory.files import written_aside
 from keras_memory.inspection.callbacks import animation
 from keras_memory.inspection.probe import Probe
 from keras_memory.inspection.probe import probe_picture
+from keras_memory.training import losses
+from keras_memory.training import tasks
+from keras_memory.training.config import check_training
+from keras_memory.training.config import from_json
+from keras_memory.training.config import to_json
 
 EVALUATED_BATCHES, EVALUATED_BATCH_SIZE = 40, 8
 
@@ -78,7 +80,7 @@ def read_config(folder):
     """
     path = check_run_folder(folder) / "config.json"
     with _reading(path, "a configuration that a training has written"):
-        return configuration.from_json(path.read_text("utf-8"))
+        return from_json(path.read_text("utf-8"))
 
 
 def is_finished(folder):
@@ -113,7 +115,7 @@ def read_history(folder, config, reports=None):
         ValueError: fewer reports than asked for, or ones without loss, error
             and seconds, or that are no numbers.
     """
-    configuration.check_training(config)
+    check_training(config)
     path = check_path("folder", folder) / "history.csv"
     if reports is not None:
         check_whole("reports", reports, least=0)
@@ -156,7 +158,7 @@ def longest_trained(folder, config, steps):
 
 def sequences_seen(config, reports):
     """Number of sequences that were trained on after so many reports."""
-    configuration.check_training(config)
+    check_training(config)
     steps = np.minimum(reports * config.report_every, config.steps)
     return steps * config.batch_size
 
@@ -237,7 +239,7 @@ def _compiled(model, width):
 
 def probes(config):
     """The sequences that are drawn: dict from length to `Probe`."""
-    configuration.check_training(config)
+    check_training(config)
     lengths = config.probe_lengths or (config.task.max_length,)
     return {
         length: Probe(
@@ -267,7 +269,7 @@ def draw(config, model, folder, drawn=None):
     """
     from keras_memory import visualization
 
-    configuration.check_training(config)
+    check_training(config)
     pictures = _pictures_of(folder)
     steps = int(model.optimizer.iterations)
     written = []
@@ -328,7 +330,7 @@ def draw_lengths(config, model, folder):
     """
     from keras_memory import visualization
 
-    configuration.check_training(config)
+    check_training(config)
     pictures = _pictures_of(folder)
     task = config.task
     error = losses.KINDS[task.kind].error
@@ -451,7 +453,7 @@ class _Run:
     def settings(self):
         """Tuple of (name, value) of all that makes a difference to learning,
         without the seed."""
-        document = json.loads(configuration.to_json(self.config))
+        document = json.loads(to_json(self.config))
         for name in ("seed", *_REPORTING):
             document.pop(name)
         flat = {}

@@ -36,7 +36,6 @@ from collections.abc import Iterable
 import keras
 import numpy as np
 
-from keras_memory import tasks
 from keras_memory.checks import MOST_SEED
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
@@ -49,6 +48,7 @@ from keras_memory.checks import plain
 from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
 from keras_memory.recurrent.cells import check_units
+from keras_memory.training import tasks
 
 MOST_STEPS = 2**31 - 1  # that TensorFlow counts
 
@@ -424,192 +424,6 @@ class Training:
                 "`curriculum` must be lengths that grow. "
                 f"Received: curriculum={self.curriculum}"
             )
-
-
-def _presets():
-    """By task, then by name."""
-    # Graves et al. 2014, section 4.6: RMSProp as in Graves 2013, eqs. 38-41.
-    # Batches and the number of steps are ours.
-    graves = {
-        "optimizer": "rmsprop",
-        "optimizer_options": {
-            "rho": 0.95,
-            "momentum": 0.9,
-            "epsilon": 1e-4,
-            "centered": True,
-        },
-        "learning_rate": 1e-4,
-        "clipvalue": 10.0,
-        "batch_size": 1,
-        "steps": 500_000,
-    }
-    reference = {
-        "optimizer": "rmsprop",
-        "optimizer_options": {"rho": 0.95, "momentum": 0.9, "epsilon": 1e-8},
-        "learning_rate": 1e-4,
-        "clipvalue": 10.0,
-        "batch_size": 1,
-    }
-    reports = {
-        "report_every": 200,
-        "checkpoint_every": 1_000,
-        "picture_every": 1_000,
-    }
-    adam = {"learning_rate_decay": True, "clipnorm": 0.2}
-    ntm = NTM(initialization="pytorch-ntm")
-    # As many weights as the NTM, to a hundredth.
-    dnc = DNC(
-        slot_size=20,
-        read_heads=1,
-        controller_units=100,
-        initialization="pytorch-ntm",
-    )
-
-    def presets(task, default, paper=None, model=ntm, **common):
-        start = Training(task, model, **common, **default)
-        # As many weights as the NTM, to two hundredths, for all tasks.
-        made = {"default": start}
-        made["lstm"] = dataclasses.replace(start, model=LSTM(units=119))
-        made["dnc"] = dataclasses.replace(
-            start,
-            model=dataclasses.replace(dnc, memory_slots=model.memory_slots),
-        )
-        if paper is not None:
-            heads = paper.pop("heads", 1)
-            model = NTM(
-                read_heads=heads,
-                write_heads=heads,
-                controller_layers=paper.pop("controller_layers", 1),
-            )
-            made["paper"] = Training(
-                task, model, **common, **{**graves, **reports, **paper}
-            )
-        return made
-
-    made = {
-        "copy": presets(
-            tasks.Copy(),
-            {
-                **adam,
-                "batch_size": 4,
-                "learning_rate": 5e-3,
-                "steps": 6_000,
-                "stop_error": 0.02,
-            },
-            paper={},
-            test_lengths=(40, 80, 120),
-            probe_lengths=(20, 80),
-        ),
-        "repeat-copy": presets(
-            tasks.RepeatCopy(),
-            {
-                **reference,
-                **reports,
-                "learning_rate": 2e-4,
-                "learning_rate_decay": True,
-                "curriculum": (4, 7),
-                "steps": 30_000,
-            },
-            paper={},
-            test_lengths=(20,),
-        ),
-        "associative-recall": presets(
-            tasks.AssociativeRecall(),
-            {**reference, **reports, "steps": 30_000},
-            paper={},
-            test_lengths=(10, 15, 20),
-        ),
-        "n-grams": presets(
-            tasks.NGrams(),
-            {
-                **adam,
-                "clipnorm": 1.0,
-                "batch_size": 4,
-                "learning_rate": 2e-3,
-                "steps": 5_000,
-            },
-            paper={"learning_rate": 3e-5},
-        ),
-        "priority-sort": presets(
-            tasks.PrioritySort(),
-            {
-                **reference,
-                "batch_size": 4,
-                "learning_rate": 3e-4,
-                "steps": 8_000,
-            },
-            paper={
-                "heads": 5,
-                "controller_layers": 2,
-                "learning_rate": 3e-5,
-            },
-        ),
-        "adding": presets(
-            tasks.Adding(),
-            {
-                **adam,
-                "clipnorm": 1.0,
-                "batch_size": 8,
-                "learning_rate": 1e-3,
-                "steps": 2_000,
-            },
-            model=dataclasses.replace(ntm, memory_slots=16),
-            test_lengths=(1_000,),
-        ),
-        "argmax": presets(
-            tasks.Argmax(),
-            {
-                **adam,
-                "clipnorm": 1.0,
-                "batch_size": 16,
-                "learning_rate": 3e-3,
-                "steps": 3_000,
-            },
-            model=dataclasses.replace(ntm, memory_slots=16),
-        ),
-    }
-    # As the defaults of that project's task scripts.
-    pytorch_dnc = Training(
-        tasks.Copy(bits=5, max_length=4),
-        DNC(
-            memory_slots=16,
-            slot_size=20,
-            controller_layers=2,
-            controller_clip=20.0,
-        ),
-        learning_rate=1e-4,
-        optimizer_options={
-            "beta_2": 0.98,
-            "epsilon": 1e-9,
-            "global_clipnorm": 50.0,
-        },
-        batch_size=100,
-        steps=100_000,
-    )
-    made["copy"]["pytorch-dnc"] = pytorch_dnc
-    for name, task, units in (
-        ("adding", tasks.Adding(max_length=1000), 64),
-        ("argmax", tasks.Argmax(max_length=4), 100),
-    ):
-        made[name]["pytorch-dnc"] = dataclasses.replace(
-            pytorch_dnc,
-            task=task,
-            model=dataclasses.replace(
-                pytorch_dnc.model, controller_units=units
-            ),
-            steps=2_000,
-        )
-    for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
-        made[name]["pytorch-ntm"] = dataclasses.replace(
-            made[name]["paper"],
-            model=ntm,
-            steps=steps,
-            optimizer_options=reference["optimizer_options"],
-        )
-    return made
-
-
-PRESETS = _presets()
 
 
 def to_json(config):

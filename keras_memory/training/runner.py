@@ -1,30 +1,34 @@
 """From a configuration to a trained, drawn, exported model in a run folder."""
 
 import contextlib
-import csv
 import gc
 import json
 import os
 import shutil
 import signal
-import sys
 import threading
-import time
 
 import keras
-import numpy as np
 
-from keras_memory import config as configuration
-from keras_memory import losses
-from keras_memory import runs
-from keras_memory import tasks
 from keras_memory.files import check_new_folder
 from keras_memory.files import check_run_folder
 from keras_memory.files import locked
 from keras_memory.files import written_aside
-from keras_memory.inspection.callbacks import MemoryTensorBoard
 from keras_memory.inspection.callbacks import ProbePictures
 from keras_memory.serving.export import export_for_serving
+from keras_memory.training import losses
+from keras_memory.training import runs
+from keras_memory.training import tasks
+from keras_memory.training.callbacks import Checkpoint
+from keras_memory.training.callbacks import Curriculum
+from keras_memory.training.callbacks import History
+from keras_memory.training.callbacks import Progress
+from keras_memory.training.callbacks import StepsBoard
+from keras_memory.training.callbacks import StepsMemoryBoard
+from keras_memory.training.callbacks import in_reports
+from keras_memory.training.config import LSTM
+from keras_memory.training.config import check_training
+from keras_memory.training.config import to_json
 
 
 def build(config):
@@ -41,7 +45,7 @@ def build(config):
     Raises:
         ValueError: sizes that do not fit each other, or an unknown optimizer.
     """
-    configuration.check_training(config)
+    check_training(config)
     kind = losses.KINDS[config.task.kind]
     inputs = keras.Input((None, config.task.input_size), name="inputs")
     outputs = config.model(inputs, config.task.output_size, kind.activation)
@@ -102,7 +106,7 @@ def train(config, folder, show=print):
     """
     _check_backend()
     _check_show(show)
-    text = configuration.to_json(config)
+    text = to_json(config)
     check_new_folder(folder)
     keras.utils.set_random_seed(config.seed)
     model = build(config)
@@ -181,10 +185,10 @@ def _run(config, model, folder, show):
     seconds = rows[-1]["seconds"] if rows else 0.0
 
     probes = runs.probes(config)
-    reports = _in_reports("steps", config)
+    reports = in_reports("steps", config)
     if done < reports and not curriculum.reached:
         checkpoint = Checkpoint(
-            folder / "checkpoint.keras", _in_reports("checkpoint_every", config)
+            folder / "checkpoint.keras", in_reports("checkpoint_every", config)
         )
         with _interruptible(checkpoint, show):
             model.fit(
@@ -202,7 +206,7 @@ def _run(config, model, folder, show):
                 callbacks=[
                     Progress(config, curriculum, seconds, show),
                     curriculum,
-                    _StepsBoard(folder / "logs", write_graph=False),
+                    StepsBoard(folder / "logs", write_graph=False),
                     History(folder / "history.csv", rows),
                     *_pictures(config, folder, probes),
                     checkpoint,  # last: what is in front of it is written
@@ -219,7 +223,7 @@ def _run(config, model, folder, show):
 
 
 def _pictures(config, folder, probes):
-    every = _in_reports("picture_every", config)
+    every = in_reports("picture_every", config)
     if not every:
         return []
 
@@ -237,9 +241,9 @@ def _pictures(config, folder, probes):
         )
         for length, probe in probes.items()
     ]
-    if isinstance(config.model, configuration.LSTM):
+    if isinstance(config.model, LSTM):
         return drawn
-    board = _StepsMemoryBoard(folder / "logs", next(iter(probes.values())))
+    board = StepsMemoryBoard(folder / "logs", next(iter(probes.values())))
     return [*drawn, board]
 
 
@@ -276,11 +280,6 @@ def make_run_folder(folder):
     return folder
 
 
-def _in_reports(name, config):
-    """A number of steps in reports, rounded up."""
-    return -(-getattr(config, name) // config.report_every)
-
-
 @contextlib.contextmanager
 def _interruptible(checkpoint, show):
     """Ctrl-C asks the training for a checkpoint and an end, then insists."""
@@ -301,213 +300,3 @@ def _interruptible(checkpoint, show):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _StepsBoard(keras.callbacks.TensorBoard):
-    """Keras's, on an axis of steps."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        super().on_epoch_end(logs["step"], logs)
-
-
-class _StepsMemoryBoard(MemoryTensorBoard):
-    """Counts steps, where that of any training counts epochs."""
-
-    unit = "steps"
-
-    def on_epoch_end(self, epoch, logs=None):
-        super().on_epoch_end(logs["step"] - 1, logs)
-
-
-class History(keras.callbacks.Callback):
-    """Writes what each report tells into a CSV file, with those before.
-
-    Args:
-        path: `pathlib.Path` of the file.
-        rows: list of dicts of numbers, the reports before, which grows.
-    """
-
-    def __init__(self, path, rows):
-        super().__init__()
-        self.path = path
-        self.rows = rows
-
-    def on_epoch_end(self, epoch, logs=None):
-        first = {name: logs[name] for name in runs.COUNTS}
-        self.rows.append({**first, **logs})
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        with (
-            written_aside(self.path) as path,
-            open(path, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, names, restval="NA")
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
-class Checkpoint(keras.callbacks.Callback):
-    """Saves the model after every `every`-th epoch, in place of the last.
-
-    Args:
-        path: path of the `.keras` file.
-        every: int, at least 0, in epochs; 0 saves only when `asked`.
-    """
-
-    asked = False  # for a checkpoint after this epoch, which is then the last
-
-    def __init__(self, path, every):
-        super().__init__()
-        self.path = path
-        self.every = every
-        self._saved = True
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._saved = False
-        if self.asked:
-            self.model.stop_training = True
-        if self.asked or (self.every and (epoch + 1) % self.every == 0):
-            self._save()
-
-    def on_train_end(self, logs=None):
-        if (self.every or self.asked) and not self._saved:
-            self._save()
-
-    def _save(self):
-        with written_aside(self.path) as path:
-            self.model.save(path)
-        self._saved = True
-
-
-class Curriculum(keras.callbacks.Callback):
-    """A task that grows with the model, and ends the training at its goal or
-    at the last of its steps.
-
-    It stands in for the task in `tasks.dataset`, and looks at the results of
-    each report.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        configuration.check_training(config)
-        self.config = config
-        least, most = config.task.min_length, config.task.max_length
-        self.longest = [n for n in config.curriculum if least <= n < most]
-        self.longest.append(most)
-        self.error = losses.KINDS[config.task.kind].error
-        self.input_size = config.task.input_size
-        self.output_size = config.task.output_size
-        self.reached = False
-        self._reports = 0  # at the present length
-
-    def sample(self, rng, batch_size):
-        task = self.config.task
-        return task.sample(rng, batch_size, longest=self.longest[0])
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._first_step = epoch * self.config.report_every
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self._first_step + batch + 1 >= self.config.steps:
-            self.model.stop_training = True
-
-    def on_epoch_end(self, epoch, logs=None):
-        if not np.isfinite(logs["loss"]):  # before a checkpoint is made of it
-            step = min(
-                (epoch + 1) * self.config.report_every, self.config.steps
-            )
-            raise ValueError(
-                "The training has diverged: try a smaller learning_rate, or "
-                "clipnorm. What the checkpoint has is from before. Received: "
-                f"a loss of {logs['loss']} in the report of step {step:,}"
-            )
-        self.look(logs)
-        if self.reached:
-            self.model.stop_training = True
-
-    def look(self, logs):
-        """Decides, after a report, what comes next."""
-        self._reports += 1
-        if len(self.longest) == 1:
-            self.reached = logs[self.error] < self.config.stop_error
-        elif (
-            self._reports >= _in_reports("curriculum_steps", self.config)
-            if self.config.curriculum_steps
-            else logs["loss"] < self.config.curriculum_loss
-        ):
-            self.longest.pop(0)
-            self._reports = 0
-
-
-class Progress(keras.callbacks.Callback):
-    """One line: steps, time left, loss, error, sequences a second.
-
-    On a terminal the line is written over, elsewhere each is a new one. It
-    also gives the callbacks after it what has been done so far: `step`,
-    `sequences`, `longest`, the longest length, and `seconds`.
-    """
-
-    def __init__(self, config, curriculum, seconds, show):
-        super().__init__()
-        self.config = config
-        self.curriculum = curriculum
-        self.seconds = seconds
-        self.show = show
-        self.in_place = show is print and sys.stdout.isatty()
-
-    def on_train_begin(self, logs=None):
-        self.show(
-            "steps  most time left  longest length  loss and error  "
-            "sequences/s\n"
-            "(each length is compiled once: the first steps take a while)"
-        )
-        self.started = time.perf_counter()
-        self.marks = []  # steps and times
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.first_step = epoch * self.config.report_every
-        self.longest = self.curriculum.longest[0]
-        self.epoch_started = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        # The time left is that of steps which are compiled.
-        if not self.marks and 2 * (batch + 1) >= self.config.report_every:
-            now = time.perf_counter()
-            self.marks.append((self.first_step + batch + 1, now))
-
-    def on_epoch_end(self, epoch, logs=None):
-        now = time.perf_counter()
-        config, steps = self.config, self.config.steps
-        step = min(self.first_step + config.report_every, steps)
-        logs["step"], logs["sequences"] = step, step * config.batch_size
-        logs["longest"] = self.longest
-        logs["seconds"] = round(self.seconds + now - self.started, 3)
-        rate = (step - self.first_step) * config.batch_size
-        rate /= now - self.epoch_started
-        error = self.curriculum.error
-        line = (
-            f"{step:,}/{steps:,} steps ({logs['sequences']:,} sequences)"
-            f"  {self._left(step, now)} left"
-            f"  <={self.longest}"
-            f"  loss {logs['loss']:.4f}"
-            f"  {error.replace('_', ' ')} {logs[error]:.2f}"
-            f"  {rate:,.0f} seq/s"
-        )
-        self.marks.append((step, now))
-        if self.in_place:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r" + line[:width].ljust(width), end="", flush=True)
-        else:
-            self.show(line)
-
-    def _left(self, step, now):
-        """Minutes and seconds, at the pace of the later half of the steps."""
-        before, then = self.marks[len(self.marks) // 2]
-        if step == before:
-            return "?:??"
-        left = (now - then) / (step - before) * (self.config.steps - step)
-        minutes, seconds = divmod(round(left), 60)
-        return f"{minutes}:{seconds:02}"
-
-    def on_train_end(self, logs=None):
-        if self.in_place:
-            print()

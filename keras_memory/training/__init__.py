@@ -1,0 +1,9 @@
+"""Trains a model on a task, in a run folder that can be resumed.
+
+`config.py` has what can be configured, `presets.py` the configurations of the
+papers, `tasks.py` the data.
+"""
+
+from keras_memory.training.runner import build as build
+from keras_memory.training.runner import resume as resume
+from keras_memory.training.runner import train as train

@@ -1,0 +1,230 @@
+"""Callbacks of a training: reports, checkpoints, curriculum, progress."""
+
+import csv
+import shutil
+import sys
+import time
+
+import keras
+import numpy as np
+
+from keras_memory.files import written_aside
+from keras_memory.inspection.callbacks import MemoryTensorBoard
+from keras_memory.training import losses
+from keras_memory.training import runs
+from keras_memory.training.config import check_training
+
+
+class StepsBoard(keras.callbacks.TensorBoard):
+    """Keras's, on an axis of steps."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(logs["step"], logs)
+
+
+class StepsMemoryBoard(MemoryTensorBoard):
+    """Counts steps, where that of any training counts epochs."""
+
+    unit = "steps"
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(logs["step"] - 1, logs)
+
+
+class History(keras.callbacks.Callback):
+    """Writes what each report tells into a CSV file, with those before.
+
+    Args:
+        path: `pathlib.Path` of the file.
+        rows: list of dicts of numbers, the reports before, which grows.
+    """
+
+    def __init__(self, path, rows):
+        super().__init__()
+        self.path = path
+        self.rows = rows
+
+    def on_epoch_end(self, epoch, logs=None):
+        first = {name: logs[name] for name in runs.COUNTS}
+        self.rows.append({**first, **logs})
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        with (
+            written_aside(self.path) as path,
+            open(path, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, names, restval="NA")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Saves the model after every `every`-th epoch, in place of the last.
+
+    Args:
+        path: path of the `.keras` file.
+        every: int, at least 0, in epochs; 0 saves only when `asked`.
+    """
+
+    asked = False  # for a checkpoint after this epoch, which is then the last
+
+    def __init__(self, path, every):
+        super().__init__()
+        self.path = path
+        self.every = every
+        self._saved = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._saved = False
+        if self.asked:
+            self.model.stop_training = True
+        if self.asked or (self.every and (epoch + 1) % self.every == 0):
+            self._save()
+
+    def on_train_end(self, logs=None):
+        if (self.every or self.asked) and not self._saved:
+            self._save()
+
+    def _save(self):
+        with written_aside(self.path) as path:
+            self.model.save(path)
+        self._saved = True
+
+
+class Curriculum(keras.callbacks.Callback):
+    """A task that grows with the model, and ends the training at its goal or
+    at the last of its steps.
+
+    It stands in for the task in `tasks.dataset`, and looks at the results of
+    each report.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        check_training(config)
+        self.config = config
+        least, most = config.task.min_length, config.task.max_length
+        self.longest = [n for n in config.curriculum if least <= n < most]
+        self.longest.append(most)
+        self.error = losses.KINDS[config.task.kind].error
+        self.input_size = config.task.input_size
+        self.output_size = config.task.output_size
+        self.reached = False
+        self._reports = 0  # at the present length
+
+    def sample(self, rng, batch_size):
+        task = self.config.task
+        return task.sample(rng, batch_size, longest=self.longest[0])
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._first_step = epoch * self.config.report_every
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._first_step + batch + 1 >= self.config.steps:
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not np.isfinite(logs["loss"]):  # before a checkpoint is made of it
+            step = min(
+                (epoch + 1) * self.config.report_every, self.config.steps
+            )
+            raise ValueError(
+                "The training has diverged: try a smaller learning_rate, or "
+                "clipnorm. What the checkpoint has is from before. Received: "
+                f"a loss of {logs['loss']} in the report of step {step:,}"
+            )
+        self.look(logs)
+        if self.reached:
+            self.model.stop_training = True
+
+    def look(self, logs):
+        """Decides, after a report, what comes next."""
+        self._reports += 1
+        if len(self.longest) == 1:
+            self.reached = logs[self.error] < self.config.stop_error
+        elif (
+            self._reports >= in_reports("curriculum_steps", self.config)
+            if self.config.curriculum_steps
+            else logs["loss"] < self.config.curriculum_loss
+        ):
+            self.longest.pop(0)
+            self._reports = 0
+
+
+class Progress(keras.callbacks.Callback):
+    """One line: steps, time left, loss, error, sequences a second.
+
+    On a terminal the line is written over, elsewhere each is a new one. It
+    also gives the callbacks after it what has been done so far: `step`,
+    `sequences`, `longest`, the longest length, and `seconds`.
+    """
+
+    def __init__(self, config, curriculum, seconds, show):
+        super().__init__()
+        self.config = config
+        self.curriculum = curriculum
+        self.seconds = seconds
+        self.show = show
+        self.in_place = show is print and sys.stdout.isatty()
+
+    def on_train_begin(self, logs=None):
+        self.show(
+            "steps  most time left  longest length  loss and error  "
+            "sequences/s\n"
+            "(each length is compiled once: the first steps take a while)"
+        )
+        self.started = time.perf_counter()
+        self.marks = []  # steps and times
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.first_step = epoch * self.config.report_every
+        self.longest = self.curriculum.longest[0]
+        self.epoch_started = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The time left is that of steps which are compiled.
+        if not self.marks and 2 * (batch + 1) >= self.config.report_every:
+            now = time.perf_counter()
+            self.marks.append((self.first_step + batch + 1, now))
+
+    def on_epoch_end(self, epoch, logs=None):
+        now = time.perf_counter()
+        config, steps = self.config, self.config.steps
+        step = min(self.first_step + config.report_every, steps)
+        logs["step"], logs["sequences"] = step, step * config.batch_size
+        logs["longest"] = self.longest
+        logs["seconds"] = round(self.seconds + now - self.started, 3)
+        rate = (step - self.first_step) * config.batch_size
+        rate /= now - self.epoch_started
+        error = self.curriculum.error
+        line = (
+            f"{step:,}/{steps:,} steps ({logs['sequences']:,} sequences)"
+            f"  {self._left(step, now)} left"
+            f"  <={self.longest}"
+            f"  loss {logs['loss']:.4f}"
+            f"  {error.replace('_', ' ')} {logs[error]:.2f}"
+            f"  {rate:,.0f} seq/s"
+        )
+        self.marks.append((step, now))
+        if self.in_place:
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", flush=True)
+        else:
+            self.show(line)
+
+    def _left(self, step, now):
+        """Minutes and seconds, at the pace of the later half of the steps."""
+        before, then = self.marks[len(self.marks) // 2]
+        if step == before:
+            return "?:??"
+        left = (now - then) / (step - before) * (self.config.steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        return f"{minutes}:{seconds:02}"
+
+    def on_train_end(self, logs=None):
+        if self.in_place:
+            print()
+
+
+def in_reports(name, config):
+    """A number of steps in reports, rounded up."""
+    return -(-getattr(config, name) // config.report_every)
