@@ -420,7 +420,7 @@ class DNCCell(MemoryCell):
     backward along the links.
 
     Equations (Graves et al. 2016, Methods, by their names there), all in
-    `DNCAccess.step` and `addressing.py`: interface parameters
+    `DNCAccess.step` and `addressing`: interface parameters
     (`DNCAccess.split`), content-based addressing (`content_weighting`),
     dynamic memory allocation (`retention`, `usage_after_write`,
     `allocation`), write weighting, temporal memory linkage

@@ -454,9 +454,9 @@ class NTMCell(MemoryCell):
     Equations: the controller's output is projected to an `NTMInterface`
     (`NTMAccess.split`); content weighting, eqs. 5-6; interpolation, eq. 7;
     shift, eq. 8; sharpening, eq. 9 (`NTMAccess.address`, and
-    `addressing.py`); reading, eq. 2; erasing and adding, eqs. 3-4
-    (`NTMAccess.step` and `access.py`); MERLIN's sequential and retroactive
-    writing, Wayne et al. 2018, Methods (`NTMAccess.write_next`).
+    `addressing`); reading, eq. 2; erasing and adding, eqs. 3-4
+    (`NTMAccess.step` and `addressing/slots.py`); MERLIN's sequential and
+    retroactive writing, Wayne et al. 2018, Methods (`NTMAccess.write_next`).
 
     State: an `NTMState`, or a `MERLINState`; reads start at `initial_reads`,
     memory at `initial_memory`, weightings at `initial_weighting`; the heads

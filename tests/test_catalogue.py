@@ -69,7 +69,7 @@ def test_shapes(case):
 
 def fits_always(case, jit_compile):
     """Whether the case is fitted this way without `-m slow`."""
-    # `test_scan.py` or `test_same_numbers` has the gradients of the others.
+    # `test_time_loops.py` or `test_same_numbers` has gradients of the others.
     return case in LAYERS and jit_compile == (harness.BACKEND != "torch")
 
 

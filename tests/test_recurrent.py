@@ -1,4 +1,4 @@
-"""What all recurrent memories share: `recurrent.py` and `scan.py`.
+"""What all recurrent memories share: `recurrent`.
 
 `test_catalogue.py` runs every layer through what Keras asks of it. Here: that
 each thing that `MemoryRNN` does differently from `keras.layers.RNN` is needed

@@ -1,10 +1,10 @@
 """What a step is written with, so that its gradient is cheap.
 
-The fast time loop of `scan.py` runs each step twice: forward, and once more
-when gradients flow back. `linear` and `kept` hand out in the second run what
-they gave in the first, and the gradients of all `linear` weights are taken
-after the loop, in one matrix product each. Outside of that loop they just
-compute.
+The time loop of `recurrent/fast_loop.py` runs each step twice: forward, and
+once more when gradients flow back. `linear` and `kept` hand out in the second
+run what they gave in the first, and the gradients of all `linear` weights are
+taken after the loop, in one matrix product each. Outside of that loop they
+just compute.
 """
 
 import contextlib

@@ -51,7 +51,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     The base of all recurrent architectures, and of a user's own: give it one
     `Access` a block. It works in `MemoryRNN` and in `keras.layers.RNN`.
 
-    Equations: the head of `recurrent.py`.
+    Equations: the head of `recurrent/cell.py`.
 
     State: flat tensors (B, size) outside, so that Keras's RNN machinery can
     declare, hold and save them; `unpack_state` makes a named record of them.

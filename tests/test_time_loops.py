@@ -512,7 +512,7 @@ def test_second_derivatives_are_refused_or_right():
 
 @harness.needs_tensorflow
 def test_products_have_derivatives_of_any_order():
-    """Those of `access.py` and `addressing.py` that have a gradient of their
+    """Those of `addressing` that have a gradient of their
     own, by finite differences of their gradients."""
     import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""What is read and written: the functions of `access.py`."""
+"""What is read and written: the functions of `addressing/slots.py`."""
 
 import itertools
 
