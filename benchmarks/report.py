@@ -7,7 +7,7 @@ import os
 import pathlib
 import platform
 
-from keras_memory.files import written_aside
+from keras_memory.files import atomic_write
 
 PACKAGES = "keras", "tensorflow", "torch", "dnc", "memorywrap", "numpy"
 
@@ -85,7 +85,7 @@ def on(machine):
 def write_json(path, numbers):
     """Writes all numbers so far, whole; a path of None is no file."""
     if path is not None:
-        with written_aside(pathlib.Path(path)) as aside:
+        with atomic_write(pathlib.Path(path)) as aside:
             aside.write_text(json.dumps(numbers, indent=1) + "\n")
 
 

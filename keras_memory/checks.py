@@ -551,7 +551,7 @@ def check_one_of(name, value, choices):
     return value
 
 
-def check_between(name, value, least, most=np.inf, or_none=False):
+def check_closed(name, value, least, most=np.inf, or_none=False):
     """Raises ValueError unless `value` is a number from `least` to `most`, or
     None where that has a meaning."""
     value = plain(value)
@@ -568,7 +568,7 @@ def check_between(name, value, least, most=np.inf, or_none=False):
     return value
 
 
-def check_within(name, value):
+def check_open(name, value):
     """Raises ValueError unless `value` is above 0 and below 1."""
     value = plain(value)
     if not is_number(value) or not 0.0 < value < 1.0:
@@ -578,7 +578,7 @@ def check_within(name, value):
     return value
 
 
-def check_share(name, value):
+def check_rate(name, value):
     """Raises ValueError unless `value` is in [0, 1)."""
     value = plain(value)
     if not is_number(value) or not 0.0 <= value < 1.0:

@@ -10,9 +10,9 @@ import pathlib
 import sys
 
 from keras_memory import __version__
+from keras_memory.files import atomic_write
 from keras_memory.files import check_new_folder
 from keras_memory.files import check_run_folder
-from keras_memory.files import written_aside
 
 EXAMPLES = """examples:
   keras-memory train copy                     learn to copy, in two minutes
@@ -519,7 +519,7 @@ def convert(parsed):
     name = implementation.split("-")[1]
     cell = layer.cell
     inputs = keras.Input((None, cell.input_size), name="inputs")
-    with written_aside(out) as path:
+    with atomic_write(out) as path:
         keras.Model(inputs, layer(inputs), name=name).save(path)
     print(
         f"{name.upper()} from {cell.input_size} inputs to {cell.units} "

@@ -19,7 +19,7 @@ from keras_memory.addressing.activations import not_negative
 from keras_memory.addressing.activations import oneplus
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.content import content_weighting
-from keras_memory.addressing.gradients import remember
+from keras_memory.addressing.gradients import saved_value
 from keras_memory.addressing.linkage import follow_links
 from keras_memory.addressing.linkage import follow_sparse_links
 from keras_memory.addressing.linkage import linkage_after_write
@@ -31,12 +31,12 @@ from keras_memory.addressing.slots import read
 from keras_memory.addressing.usage import allocation
 from keras_memory.addressing.usage import retention
 from keras_memory.addressing.usage import usage_after_write
-from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_closed
 from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.recurrent.cell import MemoryCell
-from keras_memory.recurrent.interface import Initial
+from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_bytes_of_state
 from keras_memory.recurrent.interface import check_sizes_of_memory
 from keras_memory.recurrent.interface import interface_size
@@ -138,11 +138,11 @@ class DNCAccess:
         """Writes to the memory, then reads it."""
         interface = self.split(interface)
         # Usage, of what the heads did in the step before.
-        kept = retention(interface.free_gate, state.read_weighting)  # psi
+        psi = retention(interface.free_gate, state.read_weighting)
         written = state.write_weighting
         if not self.usage_gradient:
             written = ops.stop_gradient(written)
-        usage = usage_after_write(state.usage, written) * kept
+        usage = usage_after_write(state.usage, written) * psi
         # Writing.
         write_content = self.by_content(
             state.memory,
@@ -159,7 +159,7 @@ class DNCAccess:
         )
         memory = state.memory
         if self.deallocation:
-            memory = memory * kept[:, None]
+            memory = memory * psi[:, None]
         memory = erase_and_add(
             memory,
             write_weighting,
@@ -177,7 +177,7 @@ class DNCAccess:
             "read_content_weighting": read_content,
             "write_content_weighting": write_content,
             "allocation_weighting": allocated,
-            "retention": kept,
+            "retention": psi,
         }
         links, columns, precedence = (), (), ()
         read_weighting = read_content
@@ -201,7 +201,7 @@ class DNCAccess:
             inside["backward_weighting"] = backward
             mode = interface.read_mode[:, :, :, None]
             heads = self.write_heads
-            read_weighting = remember(
+            read_weighting = saved_value(
                 ops.sum(mode[:, :, :heads] * backward, axis=2)
                 + mode[:, :, heads] * read_content
                 + ops.sum(mode[:, :, heads + 1 :] * forward, axis=2)
@@ -273,10 +273,10 @@ class DNCAccess:
             "usage_gradient",
         ):
             check_bool(name, getattr(self, name))
-        Initial.check("initial_memory", self.initial_memory)
-        check_between("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
-        check_between("product_epsilon", self.product_epsilon, 0)
-        check_between(
+        StateSpec.check("initial_memory", self.initial_memory)
+        check_closed("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
+        check_closed("product_epsilon", self.product_epsilon, 0)
+        check_closed(
             "usage_epsilon", self.usage_epsilon, 1e-30, 0.1, or_none=True
         )
         if self.sparse_links is not None:
@@ -342,25 +342,25 @@ class DNCAccess:
     @property
     def initial_state(self):
         slots, heads = self.memory_slots, self.write_heads
-        weighting = functools.partial(Initial, held=_sums_held)
+        weighting = functools.partial(StateSpec, held=_sums_held)
         links, columns = (), ()
         if self.sparse_links is not None:
             of_rows = (heads, slots, self.sparse_links)
-            links = Initial(of_rows, turned=True, held=_rows_held)
-            columns = Initial(
-                of_rows, constant=np.arange(self.sparse_links), turned=True
+            links = StateSpec(of_rows, transposed=True, held=_rows_held)
+            columns = StateSpec(
+                of_rows, constant=np.arange(self.sparse_links), transposed=True
             )
         elif self.linkage:
-            links = Initial((heads, slots, slots), held=_links_held)
+            links = StateSpec((heads, slots, slots), held=_links_held)
         return DNCState(
-            reads=Initial((self.read_heads, self.slot_size)),
-            memory=Initial(
+            reads=StateSpec((self.read_heads, self.slot_size)),
+            memory=StateSpec(
                 (slots, self.slot_size),
                 self.initial_memory,
-                draw=keras.initializers.RandomNormal(stddev=0.05),
-                turned=True,
+                initializer=keras.initializers.RandomNormal(stddev=0.05),
+                transposed=True,
             ),
-            usage=Initial((slots,), held=_held),
+            usage=StateSpec((slots,), held=_held),
             linkage=links,
             precedence=weighting((heads, slots)) if self.linkage else (),
             read_weighting=weighting((self.read_heads, slots)),

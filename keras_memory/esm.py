@@ -20,9 +20,9 @@ from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
-from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
+from keras_memory.checks import check_closed
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import with_rows_of
@@ -100,8 +100,8 @@ class _Map(Arguments, MapInputs, keras.layers.Layer):
                 "the least. Received: "
                 f"variance_limits={variance_limits!r}, height={height}"
             )
-        self.depth_prior = check_between("depth_prior", depth_prior, 0, HUGE)
-        self.feature_prior = check_between(
+        self.depth_prior = check_closed("depth_prior", depth_prior, 0, HUGE)
+        self.feature_prior = check_closed(
             "feature_prior", feature_prior, -HUGE, HUGE
         )
         self.smooth_kernel_size = smooth_kernel_size

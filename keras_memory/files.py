@@ -114,7 +114,7 @@ def os_reason(error):
 
 
 @contextlib.contextmanager
-def written_aside(path):
+def atomic_write(path):
     """Gives a path beside `path` to write to, and renames it at the end.
 
     Whoever reads `path` finds the old file or the new one, whole, also if the
@@ -151,7 +151,7 @@ def _replace(source, target):
 
 
 @contextlib.contextmanager
-def files_written_aside(folder):
+def atomic_write_all(folder):
     """Gives an empty folder to write files to, and moves them at the end.
 
     They take the place of files of the same names in `folder`; others stay. An

@@ -15,7 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_memory.addressing.activations import sparsemax
-from keras_memory.addressing.gradients import to_train
+from keras_memory.addressing.gradients import custom_gradients
 from keras_memory.addressing.gradients import with_gradient
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
@@ -223,7 +223,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if lost is not None:
             weights = ops.where(lost, np.nan, weights)
         read = _read(weights, self._wide(values), indices)
-        with to_train(training):
+        with custom_gradients(training):
             outputs = self._classified(
                 encodings, ops.cast(read, self.compute_dtype)
             )
@@ -571,9 +571,9 @@ def _product_of_both(encodings, read, kernel):
         return ops.matmul(ops.concatenate([encodings, read], axis=-1), kernel)
 
     def gradient(upstream, encodings, read, kernel):
-        of_both = ops.matmul(kernel, ops.transpose(upstream))
+        grad_both = ops.matmul(kernel, ops.transpose(upstream))
         # XLA would make dy W^T of it if both parts were transposed at once.
-        parts = ops.split(of_both, 2, axis=0)
+        parts = ops.split(grad_both, 2, axis=0)
         both = ops.concatenate([encodings, read], axis=-1)
         return [
             *map(ops.transpose, parts),

@@ -9,8 +9,8 @@ from keras import ops
 
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
-from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_closed
 from keras_memory.checks import check_process
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
@@ -423,7 +423,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
                     _beside_x("sample_weight", sample_weight, sizes)
                 )
             if validation_split and validation_data is None:
-                check_between("validation_split", validation_split, 0.0, 1.0)
+                check_closed("validation_split", validation_split, 0.0, 1.0)
                 first = int(len(x) * (1.0 - validation_split))
                 parts = [x, y]
                 if sample_weight is not None:

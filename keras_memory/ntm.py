@@ -27,15 +27,15 @@ from keras_memory.addressing.slots import read
 from keras_memory.addressing.usage import add_usage
 from keras_memory.addressing.usage import least_used
 from keras_memory.addressing.usage import mark_used
-from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_closed
 from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
 from keras_memory.recurrent.cell import MemoryCell
-from keras_memory.recurrent.interface import Initial
+from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_sizes_of_memory
 from keras_memory.recurrent.interface import interface_size
 from keras_memory.recurrent.interface import split_interface
@@ -262,9 +262,9 @@ class NTMAccess:
         check_clip("interface_clip", self.interface_clip)
         check_bool("erase", self.erase)
         for name in ("initial_memory", "initial_reads", "initial_weighting"):
-            Initial.check(name, getattr(self, name))
-        check_between("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
-        check_between("product_epsilon", self.product_epsilon, 0)
+            StateSpec.check(name, getattr(self, name))
+        check_closed("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
+        check_closed("product_epsilon", self.product_epsilon, 0)
         if is_number(self.initial_weighting) and self.initial_weighting < 0:
             raise ValueError(
                 "`initial_weighting` must be at least 0, as a weighting is. "
@@ -373,41 +373,41 @@ class NTMAccess:
         first_slot[0] = 1.0
 
         def weighting(heads):
-            return Initial(
+            return StateSpec(
                 (heads, self.memory_slots),
                 # Content alone never looks at it: there is nothing to learn.
                 self.initial_weighting if self.by_location else "constant",
                 constant=first_slot,
-                draw=keras.initializers.RandomNormal(stddev=1.0),
+                initializer=keras.initializers.RandomNormal(stddev=1.0),
                 activation=softmax,
                 held=not_negative,
             )
 
         reach = 1.0 / math.sqrt(self.memory_slots + self.slot_size)
         state = NTMState(
-            reads=Initial(
+            reads=StateSpec(
                 (self.read_heads, self.slot_size),
                 self.initial_reads,
-                draw=keras.initializers.RandomNormal(stddev=0.05),
+                initializer=keras.initializers.RandomNormal(stddev=0.05),
             ),
-            memory=Initial(
+            memory=StateSpec(
                 (self.memory_slots, self.slot_size),
                 self.initial_memory,
                 constant=1e-6,
-                draw=keras.initializers.RandomUniform(-reach, reach),
-                turned=True,
+                initializer=keras.initializers.RandomUniform(-reach, reach),
+                transposed=True,
             ),
             read_weighting=weighting(self.read_heads),
             write_weighting=weighting(self.write_heads),
         )
         if not self.sequential:
             return state
-        nowhere = Initial((1, self.memory_slots))
+        nowhere = StateSpec((1, self.memory_slots))
         fields = {**state._asdict(), "write_weighting": nowhere}
         return MERLINState(
             **fields,
             retroactive_weighting=nowhere,
-            usage=Initial((self.memory_slots,), constant=-1.0),
+            usage=StateSpec((self.memory_slots,), constant=-1.0),
         )
 
     @property

@@ -28,7 +28,7 @@ from keras_memory import visualization
 from keras_memory.addressing import dense_linkage
 from keras_memory.inspection import callbacks
 from keras_memory.inspection import probe as probe_module
-from keras_memory.recurrent.interface import Initial
+from keras_memory.recurrent.interface import StateSpec
 from keras_memory.training import tasks
 
 TASK = tasks.Copy(bits=3, max_length=3, buckets=1)
@@ -194,12 +194,12 @@ class OtherAccess:
     interface_size = 5
     read_size = 5
     initial_state = OtherState(
-        reads=Initial((1, 5)),
-        memory=Initial((7,)),
-        key_memory=Initial((7, 5)),
-        usage=Initial((2, 7)),
-        linkage=Initial((7, 7)),
-        read_weighting=Initial((7,)),
+        reads=StateSpec((1, 5)),
+        memory=StateSpec((7,)),
+        key_memory=StateSpec((7, 5)),
+        usage=StateSpec((2, 7)),
+        linkage=StateSpec((7, 7)),
+        read_weighting=StateSpec((7,)),
     )
 
     def step(self, interface, state):

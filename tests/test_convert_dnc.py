@@ -252,7 +252,7 @@ def stepped(cell, x, states, feedback=True):
     Returns the outputs (B, T, units), the controllers' states, list over time
     of a flat list, and a dict of what happened inside.
     """
-    records = cell._unflatten(states)
+    records = cell.layout.unflatten(states)
     first = [record.reads for record in records]
     outputs, controllers, inside = [], [], {}
     for t in range(x.shape[1]):

@@ -77,7 +77,7 @@ def close(actual, expected, tolerance=1e-6):
 def some_state(layer, seed=13, batch=BATCH):
     """States as they are in the middle of a sequence, none of them zero."""
     rng = np.random.default_rng(seed)
-    records = layer.cell.initial_records
+    records = layer.cell.layout.records
 
     def weighting(shape, total=0.9):
         return total * reference.softmax(rng.normal(size=(batch, *shape)))
@@ -604,7 +604,7 @@ def gradients_of(layer, x, states, jit_compile=False, eagerly=False):
     x, states = tf.constant(x), [tf.constant(state) for state in states]
     weights = layer.trainable_weights
     variables = [x, *[weight.value for weight in weights], *states]
-    kept = layer.cell._map_initials(lambda _, name: "link" not in name)
+    kept = ["link" not in name for name in layer.cell.layout.names]
 
     def gradients():
         with tf.GradientTape() as tape:
@@ -1393,9 +1393,7 @@ def test_without_its_memory_only_the_controller_goes_on(options):
     x = numbers().astype("float32")
     states = some_state(layer)
     output, *after = layer(x, initial_state=states, use_memory=False)
-    of_controller = layer.cell._map_initials(
-        lambda _, name: "controller" in name
-    )
+    of_controller = ["controller" in name for name in layer.cell.layout.names]
     assert any(of_controller) and not all(of_controller)
     for before, now, moves in zip(copies(states), copies(after), of_controller):
         assert (before != now).any() == moves
@@ -1434,9 +1432,10 @@ def test_resets(rows, part, options):
     after = copies(reset(states) if rows is None else reset(states, rows=rows))
     starts = copies(layer.cell.get_initial_state(3))
     is_reset = np.ones(3, bool) if rows is None else np.array(rows)
-    in_part = layer.cell._map_initials(
-        lambda _, name: ("controller" in name) == (part == "controller")
-    )
+    in_part = [
+        ("controller" in name) == (part == "controller")
+        for name in layer.cell.layout.names
+    ]
     assert 0 < sum(in_part) < len(in_part)
     for before, now, start, reached in zip(kept, after, starts, in_part):
         changed = is_reset & reached

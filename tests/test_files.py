@@ -66,7 +66,7 @@ needs_proc = pytest.mark.skipif(
 def test_a_file_is_written_on_windows(windows, tmp_path):
     path = tmp_path / "file.txt"
     for text in ("old", "new"):
-        with files.written_aside(path) as aside:
+        with files.atomic_write(path) as aside:
             aside.write_text(text)
         assert path.read_text() == text
     assert windows.flushed == [str(tmp_path / ".file.writing.txt")] * 2
@@ -93,12 +93,12 @@ def test_a_reader_on_windows_is_waited_for(windows, tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     windows.kept_open[path] = 3
-    with files.written_aside(path) as aside:
+    with files.atomic_write(path) as aside:
         aside.write_text("new")
     assert path.read_text() == "new"
     windows.kept_open[path] = 1000
     with pytest.raises(PermissionError, match="file.txt: Access is denied"):
-        with files.written_aside(path) as aside:
+        with files.atomic_write(path) as aside:
             aside.write_text("newer")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file.txt"]
@@ -113,7 +113,7 @@ def test_no_file_is_waited_for_elsewhere(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(PermissionError, match="no"):
-        with files.written_aside(tmp_path / "file.txt") as aside:
+        with files.atomic_write(tmp_path / "file.txt") as aside:
             aside.write_text("text")
     assert len(asked) == 1
     assert os.listdir(tmp_path) == []
@@ -127,7 +127,7 @@ def test_the_error_of_the_writer_is_the_one_that_is_told(monkeypatch, tmp_path):
 
     monkeypatch.setattr(type(tmp_path), "unlink", refused)
     with pytest.raises(ZeroDivisionError):
-        with files.written_aside(tmp_path / "file.txt") as aside:
+        with files.atomic_write(tmp_path / "file.txt") as aside:
             aside.write_text(str(1 / 0))
 
 

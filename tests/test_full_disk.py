@@ -7,9 +7,9 @@ import pathlib
 import pytest
 
 from keras_memory import files
+from keras_memory.files import atomic_write
+from keras_memory.files import atomic_write_all
 from keras_memory.files import explain_os_errors
-from keras_memory.files import files_written_aside
-from keras_memory.files import written_aside
 
 resource = pytest.importorskip("resource")
 
@@ -32,7 +32,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(old, tmp_path):
         path.write_bytes(old)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError) as caught, files_of_at_most(10):
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(b"new" * 100)
     assert caught.value.errno == errno.EFBIG
     assert f"Could not write {path}: File too large. " in str(caught.value)
@@ -44,12 +44,12 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(old, tmp_path):
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     path = tmp_path / "none" / "a.bin"
     with pytest.raises(FileNotFoundError, match=f"Could not write {path}: No"):
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(b"new")
     path = tmp_path / "file" / "a.bin"
     pathlib.Path(tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="Could not write.*Nothing w"):
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(b"new")
 
 
@@ -91,7 +91,7 @@ def test_a_disk_that_ends_while_files_are_moved(moved, tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match="No space .*Some of its files may be new"
     ):
-        with files_written_aside(tmp_path) as aside:
+        with atomic_write_all(tmp_path) as aside:
             for number in range(2):
                 (aside / f"{number}.txt").write_text("new")
     assert (tmp_path / "0.txt").read_text() == ("new" if moved else "old")

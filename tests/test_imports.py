@@ -28,7 +28,7 @@ LAYERS = [
     ["visualization"],
     ["recurrent.cells", "recurrent.replay", "recurrent.state"],
     ["recurrent.backend", "recurrent.controllers", "recurrent.interface"],
-    ["recurrent.fast_loop", "recurrent.serialization"],
+    ["recurrent.dropout", "recurrent.fast_loop", "recurrent.serialization"],
     ["recurrent.loop"],
     ["recurrent.cell"],
     ["recurrent.layer"],

@@ -527,7 +527,7 @@ def test_gradients_equal_finite_differences(options):
             assert error <= 1e-6 * length, (index, variable.shape)
     # By content alone, nothing depends on the weightings of the step before,
     # and usage only chooses a slot.
-    states = layer.cell.initial_records[0]._fields
+    states = layer.cell.layout.records[0]._fields
     used = {"read_weighting", "write_weighting"}
     if options.get("addressing") == "content":
         used = set()

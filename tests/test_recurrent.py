@@ -22,7 +22,7 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 import keras_memory
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
-from keras_memory.recurrent.interface import Initial
+from keras_memory.recurrent.interface import StateSpec
 
 BATCH, TIME, WIDTH = 2, 7, 5
 SIZES = {
@@ -94,7 +94,7 @@ class Silent:
 
     def __init__(self):
         self.initial_state = toy.ToyState(
-            reads=Initial((1, 2)), total=Initial((1,))
+            reads=StateSpec((1, 2)), total=StateSpec((1,))
         )
 
     def step(self, interface, state):

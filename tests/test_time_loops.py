@@ -16,8 +16,8 @@ from keras import ops
 import keras_memory
 from keras_memory.addressing import usage
 from keras_memory.addressing.gradients import activate
-from keras_memory.addressing.gradients import kept
 from keras_memory.addressing.gradients import linear
+from keras_memory.addressing.gradients import saved
 from keras_memory.recurrent import fast_loop
 
 HOLES = np.array([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]], bool)
@@ -291,13 +291,13 @@ def test_gradients_of_many_segments_add_up_in_32_bits():
 def test_fewer_states_are_kept():
     """Of 9 steps those of every third, by the arrays that are kept."""
     x = np.ones((2, 9, 5), "float32")
-    kept = {}
+    saved = {}
     real = fast_loop.scan
 
     def counting(step, carried, slices, specs, reverse=False):
         after, results = real(step, carried, slices, specs, reverse)
         if not reverse:
-            kept[recompute] = kept.get(recompute, []) + [
+            saved[recompute] = saved.get(recompute, []) + [
                 array.shape[0] for array in keras.tree.flatten(results)
             ]
         return after, results
@@ -306,8 +306,8 @@ def test_fewer_states_are_kept():
         patch.setattr(fast_loop, "scan", counting)
         for recompute in (None, 3):
             small(recompute=recompute)(x, training=True)
-    assert set(kept[None]) == {9}
-    assert set(kept[3]) == {2, 3}  # three steps, and two segments of three
+    assert set(saved[None]) == {9}
+    assert set(saved[3]) == {2, 3}  # three steps, and two segments of three
 
 
 @harness.needs_tensorflow
@@ -527,11 +527,11 @@ def test_products_have_derivatives_of_any_order():
     memory, vectors, weighting = array(2, 3, 5), array(2, 2, 3), array(2, 2, 5)
     places = tf.constant([[4.0, 0.0, 4.0], [1.0, 2.0, 3.0]], "float64")
     functions = {
-        lambda x: slots.take(x, places): (array(2, 5, 3),),
-        lambda x: slots.put(x, places, 5): (array(2, 3, 2),),
+        lambda x: slots.gather(x, places): (array(2, 5, 3),),
+        lambda x: slots.scatter_add(x, places, 5): (array(2, 3, 2),),
         slots.read: (memory, weighting),
-        slots.match: (vectors, memory),
-        slots.spread: (vectors, weighting),
+        slots.inner_products: (vectors, memory),
+        slots.outer_write: (vectors, weighting),
         addressing.shift: (weighting, array(2, 2, 3)),
         addressing.linkage_after_write: (
             array(2, 2, 5, 5),
@@ -591,7 +591,7 @@ def test_linear_and_kept_just_compute_outside_of_the_loop():
     kernel = np.full((3, 5), 2.0, "float32")
     result = linear([x, x], [kernel, kernel], np.ones(5, "float32"))
     harness.close(result, np.full((2, 5), 13.0, "float32"))
-    result = kept(lambda x: [ops.exp(x), x], None, x)
+    result = saved(lambda x: [ops.exp(x), x], None, x)
     harness.close(result, np.exp(x))
     harness.close(activate(ops.exp, x), np.exp(x))
 

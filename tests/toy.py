@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 import keras_memory
-from keras_memory.recurrent.interface import Initial
+from keras_memory.recurrent.interface import StateSpec
 
 
 class ToyState(NamedTuple):
@@ -23,7 +23,7 @@ class ToyAccess:
     def __init__(self, width=3):
         self.interface_size = self.read_size = width
         self.initial_state = ToyState(
-            reads=Initial((1, width)), total=Initial((width,), "learned")
+            reads=StateSpec((1, width)), total=StateSpec((width,), "learned")
         )
 
     def step(self, interface, state):

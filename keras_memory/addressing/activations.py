@@ -4,9 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory.addressing.gradients import SLOPES
+from keras_memory.addressing.gradients import DERIVATIVES
 from keras_memory.addressing.scaling import at_least_float32
-from keras_memory.addressing.slots import total
+from keras_memory.addressing.slots import row_sum
 
 
 def not_negative(x):
@@ -33,11 +33,11 @@ def oneplus(x):
 def grad_softmax(dy, y, x=None):
     """The gradient of `softmax` where it gave `y`, from that of `y`."""
     dy = dy * y
-    return dy - y * total(dy)
+    return dy - y * row_sum(dy)
 
 
-SLOPES[softmax] = grad_softmax
-SLOPES[oneplus] = SLOPES[keras.activations.softplus]
+DERIVATIVES[softmax] = grad_softmax
+DERIVATIVES[oneplus] = DERIVATIVES[keras.activations.softplus]
 
 
 def activation_by_name(name):
@@ -76,13 +76,13 @@ def sparsemax(logits, axis=-1):
     most = ops.max(z, axis=axis, keepdims=True, initial=-np.inf)
     z = z - ops.stop_gradient(most)
 
-    def total(x):
+    def row_sum(x):
         return ops.sum(x, axis=axis, keepdims=True)
 
     def threshold_of(z, support):
         inside = ops.where(support, z, ops.zeros_like(z))
-        count = total(ops.cast(support, ops.dtype(z)))
-        return (total(inside) - 1.0) / ops.maximum(count, 1.0)
+        count = row_sum(ops.cast(support, ops.dtype(z)))
+        return (row_sum(inside) - 1.0) / ops.maximum(count, 1.0)
 
     fixed = ops.stop_gradient(z)
 
@@ -97,5 +97,5 @@ def sparsemax(logits, axis=-1):
     _, support = ops.while_loop(shrinks, shrink, (none, first))
     threshold = threshold_of(z, support)
     # XLA's maximum passes over NaN, but the sum does not.
-    threshold = ops.where(ops.isnan(total(z)), total(z), threshold)
+    threshold = ops.where(ops.isnan(row_sum(z)), row_sum(z), threshold)
     return ops.cast(ops.relu(z - threshold), logits.dtype)

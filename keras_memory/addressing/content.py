@@ -9,13 +9,13 @@ from keras import ops
 
 from keras_memory.addressing.activations import grad_softmax
 from keras_memory.addressing.activations import softmax
-from keras_memory.addressing.gradients import kept
+from keras_memory.addressing.gradients import saved
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.addressing.scaling import in_range
-from keras_memory.addressing.slots import match
+from keras_memory.addressing.slots import inner_products
+from keras_memory.addressing.slots import outer_write
 from keras_memory.addressing.slots import read
-from keras_memory.addressing.slots import spread
-from keras_memory.addressing.slots import total
+from keras_memory.addressing.slots import row_sum
 
 # Norms below the root of this are those of an empty slot.
 NORM_EPSILON = {
@@ -96,7 +96,7 @@ def _compare(memory, keys, norm_epsilon, product_epsilon):
     product = key_norms * slot_norms
     if product_epsilon:
         product = product + product_epsilon * key_scale * slot_scale
-    similarity = match(keys, memory) / product
+    similarity = inner_products(keys, memory) / product
     # Only rounding leaves [-1, 1]: the slope is that of what was rounded.
     outside = ops.clip(similarity, -1.0, 1.0) - similarity
     similarity = similarity + ops.stop_gradient(outside)
@@ -131,34 +131,39 @@ def content_weighting(
         compared = _compare(memory, keys, norm_epsilon, product_epsilon)
         return [softmax(strengths * compared[0]), *compared]
 
-    def gradient(upstream, kept, memory, keys, strengths):
-        weighting, similarity, key_scale, slot_scale = kept[:4]
-        key_norms, slot_norms = kept[4:]
+    def gradient(upstream, saved, memory, keys, strengths):
+        weighting, similarity, key_scale, slot_scale = saved[:4]
+        key_norms, slot_norms = saved[4:]
         memory, keys = memory * slot_scale, keys * key_scale
-        of_logits = grad_softmax(upstream, weighting)
-        by_similarity = of_logits * similarity
-        sums = total(by_similarity)
-        of_strengths = sums
+        grad_logits = grad_softmax(upstream, weighting)
+        by_similarity = grad_logits * similarity
+        sums = row_sum(by_similarity)
+        grad_strengths = sums
         norms = key_norms * slot_norms
         if product_epsilon:
             epsilon = product_epsilon * key_scale * slot_scale
             share = norms / (norms + epsilon)
-            of_logits, by_similarity = share * of_logits, share * by_similarity
-            sums = total(by_similarity)
-        of_dot = strengths * of_logits / norms
-        of_key_norms = strengths * sums / key_norms
-        of_slot_norms = ops.matmul(ops.swapaxes(strengths, 1, 2), by_similarity)
-        of_memory = spread(keys, of_dot) - memory * (
-            of_slot_norms / slot_norms**2
+            grad_logits, by_similarity = (
+                share * grad_logits,
+                share * by_similarity,
+            )
+            sums = row_sum(by_similarity)
+        grad_dot = strengths * grad_logits / norms
+        grad_key_norms = strengths * sums / key_norms
+        grad_slot_norms = ops.matmul(
+            ops.swapaxes(strengths, 1, 2), by_similarity
         )
-        of_keys = read(memory, of_dot) - keys / key_norms * of_key_norms
-        return of_memory * slot_scale, of_keys * key_scale, of_strengths
+        grad_memory = outer_write(keys, grad_dot) - memory * (
+            grad_slot_norms / slot_norms**2
+        )
+        grad_keys = read(memory, grad_dot) - keys / key_norms * grad_key_norms
+        return grad_memory * slot_scale, grad_keys * key_scale, grad_strengths
 
     memory, keys = _to_compare(memory, keys, masks)
     strengths = ops.cast(
         ops.reshape(strengths, (-1, keys.shape[1], 1)), ops.dtype(keys)
     )
-    weighting = kept(weighed, gradient, memory, keys, strengths)
+    weighting = saved(weighed, gradient, memory, keys, strengths)
     return ops.cast(ops.reshape(weighting, (-1, heads, slots)), dtype)
 
 

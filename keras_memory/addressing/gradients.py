@@ -1,7 +1,7 @@
 """What a step is written with, so that its gradient is cheap.
 
 The time loop of `recurrent/fast_loop.py` runs each step twice: forward, and
-once more when gradients flow back. `linear` and `kept` hand out in the second
+once more when gradients flow back. `linear` and `saved` hand out in the second
 run what they gave in the first, and the gradients of all `linear` weights are
 taken after the loop, in one matrix product each. Outside of that loop they
 just compute.
@@ -15,23 +15,33 @@ import math
 import keras
 from keras import ops
 
-# The pass over a step that is under way in this thread, if any.
-current_pass = contextvars.ContextVar("current", default=None)
-
-# Whether `with_gradient` is to do more than compute.
-_to_train = contextvars.ContextVar("to_train", default=True)
+# The pass over a step under way in this thread: one of `replay.py`, None
+# outside of the fast loop, or `PLAIN`, which leaves gradients to the backend.
+current_pass = contextvars.ContextVar("current_pass", default=None)
+PLAIN = object()
 
 
 @contextlib.contextmanager
-def to_train(training):
-    """Where `training` is False, and outside of the fast loop, gradients are
-    the backend's: those of our own would stay in a model that is exported, and
-    forbid forward mode."""
-    before = _to_train.set(bool(training))
+def custom_gradients(enabled):
+    """Whether operations have our own gradients outside of the fast loop.
+
+    They are off for inference: a custom gradient would be baked into exported
+    models, and it breaks forward-mode differentiation.
+    """
+    if enabled or current_pass.get() is not None:
+        yield
+        return
+    token = current_pass.set(PLAIN)
     try:
         yield
     finally:
-        _to_train.reset(before)
+        current_pass.reset(token)
+
+
+def _fast_pass():
+    """The pass of the fast loop that is under way, or None."""
+    current = current_pass.get()
+    return None if current is PLAIN else current
 
 
 def linear(inputs, kernels, bias=None):
@@ -45,7 +55,7 @@ def linear(inputs, kernels, bias=None):
     Returns:
         (B, U) in the dtype of `inputs`.
     """
-    current = current_pass.get()
+    current = _fast_pass()
     weights = [*kernels] if bias is None else [*kernels, bias]
     if current is not None and all(
         isinstance(weight, keras.Variable) for weight in weights
@@ -59,12 +69,12 @@ def linear(inputs, kernels, bias=None):
     return result if bias is None else result + ops.cast(bias, dtype)
 
 
-def kept(function, gradient, *arguments):
+def saved(function, gradient, *arguments):
     """The result of a function, kept with what its gradient is quicker with.
 
     Args:
         function: from arrays to a list of arrays, the first is the result; not
-            by `linear` or `kept`.
+            by `linear` or `saved`.
         gradient: (gradient of the result, that whole list, *arguments) ->
             gradients of the arguments.
         *arguments: arrays.
@@ -72,15 +82,15 @@ def kept(function, gradient, *arguments):
     Returns:
         Array.
     """
-    current = current_pass.get()
+    current = _fast_pass()
     if current is None:
         return function(*arguments)[0]
-    return current.kept(function, gradient, *arguments)
+    return current.saved(function, gradient, *arguments)
 
 
 # Gradients (dy, y, x) -> dx of functions y of x, quicker than the backend's as
 # nothing is computed again.
-SLOPES = {
+DERIVATIVES = {
     keras.activations.linear: lambda dy, y, x: dy,
     keras.activations.sigmoid: lambda dy, y, x: dy * y * (1.0 - y),
     keras.activations.softplus: lambda dy, y, x: dy * ops.sigmoid(x),
@@ -88,35 +98,35 @@ SLOPES = {
 }
 
 
-def _has_slope(function):
+def _has_derivative(function):
     try:
-        return function in SLOPES
+        return function in DERIVATIVES
     except TypeError:  # not hashable
         return False
 
 
 def activate(function, x):
-    """`function(x)`, kept where `SLOPES` has its gradient."""
-    if not _has_slope(function):
+    """`function(x)`, kept where `DERIVATIVES` has its gradient."""
+    if not _has_derivative(function):
         return function(x)
 
     def gradient(upstream, results, x):
-        return SLOPES[function](upstream, *results, x)
+        return DERIVATIVES[function](upstream, *results, x)
 
-    return kept(lambda x: [function(x)], gradient, x)
+    return saved(lambda x: [function(x)], gradient, x)
 
 
-def remember(x):
+def saved_value(x):
     """`x`, which the second run takes as it was in the first."""
     return activate(keras.activations.linear, x)
 
 
-def activate_parts(functions, shapes, x):
+def activate_each(functions, shapes, x):
     """Takes vectors apart, and each part by a function of its own.
 
     Args:
-        functions: sequence; all are kept together that `SLOPES` has gradients
-            of, which are Keras's own activations, not those of `ops`.
+        functions: sequence; those that `DERIVATIVES` has, Keras's own
+            activations, not those of `ops`, are saved together.
         shapes: sequence with the shape of each part, without the batch axis,
             in the order in which they stand in `x`.
         x: (B, D), D entries of all parts.
@@ -140,20 +150,20 @@ def activate_parts(functions, shapes, x):
             axis=-1,
         )
 
-    if current_pass.get() is None:
+    if _fast_pass() is None:
         return [f(part) for f, part in zip(functions, parts(x), strict=True)]
     identity = keras.activations.linear
-    first = [f if _has_slope(f) else identity for f in functions]
-    others = [identity if _has_slope(f) else f for f in functions]
+    first = [f if _has_derivative(f) else identity for f in functions]
+    others = [identity if _has_derivative(f) else f for f in functions]
 
     def together(x):
         return [joined(f(part) for f, part in zip(first, parts(x)))]
 
     def gradient(upstream, results, x):
         of_parts = zip(first, parts(upstream), parts(*results), parts(x))
-        return joined(SLOPES[f](*of_part) for f, *of_part in of_parts)
+        return joined(DERIVATIVES[f](*of_part) for f, *of_part in of_parts)
 
-    x = kept(together, gradient, x)
+    x = saved(together, gradient, x)
     return [f(part) for f, part in zip(others, parts(x), strict=True)]
 
 
@@ -171,15 +181,17 @@ def with_gradient(function, gradient, *arguments):
     """
     has_them = keras.backend.backend() in ("tensorflow", "jax")
     current = current_pass.get()
-    wanted = _to_train.get() if current is None else current.differentiates
+    wanted = current is None or (
+        current is not PLAIN and current.differentiates
+    )
     if not (has_them and wanted):
         return function(*arguments)
 
     @ops.custom_gradient
     def call(*arguments):
-        def of_arguments(upstream):
+        def grad_arguments(upstream):
             return gradient(upstream, *arguments)
 
-        return function(*arguments), of_arguments
+        return function(*arguments), grad_arguments
 
     return call(*arguments)

@@ -7,13 +7,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory.addressing.gradients import remember
+from keras_memory.addressing.gradients import saved_value
 from keras_memory.addressing.gradients import with_gradient
-from keras_memory.addressing.slots import match
-from keras_memory.addressing.slots import put
+from keras_memory.addressing.slots import gather
+from keras_memory.addressing.slots import inner_products
+from keras_memory.addressing.slots import outer_write
 from keras_memory.addressing.slots import read
-from keras_memory.addressing.slots import spread
-from keras_memory.addressing.slots import take
+from keras_memory.addressing.slots import scatter_add
 
 
 def linkage_after_write(linkage, precedence, write_weighting):
@@ -44,16 +44,16 @@ def linkage_after_write(linkage, precedence, write_weighting):
         new = weighting[:, 0, :, None] * precedence
         return between_slots(kept_share(weighting) * linkage + new)
 
-    def gradient(of_links, linkage, precedence, weighting):
-        of_links = between_slots(of_links)
-        of_kept = of_links * linkage
+    def gradient(grad_links, linkage, precedence, weighting):
+        grad_links = between_slots(grad_links)
+        grad_saved = grad_links * linkage
         ones = ops.ones_like(precedence)
         return (
-            of_links * kept_share(weighting),
-            match(weighting, of_links),
-            read(of_links, precedence)
-            - read(of_kept, ones)
-            - match(ones, of_kept),
+            grad_links * kept_share(weighting),
+            inner_products(weighting, grad_links),
+            read(grad_links, precedence)
+            - read(grad_saved, ones)
+            - inner_products(ones, grad_saved),
         )
 
     # Each head has links of its own: (B H, N, N) and (B H, 1, N).
@@ -103,20 +103,20 @@ def follow_links(linkage, read_weighting):
 
     def both(links, weighting):
         return ops.concatenate(
-            [read(links, weighting), match(weighting, links)], axis=1
+            [read(links, weighting), inner_products(weighting, links)], axis=1
         )
 
     def gradient(upstream, links, weighting):
-        of_forward, of_backward = ops.split(upstream, 2, axis=1)
+        grad_forward, grad_backward = ops.split(upstream, 2, axis=1)
         return (
-            spread(
-                ops.concatenate([of_forward, weighting], axis=1),
-                ops.concatenate([weighting, of_backward], axis=1),
+            outer_write(
+                ops.concatenate([grad_forward, weighting], axis=1),
+                ops.concatenate([weighting, grad_backward], axis=1),
             ),
-            match(of_forward, links) + read(links, of_backward),
+            inner_products(grad_forward, links) + read(links, grad_backward),
         )
 
-    weightings = remember(with_gradient(both, gradient, links, weighting))
+    weightings = saved_value(with_gradient(both, gradient, links, weighting))
     weightings = ops.reshape(weightings, (-1, writers, 2 * readers, slots))
     return ops.split(ops.swapaxes(weightings, 1, 2), 2, axis=1)
 
@@ -206,14 +206,14 @@ def follow_sparse_links(linkage, columns, read_weighting):
         links = linkage[:, head, :, :, None]
         places = ops.reshape(columns[:, head], (-1, entries * slots))
         ahead = ops.reshape(
-            take(weighting, places), (-1, entries, slots, heads)
+            gather(weighting, places), (-1, entries, slots, heads)
         )
         forward.append(ops.sum(links * ahead, axis=1))
         back = links * weighting[:, None]
         back = ops.reshape(back, (-1, entries * slots, heads))
-        backward.append(put(back, places, slots))
+        backward.append(scatter_add(back, places, slots))
     return tuple(
-        ops.transpose(remember(ops.stack(found, axis=1)), (0, 3, 1, 2))
+        ops.transpose(saved_value(ops.stack(found, axis=1)), (0, 3, 1, 2))
         for found in (forward, backward)
     )
 
@@ -233,7 +233,7 @@ def _largest(x, count):
 
 def _at(x, places):
     """(..., N) at places (..., P) of the same leading axes: (..., P)."""
-    found = take(
+    found = gather(
         ops.reshape(x, (-1, x.shape[-1], 1)),
         ops.reshape(places, (-1, places.shape[-1])),
     )
@@ -243,7 +243,7 @@ def _at(x, places):
 def _put(x, places, size):
     """(..., P) to places (..., P), added up: (..., size)."""
     count = x.shape[-1]
-    found = put(
+    found = scatter_add(
         ops.reshape(x, (-1, count, 1)), ops.reshape(places, (-1, count)), size
     )
     return ops.reshape(found, (-1, *x.shape[1:-1], size))

@@ -8,9 +8,9 @@ import math
 from keras import ops
 
 from keras_memory.addressing.activations import grad_softmax
-from keras_memory.addressing.gradients import kept
+from keras_memory.addressing.gradients import saved
 from keras_memory.addressing.gradients import with_gradient
-from keras_memory.addressing.slots import total
+from keras_memory.addressing.slots import row_sum
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
 # large enough that its reciprocal, which the gradient meets, is finite too.
@@ -43,11 +43,11 @@ def interpolate(content_weighting, previous_weighting, interpolation_gate):
         return (
             gate * upstream,
             (1.0 - gate) * upstream,
-            total(upstream * (content - previous)),
+            row_sum(upstream * (content - previous)),
         )
 
     gate = interpolation_gate[:, :, None]
-    return kept(mixed, gradient, content_weighting, previous_weighting, gate)
+    return saved(mixed, gradient, content_weighting, previous_weighting, gate)
 
 
 def shift(weighting, shifts):
@@ -88,10 +88,10 @@ def shift(weighting, shifts):
         )
 
     def gradient(upstream, weighting, shifts):
-        of_shifts = [total(upstream * one) for one in rolled(weighting)]
+        grad_shifts = [row_sum(upstream * one) for one in rolled(weighting)]
         return (
             shift(upstream, ops.flip(shifts, axis=-1)),
-            ops.concatenate(of_shifts, axis=-1),
+            ops.concatenate(grad_shifts, axis=-1),
         )
 
     return with_gradient(shifted, gradient, weighting, shifts)
@@ -120,12 +120,12 @@ def sharpen(weighting, sharpening):
         lowest = math.log(epsilon)
         largest = ops.max(logarithm, axis=-1, keepdims=True, initial=lowest)
         powers = ops.exp(power * (logarithm - ops.stop_gradient(largest)))
-        return [powers / total(powers), logarithm, weighting]
+        return [powers / row_sum(powers), logarithm, weighting]
 
-    def gradient(upstream, kept, _, power):
+    def gradient(upstream, saved, _, power):
         # The weighting that was kept: the shift need not be done again.
-        result, logarithm, weighting = kept
-        of_logits = grad_softmax(upstream, result)
-        return power * of_logits / weighting, total(of_logits * logarithm)
+        result, logarithm, weighting = saved
+        grad_logits = grad_softmax(upstream, result)
+        return power * grad_logits / weighting, row_sum(grad_logits * logarithm)
 
-    return kept(sharpened, gradient, weighting, sharpening[:, :, None])
+    return saved(sharpened, gradient, weighting, sharpening[:, :, None])

@@ -3,9 +3,9 @@
 Pure functions without weights or state. Axes are always batch B, head H,
 width W, slot N: inside a step slots come last, where processors are fast.
 
-`read`, `match` and `spread` are the products of memory, weightings and
-vectors, and the gradients of each are the other two. `take` and `put` are each
-other's gradient.
+`read`, `inner_products` and `outer_write` are the products of memory,
+weightings and vectors, and the gradients of each are the other two. `gather`
+and `scatter_add` are each other's gradient.
 """
 
 import keras
@@ -27,13 +27,15 @@ def read(memory, weighting):
         (B, R, W) read vectors.
     """
 
-    def gradient(of_reads, memory, weighting):
-        return spread(of_reads, weighting), match(of_reads, memory)
+    def gradient(grad_reads, memory, weighting):
+        return outer_write(grad_reads, weighting), inner_products(
+            grad_reads, memory
+        )
 
     return with_gradient(_read, gradient, memory, weighting)
 
 
-def match(vectors, memory):
+def inner_products(vectors, memory):
     """Inner product of each vector with each slot.
 
     Args:
@@ -44,13 +46,13 @@ def match(vectors, memory):
         (B, H, N).
     """
 
-    def gradient(of_products, vectors, memory):
-        return read(memory, of_products), spread(vectors, of_products)
+    def gradient(grad_products, vectors, memory):
+        return read(memory, grad_products), outer_write(vectors, grad_products)
 
-    return with_gradient(_match, gradient, vectors, memory)
+    return with_gradient(_inner_products, gradient, vectors, memory)
 
 
-def spread(vectors, weighting):
+def outer_write(vectors, weighting):
     """Puts vectors into slots, as much as the weightings say.
 
     Args:
@@ -61,10 +63,12 @@ def spread(vectors, weighting):
         (B, W, N), the sum over the heads.
     """
 
-    def gradient(of_memory, vectors, weighting):
-        return read(of_memory, weighting), match(vectors, of_memory)
+    def gradient(grad_memory, vectors, weighting):
+        return read(grad_memory, weighting), inner_products(
+            vectors, grad_memory
+        )
 
-    return with_gradient(_spread, gradient, vectors, weighting)
+    return with_gradient(_outer_write, gradient, vectors, weighting)
 
 
 def erase_and_add(memory, weighting, erase_vector, add_vector):
@@ -86,12 +90,12 @@ def erase_and_add(memory, weighting, erase_vector, add_vector):
     if erase_vector is not None:
         for head in range(weighting.shape[1]):
             one = slice(head, head + 1)
-            erased = spread(erase_vector[:, one], weighting[:, one])
+            erased = outer_write(erase_vector[:, one], weighting[:, one])
             memory = memory * (1.0 - erased)  # eq. 3
-    return memory + spread(add_vector, weighting)  # eq. 4
+    return memory + outer_write(add_vector, weighting)  # eq. 4
 
 
-def take(vectors, places):
+def gather(vectors, places):
     """What is at the given places.
 
     Args:
@@ -109,13 +113,13 @@ def take(vectors, places):
         found = ops.take(flat, _in_batch(places, size), axis=0)
         return ops.reshape(found, (-1, places.shape[1], vectors.shape[2]))
 
-    def gradient(of_taken, vectors, places):
-        return put(of_taken, places, size), ops.zeros_like(places)
+    def gradient(grad_taken, vectors, places):
+        return scatter_add(grad_taken, places, size), ops.zeros_like(places)
 
     return with_gradient(taken, gradient, vectors, places)
 
 
-def put(vectors, places, size):
+def scatter_add(vectors, places, size):
     """Puts vectors to the given places, added up where these are the same.
 
     Args:
@@ -134,13 +138,13 @@ def put(vectors, places, size):
         flat = _sums(flat, _in_batch(places, size), rows * size)
         return ops.reshape(flat, (-1, size, width))
 
-    def gradient(of_put, vectors, places):
-        return take(of_put, places), ops.zeros_like(places)
+    def gradient(grad_put, vectors, places):
+        return gather(grad_put, places), ops.zeros_like(places)
 
     return with_gradient(added, gradient, vectors, places)
 
 
-def total(x):
+def row_sum(x):
     """Sums over the last axis, which stays: (B, H, N) -> (B, H, 1)."""
     devices = keras.distribution.list_devices() if _compiles() else []
     if devices and all("cpu" in device.lower() for device in devices):
@@ -180,7 +184,7 @@ def _read(memory, weighting):
     return ops.stack(heads, axis=1)
 
 
-def _match(vectors, memory):
+def _inner_products(vectors, memory):
     if not _compiles():
         return ops.matmul(vectors, memory)
     heads, width = vectors.shape[1:]
@@ -191,7 +195,7 @@ def _match(vectors, memory):
     return ops.sum(vectors[:, :, :, None] * memory[:, None], axis=2)
 
 
-def _spread(vectors, weighting):
+def _outer_write(vectors, weighting):
     heads = vectors.shape[1]
     if heads > (4 if _compiles() else 1):
         return ops.matmul(ops.transpose(vectors, (0, 2, 1)), weighting)

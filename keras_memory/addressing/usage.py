@@ -8,7 +8,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_memory.addressing.gradients import kept
+from keras_memory.addressing.gradients import saved
 
 # Usage of an unused slot. One less this is rounded to one, so that unused
 # slots are all as free and taken one after the other.
@@ -154,18 +154,18 @@ def allocation(usage, usage_epsilon=None, sort=None):
         share = ops.exp(before)
         return [free * share, share, *orders]
 
-    def gradient(upstream, kept, usage):
-        weighting, share, *orders = kept
+    def gradient(upstream, saved, usage):
+        weighting, share, *orders = saved
         free, used = free_and_used(usage)
-        of_before = upstream * weighting
+        grad_before = upstream * weighting
         if sort:
-            of_log = _sum_of_earlier(of_before, *orders, from_the_end=True)
+            grad_log = _sum_of_earlier(grad_before, *orders, from_the_end=True)
         else:
             is_freer = _is_freer(free, usage.dtype)
-            of_log = ops.matmul(of_before[:, None], is_freer)[:, 0]
-        return (1.0 - usage_epsilon) * (of_log / used - upstream * share)
+            grad_log = ops.matmul(grad_before[:, None], is_freer)[:, 0]
+        return (1.0 - usage_epsilon) * (grad_log / used - upstream * share)
 
-    return kept(allocated, gradient, usage)
+    return saved(allocated, gradient, usage)
 
 
 def _is_freer(free, dtype):

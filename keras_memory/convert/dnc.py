@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 
-from keras_memory.checks import check_between
 from keras_memory.checks import check_clip
+from keras_memory.checks import check_closed
 from keras_memory.checks import check_size
 from keras_memory.convert.weights import NORM_EPSILON
 from keras_memory.convert.weights import TORCH_GATES
@@ -193,7 +193,7 @@ def from_pytorch_dnc(
     check_size("memory_slots", memory_slots)
     check_size("read_heads", read_heads)
     if clip is not None:
-        check_between("clip", clip, 0)
+        check_closed("clip", clip, 0)
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(
             "`nonlinearity` must be 'tanh' or 'relu'. "

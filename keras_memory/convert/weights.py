@@ -242,10 +242,9 @@ def assign_weights(layer, inputs, controllers, interfaces, output, start=()):
     ):
         kernel.assign(array[:-1])
         bias.assign(array[-1])
-    initials = keras.tree.flatten(cell.initial_records)
     start = start or [
-        np.zeros(initial.shape) if initial.start == "learned" else weight
-        for initial, weight in zip(initials, cell.start_weights)
+        np.zeros(spec.shape) if spec.initial == "learned" else weight
+        for spec, weight in zip(cell.layout.specs, cell.start_weights)
     ]
     for weight, array in zip(cell.start_weights, start):
         if weight is not None:

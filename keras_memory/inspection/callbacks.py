@@ -11,7 +11,7 @@ from keras_memory import addressing
 from keras_memory import recurrent
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
-from keras_memory.files import written_aside
+from keras_memory.files import atomic_write
 from keras_memory.inspection.probe import Probe
 from keras_memory.inspection.probe import check_numbers
 from keras_memory.inspection.probe import probe_picture
@@ -93,7 +93,7 @@ class ProbePictures(keras.callbacks.Callback):
                 stacklevel=2,
             )
             return
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(images.to_png(image, MARK))
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from keras import ops
 
 from keras_memory.checks import check_array
-from keras_memory.checks import check_between
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_closed
 from keras_memory.checks import check_size
 from keras_memory.memory_wrap_classifier import NO_LABEL
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
@@ -228,7 +228,7 @@ def integrated_gradients(
     if target is None:
         outputs = model((ops.convert_to_tensor(x[None]), examples))
         target = int(ops.argmax(outputs[0]))
-    check_between("target", target, 0, model.memory_layer.units - 1)
+    check_closed("target", target, 0, model.memory_layer.units - 1)
     baseline = check_array("baseline", baseline, result="given")
     baseline = ops.convert_to_numpy(baseline).astype(dtype)
     try:

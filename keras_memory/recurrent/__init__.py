@@ -6,7 +6,7 @@
 
 from keras_memory.recurrent.cell import MemoryCell as MemoryCell
 from keras_memory.recurrent.interface import Access as Access
-from keras_memory.recurrent.interface import Initial as Initial
+from keras_memory.recurrent.interface import StateSpec as StateSpec
 from keras_memory.recurrent.layer import MemoryRNN as MemoryRNN
 from keras_memory.recurrent.tracing import Trace as Trace
 from keras_memory.recurrent.tracing import trace as trace

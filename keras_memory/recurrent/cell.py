@@ -13,17 +13,14 @@ each further block sees the features of the block in front of it. The layer's
 output is a projection of the last block's features, outside the time loop.
 """
 
-import contextlib
 import inspect
-import math
 
 import keras
 import numpy as np
 from keras import ops
-from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory.addressing.gradients import custom_gradients
 from keras_memory.addressing.gradients import linear
-from keras_memory.addressing.gradients import to_train
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
 from keras_memory.checks import MOST_LAYERS
@@ -32,20 +29,22 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_layers
+from keras_memory.checks import check_rate
 from keras_memory.checks import check_seed
-from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.cells import LayerNormalization
-from keras_memory.recurrent.interface import Initial
-from keras_memory.recurrent.serialization import index_suffix
+from keras_memory.recurrent.dropout import SequenceDropout
+from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.serialization import init_parameters
 from keras_memory.recurrent.serialization import serialize
+from keras_memory.recurrent.state import StateLayout
+from keras_memory.recurrent.state import index_suffix
 from keras_memory.recurrent.state import select
 
 
-class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
+class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
     """A recurrent cell with a memory: controller + interface + access.
 
     The base of all recurrent architectures, and of a user's own: give it one
@@ -72,7 +71,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     The gradient of a kernel is its input times the gradient of its result,
     added up over batch and time: it is finite where that product is.
     An initial state may have any weightings, usages and links: what no step
-    could have made is first brought into its range (`Initial.held`).
+    could have made is first brought into its range (`StateSpec.held`).
 
     Args:
         units: int, at least 1, width of the output; or None, for the features
@@ -163,7 +162,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         self.controller_state_clip = check_clip(
             "controller_state_clip", controller_state_clip
         )
-        self.initial_controller_state = Initial.check(
+        self.initial_controller_state = StateSpec.check(
             "initial_controller_state", initial_controller_state
         )
         self.activation = keras.activations.get(activation)
@@ -171,7 +170,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         self.interface_layer_norm = check_bool(
             "interface_layer_norm", interface_layer_norm
         )
-        self.bypass_dropout = check_share("bypass_dropout", bypass_dropout)
+        self.bypass_dropout = check_rate("bypass_dropout", bypass_dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed = check_seed("seed", seed)
@@ -186,7 +185,6 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             )
             for block in range(len(self.accesses) * interface_layer_norm)
         ]
-        self._bypass_mask = None
         if bypass_dropout:
             after = len(self.accesses) * controller_layers  # the controllers'
             self.seed_generator = keras.random.SeedGenerator(
@@ -197,14 +195,16 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             {id(access): access for access in self.accesses}.values()
         )
         self.memory_of_block = [memories.index(a) for a in self.accesses]
-        self.initial_records = tuple(
+        records = tuple(
             access.initial_state._replace(
                 controller=tuple(
                     keras.tree.map_structure(
-                        lambda size: Initial(
+                        lambda size: StateSpec(
                             (size,),
                             self.initial_controller_state,
-                            draw=keras.initializers.RandomNormal(stddev=0.05),
+                            initializer=keras.initializers.RandomNormal(
+                                stddev=0.05
+                            ),
                         ),
                         controllers.state_structure(controller),
                     )
@@ -216,10 +216,12 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             )
             for index, access in enumerate(memories)
         )
-        initials = keras.tree.flatten(self.initial_records)
-        self.state_size = [math.prod(i.shape) for i in initials]
+        self.layout = StateLayout(records)
+        self.state_size = self.layout.sizes
         self.learned_states = [  # whose initial values are of weights
-            index for index, initial in enumerate(initials) if initial.is_weight
+            index
+            for index, spec in enumerate(self.layout.specs)
+            if spec.is_weight
         ]
         for size in self.state_size:
             check_bytes("A state of one row", [("its numbers", size)])
@@ -291,11 +293,14 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
                 norm = self.interface_norms[block]
                 norm.build((None, access.interface_size))
             size += access.read_size
+        self.build_dropout(self._input_sizes)
         if self.units is not None:
             self.output_projection = self._add_projection(
                 "output", size, self.units
             )
-        self.start_weights = self._map_initials(self._add_initial_weight)
+        self.start_weights = list(
+            map(self._add_initial_weight, self.layout.specs, self.layout.names)
+        )
 
     def _add_projection(self, name, inputs, outputs):
         width = "units" if name == "output" else "size of the interface"
@@ -314,24 +319,13 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         kernel = add("kernel", (inputs, outputs), self.kernel_initializer)
         return kernel, add("bias", (outputs,), self.bias_initializer)
 
-    def _map_initials(self, function):
-        """[function(initial, name)] over all state tensors."""
-        results = []
-        for memory, record in enumerate(self.initial_records):
-            for field, value in record._asdict().items():
-                for index, initial in enumerate(keras.tree.flatten(value)):
-                    front = f"initial{index_suffix(memory)}"
-                    name = f"{front}_{field}{index_suffix(index)}"
-                    results.append(function(initial, name))
-        return results
-
-    def _add_initial_weight(self, initial, name):
-        if not initial.is_weight:
+    def _add_initial_weight(self, spec, name):
+        if not spec.is_weight:
             return None
         return self.add_weight(
-            shape=initial.shape,
-            initializer=initial.draw,
-            trainable=initial.start == "learned",
+            shape=spec.shape,
+            initializer=spec.initializer,
+            trainable=spec.initial == "learned",
             name=name,
         )
 
@@ -339,9 +333,9 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     def state_names(self):
         """A name for each state, in order, as served models have them."""
         names = []
-        for memory, record in enumerate(self.initial_records):
+        for memory, record in enumerate(self.layout.records):
             blocks = self._blocks_of_memory(memory)
-            several = len(self.initial_records) > 1
+            several = len(self.layout.records) > 1
             front = f"block{blocks[0]}_" if several else ""
             for field, value in record._asdict().items():
                 if field == "controller":
@@ -374,16 +368,15 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
                 sizes = ("batch size", batch_size), ("numbers of a row", size)
                 check_bytes("A state", sizes, self.compute_dtype)
         states = []
-        initials = keras.tree.flatten(self.initial_records)
-        for initial, weight in zip(initials, self.start_weights):
+        for spec, weight in zip(self.layout.specs, self.start_weights):
             if weight is None:
                 value = ops.convert_to_tensor(
-                    np.broadcast_to(initial.fill, initial.shape),
+                    np.broadcast_to(spec.fill, spec.shape),
                     dtype=self.compute_dtype,
                 )
             else:
-                value = initial.activation(ops.convert_to_tensor(weight))
-            if initial.turned:
+                value = spec.activation(ops.convert_to_tensor(weight))
+            if spec.transposed:
                 value = ops.swapaxes(value, -1, -2)
             value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
             shape = (batch_size, value.shape[-1])
@@ -391,11 +384,9 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             # and a stateful layer would write into it.
             states.append(ops.copy(ops.broadcast_to(value, shape)))
         if self.initial_controller_state == "constant":
-            states = self._flatten(
-                self._with_controller_states(
-                    self._unflatten(states), batch_size
-                )
-            )
+            records = self.layout.unflatten(states)
+            records = self._with_controller_states(records, batch_size)
+            states = self.layout.flatten(records)
         return states
 
     def _with_controller_states(self, records, batch_size):
@@ -440,7 +431,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
                 what the cell has, or their batch sizes from one another.
         """
         states = self._check_states(states)
-        records = self._turn(self._unflatten(states))
+        records = self.layout.transpose(self.layout.unflatten(states))
         return records[0] if len(records) == 1 else records
 
     def _check_states(self, states, batch_size=None, name="states"):
@@ -478,13 +469,12 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             ValueError: a field is missing, or its shape or dtype is wrong, or
                 fields differ in their batch size.
         """
-        records = (record,) if len(self.initial_records) == 1 else record
+        records = (record,) if len(self.layout.records) == 1 else record
         given = keras.tree.flatten(records)
-        names = self._map_initials(lambda initial, name: name)
-        initials = keras.tree.flatten(self.initial_records)
-        if len(given) != len(initials):
+        names, specs = self.layout.names, self.layout.specs
+        if len(given) != len(specs):
             raise ValueError(
-                f"The state has {len(initials)} tensors: {names}. "
+                f"The state has {len(specs)} tensors: {names}. "
                 f"Received: {len(given)} tensors"
             )
         sizes = {}
@@ -492,16 +482,14 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             check_array(
                 name.removeprefix("initial_"),
                 value,
-                ("batch", *initial.shape),
+                ("batch", *spec.shape),
                 sizes,
             )
-            for value, initial, name in zip(given, initials, names)
+            for value, spec, name in zip(given, specs, names)
         ]
-        records = keras.tree.pack_sequence_as(self.initial_records, given)
-        return [
-            ops.cast(value, self.compute_dtype)
-            for value in self._flatten(self._turn(records))
-        ]
+        records = keras.tree.pack_sequence_as(self.layout.records, given)
+        states = self.layout.flatten(self.layout.transpose(records))
+        return [ops.cast(state, self.compute_dtype) for state in states]
 
     def reset_memory(self, states, rows=None):
         """Puts the memory back to its start while the controller goes on.
@@ -535,64 +523,21 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         if rows is not None:
             sizes = {"B": states[0].shape[0]}
             rows = check_array("rows", rows, ("B",), sizes, "bool")
-        starts = self._unflatten(
+        starts = self.layout.unflatten(
             self.get_initial_state(ops.shape(states[0])[0])
         )
-        after = self._flatten(
+        after = self.layout.flatten(
             tuple(
                 start._replace(controller=record.controller)
                 if part == "memory"
                 else record._replace(controller=start.controller)
-                for record, start in zip(self._unflatten(states), starts)
+                for record, start in zip(self.layout.unflatten(states), starts)
             )
         )
         after = [ops.cast(new, old.dtype) for new, old in zip(after, states)]
         if rows is not None:
             after = [select(rows, new, old) for old, new in zip(states, after)]
         return after
-
-    def _unflatten(self, states):
-        initials = keras.tree.flatten(self.initial_records)
-        return keras.tree.pack_sequence_as(
-            self.initial_records,
-            [
-                ops.reshape(state, (-1, *initial.shape_in_step))
-                for state, initial in zip(states, initials)
-            ],
-        )
-
-    def _records(self, states):
-        """The records of states from outside, in their ranges."""
-        return keras.tree.pack_sequence_as(
-            self.initial_records,
-            [
-                initial.held(value) if initial.held else value
-                for value, initial in zip(
-                    keras.tree.flatten(self._unflatten(states)),
-                    keras.tree.flatten(self.initial_records),
-                )
-            ],
-        )
-
-    def _turn(self, records):
-        """From how a step has its state to how the public sees it, and
-        back: see `Initial.turned`."""
-        return keras.tree.pack_sequence_as(
-            self.initial_records,
-            [
-                ops.swapaxes(value, -1, -2) if initial.turned else value
-                for value, initial in zip(
-                    keras.tree.flatten(records),
-                    keras.tree.flatten(self.initial_records),
-                )
-            ],
-        )
-
-    def _flatten(self, records):
-        return [
-            ops.reshape(value, (-1, int(np.prod(value.shape[1:]))))
-            for value in keras.tree.flatten(records)
-        ]
 
     # One step.
 
@@ -641,7 +586,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
                 interface = linear([output], [kernel], bias)
                 if self.interface_layer_norm:
                     interface = self.interface_norms[block](interface)
-                with to_train(training):
+                with custom_gradients(training):
                     record, inside = access.step(
                         ops.cast(interface, self.access_dtype),
                         _cast(
@@ -663,7 +608,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
 
     def _state_fields(self, records):
         """The record behind each block, as a dict without the controller."""
-        records = self._turn(records)
+        records = self.layout.transpose(records)
         fields = [records[memory]._asdict() for memory in self.memory_of_block]
         for block in fields:
             del block["controller"]
@@ -690,7 +635,7 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         """Makes the output of the features: (B, F) or (B, T, F), with the
         last axis of size `units`."""
         if training and self.bypass_dropout:
-            features = features * self._feature_mask(features)
+            features = features * self.bypass_mask(features)
         if self.units is not None:
             features = _project(features, *self.output_projection)
         return self.activation(_clip(features, self.clip_value))
@@ -700,78 +645,9 @@ class MemoryCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         inputs = check_array("inputs", inputs, ("batch", self.input_size))
         states = self._check_states(states, inputs.shape[0])
         features, records, _ = self.step(
-            inputs, self._records(states), training, use_memory
+            inputs, self.layout.in_range(states), training, use_memory
         )
-        return self.project(features, training), self._flatten(records)
-
-    # Dropout: Keras's RNN asks any `DropoutRNNCell` for its masks in front
-    # of the time loop. The masks are those of the controllers inside, and
-    # that of the controller output past the memory.
-
-    def get_dropout_mask(self, step_input):
-        if self.bypass_dropout:
-            self._feature_mask(step_input)
-        for cell, width in self._dropout_cells():
-            cell.get_dropout_mask(self._ones(step_input, width))
-
-    def get_recurrent_dropout_mask(self, state):
-        for cell, _ in self._dropout_cells():
-            width = (keras.tree.flatten(cell.state_size) or [1])[0]
-            cell.get_recurrent_dropout_mask(self._ones(state, width))
-
-    def reset_dropout_mask(self):
-        self._bypass_mask = None
-        for cell, _ in self._dropout_cells():
-            cell.reset_dropout_mask()
-
-    def reset_recurrent_dropout_mask(self):
-        for cell, _ in self._dropout_cells():
-            cell.reset_recurrent_dropout_mask()
-
-    def dropout_masks(self):
-        """The masks drawn at this moment, as (cell, attribute, mask)."""
-        names = "_dropout_mask", "_recurrent_dropout_mask", "_bypass_mask"
-        return [
-            (layer, name, mask)
-            for layer in self._flatten_layers()
-            if isinstance(layer, DropoutRNNCell)
-            for name in names
-            if (mask := getattr(layer, name, None)) is not None
-        ]
-
-    @contextlib.contextmanager
-    def dropping(self, masks):
-        """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
-        now = [(layer, name, getattr(layer, name)) for layer, name, _ in masks]
-        try:
-            for layer, name, mask in masks:
-                setattr(layer, name, mask)
-            yield
-        finally:
-            for layer, name, mask in now:
-                setattr(layer, name, mask)
-
-    def _feature_mask(self, like):
-        """(B, F), or (B, 1, F) for features of a sequence; the reads' part
-        is 1."""
-        if self._bypass_mask is None:
-            reads = self._ones(like, self.accesses[-1].read_size)
-            width = self.features_size - self.accesses[-1].read_size
-            mask = keras.random.dropout(
-                self._ones(like, width),
-                self.bypass_dropout,
-                seed=self.seed_generator,
-            )
-            self._bypass_mask = ops.concatenate([mask, reads], axis=-1)
-        mask = self._bypass_mask
-        return mask[:, None] if len(like.shape) == 3 else mask
-
-    def _dropout_cells(self):
-        for controller, size in zip(self.block_controllers, self._input_sizes):
-            yield from controllers.dropout_cells(controller, size)
-
-    def _ones(self, like, width):
-        return ops.ones((ops.shape(like)[0], width), dtype=self.compute_dtype)
+        return self.project(features, training), self.layout.flatten(records)
 
     def get_config(self):
         """Every argument of `__init__`, under its own name."""

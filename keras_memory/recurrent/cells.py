@@ -11,8 +11,8 @@ from keras_memory.addressing.scaling import in_range
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
+from keras_memory.checks import check_rate
 from keras_memory.checks import check_seed
-from keras_memory.checks import check_share
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 
@@ -63,7 +63,7 @@ class DenseCell(Arguments, DropoutRNNCell, keras.layers.Layer):
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.dropout = check_share("dropout", dropout)
+        self.dropout = check_rate("dropout", dropout)
         self.seed = check_seed("seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed_of(seed))
         self.state_size = []
@@ -121,8 +121,8 @@ class _OneMask(Arguments):
         seed=None,
         **kwargs,
     ):
-        check_share("dropout", dropout)
-        check_share("recurrent_dropout", recurrent_dropout)
+        check_rate("dropout", dropout)
+        check_rate("recurrent_dropout", recurrent_dropout)
         for name in ("use_bias", "unit_forget_bias"):
             if name in kwargs:
                 check_bool(name, kwargs[name])
@@ -490,7 +490,7 @@ class NASCell(Arguments, DropoutRNNCell, keras.layers.Layer):
             projection_initializer
         )
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.dropout = check_share("dropout", dropout)
+        self.dropout = check_rate("dropout", dropout)
         self.seed = check_seed("seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed_of(seed))
         self.output_size = units if projection is None else projection

@@ -9,10 +9,10 @@ from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory.addressing.gradients import activate
-from keras_memory.addressing.gradients import activate_parts
+from keras_memory.addressing.gradients import activate_each
 from keras_memory.addressing.gradients import linear
 from keras_memory.checks import check_layers
-from keras_memory.checks import check_share
+from keras_memory.checks import check_rate
 from keras_memory.recurrent.cells import DenseCell
 from keras_memory.recurrent.cells import LayerNormLSTMCell
 from keras_memory.recurrent.cells import LayerNormSimpleRNNCell
@@ -80,7 +80,7 @@ def get(
             f"Received: controller={controller!r}"
         )
     check_layers("controller_layers", layers)
-    check_share("controller_dropout", dropout)
+    check_rate("controller_dropout", dropout)
     check_units(CELLS[controller], "controller_units", units, layers)
     cells = [
         CELLS[controller](
@@ -167,7 +167,7 @@ def step(controller, inputs, states, training):
 
 
 # Steps of Keras's own cells, equal in numbers to their `call`, but with
-# `linear` and `kept`.
+# `linear` and `saved`.
 
 
 def _is_plain(controller, inputs):
@@ -199,7 +199,7 @@ def _lstm(controller, inputs, states, training):
     h, c = states
     z = _summed_products(controller, inputs, h, training)
     gate, activation = controller.recurrent_activation, controller.activation
-    i, f, g, o = activate_parts(
+    i, f, g, o = activate_each(
         [gate, gate, activation, gate], [(controller.units,)] * 4, z
     )
     c = f * c + i * g

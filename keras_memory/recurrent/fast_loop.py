@@ -18,13 +18,13 @@ from keras_memory.recurrent.backend import scan
 from keras_memory.recurrent.backend import vjp
 
 
-def survey_step(step, inputs, states):
-    """A `replay.Survey` of a step, and `keras.KerasTensor`s like the results
+def shape_pass(step, inputs, states):
+    """A `replay.ShapePass` of a step, and `keras.KerasTensor`s like the results
     of `_forward`."""
     found = []
 
     def run(inputs, states):
-        found[:] = [replay.Survey()]  # Keras may run this twice
+        found[:] = [replay.ShapePass()]  # Keras may run this twice
         return _forward(step, found[0], inputs, states)
 
     specs = keras.tree.map_structure(
@@ -43,18 +43,18 @@ def _forward(step, run, inputs, states):
 
 
 def run_fast(
-    step, inputs, states, go_backwards, all_outputs, recompute, survey, specs
+    step, inputs, states, go_backwards, all_outputs, recompute, shapes, specs
 ):
     """The loop with a gradient of its own, as a whole or in segments."""
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # time first
     if go_backwards:
         inputs = [ops.flip(x, axis=0) for x in inputs]
-    variables = [v for v in survey.variables if "float" in v.dtype]
+    variables = [v for v in shapes.variables if "float" in v.dtype]
     with backend.AutocastScope(None):
         weights = (
             [
                 _joined(*weights, result.dtype)
-                for weights, result in zip(survey.linears, specs[2][2])
+                for weights, result in zip(shapes.linears, specs[2][2])
             ],
             [ops.copy(variable) for variable in variables],
         )
@@ -109,21 +109,21 @@ class _Loop:
         self.step = step
         self.all_outputs = int(all_outputs)
         self.variables = variables
-        _, self.features_spec, self.kept_spec = specs
+        _, self.features_spec, self.saved_spec = specs
 
     def run(self, inputs, states, weights):
         """Features and states, with a gradient."""
 
         def call(x, states, linears, values):
             steps = [x, *inputs[1:]], linears, values
-            features, after, kept = self.forward(states, *steps)
+            features, after, saved = self.forward(states, *steps)
 
             def gradient(*upstream):
                 upstream = keras.tree.flatten(upstream)  # JAX gives one tuple
                 return _first_only(self.backward)(
                     upstream[: self.all_outputs],
                     upstream[self.all_outputs :],
-                    kept,
+                    saved,
                     *steps,
                 )
 
@@ -138,51 +138,60 @@ class _Loop:
 
         def once(states, inputs):
             run = replay.Forward(linears, zip(self.variables, values))
-            after, features, kept = _forward(self.step, run, inputs, states)
-            return after, ([features] * self.all_outputs, kept)
+            after, features, saved = _forward(self.step, run, inputs, states)
+            return after, ([features] * self.all_outputs, saved)
 
-        specs = [self.features_spec] * self.all_outputs, self.kept_spec
-        after, (features, kept) = scan(once, states, inputs, specs)
-        return features, after, kept
+        specs = [self.features_spec] * self.all_outputs, self.saved_spec
+        after, (features, saved) = scan(once, states, inputs, specs)
+        return features, after, saved
 
-    def backward(self, of_features, of_after, kept, inputs, linears, values):
+    def backward(
+        self, grad_features, grad_after, saved, inputs, linears, values
+    ):
         """Gradients of x, states, linears and values."""
         # Here, as in the loop XLA would take the products with swapped axes.
         swapped = [ops.transpose(kernel) for kernel, *_ in linears]
 
         def once(carried, slices):
-            of_after, of_values = carried
-            of_features, (before, _, results, kept), inputs = slices
+            grad_after, grad_values = carried
+            grad_features, (before, _, results, saved), inputs = slices
 
-            def again(x, before, taps, values):
+            def again(x, before, pre_activations, values):
                 run = replay.Replay(
-                    swapped, zip(self.variables, values), results, kept, taps
+                    swapped,
+                    zip(self.variables, values),
+                    results,
+                    saved,
+                    pre_activations,
                 )
                 with run:
                     features, after = self.step([x, *inputs[1:]], before)
                 return [features] * self.all_outputs, after
 
-            taps = [ops.zeros_like(result) for result in results]
-            of_x, of_before, of_results, more = vjp(
+            pre_activations = [ops.zeros_like(result) for result in results]
+            grad_x, grad_before, grad_results, more = vjp(
                 again,
-                (inputs[0], before, taps, values),
-                (of_features, of_after),
+                (inputs[0], before, pre_activations, values),
+                (grad_features, grad_after),
             )
-            return (of_before, _sum(of_values, more)), (of_x, of_results)
+            return (grad_before, _sum(grad_values, more)), (
+                grad_x,
+                grad_results,
+            )
 
-        (of_states, of_values), (of_x, of_results) = scan(
+        (grad_states, grad_values), (grad_x, grad_results) = scan(
             once,
-            (of_after, _zeros(values)),
-            (of_features, kept, inputs),
-            (_spec(inputs[0][0]), self.kept_spec[2]),
+            (grad_after, _zeros(values)),
+            (grad_features, saved, inputs),
+            (_spec(inputs[0][0]), self.saved_spec[2]),
             reverse=True,
         )
-        of_values = _cast_like(of_values, values)
-        of_linears = [
-            _of_weights(x, of_result)[: len(weights)]
-            for x, of_result, weights in zip(kept[1], of_results, linears)
+        grad_values = _cast_like(grad_values, values)
+        grad_linears = [
+            _grad_weights(x, grad_result)[: len(weights)]
+            for x, grad_result, weights in zip(saved[1], grad_results, linears)
         ]
-        return of_x, of_states, of_linears, of_values
+        return grad_x, grad_states, grad_linears, grad_values
 
 
 class _LoopInSegments(_Loop):
@@ -201,35 +210,37 @@ class _LoopInSegments(_Loop):
             return after, (features, states)
 
         features_spec = _spec(self.features_spec, self.segment)
-        after, (features, kept) = scan(
+        after, (features, saved) = scan(
             once,
             states,
             self._cut(inputs),
             ([features_spec] * self.all_outputs, states),
         )
-        return self._join(features), after, kept
+        return self._join(features), after, saved
 
-    def backward(self, of_features, of_after, kept, inputs, linears, values):
+    def backward(
+        self, grad_features, grad_after, saved, inputs, linears, values
+    ):
         forward, backward = super().forward, super().backward
 
         def once(carried, slices):
-            of_after, of_weights = carried
-            of_features, before, inputs = slices
-            _, _, kept = forward(before, inputs, linears, values)
-            of_x, of_before, *more = backward(
-                of_features, of_after, kept, inputs, linears, values
+            grad_after, grad_weights = carried
+            grad_features, before, inputs = slices
+            _, _, saved = forward(before, inputs, linears, values)
+            grad_x, grad_before, *more = backward(
+                grad_features, grad_after, saved, inputs, linears, values
             )
-            return (of_before, _sum(of_weights, more)), of_x
+            return (grad_before, _sum(grad_weights, more)), grad_x
 
-        (of_states, of_weights), of_x = scan(
+        (grad_states, grad_weights), grad_x = scan(
             once,
-            (of_after, _zeros([linears, values])),
-            (self._cut(of_features), kept, self._cut(inputs)),
+            (grad_after, _zeros([linears, values])),
+            (self._cut(grad_features), saved, self._cut(inputs)),
             _spec(inputs[0][0], self.segment),
             reverse=True,
         )
-        of_weights = _cast_like(of_weights, [linears, values])
-        return self._join(of_x), of_states, *of_weights
+        grad_weights = _cast_like(grad_weights, [linears, values])
+        return self._join(grad_x), grad_states, *grad_weights
 
     def _cut(self, arrays):
         """(T, ...) -> (segments, steps of one, ...)."""
@@ -282,13 +293,13 @@ def _joined(kernels, bias, dtype):
     return joined, ops.cast(ops.copy(bias), dtype)
 
 
-def _of_weights(inputs, of_results):
+def _grad_weights(inputs, grad_results):
     """Gradients of kernel and bias, of all steps (T, B, ...) at once."""
     inputs = ops.reshape(inputs, (-1, inputs.shape[-1]))
-    of_results = ops.reshape(of_results, (-1, of_results.shape[-1]))
+    grad_results = ops.reshape(grad_results, (-1, grad_results.shape[-1]))
     return (
-        ops.matmul(ops.transpose(inputs), of_results),
-        ops.sum(of_results, axis=0),
+        ops.matmul(ops.transpose(inputs), grad_results),
+        ops.sum(grad_results, axis=0),
     )
 
 

@@ -6,7 +6,7 @@ import typing
 
 import keras
 
-from keras_memory.addressing.gradients import activate_parts
+from keras_memory.addressing.gradients import activate_each
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
@@ -26,7 +26,7 @@ class Access(typing.Protocol):
     """Width of all reads of one step, flattened."""
 
     initial_state: typing.NamedTuple
-    """A record whose fields are `Initial`. The first is `reads`, and there is
+    """A record whose fields are `StateSpec`. The first is `reads`, and there is
     a `controller`, which is () here: the cell fills it in."""
 
     def step(self, interface, state):
@@ -45,47 +45,47 @@ class Access(typing.Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Initial:
+class StateSpec:
     """How one state tensor starts.
 
     Args:
         shape: tuple of ints, without the batch axis.
-        start: `"learned"` (a trainable weight), `"random"` (a weight drawn
+        initial: `"learned"` (a trainable weight), `"random"` (a weight drawn
             once and kept), `"constant"`, or a number, which is then the
             constant.
         constant: what `"constant"` fills the tensor with: a number, or an
             array that broadcasts to `shape`.
-        draw: Keras initializer of the weight, if it is one.
+        initializer: Keras initializer of the weight, if it is one.
         activation: function from the weight to the state, such as softmax
             where the state is a weighting.
-        turned: bool; True: a step has the last two axes of `shape` the other
-            way round, as a memory has, whose slots come last there.
+        transposed: bool; True: a step has the last two axes of `shape` the
+            other way round, as a memory has, whose slots come last there.
         held: function that brings a state from outside, (B, *`shape_in_step`),
             into the range that steps keep it in; None where that is any.
     """
 
     shape: tuple
-    start: str | float = "constant"
+    initial: str | float = "constant"
     constant: typing.Any = 0.0
-    draw: typing.Any = "zeros"
+    initializer: typing.Any = "zeros"
     activation: typing.Callable = keras.activations.linear
-    turned: bool = False
+    transposed: bool = False
     held: typing.Callable | None = None
 
     @property
     def shape_in_step(self):
-        if not self.turned:
+        if not self.transposed:
             return self.shape
         *others, a, b = self.shape
         return (*others, b, a)
 
     @property
     def is_weight(self):
-        return self.start in ("learned", "random")
+        return self.initial in ("learned", "random")
 
     @property
     def fill(self):
-        return self.constant if self.start == "constant" else self.start
+        return self.constant if self.initial == "constant" else self.initial
 
     @classmethod
     def check(cls, name, value):
@@ -127,7 +127,7 @@ def split_interface(interface, shapes, activations):
         for activation, shape in zip(activations, shapes, strict=True)
         if shape is not None
     ]
-    parts = iter(activate_parts(*zip(*present), interface))
+    parts = iter(activate_each(*zip(*present), interface))
     return type(shapes)(
         *(None if shape is None else next(parts) for shape in shapes)
     )

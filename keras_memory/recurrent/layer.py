@@ -1,6 +1,5 @@
 """The layer that runs a memory cell over time."""
 
-import contextvars
 import functools
 import inspect
 
@@ -24,16 +23,10 @@ from keras_memory.recurrent.serialization import BACKENDS
 from keras_memory.recurrent.serialization import NOT_SHOWN
 from keras_memory.recurrent.serialization import ClassAttribute
 from keras_memory.recurrent.serialization import cell_property
-from keras_memory.recurrent.serialization import index_suffix
 from keras_memory.recurrent.serialization import init_parameters
 from keras_memory.recurrent.state import LayerState
+from keras_memory.recurrent.state import index_suffix
 from keras_memory.recurrent.state import select
-
-# Where `trace_model` collects the layers' calls, as (layer, arguments).
-recorded_calls = contextvars.ContextVar("recording", default=None)
-
-# Goes past Keras's `RNN.call`, which hands no further arguments on.
-_memory_in_use = contextvars.ContextVar("memory_in_use", default=True)
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
@@ -116,6 +109,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     """
 
     cell_class = None
+    recorder = None  # a function of arguments of `inner_loop`, of `trace_model`
 
     def __init_subclass__(cls, cell=None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -237,27 +231,42 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         sequences, initial_state, mask = self._check_arguments(
             sequences, initial_state, mask
         )
-        starts = []
+        check_bool("use_memory", use_memory)
+        if self.unroll and sequences.shape[1] is None:
+            raise ValueError(
+                "`sequences` must have a known number of time steps for "
+                f"unroll=True. Received: shape {tuple(sequences.shape)}"
+            )
+        given, states, starts = sequences, None, []
         if self.stateful:
-            batch_size, given = self.states[0].shape[0], sequences
+            batch_size = self.states[0].shape[0]
             sequences = check_batch("sequences", sequences, batch_size)
             if mask is not None:
                 mask = check_batch("mask", mask, batch_size)
             states, starts = self._present_states()
-            initial_state = states if initial_state is None else initial_state
-        in_use = _memory_in_use.set(check_bool("use_memory", use_memory))
-        try:
-            outputs = super().call(sequences, initial_state, mask, training)
-        finally:
-            _memory_in_use.reset(in_use)
-        if starts:
-            for variable, start in zip(self._starts, starts):
-                variable.assign(start)
+        if initial_state is not None:
+            states = initial_state
+        elif states is None:
+            states = self.get_initial_state(ops.shape(sequences)[0])
+        states = [ops.cast(state, self.cell.compute_dtype) for state in states]
+        # Before the loop, as JAX draws no random numbers within one.
+        self.cell.get_dropout_mask(sequences[:, 0])
+        self.cell.get_recurrent_dropout_mask(states[0])
+        last, outputs, states = self.inner_loop(
+            sequences, states, mask, training, use_memory
+        )
+        self.cell.reset_dropout_mask()
+        self.cell.reset_recurrent_dropout_mask()
+        outputs = outputs if self.return_sequences else last
+        outputs = ops.cast(outputs, self.compute_dtype)
+        states = [ops.cast(state, self.compute_dtype) for state in states]
         if self.stateful:
-            if not self.return_state:
-                return with_rows_of(outputs, given)
-            outputs = [with_rows_of(outputs[0], given), *outputs[1:]]
-        return outputs
+            for variable, value in zip(
+                [*self.states, *self._starts], [*states, *starts]
+            ):
+                variable.assign(value)
+            outputs = with_rows_of(outputs, given)
+        return [outputs, *states] if self.return_state else outputs
 
     def compute_output_spec(
         self, sequences, initial_state=None, mask=None, **kwargs
@@ -315,11 +324,15 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 f"shape {tuple(shape)}"
             )
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
-        use_memory = _memory_in_use.get()
-        arguments = sequences, initial_state, mask, training, use_memory
-        if (calls := recorded_calls.get()) is not None:
-            calls.append((self, arguments))
+    def inner_loop(
+        self, sequences, initial_state, mask, training=False, use_memory=True
+    ):
+        """The call without its surroundings: last output, all outputs, and
+        states, of what `call` has checked."""
+        if self.recorder is not None:
+            self.recorder(
+                self, sequences, initial_state, mask, training, use_memory
+            )
         if self.stateful:
             # PyTorch writes the next states into the memory of these, which
             # the gradient still needs.
@@ -327,7 +340,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         features, records, time_loop = run(
             self.cell,
             sequences,
-            self.cell._records(initial_state),
+            self.cell.layout.in_range(initial_state),
             mask=mask,
             training=training,
             go_backwards=self.go_backwards,
@@ -345,7 +358,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if mask is not None:
             outputs = self._masked_outputs(outputs, mask)
         last = outputs[:, -1] if self.return_sequences else outputs
-        return last, outputs, self.cell._flatten(records)
+        return last, outputs, self.cell.layout.flatten(records)
 
     def _masked_outputs(self, outputs, mask):
         """Zeroes masked outputs, or those in front of the first valid step,

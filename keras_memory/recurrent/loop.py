@@ -10,7 +10,7 @@ from keras import ops
 from keras.src import backend
 
 from keras_memory.recurrent.fast_loop import run_fast
-from keras_memory.recurrent.fast_loop import survey_step
+from keras_memory.recurrent.fast_loop import shape_pass
 from keras_memory.recurrent.state import select
 
 LOOPS = ("auto", "fast", "portable")
@@ -89,8 +89,8 @@ def run(
         return features, after
 
     if not why:
-        survey, specs = survey_step(step, inputs, states)
-        why = survey.why_not
+        shapes, specs = shape_pass(step, inputs, states)
+        why = shapes.why_not
     if loop == "fast" and why:
         raise ValueError(
             f'loop="fast" is not possible for {cell.name!r} here: {why}'
@@ -107,7 +107,7 @@ def run(
             go_backwards,
             all_outputs,
             recompute,
-            survey,
+            shapes,
             specs,
         )
     if holds and not all_outputs:

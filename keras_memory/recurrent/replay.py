@@ -80,7 +80,7 @@ class Forward(_Pass):
     Attributes:
         inputs: list of (B, D), what came to each `linear`.
         results: list of (B, U), what it gave.
-        values: list of lists of arrays, what each `kept` gave.
+        values: list of lists of arrays, what each `saved` gave.
     """
 
     def __init__(self, linears, variables, **of_scope):
@@ -94,7 +94,7 @@ class Forward(_Pass):
         self.results.append(sum(bias, ops.matmul(self.inputs[-1], kernel)))
         return self.results[-1]
 
-    def kept(self, function, gradient, *arguments):
+    def saved(self, function, gradient, *arguments):
         self.values.append(function(*arguments))
         return self.values[-1][0]
 
@@ -112,37 +112,40 @@ class Replay(_Pass):
 
     differentiates = True
 
-    def __init__(self, kernels, variables, results, values, taps):
+    def __init__(self, kernels, variables, results, values, pre_activations):
         super().__init__(_Scope(variables))
-        self.kernels, self.taps = iter(kernels), iter(taps)
+        self.kernels, self.pre_activations = (
+            iter(kernels),
+            iter(pre_activations),
+        )
         self.results, self.values = iter(results), iter(values)
 
     def linear(self, inputs, kernels, bias):
         kernel, result = next(self.kernels), next(self.results)
 
         @ops.custom_gradient
-        def again(joined, tap):
+        def again(joined, pre_activation):
             def gradient(upstream):
                 return ops.matmul(upstream, kernel), upstream
 
             return result, gradient
 
-        return again(_joined(inputs), next(self.taps))
+        return again(_joined(inputs), next(self.pre_activations))
 
-    def kept(self, function, gradient, *arguments):
+    def saved(self, function, gradient, *arguments):
         values = next(self.values)
 
         @ops.custom_gradient
         def again(*arguments):
-            def of_arguments(upstream):
+            def grad_arguments(upstream):
                 return gradient(upstream, values, *arguments)
 
-            return values[0], of_arguments
+            return values[0], grad_arguments
 
         return again(*arguments)
 
 
-class Survey(Forward):
+class ShapePass(Forward):
     """A first run on arrays without numbers, to find out what a step asks for.
 
     Attributes:

@@ -64,8 +64,3 @@ def serialize(value):
     if callable(value):
         return keras.activations.serialize(value)
     return plain(value)  # Keras's NumPy backend mistakes a NumPy scalar
-
-
-def index_suffix(index):
-    """Ending of a weight's name: none for the first of its kind."""
-    return f"_{index}" if index else ""

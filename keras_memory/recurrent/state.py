@@ -1,4 +1,6 @@
-"""States: which rows go on, and what a stateful layer carries between calls."""
+"""States: flat tensors outside of a step, named records inside."""
+
+import math
 
 import keras
 from keras import ops
@@ -8,6 +10,75 @@ def select(updated, new, old):
     """Takes `new` where `updated`, of its first axes, is True, else `old`."""
     more = len(new.shape) - len(updated.shape)
     return ops.where(updated[(..., *[None] * more)], new, old)
+
+
+class StateLayout:
+    """How the state of a cell lies in flat tensors, and in named records.
+
+    Outside of a step a state is a list of tensors (B, size), as Keras's RNN
+    machinery declares, holds and saves it. Inside, it is a tuple with one
+    record for each memory, of tensors (B, *`shape_in_step`).
+
+    Args:
+        records: tuple with one record of `StateSpec`s for each memory.
+
+    Attributes:
+        specs: list of the `StateSpec`s, in the order of the flat tensors.
+        sizes: list of ints, the sizes of the flat tensors.
+        names: list of the weights' names, such as `"initial_memory"`.
+    """
+
+    def __init__(self, records):
+        self.records = records
+        self.specs = keras.tree.flatten(records)
+        self.sizes = [math.prod(spec.shape) for spec in self.specs]
+        self.names = [
+            f"initial{index_suffix(memory)}_{field}{index_suffix(index)}"
+            for memory, record in enumerate(records)
+            for field, specs in record._asdict().items()
+            for index, _ in enumerate(keras.tree.flatten(specs))
+        ]
+
+    def unflatten(self, states):
+        """Records of a flat list."""
+        return self._packed(
+            ops.reshape(state, (-1, *spec.shape_in_step))
+            for state, spec in zip(states, self.specs)
+        )
+
+    def flatten(self, records):
+        """A flat list of records."""
+        return [
+            ops.reshape(value, (-1, size))
+            for value, size in zip(keras.tree.flatten(records), self.sizes)
+        ]
+
+    def in_range(self, states):
+        """Records of a flat list from outside, brought into the ranges that
+        steps keep their states in."""
+        return self._packed(
+            spec.held(value) if spec.held else value
+            for value, spec in self._with_specs(self.unflatten(states))
+        )
+
+    def transpose(self, records):
+        """From how a step has its records to how users see them, and back:
+        see `StateSpec.transposed`."""
+        return self._packed(
+            ops.swapaxes(value, -1, -2) if spec.transposed else value
+            for value, spec in self._with_specs(records)
+        )
+
+    def _with_specs(self, records):
+        return zip(keras.tree.flatten(records), self.specs)
+
+    def _packed(self, values):
+        return keras.tree.pack_sequence_as(self.records, list(values))
+
+
+def index_suffix(index):
+    """Ending of a name: none for the first of its kind."""
+    return f"_{index}" if index else ""
 
 
 class LayerState(keras.layers.Layer):

@@ -1,6 +1,8 @@
 """What happens inside a recurrent memory, step by step."""
 
+import contextlib
 import functools
+import threading
 
 import keras
 import numpy as np
@@ -10,7 +12,6 @@ from keras.src.backend import get_keras_mask
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.recurrent.layer import MemoryRNN
-from keras_memory.recurrent.layer import recorded_calls
 from keras_memory.recurrent.state import select
 
 
@@ -121,19 +122,40 @@ def trace_model(model, inputs, training=False):
             f"Received: {model!r}"
         )
     calls = []
-    recording = recorded_calls.set(calls)
-    try:
+    with _recording(model, calls):
         outputs = model(inputs, training=training)
-    finally:
-        recorded_calls.reset(recording)
     traces = {}
-    for layer, arguments in calls:
+    for layer, *arguments in calls:
         name, number = layer.name, 1
         while name in traces:
             number += 1
             name = f"{layer.name}_{number}"
         traces[name] = _inside(layer, *arguments)
     return outputs, traces
+
+
+@contextlib.contextmanager
+def _recording(model, calls):
+    """Appends to a list the calls of a model's memories that this thread
+    makes, each a layer and the arguments of its `inner_loop`."""
+    thread = threading.get_ident()
+
+    def record(*call):
+        if threading.get_ident() == thread:
+            calls.append(call)
+
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, MemoryRNN)
+    ]
+    try:
+        for layer in layers:
+            vars(layer)["recorder"] = record
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("recorder", None)
 
 
 def _inside(layer, inputs, initial_state, mask, training, use_memory):
@@ -153,9 +175,9 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     def step(before, at_step):
         states, held = before
         features, after, details = cell.step(
-            at_step[0], cell._records(states), training, use_memory
+            at_step[0], cell.layout.in_range(states), training, use_memory
         )
-        after = tuple(cell._flatten(after))
+        after = tuple(cell.layout.flatten(after))
         output = cell.project(features, training)
         now = {"output": output, **cell._named(details)}
         if mask is not None:
@@ -167,7 +189,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
     cell.get_dropout_mask(inputs)
     cell.get_recurrent_dropout_mask(inputs)
     try:
-        records = cell._records(states)
+        records = cell.layout.in_range(states)
         features, _, details = cell.step(
             sequences[0][0], records, training, use_memory
         )

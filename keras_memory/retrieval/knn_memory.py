@@ -20,8 +20,8 @@ from keras_memory.arguments import Arguments
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_one_of
+from keras_memory.checks import check_open
 from keras_memory.checks import check_size
-from keras_memory.checks import check_within
 from keras_memory.checks import has_accelerator
 from keras_memory.files import check_path
 from keras_memory.retrieval.entries import KEY_REMEDY
@@ -157,7 +157,7 @@ class KNNMemory(Arguments):
         self.value_dtype = check_value_dtype(value_dtype, False, "float32")
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
-        self.target_recall = check_within("target_recall", target_recall)
+        self.target_recall = check_open("target_recall", target_recall)
         self.background = check_bool("background", background)
         self.keep_statistics = check_bool("keep_statistics", keep_statistics)
         check_one_of("store", store, STORES)

@@ -12,9 +12,9 @@ from keras import ops
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_one_of
+from keras_memory.checks import check_open
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
-from keras_memory.checks import check_within
 from keras_memory.checks import make_plain
 from keras_memory.retrieval.entries import FLOATS
 from keras_memory.retrieval.entries import KEY_REMEDY
@@ -128,7 +128,7 @@ class RingMemory:
             )
         check_one_of("similarity", self.similarity, SIMILARITIES)
         check_one_of("method", self.method, METHODS)
-        check_within("target_recall", self.target_recall)
+        check_open("target_recall", self.target_recall)
         dtype = check_value_dtype(self.value_dtype)
         object.__setattr__(self, "value_dtype", dtype)
 

@@ -22,9 +22,9 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_exact
 from keras_memory.checks import check_one_of
+from keras_memory.checks import check_open
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
-from keras_memory.checks import check_within
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.entries import KEY_REMEDY
 from keras_memory.retrieval.entries import VALUE_REMEDY
@@ -128,7 +128,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
             )
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
-        check_within("target_recall", target_recall)
+        check_open("target_recall", target_recall)
         self.target_recall = target_recall
         self.exact = check_bool("exact", exact)
         self.value_dtype = check_value_dtype(value_dtype)

@@ -189,7 +189,7 @@ def _create(path, config, operations):
     # SQLite need not flush, as the file is flushed as a whole.
     settings = {"journal_mode": "OFF", "synchronous": "OFF", **IDENTITY}
     settings = [f"PRAGMA {name}={value};" for name, value in settings.items()]
-    with files.written_aside(path) as aside, _explained("write", aside):
+    with files.atomic_write(path) as aside, _explained("write", aside):
         with contextlib.closing(_connect(aside, "rwc")) as connection:
             connection.executescript("".join([*settings, "BEGIN;", SCHEMA]))
             # The time: readers of a store that is gone read all of this one.

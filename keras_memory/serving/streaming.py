@@ -289,13 +289,13 @@ def _run(model, inputs, states=None, unroll=False):
         return noted
 
     def opened(layer, inner_loop):
-        def loop(sequences, initial_state, mask, training=False):
+        def loop(sequences, initial_state, mask, training=False, *others):
             if given is not None:
                 initial_state = keras.tree.map_structure(
                     lambda _: next(given), initial_state
                 )
             last, whole, after = inner_loop(
-                sequences, initial_state, mask, training=training
+                sequences, initial_state, mask, training, *others
             )
             call = _Call(
                 layer,

@@ -299,17 +299,17 @@ def _convolved_by_spectra(image, kernel):
     rows = np.zeros((half + 1, width))
     for column in range(-half, half + 1):
         rows[:, column % width] += kernel[half:, half + column]
-    of_kernel = np.fft.rfft(rows).real  # as it is symmetric
-    of_kernel = ops.convert_to_tensor(of_kernel, "float64")
+    spectrum = np.fft.rfft(rows).real  # as it is symmetric
+    spectrum = ops.convert_to_tensor(spectrum, "float64")
     padded = ops.cast(_pad_poles(image, half), "float64")
     spectra = ops.rfft(ops.transpose(padded, (0, 3, 1, 2)))
 
     def summed(part):
-        total = part[:, :, half : half + height] * of_kernel[0]
+        total = part[:, :, half : half + height] * spectrum[0]
         for row in range(1, half + 1):
             above = part[:, :, half - row : half - row + height]
             below = part[:, :, half + row : half + row + height]
-            total = total + (above + below) * of_kernel[row]
+            total = total + (above + below) * spectrum[row]
         return total
 
     real, imaginary = map(summed, spectra)

@@ -27,9 +27,9 @@ from keras import ops
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_one_of
+from keras_memory.files import atomic_write
+from keras_memory.files import atomic_write_all
 from keras_memory.files import check_path
-from keras_memory.files import files_written_aside
-from keras_memory.files import written_aside
 from keras_memory.spatial import geometry
 
 KINDS = "depth", "colour"
@@ -217,7 +217,7 @@ def write_frames(folder, frames, convention="esm"):
     camera = {"focal_lengths": focal, "principal_point": middle}
     if convention != "esm":
         camera["convention"] = convention
-    with files_written_aside(folder) as aside:
+    with atomic_write_all(folder) as aside:
         for name in KINDS:
             (aside / name).mkdir()
         (aside / "camera.json").write_text(json.dumps(camera) + "\n")
@@ -289,5 +289,5 @@ def write_points(path, points, colours):
     header += [f"element vertex {len(points)}"]
     header += [f"property {names[kind]} {name}" for name, kind in kinds]
     text = "\n".join([*header, "end_header"]) + "\n"
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_bytes(text.encode("ascii") + vertices.tobytes())

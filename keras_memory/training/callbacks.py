@@ -8,7 +8,7 @@ import time
 import keras
 import numpy as np
 
-from keras_memory.files import written_aside
+from keras_memory.files import atomic_write
 from keras_memory.inspection.callbacks import MemoryTensorBoard
 from keras_memory.training import losses
 from keras_memory.training import runs
@@ -49,7 +49,7 @@ class History(keras.callbacks.Callback):
         self.rows.append({**first, **logs})
         names = dict.fromkeys(name for row in self.rows for name in row)
         with (
-            written_aside(self.path) as path,
+            atomic_write(self.path) as path,
             open(path, "w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, names, restval="NA")
@@ -85,7 +85,7 @@ class Checkpoint(keras.callbacks.Callback):
             self._save()
 
     def _save(self):
-        with written_aside(self.path) as path:
+        with atomic_write(self.path) as path:
             self.model.save(path)
         self._saved = True
 

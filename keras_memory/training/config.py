@@ -40,7 +40,7 @@ from keras_memory.checks import MOST_SEED
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_layers
-from keras_memory.checks import check_share
+from keras_memory.checks import check_rate
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
@@ -157,7 +157,7 @@ class _Memory:
                 check_size(field.name, value, least)
             elif field.type is bool:
                 check_bool(field.name, value)
-        check_share("controller_dropout", self.controller_dropout)
+        check_rate("controller_dropout", self.controller_dropout)
         if self.initialization not in ("keras", "pytorch-ntm"):
             raise ValueError(
                 "`initialization` must be 'keras' or 'pytorch-ntm'. "

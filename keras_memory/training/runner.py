@@ -10,10 +10,10 @@ import threading
 
 import keras
 
+from keras_memory.files import atomic_write
 from keras_memory.files import check_new_folder
 from keras_memory.files import check_run_folder
 from keras_memory.files import locked
-from keras_memory.files import written_aside
 from keras_memory.inspection.callbacks import ProbePictures
 from keras_memory.serving.export import export_for_serving
 from keras_memory.training import losses
@@ -111,7 +111,7 @@ def train(config, folder, show=print):
     keras.utils.set_random_seed(config.seed)
     model = build(config)
     folder = make_run_folder(folder)
-    with written_aside(folder / "config.json") as path:
+    with atomic_write(folder / "config.json") as path:
         path.write_text(text, "utf-8")
     with locked(folder / "config.json"):
         return _run(config, model, folder, show)
@@ -249,7 +249,7 @@ def _pictures(config, folder, probes):
 
 def _finish(config, model, folder, last, probes):
     """Evaluates, draws and exports; `results.json` says that all is there."""
-    with written_aside(folder / "model.keras") as path:
+    with atomic_write(folder / "model.keras") as path:
         model.save(path)
     steps = int(model.optimizer.iterations)
     task = config.task
@@ -266,7 +266,7 @@ def _finish(config, model, folder, last, probes):
     runs.draw(config, model, folder, probes)
     shutil.rmtree(folder / "export", ignore_errors=True)
     export_for_serving(model, folder / "export", name=task.name)
-    with written_aside(folder / "results.json") as path:
+    with atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     return results
 

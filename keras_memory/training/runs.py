@@ -12,9 +12,9 @@ import numpy as np
 
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
+from keras_memory.files import atomic_write
 from keras_memory.files import check_path
 from keras_memory.files import check_run_folder
-from keras_memory.files import written_aside
 from keras_memory.inspection.callbacks import animation
 from keras_memory.inspection.probe import Probe
 from keras_memory.inspection.probe import probe_picture
@@ -285,7 +285,7 @@ def draw(config, model, folder, drawn=None):
             written.append(pictures / f"length-{length}.gif")
             with _reading(frames, "a folder of the training's pictures"):
                 joined = animation(frames)
-            with written_aside(written[-1]) as path:
+            with atomic_write(written[-1]) as path:
                 path.write_bytes(joined)
     history = read_history(folder, config)
     if history:
@@ -490,6 +490,6 @@ def _aligned(runs, by):
 
 
 def _write_png(path, figure):
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         figure.savefig(aside, format="png")
     return path

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from keras_memory.checks import check_array
-from keras_memory.checks import check_between
+from keras_memory.checks import check_closed
 
 LINES = (  # Okabe and Ito: colour-blind readers tell them apart
     "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #882255".split()
@@ -68,7 +68,7 @@ def to_gif(images, milliseconds=200):
     """
     from PIL import Image
 
-    check_between("milliseconds", milliseconds, 10)
+    check_closed("milliseconds", milliseconds, 10)
     images = [_image(image) for image in images]
     shapes = sorted({image.shape for image in images})
     if len(shapes) != 1:

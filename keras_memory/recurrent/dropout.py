@@ -1,0 +1,93 @@
+"""Dropout: one mask for all steps of a sequence."""
+
+import contextlib
+
+import keras
+from keras import ops
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+
+from keras_memory.recurrent import controllers
+
+
+class SequenceDropout(DropoutRNNCell):
+    """The dropout masks of a memory cell, as Keras's `RNN` asks for them.
+
+    `RNN` asks any `DropoutRNNCell` for its masks in front of the time loop, and
+    resets them behind it. Here they are those of the controllers inside, and
+    the one of the bypass, of the controller output on its way past the memory.
+    """
+
+    _bypass_mask = None
+
+    def build_dropout(self, widths):
+        """Finds the controllers' cells that drop something.
+
+        Args:
+            widths: list of ints, the input width of each block's controller.
+        """
+        self._dropout_cells = [
+            (cell, width)
+            for controller, size in zip(self.block_controllers, widths)
+            for cell, width in controllers.dropout_cells(controller, size)
+            if getattr(cell, "dropout", 1)
+            or getattr(cell, "recurrent_dropout", 0)
+        ]
+
+    def get_dropout_mask(self, step_input):
+        if self.bypass_dropout:
+            self.bypass_mask(step_input)
+        for cell, width in self._dropout_cells:
+            cell.get_dropout_mask(self._ones(step_input, width))
+
+    def get_recurrent_dropout_mask(self, state):
+        for cell, _ in self._dropout_cells:
+            width = (keras.tree.flatten(cell.state_size) or [1])[0]
+            cell.get_recurrent_dropout_mask(self._ones(state, width))
+
+    def reset_dropout_mask(self):
+        self._bypass_mask = None
+        for cell, _ in self._dropout_cells:
+            cell.reset_dropout_mask()
+
+    def reset_recurrent_dropout_mask(self):
+        for cell, _ in self._dropout_cells:
+            cell.reset_recurrent_dropout_mask()
+
+    def dropout_masks(self):
+        """The masks drawn at this moment, as (cell, attribute, mask)."""
+        names = "_dropout_mask", "_recurrent_dropout_mask", "_bypass_mask"
+        return [
+            (cell, name, mask)
+            for cell in (self, *(cell for cell, _ in self._dropout_cells))
+            for name in names
+            if (mask := getattr(cell, name, None)) is not None
+        ]
+
+    @contextlib.contextmanager
+    def dropping(self, masks):
+        """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
+        now = [(cell, name, getattr(cell, name)) for cell, name, _ in masks]
+        try:
+            for cell, name, mask in masks:
+                setattr(cell, name, mask)
+            yield
+        finally:
+            for cell, name, mask in now:
+                setattr(cell, name, mask)
+
+    def bypass_mask(self, like):
+        """(B, F), or (B, 1, F) for features of a sequence; 1 at the reads."""
+        if self._bypass_mask is None:
+            reads = self._ones(like, self.accesses[-1].read_size)
+            width = self.features_size - self.accesses[-1].read_size
+            mask = keras.random.dropout(
+                self._ones(like, width),
+                self.bypass_dropout,
+                seed=self.seed_generator,
+            )
+            self._bypass_mask = ops.concatenate([mask, reads], axis=-1)
+        mask = self._bypass_mask
+        return mask[:, None] if len(like.shape) == 3 else mask
+
+    def _ones(self, like, width):
+        return ops.ones((ops.shape(like)[0], width), dtype=self.compute_dtype)
