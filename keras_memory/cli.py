@@ -5,6 +5,7 @@ takes seconds: at the top this module imports nothing that needs it.
 """
 
 import argparse
+import importlib
 import os
 import pathlib
 import sys
@@ -62,6 +63,8 @@ def main(arguments=None):
         top.error("the following arguments are required: command")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
+        if parsed.run is not train:  # a file may have layers of any kind
+            importlib.import_module("keras_memory.api")
         parsed.run(parsed)
     except KeyboardInterrupt:
         print("keras-memory: interrupted", file=sys.stderr)
