@@ -63,8 +63,6 @@ def main(arguments=None):
         top.error("the following arguments are required: command")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        if parsed.run is not train:  # a file may have layers of any kind
-            importlib.import_module("keras_memory.api")
         parsed.run(parsed)
     except KeyboardInterrupt:
         print("keras-memory: interrupted", file=sys.stderr)
@@ -446,6 +444,7 @@ def _trained(folder):
 
     from keras_memory.training import runs
 
+    importlib.import_module("keras_memory.api")  # layers that it may have
     config = runs.read_config(folder)
     model = runs.load(path)
     if not runs.is_finished(folder):
