@@ -1,6 +1,6 @@
 """Neural memory as Keras layers."""
 
-import importlib
+import importlib.util
 import pathlib
 import sys
 from typing import TYPE_CHECKING
@@ -26,8 +26,9 @@ if TYPE_CHECKING or not _is_command():
 
 
 def __getattr__(name):
-    if name == "visualization":  # imports Matplotlib
-        return importlib.import_module("keras_memory.visualization")
+    # `from keras_memory import ...` asks for a module first here.
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     if _is_command():
         api = importlib.import_module("keras_memory.api")
         public = {key: vars(api)[key] for key in vars(api) if key[0] != "_"}

@@ -5,6 +5,7 @@ takes seconds: at the top this module imports nothing that needs it.
 """
 
 import argparse
+import importlib
 import os
 import pathlib
 import sys
@@ -443,6 +444,7 @@ def _trained(folder):
 
     from keras_memory.training import runs
 
+    importlib.import_module("keras_memory.api")  # layers that it may have
     config = runs.read_config(folder)
     model = runs.load(path)
     if not runs.is_finished(folder):

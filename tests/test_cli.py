@@ -121,7 +121,7 @@ def test_the_command_has_all_names_once_they_are_used():
         "import sys; sys.argv[0] = 'keras-memory'\n"
         "import keras_memory\n"
         "assert 'keras' not in sys.modules\n"
-        "from keras_memory import runs\n"  # as the command does
+        "from keras_memory.training import runs\n"  # as the command does
         "import keras\n"
         "registered = keras.saving.get_registered_object\n"
         "assert registered('keras_memory>NTMLayer') is keras_memory.NTMLayer\n"

@@ -137,9 +137,10 @@ def test_the_check_sees_upward_and_sideways_imports():
     assert misplaced("recurrent.layer", "from keras_memory import recurrent")
 
 
-def run_python(code, **environment):
+def run_python(code, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -160,6 +161,21 @@ def test_import_is_light():
     heavy = {"scann", "tensorboard", "PIL", "matplotlib"}
     heavy |= {"tensorflow_serving", "grpc"}
     assert not heavy & set(new)
+
+
+def test_training_an_ntm_imports_no_other_memory(tmp_path):
+    new = run_python(
+        "import sys; sys.argv[0] = 'keras-memory'\n"
+        "from keras_memory import cli\n"
+        "arguments = ['train', 'copy', '--steps', '1', '--out', 'run']\n"
+        "assert cli.main([*arguments, *'--set max_length=2'.split()]) == 0\n"
+        "print(*sys.modules)",
+        cwd=tmp_path,
+    ).split()
+    assert "keras_memory.ntm" in new
+    other = {"scann", "sqlite3", "keras_memory.api"}
+    other |= {f"keras_memory.{name}" for name in ("memory_wrap", "retrieval")}
+    assert not other & set(new)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])

@@ -446,7 +446,7 @@ def test_values_come_back_in_their_dtype(store, dtype, tmp_path):
     [
         (None, [[[ID]]], 'float32 keeps.*value_dtype="int32".*16777217'),
         ("float16", [[[2049]]], "float16 keeps exactly"),
-        ("float16", [[[1e5]]], "finite.*inf"),
+        ("float16", [[[1e5]]], "finite.*100000.0 in .* as float16"),
         ("int32", [[[1 << 31]]], '"int64".*2147483648'),
         ("int32", [[[1.0]]], 'of integers|be integers.*`value_dtype="int32"'),
         ("int64", ops.ones((1, 1, 1)), "be integers.*dtype float32"),
@@ -1160,9 +1160,10 @@ def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
 FORKED = """
 import os, sys, threading, warnings
 import numpy as np
-from keras_memory import KNNMemory, scann_index
+from keras_memory import KNNMemory
+from keras_memory.retrieval import tuning
 warnings.simplefilter("error")
-scann_index.FLAT = 500
+tuning.FLAT = 500
 rng = np.random.default_rng(0)
 centres = rng.normal(size=(20, 8))
 keys = centres[rng.integers(20, size=900)] + 0.1 * rng.normal(size=(900, 8))
@@ -1487,7 +1488,7 @@ def wrong_arguments():
         new = with_one(number, 2, 3, 2)
         yield f"add-values-{number}", add(values=new), "`values` .*fini", told
     far = with_one(1e300, 2, 3, 3, dtype="float64")
-    yield "add-1e300", add(keys=far), "`keys` .*finite", "inf in row 1"
+    yield "add-1e300", add(keys=far), "`keys` .*finite", "1e\\+300 in row 1"
     large = with_one(3 << 60, 2, 3, 3, dtype="int64")
     yield "add-large-ints", add(keys=large), "`keys` .*within", "in row 1"
     yield (

@@ -272,8 +272,9 @@ def test_time_left_is_without_compilation(monkeypatch):
     assert shown[1].startswith("10/100 steps (20 sequences)")
 
 
-def test_time_left_of_one_step_is_not_known(monkeypatch):
-    config, shown = small("report_every=1"), []
+@pytest.mark.parametrize("report_every", [1, 3])
+def test_time_left_of_one_step_is_not_known(report_every, monkeypatch):
+    config, shown = small(f"report_every={report_every}", "steps=1"), []
     curriculum = Curriculum(config)
     progress = Progress(config, curriculum, 0.0, shown.append)
     progress.on_train_begin()

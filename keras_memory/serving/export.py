@@ -17,7 +17,6 @@ from keras_memory import files
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
-from keras_memory.retrieval.scann_index import ScannIndex
 from keras_memory.serving.saved_model import MOST_WARM_UP_RECORDS
 from keras_memory.serving.saved_model import appearing_folder
 from keras_memory.serving.saved_model import check_signatures
@@ -239,5 +238,5 @@ def _by_scann(model):
     return [
         layer
         for layer in model._flatten_layers()
-        if isinstance(layer, ScannIndex) and layer.is_by_scann
+        if getattr(layer, "is_by_scann", False)
     ]

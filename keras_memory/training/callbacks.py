@@ -213,7 +213,8 @@ class Progress(keras.callbacks.Callback):
 
     def _left(self, step, now):
         """Minutes and seconds, at the pace of the later half of the steps."""
-        before, then = self.marks[len(self.marks) // 2]
+        marks = self.marks or [(step, now)]
+        before, then = marks[len(marks) // 2]
         if step == before:
             return "?:??"
         left = (now - then) / (step - before) * (self.config.steps - step)

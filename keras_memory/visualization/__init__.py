@@ -13,6 +13,7 @@ of another shape or range raise ValueError. pyplot is not used.
 
 from keras_memory.visualization.curves import plot_curves as plot_curves
 from keras_memory.visualization.curves import plot_learning as plot_learning
+from keras_memory.visualization.images import LINES as LINES
 from keras_memory.visualization.images import Animation as Animation
 from keras_memory.visualization.images import Figure as Figure
 from keras_memory.visualization.images import to_gif as to_gif
