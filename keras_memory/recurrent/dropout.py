@@ -55,13 +55,14 @@ class SequenceDropout(DropoutRNNCell):
 
     def dropout_masks(self):
         """The masks drawn at this moment, as (cell, attribute, mask)."""
-        names = "_dropout_mask", "_recurrent_dropout_mask", "_bypass_mask"
-        return [
-            (cell, name, mask)
-            for cell in (self, *(cell for cell, _ in self._dropout_cells))
-            for name in names
-            if (mask := getattr(cell, name, None)) is not None
-        ]
+        masks = [(self, "_bypass_mask", self._bypass_mask)]
+        for cell, _ in self._dropout_cells:
+            if isinstance(cell, SequenceDropout):  # a memory inside
+                masks += cell.dropout_masks()
+                continue
+            for name in ("_dropout_mask", "_recurrent_dropout_mask"):
+                masks.append((cell, name, getattr(cell, name, None)))
+        return [one for one in masks if one[2] is not None]
 
     @contextlib.contextmanager
     def dropping(self, masks):
