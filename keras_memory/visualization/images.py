@@ -10,6 +10,7 @@ import matplotlib as mpl
 import matplotlib.animation
 import matplotlib.figure
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from keras_memory.checks import check_array
@@ -20,7 +21,9 @@ LINES = (  # Okabe and Ito: colour-blind readers tell them apart
 )
 WIDTH = 6.4  # inches, of a figure
 SEQUENTIAL = "viridis"  # for values from zero on; readable in grey
+WIDTHS = 2.5, 300.0  # inches that a picture can have
 DPI = 100  # pixels an inch
+HUGE = 1e300  # of larger numbers a scale cannot be computed
 
 
 class Figure(mpl.figure.Figure):
@@ -34,7 +37,13 @@ class Figure(mpl.figure.Figure):
 
 
 def to_image(figure):
-    """The picture of a figure: (H, W, 3) uint8, at the figure's `dpi`."""
+    """The picture of a figure: (H, W, 3) uint8, at the figure's `dpi`; of a
+    `SubFigure`, of all of its figure."""
+    if not isinstance(figure, mpl.figure.FigureBase):
+        raise ValueError(
+            f"`figure` must be a figure of Matplotlib. Received: {figure!r}"
+        )
+    figure = figure.figure  # the root
     before = figure.canvas
     canvas = FigureCanvasAgg(figure)
     try:
@@ -53,8 +62,8 @@ def to_png(image, software="keras_memory"):
     from PIL.PngImagePlugin import PngInfo
 
     text, stream = PngInfo(), io.BytesIO()
-    text.add_text("Software", software)
-    Image.fromarray(_image(image)).save(stream, "PNG", pnginfo=text)
+    text.add_text("Software", str(software))
+    Image.fromarray(_image("image", image)).save(stream, "PNG", pnginfo=text)
     return stream.getvalue()
 
 
@@ -69,12 +78,11 @@ def to_gif(images, milliseconds=200):
     from PIL import Image
 
     check_between("milliseconds", milliseconds, 10)
-    images = [_image(image) for image in images]
+    images = [_image("images", one) for one in check_list("images", images)]
     shapes = sorted({image.shape for image in images})
-    if len(shapes) != 1:
+    if len(shapes) > 1:
         raise ValueError(
-            "`images` must be at least one, and of one size. Received: "
-            f"{len(images)} images, of shapes {shapes}"
+            f"`images` must be of one size. Received: shapes {shapes}"
         )
     some = np.concatenate([*images[:: len(images) // 4 + 1], images[-1]])
     palette = Image.fromarray(some).quantize(256)
@@ -88,11 +96,12 @@ def to_gif(images, milliseconds=200):
     return stream.getvalue()
 
 
-def _image(image):
-    image = np.asarray(image)
-    if image.dtype != "uint8" or image.ndim != 3 or image.shape[2] != 3:
+def _image(name, image):
+    image = check_array(name, image, kind="any", result="numpy")
+    wanted = image.dtype == "uint8" and image.shape[2:] == (3,)
+    if not wanted or not image.size:
         raise ValueError(
-            "An image must be (H, W, 3) uint8. "
+            f"`{name}` must be (H, W, 3) uint8. "
             f"Received: {image.dtype} of shape {image.shape}"
         )
     return image
@@ -145,24 +154,58 @@ class Animation(mpl.animation.FuncAnimation):
         return f'<img src="data:image/gif;base64,{data}">'
 
 
-def numbers(name, values, axes, sizes=None):
-    """An array of floats, without an empty axis."""
-    sizes = {} if sizes is None else sizes
+def numbers(name, values, axes, sizes=None, shares=False):
+    """An array of floats, without an empty axis. An axis whose name ends in
+    "?" may be missing, and is of size 1 then. Infinities and what is beyond
+    `HUGE` become NaN. `shares` must be in [0, 1], but for rounding of 16 bits,
+    or NaN."""
+    values = check_array(name, values, kind="any", result="numpy")
+    optional = [i for i, axis in enumerate(axes) if str(axis)[-1] == "?"]
+    if values.ndim == len(axes) - len(optional):
+        values = np.expand_dims(values, optional)
     values = check_array(name, values, axes, sizes, "any", result="numpy")
     if not values.size:
         raise ValueError(
             f"`{name}` must have no empty axis. Received: shape {values.shape}"
         )
-    return values.astype("float64")
-
-
-def check_length(name, values, count):
-    """Raises ValueError unless `values` has as many entries."""
-    if len(values) != count:
+    values = values.astype("float64")
+    if shares and not np.all(np.isnan(values) | (np.abs(values - 0.5) < 0.52)):
         raise ValueError(
-            f"`{name}` must be {count}, one for each part that is drawn. "
-            f"Received: {len(values)}"
+            f"`{name}` must be in [0, 1], or NaN. Received: values from "
+            f"{np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
         )
+    return np.where(np.abs(values) <= HUGE, values, np.nan)
+
+
+def check_list(name, values, count=None):
+    """A list of what `values` has, `count` or else at least one."""
+    is_list = np.iterable(values) and not isinstance(values, dict)
+    found = list(values) if is_list else []
+    if not found or len(found) != (count or len(found)):
+        wanted = count or "at least one"
+        raise ValueError(
+            f"`{name}` must be {wanted}, one for each part that is drawn, in a "
+            f"list. Received: {len(found) if is_list else values!r}"
+        )
+    return found
+
+
+def check_dict(name, values, what):
+    """`values`, a dict, with texts as keys."""
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"`{name}` must be a dict from texts to {what}. "
+            f"Received: {values!r}"
+        )
+    return {str(key): value for key, value in values.items()}
+
+
+def check_axes(ax, count=1):
+    """A list of axes of Matplotlib, of which `ax` must have `count`."""
+    axes = check_list("ax", np.ravel(np.asarray(ax, object)), count)
+    if not all(isinstance(one, Axes) for one in axes):
+        raise ValueError(f"`ax` must be axes of Matplotlib. Received: {ax!r}")
+    return axes
 
 
 def write_labels(ax, title=None, x_label=None, y_label=None):
