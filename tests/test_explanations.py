@@ -259,7 +259,9 @@ def test_tiles():
     words = [text.get_text() for text in ax.texts]
     assert words == ["prediction", "5", "example", "0.3"]
     assert [frame.get_edgecolor()[2] for frame in ax.patches] == [0.3, 1, 1]
-    with pytest.raises(ValueError, match="`rows` must be rows of tiles"):
+    with pytest.raises(
+        ValueError, match="`rows` must be at least one.*Received: 0"
+    ):
         visualization.plot_tiles([[]])
     for wrong, words in (
         (np.zeros((5, 7, 2)), r"\(5, 7, 2\)"),
@@ -314,7 +316,9 @@ def test_a_picture_marks_what_is_wrong(images):
     assert wrong == ["WRONG answer", "1, is 0", *unknown[2:]]
     named = visualization.plot_explanations([why], class_names="abc", most=1)
     assert words_of(named) == ["answer", "b", "example", "0.75: b"]
-    with pytest.raises(ValueError, match="`labels` must be 1.*Received: 2"):
+    with pytest.raises(
+        ValueError, match=r"`labels` must be \(1,\).*Received: shape \(2,\)"
+    ):
         visualization.plot_explanations([why], labels=[1, 2])
 
 

@@ -13,9 +13,11 @@ from keras_memory.visualization.images import check_axes
 from keras_memory.visualization.images import check_dict
 from keras_memory.visualization.images import check_list
 from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import require
 from keras_memory.visualization.images import write_labels
 
 STYLES = "-", "--", "-.", ":"
+BY_FACTORS = " where the scale grows by factors"
 COUNTS = "epoch", "step", "sequences", "longest", "seconds", "learning_rate"
 
 
@@ -47,11 +49,9 @@ def plot_curves(
     marks = check_dict("marks", marks or {}, "numbers")
     check_bool("log_x", log_x)
     check_bool("log_y", log_y)
-    if not 1 <= len(series) <= len(LINES):
-        raise ValueError(
-            f"`series` must be 1 to {len(LINES)} lines, as many as have "
-            f"colors. Received: {len(series)} lines"
-        )
+    wanted = f"be 1 to {len(LINES)} lines, as many as have colors"
+    is_right = 1 <= len(series) <= len(LINES)
+    require(is_right, "series", wanted, f"{len(series)} lines")
     for text, at in marks.items():
         _check_line(f"marks[{text!r}]", at, log_x)
     if goal is not None:
@@ -65,12 +65,9 @@ def plot_curves(
         x, y = check_list(name, pair, 2)
         x = _increasing(name, x, sizes, log_x)
         y = numbers(name, y, ("S?", "P"), sizes)
+        is_right = not log_y or not (y < 0).any()
+        require(is_right, name, f"have y from zero on{BY_FACTORS}", y)
         shown.append(y[~np.isnan(y)])
-        if log_y and (y < 0).any():
-            raise ValueError(
-                f"`{name}` must have no y below zero on a scale by factors. "
-                f"Received: {np.nanmin(y):g}"
-            )
         color = LINES[index]
         if len(y) > 1:
             ends = y.min(axis=0), y.max(axis=0)
@@ -142,11 +139,9 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
     names = check_list("names", names) if every else []
     missing = [name for name in names if name not in known]
     missing += [x for run in every if not _points(run, x, x).size][:1]
-    if not names or missing:
-        raise ValueError(
-            "`runs` must have at least one run, and all of `names` and `x`. "
-            f"Received: {len(every)} runs, without {missing}"
-        )
+    wanted = "have at least one run, and all of `names` and `x`"
+    got = f"{len(every)} runs, without {missing}"
+    require(names and not missing, "runs", wanted, got)
     goals = check_dict("goals", goals or {}, "numbers")
     for name, goal in goals.items():
         _check_line(f"goals[{name!r}]", goal)
@@ -181,23 +176,20 @@ def _runs(name, group):
     group = getattr(group, "history", group)
     if isinstance(group, dict):
         group = _rows(name, group)
-    if not isinstance(group, (list, tuple)):
-        raise ValueError(
-            f"`{name}` must be what `fit` returned, its `history`, a list of "
-            f"dicts of numbers, or a list of these. Received: {group!r}"
-        )
+    wanted = "be what `fit` returned, its `history`, or dicts of numbers"
+    require(isinstance(group, (list, tuple)), name, wanted, group)
     if not all(isinstance(row, dict) for row in group) or any(
         np.iterable(value) and not isinstance(value, str)
         for row in group
         for value in row.values()
     ):
         return [run for one in group for run in _runs(name, one)]
-    return [
-        [
-            {"epoch": epoch, **{n: row[n] for n in row if _is_real(row[n])}}
-            for epoch, row in enumerate(group, 1)
-        ]
-    ]
+    run = []
+    for epoch, row in enumerate(group, 1):
+        kinds = {n: np.asarray(row[n]).dtype.kind for n in row}
+        known = {n: row[n] for n in row if kinds[n] in "bfiu"}
+        run.append({"epoch": epoch, **known})
+    return [run]
 
 
 def _rows(name, columns):
@@ -211,18 +203,12 @@ def _rows(name, columns):
     for column, values in columns.items():
         every = [n for n in range(1, count + 1) if count // n == len(values)]
         is_known = len(every) == 1 and str(column).startswith("val_")
-        if len(values) != count and not is_known:
-            raise ValueError(
-                f"`{name}` must have columns whose epochs are known. Received: "
-                f"{column!r}, {len(values)} numbers of {count} epochs"
-            )
+        is_known |= every[:1] == [1]
+        got = f"{column!r}, {len(values)} numbers of {count} epochs"
+        require(is_known, name, "have columns whose epochs are known", got)
         for row, value in zip(rows[every[0] - 1 :: every[0]], values):
             row[column] = value
     return rows
-
-
-def _is_real(value):
-    return np.asarray(value).dtype.kind in "bfiu"
 
 
 def _points(run, x, name):
@@ -234,17 +220,13 @@ def _points(run, x, name):
 def _increasing(name, x, sizes=None, by_factors=False):
     """x of a line, as an array (P,)."""
     x = numbers(name, x, ("P",), sizes)
-    if not np.all(np.diff(x, prepend=0.0 if by_factors else x[0] - 1) > 0):
-        raise ValueError(
-            f"`{name}` must have x that is finite and increases, from above "
-            f"zero on a scale by factors. Received: x={x}"
-        )
+    least = 0.0 if by_factors else x[0] - 1
+    wanted = f"have x that increases, from above zero{BY_FACTORS}"
+    require(np.all(np.diff(x, prepend=least) > 0), name, wanted, x)
     return x
 
 
 def _check_line(name, at, by_factors=False):
-    if not is_number(at) or (by_factors and at < 0):
-        raise ValueError(
-            f"`{name}` must be a finite number, not below zero on a scale by "
-            f"factors. Received: {at!r}"
-        )
+    is_right = is_number(at) and not (by_factors and at < 0)
+    wanted = f"be a finite number, from zero on{BY_FACTORS}"
+    require(is_right, name, wanted, at)

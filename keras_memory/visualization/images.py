@@ -39,10 +39,8 @@ class Figure(mpl.figure.Figure):
 def to_image(figure):
     """The picture of a figure: (H, W, 3) uint8, at the figure's `dpi`; of a
     `SubFigure`, of all of its figure."""
-    if not isinstance(figure, mpl.figure.FigureBase):
-        raise ValueError(
-            f"`figure` must be a figure of Matplotlib. Received: {figure!r}"
-        )
+    is_figure = isinstance(figure, mpl.figure.FigureBase)
+    require(is_figure, "figure", "be a figure of Matplotlib", figure)
     figure = figure.figure  # the root
     before = figure.canvas
     canvas = FigureCanvasAgg(figure)
@@ -80,10 +78,7 @@ def to_gif(images, milliseconds=200):
     check_between("milliseconds", milliseconds, 10)
     images = [_image("images", one) for one in check_list("images", images)]
     shapes = sorted({image.shape for image in images})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"`images` must be of one size. Received: shapes {shapes}"
-        )
+    require(len(shapes) == 1, "images", "be of one size", f"shapes {shapes}")
     some = np.concatenate([*images[:: len(images) // 4 + 1], images[-1]])
     palette = Image.fromarray(some).quantize(256)
     first, *others = (
@@ -98,12 +93,9 @@ def to_gif(images, milliseconds=200):
 
 def _image(name, image):
     image = check_array(name, image, kind="any", result="numpy")
-    wanted = image.dtype == "uint8" and image.shape[2:] == (3,)
-    if not wanted or not image.size:
-        raise ValueError(
-            f"`{name}` must be (H, W, 3) uint8. "
-            f"Received: {image.dtype} of shape {image.shape}"
-        )
+    wanted = image.dtype == "uint8" and image.shape[2:] == (3,) and image.size
+    got = f"{image.dtype} of shape {image.shape}"
+    require(wanted, name, "be (H, W, 3) uint8", got)
     return image
 
 
@@ -154,6 +146,13 @@ class Animation(mpl.animation.FuncAnimation):
         return f'<img src="data:image/gif;base64,{data}">'
 
 
+def require(is_right, name, wanted, got):
+    """Raises ValueError unless `is_right`."""
+    if not is_right:
+        got = got if isinstance(got, str) else f"{got!r:.300}"
+        raise ValueError(f"`{name}` must {wanted}. Received: {got}")
+
+
 def numbers(name, values, axes, sizes=None, shares=False):
     """An array of floats, without an empty axis. An axis whose name ends in
     "?" may be missing, and is of size 1 then. Infinities and what is beyond
@@ -163,17 +162,13 @@ def numbers(name, values, axes, sizes=None, shares=False):
     optional = [i for i, axis in enumerate(axes) if str(axis)[-1] == "?"]
     if values.ndim == len(axes) - len(optional):
         values = np.expand_dims(values, optional)
-    values = check_array(name, values, axes, sizes, "any", result="numpy")
-    if not values.size:
-        raise ValueError(
-            f"`{name}` must have no empty axis. Received: shape {values.shape}"
-        )
+    check_array(name, values, axes, sizes, "any", result="given")
+    require(values.size, name, "have no empty axis", values.shape)
     values = values.astype("float64")
-    if shares and not np.all(np.isnan(values) | (np.abs(values - 0.5) < 0.52)):
-        raise ValueError(
-            f"`{name}` must be in [0, 1], or NaN. Received: values from "
-            f"{np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
-        )
+    if shares:
+        low, high = np.fmin.reduce(values, None), np.fmax.reduce(values, None)
+        is_right, got = not (low < -0.02 or high > 1.02), f"{low:g} to {high:g}"
+        require(is_right, name, "be in [0, 1], or NaN", got)
     return np.where(np.abs(values) <= HUGE, values, np.nan)
 
 
@@ -181,30 +176,25 @@ def check_list(name, values, count=None):
     """A list of what `values` has, `count` or else at least one."""
     is_list = np.iterable(values) and not isinstance(values, dict)
     found = list(values) if is_list else []
-    if not found or len(found) != (count or len(found)):
-        wanted = count or "at least one"
-        raise ValueError(
-            f"`{name}` must be {wanted}, one for each part that is drawn, in a "
-            f"list. Received: {len(found) if is_list else values!r}"
-        )
+    wanted = f"be {count or 'at least one'}, in a list"
+    got = len(found) if is_list else values
+    require(found and len(found) == (count or len(found)), name, wanted, got)
     return found
 
 
 def check_dict(name, values, what):
-    """`values`, a dict, with texts as keys."""
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"`{name}` must be a dict from texts to {what}. "
-            f"Received: {values!r}"
-        )
+    """A dict, with texts as keys."""
+    require(
+        isinstance(values, dict), name, f"be a dict of {what}", repr(values)
+    )
     return {str(key): value for key, value in values.items()}
 
 
 def check_axes(ax, count=1):
-    """A list of axes of Matplotlib, of which `ax` must have `count`."""
+    """A list of as many axes of Matplotlib."""
     axes = check_list("ax", np.ravel(np.asarray(ax, object)), count)
-    if not all(isinstance(one, Axes) for one in axes):
-        raise ValueError(f"`ax` must be axes of Matplotlib. Received: {ax!r}")
+    is_right = all(isinstance(one, Axes) for one in axes)
+    require(is_right, "ax", f"be {count} axes of Matplotlib", ax)
     return axes
 
 

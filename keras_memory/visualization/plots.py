@@ -27,6 +27,7 @@ from keras_memory.visualization.images import check_axes
 from keras_memory.visualization.images import check_dict
 from keras_memory.visualization.images import check_list
 from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import require
 from keras_memory.visualization.images import write_labels
 
 DIVERGING = "RdBu_r"  # for values with a sign
@@ -209,11 +210,8 @@ def plot_task(
         if memory and contents is not None:
             memories.append(_memory_panel(contents, f"{prefix}memory", rows))
     panels += memories
-    if not panels:
-        raise ValueError(
-            "`trace` must have an output, weightings, gates or a memory, or "
-            f"not be alone. Received: {sorted(trace)}"
-        )
+    wanted = "have outputs, weightings, gates or a memory, or not be alone"
+    require(panels, "trace", wanted, sorted(trace))
     if figure is not None and _redrawn(figure, panels, title):
         return figure
     return _drawn(panels, None, title, width)
@@ -237,19 +235,13 @@ def plot_sphere(
     """
     sizes = {}
     mean = numbers("mean", mean, ("H", "W", "C"), sizes)
-    if mean.shape[2] < 3:
-        raise ValueError(
-            "`mean` must have columns, rows and depth, to be a map. "
-            f"Received: shape {mean.shape}"
-        )
+    wanted = "be a map, of columns, rows and depth"
+    require(mean.shape[2] > 2, "mean", wanted, f"shape {mean.shape}")
     depth, parts = mean[:, :, 2], []
     if variance is not None:
         variance = numbers("variance", variance, ("H", "W", "C"), sizes)
-        if (variance < 0).any():
-            raise ValueError(
-                "`variance` must be at least 0. "
-                f"Received: {np.nanmin(variance):.3g}"
-            )
+        least = np.fmin.reduce(variance, None)
+        require(not least < 0, "variance", "be at least 0", least)
     if farthest is not None:
         check_between("farthest", farthest, 1e-9)
     unseen = np.isclose(depth, check_between("depth_prior", depth_prior, 0))
@@ -295,11 +287,8 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     trace = check_dict("trace", trace, "arrays")
     check_between("width", width, *WIDTHS)
     shown = _shown(trace, row, {}).get("", {})
-    if "memory" not in shown:
-        raise ValueError(
-            "`trace` must have a 'memory', (B, T, N, W): of blocks or layers, "
-            f"give one. Received: {sorted(trace)}"
-        )
+    wanted = "have a 'memory', (B, T, N, W): of blocks or layers, give one"
+    require("memory" in shown, "trace", wanted, sorted(trace))
     memory, heads = shown["memory"], heads_of(shown)
     rows, steps = _rows(_use(heads, memory), slots), _moments(len(memory), most)
     parts = [(memory[:, rows], _about_zero(memory))]
@@ -362,10 +351,8 @@ def _drawn(panels, ax, title, width):
 
 def _redrawn(figure, panels, title):
     """Draws panels into a figure of other ones; False if scales differ."""
-    if not isinstance(figure, mpl.figure.Figure):
-        raise ValueError(
-            f"`figure` must be a figure of `plot_task`. Received: {figure!r}"
-        )
+    is_figure = isinstance(figure, mpl.figure.Figure)
+    require(is_figure, "figure", "be of `plot_task`", figure)
     drawn = [ax.images for ax in figure.axes if ax.images]
     scales = [(*of[0].get_clim(), of[0].get_array().shape) for of in drawn]
     if scales != [(p.low, p.high, p.matrices.shape[1:]) for p in panels]:
@@ -456,11 +443,8 @@ def _gates_panel(gates, title, argument="gates"):
             names = head_names(name, values.shape[1:], gates)
             rows.update(zip(names, values.T))
             continue
-        if values.shape[2] % 2 == 0:
-            raise ValueError(
-                f"`{given}` must have 2 H + 1 modes, of H write heads. "
-                f"Received: shape {values.shape}"
-            )
+        wanted = "have 2 H + 1 modes, of H write heads"
+        require(values.shape[2] % 2, given, wanted, f"shape {values.shape}")
         for head in range(values.shape[1]):
             links = values.shape[2] // 2
             each = [f" {link}" if links > 1 else "" for link in range(links)]
@@ -468,8 +452,7 @@ def _gates_panel(gates, title, argument="gates"):
             modes += [f"forward{one}" for one in each]
             names = [f"read {head} {mode}" for mode in modes]
             rows.update(zip(names, values[:, head].T))
-    if not rows:
-        raise ValueError(f"`gates` must have a gate. Received: {sorted(gates)}")
+    require(rows, "gates", "have a gate", sorted(gates))
     values = np.stack([*rows.values()], -1)
     inches = 0.19 * len(rows) + 0.05
     return _time_panel(values, inches, title, names=list(rows))
@@ -588,11 +571,8 @@ def _rows(strength, slots):
     """Numbers of the slots that are drawn; `strength` (N,) is their use."""
     count = len(strength)
     if isinstance(slots, str):
-        if slots not in ("used", "all"):
-            raise ValueError(
-                "`slots` must be 'used', 'all' or a list of slots. "
-                f"Received: slots={slots!r}"
-            )
+        wanted = "be 'used', 'all' or a list of slots"
+        require(slots in ("used", "all"), "slots", wanted, slots)
         used = np.flatnonzero(strength > 0.1 * strength.max())
         if slots == "all" or not len(used):
             return np.arange(count)

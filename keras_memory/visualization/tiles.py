@@ -16,6 +16,7 @@ from keras_memory.visualization.images import Figure
 from keras_memory.visualization.images import check_axes
 from keras_memory.visualization.images import check_list
 from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import require
 
 WRONG = "#a00000"  # dark red
 
@@ -47,13 +48,13 @@ def plot_tiles(rows, ax=None):
         ax: axes; None for a new figure.
     """
     rows = [check_list("rows", row) for row in check_list("rows", rows)]
-    if not all(isinstance(tile, Tile) for row in rows for tile in row):
-        raise ValueError(f"`rows` must be rows of `Tile`. Received: {rows!r}")
+    is_right = all(isinstance(tile, Tile) for row in rows for tile in row)
+    require(is_right, "rows", "be rows of `Tile`", rows)
     apart = 0.15  # inches, as is 1, the side of an image
     places, bottom = [], 0.0
     for row in rows:
         words = [_fitted(tile.words, 10, 3) for tile in row]
-        above = 0.1 + 0.16 * max(1, *(len(lines) for lines in words))
+        above = 0.1 + 0.16 * max(map(len, words))
         left, top = apart, bottom + above + 0.16 + apart / 2
         for tile, lines in zip(row, words):
             places.append((left, top, tile, lines))
@@ -108,11 +109,9 @@ def plot_explanations(
     check_size("most", most)
     explanations = check_list("explanations", explanations)
     count = len(explanations)
-    if not all(hasattr(why, "is_example") for why in explanations):
-        raise ValueError(
-            "`explanations` must be a list of `Explanation`. "
-            f"Received: {explanations!r}"
-        )
+    is_right = all(hasattr(why, "is_example") for why in explanations)
+    wanted = "be a list of `Explanation`"
+    require(is_right, "explanations", wanted, explanations)
     if labels is not None:
         labels = labels_of(labels, count, name="labels")
     inputs = [why.input for why in explanations] if inputs is None else inputs
@@ -124,10 +123,8 @@ def plot_explanations(
         try:
             return str(label if class_names is None else class_names[label])
         except (TypeError, LookupError):
-            raise ValueError(
-                "`class_names` must have a text for each class. "
-                f"Received: {class_names!r}, without class {label}"
-            ) from None
+            wanted = f"be texts, also one for class {label}"
+            require(False, "class_names", wanted, class_names)
 
     rows = []
     for index, why in enumerate(explanations):
@@ -170,16 +167,12 @@ def plot_explanations(
 def check_shades(name, image):
     """An image in [0, 1], also a grey one, as (H, W, 3)."""
     values = numbers(name, image, ("H", "W", "C?"))
-    if values.shape[2] not in (1, 3):
-        raise ValueError(
-            f"`{name}` must be images (H, W), (H, W, 1) or (H, W, 3). "
-            f"Received: shape {values.shape}"
-        )
-    if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
-        raise ValueError(
-            f"`{name}` must be images in [0, 1]: undo their normalization. "
-            f"Received: values from {values.min():.3g} to {values.max():.3g}"
-        )
+    wanted = "be images (H, W), (H, W, 1) or (H, W, 3)"
+    require(values.shape[2] in (1, 3), name, wanted, f"shape {values.shape}")
+    low, high = values.min(), values.max()
+    wanted = "be images in [0, 1]: undo their normalization"
+    got = f"values from {low:.3g} to {high:.3g}"
+    require(low >= -1e-6 and high <= 1 + 1e-6, name, wanted, got)
     return np.repeat(values.clip(0, 1), 3 // values.shape[2], axis=2)
 
 
