@@ -135,8 +135,10 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
     known = dict.fromkeys(n for run in every for row in run for n in row)
     if x is None:
         x = "step" if all("step" in run[-1] for run in every) else "epoch"
-    names = names or [name for name in known if name not in COUNTS]
-    names = check_list("names", names) if every else []
+    if names:
+        names = check_list("names", names)
+    else:
+        names = [name for name in known if name not in COUNTS]
     missing = [name for name in names if name not in known]
     missing += [x for run in every if not _points(run, x, x).size][:1]
     wanted = "have at least one run, and all of `names` and `x`"

@@ -184,9 +184,7 @@ def check_list(name, values, count=None):
 
 def check_dict(name, values, what):
     """A dict, with texts as keys."""
-    require(
-        isinstance(values, dict), name, f"be a dict of {what}", repr(values)
-    )
+    require(isinstance(values, dict), name, f"be a dict of {what}", values)
     return {str(key): value for key, value in values.items()}
 
 

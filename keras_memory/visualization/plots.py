@@ -183,21 +183,21 @@ def plot_task(
     """
     trace = check_dict("trace", trace, "arrays")
     check_bool("memory", memory)
-    names = {"inputs": "inputs", "targets": "targets", "outputs": "outputs"}
-    if outputs is None:
-        outputs, names["outputs"] = trace.get("output"), "trace['output']"
-    given = {"inputs": inputs, "targets": targets, "outputs": outputs}
     sizes, one, grey = {}, {}, None
+    shown, own = _shown(trace, row, sizes), outputs is None
+    outputs = trace.get("output") if own else outputs
+    given = {"inputs": inputs, "targets": targets, "outputs": outputs}
     for name, values in given.items():
         axes = "B", "T", "channels" if name == "inputs" else "units"
+        argument = "trace['output']" if name == "outputs" and own else name
         if values is not None:
-            one[name] = _row(names[name], values, axes, sizes, row)
+            one[name] = _row(argument, values, axes, sizes, row)
     if mask is not None:
         grey = _row("mask", mask, ("B", "T"), sizes, row) == 0
     if "targets" in one and "outputs" in one:
         one["|target - output|"] = np.abs(one["targets"] - one["outputs"])
     panels, memories = _sequence_panels(one, grey), []
-    for place, here in _shown(trace, row, sizes).items():
+    for place, here in shown.items():
         prefix = f"{place}: " if place else ""
         if any(map(_is_gate, here)):
             panels.append(_gates_panel(here, f"{prefix}gates", "trace"))
@@ -290,7 +290,8 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     wanted = "have a 'memory', (B, T, N, W): of blocks or layers, give one"
     require("memory" in shown, "trace", wanted, sorted(trace))
     memory, heads = shown["memory"], heads_of(shown)
-    rows, steps = _rows(_use(heads, memory), slots), _moments(len(memory), most)
+    rows = _rows(_use(heads, memory), slots)
+    steps = _moments(len(memory), check_size("most", most))
     parts = [(memory[:, rows], _about_zero(memory))]
     if heads:
         weights = np.stack([*heads.values()], -1)
