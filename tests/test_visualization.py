@@ -81,6 +81,13 @@ def test_a_figure_shows_in_a_notebook_and_makes_an_image():
         np.testing.assert_array_equal(np.asarray(png), image)
 
 
+def test_the_image_of_a_part_of_a_figure_is_that_of_the_figure():
+    part = Figure((2, 3), dpi=50).subfigures(2)[0]
+    ax = part.subplots()
+    assert visualization.plot_weighting(one_hot([2], 5), [ax]) is part
+    assert visualization.to_image(part).shape == (150, 100, 3)
+
+
 def test_a_figure_of_a_user_stays_as_it_is():
     figure = Figure((2, 3), dpi=50)
     before = figure.canvas
@@ -268,6 +275,29 @@ def test_gates_and_modes_are_rows_with_the_names_of_heads(trace):
         visualization.plot_gates({})
 
 
+def test_links_of_several_write_heads_are_a_panel_each():
+    linkage = RNG.uniform(size=(3, 2, 5, 5))
+    figure = visualization.plot_linkage(linkage, frames=3)
+    for head in (0, 1):
+        ax = axes(figure, f"links {head}: row written right after column")
+        for array, step in zip(arrays(ax), range(3), strict=True):
+            np.testing.assert_array_equal(array, linkage[step, head])
+
+
+def test_infinities_of_a_memory_have_the_color_of_nan():
+    memory = RNG.uniform(-3, 3, size=(1, 2, 3))
+    memory[0, 1] = np.inf, -np.inf, 1.7e308
+    figure = visualization.plot_memory(memory, slots="all")
+    (array,) = arrays(figure.axes[0])
+    np.testing.assert_array_equal(array.mask, [[False] * 3, [True] * 3])
+    visualization.to_image(figure)
+    weighting = [[0.25, np.nan], [0.25, 0.25]]
+    (array,) = arrays(visualization.plot_weighting(weighting).axes[0])
+    np.testing.assert_array_equal(array.mask, [[False, False], [True, False]])
+    rounded = np.array([[1.004, -0.004]])  # as 16 bits have it
+    visualization.plot_weighting(rounded)
+
+
 # A whole sequence.
 
 
@@ -406,6 +436,17 @@ def test_curves_that_cannot_be_drawn(series, options, message):
         visualization.plot_curves(series, **options)
 
 
+@pytest.mark.parametrize("goal", [None, 20.0])
+def test_positive_numbers_fill_a_scale_by_factors(goal):
+    series = {"one": ([1, 2, 3], [100.0, np.nan, 1000.0])}
+    ax = visualization.plot_curves(series, log_y=True, goal=goal).axes[0]
+    assert ax.get_yscale() == "log"
+    low, high = ax.transAxes.inverted().transform(
+        ax.transData.transform([(1, goal or 100), (1, 1000)])
+    )[:, 1]
+    assert 0.03 < low < 0.2 and 0.8 < high < 0.97
+
+
 def rows(steps, longest=20):
     return [
         {"step": s, "loss": 1 / s, "wrong": 10 / s, "longest": longest}
@@ -443,6 +484,36 @@ def test_learning_takes_what_fit_returns():
         visualization.plot_learning({"one": history}, names=["other"])
     with pytest.raises(ValueError, match="at least one run"):
         visualization.plot_learning({})
+
+
+def points(ax, label):
+    lines = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    return np.transpose(lines[label].get_data()).tolist()
+
+
+def test_learning_shows_what_is_there():
+    """Validation at every second epoch, and rows that have other numbers."""
+    history = {"loss": [6, 5, 4, 3, 2, 1], "val_loss": [5, 3, 1]}
+    more = [{"loss": 2.0, "note": "x"}, {"loss": 1.0, "longest": 5}]
+    more += [{"loss": 1.0, "val_loss": 7, "longest": 9}]
+    figure = visualization.plot_learning({"one": history, "more": more})
+    loss, validation = figure.axes
+    assert points(loss, "more") == [[1, 2], [2, 1], [3, 1]]
+    assert points(validation, "one") == [[2, 5], [4, 3], [6, 1]]
+    assert points(validation, "more") == [[3, 7]]
+    assert texts(loss.texts) == [" up to 9"]
+    ticks = loss.get_xticks()
+    np.testing.assert_array_equal(ticks, ticks.round())
+
+
+def test_learning_with_validation_at_every_second_epoch():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.ones((4, 3), "float32")
+    options = {"validation_data": (x, x[:, :1]), "validation_freq": 2}
+    history = model.fit(x, x[:, :1], epochs=4, verbose=0, **options)
+    figure = visualization.plot_learning({"one": history, "two": history})
+    assert [x for x, _ in points(figure.axes[1], "one")] == [2, 4]
 
 
 # Maps.
@@ -491,6 +562,25 @@ def test_maps_with_less(sphere):
         visualization.plot_sphere(mean, variance[1:])
 
 
+@pytest.mark.parametrize("shape", [(2000, 2, 6), (2, 2000, 6)])
+def test_a_map_of_any_shape_has_a_size_that_can_be_seen(shape):
+    figure = visualization.plot_sphere(np.ones(shape), np.ones(shape))
+    height, _, _ = visualization.to_image(figure).shape
+    assert 200 < height < 2200
+    for ax in figure.axes:
+        assert ax.get_window_extent().height > 30
+
+
+def test_what_is_no_number_of_a_map_is_not_seen(sphere):
+    mean, variance = sphere[0].copy(), sphere[1].copy()
+    mean[3, 1, 2], mean[3, 2, 4], variance[3, 3, 2] = np.nan, np.inf, np.nan
+    figure = visualization.plot_sphere(mean, variance)
+    shown, depth, deviation = (arrays(ax)[0] for ax in figure.axes)
+    np.testing.assert_array_equal(shown[3, 1:3], 0.75)
+    np.testing.assert_array_equal(depth.mask[3, :5], [0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(deviation.mask[3, :5], [0, 1, 1, 1, 0])
+
+
 # Animations.
 
 
@@ -530,6 +620,8 @@ def test_a_trace_is_a_picture_in_a_notebook():
     trace = keras_memory.trace(layer, np.ones((2, 11, 4), "float32"))
     assert trace._repr_png_().startswith(b"\x89PNG")
     assert "memory: (2, 11, 7, 5)" in repr(trace) and len(repr(trace)) < 600
+    for parts in ({}, {"usage": trace["memory"]}, {"read_weighting": None}):
+        assert type(trace)(parts)._repr_png_() is None
     assert isinstance(trace, dict)
 
 
@@ -549,6 +641,91 @@ def test_plot_draws_layers_and_models():
         keras_memory.plot(keras.Sequential([keras.layers.Dense(1)]), x)
 
 
+@pytest.fixture
+def x():
+    return RNG.uniform(size=(2, 12, 4)).astype("float32")
+
+
+def ntm(**options):
+    options = {"return_sequences": True, **options}
+    return keras_memory.NTMLayer(3, memory_slots=7, slot_size=5, **options)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.memory, self.dense = ntm(), keras.layers.Dense(2)
+
+    def call(self, inputs):
+        return self.dense(self.memory(inputs))
+
+
+def test_plot_draws_a_model_that_was_not_built(x):
+    figure = keras_memory.plot(Subclassed(), x)
+    assert titles(figure)[:3] == ["input", "output", "gates"]
+    outputs, traces = keras_memory.recurrent.trace_model(Subclassed(), x)
+    assert len(traces) == 1 and outputs.shape == (2, 12, 2)
+
+
+def test_plot_has_one_order_of_time(x):
+    layer = ntm(go_backwards=True)
+    trace = keras_memory.trace(layer, x)
+    figure = keras_memory.plot(layer, x, title="one")
+    (array,) = arrays(axes(figure, "input"))
+    np.testing.assert_array_equal(array, x[0, ::-1].T)
+    (array,) = arrays(axes(figure, "output"))
+    np.testing.assert_array_equal(array, trace["output"][0].T)
+    assert texts(figure.texts) == ["one, from the last input to the first"]
+    both = keras.layers.Bidirectional(ntm(name="ntm"))
+    figure = keras_memory.plot(keras.Sequential([both]), x, slots="all")
+    (array,) = arrays(axes(figure, "input"))
+    np.testing.assert_array_equal(array, x[0].T)
+    back = keras_memory.trace(both.backward_layer, x)["write_weighting"]
+    (array,) = arrays(axes(figure, "backward_ntm (right to left): write 0"))
+    np.testing.assert_allclose(array, back[0, ::-1, 0].T, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layers, shown",
+    [
+        ([keras.layers.AveragePooling1D(2), ntm()], ["output", "gates"]),
+        ([ntm(), keras.layers.AveragePooling1D(2)], ["input", "output"]),
+        ([keras.layers.Reshape((2, 6, 4)), "each"], []),
+    ],
+)
+def test_plot_leaves_out_what_has_another_length(x, layers, shown):
+    if layers[1] == "each":
+        layers[1] = keras.layers.TimeDistributed(ntm(return_sequences=False))
+    figure = keras_memory.plot(keras.Sequential(layers), x)
+    assert titles(figure)[: len(shown)] == shown
+    assert shown or "input" not in titles(figure)
+
+
+def test_plot_of_memories_of_two_lengths(x):
+    layers = [ntm(), keras.layers.AveragePooling1D(2), ntm()]
+    with pytest.raises(ValueError, match="`layer` must have.*one length.*Rec"):
+        keras_memory.plot(keras.Sequential(layers), x)
+
+
+def test_plot_takes_nested_lists(x):
+    layer = ntm()
+    for one in (layer, keras.Sequential([layer])):
+        figure = keras_memory.plot(one, x.tolist())
+        (array,) = arrays(axes(figure, "input"))
+        np.testing.assert_array_equal(array, x[0].T)
+
+
+def test_plot_names_its_arguments(x):
+    cell = keras_memory.NTMCell(3, memory_slots=7, slot_size=5)
+    index = keras_memory.KNNMemory(3, 4)
+    for layer in (cell, index, None, keras.layers.Dense(1), Subclassed):
+        with pytest.raises(TypeError, match="`layer` must be.*Received"):
+            keras_memory.plot(layer, x)
+    for wrong in ("text", None, [[1.0], [1.0, 2.0]], x[0]):
+        with pytest.raises(ValueError, match="`x` must be.*Received"):
+            keras_memory.plot(ntm(), wrong)
+
+
 def test_plot_draws_maps_and_answers():
     camera = {
         "depth": np.ones((1, 2, 8, 8), "float32"),
@@ -557,8 +734,12 @@ def test_plot_draws_maps_and_answers():
     }
     motion = np.tile(np.eye(3, 4, dtype="float32"), (1, 2, 1, 1))
     seen = {"cameras": camera, "motion": motion}
-    figure = keras_memory.plot(keras_memory.ESMLayer(12, 24), seen)
-    assert not arrays(axes(figure, "depth, m"))[0].mask.all()
+    for prior in (0.01, 0.1):
+        options = {"depth_prior": prior, "smooth_kernel_size": 1}
+        layer = keras_memory.ESMLayer(12, 24, **options)
+        figure = keras_memory.plot(layer, seen)
+        mask = arrays(axes(figure, "depth, m"))[0].mask
+        assert mask.any() and not mask.all()
     x, y = RNG.uniform(size=(12, 4, 4)).astype("float32"), np.arange(12) % 2
     flat = keras.layers.Flatten()
     model = keras_memory.MemoryWrapClassifier(flat, 2, memory_size=5)

@@ -82,8 +82,8 @@ def plot(layer, x, **options):
     backward = [one.go_backwards for one, _ in traces.values()]
     if all(backward) and "inputs" in given:
         given["inputs"] = given["inputs"][:, ::-1]
-        title = f"{options.get('title', '')} (from the last input to the first)"
-        options["title"] = title.strip()
+        words = options.get("title"), "from the last input to the first"
+        options["title"] = ", ".join(filter(None, words))
     shown = {}
     for name, (one, parts) in traces.items():
         if one.go_backwards and not all(backward):

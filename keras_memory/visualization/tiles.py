@@ -195,7 +195,7 @@ def _fitted(text, size, most):
     """Lines of a text, as wide as a tile, the last one perhaps shortened."""
 
     def is_wide(line):
-        return TextPath((0, 0), line, size).get_extents().width > 77  # points
+        return TextPath((0, 0), line, size).get_extents().width > 75  # points
 
     lines = []
     for word in str(text)[:80].split():
