@@ -15,6 +15,7 @@ import keras_memory
 from keras_memory import visualization
 from keras_memory.addressing import dense_linkage
 from keras_memory.addressing import entropy
+from keras_memory.inspection.explanations import Explanation
 from keras_memory.visualization.images import Redrawn
 
 RNG = np.random.default_rng(3)
@@ -767,3 +768,196 @@ def test_what_is_no_weighting_has_no_entropy():
     for wrong in (1.0, np.ones((3, 0)), [-0.5, 1.5]):
         with pytest.raises(ValueError, match="`weighting`.*Received"):
             entropy(wrong)
+
+
+# Wrong arguments.
+
+NAN, INF = np.nan, np.inf
+RAGGED = [[1.0], [1.0, 2.0]]
+ONE = Figure().subplots()
+TWO = Figure().subplots(2)
+NO_AXES = "a", 0, 3.5, Figure(), [None], [[ONE], [ONE, ONE]], TWO
+NO_WIDTHS = 0, -1, NAN, INF, "6", None, 1e9
+NO_SLOTS = 3, None, slice(0, 2), "x", [], [1.5], [9], {0: 1}
+NO_COUNTS = 0, -1, None, "a", 1.5
+NO_ARRAYS = None, "a", 5, {}, [], RAGGED, 1j * np.eye(5), np.zeros((0, 5))
+SHARES = np.eye(3, 5)
+CONTENTS = np.ones((2, 3, 4))
+LINKS = np.zeros((2, 3, 3))
+GATE = np.ones((3, 2))
+TRACE = {
+    "memory": np.ones((2, 6, 5, 3)),
+    "read_weighting": np.ones((2, 6, 1, 5)),
+    "write_weighting": np.ones((2, 6, 1, 5)),
+    "a_gate": np.ones((2, 6, 1)),
+}
+OTHERS = (
+    {"read_weighting": np.ones((2, 6, 1, 4))},
+    {"read_weighting": np.full((2, 6, 1, 5), 2.0)},
+    {"read_weighting": np.ones((2, 6))},
+    {"read_weighting": RAGGED},
+    {"read_weighting": None},
+)
+NO_TRACES = (None, [], "a", 3, {}, {"usage": CONTENTS}, {"a": None})
+NO_TRACES += ({"memory": CONTENTS}, {"memory": RAGGED}, {"memory": None})
+NO_TRACES += tuple({**TRACE, **other} for other in OTHERS)
+SPHERE = np.full((4, 8, 6), 0.5)
+CURVES = {"one": ([1, 2], [3, 4])}
+RUNS = {"one": {"loss": [1, 2, 3]}}
+NO_RUNS = (
+    *(None, 3, "a", [], [1]),
+    {"loss": [1, 2, 3], "mae": [1]},  # of which epoch?
+    {"loss": [1, 2, 3], "val_loss": [1]},  # of the second or the third?
+    *({"loss": wrong} for wrong in ("abc", 3, [1, None], [], RAGGED)),
+    *([{"step": at, "loss": 1}, {"step": 1, "loss": 1}] for at in (2, NAN)),
+    [{"loss": "x"}],
+)
+IMAGE = np.ones((5, 5))
+TILE = visualization.Tile(IMAGE)
+WHY = Explanation(
+    *(1, np.arange(2), np.array([0.6, 0.4]), np.array([1, 0])),
+    *(np.array([1, 0]), np.ones((2, 5, 5)), IMAGE),
+)
+NO_HEATS = "a", RAGGED, np.ones((4, 5)), 5
+BYTES = np.zeros((2, 3, 3), "uint8")
+
+
+@pytest.mark.parametrize(
+    "function, given, name, wrongs",
+    [
+        ("plot_weighting", {}, "weighting", NO_ARRAYS),
+        (
+            "plot_weighting",
+            {},
+            "weighting",
+            (2 * SHARES, -SHARES, SHARES + INF),
+        ),
+        ("plot_weighting", {}, "weighting", (SHARES[0], np.ones((2, 2, 2, 2)))),
+        ("plot_weighting", {"weighting": SHARES}, "ax", NO_AXES),
+        ("plot_weighting", {"weighting": SHARES}, "width", NO_WIDTHS),
+        ("plot_weighting", {"weighting": SHARES}, "slots", NO_SLOTS),
+        ("plot_weighting", {"weighting": SHARES}, "names", (5, [], "ab", {})),
+        ("plot_memory", {}, "memory", (*NO_ARRAYS, SHARES)),
+        ("plot_memory", {"memory": CONTENTS}, "ax", NO_AXES),
+        ("plot_memory", {"memory": CONTENTS}, "width", NO_WIDTHS),
+        ("plot_memory", {"memory": CONTENTS}, "slots", NO_SLOTS),
+        ("plot_memory", {"memory": CONTENTS}, "frames", NO_COUNTS),
+        ("plot_linkage", {}, "linkage", (*NO_ARRAYS, SHARES, CONTENTS)),
+        ("plot_linkage", {}, "linkage", (LINKS + 2, LINKS - 0.5, LINKS + INF)),
+        ("plot_linkage", {"linkage": LINKS}, "ax", NO_AXES),
+        ("plot_linkage", {"linkage": LINKS}, "width", NO_WIDTHS),
+        ("plot_linkage", {"linkage": LINKS}, "slots", NO_SLOTS),
+        ("plot_linkage", {"linkage": LINKS}, "frames", NO_COUNTS),
+        ("plot_gates", {}, "gates", (None, {}, [], 3, "a", {"usage": GATE})),
+        *(
+            ("plot_gates", {}, "gates", [{"a_gate": wrong}])
+            for wrong in (1, None, "x", RAGGED, GATE[0], 2 * GATE, CONTENTS)
+        ),
+        ("plot_gates", {}, "gates", [{"read_mode": np.ones((3, 2, 4))}]),
+        ("plot_gates", {}, "gates", [{"a_gate": GATE, "b_gate": GATE[:2]}]),
+        ("plot_gates", {"gates": {"a_gate": GATE}}, "ax", NO_AXES),
+        ("plot_gates", {"gates": {"a_gate": GATE}}, "width", NO_WIDTHS),
+        ("plot_task", {}, "trace", NO_TRACES),
+        ("plot_task", {}, "trace", [{"read_mode": np.ones((2, 6, 1, 4))}]),
+        ("plot_task", {}, "trace", [{"output": one} for one in (GATE, RAGGED)]),
+        *(
+            ("plot_task", {"trace": TRACE}, name, ("a", RAGGED, CONTENTS, 5))
+            for name in ("inputs", "targets", "outputs", "mask")
+        ),
+        ("plot_task", {"trace": TRACE}, "row", (2, -1, None, 0.5, "a")),
+        ("plot_task", {"trace": TRACE}, "slots", NO_SLOTS),
+        ("plot_task", {"trace": TRACE}, "width", NO_WIDTHS),
+        ("plot_task", {"trace": TRACE}, "figure", ("a", 3, ONE, [])),
+        ("plot_task", {"trace": TRACE}, "memory", ("a", None, 2)),
+        ("plot_sphere", {}, "mean", (*NO_ARRAYS, SPHERE[..., :2])),
+        (
+            "plot_sphere",
+            {"mean": SPHERE},
+            "variance",
+            ("a", 5, RAGGED, -SPHERE),
+        ),
+        ("plot_sphere", {"mean": SPHERE}, "farthest", ("a", 0, -1, NAN, INF)),
+        ("plot_sphere", {"mean": SPHERE}, "depth_prior", ("a", -1, NAN, None)),
+        ("plot_sphere", {"mean": SPHERE}, "ax", (*NO_AXES[:-1], ONE)),
+        ("animate", {}, "trace", (*NO_TRACES, {"output": CONTENTS})),
+        ("animate", {"trace": TRACE}, "row", (2, -1, None)),
+        ("animate", {"trace": TRACE}, "most", NO_COUNTS),
+        ("animate", {"trace": TRACE}, "slots", NO_SLOTS),
+        ("animate", {"trace": TRACE}, "width", NO_WIDTHS),
+        ("plot_curves", {}, "series", (None, [], "a", {})),
+        *(
+            ("plot_curves", {}, "series", [{"one": wrong}])
+            for wrong in (3, None, "xy", ([1],), ([], []), ([1, 2], RAGGED))
+        ),
+        (
+            "plot_curves",
+            {},
+            "series",
+            [{"a": ([1, x], [1, 2])} for x in (NAN, INF)],
+        ),
+        ("plot_curves", {"series": CURVES}, "ax", NO_AXES),
+        ("plot_curves", {"series": CURVES}, "goal", (NAN, INF, "a", [1])),
+        ("plot_curves", {"series": CURVES, "log_y": True}, "goal", (-1, NAN)),
+        ("plot_curves", {"series": CURVES}, "marks", (3, "a", {"a": NAN})),
+        ("plot_curves", {"series": CURVES}, "log_x", (None, "a")),
+        ("plot_curves", {"series": CURVES}, "log_y", (None, "a")),
+        ("plot_learning", {}, "runs", (None, [], "a", 3, {})),
+        ("plot_learning", {}, "runs", [{"one": wrong} for wrong in NO_RUNS]),
+        ("plot_learning", {"runs": RUNS}, "names", (5, "loss", ["x"])),
+        ("plot_learning", {"runs": RUNS}, "x", (5, "y")),
+        ("plot_learning", {"runs": RUNS}, "goals", (3, "a", {"a": NAN})),
+        (
+            "plot_tiles",
+            {},
+            "rows",
+            (None, 5, "a", [], [[]], [[1]], [TILE], TILE),
+        ),
+        *(
+            ("plot_tiles", {}, "rows", [[[TILE._replace(**{field: wrong})]]])
+            for field, wrong in [
+                *(("heat", wrong) for wrong in NO_HEATS),
+                *(("image", wrong) for wrong in (None, "a", RAGGED, GATE[0])),
+            ]
+        ),
+        ("plot_tiles", {"rows": [[TILE]]}, "ax", NO_AXES),
+        ("plot_explanations", {}, "explanations", (None, 5, "a", [], [1], WHY)),
+        *(
+            ("plot_explanations", {"explanations": [WHY]}, name, wrongs)
+            for name, wrongs in {
+                "inputs": (5, "a", [], [RAGGED], [2 * IMAGE], [IMAGE[0]]),
+                "labels": (3, "a", [1, 2], [0.5]),
+                "class_names": (3, "a", ["one"], {}, []),
+                "most": NO_COUNTS,
+                "ax": NO_AXES,
+                "attributions": (
+                    3,
+                    "a",
+                    [],
+                    [1],
+                    [(IMAGE,)],
+                    [(IMAGE, [IMAGE])],
+                ),
+            }.items()
+        ),
+        *(
+            (
+                "plot_explanations",
+                {"explanations": [WHY]},
+                "attributions",
+                wrongs,
+            )
+            for wrongs in (
+                [[(heat, [IMAGE, IMAGE])] for heat in NO_HEATS],
+                [[(IMAGE, [IMAGE, heat])] for heat in NO_HEATS],
+            )
+        ),
+        ("to_image", {}, "figure", (None, "a", ONE, TILE)),
+        ("to_png", {}, "image", (None, "a", RAGGED, IMAGE, BYTES[:0])),
+        ("to_gif", {}, "images", (None, 5, "a", [], [None], [BYTES[:0]])),
+        ("to_gif", {"images": [BYTES]}, "milliseconds", (9, None, "a", NAN)),
+    ],
+)
+def test_errors_name_the_argument(function, given, name, wrongs):
+    for wrong in wrongs:
+        with pytest.raises((ValueError, TypeError), match=rf"`{name}.*Rec"):
+            getattr(visualization, function)(**given, **{name: wrong})
