@@ -495,7 +495,7 @@ def points(ax, label):
 def test_learning_shows_what_is_there():
     """Validation at every second epoch, and rows that have other numbers."""
     history = {"loss": [6, 5, 4, 3, 2, 1], "val_loss": [5, 3, 1]}
-    more = [{"loss": 2.0, "note": "x"}, {"loss": 1.0, "longest": 5}]
+    more = [{"loss": 2.0, "val_loss": None}, {"loss": 1.0, "longest": 5}]
     more += [{"loss": 1.0, "val_loss": 7, "longest": 9}]
     figure = visualization.plot_learning({"one": history, "more": more})
     loss, validation = figure.axes

@@ -46,7 +46,7 @@ def plot_curves(
         goal: number, y of a line; None for none.
     """
     series = check_dict("series", series, "pairs of x and y")
-    marks = check_dict("marks", marks or {}, "numbers")
+    marks = check_dict("marks", {} if marks is None else marks, "numbers")
     check_bool("log_x", log_x)
     check_bool("log_y", log_y)
     wanted = f"be 1 to {len(LINES)} lines, as many as have colors"
@@ -135,16 +135,15 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
     known = dict.fromkeys(n for run in every for row in run for n in row)
     if x is None:
         x = "step" if all("step" in run[-1] for run in every) else "epoch"
-    if names:
-        names = check_list("names", names)
-    else:
-        names = [name for name in known if name not in COUNTS]
+    if names is None:
+        names = [name for name in known if name not in COUNTS] or [x]
+    names = check_list("names", names)
     missing = [name for name in names if name not in known]
     missing += [x for run in every if not _points(run, x, x).size][:1]
     wanted = "have at least one run, and all of `names` and `x`"
     got = f"{len(every)} runs, without {missing}"
-    require(names and not missing, "runs", wanted, got)
-    goals = check_dict("goals", goals or {}, "numbers")
+    require(every and not missing, "runs", wanted, got)
+    goals = check_dict("goals", {} if goals is None else goals, "numbers")
     for name, goal in goals.items():
         _check_line(f"goals[{name!r}]", goal)
     lengths = [_points(run, x, "longest") for run in every]
@@ -176,22 +175,14 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
 def _runs(name, group):
     """Runs of a group, each a list of dicts of numbers."""
     group = getattr(group, "history", group)
-    if isinstance(group, dict):
-        group = _rows(name, group)
+    group = _rows(name, group) if isinstance(group, dict) else group
     wanted = "be what `fit` returned, its `history`, or dicts of numbers"
     require(isinstance(group, (list, tuple)), name, wanted, group)
     if not all(isinstance(row, dict) for row in group) or any(
-        np.iterable(value) and not isinstance(value, str)
-        for row in group
-        for value in row.values()
+        np.iterable(value) for row in group for value in row.values()
     ):
         return [run for one in group for run in _runs(name, one)]
-    run = []
-    for epoch, row in enumerate(group, 1):
-        kinds = {n: np.asarray(row[n]).dtype.kind for n in row}
-        known = {n: row[n] for n in row if kinds[n] in "bfiu"}
-        run.append({"epoch": epoch, **known})
-    return [run]
+    return [[{"epoch": epoch, **row} for epoch, row in enumerate(group, 1)]]
 
 
 def _rows(name, columns):
@@ -200,23 +191,26 @@ def _rows(name, columns):
         column: numbers(f"{name}[{column!r}]", values, ("epochs",))
         for column, values in columns.items()
     }
-    count = max(map(len, columns.values()), default=0)
-    rows = [{} for _ in range(count)]
+    rows = [{} for _ in range(max(map(len, columns.values()), default=0))]
     for column, values in columns.items():
-        every = [n for n in range(1, count + 1) if count // n == len(values)]
-        is_known = len(every) == 1 and str(column).startswith("val_")
-        is_known |= every[:1] == [1]
-        got = f"{column!r}, {len(values)} numbers of {count} epochs"
-        require(is_known, name, "have columns whose epochs are known", got)
-        for row, value in zip(rows[every[0] - 1 :: every[0]], values):
+        every = [rows[n :: n + 1] for n in range(len(rows))]
+        every = [some for some in every if len(some) == len(values)]
+        is_known = len(values) == len(rows) or str(column)[:4] == "val_"
+        got = f"{column!r}, {len(values)} numbers of {len(rows)} epochs"
+        wanted = "have columns whose epochs are known"
+        require(is_known and len(every) == 1, name, wanted, got)
+        for row, value in zip(every[0], values):
             row[column] = value
     return rows
 
 
 def _points(run, x, name):
     """x and y, (2, P), of the rows that have both."""
-    found = [(row[x], row[name]) for row in run if x in row and name in row]
-    return np.reshape(found, (-1, 2)).astype("float64").T
+    found = [(row.get(x), row.get(name)) for row in run]
+    found = [pair for pair in found if None not in pair]
+    if not found:
+        return np.empty((2, 0))
+    return numbers(f"runs: {name}", found, ("P", 2)).T
 
 
 def _increasing(name, x, sizes=None, by_factors=False):

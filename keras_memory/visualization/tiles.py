@@ -108,16 +108,14 @@ def plot_explanations(
     """
     check_size("most", most)
     explanations = check_list("explanations", explanations)
-    count = len(explanations)
     is_right = all(hasattr(why, "is_example") for why in explanations)
-    wanted = "be a list of `Explanation`"
-    require(is_right, "explanations", wanted, explanations)
+    require(is_right, "explanations", "be `Explanation`", explanations)
     if labels is not None:
-        labels = labels_of(labels, count, name="labels")
+        labels = labels_of(labels, len(explanations), name="labels")
     inputs = [why.input for why in explanations] if inputs is None else inputs
-    inputs = check_list("inputs", inputs, count)
+    inputs = check_list("inputs", inputs, len(explanations))
     if attributions is not None:
-        attributions = check_list("attributions", attributions, count)
+        check_list("attributions", attributions, len(explanations))
 
     def name(label):
         try:
@@ -157,9 +155,8 @@ def plot_explanations(
             if label not in (NO_LABEL, found):
                 words += f", is {name(label)}"
             caption = ("example", "counterfactual")[kind]
-            row.append(
-                Tile(seen[one], caption, words, LINES[kind], heats[1 + one])
-            )
+            image, heat = seen[one], heats[1 + one]
+            row.append(Tile(image, caption, words, LINES[kind], heat))
         rows.append(row)
     return plot_tiles(rows, ax)
 
@@ -199,13 +196,12 @@ def _fitted(text, size, most):
 
     lines = []
     for word in str(text)[:80].split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and (len(lines) == most or not is_wide(longer)):
-            lines[-1] = longer
-        else:
+        longer = " ".join([*lines[-1:], word])
+        if len(lines) < most and (not lines or is_wide(longer)):
             lines.append(word)
-    for index, line in enumerate(lines):
-        while is_wide(line):
-            line = line.removesuffix("…")[:-1].rstrip() + "…"
-        lines[index] = line
+        else:
+            lines[-1] = longer
+    for index in range(len(lines)):
+        while is_wide(lines[index]):
+            lines[index] = lines[index][:-2].rstrip() + "…"
     return lines or [""]
