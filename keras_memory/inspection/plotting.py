@@ -5,7 +5,6 @@ from keras import ops
 
 from keras_memory import recurrent
 from keras_memory.checks import check_array
-from keras_memory.checks import is_number
 from keras_memory.esm import ESMLayer
 from keras_memory.inspection import explanations
 from keras_memory.memory_wrap import MemoryWrapClassifier
@@ -49,7 +48,8 @@ def plot(layer, x, **options):
         last = [part[-1] if part.ndim == 4 else part for part in shown]
         options = {"depth_prior": layer.depth_prior, **options}
         return visualization.plot_sphere(*last, **options)
-    if all(map(is_number, keras.tree.flatten(x))):  # nested lists
+    leaves = keras.tree.flatten(x)
+    if all(isinstance(one, (int, float)) for one in leaves):  # nested lists
         x = check_array("x", x)
     given, traces = {"inputs": x}, {}
     if isinstance(layer, recurrent.MemoryRNN):
