@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask
+from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
@@ -25,7 +26,10 @@ class Trace(dict):
     def _repr_png_(self):
         from keras_memory import visualization
 
-        return visualization.plot_task(self)._repr_png_()
+        try:
+            return visualization.plot_task(self)._repr_png_()
+        except ValueError:  # nothing that can be drawn: text is shown
+            return None
 
 
 def joined(traces):
@@ -120,7 +124,26 @@ def trace_model(model, inputs, training=False):
             "`model` must be a Keras model; for a layer there is `trace`. "
             f"Received: {model!r}"
         )
-    calls = []
+    outputs, inside = trace_layers(model, inputs, training)
+    return outputs, {name: parts for name, (_, parts) in inside.items()}
+
+
+class _Calls(list):
+    """Calls of layers, but those by which Keras builds a model: their tensors
+    have no numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.scope = get_symbolic_scope()
+
+    def append(self, call):
+        if get_symbolic_scope() is self.scope:
+            super().append(call)
+
+
+def trace_layers(model, inputs, training=False):
+    """As `trace_model`, with pairs of the layer and its trace."""
+    calls = _Calls()
     recording = recorded_calls.set(calls)
     try:
         outputs = model(inputs, training=training)
@@ -132,7 +155,7 @@ def trace_model(model, inputs, training=False):
         while name in traces:
             number += 1
             name = f"{layer.name}_{number}"
-        traces[name] = _inside(layer, *arguments)
+        traces[name] = layer, _inside(layer, *arguments)
     return outputs, traces
 
 
