@@ -259,7 +259,9 @@ def test_tiles():
     words = [text.get_text() for text in ax.texts]
     assert words == ["prediction", "5", "example", "0.3"]
     assert [frame.get_edgecolor()[2] for frame in ax.patches] == [0.3, 1, 1]
-    with pytest.raises(ValueError, match="`rows` must be rows of tiles"):
+    with pytest.raises(
+        ValueError, match="`rows` must be at least one.*Received: 0"
+    ):
         visualization.plot_tiles([[]])
     for wrong, words in (
         (np.zeros((5, 7, 2)), r"\(5, 7, 2\)"),
@@ -314,8 +316,47 @@ def test_a_picture_marks_what_is_wrong(images):
     assert wrong == ["WRONG answer", "1, is 0", *unknown[2:]]
     named = visualization.plot_explanations([why], class_names="abc", most=1)
     assert words_of(named) == ["answer", "b", "example", "0.75: b"]
-    with pytest.raises(ValueError, match="`labels` must be 1.*Received: 2"):
+    with pytest.raises(
+        ValueError, match=r"`labels` must be \(1,\).*Received: shape \(2,\)"
+    ):
         visualization.plot_explanations([why], labels=[1, 2])
+
+
+@pytest.mark.parametrize(
+    "name", ["golden retriever", "Pneumonoultramicroscopicsilicosis", "i" * 99]
+)
+def test_words_stay_above_their_image(images, name):
+    x, _ = images
+    why = explanations.Explanation(
+        *(1, np.arange(3), np.array([0.5, 0.3, 0.2]), np.array([1, 0, 1])),
+        *(np.array([1, 1, 0]), x[:3], x[3]),
+    )
+    names = [name, f"other {name}"]
+    figure = visualization.plot_explanations(
+        [why], labels=[0], class_names=names
+    )
+    visualization.to_image(figure)
+    (ax,) = figure.axes
+    boxes = [text.get_window_extent() for text in ax.texts]
+    boxes += [image.get_window_extent() for image in ax.images]
+    for index, box in enumerate(boxes):
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:index])
+    assert "…" in "".join(words_of(figure))
+
+
+def test_labels_that_are_one_hot_or_not_known(images):
+    x, _ = images
+    why = explanations.Explanation(
+        *(1, np.arange(1), np.ones(1), np.ones(1, int), np.ones(1, int)),
+        *(x[:1], x[1]),
+    )
+    for label, answer in (([0, 1], "right"), ([1, 0], "WRONG")):
+        figure = visualization.plot_explanations([why], labels=[label])
+        assert words_of(figure)[0] == f"{answer} answer"
+    figure = visualization.plot_explanations([why], labels=[-1])
+    assert words_of(figure)[:2] == ["answer", "1"]
 
 
 def test_a_notebook_shows_explanations_of_images(images):
@@ -424,6 +465,9 @@ def test_refusals(images):
         ),
         (lambda: explanations.picture(model, x, most=0), "most"),
         (lambda: explanations.picture(model, x, ["one"]), "1 names"),
+        (lambda: explanations.picture(model, x, 3), "`class_names`.*Rec"),
+        (lambda: explanations.picture(model, x, whys=3), "`whys`.*Rec"),
+        (lambda: explanations.picture(model, x, whys=[1]), "`whys`.*Rec"),
         (lambda: explanations.explain(model, x * np.nan), "finite"),
         (
             lambda: explanations.integrated_gradients(model, x[0], x, 3),

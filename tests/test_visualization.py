@@ -15,6 +15,7 @@ import keras_memory
 from keras_memory import visualization
 from keras_memory.addressing import dense_linkage
 from keras_memory.addressing import entropy
+from keras_memory.inspection.explanations import Explanation
 from keras_memory.visualization.images import Redrawn
 
 RNG = np.random.default_rng(3)
@@ -81,6 +82,13 @@ def test_a_figure_shows_in_a_notebook_and_makes_an_image():
         np.testing.assert_array_equal(np.asarray(png), image)
 
 
+def test_the_image_of_a_part_of_a_figure_is_that_of_the_figure():
+    part = Figure((2, 3), dpi=50).subfigures(2)[0]
+    ax = part.subplots()
+    assert visualization.plot_weighting(one_hot([2], 5), [ax]) is part
+    assert visualization.to_image(part).shape == (150, 100, 3)
+
+
 def test_a_figure_of_a_user_stays_as_it_is():
     figure = Figure((2, 3), dpi=50)
     before = figure.canvas
@@ -121,7 +129,7 @@ def test_a_gif_has_every_frame_and_repeats():
 @pytest.mark.parametrize(
     "shapes, milliseconds, message",
     [
-        ([], 100, "0 images"),
+        ([], 100, "`images` must be at least one.*Received: 0"),
         ([(2, 3, 3), (3, 3, 3)], 100, r"\(2, 3, 3\), \(3, 3, 3\)"),
         ([(2, 3, 3)], 9, "`milliseconds` must be at least 10.*Received"),
     ],
@@ -268,6 +276,29 @@ def test_gates_and_modes_are_rows_with_the_names_of_heads(trace):
         visualization.plot_gates({})
 
 
+def test_links_of_several_write_heads_are_a_panel_each():
+    linkage = RNG.uniform(size=(3, 2, 5, 5))
+    figure = visualization.plot_linkage(linkage, frames=3)
+    for head in (0, 1):
+        ax = axes(figure, f"links {head}: row written right after column")
+        for array, step in zip(arrays(ax), range(3), strict=True):
+            np.testing.assert_array_equal(array, linkage[step, head])
+
+
+def test_infinities_of_a_memory_have_the_color_of_nan():
+    memory = RNG.uniform(-3, 3, size=(1, 2, 3))
+    memory[0, 1] = np.inf, -np.inf, 1.7e308
+    figure = visualization.plot_memory(memory, slots="all")
+    (array,) = arrays(figure.axes[0])
+    np.testing.assert_array_equal(array.mask, [[False] * 3, [True] * 3])
+    visualization.to_image(figure)
+    weighting = [[0.25, np.nan], [0.25, 0.25]]
+    (array,) = arrays(visualization.plot_weighting(weighting).axes[0])
+    np.testing.assert_array_equal(array.mask, [[False, False], [True, False]])
+    rounded = np.array([[1.004, -0.004]])  # as 16 bits have it
+    visualization.plot_weighting(rounded)
+
+
 # A whole sequence.
 
 
@@ -355,7 +386,7 @@ def test_scales_reach_to_all_numbers(trace):
         ({"mask": np.ones((2, 7))}, "T=11|T=7"),
         ({"inputs": "text"}, "`inputs` must be an array"),
         ({"inputs": np.ones((2, 11, 0))}, "no empty axis"),
-        ({"trace": {}}, "`trace` must not be empty"),
+        ({"trace": {}}, "`trace` must have outputs.*alone. Rec"),
     ],
 )
 def test_sequences_that_do_not_fit(trace, arguments, message):
@@ -395,7 +426,7 @@ def test_zeros_are_at_the_bottom_of_a_scale_by_factors():
     [
         ({}, {}, "0 lines"),
         ({f"{i}": ([1], [1]) for i in range(9)}, {}, "9 lines"),
-        ({"one": ([1, 2], [1, 2, 3])}, {}, "`one y`.*P=2"),
+        ({"one": ([1, 2], [1, 2, 3])}, {}, r"`series\['one'\]`.*P=2"),
         ({"one": ([2, 1], [1, 2])}, {}, "increases.*Received"),
         ({"one": ([1, 2], [-1, 2])}, {"log_y": True}, "by factors"),
         ({"one": ([0, 2], [1, 2])}, {"log_x": True}, "by factors"),
@@ -404,6 +435,17 @@ def test_zeros_are_at_the_bottom_of_a_scale_by_factors():
 def test_curves_that_cannot_be_drawn(series, options, message):
     with pytest.raises(ValueError, match=message):
         visualization.plot_curves(series, **options)
+
+
+@pytest.mark.parametrize("goal", [None, 20.0])
+def test_positive_numbers_fill_a_scale_by_factors(goal):
+    series = {"one": ([1, 2, 3], [100.0, np.nan, 1000.0])}
+    ax = visualization.plot_curves(series, log_y=True, goal=goal).axes[0]
+    assert ax.get_yscale() == "log"
+    low, high = ax.transAxes.inverted().transform(
+        ax.transData.transform([(1, goal or 100), (1, 1000)])
+    )[:, 1]
+    assert 0.03 < low < 0.2 and 0.8 < high < 0.97
 
 
 def rows(steps, longest=20):
@@ -443,6 +485,36 @@ def test_learning_takes_what_fit_returns():
         visualization.plot_learning({"one": history}, names=["other"])
     with pytest.raises(ValueError, match="at least one run"):
         visualization.plot_learning({})
+
+
+def points(ax, label):
+    lines = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    return np.transpose(lines[label].get_data()).tolist()
+
+
+def test_learning_shows_what_is_there():
+    """Validation at every second epoch, and rows that have other numbers."""
+    history = {"loss": [6, 5, 4, 3, 2, 1], "val_loss": [5, 3, 1]}
+    more = [{"loss": 2.0, "val_loss": None}, {"loss": 1.0, "longest": 5}]
+    more += [{"loss": 1.0, "val_loss": 7, "longest": 9}]
+    figure = visualization.plot_learning({"one": history, "more": more})
+    loss, validation = figure.axes
+    assert points(loss, "more") == [[1, 2], [2, 1], [3, 1]]
+    assert points(validation, "one") == [[2, 5], [4, 3], [6, 1]]
+    assert points(validation, "more") == [[3, 7]]
+    assert texts(loss.texts) == [" up to 9"]
+    ticks = loss.get_xticks()
+    np.testing.assert_array_equal(ticks, ticks.round())
+
+
+def test_learning_with_validation_at_every_second_epoch():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.ones((4, 3), "float32")
+    options = {"validation_data": (x, x[:, :1]), "validation_freq": 2}
+    history = model.fit(x, x[:, :1], epochs=4, verbose=0, **options)
+    figure = visualization.plot_learning({"one": history, "two": history})
+    assert [x for x, _ in points(figure.axes[1], "one")] == [2, 4]
 
 
 # Maps.
@@ -491,6 +563,25 @@ def test_maps_with_less(sphere):
         visualization.plot_sphere(mean, variance[1:])
 
 
+@pytest.mark.parametrize("shape", [(2000, 2, 6), (2, 2000, 6)])
+def test_a_map_of_any_shape_has_a_size_that_can_be_seen(shape):
+    figure = visualization.plot_sphere(np.ones(shape), np.ones(shape))
+    height, _, _ = visualization.to_image(figure).shape
+    assert 200 < height < 2200
+    for ax in figure.axes:
+        assert ax.get_window_extent().height > 30
+
+
+def test_what_is_no_number_of_a_map_is_not_seen(sphere):
+    mean, variance = sphere[0].copy(), sphere[1].copy()
+    mean[3, 1, 2], mean[3, 2, 4], variance[3, 3, 2] = np.nan, np.inf, np.nan
+    figure = visualization.plot_sphere(mean, variance)
+    shown, depth, deviation = (arrays(ax)[0] for ax in figure.axes)
+    np.testing.assert_array_equal(shown[3, 1:3], 0.75)
+    np.testing.assert_array_equal(depth.mask[3, :5], [0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(deviation.mask[3, :5], [0, 1, 1, 1, 0])
+
+
 # Animations.
 
 
@@ -530,6 +621,8 @@ def test_a_trace_is_a_picture_in_a_notebook():
     trace = keras_memory.trace(layer, np.ones((2, 11, 4), "float32"))
     assert trace._repr_png_().startswith(b"\x89PNG")
     assert "memory: (2, 11, 7, 5)" in repr(trace) and len(repr(trace)) < 600
+    for parts in ({}, {"usage": trace["memory"]}, {"read_weighting": None}):
+        assert type(trace)(parts)._repr_png_() is None
     assert isinstance(trace, dict)
 
 
@@ -549,6 +642,91 @@ def test_plot_draws_layers_and_models():
         keras_memory.plot(keras.Sequential([keras.layers.Dense(1)]), x)
 
 
+@pytest.fixture
+def x():
+    return RNG.uniform(size=(2, 12, 4)).astype("float32")
+
+
+def ntm(**options):
+    options = {"return_sequences": True, **options}
+    return keras_memory.NTMLayer(3, memory_slots=7, slot_size=5, **options)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.memory, self.dense = ntm(), keras.layers.Dense(2)
+
+    def call(self, inputs):
+        return self.dense(self.memory(inputs))
+
+
+def test_plot_draws_a_model_that_was_not_built(x):
+    figure = keras_memory.plot(Subclassed(), x)
+    assert titles(figure)[:3] == ["input", "output", "gates"]
+    outputs, traces = keras_memory.recurrent.trace_model(Subclassed(), x)
+    assert len(traces) == 1 and outputs.shape == (2, 12, 2)
+
+
+def test_plot_has_one_order_of_time(x):
+    layer = ntm(go_backwards=True)
+    trace = keras_memory.trace(layer, x)
+    figure = keras_memory.plot(layer, x, title="one")
+    (array,) = arrays(axes(figure, "input"))
+    np.testing.assert_array_equal(array, x[0, ::-1].T)
+    (array,) = arrays(axes(figure, "output"))
+    np.testing.assert_array_equal(array, trace["output"][0].T)
+    assert texts(figure.texts) == ["one, from the last input to the first"]
+    both = keras.layers.Bidirectional(ntm(name="ntm"))
+    figure = keras_memory.plot(keras.Sequential([both]), x, slots="all")
+    (array,) = arrays(axes(figure, "input"))
+    np.testing.assert_array_equal(array, x[0].T)
+    back = keras_memory.trace(both.backward_layer, x)["write_weighting"]
+    (array,) = arrays(axes(figure, "backward_ntm (right to left): write 0"))
+    np.testing.assert_allclose(array, back[0, ::-1, 0].T, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layers, shown",
+    [
+        ([keras.layers.AveragePooling1D(2), ntm()], ["output", "gates"]),
+        ([ntm(), keras.layers.AveragePooling1D(2)], ["input", "output"]),
+        ([keras.layers.Reshape((2, 6, 4)), "each"], []),
+    ],
+)
+def test_plot_leaves_out_what_has_another_length(x, layers, shown):
+    if layers[1] == "each":
+        layers[1] = keras.layers.TimeDistributed(ntm(return_sequences=False))
+    figure = keras_memory.plot(keras.Sequential(layers), x)
+    assert titles(figure)[: len(shown)] == shown
+    assert shown or "input" not in titles(figure)
+
+
+def test_plot_of_memories_of_two_lengths(x):
+    layers = [ntm(), keras.layers.AveragePooling1D(2), ntm()]
+    with pytest.raises(ValueError, match="`layer` must have.*one length.*Rec"):
+        keras_memory.plot(keras.Sequential(layers), x)
+
+
+def test_plot_takes_nested_lists(x):
+    layer = ntm()
+    for one in (layer, keras.Sequential([layer])):
+        figure = keras_memory.plot(one, x.tolist())
+        (array,) = arrays(axes(figure, "input"))
+        np.testing.assert_array_equal(array, x[0].T)
+
+
+def test_plot_names_its_arguments(x):
+    cell = keras_memory.NTMCell(3, memory_slots=7, slot_size=5)
+    index = keras_memory.KNNMemory(3, 4)
+    for layer in (cell, index, None, keras.layers.Dense(1), Subclassed):
+        with pytest.raises(TypeError, match="`layer` must be.*Received"):
+            keras_memory.plot(layer, x)
+    for wrong in ("text", None, [[1.0], [1.0, 2.0]], x[0]):
+        with pytest.raises(ValueError, match="`x` must be.*Received"):
+            keras_memory.plot(ntm(), wrong)
+
+
 def test_plot_draws_maps_and_answers():
     camera = {
         "depth": np.ones((1, 2, 8, 8), "float32"),
@@ -557,8 +735,12 @@ def test_plot_draws_maps_and_answers():
     }
     motion = np.tile(np.eye(3, 4, dtype="float32"), (1, 2, 1, 1))
     seen = {"cameras": camera, "motion": motion}
-    figure = keras_memory.plot(keras_memory.ESMLayer(12, 24), seen)
-    assert not arrays(axes(figure, "depth, m"))[0].mask.all()
+    for prior in (0.01, 0.1):
+        options = {"depth_prior": prior, "smooth_kernel_size": 1}
+        layer = keras_memory.ESMLayer(12, 24, **options)
+        figure = keras_memory.plot(layer, seen)
+        mask = arrays(axes(figure, "depth, m"))[0].mask
+        assert mask.any() and not mask.all()
     x, y = RNG.uniform(size=(12, 4, 4)).astype("float32"), np.arange(12) % 2
     flat = keras.layers.Flatten()
     model = keras_memory.MemoryWrapClassifier(flat, 2, memory_size=5)
@@ -586,3 +768,196 @@ def test_what_is_no_weighting_has_no_entropy():
     for wrong in (1.0, np.ones((3, 0)), [-0.5, 1.5]):
         with pytest.raises(ValueError, match="`weighting`.*Received"):
             entropy(wrong)
+
+
+# Wrong arguments.
+
+NAN, INF = np.nan, np.inf
+RAGGED = [[1.0], [1.0, 2.0]]
+ONE = Figure().subplots()
+TWO = Figure().subplots(2)
+NO_AXES = "a", 0, 3.5, Figure(), [None], [[ONE], [ONE, ONE]], TWO
+NO_WIDTHS = 0, -1, NAN, INF, "6", None, 1e9
+NO_SLOTS = 3, None, slice(0, 2), "x", [], [1.5], [9], {0: 1}
+NO_COUNTS = 0, -1, None, "a", 1.5
+NO_ARRAYS = None, "a", 5, {}, [], RAGGED, 1j * np.eye(5), np.zeros((0, 5))
+SHARES = np.eye(3, 5)
+CONTENTS = np.ones((2, 3, 4))
+LINKS = np.zeros((2, 3, 3))
+GATE = np.ones((3, 2))
+TRACE = {
+    "memory": np.ones((2, 6, 5, 3)),
+    "read_weighting": np.ones((2, 6, 1, 5)),
+    "write_weighting": np.ones((2, 6, 1, 5)),
+    "a_gate": np.ones((2, 6, 1)),
+}
+OTHERS = (
+    {"read_weighting": np.ones((2, 6, 1, 4))},
+    {"read_weighting": np.full((2, 6, 1, 5), 2.0)},
+    {"read_weighting": np.ones((2, 6))},
+    {"read_weighting": RAGGED},
+    {"read_weighting": None},
+)
+NO_TRACES = (None, [], "a", 3, {}, {"usage": CONTENTS}, {"a": None})
+NO_TRACES += ({"memory": CONTENTS}, {"memory": RAGGED}, {"memory": None})
+NO_TRACES += tuple({**TRACE, **other} for other in OTHERS)
+SPHERE = np.full((4, 8, 6), 0.5)
+CURVES = {"one": ([1, 2], [3, 4])}
+RUNS = {"one": {"loss": [1, 2, 3]}}
+NO_RUNS = (
+    *(None, 3, "a", [], [1]),
+    {"loss": [1, 2, 3], "mae": [1]},  # of which epoch?
+    {"loss": [1, 2, 3], "val_loss": [1]},  # of the second or the third?
+    *({"loss": wrong} for wrong in ("abc", 3, [1, None], [], RAGGED)),
+    *([{"step": at, "loss": 1}, {"step": 1, "loss": 1}] for at in (2, NAN)),
+    [{"loss": "x"}],
+)
+IMAGE = np.ones((5, 5))
+TILE = visualization.Tile(IMAGE)
+WHY = Explanation(
+    *(1, np.arange(2), np.array([0.6, 0.4]), np.array([1, 0])),
+    *(np.array([1, 0]), np.ones((2, 5, 5)), IMAGE),
+)
+NO_HEATS = "a", RAGGED, np.ones((4, 5)), 5
+BYTES = np.zeros((2, 3, 3), "uint8")
+
+
+@pytest.mark.parametrize(
+    "function, given, name, wrongs",
+    [
+        ("plot_weighting", {}, "weighting", NO_ARRAYS),
+        (
+            "plot_weighting",
+            {},
+            "weighting",
+            (2 * SHARES, -SHARES, SHARES + INF),
+        ),
+        ("plot_weighting", {}, "weighting", (SHARES[0], np.ones((2, 2, 2, 2)))),
+        ("plot_weighting", {"weighting": SHARES}, "ax", NO_AXES),
+        ("plot_weighting", {"weighting": SHARES}, "width", NO_WIDTHS),
+        ("plot_weighting", {"weighting": SHARES}, "slots", NO_SLOTS),
+        ("plot_weighting", {"weighting": SHARES}, "names", (5, [], "ab", {})),
+        ("plot_memory", {}, "memory", (*NO_ARRAYS, SHARES)),
+        ("plot_memory", {"memory": CONTENTS}, "ax", NO_AXES),
+        ("plot_memory", {"memory": CONTENTS}, "width", NO_WIDTHS),
+        ("plot_memory", {"memory": CONTENTS}, "slots", NO_SLOTS),
+        ("plot_memory", {"memory": CONTENTS}, "frames", NO_COUNTS),
+        ("plot_linkage", {}, "linkage", (*NO_ARRAYS, SHARES, CONTENTS)),
+        ("plot_linkage", {}, "linkage", (LINKS + 2, LINKS - 0.5, LINKS + INF)),
+        ("plot_linkage", {"linkage": LINKS}, "ax", NO_AXES),
+        ("plot_linkage", {"linkage": LINKS}, "width", NO_WIDTHS),
+        ("plot_linkage", {"linkage": LINKS}, "slots", NO_SLOTS),
+        ("plot_linkage", {"linkage": LINKS}, "frames", NO_COUNTS),
+        ("plot_gates", {}, "gates", (None, {}, [], 3, "a", {"usage": GATE})),
+        *(
+            ("plot_gates", {}, "gates", [{"a_gate": wrong}])
+            for wrong in (1, None, "x", RAGGED, GATE[0], 2 * GATE, CONTENTS)
+        ),
+        ("plot_gates", {}, "gates", [{"read_mode": np.ones((3, 2, 4))}]),
+        ("plot_gates", {}, "gates", [{"a_gate": GATE, "b_gate": GATE[:2]}]),
+        ("plot_gates", {"gates": {"a_gate": GATE}}, "ax", NO_AXES),
+        ("plot_gates", {"gates": {"a_gate": GATE}}, "width", NO_WIDTHS),
+        ("plot_task", {}, "trace", NO_TRACES),
+        ("plot_task", {}, "trace", [{"read_mode": np.ones((2, 6, 1, 4))}]),
+        ("plot_task", {}, "trace", [{"output": one} for one in (GATE, RAGGED)]),
+        *(
+            ("plot_task", {"trace": TRACE}, name, ("a", RAGGED, CONTENTS, 5))
+            for name in ("inputs", "targets", "outputs", "mask")
+        ),
+        ("plot_task", {"trace": TRACE}, "row", (2, -1, None, 0.5, "a")),
+        ("plot_task", {"trace": TRACE}, "slots", NO_SLOTS),
+        ("plot_task", {"trace": TRACE}, "width", NO_WIDTHS),
+        ("plot_task", {"trace": TRACE}, "figure", ("a", 3, ONE, [])),
+        ("plot_task", {"trace": TRACE}, "memory", ("a", None, 2)),
+        ("plot_sphere", {}, "mean", (*NO_ARRAYS, SPHERE[..., :2])),
+        (
+            "plot_sphere",
+            {"mean": SPHERE},
+            "variance",
+            ("a", 5, RAGGED, -SPHERE),
+        ),
+        ("plot_sphere", {"mean": SPHERE}, "farthest", ("a", 0, -1, NAN, INF)),
+        ("plot_sphere", {"mean": SPHERE}, "depth_prior", ("a", -1, NAN, None)),
+        ("plot_sphere", {"mean": SPHERE}, "ax", (*NO_AXES[:-1], ONE)),
+        ("animate", {}, "trace", (*NO_TRACES, {"output": CONTENTS})),
+        ("animate", {"trace": TRACE}, "row", (2, -1, None)),
+        ("animate", {"trace": TRACE}, "most", NO_COUNTS),
+        ("animate", {"trace": TRACE}, "slots", NO_SLOTS),
+        ("animate", {"trace": TRACE}, "width", NO_WIDTHS),
+        ("plot_curves", {}, "series", (None, [], "a", {})),
+        *(
+            ("plot_curves", {}, "series", [{"one": wrong}])
+            for wrong in (3, None, "xy", ([1],), ([], []), ([1, 2], RAGGED))
+        ),
+        (
+            "plot_curves",
+            {},
+            "series",
+            [{"a": ([1, x], [1, 2])} for x in (NAN, INF)],
+        ),
+        ("plot_curves", {"series": CURVES}, "ax", NO_AXES),
+        ("plot_curves", {"series": CURVES}, "goal", (NAN, INF, "a", [1])),
+        ("plot_curves", {"series": CURVES, "log_y": True}, "goal", (-1, NAN)),
+        ("plot_curves", {"series": CURVES}, "marks", (3, "a", {"a": NAN})),
+        ("plot_curves", {"series": CURVES}, "log_x", (None, "a")),
+        ("plot_curves", {"series": CURVES}, "log_y", (None, "a")),
+        ("plot_learning", {}, "runs", (None, [], "a", 3, {})),
+        ("plot_learning", {}, "runs", [{"one": wrong} for wrong in NO_RUNS]),
+        ("plot_learning", {"runs": RUNS}, "names", (5, "loss", ["x"])),
+        ("plot_learning", {"runs": RUNS}, "x", (5, "y")),
+        ("plot_learning", {"runs": RUNS}, "goals", (3, "a", {"a": NAN})),
+        (
+            "plot_tiles",
+            {},
+            "rows",
+            (None, 5, "a", [], [[]], [[1]], [TILE], TILE),
+        ),
+        *(
+            ("plot_tiles", {}, "rows", [[[TILE._replace(**{field: wrong})]]])
+            for field, wrong in [
+                *(("heat", wrong) for wrong in NO_HEATS),
+                *(("image", wrong) for wrong in (None, "a", RAGGED, GATE[0])),
+            ]
+        ),
+        ("plot_tiles", {"rows": [[TILE]]}, "ax", NO_AXES),
+        ("plot_explanations", {}, "explanations", (None, 5, "a", [], [1], WHY)),
+        *(
+            ("plot_explanations", {"explanations": [WHY]}, name, wrongs)
+            for name, wrongs in {
+                "inputs": (5, "a", [], [RAGGED], [2 * IMAGE], [IMAGE[0]]),
+                "labels": (3, "a", [1, 2], [0.5]),
+                "class_names": (3, "a", ["one"], {}, []),
+                "most": NO_COUNTS,
+                "ax": NO_AXES,
+                "attributions": (
+                    3,
+                    "a",
+                    [],
+                    [1],
+                    [(IMAGE,)],
+                    [(IMAGE, [IMAGE])],
+                ),
+            }.items()
+        ),
+        *(
+            (
+                "plot_explanations",
+                {"explanations": [WHY]},
+                "attributions",
+                wrongs,
+            )
+            for wrongs in (
+                [[(heat, [IMAGE, IMAGE])] for heat in NO_HEATS],
+                [[(IMAGE, [IMAGE, heat])] for heat in NO_HEATS],
+            )
+        ),
+        ("to_image", {}, "figure", (None, "a", ONE, TILE)),
+        ("to_png", {}, "image", (None, "a", RAGGED, IMAGE, BYTES[:0])),
+        ("to_gif", {}, "images", (None, 5, "a", [], [None], [BYTES[:0]])),
+        ("to_gif", {"images": [BYTES]}, "milliseconds", (9, None, "a", NAN)),
+    ],
+)
+def test_errors_name_the_argument(function, given, name, wrongs):
+    for wrong in wrongs:
+        with pytest.raises((ValueError, TypeError), match=rf"`{name}.*Rec"):
+            getattr(visualization, function)(**given, **{name: wrong})

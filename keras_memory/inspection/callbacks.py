@@ -402,7 +402,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         self.to_image = to_image
         self.every = check_size("every", every)
         for image in self.x:  # an error now, not after the first epoch
-            check_shades(image if to_image is None else to_image(image))
+            check_shades("x", image if to_image is None else to_image(image))
 
     def on_train_begin(self, logs=None):
         from keras_memory.inspection import explanations

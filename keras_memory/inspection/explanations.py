@@ -312,6 +312,12 @@ def picture(
         units = model.memory_layer.units
         labels = labels_of(labels, len(x), units, "labels")
     whys = explain(model, x) if whys is None else whys
+    is_list = isinstance(whys, (list, tuple)) and len(whys) == len(x)
+    if not is_list or not all(isinstance(why, Explanation) for why in whys):
+        raise ValueError(
+            f"`whys` must be {len(x)} of `Explanation`, one for each input. "
+            f"Received: {whys!r}"
+        )
     attributions = None
     if attribution and all(why.inputs is not None for why in whys):
         attributions = [
@@ -436,10 +442,13 @@ def check_model(model, class_names=None):
             "which the largest is the prediction. "
             f"Received: units={units}"
         )
-    if class_names is not None and len(class_names) != units:
+    if class_names is None:
+        return
+    count = len(class_names) if hasattr(class_names, "__len__") else "no"
+    if count != units:
         raise ValueError(
             "`class_names` must have a name for each class of the model. "
-            f"Received: {len(class_names)} names, units={units}"
+            f"Received: {count} names, units={units}"
         )
 
 

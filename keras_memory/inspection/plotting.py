@@ -1,10 +1,10 @@
 """Draws what a layer or a model does with its inputs, in one call."""
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_memory import recurrent
+from keras_memory.checks import check_array
 from keras_memory.esm import ESMLayer
 from keras_memory.inspection import explanations
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
@@ -17,8 +17,11 @@ def plot(layer, x, **options):
     Args:
         layer: a recurrent layer such as `NTMLayer`, or a model with some: its
             sequence, gates, heads and memory; a `MemoryWrapClassifier`: the
-            examples behind its answers; an `ESMLayer`: the last map.
-        x: what it takes.
+            examples behind its answers; an `ESMLayer`: the last map. With
+            `go_backwards` the inputs of a layer are drawn in the order of its
+            steps; within a model, its steps in the order of the inputs.
+        x: what it takes. A model's inputs and outputs are drawn if they are
+            sequences as long as those of its memory.
         **options: of `visualization.plot_task`, such as `row` or `targets`, of
             `explanations.picture`, or of `visualization.plot_sphere`.
 
@@ -27,6 +30,7 @@ def plot(layer, x, **options):
 
     Raises:
         TypeError: another layer, or a model without memory.
+        ValueError: memories that take sequences of several lengths.
 
     Example:
 
@@ -42,21 +46,49 @@ def plot(layer, x, **options):
     if isinstance(layer, ESMLayer):
         shown = [ops.convert_to_numpy(part)[0] for part in layer(x)[:2]]
         last = [part[-1] if part.ndim == 4 else part for part in shown]
+        options = {"depth_prior": layer.depth_prior, **options}
         return visualization.plot_sphere(*last, **options)
-    given = {}
+    leaves = keras.tree.flatten(x)
+    if all(isinstance(one, (int, float)) for one in leaves):  # nested lists
+        x = check_array("x", x)
+    given, traces = {"inputs": x}, {}
     if isinstance(layer, recurrent.MemoryRNN):
-        trace = recurrent.trace(layer, x)
-    else:
-        outputs, traces = recurrent.trace_model(layer, x)
-        if not traces:
-            raise TypeError(
-                "`layer` must be a layer of keras_memory, or a model with one. "
-                f"Received: {layer!r}"
-            )
-        trace = tracing.joined(traces)
-        outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)
-        if np.ndim(outputs) == 3:
-            given["outputs"] = outputs
-    if not isinstance(x, (dict, list, tuple)) and np.ndim(x) == 3:
-        given["inputs"] = ops.convert_to_numpy(x)
+        x = check_array("x", x, ("B", "T", "D"), result="given")
+        traces = {layer.name: (layer, recurrent.trace(layer, x))}
+    elif isinstance(layer, keras.Model):
+        given["outputs"], traces = tracing.trace_layers(layer, x)
+    shapes = {
+        name: tuple(parts["output"].shape[:2])
+        for name, (_, parts) in traces.items()
+    }
+    if not shapes:
+        raise TypeError(
+            "`layer` must be a recurrent layer of keras_memory, an `ESMLayer`, "
+            "a `MemoryWrapClassifier`, or a model with one of these layers. "
+            f"Received: {layer!r}"
+        )
+    if len({*shapes.values()}) > 1:
+        raise ValueError(
+            "`layer` must have memories whose sequences are of one length, to "
+            "be drawn on one time axis: `visualization.plot_task` draws each "
+            f"of those that `trace_model` gives. Received: {shapes}"
+        )
+    given = {
+        name: ops.convert_to_numpy(values)
+        for name, values in given.items()
+        if len(getattr(values, "shape", ())) == 3
+        and tuple(values.shape[:2]) in shapes.values()
+    }
+    backward = [one.go_backwards for one, _ in traces.values()]
+    if all(backward) and "inputs" in given:
+        given["inputs"] = given["inputs"][:, ::-1]
+        words = options.get("title"), "from the last input to the first"
+        options["title"] = ", ".join(filter(None, words))
+    shown = {}
+    for name, (one, parts) in traces.items():
+        if one.go_backwards and not all(backward):
+            parts = {n: ops.flip(values, axis=1) for n, values in parts.items()}
+            name += " (right to left)"
+        shown[name] = parts
+    trace = tracing.joined(shown)
     return visualization.plot_task(trace, **{**given, **options})

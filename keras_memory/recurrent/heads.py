@@ -17,13 +17,18 @@ def by_place(trace):
     return places
 
 
+def head_weightings(trace):
+    """Names in a trace: of where heads write and read, or else of all its
+    weightings."""
+    names = [name for name in HEADS if name in trace]
+    return names or [name for name in trace if name.endswith("_weighting")]
+
+
 def heads_of(trace):
     """Where heads write and read: dict from "write 0", "read 0", ... to
     (T, N), of a trace of one sequence; of other names all its weightings."""
-    names = [name for name in HEADS if name in trace]
-    names = names or [name for name in trace if name.endswith("_weighting")]
-    every = [named_heads(name, trace).items() for name in names]
-    return dict(head for heads in every for head in heads)
+    every = [named_heads(name, trace) for name in head_weightings(trace)]
+    return dict(head for heads in every for head in heads.items())
 
 
 def named_heads(name, trace):

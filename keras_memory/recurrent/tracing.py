@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask
+from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
@@ -26,7 +27,10 @@ class Trace(dict):
     def _repr_png_(self):
         from keras_memory import visualization
 
-        return visualization.plot_task(self)._repr_png_()
+        try:
+            return visualization.plot_task(self)._repr_png_()
+        except ValueError:  # nothing that can be drawn: text is shown
+            return None
 
 
 def joined(traces):
@@ -121,6 +125,12 @@ def trace_model(model, inputs, training=False):
             "`model` must be a Keras model; for a layer there is `trace`. "
             f"Received: {model!r}"
         )
+    outputs, inside = trace_layers(model, inputs, training)
+    return outputs, {name: parts for name, (_, parts) in inside.items()}
+
+
+def trace_layers(model, inputs, training=False):
+    """As `trace_model`, with pairs of the layer and its trace."""
     calls = []
     with _recording(model, calls):
         outputs = model(inputs, training=training)
@@ -130,18 +140,19 @@ def trace_model(model, inputs, training=False):
         while name in traces:
             number += 1
             name = f"{layer.name}_{number}"
-        traces[name] = _inside(layer, *arguments)
+        traces[name] = layer, _inside(layer, *arguments)
     return outputs, traces
 
 
 @contextlib.contextmanager
 def _recording(model, calls):
     """Appends to a list the calls of a model's memories that this thread
-    makes, each a layer and the arguments of its `inner_loop`."""
-    thread = threading.get_ident()
+    makes, each a layer and the arguments of its `inner_loop`; not those by
+    which Keras builds a model, whose tensors have no numbers."""
+    place = threading.get_ident(), get_symbolic_scope()
 
     def record(*call):
-        if threading.get_ident() == thread:
+        if (threading.get_ident(), get_symbolic_scope()) == place:
             calls.append(call)
 
     layers = [

@@ -4,7 +4,8 @@ Each `plot_` function returns a figure: Jupyter shows it, `savefig` writes it
 as PNG, SVG or PDF, `to_image` makes an array of it. Where `ax` is given, it
 draws into these axes: one, or a list where a picture has several. Time runs to
 the right, slots run down; slots, heads and time steps count from 0. Arguments
-of another shape or range raise ValueError. pyplot is not used.
+of another shape or range raise ValueError; NaN is magenta, in curves a hole.
+pyplot is not used.
 
 >>> weighting = np.eye(5)[[0, 1, 2]]  # three steps, five slots
 >>> figure = keras_memory.visualization.plot_weighting(weighting)

@@ -1,14 +1,23 @@
 """Curves: how runs learned, and one number over another."""
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
+from keras_memory.checks import check_bool
+from keras_memory.checks import is_number
+from keras_memory.visualization.images import HUGE
 from keras_memory.visualization.images import LINES
 from keras_memory.visualization.images import WIDTH
 from keras_memory.visualization.images import Figure
+from keras_memory.visualization.images import check_axes
+from keras_memory.visualization.images import check_dict
+from keras_memory.visualization.images import check_list
 from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import require
 from keras_memory.visualization.images import write_labels
 
 STYLES = "-", "--", "-.", ":"
+BY_FACTORS = " where the scale grows by factors"
 COUNTS = "epoch", "step", "sequences", "longest", "seconds", "learning_rate"
 
 
@@ -28,33 +37,37 @@ def plot_curves(
 
     Args:
         series: dict from label to (x, y), at most 8: x (P,) increases; y is
-            (P,) or, for several runs, (S, P). NaN is a hole.
+            (P,) or, for several runs, (S, P). NaN and infinities are holes.
         ax: axes; None for a new figure.
         title, x_label, y_label: str.
         log_x, log_y: bool, whether the scale grows by factors. That of y has
-            zero at its bottom.
+            zero at its bottom where a number is zero.
         marks: dict from text to the x of a line.
         goal: number, y of a line; None for none.
     """
-    if not 1 <= len(series) <= len(LINES):
-        raise ValueError(
-            f"`series` must be 1 to {len(LINES)} lines, as many as have "
-            f"colors. Received: {len(series)} lines"
-        )
-    ax = ax or Figure((WIDTH, 3.6), layout="constrained").subplots()
-    least = goal or np.inf
-    for index, (label, (x, y)) in enumerate(series.items()):
-        sizes = {}
-        x = numbers(f"{label} x", x, ("P",), sizes)
-        y = np.expand_dims(y, 0) if np.ndim(y) == 1 else y
-        y = numbers(f"{label} y", y, ("S", "P"), sizes)
-        wrong = (log_x and x.min() <= 0) or (log_y and np.nanmin(y) < 0)
-        if np.any(np.diff(x) <= 0) or wrong:
-            raise ValueError(
-                "`series` must have x that increases, and none below zero on "
-                f"a scale by factors. Received: {label!r}: x={x}, y={y}"
-            )
-        least = min([least, *y[y > 0]])
+    series = check_dict("series", series, "pairs of x and y")
+    marks = check_dict("marks", {} if marks is None else marks, "numbers")
+    check_bool("log_x", log_x)
+    check_bool("log_y", log_y)
+    wanted = f"be 1 to {len(LINES)} lines, as many as have colors"
+    is_right = 1 <= len(series) <= len(LINES)
+    require(is_right, "series", wanted, f"{len(series)} lines")
+    for text, at in marks.items():
+        _check_line(f"marks[{text!r}]", at, log_x)
+    if goal is not None:
+        _check_line("goal", goal, log_y)
+    if ax is None:
+        ax = Figure((WIDTH, 3.6), layout="constrained").subplots()
+    (ax,) = check_axes(ax)
+    shown = [[] if goal is None else [goal]]
+    for index, (label, pair) in enumerate(series.items()):
+        name, sizes = f"series[{label!r}]", {}
+        x, y = check_list(name, pair, 2)
+        x = _increasing(name, x, sizes, log_x)
+        y = numbers(name, y, ("S?", "P"), sizes)
+        is_right = not log_y or not (y < 0).any()
+        require(is_right, name, f"have y from zero on{BY_FACTORS}", y)
+        shown.append(y[~np.isnan(y)])
         color = LINES[index]
         if len(y) > 1:
             ends = y.min(axis=0), y.max(axis=0)
@@ -65,20 +78,26 @@ def plot_curves(
         ax.plot(x, mean, style, color=color, lw=2, ms=4, label=label)
     if log_x:
         ax.set_xscale("log")
-    if log_y:
-        least = 1.0 if least == np.inf else least
-        least = 10.0 ** np.floor(np.log10(least))  # below it is zero
+    if goal is not None:
+        ax.axhline(goal, color="0.3", lw=1, ls="--", label=f"goal: {goal:g}")
+    shown = np.concatenate(shown)
+    ax.margins(y=0.08)
+    if log_y and np.all(shown > 0):
+        ax.set_yscale("log")
+    elif log_y:
+        least = shown[shown > 0].min(initial=HUGE)
+        least = 1.0 if least == HUGE else 10.0 ** np.floor(np.log10(least))
         ax.set_yscale("symlog", linthresh=least, linscale=0.5)
-    ax.set_ylim(bottom=0.0 if log_y else min(0.0, ax.get_ylim()[0]))
-    for text, x in (marks or {}).items():
+        ax.set_ylim(bottom=0.0)
+    else:
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    for text, x in marks.items():
         ax.axvline(x, color="0.4", lw=1, ls=":")
         at = {"x": x, "y": 0.04, "transform": ax.get_xaxis_transform()}
         if not log_y:  # low numbers are at the bottom
             at |= {"y": 0.96, "va": "top"}
         at |= {"ha": "right", "rotation": 90}  # close ones do not overlap
         ax.text(s=f" {text}", **at, fontsize=9, color="0.3")
-    if goal is not None:
-        ax.axhline(goal, color="0.3", lw=1, ls="--", label=f"goal: {goal:g}")
     write_labels(ax, title, x_label, y_label)
     ax.tick_params(labelsize=9)
     ax.grid(color="0.92")
@@ -95,7 +114,9 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
 
     Args:
         runs: dict from label to a run or a list of runs. A run is what `fit`
-            returned, its `history`, or a list of dicts of numbers.
+            returned, its `history`, or a list of dicts of numbers. What a dict
+            does not have is left out; a "val_" column that is n times shorter
+            is drawn at every n-th epoch, as of `fit(validation_freq=n)`.
         names: numbers to draw; None for all but counts, such as "step".
         x: the number to the right; None for "step", or else epochs.
         goals: dict from a name to the number to be reached.
@@ -108,47 +129,100 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
     >>> figure.axes[0].get_xlabel()
     'epoch'
     """
-    groups = {label: _columns(group) for label, group in runs.items()}
-    every = [run for group in groups.values() for run in group]
-    names = names or [n for run in every[:1] for n in run if n not in COUNTS]
-    x = x or ("step" if every and "step" in every[0] else "epoch")
-    missing = {n for n in (x, *names) for run in every if n not in run}
-    if not names or missing:
-        raise ValueError(
-            "`runs` must have at least one run, and each all numbers that are "
-            f"drawn. Received: {len(every)} runs, without {sorted(missing)}"
-        )
-    run, marks = max(every, key=lambda run: len(run[x])), {}
-    for at in np.flatnonzero(np.diff(run.get("longest", []))):
-        marks[f"up to {run['longest'][at + 1]:g}"] = run[x][at]
+    runs = check_dict("runs", runs, "runs")
+    groups = {n: _runs(f"runs[{n!r}]", group) for n, group in runs.items()}
+    every = [run for group in groups.values() for run in group if run]
+    known = dict.fromkeys(n for run in every for row in run for n in row)
+    if x is None:
+        x = "step" if all("step" in run[-1] for run in every) else "epoch"
+    if names is None:
+        names = [name for name in known if name not in COUNTS] or [x]
+    names = check_list("names", names)
+    missing = [name for name in names if name not in known]
+    missing += [x for run in every if not _points(run, x, x).size][:1]
+    wanted = "have at least one run, and all of `names` and `x`"
+    got = f"{len(every)} runs, without {missing}"
+    require(every and not missing, "runs", wanted, got)
+    goals = check_dict("goals", {} if goals is None else goals, "numbers")
+    for name, goal in goals.items():
+        _check_line(f"goals[{name!r}]", goal)
+    lengths = [_points(run, x, "longest") for run in every]
+    at, longest = max(lengths, key=lambda points: points.size)
+    grown = np.flatnonzero(np.diff(longest))
+    marks = {f"up to {longest[i + 1]:g}": at[i] for i in grown}
     figure = Figure((WIDTH, 0.6 + 2.2 * len(names)), layout="constrained")
     axes = np.ravel(figure.subplots(len(names), 1, sharex=True))
     for ax, name in zip(axes, names):
-        series = {}
+        series, goal = {}, goals.get(name)
         for label, group in groups.items():
-            at = max((run[x] for run in group), key=lambda x: x[-1])
-            y = [np.interp(at, run[x], run[name]) for run in group]
-            series[label] = at, np.stack(y)
-        goal = (goals or {}).get(name)
-        positive = all(np.nanmin(y) >= 0 for _, y in series.values())
+            points = [_points(run, x, name) for run in group]
+            points = [one for one in points if one.size] or [[[1], [np.nan]]]
+            for one in points:
+                _increasing(f"runs[{label!r}]", one[0])
+            at = max((x for x, _ in points), key=lambda x: x[-1])
+            series[label] = at, [np.interp(at, *one) for one in points]
+        lines = [goal or 0.0, *(np.ravel(y) for _, y in series.values())]
+        positive = not np.any(np.hstack(lines) < 0)
         options = {"log_y": positive, "marks": marks, "goal": goal}
         plot_curves(series, ax, y_label=name.replace("_", " "), **options)
+    if x in COUNTS[:4]:
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     write_labels(axes[0], title, "", axes[0].get_ylabel())
     write_labels(axes[-1], axes[-1].get_title(loc="left"), x_label or x, None)
     return figure
 
 
-def _columns(group):
-    """Runs of a group, each a dict of arrays."""
-    group = group.history if hasattr(group, "history") else group
-    is_rows = isinstance(group, (list, tuple)) and all(
-        isinstance(row, dict) and all(np.ndim(v) == 0 for v in row.values())
-        for row in group
-    )
-    if isinstance(group, (list, tuple)) and not is_rows:
-        return [run for one in group for run in _columns(one)]
-    if is_rows:
-        group = {n: [row[n] for row in group] for n in (group or [{}])[0]}
-    run = {name: np.asarray(values, float) for name, values in group.items()}
-    epochs = np.arange(1, 1 + max(map(len, run.values()), default=0))
-    return [{"epoch": epochs, **run}]
+def _runs(name, group):
+    """Runs of a group, each a list of dicts of numbers."""
+    group = getattr(group, "history", group)
+    group = _rows(name, group) if isinstance(group, dict) else group
+    wanted = "be what `fit` returned, its `history`, or dicts of numbers"
+    require(isinstance(group, (list, tuple)), name, wanted, group)
+    if not all(isinstance(row, dict) for row in group) or any(
+        np.iterable(value) for row in group for value in row.values()
+    ):
+        return [run for one in group for run in _runs(name, one)]
+    return [[{"epoch": epoch, **row} for epoch, row in enumerate(group, 1)]]
+
+
+def _rows(name, columns):
+    """Dicts of the numbers of an epoch, of columns."""
+    columns = {
+        column: numbers(f"{name}[{column!r}]", values, ("epochs",))
+        for column, values in columns.items()
+    }
+    rows = [{} for _ in range(max(map(len, columns.values()), default=0))]
+    for column, values in columns.items():
+        every = [rows[n :: n + 1] for n in range(len(rows))]
+        every = [some for some in every if len(some) == len(values)]
+        is_known = len(values) == len(rows) or str(column)[:4] == "val_"
+        got = f"{column!r}, {len(values)} numbers of {len(rows)} epochs"
+        wanted = "have columns whose epochs are known"
+        require(is_known and len(every) == 1, name, wanted, got)
+        for row, value in zip(every[0], values):
+            row[column] = value
+    return rows
+
+
+def _points(run, x, name):
+    """x and y, (2, P), of the rows that have both."""
+    found = [(row.get(x), row.get(name)) for row in run]
+    found = [pair for pair in found if None not in pair]
+    if not found:
+        return np.empty((2, 0))
+    return numbers(f"runs: {name}", found, ("P", 2)).T
+
+
+def _increasing(name, x, sizes=None, by_factors=False):
+    """x of a line, as an array (P,)."""
+    x = numbers(name, x, ("P",), sizes)
+    least = 0.0 if by_factors else x[0] - 1
+    wanted = f"have x that increases, from above zero{BY_FACTORS}"
+    require(np.all(np.diff(x, prepend=least) > 0), name, wanted, x)
+    return x
+
+
+def _check_line(name, at, by_factors=False):
+    is_right = is_number(at) and not (by_factors and at < 0)
+    wanted = f"be a finite number, from zero on{BY_FACTORS}"
+    require(is_right, name, wanted, at)

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import matplotlib.animation
 import matplotlib.figure
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from keras_memory.checks import check_array
@@ -20,7 +21,9 @@ LINES = (  # Okabe and Ito: colour-blind readers tell them apart
 )
 WIDTH = 6.4  # inches, of a figure
 SEQUENTIAL = "viridis"  # for values from zero on; readable in grey
+WIDTHS = 2.5, 300.0  # inches that a picture can have
 DPI = 100  # pixels an inch
+HUGE = 1e300  # of larger numbers a scale cannot be computed
 
 
 class Figure(mpl.figure.Figure):
@@ -34,7 +37,11 @@ class Figure(mpl.figure.Figure):
 
 
 def to_image(figure):
-    """The picture of a figure: (H, W, 3) uint8, at the figure's `dpi`."""
+    """The picture of a figure: (H, W, 3) uint8, at the figure's `dpi`; of a
+    `SubFigure`, of all of its figure."""
+    is_figure = isinstance(figure, mpl.figure.FigureBase)
+    require(is_figure, "figure", "be a figure of Matplotlib", figure)
+    figure = figure.figure  # the root
     before = figure.canvas
     canvas = FigureCanvasAgg(figure)
     try:
@@ -53,8 +60,8 @@ def to_png(image, software="keras_memory"):
     from PIL.PngImagePlugin import PngInfo
 
     text, stream = PngInfo(), io.BytesIO()
-    text.add_text("Software", software)
-    Image.fromarray(_image(image)).save(stream, "PNG", pnginfo=text)
+    text.add_text("Software", str(software))
+    Image.fromarray(_image("image", image)).save(stream, "PNG", pnginfo=text)
     return stream.getvalue()
 
 
@@ -69,13 +76,9 @@ def to_gif(images, milliseconds=200):
     from PIL import Image
 
     check_closed("milliseconds", milliseconds, 10)
-    images = [_image(image) for image in images]
+    images = [_image("images", one) for one in check_list("images", images)]
     shapes = sorted({image.shape for image in images})
-    if len(shapes) != 1:
-        raise ValueError(
-            "`images` must be at least one, and of one size. Received: "
-            f"{len(images)} images, of shapes {shapes}"
-        )
+    require(len(shapes) == 1, "images", "be of one size", f"shapes {shapes}")
     some = np.concatenate([*images[:: len(images) // 4 + 1], images[-1]])
     palette = Image.fromarray(some).quantize(256)
     first, *others = (
@@ -88,13 +91,11 @@ def to_gif(images, milliseconds=200):
     return stream.getvalue()
 
 
-def _image(image):
-    image = np.asarray(image)
-    if image.dtype != "uint8" or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            "An image must be (H, W, 3) uint8. "
-            f"Received: {image.dtype} of shape {image.shape}"
-        )
+def _image(name, image):
+    image = check_array(name, image, kind="any", result="numpy")
+    wanted = image.dtype == "uint8" and image.shape[2:] == (3,) and image.size
+    got = f"{image.dtype} of shape {image.shape}"
+    require(wanted, name, "be (H, W, 3) uint8", got)
     return image
 
 
@@ -145,24 +146,54 @@ class Animation(mpl.animation.FuncAnimation):
         return f'<img src="data:image/gif;base64,{data}">'
 
 
-def numbers(name, values, axes, sizes=None):
-    """An array of floats, without an empty axis."""
-    sizes = {} if sizes is None else sizes
-    values = check_array(name, values, axes, sizes, "any", result="numpy")
-    if not values.size:
-        raise ValueError(
-            f"`{name}` must have no empty axis. Received: shape {values.shape}"
-        )
-    return values.astype("float64")
+def require(is_right, name, wanted, got):
+    """Raises ValueError unless `is_right`."""
+    if not is_right:
+        got = got if isinstance(got, str) else f"{got!r:.300}"
+        raise ValueError(f"`{name}` must {wanted}. Received: {got}")
 
 
-def check_length(name, values, count):
-    """Raises ValueError unless `values` has as many entries."""
-    if len(values) != count:
-        raise ValueError(
-            f"`{name}` must be {count}, one for each part that is drawn. "
-            f"Received: {len(values)}"
-        )
+def numbers(name, values, axes, sizes=None, shares=False):
+    """An array of floats, without an empty axis. An axis whose name ends in
+    "?" may be missing, and is of size 1 then. Infinities and what is beyond
+    `HUGE` become NaN. `shares` must be in [0, 1], but for rounding of 16 bits,
+    or NaN."""
+    values = check_array(name, values, kind="any", result="numpy")
+    optional = [i for i, axis in enumerate(axes) if str(axis)[-1] == "?"]
+    if values.ndim == len(axes) - len(optional):
+        values = np.expand_dims(values, optional)
+    check_array(name, values, axes, sizes, "any", result="given")
+    require(values.size, name, "have no empty axis", values.shape)
+    values = values.astype("float64")
+    if shares:
+        low, high = np.fmin.reduce(values, None), np.fmax.reduce(values, None)
+        is_right, got = not (low < -0.02 or high > 1.02), f"{low:g} to {high:g}"
+        require(is_right, name, "be in [0, 1], or NaN", got)
+    return np.where(np.abs(values) <= HUGE, values, np.nan)
+
+
+def check_list(name, values, count=None):
+    """A list of what `values` has, `count` or else at least one."""
+    is_list = np.iterable(values) and not isinstance(values, dict)
+    found = list(values) if is_list else []
+    wanted = f"be {count or 'at least one'}, in a list"
+    got = len(found) if is_list else values
+    require(found and len(found) == (count or len(found)), name, wanted, got)
+    return found
+
+
+def check_dict(name, values, what):
+    """A dict, with texts as keys."""
+    require(isinstance(values, dict), name, f"be a dict of {what}", values)
+    return {str(key): value for key, value in values.items()}
+
+
+def check_axes(ax, count=1):
+    """A list of as many axes of Matplotlib."""
+    axes = check_list("ax", np.ravel(np.asarray(ax, object)), count)
+    is_right = all(isinstance(one, Axes) for one in axes)
+    require(is_right, "ax", f"be {count} axes of Matplotlib", ax)
+    return axes
 
 
 def write_labels(ax, title=None, x_label=None, y_label=None):

@@ -9,18 +9,25 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 from keras_memory.checks import check_array
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_closed
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
 from keras_memory.recurrent.heads import by_place
 from keras_memory.recurrent.heads import head_names
+from keras_memory.recurrent.heads import head_weightings
 from keras_memory.recurrent.heads import heads_of
 from keras_memory.visualization.images import DPI
 from keras_memory.visualization.images import SEQUENTIAL
 from keras_memory.visualization.images import WIDTH
+from keras_memory.visualization.images import WIDTHS
 from keras_memory.visualization.images import Animation
 from keras_memory.visualization.images import Figure
-from keras_memory.visualization.images import check_length
+from keras_memory.visualization.images import check_axes
+from keras_memory.visualization.images import check_dict
+from keras_memory.visualization.images import check_list
 from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import require
 from keras_memory.visualization.images import write_labels
 
 DIVERGING = "RdBu_r"  # for values with a sign
@@ -40,22 +47,22 @@ def plot_weighting(
     it is of weightings that are spread over many slots (see `slots`).
 
     Args:
-        weighting: (T, N) or (T, heads, N), in [0, 1].
+        weighting: (T, N) or (T, heads, N), in [0, 1]; NaN is magenta.
         ax: axes; a list of them for several heads; None for a new figure.
         names: a title for each head; None for numbers.
         title: str, headline of the figure.
         slots: "used" draws the shortest range, perhaps across the last slot,
             of all slots with a tenth of the largest weight at some time; a
             list of slots draws these; "all" draws all, on a scale to 1.
-        width: inches of a new figure.
+        width: inches of a new figure, at least 2.5.
     """
-    axes = ("T", "N") if np.ndim(weighting) == 2 else ("T", "heads", "N")
-    weighting = numbers("weighting", weighting, axes)
-    weighting = weighting.reshape(len(weighting), -1, weighting.shape[-1])
+    weighting = numbers(
+        "weighting", weighting, ("T", "heads?", "N"), None, True
+    )
     heads = weighting.shape[1]
     if names is None:
         names = [f"head {h}" for h in range(heads)] if heads > 1 else [""]
-    check_length("names", names, heads)
+    names = check_list("names", names, heads)
     rows = _rows(weighting.max(axis=(0, 1)), slots)
     panels = [
         _weighting_panel(weighting[:, head], name, rows, slots)
@@ -71,7 +78,8 @@ def plot_memory(
     symmetric about zero.
 
     Args:
-        memory: (T, N, W) contents after each step; any real value.
+        memory: (T, N, W) contents after each step; any real value. NaN and
+            infinities are magenta.
         ax, width: as of `plot_weighting`.
         frames: int, how many moments at most, evenly spread, the last one
             among them.
@@ -90,35 +98,45 @@ def plot_linkage(
     is the degree to which slot i was written right after slot j.
 
     Args:
-        linkage: (T, N, N) in [0, 1], links after each step.
-        ax, frames, title, slots, width: as of `plot_memory`.
+        linkage: (T, N, N), or (T, heads, N, N) of several write heads, in
+            [0, 1], links after each step; NaN is magenta.
+        ax: as of `plot_weighting`.
+        frames, title, slots, width: as of `plot_memory`.
     """
-    linkage = numbers("linkage", linkage, ("T", "N", "N"))
-    most = linkage.max(axis=0)
+    axes = "T", "heads?", "N", "N"
+    linkage = numbers("linkage", linkage, axes, None, True)
+    most = linkage.max(axis=(0, 1))
     rows = _rows(np.maximum(most.max(axis=0), most.max(axis=1)), slots)
     steps = _moments(len(linkage), frames)
-    panel = _Panel(
-        linkage[steps][:, rows][:, :, rows],
-        min(2.4, (width - LEFT - RIGHT) / len(steps)),
-        f"{title}: row written right after column",
-        "links after step",
-        high=_high(linkage),
-        steps=steps,
-        slots=(rows, linkage.shape[1]),
-    )
-    return _drawn([panel], ax, "", width)
+    wide = check_closed("width", width, *WIDTHS) - LEFT - RIGHT
+    several = linkage.shape[1] > 1
+    panels = [
+        _Panel(
+            linkage[steps, head][:, rows][:, :, rows],
+            min(2.4, wide / len(steps)),
+            f"{title}{f' {head}' * several}: row written right after column",
+            "links after step",
+            high=_high(linkage),
+            steps=steps,
+            slots=(rows, linkage.shape[2]),
+        )
+        for head in range(linkage.shape[1])
+    ]
+    return _drawn(panels, ax, "", width)
 
 
 def plot_gates(gates, ax=None, title="gates", width=WIDTH):
     """Draws gates and read modes over time, a row each, on the scale 0 to 1.
 
     Args:
-        gates: dict of (T, ...) as of a trace of one sequence, of which are
-            drawn: names that end in "_gate", (T, heads); "read_mode",
-            (T, heads, 2 H + 1), backward along the links of each of H write
-            heads, content, forward. Weightings in it tell names of heads.
+        gates: dict of (T, ...) in [0, 1], as of a trace of one sequence; NaN
+            is magenta. Drawn are: names that end in "_gate", (T, heads);
+            "read_mode", (T, heads, 2 H + 1), backward along the links of each
+            of H write heads, content, forward. Weightings in it tell names of
+            heads.
         ax, title, width: as of `plot_memory`.
     """
+    gates = check_dict("gates", gates, "arrays")
     return _drawn([_gates_panel(gates, title)], ax, "", width)
 
 
@@ -163,29 +181,26 @@ def plot_task(
     >>> [ax.get_title(loc="left") for ax in figure.axes][:3]
     ['input', 'output', 'gates']
     """
-    outputs = trace.get("output") if outputs is None else outputs
-    given = {"inputs": inputs, "targets": targets, "outputs": outputs}
+    trace = check_dict("trace", trace, "arrays")
+    check_bool("memory", memory)
     sizes, one, grey = {}, {}, None
+    shown, own = _shown(trace, row, sizes), outputs is None
+    outputs = trace.get("output") if own else outputs
+    given = {"inputs": inputs, "targets": targets, "outputs": outputs}
     for name, values in given.items():
         axes = "B", "T", "channels" if name == "inputs" else "units"
+        argument = "trace['output']" if name == "outputs" and own else name
         if values is not None:
-            one[name] = _row(name, values, axes, sizes, row)
-    if not one and not trace:
-        raise ValueError("`trace` must not be empty alone. Received: {}")
+            one[name] = _row(argument, values, axes, sizes, row)
     if mask is not None:
         grey = _row("mask", mask, ("B", "T"), sizes, row) == 0
     if "targets" in one and "outputs" in one:
         one["|target - output|"] = np.abs(one["targets"] - one["outputs"])
     panels, memories = _sequence_panels(one, grey), []
-    shown = {
-        name: _row(name, values, ("B", "T", ...), sizes, row)
-        for name, values in trace.items()
-        if _is_shown(name.rpartition("/")[2], np.ndim(values))
-    }
-    for place, here in by_place(shown).items():
+    for place, here in shown.items():
         prefix = f"{place}: " if place else ""
         if any(map(_is_gate, here)):
-            panels.append(_gates_panel(here, f"{prefix}gates"))
+            panels.append(_gates_panel(here, f"{prefix}gates", "trace"))
         heads, contents = heads_of(here), here.get("memory")
         if not heads and contents is None:
             continue
@@ -195,6 +210,8 @@ def plot_task(
         if memory and contents is not None:
             memories.append(_memory_panel(contents, f"{prefix}memory", rows))
     panels += memories
+    wanted = "have outputs, weightings, gates or a memory, or not be alone"
+    require(panels, "trace", wanted, sorted(trace))
     if figure is not None and _redrawn(figure, panels, title):
         return figure
     return _drawn(panels, None, title, width)
@@ -204,13 +221,13 @@ def plot_sphere(
     mean, variance=None, ax=None, farthest=None, title="map", depth_prior=0.01
 ):
     """Draws the map of an egospheric memory: color, depth and its standard
-    deviation. Pixels that were not seen are grey; smoothing fills some of
-    them, which then have a depth and no deviation.
+    deviation. Pixels that were not seen, or are NaN, are grey; smoothing fills
+    some of them, which then have a depth and no deviation.
 
     Args:
         mean: (H, W, C), C at least 3: column, row, depth in metres, and
             features, the first three (or one) of which are colors in [0, 1].
-        variance: (H, W, C) of it; None leaves the deviation out.
+        variance: (H, W, C) of it, at least 0; None leaves the deviation out.
         ax: axes, a list of as many as there are parts; None for a new figure.
         farthest: metres at the end of the scale; None for the largest depth.
         title: str.
@@ -218,15 +235,17 @@ def plot_sphere(
     """
     sizes = {}
     mean = numbers("mean", mean, ("H", "W", "C"), sizes)
-    if mean.shape[2] < 3:
-        raise ValueError(
-            "`mean` must have columns, rows and depth, to be a map. "
-            f"Received: shape {mean.shape}"
-        )
+    wanted = "be a map, of columns, rows and depth"
+    require(mean.shape[2] > 2, "mean", wanted, f"shape {mean.shape}")
     depth, parts = mean[:, :, 2], []
     if variance is not None:
         variance = numbers("variance", variance, ("H", "W", "C"), sizes)
-    unseen = np.isclose(depth, depth_prior)
+        least = np.fmin.reduce(variance, None)
+        require(not least < 0, "variance", "be at least 0", least)
+    if farthest is not None:
+        check_closed("farthest", farthest, 1e-9)
+    unseen = np.isclose(depth, check_closed("depth_prior", depth_prior, 0))
+    unseen |= np.isnan(mean).any(axis=2)
     if mean.shape[2] > 3:
         shown = mean[:, :, 3 : 6 if mean.shape[2] > 5 else 4].clip(0, 1)
         shown = np.where(unseen[:, :, None], float(UNSEEN), shown)
@@ -236,13 +255,14 @@ def plot_sphere(
     scale = {"vmin": 0.0, "vmax": far if far is not np.ma.masked else 1.0}
     parts.append((depths, "depth, m", scale))
     if variance is not None:
-        hidden = unseen | (variance[:, :, 2] >= 0.99 * MOST_VARIANCE)
+        hidden = unseen | ~(variance[:, :, 2] < 0.99 * MOST_VARIANCE)
         deviations = np.sqrt(np.ma.masked_where(hidden, variance[:, :, 2]))
         low, high = np.percentile([*deviations.compressed()] or [1.0], [1, 99])
         norm = LogNorm(max(low, 1e-9), max(high, 1.1 * low, 2e-9), clip=True)
         name = "standard deviation of depth, m"
         parts.append((deviations, name, {"norm": norm}))
     inches = (WIDTH - LEFT - RIGHT) * len(depth) / depth.shape[1]
+    inches = min(6.0, max(0.4, inches))
     axes = _axes(ax, [(inches, "")] * len(parts))
     for one, part in zip(axes, parts):
         _draw_sphere(one, *part)
@@ -264,20 +284,14 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     Returns:
         `Animation`, of 0.2 seconds a step.
     """
-    if "memory" not in trace:
-        raise ValueError(
-            "`trace` must have a 'memory': of blocks or layers, give one. "
-            f"Received: {sorted(trace)}"
-        )
-    sizes = {}
-    memory = _row("memory", trace["memory"], ("B", "T", "N", None), sizes, row)
-    ways = {
-        name: _row(name, trace[name], ("B", "T", ..., "N"), sizes, row)
-        for name in trace
-        if name.endswith("_weighting")
-    }
-    heads = heads_of(ways)
-    rows, steps = _rows(_use(heads, memory), slots), _moments(len(memory), most)
+    trace = check_dict("trace", trace, "arrays")
+    check_closed("width", width, *WIDTHS)
+    shown = _shown(trace, row, {}).get("", {})
+    wanted = "have a 'memory', (B, T, N, W): of blocks or layers, give one"
+    require("memory" in shown, "trace", wanted, sorted(trace))
+    memory, heads = shown["memory"], heads_of(shown)
+    rows = _rows(_use(heads, memory), slots)
+    steps = _moments(len(memory), check_size("most", most))
     parts = [(memory[:, rows], _about_zero(memory))]
     if heads:
         weights = np.stack([*heads.values()], -1)
@@ -338,9 +352,11 @@ def _drawn(panels, ax, title, width):
 
 def _redrawn(figure, panels, title):
     """Draws panels into a figure of other ones; False if scales differ."""
-    drawn = [ax.images for ax in figure.axes]
-    scales = [images[0].get_clim() for images in drawn]
-    if scales != [(panel.low, panel.high) for panel in panels]:
+    is_figure = isinstance(figure, mpl.figure.Figure)
+    require(is_figure, "figure", "be of `plot_task`", figure)
+    drawn = [ax.images for ax in figure.axes if ax.images]
+    scales = [(*of[0].get_clim(), of[0].get_array().shape) for of in drawn]
+    if scales != [(p.low, p.high, p.matrices.shape[1:]) for p in panels]:
         return False
     figure.texts[0].set_text(title)
     for images, panel in zip(drawn, panels):
@@ -353,9 +369,9 @@ def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
     """The axes of a user, or new ones, one below the other, of which neighbors
     share an x label; `sizes` are pairs of inches and x labels."""
     heights, labels = zip(*sizes)
+    check_closed("width", width, *WIDTHS)
     if ax is not None:
-        axes = list(np.ravel(ax))
-        check_length("ax", axes, len(sizes))
+        axes = check_axes(ax, len(sizes))
         for one, label in zip(axes, labels):
             write_labels(one, x_label=label)
         return axes
@@ -375,11 +391,27 @@ def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
     return axes
 
 
-def _is_shown(kind, rank):
-    """Whether `plot_task` draws an array of a trace, of so many axes."""
-    wanted = 4 if kind in ("read_mode", "memory") else 3
-    is_known = _is_gate(kind) or kind == "memory"
-    return kind.endswith("_weighting") or (is_known and rank == wanted)
+def _shown(trace, row, sizes):
+    """Heads, gates and memory of one sequence of a trace: dict from places to
+    dicts."""
+    places = {}
+    for place, parts in by_place(trace).items():
+        prefix, heads = place and f"{place}/", head_weightings(parts)
+        slots, places[place] = f"{prefix}N", {}
+        for kind, values in parts.items():
+            axes = "B", "T", ..., slots
+            if kind == "memory":
+                axes = "B", "T", slots, None
+            elif _is_gate(kind):
+                axes = ("B", "T", None, None)[: 3 + (kind == "read_mode")]
+            elif kind not in heads:
+                continue
+            name = f"trace[{prefix + kind!r}]"
+            values = check_array(name, values, kind="any", result="numpy")
+            if values.ndim == len(axes) or ... in axes:
+                values = _row(name, values, axes, sizes, row, kind != "memory")
+                places[place][kind] = values
+    return places
 
 
 def _is_gate(kind):
@@ -388,7 +420,7 @@ def _is_gate(kind):
 
 def _sequence_panels(given, grey):
     """Of inputs, targets and outputs, each (T, channels)."""
-    most = max([1.0, *(given[n].max() for n in given if n != "inputs")])
+    most = max([1.0, *(_top(given[n]) for n in given if n != "inputs")])
     panels = []
     for name, values in given.items():
         what, options = name.removesuffix("s"), {"grey": grey, "high": most}
@@ -401,15 +433,19 @@ def _sequence_panels(given, grey):
     return panels
 
 
-def _gates_panel(gates, title):
+def _gates_panel(gates, title, argument="gates"):
     sizes, rows = {}, {}
     for name in filter(_is_gate, gates):
-        axes = ("T", None, None)[: np.ndim(gates[name])]
-        values = numbers(name, gates[name], axes, sizes)
+        axes = ("T", "heads", "modes")[: 2 + (name == "read_mode")]
+        given = f"{argument}[{name!r}]"
+        values = numbers(given, gates[name], axes, {**sizes}, True)
+        sizes["T"] = len(values)
         if name != "read_mode":
             names = head_names(name, values.shape[1:], gates)
             rows.update(zip(names, values.T))
             continue
+        wanted = "have 2 H + 1 modes, of H write heads"
+        require(values.shape[2] % 2, given, wanted, f"shape {values.shape}")
         for head in range(values.shape[1]):
             links = values.shape[2] // 2
             each = [f" {link}" if links > 1 else "" for link in range(links)]
@@ -417,8 +453,7 @@ def _gates_panel(gates, title):
             modes += [f"forward{one}" for one in each]
             names = [f"read {head} {mode}" for mode in modes]
             rows.update(zip(names, values[:, head].T))
-    if not rows:
-        raise ValueError(f"`gates` must have a gate. Received: {sorted(gates)}")
+    require(rows, "gates", "have a gate", sorted(gates))
     values = np.stack([*rows.values()], -1)
     inches = 0.19 * len(rows) + 0.05
     return _time_panel(values, inches, title, names=list(rows))
@@ -426,8 +461,8 @@ def _gates_panel(gates, title):
 
 def _time_panel(values, inches, title, **options):
     """Of (T, rows)."""
-    options = {"high": max(1.0, values.max()), **options}
-    if values.min() < 0:
+    options = {"high": _top(values, 1.0), **options}
+    if (values < 0).any():
         options |= _about_zero(values)
     return _Panel(values.T[None], inches, title, **options)
 
@@ -442,7 +477,12 @@ def _weighting_panel(values, title, rows, slots):
 
 def _high(weights):
     """The end of a scale on which weights below 0.5 are told apart, too."""
-    return float(weights.max()) if 0 < weights.max() < 0.5 else 1.0
+    return _top(weights) if 0 < _top(weights) < 0.5 else 1.0
+
+
+def _top(values, least=0.0):
+    """The largest number of an array, but NaN; not below `least`."""
+    return float(np.fmax.reduce(values, axis=None, initial=least))
 
 
 def _memory_panel(memory, title, rows, frames=6):
@@ -516,6 +556,8 @@ def _draw_sphere(ax, values, title, scale):
     height, width = values.shape[:2]
     cmap = mpl.colormaps[SEQUENTIAL].with_extremes(bad=UNSEEN)
     image = ax.imshow(values, cmap, interpolation="nearest", **scale)
+    if not 0.1 < height / width < 1.2:  # would be a thin line
+        ax.set_aspect("auto")
     sides = ["behind", "left", "ahead", "right", "behind"]
     ax.set_xticks(np.linspace(-0.5, width - 0.5, 5), sides)
     levels = ["up", "level", "down"]
@@ -530,11 +572,8 @@ def _rows(strength, slots):
     """Numbers of the slots that are drawn; `strength` (N,) is their use."""
     count = len(strength)
     if isinstance(slots, str):
-        if slots not in ("used", "all"):
-            raise ValueError(
-                "`slots` must be 'used', 'all' or a list of slots. "
-                f"Received: slots={slots!r}"
-            )
+        wanted = "be 'used', 'all' or a list of slots"
+        require(slots in ("used", "all"), "slots", wanted, slots)
         used = np.flatnonzero(strength > 0.1 * strength.max())
         if slots == "all" or not len(used):
             return np.arange(count)
@@ -544,9 +583,8 @@ def _rows(strength, slots):
         if wide > 0.8 * count:
             return np.arange(count)
         return (first - 1 + np.arange(wide)) % count
-    rows = [check_whole("slots", slot, 0, count - 1) for slot in slots]
-    check_length("slots", rows, max(1, len(rows)))
-    return np.array(rows)
+    rows = check_list("slots", slots)
+    return np.array([check_whole("slots", one, 0, count - 1) for one in rows])
 
 
 def _use(heads, memory):
@@ -566,12 +604,12 @@ def _moments(steps, most):
 
 def _about_zero(values):
     """A scale that is symmetric about zero."""
-    reach = np.abs(values[np.isfinite(values)]).max(initial=0.0) or 1.0
+    reach = _top(np.abs(values)) or 1.0
     return {"low": -reach, "high": reach, "cmap": DIVERGING}
 
 
-def _row(name, values, axes, sizes, row):
+def _row(name, values, axes, sizes, row, shares=False):
     """One sequence of (B, ...)."""
     values = check_array(name, values, axes, sizes, "any", result="numpy")
     row = check_whole("row", row, 0, max(0, len(values) - 1))
-    return numbers(name, values[row : row + 1], axes)[0]
+    return numbers(name, values[row : row + 1], axes, None, shares)[0]

@@ -5,12 +5,18 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 
 from keras_memory.checks import check_size
+from keras_memory.memory_wrap import NO_LABEL
+from keras_memory.memory_wrap import labels_of
 from keras_memory.visualization.images import LINES
 from keras_memory.visualization.images import SEQUENTIAL
 from keras_memory.visualization.images import Figure
-from keras_memory.visualization.images import check_length
+from keras_memory.visualization.images import check_axes
+from keras_memory.visualization.images import check_list
+from keras_memory.visualization.images import numbers
+from keras_memory.visualization.images import require
 
 WRONG = "#a00000"  # dark red
 
@@ -21,7 +27,7 @@ class Tile(NamedTuple):
     Fields:
         image: (H, W), (H, W, 1) or (H, W, 3), in [0, 1].
         caption: a short text, in the color of the frame.
-        words: text below that, above the image.
+        words: text below that, above the image, in up to three lines.
         color: of the frame; None for grey. The first of a row stands apart.
         heat: (H, W) or (H, W, C), such as attributions: what is positive,
             summed over channels, is drawn below on the faint image; or None.
@@ -41,27 +47,32 @@ def plot_tiles(rows, ax=None):
         rows: list of lists of `Tile`.
         ax: axes; None for a new figure.
     """
-    if not rows or not all(rows):
-        raise ValueError(f"`rows` must be rows of tiles. Received: {rows!r}")
-    apart, above = 0.15, 0.42  # inches, as is 1, the side of an image
+    rows = [check_list("rows", row) for row in check_list("rows", rows)]
+    is_right = all(isinstance(tile, Tile) for row in rows for tile in row)
+    require(is_right, "rows", "be rows of `Tile`", rows)
+    apart = 0.15  # inches, as is 1, the side of an image
     places, bottom = [], 0.0
     for row in rows:
-        left, top = apart, bottom + above + apart / 2
-        for tile in row:
-            places.append((left, top, tile))
+        words = [_fitted(tile.words, 10, 3) for tile in row]
+        above = 0.1 + 0.16 * max(map(len, words))
+        left, top = apart, bottom + above + 0.16 + apart / 2
+        for tile, lines in zip(row, words):
+            places.append((left, top, tile, lines))
             left += 1 + apart + 0.4 * (tile is row[0] and len(row) > 1)
         bottom = top + 1 + 1.08 * any(tile.heat is not None for tile in row)
-    right = max(left for left, _, _ in places) + 1 + apart
+    right = max(left for left, *_ in places) + 1 + apart
     bottom += apart
     if ax is None:
         ax = Figure((right, bottom)).add_axes((0, 0, 1, 1))
-    for left, top, (image, caption, words, color, heat) in places:
-        color, parts = color or "0.3", [check_shades(image)]
+    (ax,) = check_axes(ax)
+    for left, top, (image, caption, _, color, heat), lines in places:
+        color, parts = color or "0.3", [check_shades("rows", image)]
         if heat is not None:
-            parts.append(_heated(parts[0], heat))
+            parts.append(_heated(parts[0], check_heat("rows", heat, parts[0])))
         height, width = np.divide(parts[0].shape[:2], max(parts[0].shape[:2]))
-        ax.text(left, top - 0.24, caption, fontsize=8, color=color)
-        ax.text(left, top - 0.06, words, fontsize=10, color="0.1")
+        caption, high = *_fitted(caption, 8, 1), 0.08 + 0.16 * len(lines)
+        ax.text(left, top - high, caption, fontsize=8, color=color)
+        ax.text(left, top - 0.06, "\n".join(lines), fontsize=10, color="0.1")
         for y, part in zip((top, top + 1.08), parts):
             extent = left, left + width, y + height, y
             ax.imshow(part, extent=extent, interpolation="nearest")
@@ -87,7 +98,8 @@ def plot_explanations(
     Args:
         explanations: list of `keras_memory.explanations.Explanation`.
         inputs: an image in [0, 1] for each; None for those explained.
-        labels: (B,) int, the true classes; None where they are not known.
+        labels: (B,) int or (B, units) one-hot, the true classes, -1 for one
+            that is not known; None for none.
         class_names: a text for each class; None for numbers.
         most: int, the largest number of examples in a row.
         attributions: a pair for each, as `integrated_gradients` gives it: of
@@ -95,13 +107,22 @@ def plot_explanations(
         ax: axes; None for a new figure.
     """
     check_size("most", most)
+    explanations = check_list("explanations", explanations)
+    is_right = all(hasattr(why, "is_example") for why in explanations)
+    require(is_right, "explanations", "be `Explanation`", explanations)
     if labels is not None:
-        check_length("labels", labels, len(explanations))
+        labels = labels_of(labels, len(explanations), name="labels")
     inputs = [why.input for why in explanations] if inputs is None else inputs
-    check_length("inputs", inputs, len(explanations))
+    inputs = check_list("inputs", inputs, len(explanations))
+    if attributions is not None:
+        check_list("attributions", attributions, len(explanations))
 
     def name(label):
-        return str(label if class_names is None else class_names[label])
+        try:
+            return str(label if class_names is None else class_names[label])
+        except (TypeError, LookupError):
+            wanted = f"be texts, also one for class {label}"
+            require(False, "class_names", wanted, class_names)
 
     rows = []
     for index, why in enumerate(explanations):
@@ -111,50 +132,76 @@ def plot_explanations(
                 "saved model does not keep them: call `set_memory` again. "
                 "Received: a memory of encodings"
             )
-        heats = [None] * (1 + len(why.inputs))
+        image = check_shades("inputs", inputs[index])
+        seen = [check_shades("explanations", one) for one in why.inputs]
+        heats = [None] * (1 + len(seen))
         if attributions is not None:
-            heats = [attributions[index][0], *attributions[index][1]]
+            heat, others = check_list("attributions", attributions[index], 2)
+            heats = [heat, *check_list("attributions", others, len(seen))]
+            for heat, shown in zip(heats, [image, *seen]):
+                check_heat("attributions", heat, shown)
         caption, words, color = "answer", name(why.prediction), None
-        if labels is not None and labels[index] != why.prediction:
-            caption, color = "WRONG answer", WRONG
-            words += f", is {name(labels[index])}"
-        elif labels is not None:
+        label = NO_LABEL if labels is None else labels[index]
+        if label == why.prediction:
             caption = "right answer"
-        row = [Tile(inputs[index], caption, words, color, heats[0])]
-        for one in range(min(most, len(why.inputs))):
+        elif label != NO_LABEL:
+            caption, color = "WRONG answer", WRONG
+            words += f", is {name(label)}"
+        row = [Tile(image, caption, words, color, heats[0])]
+        for one in range(min(most, len(seen))):
             kind = 0 if why.is_example[one] else 1
-            seen, label = why.classes[one], why.labels[one]
-            words = f"{why.weights[one]:.2f}: {name(seen)}"
-            words += f", is {name(label)}" if label not in (-1, seen) else ""
+            found, label = why.classes[one], why.labels[one]
+            words = f"{why.weights[one]:.2f}: {name(found)}"
+            if label not in (NO_LABEL, found):
+                words += f", is {name(label)}"
             caption = ("example", "counterfactual")[kind]
-            image, heat = why.inputs[one], heats[1 + one]
+            image, heat = seen[one], heats[1 + one]
             row.append(Tile(image, caption, words, LINES[kind], heat))
         rows.append(row)
     return plot_tiles(rows, ax)
 
 
-def check_shades(image):
+def check_shades(name, image):
     """An image in [0, 1], also a grey one, as (H, W, 3)."""
-    image = np.asarray(image, "float64")
-    values = image[:, :, None] if image.ndim == 2 else image
-    if values.ndim != 3 or values.shape[2] not in (1, 3) or not values.size:
-        raise ValueError(
-            "An image must be (H, W), (H, W, 1) or (H, W, 3). "
-            f"Received: shape {image.shape}"
-        )
-    if not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):
-        raise ValueError(
-            "An image must be in [0, 1] to be drawn: undo its normalization. "
-            f"Received: values from {values.min():.3g} to {values.max():.3g}"
-        )
+    values = numbers(name, image, ("H", "W", "C?"))
+    wanted = "be images (H, W), (H, W, 1) or (H, W, 3)"
+    require(values.shape[2] in (1, 3), name, wanted, f"shape {values.shape}")
+    low, high = values.min(), values.max()
+    wanted = "be images in [0, 1]: undo their normalization"
+    got = f"values from {low:.3g} to {high:.3g}"
+    require(low >= -1e-6 and high <= 1 + 1e-6, name, wanted, got)
     return np.repeat(values.clip(0, 1), 3 // values.shape[2], axis=2)
 
 
+def check_heat(name, heat, image):
+    """What is positive in a heat map of an image, as (H, W)."""
+    heat = numbers(name, heat, (*image.shape[:2], "C?"))
+    return np.nan_to_num(heat).sum(axis=2).clip(0)
+
+
 def _heated(image, heat):
-    """The image, faint, under what is positive in `heat`."""
-    heat = np.reshape(heat, (*image.shape[:2], -1)).sum(axis=2).clip(0)
+    """The image, faint, under a heat map."""
     heat = heat / (heat.max() or 1.0)
     colors = mpl.colormaps[SEQUENTIAL](heat)[:, :, :3]
     share = 0.25 + 0.65 * heat[:, :, None]
     grey = 0.69 + 0.3 * image.mean(axis=2, keepdims=True)
     return share * colors + (1 - share) * grey
+
+
+def _fitted(text, size, most):
+    """Lines of a text, as wide as a tile, the last one perhaps shortened."""
+
+    def is_wide(line):
+        return TextPath((0, 0), line, size).get_extents().width > 75  # points
+
+    lines = []
+    for word in str(text)[:80].split():
+        longer = " ".join([*lines[-1:], word])
+        if len(lines) < most and (not lines or is_wide(longer)):
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for index in range(len(lines)):
+        while is_wide(lines[index]):
+            lines[index] = lines[index][:-2].rstrip() + "…"
+    return lines or [""]
