@@ -16,6 +16,7 @@ LONGEST_AXIS = 2**31 - 1  # an index of an axis is an int32
 MOST_LAYERS = 1024  # each is an object, and is traced by itself
 MOST_SEED = 2**32 - 1  # of `keras.utils.set_random_seed`
 ADDRESS_SPACE = 2**47  # bytes that a process can address
+NO_LABEL = -1  # of an example whose class is not known
 
 # Kinds of numbers by NumPy's letters: what `check_array` takes as which.
 KINDS = {
@@ -587,3 +588,48 @@ def check_rate(name, value):
             f"nothing is left of all. Received: {name}={value!r}"
         )
     return value
+
+
+def check_labels(y, number, units=None, name="y"):
+    """Labels as int32 (number,).
+
+    Args:
+        y: (number,) or (number, 1) whole numbers, from -1, which is none, to
+            `units` - 1; or (number, units) one-hot. Bools are 0 and 1.
+        number: int, how many there must be.
+        units: int, how many outputs a model has; with one the classes may be
+            any. None where the model is not known yet: any number of them.
+        name: str, of the argument, for the error.
+
+    Raises:
+        ValueError: another shape, or what is no class.
+    """
+    labels = np.asarray(check_array(name, y, kind="whole", result="given"))
+    if labels.ndim == 2:
+        width = labels.shape[1]
+        if width == 1:
+            labels = labels[:, 0]
+        elif width and width == (units or width):
+            labels = labels.argmax(axis=1)
+    if labels.shape != (number,):
+        wide = "classes" if units is None else units
+        raise ValueError(
+            f"`{name}` must be ({number},) whole numbers or ({number}, {wide}) "
+            "one-hot, one for each input or example. "
+            f"Received: shape {np.shape(y)}"
+        )
+    if labels.dtype.kind == "f" and (labels % 1 != 0).any():
+        raise ValueError(
+            f"`{name}` must be whole numbers, classes. "
+            f"Received: {labels.dtype} such as {labels[:3]}"
+        )
+    if units != 1 and number:
+        wanted = f"at least {NO_LABEL}"
+        if units is not None:
+            wanted = f"in [{NO_LABEL}, {units - 1}]"
+        for label in (labels.min(), labels.max()):
+            if not NO_LABEL <= label < (units or np.inf):
+                raise ValueError(
+                    f"`{name}` must be {wanted}. Received: label={int(label)}"
+                )
+    return labels.astype("int32")

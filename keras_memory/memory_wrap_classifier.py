@@ -8,9 +8,11 @@ import numpy as np
 from keras import ops
 
 from keras_memory.arguments import Arguments
+from keras_memory.checks import NO_LABEL
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_closed
+from keras_memory.checks import check_labels
 from keras_memory.checks import check_process
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
@@ -21,7 +23,6 @@ from keras_memory.memory_wrap import first_shape
 from keras_memory.memory_wrap import layers_from_config
 from keras_memory.memory_wrap import split_pair
 
-NO_LABEL = -1  # of an example whose class is not known
 NOT_FILLED = -2  # of a memory's place, until it is filled
 
 
@@ -271,7 +272,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             )
         if y is None:
             return x, None
-        return x, labels_of(y, len(x), self.memory_layer.units)
+        return x, check_labels(y, len(x), self.memory_layer.units)
 
     def _put(self, encodings, labels):
         self._make_place(len(encodings))
@@ -659,48 +660,3 @@ def _inputs(name, x):
 def _beside_x(name, array, sizes):
     """An array with a row for each of `x`, as it came."""
     return check_array(name, array, ("N", ...), sizes, "any", result="given")
-
-
-def labels_of(y, number, units=None, name="y"):
-    """Labels as int32 (number,).
-
-    Args:
-        y: (number,) or (number, 1) whole numbers, from -1, which is none, to
-            `units` - 1; or (number, units) one-hot. Bools are 0 and 1.
-        number: int, how many there must be.
-        units: int, how many outputs a model has; with one the classes may be
-            any. None where the model is not known yet: any number of them.
-        name: str, of the argument, for the error.
-
-    Raises:
-        ValueError: another shape, or what is no class.
-    """
-    labels = np.asarray(check_array(name, y, kind="whole", result="given"))
-    if labels.ndim == 2:
-        width = labels.shape[1]
-        if width == 1:
-            labels = labels[:, 0]
-        elif width and width == (units or width):
-            labels = labels.argmax(axis=1)
-    if labels.shape != (number,):
-        wide = "classes" if units is None else units
-        raise ValueError(
-            f"`{name}` must be ({number},) whole numbers or ({number}, {wide}) "
-            "one-hot, one for each input or example. "
-            f"Received: shape {np.shape(y)}"
-        )
-    if labels.dtype.kind == "f" and (labels % 1 != 0).any():
-        raise ValueError(
-            f"`{name}` must be whole numbers, classes. "
-            f"Received: {labels.dtype} such as {labels[:3]}"
-        )
-    if units != 1 and number:
-        wanted = f"at least {NO_LABEL}"
-        if units is not None:
-            wanted = f"in [{NO_LABEL}, {units - 1}]"
-        for label in (labels.min(), labels.max()):
-            if not NO_LABEL <= label < (units or np.inf):
-                raise ValueError(
-                    f"`{name}` must be {wanted}. Received: label={int(label)}"
-                )
-    return labels.astype("int32")

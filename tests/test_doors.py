@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_memory
-from keras_memory import memory_wrap_classifier
 from keras_memory import retrieval
+from keras_memory.checks import check_labels
 from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
 from keras_memory.spatial import rooms
@@ -139,8 +139,8 @@ CALLS = {
         remembered,
         {"memory_encodings": real(5, 3)},
     ),
-    "labels_of": (
-        lambda y: memory_wrap_classifier.labels_of(y, 5, 3),
+    "check_labels": (
+        lambda y: check_labels(y, 5, 3),
         {"y": np.eye(5, 3, dtype="float32")},
     ),
     "ESMLayer": (

@@ -385,14 +385,14 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         every=1,
         labels=None,
     ):
-        from keras_memory.memory_wrap_classifier import labels_of
+        from keras_memory.checks import check_labels
         from keras_memory.visualization.tiles import check_shades
 
         super().__init__()
         self.folder = _path("log_dir", log_dir) / "explanations"
         self.x = check_numbers("x", x, ("B", "H", "W", ...))
         if labels is not None:
-            labels_of(labels, len(self.x), name="labels")
+            check_labels(labels, len(self.x), name="labels")
         self.labels = labels
         if to_image is not None:
             _function("to_image", to_image)
@@ -405,13 +405,13 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             check_shades("x", image if to_image is None else to_image(image))
 
     def on_train_begin(self, logs=None):
+        from keras_memory.checks import check_labels
         from keras_memory.inspection import explanations
-        from keras_memory.memory_wrap_classifier import labels_of
 
         explanations.check_model(self.model, self.class_names)
         if self.labels is not None:
             units = self.model.memory_layer.units
-            labels_of(self.labels, len(self.x), units, "labels")
+            check_labels(self.labels, len(self.x), units, "labels")
         self._writer = None
 
     def on_epoch_end(self, epoch, logs=None):

@@ -11,13 +11,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.checks import NO_LABEL
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_closed
+from keras_memory.checks import check_labels
 from keras_memory.checks import check_size
-from keras_memory.memory_wrap_classifier import NO_LABEL
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
-from keras_memory.memory_wrap_classifier import labels_of
 from keras_memory.memory_wrap_classifier import without_gradients
 
 
@@ -148,7 +148,7 @@ def explanation_accuracy(model, x, y, batch_size=500):
             memory whose examples could be classified.
     """
     x = _inputs_of(model, x, batch_size)
-    y = labels_of(y, len(x), model.memory_layer.units)
+    y = check_labels(y, len(x), model.memory_layer.units)
     agrees, right = [], []
     for begin in range(0, len(x), batch_size):
         some = x[begin : begin + batch_size]
@@ -310,7 +310,7 @@ def picture(
     x = _inputs_of(model, x, 1, axes=("B", "H", "W", ...))
     if labels is not None:
         units = model.memory_layer.units
-        labels = labels_of(labels, len(x), units, "labels")
+        labels = check_labels(labels, len(x), units, "labels")
     whys = explain(model, x) if whys is None else whys
     is_list = isinstance(whys, (list, tuple)) and len(whys) == len(x)
     if not is_list or not all(isinstance(why, Explanation) for why in whys):

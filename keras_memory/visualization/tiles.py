@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
+from keras_memory.checks import NO_LABEL
+from keras_memory.checks import check_labels
 from keras_memory.checks import check_size
-from keras_memory.memory_wrap import NO_LABEL
-from keras_memory.memory_wrap import labels_of
 from keras_memory.visualization.images import LINES
 from keras_memory.visualization.images import SEQUENTIAL
 from keras_memory.visualization.images import Figure
@@ -111,7 +111,7 @@ def plot_explanations(
     is_right = all(hasattr(why, "is_example") for why in explanations)
     require(is_right, "explanations", "be `Explanation`", explanations)
     if labels is not None:
-        labels = labels_of(labels, len(explanations), name="labels")
+        labels = check_labels(labels, len(explanations), name="labels")
     inputs = [why.input for why in explanations] if inputs is None else inputs
     inputs = check_list("inputs", inputs, len(explanations))
     if attributions is not None:
