@@ -167,7 +167,12 @@ class Drift:
 
     def _tried(self, made, tuning, rule):
         memory = made(
-            DIM, ENTRIES, 1, value_dim=0, store="scann", background=False
+            DIM,
+            ENTRIES,
+            1,
+            value_dim=0,
+            search_method="approximate",
+            background=False,
         )
         index = memory._indexes[0]
         some = min(ADDED, ENTRIES)
@@ -185,7 +190,9 @@ class Drift:
                 leaves = index.leaves, index.leaves_to_search
                 found["leaves"].append(leaves)
             begun = time.perf_counter()
-            memory.search(self.queries[step - 1][None], TOP_K, keys=False)
+            memory.search(
+                self.queries[step - 1][None], TOP_K, return_keys=False
+            )
             times.append(1e3 * (time.perf_counter() - begun))
             memory.add(keys[None])
         found["search_ms"] = float(np.median(times))
@@ -199,6 +206,6 @@ class Drift:
             queries,
             keys,
             slots,
-            memory.search(queries[None], TOP_K, keys=False).indices[0],
+            memory.search(queries[None], TOP_K, return_keys=False).indices[0],
             neighbours.least_right(queries, keys, TOP_K),
         )

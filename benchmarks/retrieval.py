@@ -185,15 +185,17 @@ def jobs(size, kind, threads, folder):
                 ),
             )
     prepared = functools.partial(neighbours.prepare, threads)
-    found['KNNMemory, store="scann"'] = 'needs `pip install -e ".[retrieval]"`'
+    found['KNNMemory, search_method="approximate"'] = (
+        'needs `pip install -e ".[retrieval]"`'
+    )
     if references.installed("scann"):
-        found['KNNMemory, store="scann"'] = (
+        found['KNNMemory, search_method="approximate"'] = (
             prepared,
-            functools.partial(OfKNNMemory, size, kind, "scann"),
+            functools.partial(OfKNNMemory, size, kind, "approximate"),
         )
-    found['KNNMemory, store="ring"'] = (
+    found['KNNMemory, search_method="exact"'] = (
         prepared,
-        functools.partial(OfKNNMemory, size, kind, "ring"),
+        functools.partial(OfKNNMemory, size, kind, "exact"),
     )
     if size <= IN_GRAPH:
         for name, jit_compile in (
@@ -368,10 +370,12 @@ class Reference(Step):
 class OfKNNMemory(Step):
     """Ours in host memory."""
 
-    def __init__(self, size, kind, store):
+    def __init__(self, size, kind, search_method):
         import keras_memory
 
-        self.memory = keras_memory.KNNMemory(DIM, size, ROWS, store=store)
+        self.memory = keras_memory.KNNMemory(
+            DIM, size, ROWS, search_method=search_method
+        )
         self.trees = neighbours.Trees()
         super().__init__(size, kind)
 
@@ -385,7 +389,10 @@ class OfKNNMemory(Step):
         if first < self.size:
             self.memory.add(*self.entries(self.size - first))
         self.memory.wait()
-        if self.memory.store == "scann" and self.size > tuning.FLAT:
+        if (
+            self.memory.search_method == "approximate"
+            and self.size > tuning.FLAT
+        ):
             # Half-way between two trees, as worn as they are on average.
             steps = int(tuning.REBUILT / 2 * self.size / ADDED)
             for _ in range(min(steps, self.size // ADDED)):
@@ -409,7 +416,7 @@ class OfKNNMemory(Step):
 
     def tell(self):
         told = super().tell()
-        if self.memory.store == "scann":
+        if self.memory.search_method == "approximate":
             told.update(self.trees.tell())
             told["leaves"] = [
                 (index.leaves, index.leaves_to_search)
@@ -426,7 +433,7 @@ class OfRingMemory(Step):
 
         from keras_memory import retrieval
 
-        ring = retrieval.RingMemory(DIM, size, method="blocked")
+        ring = retrieval.RingMemory(DIM, size, search_method="auto")
         options = {"jit_compile": jit_compile, "autograph": False}
         self._search = tf.function(
             lambda state, queries: ring.search(state, queries, TOP_K), **options

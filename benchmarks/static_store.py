@@ -403,13 +403,13 @@ def ours(folder, target):
             len(vectors),
             1,
             value_dim=0,
-            store="scann",
+            search_method="approximate",
             target_recall=target,
         )
         memory.add(vectors[None])
         memory.wait()
         return lambda queries: memory.search(
-            queries[None], TOP_K, keys=False
+            queries[None], TOP_K, return_keys=False
         ).indices[0]
 
     return Store(folder, make)

@@ -104,16 +104,16 @@ def main(arguments=None):
 
 def run(options, folder):
     keys, values, queries, labels = digits(options.shifts)
-    sizes = {"dim": 64, "value_dim": 1, "max_memories": len(keys)}
-    stores = ["ring", "scann"]
+    sizes = {"key_dim": 64, "value_dim": 1, "memory_size": len(keys)}
+    methods = ["exact", "approximate"]
     if tuning.import_error() is not None:
         print(
             "without ScaNN, `pip install scann==1.4.2`: "
             f"{tuning.import_error()}"
         )
-        stores.remove("scann")
-    for store in stores:
-        memory = KNNMemory(**sizes, similarity="l2", store=store)
+        methods.remove("approximate")
+    for method in methods:
+        memory = KNNMemory(**sizes, similarity="l2", search_method=method)
         memory.add(keys[None], values[None])
         memory.search(queries[None], NEIGHBOURS)
         memory.wait()  # where a tree is built for many entries
@@ -124,7 +124,7 @@ def run(options, folder):
         right = (answers(found) == labels).mean()
         recall = memory.recall(queries[None], NEIGHBOURS)
         print(
-            f"{store}: {len(keys):,} entries, {len(queries)} queries, "
+            f"{method}: {len(keys):,} entries, {len(queries)} queries, "
             f"{NEIGHBOURS} neighbours: {right:.1%} right, recall {recall:.3f}, "
             f"{len(queries) / seconds:,.0f} queries a second"
         )

@@ -6,6 +6,45 @@ import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+__all__ = [
+    "Access",
+    "BaselineMemory",
+    "DNCCell",
+    "DNCLayer",
+    "DNCState",
+    "ESMCell",
+    "ESMLayer",
+    "ESMMap",
+    "KNNMemory",
+    "KNNMemoryLayer",
+    "MERLINState",
+    "MemoryCell",
+    "MemoryRNN",
+    "MemoryWrapClassifier",
+    "MemoryWrapLayer",
+    "NTMCell",
+    "NTMLayer",
+    "NTMState",
+    "Neighbours",
+    "RingMemory",
+    "ScannIndex",
+    "StateSpec",
+    "callbacks",
+    "controllers",
+    "convert",
+    "explanations",
+    "export",
+    "geometry",
+    "losses",
+    "plot",
+    "retrieval",
+    "rgbd",
+    "rooms",
+    "tasks",
+    "trace",
+    "trace_model",
+    "visualization",
+]
 
 
 def _is_command():
@@ -22,7 +61,7 @@ def _is_command():
 if TYPE_CHECKING:
     from keras_memory import visualization as visualization
 if TYPE_CHECKING or not _is_command():
-    from keras_memory.api import *  # noqa: F403
+    from keras_memory.api import *
 
 
 def __getattr__(name):
@@ -31,8 +70,9 @@ def __getattr__(name):
         return importlib.import_module(f"{__name__}.{name}")
     if _is_command():
         api = importlib.import_module("keras_memory.api")
-        public = {key: vars(api)[key] for key in vars(api) if key[0] != "_"}
-        globals().update(public)
-        if name in public:
-            return public[name]
+        globals().update(
+            {key: vars(api)[key] for key in __all__ if key in vars(api)}
+        )
+        if name in __all__:
+            return vars(api)[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

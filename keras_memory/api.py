@@ -1,5 +1,7 @@
 """The public names of the package, which `__init__` hands on."""
 
+from keras_memory import convert as convert
+from keras_memory import retrieval as retrieval
 from keras_memory.dnc import DNCCell as DNCCell
 from keras_memory.dnc import DNCLayer as DNCLayer
 from keras_memory.dnc import DNCState as DNCState
@@ -20,11 +22,15 @@ from keras_memory.ntm import NTMLayer as NTMLayer
 from keras_memory.ntm import NTMState as NTMState
 from keras_memory.recurrent import controllers as controllers
 from keras_memory.recurrent.cell import MemoryCell as MemoryCell
+from keras_memory.recurrent.interface import Access as Access
+from keras_memory.recurrent.interface import StateSpec as StateSpec
 from keras_memory.recurrent.layer import MemoryRNN as MemoryRNN
 from keras_memory.recurrent.tracing import trace as trace
 from keras_memory.recurrent.tracing import trace_model as trace_model
+from keras_memory.retrieval.exact import Neighbours as Neighbours
 from keras_memory.retrieval.knn_layer import KNNMemoryLayer as KNNMemoryLayer
 from keras_memory.retrieval.knn_memory import KNNMemory as KNNMemory
+from keras_memory.retrieval.ring import RingMemory as RingMemory
 from keras_memory.retrieval.scann_index import ScannIndex as ScannIndex
 from keras_memory.serving import export as export
 from keras_memory.spatial import geometry as geometry

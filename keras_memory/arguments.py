@@ -128,11 +128,28 @@ def _checked(owner, init):
     return checked
 
 
+# Names of before, which files and programs may have.
+RENAMED = {
+    "dim": "key_dim",
+    "distance": "similarity",
+    "fixed_memory_size": "memory_size",
+    "layers": "num_layers",
+    "max_memories": "memory_size",
+    "method": "search_method",
+    "store": "search_method",
+}
+
+
 def _refuse(written, name, value):
     names = {**inspect.signature(written).parameters}
     names.update(parameters(written.__mro__))
     for kind in ("args", "kwargs", "self"):
         names.pop(kind, None)
+    if RENAMED.get(name) in names:
+        raise TypeError(
+            f"{written.__name__} has no argument `{name}`: it is called "
+            f"`{RENAMED[name]}` now. Received: {name}={value!r}"
+        )
     words = set(name.split("_"))
     close = [one for one in names if words <= set(one.split("_"))]
     close += difflib.get_close_matches(name, names)

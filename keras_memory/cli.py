@@ -17,7 +17,7 @@ from keras_memory.files import check_run_folder
 
 EXAMPLES = """examples:
   keras-memory train copy                     learn to copy, in two minutes
-  keras-memory train copy --show              all values that --set can change
+  keras-memory train copy --print-config      all values that --set can change
   keras-memory train repeat-copy --set read_heads=2 --seed 7 --out runs/x
   keras-memory train --resume runs/x          go on after Ctrl-C or a crash
   keras-memory evaluate runs/x --length 20 120
@@ -146,7 +146,7 @@ def parser():
         help="go on with the run in this folder from its last checkpoint",
     )
     command.add_argument(
-        "--show",
+        "--print-config",
         action="store_true",
         default=None,
         help="print the configuration, with all names that --set can change, "
@@ -282,7 +282,7 @@ def train(parsed):
         train, arguments = training.resume, ()
     else:
         config = _config(parsed)
-        if parsed.show:
+        if parsed.print_config:
             print(to_json(config), end="")
             return
         train, arguments = training.train, (config,)

@@ -307,7 +307,7 @@ class DNCAccess:
             )
         check_bytes_of_state(self, "The linkage", names, instead)
 
-    @property
+    @functools.cached_property
     def parts(self):
         """Shape of each part of the interface; None where it is not used."""
         of_reads = (self.read_heads, self.slot_size)
@@ -331,11 +331,11 @@ class DNCAccess:
             backward_sharpening=of_links if self.link_sharpening else None,
         )
 
-    @property
+    @functools.cached_property
     def interface_size(self):
         return interface_size(self.parts)
 
-    @property
+    @functools.cached_property
     def read_size(self):
         return self.read_heads * self.slot_size
 
@@ -432,8 +432,8 @@ class DNCCell(MemoryCell):
     State: a `DNCState`, all zeros at first but for the memory, which starts
     at `initial_memory`, and the columns of sparse links, which start at 0 to
     K - 1 in each row; the heads update all of it at every step. With
-    `layers` and a memory each, a tuple of them. In 16 bits usage and linkage
-    round at every step.
+    `num_layers` and a memory each, a tuple of them. In 16 bits usage and
+    linkage round at every step.
 
     Masking and dtype: as `MemoryCell`.
 
@@ -458,9 +458,9 @@ class DNCCell(MemoryCell):
             feed-forward layer. Default `"lstm"`.
         controller_units: int, at least 1. Default 64.
         controller_layers: int, at least 1. Default 1.
-        layers: int, from 1 to 1024: how many times controller, interface and
-            memory come one after another in a step. Default 1.
-        share_memory: bool; True (default): all `layers` act on one memory,
+        num_layers: int, from 1 to 1024: how many times controller, interface
+            and memory come one after another in a step. Default 1.
+        share_memory: bool; True (default): all `num_layers` act on one memory,
             False: each on one of its own.
         linkage: bool. False leaves out links, precedence and read modes: read
             heads find slots by content alone, and a step costs N instead of
@@ -527,7 +527,7 @@ class DNCCell(MemoryCell):
         controller="lstm",
         controller_units=64,
         controller_layers=1,
-        layers=1,
+        num_layers=1,
         share_memory=True,
         linkage=True,
         sparse_links=None,
@@ -544,7 +544,7 @@ class DNCCell(MemoryCell):
         usage_epsilon=None,
         **kwargs,
     ):
-        check_layers("layers", layers)
+        check_layers("num_layers", num_layers)
         check_bool("share_memory", share_memory)
 
         def access():
@@ -571,9 +571,9 @@ class DNCCell(MemoryCell):
         super().__init__(
             units,
             accesses=(
-                [access()] * layers
+                [access()] * num_layers
                 if share_memory
-                else [access() for _ in range(layers)]
+                else [access() for _ in range(num_layers)]
             ),
             controller=controller,
             controller_units=controller_units,
@@ -584,7 +584,7 @@ class DNCCell(MemoryCell):
         self.slot_size = slot_size
         self.read_heads = read_heads
         self.write_heads = write_heads
-        self.layers = layers
+        self.num_layers = num_layers
         self.share_memory = share_memory
         self.linkage = linkage
         self.sparse_links = sparse_links

@@ -28,7 +28,7 @@ from keras_memory.retrieval.exact import middle
 from keras_memory.retrieval.exact import nearest
 from keras_memory.retrieval.exact import places_of_sample
 
-DISTANCES = ("cosine", "l2", "dot")
+SIMILARITIES = ("cosine", "l2", "dot")
 NORM_EPSILON = 1e-6  # added to squared lengths, as in the paper's code
 FULL_LENGTH = 0.25  # from which length on it is added in full
 FEW = 2**17  # components of a memory whose differences from an input are taken
@@ -44,28 +44,28 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         units,
         head=None,
         classifier=None,
-        distance="cosine",
+        similarity="cosine",
         top_k=None,
-        fixed_memory_size=None,
+        memory_size=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.units = check_size("units", units)
         self.head = check_layer("head", head, 'a layer, "dense" or None')
         self.classifier = check_layer("classifier", classifier)
-        if distance not in DISTANCES:
+        if similarity not in SIMILARITIES:
             raise ValueError(
-                f"`distance` must be one of {DISTANCES}, by which examples "
-                f"are compared. Received: distance={distance!r}"
+                f"`similarity` must be one of {SIMILARITIES}, by which "
+                f"examples are compared. Received: similarity={similarity!r}"
             )
-        self.distance = distance
+        self.similarity = similarity
         if top_k is not None:
             check_size("top_k", top_k, others=", or None for all examples")
         self.top_k = top_k
-        if fixed_memory_size is not None:
+        if memory_size is not None:
             others = ", or None where memory comes with each call"
-            check_size("fixed_memory_size", fixed_memory_size, others=others)
-        self.fixed_memory_size = fixed_memory_size
+            check_size("memory_size", memory_size, others=others)
+        self.memory_size = memory_size
         self.memory_keys = self.memory_values = None
 
     def build(self, input_shape):
@@ -113,8 +113,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
                 f"{features}). Received: units={self.units}, and a classifier "
                 f"whose output has the shape {shape}"
             )
-        if self.fixed_memory_size is not None:
-            self._make_memory(self.fixed_memory_size)
+        if self.memory_size is not None:
+            self._make_memory(self.memory_size)
         self.built = True
 
     def _made_by(self, layer, size):
@@ -122,10 +122,10 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     def _make_memory(self, size):
         """Makes place for so many examples, instead of those before."""
-        sizes = ("fixed_memory_size", size), ("D", self._width)
+        sizes = ("memory_size", size), ("D", self._width)
         check_bytes("The memory", sizes, self.compute_dtype)
         dtypes = {"memory_values": self.compute_dtype}
-        if self.distance == "cosine" and self._project is None:
+        if self.similarity == "cosine" and self._project is None:
             dtypes["memory_keys"] = self._wide_dtype
         was_locked = self._tracker.locked
         self._tracker.unlock()  # a built layer takes no weights otherwise
@@ -149,7 +149,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
                 setattr(self, name, weight)
         if was_locked:
             self._tracker.lock()
-        self.fixed_memory_size = size
+        self.memory_size = size
 
     def __call__(
         self, encodings, memory_encodings=None, memory_mask=None, **kwargs
@@ -185,7 +185,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
                 axes = ("B", *axes)
             memory = check_array(name, memory, axes, sizes)
         elif self.memory_values is not None:
-            sizes["M"] = self.fixed_memory_size
+            sizes["M"] = self.memory_size
         if mask is not None:
             name, kind = "memory_mask", "mask"
             mask = check_array(
@@ -248,7 +248,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
         Raises:
             ValueError: wrong shape, values that are not finite, or another
-                number of examples than `fixed_memory_size`.
+                number of examples than `memory_size`.
         """
         memory = check_array(
             "memory_encodings",
@@ -260,16 +260,16 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if not self.built:
             self.build((None, memory.shape[-1]))
         self._check_finite(memory)
-        if self.fixed_memory_size is None:
+        if self.memory_size is None:
             self._make_memory(len(memory))
-        if len(memory) != self.fixed_memory_size:
+        if len(memory) != self.memory_size:
             raise ValueError(
                 "`memory_encodings` must have as many examples as before, "
                 "which compiled functions of this layer look at: make a layer "
-                f"with `fixed_memory_size={len(memory)}`, and assign it the "
+                f"with `memory_size={len(memory)}`, and assign it the "
                 "`trainable_weights` of this one. Received: "
                 f"{len(memory)} of them, "
-                f"fixed_memory_size={self.fixed_memory_size}"
+                f"memory_size={self.memory_size}"
             )
         self._fill(memory)
 
@@ -307,7 +307,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     def _similarity(self, queries, keys, mask):
         """(B, M), -inf for examples that do not count."""
-        if self.distance != "l2":
+        if self.similarity != "l2":
             similarity = _dot(queries, keys)
         elif len(keys.shape) == 2 and keys.shape[0] is None:
             similarity = ops.cond(
@@ -329,7 +329,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             top_k = min(self.top_k, size)
         else:
             top_k = _smaller(self.top_k, ops.shape(keys)[-2])
-        is_l2 = self.distance == "l2"
+        is_l2 = self.similarity == "l2"
         if len(keys.shape) == 3 or (is_l2 and _are_few(keys)):
             similarity = self._similarity(queries, keys, mask)
             found, indices = ops.top_k(ops.stop_gradient(similarity), top_k)
@@ -346,7 +346,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         if self._project is not None:
             keys = self._project(keys)
         keys = self._wide(keys)
-        return _unit(keys) if self.distance == "cosine" else keys
+        return _unit(keys) if self.similarity == "cosine" else keys
 
     def _classified(self, encodings, read):
         """g([e; v]), or g(v) of `BaselineMemory`."""
@@ -400,7 +400,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             raise ValueError(
                 "There must be a memory to look at: call the layer with "
                 "[encodings, memory_encodings], or make it with "
-                "`fixed_memory_size` and call `set_memory`. Received: "
+                "`memory_size` and call `set_memory`. Received: "
                 "encodings only"
             )
         if training:
@@ -494,12 +494,12 @@ class MemoryWrapLayer(_MemoryWrap):
         classifier: a layer that makes (B, units) of (B, 2 D); None (default)
             for the paper's, `Dense(4 D, "relu")` and `Dense(units)`: outputs
             are then logits.
-        distance: `"cosine"` (default), `"l2"`, the squared Euclidean distance,
-            or `"dot"`, minus the inner product.
+        similarity: `"cosine"` (default), `"dot"`, the inner product, or
+            `"l2"`, minus the squared Euclidean distance.
         top_k: int, at least 1, how many of the nearest examples are looked at;
             None (default) for all. The result is that of all wherever the
             least of the `top_k` weights is 0. For large memories.
-        fixed_memory_size: int, how many examples a memory has that
+        memory_size: int, how many examples a memory has that
             `set_memory` fixes; None (default) until then. Where a layer is
             made with it, the memory is zeros until `set_memory` or loaded
             weights fill it.
@@ -555,7 +555,7 @@ class BaselineMemory(_MemoryWrap):
 
     Example:
 
-    >>> layer = keras_memory.BaselineMemory(10, distance="l2")
+    >>> layer = keras_memory.BaselineMemory(10, similarity="l2")
     >>> layer([np.ones((2, 16)), np.ones((5, 16))]).shape
     TensorShape([2, 10])
     """

@@ -61,7 +61,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         memory_size: int, how many examples are drawn; the paper's 100 by
             default.
         baseline: bool, whether the layer is `BaselineMemory`.
-        head, classifier, distance, top_k: see `MemoryWrapLayer`.
+        head, classifier, similarity, top_k: see `MemoryWrapLayer`.
         fixed_memory_size: int, set by `set_memory`; a model that is made with
             it has place for a memory, which loaded weights fill.
         seed: int of what is drawn; None takes one from NumPy's, which
@@ -104,7 +104,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         baseline=False,
         head=None,
         classifier=None,
-        distance="cosine",
+        similarity="cosine",
         top_k=None,
         fixed_memory_size=None,
         seed=None,
@@ -118,14 +118,17 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             )
         self.encoder = encoder
         self.memory_size = check_size("memory_size", memory_size)
+        if fixed_memory_size is not None:
+            others = ", or None where none is fixed"
+            check_size("fixed_memory_size", fixed_memory_size, others=others)
         self.baseline = check_bool("baseline", baseline)
         self.memory_layer = (BaselineMemory if baseline else MemoryWrapLayer)(
             units,
             head=head,
             classifier=classifier,
-            distance=distance,
+            similarity=similarity,
             top_k=top_k,
-            fixed_memory_size=(
+            memory_size=(
                 memory_size if fixed_memory_size is None else fixed_memory_size
             ),
             dtype=self.dtype_policy,
@@ -163,7 +166,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         if self.memory_labels is not None:
             self._untrack_variable(self.memory_labels)
         self.memory_labels = self.add_weight(
-            (self.memory_layer.fixed_memory_size,),
+            (self.memory_layer.memory_size,),
             initializer=keras.initializers.Constant(NOT_FILLED),
             dtype="int32",
             trainable=False,
@@ -285,7 +288,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         self.memory_labels.assign(labels)
 
     def _make_place(self, size):
-        if size == self.memory_layer.fixed_memory_size:
+        if size == self.memory_layer.memory_size:
             return
         self.memory_layer._make_memory(size)
         self._make_labels()
@@ -574,7 +577,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         return {
             **super().get_config(),
             **config_with_layers(
-                layer, ("units", "head", "classifier", "distance", "top_k")
+                layer, ("units", "head", "classifier", "similarity", "top_k")
             ),
             **config_with_layers(
                 self,

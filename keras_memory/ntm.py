@@ -5,6 +5,7 @@ Equation numbers are those of section 3 of the first paper.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -332,15 +333,15 @@ class NTMAccess:
                 f"writing={self.writing!r}, slot_size={self.slot_size!r}"
             )
 
-    @property
+    @functools.cached_property
     def sequential(self):
         return self.writing == "sequential"
 
-    @property
+    @functools.cached_property
     def by_location(self):
         return self.addressing == "content_and_location"
 
-    @property
+    @functools.cached_property
     def parts(self):
         """Shape of each part of the interface; None where it is not used."""
         heads = self.read_heads + (0 if self.sequential else self.write_heads)
@@ -359,11 +360,11 @@ class NTMAccess:
             add_vector=(self.write_heads, self.slot_size // halves),
         )
 
-    @property
+    @functools.cached_property
     def interface_size(self):
         return interface_size(self.parts)
 
-    @property
+    @functools.cached_property
     def read_size(self):
         return self.read_heads * self.slot_size
 
@@ -410,7 +411,7 @@ class NTMAccess:
             usage=StateSpec((self.memory_slots,), constant=-1.0),
         )
 
-    @property
+    @functools.cached_property
     def turns(self):
         """Groups of heads that act at once; the groups act one after another.
 

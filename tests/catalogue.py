@@ -200,7 +200,7 @@ CASES = [
     ),
     dnc(
         "two-layers-as-pytorch-dnc",
-        layers=2,
+        num_layers=2,
         controller="gru",
         controller_layers=2,
         controller_dropout=0.3,
@@ -212,7 +212,7 @@ CASES = [
     ),
     dnc(
         "two-memories-as-deepmind",
-        layers=2,
+        num_layers=2,
         share_memory=False,
         write_heads=2,
         usage_gradient=False,
@@ -269,7 +269,7 @@ WRAPS = [
         "wrap-dot-nearest",
         keras_memory.MemoryWrapLayer,
         {
-            "distance": "dot",
+            "similarity": "dot",
             "head": dense(2),
             "classifier": einsum,
             "top_k": 2,
@@ -279,7 +279,7 @@ WRAPS = [
     WrapCase(
         "baseline-linear",
         keras_memory.BaselineMemory,
-        {"distance": "l2", "classifier": dense(3), "top_k": 4},  # no head:
+        {"similarity": "l2", "classifier": dense(3), "top_k": 4},  # no head:
         # its bias would have no gradient, as all are moved alike
     ),
     WrapCase(
@@ -325,10 +325,10 @@ OTHERS = [
         "knn-memory-layer",
         keras_memory.KNNMemoryLayer,
         {
-            "max_memories": 11,
+            "memory_size": 11,
             "top_k": 5,
             "similarity": "l2",
-            "method": "blocked",
+            "search_method": "auto",
             "target_recall": 0.8,
             "write": "always",
             "memory_dtype": "bfloat16",

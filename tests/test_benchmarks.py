@@ -589,7 +589,7 @@ def test_jobs_of_retrieval(monkeypatch):
     monkeypatch.setattr(references, "installed", lambda name: name != "scann")
     jobs = retrieval.jobs(1 << 18, "clustered", 2, "folder")
     assert len(jobs) == 4  # all entries are not compared in a graph
-    assert "retrieval" in jobs['KNNMemory, store="scann"']
+    assert "retrieval" in jobs['KNNMemory, search_method="approximate"']
     assert callable(jobs["reference, one process"][1])
 
 

@@ -149,7 +149,7 @@ def test_the_command_knows_all_tasks_and_presets():
 def test_tasks_of_the_users_own_are_known(monkeypatch, capsys):
     mine = {"default": PRESETS["copy"]["default"]}
     monkeypatch.setitem(PRESETS, "mine", mine)
-    assert cli.main(["train", "mine", "--show"]) == 0
+    assert cli.main(["train", "mine", "--print-config"]) == 0
     assert '"name": "copy"' in capsys.readouterr().out
 
 

@@ -264,10 +264,8 @@ def stepped(cell, x, states, feedback=True):
         features, records, blocks = cell.step(x[:, t], records)
         outputs.append(cell.project(features))
         controllers.append(keras.tree.flatten([r.controller for r in records]))
-        for block, values in enumerate(blocks):
-            prefix = f"block{block}/" if len(blocks) > 1 else ""
-            for name, value in values.items():
-                inside.setdefault(prefix + name, []).append(value)
+        for name, value in cell._named(blocks).items():
+            inside.setdefault(name, []).append(value)
     inside = {name: ops.stack(value, axis=1) for name, value in inside.items()}
     outputs = inside["output"] = ops.stack(outputs, axis=1)
     return outputs, controllers, inside

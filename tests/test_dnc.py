@@ -306,10 +306,10 @@ ALL_IN_ONE = {
 @pytest.mark.parametrize(
     "options",
     [
-        {"layers": 2, "controller": "gru"},
-        {"layers": 3, "write_heads": 2, **ALL_IN_ONE},
-        {"layers": 2, "linkage": False, "controller": "dense"},
-        {"layers": 2, "sparse_links": 2, "controller": "dense"},
+        {"num_layers": 2, "controller": "gru"},
+        {"num_layers": 3, "write_heads": 2, **ALL_IN_ONE},
+        {"num_layers": 2, "linkage": False, "controller": "dense"},
+        {"num_layers": 2, "sparse_links": 2, "controller": "dense"},
     ],
     ids=["two", "three with all options", "no linkage", "sparse links"],
 )
@@ -367,7 +367,7 @@ def test_sorting_the_slots_equals_the_oracle(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"layers": 2}, {"layers": 2, "share_memory": False}]
+    "options", [{}, {"num_layers": 2}, {"num_layers": 2, "share_memory": False}]
 )
 @needs_tensorflow
 def test_without_its_memory_the_layer_equals_the_oracle(options):
@@ -383,7 +383,7 @@ def test_float32_equals_the_oracle():
 
 
 def test_all_starts_at_zero():
-    layer = built(write_heads=2, layers=2, share_memory=False)
+    layer = built(write_heads=2, num_layers=2, share_memory=False)
     first, second = layer.cell.unpack_state(layer.cell.get_initial_state(3))
     shapes = {
         "reads": (3, 2, 5),
@@ -738,15 +738,15 @@ IN_RANGE = {
     "default": {},
     "heads": {"write_heads": 3},
     "all options": {"write_heads": 2, **ALL_IN_ONE},
-    "no linkage": {"layers": 2, "linkage": False},
-    "layers": {"layers": 2},
+    "no linkage": {"num_layers": 2, "linkage": False},
+    "num_layers": {"num_layers": 2},
 }
 
 
 @pytest.mark.parametrize(
     ("scale", "name"),
     [
-        slow_unless(scale > 1 or "layers" not in options, scale, name)
+        slow_unless(scale > 1 or "num_layers" not in options, scale, name)
         for scale in (0.5, 2.0)
         for name, options in IN_RANGE.items()
     ],
@@ -950,12 +950,12 @@ def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
         {"write_heads": 2, "controller": "gru", **ALL_IN_ONE},
         {"sparse_links": 3, "write_heads": 2, "controller": "dense"},
         slow_unless(
-            False, {"layers": 2, "share_memory": False, "controller": "rnn"}
+            False, {"num_layers": 2, "share_memory": False, "controller": "rnn"}
         ),
         slow_unless(
             False,
             {
-                "layers": 2,
+                "num_layers": 2,
                 "linkage": False,
                 "controller": "dense",
                 "product_epsilon": 0.2,
@@ -1384,10 +1384,12 @@ def equal(states, others):
         np.testing.assert_array_equal(state, other)
 
 
-TWO_MEMORIES = {"layers": 2, "share_memory": False}
+TWO_MEMORIES = {"num_layers": 2, "share_memory": False}
 
 
-@pytest.mark.parametrize("options", [{}, TWO_MEMORIES, {"layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, TWO_MEMORIES, {"num_layers": 2}], ids=str
+)
 def test_without_its_memory_only_the_controller_goes_on(options):
     layer = randomised(return_state=True, units=None, **options)
     x = numbers().astype("float32")
@@ -1681,7 +1683,7 @@ SWITCH = [None, 1, 0, "yes"]
     ("name", "values"),
     [
         ("units", [0, -1, 2.0, True]),
-        *((name, SIZE) for name in ("memory_slots", "slot_size", "layers")),
+        *((name, SIZE) for name in ("memory_slots", "slot_size", "num_layers")),
         *((name, SIZE) for name in ("read_heads", "write_heads")),
         ("sparse_links", [value for value in SIZE if value is not None]),
         *((name, SIZE) for name in ("controller_units", "controller_layers")),

@@ -43,7 +43,7 @@ def ring(method):
 
 
 def knn(method):
-    memory = keras_memory.KNNMemory(3, 7, 2, store="ring")
+    memory = keras_memory.KNNMemory(3, 7, 2, search_method="exact")
     return lambda **arrays: getattr(memory, method)(**arrays)
 
 

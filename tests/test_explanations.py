@@ -61,7 +61,7 @@ def answers(model, x, memory, **kwargs):
 def test_explanations_of_a_fixed_memory(images):
     x, y = images
     x = 2 * x  # less alike
-    model = untrained(distance="l2")
+    model = untrained(similarity="l2")
     model.set_memory(x[:13], y[:13])
     outputs, weights = answers(model, x[13:36], x[:13], return_weights=True)
     used = np.count_nonzero(weights, axis=1)
@@ -260,7 +260,7 @@ def test_tiles():
     assert words == ["prediction", "5", "example", "0.3"]
     assert [frame.get_edgecolor()[2] for frame in ax.patches] == [0.3, 1, 1]
     with pytest.raises(
-        ValueError, match="`rows` must be at least one.*Received: 0"
+        ValueError, match="`rows` must be a list of at least one.*Received: 0"
     ):
         visualization.plot_tiles([[]])
     for wrong, words in (

@@ -675,11 +675,11 @@ def test_states_of_several_memories_and_controllers():
         *("controller_h_0", "controller_c_0"),
         *("controller_h_1", "controller_c_1"),
     ]
-    assert names(controller="gru", layers=2) == [
+    assert names(controller="gru", num_layers=2) == [
         *record,
         *("block0_controller_h", "block1_controller_h"),
     ]
-    assert names(controller="nas", layers=2, share_memory=False) == [
+    assert names(controller="nas", num_layers=2, share_memory=False) == [
         f"block{block}_{name}"
         for block in range(2)
         for name in [*record, "controller_c", "controller_m"]

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+import keras_memory
+from keras_memory import api
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 
 # Each module may import modules of the lines above its own. A folder's
@@ -146,6 +149,13 @@ def run_python(code, cwd=None, **environment):
         text=True,
         check=True,
     ).stdout
+
+
+def test_all_public_names_are_written_out():
+    names = [name for name in vars(api) if not name.startswith("_")]
+    assert sorted([*names, "visualization"]) == sorted(keras_memory.__all__)
+    for name in keras_memory.__all__:
+        assert getattr(keras_memory, name) is not None
 
 
 def test_import_is_light():

@@ -49,6 +49,9 @@ from keras_memory.retrieval.store import exists
 TOLERANCE = 1e-5  # of scores, by the lengths of the vectors
 
 
+SEARCH = {"ring": "exact", "scann": "approximate", "auto": "auto"}
+
+
 def need_scann():
     reason = tuning.import_error()
     if reason is not None:
@@ -100,10 +103,14 @@ class Model:
     """A memory as a list of entries for each row, the oldest first."""
 
     def __init__(
-        self, dim, max_memories, num_rows=1, value_dim=None, similarity="dot"
+        self, key_dim, memory_size, num_rows=1, value_dim=None, similarity="dot"
     ):
-        self.dim, self.max_memories, self.num_rows = dim, max_memories, num_rows
-        self.value_dim = dim if value_dim is None else value_dim
+        self.key_dim, self.memory_size, self.num_rows = (
+            key_dim,
+            memory_size,
+            num_rows,
+        )
+        self.value_dim = key_dim if value_dim is None else value_dim
         self.similarity = similarity
         self.rows = [[] for _ in range(num_rows)]
         self.added = [0] * num_rows
@@ -123,13 +130,13 @@ class Model:
             for j in range(keys.shape[1]):
                 if mask is not None and not mask[i, j]:
                     continue
-                slot = self.added[row] % self.max_memories
+                slot = self.added[row] % self.memory_size
                 slots[i, slots[i] == slot] = -1
                 slots[i, j] = slot
                 self.rows[row].append(Entry(slot, keys[i, j], values[i, j]))
                 length = np.linalg.norm(keys[i, j].astype("float64"))
                 self.longest[row] = max(self.longest[row], length)
-                del self.rows[row][: -self.max_memories]
+                del self.rows[row][: -self.memory_size]
                 self.added[row] += 1
         return slots
 
@@ -150,7 +157,7 @@ class Model:
 
     def scores(self, row, queries):
         """(Q, n) similarities in float64, and (Q, 1) what rounding goes by."""
-        shape = (-1, self.dim)
+        shape = (-1, self.key_dim)
         keys = [entry.key for entry in self.rows[row]]
         keys = np.array(keys, "float64").reshape(shape)
         queries = queries.astype("float64")
@@ -198,7 +205,7 @@ def check_entries(memory, model):
     assert size.tolist() == [len(entries) for entries in model.rows]
     for row, number in enumerate(size):
         keys, values = memory.entries(row)
-        assert keys.shape == (number, model.dim)
+        assert keys.shape == (number, model.key_dim)
         assert values.shape == (number, model.value_dim)
         assert keys.dtype == values.dtype == "float32"
 
@@ -209,7 +216,7 @@ def check_search(memory, model, queries, top_k, rows=None, is_exact=True):
     found = memory.search(queries, top_k, rows)
     which = model.which(rows)
     shape = (*queries.shape[:-1], top_k)
-    widths = (), (), (), (model.dim,), (model.value_dim,)
+    widths = (), (), (), (model.key_dim,), (model.value_dim,)
     assert [part.shape for part in found] == [(*shape, *w) for w in widths]
     dtypes = ["float32", "int32", "bool", "float32", "float32"]
     assert [part.dtype.name for part in found] == dtypes
@@ -220,7 +227,7 @@ def check_search(memory, model, queries, top_k, rows=None, is_exact=True):
     ]
     right = wanted = 0
     for i, row in enumerate(which):
-        of_row = queries[i].reshape(number, model.dim)
+        of_row = queries[i].reshape(number, model.key_dim)
         of_all = is_exact(row) if callable(is_exact) else is_exact
         of_slot = {entry.slot: entry for entry in model.rows[row]}
         places = {slot: place for place, slot in enumerate(of_slot)}
@@ -262,7 +269,11 @@ def check_statistics(memory, model):
 
 def pair(store, *sizes, of_memory=None, **options):
     """A memory, and a model of it."""
-    more = {"store": store, "background": False, **(of_memory or {})}
+    more = {
+        "search_method": SEARCH[store],
+        "background": False,
+        **(of_memory or {}),
+    }
     return KNNMemory(*sizes, **options, **more), Model(*sizes, **options)
 
 
@@ -275,7 +286,7 @@ def check_add(memory, model, *arguments, **named):
 
 # As the model.
 
-SIZES = {  # dim, max_memories, num_rows, value_dim
+SIZES = {  # dim, memory_size, num_rows, value_dim
     "all-differ": (5, 11, 3, 2),
     "values-as-wide": (5, 11, 3, None),
     "no-values": (5, 7, 3, 0),
@@ -289,7 +300,7 @@ CASES_OF_SIZES += [("all-differ", "cosine"), ("all-differ", "l2")]
 @pytest.mark.parametrize("sizes, similarity", CASES_OF_SIZES)
 def test_all_is_as_in_a_list(store, sizes, similarity):
     memory, model = pair(store, *SIZES[sizes], similarity=similarity)
-    dim, width, size = memory.dim, memory.value_dim, memory.max_memories
+    dim, width, size = memory.key_dim, memory.value_dim, memory.memory_size
     rng = np.random.default_rng(3)
 
     def entries(rows, n):
@@ -353,7 +364,9 @@ def test_one_row(store):
 
 
 def test_one_row_without_its_axis(store):
-    memory, other = (KNNMemory(3, 5, store=store, value_dim=2) for _ in "12")
+    memory, other = (
+        KNNMemory(3, 5, search_method=SEARCH[store], value_dim=2) for _ in "12"
+    )
     keys, values, mask = random(4, 3), random(4, 2), np.arange(4) != 1
     slots = memory.add(keys, values, mask)
     assert (slots == other.add(keys[None], values[None], mask[None])[0]).all()
@@ -381,15 +394,15 @@ def test_one_row_without_its_axis(store):
         memory.add(
             np.where(np.arange(12).reshape(4, 3) == 5, np.nan, keys), values
         )
-    two = KNNMemory(3, 5, num_rows=2, value_dim=2, store=store)
+    two = KNNMemory(3, 5, num_rows=2, value_dim=2, search_method=SEARCH[store])
     with pytest.raises(ValueError, match=r"`keys` must be \(1, n, 3\)"):
         two.add(keys, values, rows=[1])
 
 
-@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize("name", ["return_keys", "return_values"])
 def test_entries_are_not_handed_to_a_search(store, name):
-    memory = KNNMemory(3, 5, store=store)
-    told = f"`{name}` must be True or False.*`add` takes entries.*Received"
+    memory = KNNMemory(3, 5, search_method=SEARCH[store])
+    told = f"`{name}` must be True or False.*Received"
     with pytest.raises(ValueError, match=told):
         memory.search(random(1, 2, 3), 1, **{name: random(1, 2, 3)})
 
@@ -410,26 +423,32 @@ VALUES = {
 def test_values_come_back_in_their_dtype(store, dtype, tmp_path):
     values = np.array(VALUES[dtype]).astype(dtype)[None, :, None]
     keys = np.eye(3)[None]
-    options = {"value_dim": 1, "value_dtype": dtype, "store": store}
+    options = {
+        "value_dim": 1,
+        "value_dtype": dtype,
+        "search_method": SEARCH[store],
+    }
     memory = KNNMemory(3, 5, **options)
     memory.add(keys, values)
     memory.save(tmp_path / "saved")
     with KNNMemory.open(
-        tmp_path / "open", "a", dim=3, max_memories=5, **options
+        tmp_path / "open", "a", key_dim=3, memory_size=5, **options
     ) as writer:
         writer.add(keys, values[:, :1].repeat(3, axis=1))
         writer.clear()
         writer.add(keys, values)
         writer.flush()
-        reader = KNNMemory.open(tmp_path / "open", store=store)
+        reader = KNNMemory.open(tmp_path / "open", search_method=SEARCH[store])
         everything = writer._operations(writer._count)
         writer._file.commit(everything, replace=True)
     reader.refresh()
     for one in (
         memory,
         reader,
-        KNNMemory.load(tmp_path / "saved", store=store),
-        KNNMemory.load(tmp_path / "open", value_dtype=dtype, store=store),
+        KNNMemory.load(tmp_path / "saved", search_method=SEARCH[store]),
+        KNNMemory.load(
+            tmp_path / "open", value_dtype=dtype, search_method=SEARCH[store]
+        ),
     ):
         found = one.search(keys, 4)
         assert found.values.dtype == one.entries()[1].dtype == dtype
@@ -455,14 +474,16 @@ def test_values_come_back_in_their_dtype(store, dtype, tmp_path):
     ],
 )
 def test_values_that_would_be_rounded_are_refused(dtype, values, told):
-    memory = KNNMemory(2, 5, value_dim=1, value_dtype=dtype, store="ring")
+    memory = KNNMemory(
+        2, 5, value_dim=1, value_dtype=dtype, search_method="exact"
+    )
     with pytest.raises(ValueError, match=f"`values` must .*{told}"):
         memory.add(np.ones((1, 1, 2)), values)
     assert memory.size() == [0]
 
 
 def test_keys_that_would_be_rounded_are_refused(store):
-    memory = KNNMemory(2, 5, value_dim=0, store=store)
+    memory = KNNMemory(2, 5, value_dim=0, search_method=SEARCH[store])
     with pytest.raises(ValueError, match="`keys` must .*float32 keeps exactly"):
         memory.add(np.full((1, 1, 2), ID))
     memory.add(np.full((1, 1, 2), ID - 1))
@@ -499,7 +520,8 @@ from keras import ops
 from keras_memory import KNNMemory, retrieval
 store, is_used = sys.argv[1:]
 keys = np.random.default_rng(0).normal(size=(900, 64)).astype("float32")
-memory = KNNMemory(64, 1000, store=store)
+names = {"ring": "exact", "scann": "approximate"}
+memory = KNNMemory(64, 1000, search_method=names[store])
 memory.add(keys, keys)
 ring = retrieval.RingMemory(64, 5)
 if is_used == "used":
@@ -545,7 +567,9 @@ import os, sys, threading
 import numpy as np
 from keras_memory import KNNMemory
 
-memory = KNNMemory(3, 50, store=sys.argv[1], background=False)
+names = {"ring": "exact", "scann": "approximate"}
+method = names[sys.argv[1]]
+memory = KNNMemory(3, 50, search_method=method, background=False)
 keys = np.ones((1, 2, 3))
 is_held, may_go = threading.Event(), threading.Event()
 
@@ -591,7 +615,7 @@ def test_forks_of_many_threads_wait_for_no_lock(store):
 
 
 def test_slots_are_where_searches_find_entries(store):
-    memory = KNNMemory(3, 7, similarity="l2", store=store)
+    memory = KNNMemory(3, 7, similarity="l2", search_method=SEARCH[store])
     keys = random(1, 17, 3)
     for begin, end in ((0, 2), (2, 8), (8, 17)):
         some = keys[:, begin:end]
@@ -603,7 +627,7 @@ def test_slots_are_where_searches_find_entries(store):
 
 
 def test_rows_do_not_touch_each_other(store):
-    memory = KNNMemory(3, 7, num_rows=3, store=store)
+    memory = KNNMemory(3, 7, num_rows=3, search_method=SEARCH[store])
     memory.add(random(3, 9, 3), random(3, 9, 3))
     before, queries = contents(memory), random(3, 2, 3, seed=5)
     found = memory.search(queries, 4)
@@ -624,12 +648,14 @@ def test_rows_do_not_touch_each_other(store):
 
 
 def test_what_is_not_asked_for_is_not_given(store):
-    memory = KNNMemory(3, 7, value_dim=2, store=store)
+    memory = KNNMemory(3, 7, value_dim=2, search_method=SEARCH[store])
     memory.add(random(1, 4, 3), random(1, 4, 2))
     queries = random(1, 2, 1, 3)
     whole = memory.search(queries, 5)
     for keys, values in ((False, True), (True, False), (False, False)):
-        found = memory.search(queries, 5, keys=keys, values=values)
+        found = memory.search(
+            queries, 5, return_keys=keys, return_values=values
+        )
         for one, other in zip(found[:3], whole):
             assert (one == other).all()
         for is_asked, one, other in zip((keys, values), found[3:], whole[3:]):
@@ -645,7 +671,7 @@ def test_what_is_not_asked_for_is_not_given(store):
 def test_numbers_of_any_kind(store, dtype):
     whole = np.arange(12.0).reshape(1, 4, 3)
     given = whole.tolist() if dtype is list else whole.astype(dtype)
-    memory = KNNMemory(3, 7, store=store)
+    memory = KNNMemory(3, 7, search_method=SEARCH[store])
     memory.add(given, given, mask=[[True, False, True, True]], rows=(0,))
     keys, values = memory.entries()
     assert (keys == whole[0, [0, 2, 3]]).all() and (values == keys).all()
@@ -716,13 +742,13 @@ def test_statistics_are_those_of_a_loop(store):
 
 
 def test_statistics_must_be_asked_for(store):
-    memory = KNNMemory(2, 5, store=store)
+    memory = KNNMemory(2, 5, search_method=SEARCH[store])
     with pytest.raises(ValueError, match="made.*keep_statistics=False"):
         memory.statistics()
 
 
 def test_statistics_beside_recall(monkeypatch):
-    memory = KNNMemory(2, 5, store="ring", keep_statistics=True)
+    memory = KNNMemory(2, 5, search_method="exact", keep_statistics=True)
     memory.add(random(1, 3, 2), random(1, 3, 2))
     got, real = [], knn_memory.recall
 
@@ -763,8 +789,10 @@ def as_sets(mask, keys, values):
 class InGraph:
     """`RingMemory` with the methods of `KNNMemory`."""
 
-    def __init__(self, method, dim, max_memories, num_rows):
-        self.ring = retrieval.RingMemory(dim, max_memories, method=method)
+    def __init__(self, method, key_dim, memory_size, num_rows):
+        self.ring = retrieval.RingMemory(
+            key_dim, memory_size, search_method=method
+        )
         self.state = self.ring.initial_state(num_rows)
 
     def add(self, keys, values):
@@ -780,11 +808,11 @@ class InGraph:
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.parametrize("kind", ["ring", "scann", "exact", "blocked"])
+@pytest.mark.parametrize("kind", ["ring", "scann", "exact", "auto"])
 def test_what_the_reference_should_find(kind, name):
     """Operations as memorizing-transformers-pytorch 0.4.1 did them.
 
-    `ideal_*` is an exact search of the newest `max_memories` entries. What the
+    `ideal_*` is an exact search of the newest `memory_size` entries. What the
     reference found differs once there are more: one entry too many empties its
     index, so that searches find nothing until the next `add`, with which its
     ids begin at 0 while the slots go on, so that keys and values of others are
@@ -794,12 +822,12 @@ def test_what_the_reference_should_find(kind, name):
     """
     arrays, _, meta = golden(f"mt__knn_memory_{name}")
     sizes = meta["dim"], meta["max_memories"], meta["batch"]
-    if kind in ring_module.METHODS:
+    if kind in ring_module.SEARCH_METHODS:
         memory = InGraph(kind, *sizes)
     else:
         if kind == "scann":
             need_scann()
-        memory = KNNMemory(*sizes, store=kind)
+        memory = KNNMemory(*sizes, search_method=SEARCH[kind])
     differs = 0
     for i, op in enumerate(meta["ops"]):
         if op["op"] == "add":
@@ -826,7 +854,7 @@ def test_what_the_reference_should_find(kind, name):
 
 
 def test_no_pickles_and_copies(store):
-    memory = KNNMemory(3, 5, store=store)
+    memory = KNNMemory(3, 5, search_method=SEARCH[store])
     for how in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="`save` and `load`.*Received"):
             how(memory)
@@ -908,14 +936,14 @@ def test_all_that_is_asked_for_is_found(trees):
 
 @pytest.mark.scann
 def test_equal_keys_count_alike(trees):
-    memory = KNNMemory(8, 1000, store="scann", background=False)
+    memory = KNNMemory(8, 1000, search_method="approximate", background=False)
     few = random(1, 20, 8)
     keys = np.tile(few, (1, 50, 1))
     memory.add(keys, keys)
     assert memory.recall(few, top_k=10) == 1.0
     assert memory.recall(top_k=10) == 1.0
     assert index_of(memory).leaves is not None
-    exact = KNNMemory(8, 1000, store="ring", similarity="cosine")
+    exact = KNNMemory(8, 1000, search_method="exact", similarity="cosine")
     exact.add(keys, keys)
     assert exact.recall(few, top_k=10) == 1.0
 
@@ -1129,7 +1157,7 @@ def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
         return best(index, vectors, *arguments)
 
     monkeypatch.setattr(scann_row.ScannRow, "_best_tree", noted)
-    memory = KNNMemory(8, 1000, store="scann")
+    memory = KNNMemory(8, 1000, search_method="approximate")
     builder, go = memory._builder, threading.Event()
 
     def keep_busy():
@@ -1167,7 +1195,7 @@ tuning.FLAT = 500
 rng = np.random.default_rng(0)
 centres = rng.normal(size=(20, 8))
 keys = centres[rng.integers(20, size=900)] + 0.1 * rng.normal(size=(900, 8))
-memory, go = KNNMemory(8, 1000, store="scann"), threading.Event()
+memory, go = KNNMemory(8, 1000, search_method="approximate"), threading.Event()
 memory._builder.submit(go.wait, 60)
 memory.add(keys[None], keys[None])
 child = os.fork()
@@ -1184,7 +1212,7 @@ go.set()
 memory.wait()
 assert memory._indexes[0].leaves
 for _ in range(50):  # trees that the program does not wait for at its end
-    other = KNNMemory(8, 1000, store="scann")
+    other = KNNMemory(8, 1000, search_method="approximate")
     other.add(keys[None], keys[None])
 print("over")
 """
@@ -1355,7 +1383,9 @@ def run_threads(functions):
 def test_many_threads(store, monkeypatch):
     """All add, search and clear at once; a value is twice its key."""
     monkeypatch.setattr(tuning, "FLAT", 200)
-    memory = KNNMemory(4, 600, num_rows=2, store=store, keep_statistics=True)
+    memory = KNNMemory(
+        4, 600, num_rows=2, search_method=SEARCH[store], keep_statistics=True
+    )
     end = time.monotonic() + 0.7
     done = collections.Counter()
 
@@ -1724,7 +1754,11 @@ def check_magnitudes(store, magnitudes, n):
     rng = np.random.default_rng(4)
     for similarity in SIMILARITIES:
         memory = KNNMemory(
-            3, n, similarity=similarity, store=store, background=False
+            3,
+            n,
+            similarity=similarity,
+            search_method=SEARCH[store],
+            background=False,
         )
         keys = rng.choice([-1.0, -0.5, 0.5, 1.0], size=(1, n, 3))
         keys = (keys * rng.choice(magnitudes, size=(1, n, 1))).astype("f4")
@@ -1918,12 +1952,12 @@ def check_far(memory, model, keys, queries):
 
 
 OUT_OF_RANGE = [
-    ("dim", [0, -1, 1.5, True, "3", None, [3]]),
-    ("max_memories", [0, -1, 2.0, True, None, 1 << 31]),
+    ("key_dim", [0, -1, 1.5, True, "3", None, [3]]),
+    ("memory_size", [0, -1, 2.0, True, None, 1 << 31]),
     ("num_rows", [0, -1, 1.0, False, None]),
     ("value_dim", [-1, 2.0, True, "2"]),
     ("similarity", ["euclid", None, 3, "DOT"]),
-    ("store", ["faiss", None, True]),
+    ("search_method", ["faiss", None, True]),
     ("target_recall", [-0.1, 1.1, np.nan, np.inf, "1", None, True]),
     ("background", [1, None, "yes"]),
     ("keep_statistics", [0, None, "no"]),
@@ -1933,7 +1967,7 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize("name, values", OUT_OF_RANGE)
 def test_arguments_out_of_range(name, values):
     for value in values:
-        options = {"dim": 3, "max_memories": 5, "store": "ring", name: value}
+        options = {"key_dim": 3, "memory_size": 5, name: value}
         told = re.escape(f"{name}={value!r}")
         make = functools.partial(KNNMemory, **options)
         refuses(make, f"`{name}` must be", told)
@@ -1942,21 +1976,23 @@ def test_arguments_out_of_range(name, values):
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_target_of_nothing_or_all(value):
     with pytest.raises(ValueError, match="`target_recall`"):
-        KNNMemory(3, 5, store="ring", target_recall=value)
+        KNNMemory(3, 5, search_method="exact", target_recall=value)
 
 
 @pytest.mark.parametrize("row", [True, False])
 def test_a_bool_is_no_row(row):
-    memory = KNNMemory(3, 5, store="ring", keep_statistics=True)
+    memory = KNNMemory(3, 5, search_method="exact", keep_statistics=True)
     for call in (memory.entries, memory.statistics):
         refuses(functools.partial(call, row), "`row", repr(row))
 
 
 def test_a_memory_says_what_it_is(store):
-    memory = KNNMemory(3, 5, value_dim=0, similarity="l2", store=store)
+    memory = KNNMemory(
+        3, 5, value_dim=0, similarity="l2", search_method=SEARCH[store]
+    )
     assert repr(memory) == (
-        "KNNMemory(dim=3, max_memories=5, num_rows=1, value_dim=0, "
-        f"similarity='l2', store={store!r}, target_recall=0.95)"
+        "KNNMemory(key_dim=3, memory_size=5, num_rows=1, value_dim=0, "
+        f"similarity='l2', search_method={SEARCH[store]!r}, target_recall=0.95)"
     )
 
 
@@ -1968,14 +2004,17 @@ def test_a_memory_says_what_it_is(store):
 def test_the_store_that_is_chosen(has, chosen, monkeypatch):
     need_scann()
     monkeypatch.setattr(knn_memory, "has_accelerator", lambda: has)
-    assert KNNMemory(3, 5).store == chosen
-    assert KNNMemory(3, 5, store="auto").store == chosen
+    assert KNNMemory(3, 5).search_method == SEARCH[chosen]
+    assert KNNMemory(3, 5, search_method="auto").search_method == SEARCH[chosen]
     for store in ("ring", "scann"):
-        assert KNNMemory(3, 5, store=store).store == store
+        assert (
+            KNNMemory(3, 5, search_method=SEARCH[store]).search_method
+            == SEARCH[store]
+        )
 
 
 def test_a_store_is_chosen_on_any_backend():
-    assert KNNMemory(3, 5).store in ("ring", "scann")
+    assert KNNMemory(3, 5).search_method in ("exact", "approximate")
 
 
 def run_without_scann(folder):
@@ -1983,13 +2022,15 @@ def run_without_scann(folder):
     for reason in ("halted; None in sys.modules", "RuntimeError: no such CPU"):
         for chosen in ("auto", "ring"):
             memory, model = pair(chosen, 3, 5)
-            assert memory.store == "ring"
+            assert memory.search_method == "exact"
             check_add(memory, model, random(1, 4, 3), random(1, 4, 3))
             check_search(memory, model, random(1, 2, 3), 3)
         memory.save(f"{folder}/memory")
         for make in (
-            lambda: KNNMemory(3, 5, store="scann"),
-            lambda: KNNMemory.load(f"{folder}/memory", store="scann"),
+            lambda: KNNMemory(3, 5, search_method="approximate"),
+            lambda: KNNMemory.load(
+                f"{folder}/memory", search_method="approximate"
+            ),
         ):
             try:
                 make()
@@ -2016,7 +2057,7 @@ def test_where_scann_is_not_there(tmp_path):
 
 # Files.
 
-SIZES_OF_FILE = {"dim": 3, "max_memories": 7, "num_rows": 3, "value_dim": 2}
+SIZES_OF_FILE = {"key_dim": 3, "memory_size": 7, "num_rows": 3, "value_dim": 2}
 
 
 def files(folder):
@@ -2036,11 +2077,11 @@ def fill(memory, *others, n=5, seed=0):
 
 
 def stored(folder, mode="a", **options):
-    return KNNMemory.open(folder, mode, store="ring", **options)
+    return KNNMemory.open(folder, mode, search_method="exact", **options)
 
 
 def loaded(folder):
-    return KNNMemory.load(folder, store="ring")
+    return KNNMemory.load(folder, search_method="exact")
 
 
 @pytest.mark.parametrize("similarity, value_dim", [("dot", 0), ("l2", 2)])
@@ -2060,8 +2101,13 @@ def test_what_is_saved_is_loaded(store, similarity, value_dim, tmp_path):
             arrays = random(1, 2, 3), random(1, 2, value_dim)
             check_add(memory, model, *arrays, rows=[2])
         memory.save(folder)
-        copy = KNNMemory.load(folder, store=other, background=False)
-        assert copy._config() == memory._config() and copy.store == other
+        copy = KNNMemory.load(
+            folder, search_method=SEARCH[other], background=False
+        )
+        assert (
+            copy._config() == memory._config()
+            and copy.search_method == SEARCH[other]
+        )
         check_entries(copy, model)
         # It is not connected with the file, and goes on.
         _, of_copy = pair("ring", *sizes, similarity=similarity)
@@ -2076,7 +2122,7 @@ def test_what_is_saved_is_loaded(store, similarity, value_dim, tmp_path):
 
 
 def test_what_is_saved_takes_the_place_of_what_was_there(tmp_path):
-    old = KNNMemory(2, 500, num_rows=5, similarity="l2", store="ring")
+    old = KNNMemory(2, 500, num_rows=5, similarity="l2", search_method="exact")
     old.add(random(5, 400, 2), random(5, 400, 2))
     old.save(tmp_path)
     memory, model = pair("ring", **SIZES_OF_FILE)
@@ -2087,7 +2133,7 @@ def test_what_is_saved_takes_the_place_of_what_was_there(tmp_path):
     assert len(files(tmp_path)["memory.sqlite"]) == 4 * 4096
     # Who had the old one open has it still.
     for _ in range(2):
-        with pytest.raises(ValueError, match='"dim": 2'):
+        with pytest.raises(ValueError, match='"key_dim": 2'):
             reader.refresh()
         assert contents(reader) == contents(old)
 
@@ -2096,7 +2142,7 @@ def test_statistics_begin_with_a_file(tmp_path):
     memory, model = pair("ring", **SIZES_OF_FILE)
     fill(memory, model)
     memory.save(tmp_path)
-    kept = {"store": "ring", "keep_statistics": True}
+    kept = {"search_method": "exact", "keep_statistics": True}
     copy = KNNMemory.load(tmp_path, **kept)
     check_statistics(copy, model)
     check_search(copy, model, random(3, 2, 3), 2)
@@ -2112,10 +2158,10 @@ def test_no_memory_to_load(tmp_path):
     assert list(files(tmp_path)) == ["file"]
     with pytest.raises(ValueError, match="`mode` must .*mode='w'"):
         stored(tmp_path, "w")
-    with pytest.raises(ValueError, match="`dim` must .*dim=0"):
-        stored(tmp_path / "new", dim=0, max_memories=5)
+    with pytest.raises(ValueError, match="`key_dim` must .*key_dim=0"):
+        stored(tmp_path / "new", key_dim=0, memory_size=5)
     with pytest.raises(TypeError, match="color"):
-        stored(tmp_path / "new", dim=3, max_memories=5, color="red")
+        stored(tmp_path / "new", key_dim=3, memory_size=5, color="red")
     assert not (tmp_path / "new").exists()
 
 
@@ -2148,7 +2194,7 @@ OF_OTHERS = {
     "other-sizes": ({"key_width": 2}, []),
     "a-size-more": ({**SAME, "heads": 2}, []),
     "a-size-less": (SIZES_OF_FILE, []),
-    "a-size-of-another-kind": ({**SAME, "dim": "3"}, []),
+    "a-size-of-another-kind": ({**SAME, "key_dim": "3"}, []),
     "no-such-row": (SAME, [(3, 3, 2, 1.0)]),
     "no-row": (SAME, [(-1, 3, 2, 1.0)]),
     "another-width": (SAME, [(0, 5, 2, 1.0)]),
@@ -2178,7 +2224,7 @@ def test_a_store_of_something_else_is_refused(name, tmp_path):
 
 
 def test_sizes_of_numpy_are_saved(tmp_path):
-    memory = KNNMemory(np.int64(3), np.int32(7), store="ring")
+    memory = KNNMemory(np.int64(3), np.int32(7), search_method="exact")
     memory.add(random(1, 2, 3), random(1, 2, 3))
     memory.save(tmp_path)
     assert contents(loaded(tmp_path)) == contents(memory)
@@ -2193,7 +2239,7 @@ def test_a_memory_is_made_and_opened_again(tmp_path):
         check_entries(stored(folder, "r"), Model(**SIZES_OF_FILE))
         memory.flush()
         check_entries(stored(folder, "r"), model)
-    some = {"dim": 3, "max_memories": 7, "similarity": "dot"}
+    some = {"key_dim": 3, "memory_size": 7, "similarity": "dot"}
     for options in ({}, some, SIZES_OF_FILE):
         with stored(folder, **options) as memory:
             check_entries(memory, model)
@@ -2205,8 +2251,8 @@ def test_a_memory_is_made_and_opened_again(tmp_path):
             check_entries(memory, model)
     before = files(folder)
     for name, value, shown in (
-        ("dim", 4, 4),
-        ("max_memories", 8, 8),
+        ("key_dim", 4, 4),
+        ("memory_size", 8, 8),
         ("num_rows", 1, 1),
         ("value_dim", None, 3),
         ("similarity", "l2", "l2"),
@@ -2311,7 +2357,7 @@ def full_disk(room):
 
 @pytest.mark.parametrize("is_rewritten", [False, True])
 def test_a_full_disk(is_rewritten, tmp_path, monkeypatch):
-    sizes = {**SIZES_OF_FILE, "max_memories": 4000}
+    sizes = {**SIZES_OF_FILE, "memory_size": 4000}
     model = Model(**sizes)
     memory = stored(tmp_path, **sizes)
     fill(memory, model)
@@ -2346,7 +2392,12 @@ def file_size(folder):
 def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
     least = 1 << 22  # as much as SQLite keeps beside the file
     monkeypatch.setattr(knn_memory, "FILE_LEAST", least)
-    sizes = {"dim": 600, "max_memories": 400, "num_rows": 2, "value_dim": 400}
+    sizes = {
+        "key_dim": 600,
+        "memory_size": 400,
+        "num_rows": 2,
+        "value_dim": 400,
+    }
     of_entries = 4 * (600 + 400) * 400 * 2
     with stored(tmp_path, **sizes) as memory, stored(tmp_path, "r") as reader:
         numbers = [0]
@@ -2436,7 +2487,7 @@ def test_a_reader_that_finds_damage(is_rewritten, tmp_path, monkeypatch):
 
 def test_threads_that_add_and_flush(tmp_path, monkeypatch):
     monkeypatch.setattr(knn_memory, "FILE_LEAST", 20_000)
-    sizes = {"dim": 3, "max_memories": 40, "num_rows": 3, "value_dim": 2}
+    sizes = {"key_dim": 3, "memory_size": 40, "num_rows": 3, "value_dim": 2}
     memory = stored(tmp_path, **sizes)
 
     def work(row):
@@ -2457,7 +2508,7 @@ def test_threads_that_add_and_flush(tmp_path, monkeypatch):
 
 # Processes that are killed.
 
-SIZES_OF_KILLED = {**SIZES_OF_FILE, "max_memories": 20}
+SIZES_OF_KILLED = {**SIZES_OF_FILE, "memory_size": 20}
 
 
 def act(memory, number):
@@ -2598,8 +2649,8 @@ OPERATIONS = strategies.lists(
 def sizes(most, least=1, rows=3):
     return strategies.fixed_dictionaries(
         {
-            "dim": strategies.integers(1, 4),
-            "max_memories": strategies.integers(least, most),
+            "key_dim": strategies.integers(1, 4),
+            "memory_size": strategies.integers(least, most),
             "num_rows": strategies.integers(1, rows),
             "value_dim": strategies.integers(0, 3),
             "similarity": strategies.sampled_from(SIMILARITIES),
@@ -2620,7 +2671,7 @@ def play(store, options, operations, draw, most, tally):
     trees, what they found, and what there was."""
     kept = {"keep_statistics": True}
     memory, model = pair(store, **options, of_memory=kept)
-    dim, width, size = model.dim, model.value_dim, model.max_memories
+    dim, width, size = model.key_dim, model.value_dim, model.memory_size
 
     def is_exact(row):
         return store == "ring" or index_of(memory, row).leaves is None
@@ -2651,7 +2702,11 @@ def play(store, options, operations, draw, most, tally):
         else:
             with tempfile.TemporaryDirectory() as folder:
                 memory.save(folder)
-                again = {"store": store, "background": False, **kept}
+                again = {
+                    "search_method": SEARCH[store],
+                    "background": False,
+                    **kept,
+                }
                 memory = KNNMemory.load(folder, **again)
             model.load()
         check_entries(memory, model)

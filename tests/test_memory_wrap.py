@@ -22,7 +22,7 @@ from keras_memory.retrieval import exact
 from keras_memory.retrieval.knn_memory import KNNMemory
 
 each_wrap = pytest.mark.parametrize("case", WRAPS, ids=name_of)
-each_distance = pytest.mark.parametrize("distance", memory_wrap.DISTANCES)
+each_distance = pytest.mark.parametrize("distance", memory_wrap.SIMILARITIES)
 both_layers = pytest.mark.parametrize(
     "layer_class", [MemoryWrapLayer, BaselineMemory]
 )
@@ -158,7 +158,7 @@ def test_memorywrap(distance, layer_class, name, training):
         if key.startswith(f"{of}.w.")
     }
     layer = convert.from_memorywrap(
-        weights, of == "BaselineMemory", distance=distance, dtype="float64"
+        weights, of == "BaselineMemory", similarity=distance, dtype="float64"
     )
     assert type(layer) is layer_class
 
@@ -201,7 +201,7 @@ def test_memorywrap(distance, layer_class, name, training):
 def test_layer_is_the_paper(head, distance):
     rng = np.random.default_rng(7)
     make = head if head in (None, "dense") else head(2, "tanh")
-    layer = MemoryWrapLayer(3, head=make, distance=distance)
+    layer = MemoryWrapLayer(3, head=make, similarity=distance)
     encodings, memory = rng.normal(size=(2, 5)), rng.normal(size=(11, 5))
     layer.build([(2, 5), (11, 5)])
     rng = np.random.default_rng(5)
@@ -274,7 +274,7 @@ def test_mask_is_removal(layer_class, distance):
     encodings, memory = rng.normal(size=(2, 5)), rng.normal(size=(7, 5))
     counts = np.array([True, False, True, True, False, False, True])
     for top_k in (None, 2, 5):
-        layer = layer_class(3, distance=distance, top_k=top_k)
+        layer = layer_class(3, similarity=distance, top_k=top_k)
         expected = layer([encodings, memory[counts]])
         poisoned = np.where(counts[:, None], memory, 1e3)
         for mask in (counts, np.stack([counts] * 2)):
@@ -302,7 +302,7 @@ def test_nearest_are_exact_where_the_support_is_among_them(
     scale = 1.0 if distance == "cosine" else 0.5
     encodings = scale * rng.normal(size=(13, 3))
     memory = scale * rng.normal(size=(17, 3))
-    layer = MemoryWrapLayer(3, distance=distance)
+    layer = MemoryWrapLayer(3, similarity=distance)
     expected, weights = layer([encodings, memory], return_weights=True)
     weights = ops.convert_to_numpy(weights)
     support = np.count_nonzero(weights, axis=1)
@@ -339,7 +339,7 @@ def test_candidates_of_a_knn_memory(size):
     knn = KNNMemory(16, size, value_dim=0, background=False)
     knn.add(memory[None])
     found = knn.search(encodings[None], 32)
-    layer = MemoryWrapLayer(3, distance="dot")
+    layer = MemoryWrapLayer(3, similarity="dot")
     expected, weights = layer([encodings, memory], return_weights=True)
     outputs, some = layer(
         [encodings, found.keys[0]],
@@ -368,7 +368,7 @@ def test_fewer_that_count_than_top_k(block, monkeypatch):
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(3, 5)), rng.normal(size=(11, 5))
     counts = np.isin(np.arange(11), [0, 3, 9])
-    layer = MemoryWrapLayer(3, distance="dot")
+    layer = MemoryWrapLayer(3, similarity="dot")
     expected = layer([encodings, memory[counts]])
     layer.top_k = 6
     for each in (memory, np.stack([memory] * 3)):
@@ -396,7 +396,7 @@ def test_top_k_of_a_memory_of_unknown_size(jit_compile):
 def test_l2_far_from_zero():
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 3, 64), scale=0.2)
-    layer = MemoryWrapLayer(3, distance="l2")
+    layer = MemoryWrapLayer(3, similarity="l2")
     _, expected = layer([encodings, memory], return_weights=True)
     moved = [x + 1024.0 for x in (encodings, memory)]
     moved = [x.astype("float32") for x in moved]
@@ -414,7 +414,7 @@ def test_gradients_of_the_nearest_are_those_of_all(distance):
 
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(5, 3)), rng.normal(size=(17, 3))
-    layer = MemoryWrapLayer(3, distance=distance, dtype="float64")
+    layer = MemoryWrapLayer(3, similarity=distance, dtype="float64")
 
     def loss(encodings, memory):
         return tf.reduce_sum(layer([encodings, memory], training=True) ** 2)
@@ -464,7 +464,7 @@ def changed(layer):
 def test_a_fixed_memory_follows_the_weights(layer_class, distance, head):
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(3, 5)), rng.normal(size=(6, 5))
-    layer = layer_class(3, head=head, distance=distance)
+    layer = layer_class(3, head=head, similarity=distance)
     layer.build([(3, 5), (6, 5)])
     layer.set_memory(memory)
     before = ops.convert_to_numpy(layer(encodings))
@@ -535,7 +535,7 @@ def reference_weights(encodings, memory, distance):
 def test_a_far_example_has_no_part_in_other_distances(masked, top_k, far):
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(17, 5)), rng.normal(size=(23, 5))
-    layer = MemoryWrapLayer(3, distance="l2")
+    layer = MemoryWrapLayer(3, similarity="l2")
     expected = reference_weights(encodings, memory, "l2")
     with_far = np.concatenate([memory, np.full((1, 5), far)])
     mask = np.arange(24) < 23 if masked else None
@@ -562,7 +562,7 @@ def test_two_groups_far_apart(top_k):
     groups = 1e5 * (np.arange(24) % 2)[:, None]
     memory = (rng.normal(size=(24, 5)) + groups).astype("float32")
     encodings = (rng.normal(size=(10, 5)) + groups[:10]).astype("float32")
-    layer = MemoryWrapLayer(3, distance="l2", top_k=top_k)
+    layer = MemoryWrapLayer(3, similarity="l2", top_k=top_k)
     expected = reference_weights(encodings, memory, "l2")
     _, weights, *indices = layer([encodings, memory], return_weights=True)
     weights = ops.convert_to_numpy(weights)
@@ -585,7 +585,7 @@ def test_far_examples_of_a_large_memory(top_k, share, monkeypatch):
     encodings = encodings[:9]
     memory[::10] = 1e5
     counts = rng.uniform(size=150) >= share
-    layer = MemoryWrapLayer(3, distance="l2", top_k=top_k)
+    layer = MemoryWrapLayer(3, similarity="l2", top_k=top_k)
     expected = reference_weights(encodings, memory[counts], "l2")
     for mask in (counts, np.stack([counts] * 9)):
         poisoned = np.where(counts[:, None], memory, 1e30)
@@ -617,7 +617,7 @@ def test_what_is_masked_reaches_no_gradient(distance, each, bad):
     shown = memory.copy()
     shown[~counts] = bad
     for top_k, head in ((None, None), (3, "dense")):
-        layer = MemoryWrapLayer(3, distance=distance, top_k=top_k, head=head)
+        layer = MemoryWrapLayer(3, similarity=distance, top_k=top_k, head=head)
         layer.build([(2, 5), (7, 5)])
 
         def look(memory, mask):
@@ -657,7 +657,7 @@ def test_a_nan_that_counts_is_shown():
     encodings[1] = np.nan
     for mask in (None, np.array([True, True, False])):
         for top_k in (None, 2):
-            layer = BaselineMemory(3, top_k=top_k, distance="l2")
+            layer = BaselineMemory(3, top_k=top_k, similarity="l2")
             outputs = layer([encodings, memory], memory_mask=mask)
             lost = np.isnan(ops.convert_to_numpy(outputs)).all(axis=1)
             assert (lost == [False, True, False]).all()
@@ -702,7 +702,7 @@ def test_cosine_of_nothing_is_zero():
 @pytest.mark.parametrize("top_k", [None, 2])
 @each_distance
 def test_no_inputs(distance, top_k):
-    layer = MemoryWrapLayer(3, distance=distance, top_k=top_k)
+    layer = MemoryWrapLayer(3, similarity=distance, top_k=top_k)
     memory = np.ones((7, 5), "float32")
     layer([memory[:2], memory])
     call = layer
@@ -728,7 +728,7 @@ def test_no_inputs(distance, top_k):
 def test_singular_inputs(layer_class, distance, dtype):
     import tensorflow as tf
 
-    layer = layer_class(3, distance=distance, dtype=dtype)
+    layer = layer_class(3, similarity=distance, dtype=dtype)
     layer.build([(1, 5), (1, 5)])
     zero, one, large = np.zeros((1, 5)), np.ones((1, 5)), np.full((1, 5), 300.0)
     repeated = np.ones((7, 5))
@@ -759,11 +759,11 @@ def refuses(call, *words):
 @both_layers
 def test_bad_arguments(layer_class):
     for name, value in {
-        "distance": "euclidean",
+        "similarity": "euclidean",
         "head": "linear",
         "classifier": "dense",
         "top_k": 0,
-        "fixed_memory_size": 0,
+        "memory_size": 0,
     }.items():
         refuses(lambda: layer_class(3, **{name: value}), name, repr(value))  # noqa: B023
     refuses(lambda: layer_class(0), "units")
@@ -844,7 +844,7 @@ def test_converter_refuses():
     refuses(convert_with({"classifier.fc2.bias": np.ones(5)}), "(5,")
     refuses(convert_with(units=4), "units")
     refuses(convert_with(classifier=keras.layers.Dense(3)), "classifier")
-    refuses(convert_with(distance="far"), "distance")
+    refuses(convert_with(similarity="far"), "similarity")
     odd = {"classifier.weight": np.ones((3, 5)), "classifier.bias": np.ones(3)}
     refuses(lambda: convert.from_memorywrap(odd), "baseline=True")
     assert convert.from_memorywrap(odd, baseline=True).units == 3

@@ -93,9 +93,9 @@ def test_nearest_compiles_with_a_free_number_of_keys(monkeypatch):
 
 # A memory in the graph.
 
-SOME = [("exact", "dot"), ("blocked", "l2")]
+SOME = [("exact", "dot"), ("auto", "l2")]
 SIMILARITY = pytest.mark.parametrize("similarity", exact_module.SIMILARITIES)
-METHOD = pytest.mark.parametrize("method", ring_module.METHODS)
+METHOD = pytest.mark.parametrize("method", ring_module.SEARCH_METHODS)
 
 
 def random(*shape, seed=7):
@@ -126,9 +126,9 @@ class Model:
     def add(self, keys, values, mask=None):
         kept = np.ones(keys.shape[:2], bool) if mask is None else mask
         for row, i in np.argwhere(kept):
-            slot = self.added[row] % self.ring.max_memories
+            slot = self.added[row] % self.ring.memory_size
             self.rows[row].append((slot, keys[row, i], values[row, i]))
-            del self.rows[row][: -self.ring.max_memories]
+            del self.rows[row][: -self.ring.memory_size]
             self.added[row] += 1
 
     def clear(self, rows):
@@ -137,7 +137,7 @@ class Model:
 
     def scores(self, row, query):
         keys = np.array([key for _, key, _ in self.rows[row]], "float64")
-        keys = keys.reshape(-1, self.ring.dim)
+        keys = keys.reshape(-1, self.ring.key_dim)
         return similarities(query.astype("float64"), keys, self.ring.similarity)
 
 
@@ -155,7 +155,7 @@ def check_found(found, model, queries, top_k, tolerance=1e-5):
     """The nearest entries, as they were added."""
     found = arrays_of(found)
     shape = (*queries.shape[:-1], top_k)
-    widths = (), (), (), (model.ring.dim,), (model.ring.value_dim,)
+    widths = (), (), (), (model.ring.key_dim,), (model.ring.value_dim,)
     assert [part.shape for part in found] == [(*shape, *w) for w in widths]
     assert found.scores.dtype == "float32" and found.mask.dtype == bool
     assert found.indices.dtype == "int32"
@@ -179,7 +179,7 @@ def check_found(found, model, queries, top_k, tolerance=1e-5):
 
 
 def check_state(state, model):
-    state, size = arrays_of(state), model.ring.max_memories
+    state, size = arrays_of(state), model.ring.memory_size
     assert state.count.dtype == "int32"
     assert (0 <= state.count).all() and (state.count < 2 * size).all()
     assert (state.count % size == np.array(model.added) % size).all()
@@ -216,7 +216,7 @@ class Pair:
 
     def fill(self, n, seed=0, mask=None):
         batch = len(self.model.rows)
-        keys = random(batch, n, self.ring.dim, seed=seed)
+        keys = random(batch, n, self.ring.key_dim, seed=seed)
         values = random(batch, n, self.ring.value_dim, seed=seed + 1)
         self.add(keys, values, mask)
 
@@ -249,7 +249,7 @@ def test_the_ring_is_a_list(similarity, method):
 @pytest.mark.parametrize("size", [9, 17, 31])
 def test_groups_that_are_not_full(size, top_k):
     """As `GROUP` does not divide the number of slots."""
-    ring = retrieval.RingMemory(2, size, method="blocked")
+    ring = retrieval.RingMemory(2, size, search_method="auto")
     both = Pair(ring, 2)
     for n in (0, 1, 1, size - 2):
         if n:
@@ -473,7 +473,7 @@ def test_counts_of_the_largest_memory():
         for pair in pairs
     ]
     assert ops.convert_to_numpy(found).tolist() == expected
-    with pytest.raises(ValueError, match="`max_memories`.*at most 1073741824"):
+    with pytest.raises(ValueError, match="`memory_size`.*at most 1073741824"):
         retrieval.RingMemory(1, size + 1)
 
 
@@ -482,7 +482,7 @@ def test_no_place_is_beyond_32_bits():
     """Traced only, as such a memory needs some 50 GB."""
     import tensorflow as tf
 
-    ring = retrieval.RingMemory(1, 1 << 30, 1, method="blocked")
+    ring = retrieval.RingMemory(1, 1 << 30, 1, search_method="auto")
     shapes = [(4, 1 << 30, 1), (4, 1 << 30, 1), (4,), (4, 5, 1)]
     *state, entries = (
         tf.TensorSpec(shape, "int32" if len(shape) == 1 else "float32")
@@ -532,8 +532,10 @@ def test_no_queries_and_no_rows(method, similarity):
 def test_no_queries_and_no_rows_in_graphs(jit_compile):
     import tensorflow as tf
 
-    ring = retrieval.RingMemory(3, 40, 2, "cosine", "blocked")
-    layer = layer_of(40, method="blocked", write="always", similarity="cosine")
+    ring = retrieval.RingMemory(3, 40, 2, "cosine", "auto")
+    layer = layer_of(
+        40, search_method="auto", write="always", similarity="cosine"
+    )
     keys = random(2, 30, 3)
     layer(*tensors(keys, keys, keys))
     layer(*tensors(keys[:, :0], keys[:, :0], keys[:, :0]))
@@ -712,7 +714,7 @@ def test_wrong_arguments_of_the_layer_are_named(name, wrong):
 
 @METHOD
 def test_l2_is_exact_far_from_zero(method):
-    ring = retrieval.RingMemory(3, 40, similarity="l2", method=method)
+    ring = retrieval.RingMemory(3, 40, similarity="l2", search_method=method)
     both = Pair(ring, 2)
     keys = random(2, 35, 3) + np.float32(1e4)
     both.add(keys, keys)
@@ -722,7 +724,7 @@ def test_l2_is_exact_far_from_zero(method):
 
 @METHOD
 def test_l2_is_exact_beside_a_key_far_away(method):
-    ring = retrieval.RingMemory(3, 40, similarity="l2", method=method)
+    ring = retrieval.RingMemory(3, 40, similarity="l2", search_method=method)
     both = Pair(ring, 2)
     keys = random(2, 35, 3)
     keys[:, 7] = 1e6
@@ -734,7 +736,7 @@ def test_l2_is_exact_beside_a_key_far_away(method):
 @pytest.mark.parametrize("number", [4, 8, 11])
 def test_more_queries_than_are_compared_at_a_time(method, number, monkeypatch):
     monkeypatch.setattr(ring_module, "QUERIES", 4)
-    both = Pair(retrieval.RingMemory(3, 40, method=method), 2)
+    both = Pair(retrieval.RingMemory(3, 40, search_method=method), 2)
     both.fill(30)
     queries = random(2, number, 3)
     queries[1, number - 1] = np.nan
@@ -800,7 +802,7 @@ SOME_OR_ALL = pytest.mark.parametrize(
     [
         pytest.param(*both, marks=[] if both in SOME else pytest.mark.slow)
         for both in itertools.product(
-            ring_module.METHODS, exact_module.SIMILARITIES
+            ring_module.SEARCH_METHODS, exact_module.SIMILARITIES
         )
     ],
 )
@@ -895,22 +897,27 @@ def test_wrong_rows_are_not_cleared(rows):
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("dim", [0, 1.5, None]),
-        ("max_memories", [0, -1, True]),
+        ("key_dim", [0, 1.5, None]),
+        ("memory_size", [0, -1, True]),
         ("value_dim", [-1, 2.0]),
         ("similarity", ["euclid", None]),
-        ("method", ["fast", None]),
+        ("search_method", ["fast", None]),
         ("target_recall", [-0.1, 1.1, np.nan, None]),
     ],
 )
 def test_arguments_of_the_ring_out_of_range(name, values):
     for value in values:
-        options = {"dim": 3, "max_memories": 5, name: value}
+        options = {"key_dim": 3, "memory_size": 5, name: value}
         told = f"`{name}` must be .*Received: {name}={value!r}"
         with pytest.raises(ValueError, match=told):
             retrieval.RingMemory(**options)
-        if name in ("max_memories", "similarity", "method", "target_recall"):
-            options = {"max_memories": 5, "top_k": 1, name: value}
+        if name in (
+            "memory_size",
+            "similarity",
+            "search_method",
+            "target_recall",
+        ):
+            options = {"memory_size": 5, "top_k": 1, name: value}
             with pytest.raises(ValueError, match=told):
                 retrieval.KNNMemoryLayer(**options)
     with pytest.raises(ValueError, match="`write` must .*write='sometimes'"):
@@ -933,9 +940,9 @@ def test_entries_may_be_lists():
 def test_sizes_of_numpy_become_ints():
     wide = np.int64(2), np.int32(3), np.int16(1)
     ring = retrieval.RingMemory(*wide)
-    sizes = (ring.dim, ring.max_memories, ring.value_dim)
+    sizes = (ring.key_dim, ring.memory_size, ring.value_dim)
     layer = retrieval.KNNMemoryLayer(np.int64(5), top_k=np.int64(2))
-    assert {type(n) for n in (*sizes, layer.max_memories, layer.top_k)} == {int}
+    assert {type(n) for n in (*sizes, layer.memory_size, layer.top_k)} == {int}
     state = ring.add(ring.initial_state(1), [[[1.0, 2.0]]], [[[3.0]]])
     found = arrays_of(ring.search(state, [[[1.0, 0.0]]], np.int64(2)))
     assert found.mask.tolist() == [[[True, False]]]
@@ -967,8 +974,8 @@ def test_states_of_another_memory_are_refused(name, shape):
 # The layer.
 
 
-def layer_of(max_memories=11, top_k=3, **options):
-    return retrieval.KNNMemoryLayer(max_memories, top_k, **options)
+def layer_of(memory_size=11, top_k=3, **options):
+    return retrieval.KNNMemoryLayer(memory_size, top_k, **options)
 
 
 def contents(layer):
@@ -1065,7 +1072,7 @@ def test_an_unknown_batch_size_is_refused():
 def test_config_round_trip():
     layer = layer_of(
         similarity="l2",
-        method="blocked",
+        search_method="auto",
         target_recall=0.9,
         write="always",
         memory_dtype="float16",
@@ -1385,7 +1392,7 @@ def test_a_clone_begins_empty():
 @pytest.mark.parametrize(
     "method",
     [
-        "blocked",
+        "auto",
         *(
             pytest.param(m, marks=pytest.mark.slow)
             for m in ("exact", "approximate")
@@ -1395,7 +1402,7 @@ def test_a_clone_begins_empty():
 def test_an_export_gives_the_same(method, tmp_path):
     import tensorflow as tf
 
-    model, layer = remembering(method=method)
+    model, layer = remembering(search_method=method)
     for seed in range(5):
         model(list(fed(steps=1, seed=seed)), training=True)
     before = contents(layer)
@@ -1423,7 +1430,7 @@ def test_the_ring_lowers_for_other_devices():
     )
     assert result.returncode == 0, result.stderr[-3000:]
     lines = dict(map(json.loads, result.stdout.splitlines()))
-    assert list(lines) == list(ring_module.METHODS)
+    assert list(lines) == list(ring_module.SEARCH_METHODS)
     for platforms, difference in lines.values():
         assert platforms == ["tpu", "cuda", "cpu"] and difference < 1e-5
 
@@ -1434,7 +1441,7 @@ def lower():
     from jax import export
 
     for method, similarity in zip(
-        ring_module.METHODS, exact_module.SIMILARITIES
+        ring_module.SEARCH_METHODS, exact_module.SIMILARITIES
     ):
         ring = retrieval.RingMemory(3, 40, 2, similarity, method)
 
@@ -1515,7 +1522,7 @@ def test_the_largest_are_those_of_top_k(number, top_k):
 
 
 @harness.needs_tensorflow
-@pytest.mark.parametrize("search", ["nearest", "exact", "blocked"])
+@pytest.mark.parametrize("search", ["nearest", "exact", "auto"])
 def test_neighbours_where_factors_are_rounded(search, monkeypatch):
     rng = np.random.default_rng(0)
     keys = rng.normal(size=(1, 2000, 16)).astype("float32")
@@ -1526,7 +1533,7 @@ def test_neighbours_where_factors_are_rounded(search, monkeypatch):
             keys_, queries_ = map(ops.convert_to_tensor, (keys[0], queries[0]))
             places = retrieval.nearest(queries_, keys_, 32)[1][None]
         else:
-            ring = retrieval.RingMemory(16, 2000, method=search)
+            ring = retrieval.RingMemory(16, 2000, search_method=search)
             state = ring.add(ring.initial_state(1), keys, keys)
             places = ring.search(state, queries, 32).indices
         return np.sort(ops.convert_to_numpy(places), axis=-1)

@@ -21,7 +21,7 @@ from keras_memory.retrieval.store import Operation
 from keras_memory.retrieval.store import Store
 from keras_memory.retrieval.store import exists
 
-CONFIG = {"dim": 2, "name": "é", "clip": None}
+CONFIG = {"key_dim": 2, "name": "é", "clip": None}
 CLEARED = (-1, (0, 2), b"", b"")
 PACKAGE = pathlib.Path(module.__file__).parents[1]
 
@@ -191,9 +191,11 @@ def test_readers_see_a_replacement(folder):
         path.unlink()
     Store(folder, "a", CONFIG, made(22)).close()
     assert rest(reader) == [CLEARED, *bits(made(22))]
-    Store(folder, "a", {"dim": 3}, made(23)).close()
+    Store(folder, "a", {"key_dim": 3}, made(23)).close()
     for _ in range(2):
-        with pytest.raises(ValueError, match='memory.sqlite.*"dim": 3.*after'):
+        with pytest.raises(
+            ValueError, match='memory.sqlite.*"key_dim": 3.*after'
+        ):
             rest(reader)
     assert read(folder) == [CLEARED, *bits(made(23))]
 
@@ -232,7 +234,7 @@ import numpy as np
 from keras_memory import KNNMemory
 
 folder = sys.argv[1]
-sizes = {"dim": 2, "max_memories": 100, "store": "ring"}
+sizes = {"key_dim": 2, "memory_size": 100, "search_method": "exact"}
 memory = KNNMemory.open(folder, "a", **sizes)
 memory.add(np.ones((1, 2)), np.ones((1, 2)))
 memory.flush()
@@ -423,6 +425,19 @@ def test_files_of_a_reader_can_be_written_by_a_writer(folder):
     reading = reader.operations(2, 5, "f4")
     next(reading)
     assert (folder / "memory.sqlite-shm").stat().st_mode & 0o777 == 0o666
+    reading.close()
+    (folder / "memory.sqlite").chmod(0o600)  # nobody else's
+    next(Store(folder, "r").operations(2, 5, "f4"))
+    assert (folder / "memory.sqlite-shm").stat().st_mode & 0o777 == 0o600
+
+
+def test_only_a_writer_commits(folder):
+    reader, writer = Store(folder, "r"), Store(folder, "a")
+    writer.close()
+    for store in reader, writer:
+        with pytest.raises(ValueError, match="must be open to write"):
+            store.commit(made(5))
+    assert read(folder) == FIVE
 
 
 HOSTILE = {

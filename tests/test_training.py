@@ -551,7 +551,7 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
     for more in (
         ["--seed", "0"],
-        ["--show"],
+        ["--print-config"],
         ["--preset", "paper"],
         ["--report-every", "7"],
         ["--set", "bits=3"],
@@ -888,7 +888,7 @@ def test_bad_input_about_runs_is_one_line(arguments, run, tmp_path, capsys):
 
 
 def test_show_prints_what_can_be_set(capsys):
-    command = ["train", "copy", "--preset", "pytorch-ntm", "--show"]
+    command = ["train", "copy", "--preset", "pytorch-ntm", "--print-config"]
     assert cli.main([*command, "--set", "memory_slots=7"]) == 0
     shown = config.from_json(capsys.readouterr().out)
     preset = presets.PRESETS["copy"]["pytorch-ntm"]
@@ -910,7 +910,7 @@ class GRU:
     kind: typing.Literal["one", "two"] = "one"
     seed: int = 0  # and a training
 
-    def __call__(self, inputs, units, activation):
+    def build(self, inputs, units, activation):
         x = keras.layers.GRU(self.units, return_sequences=True)(inputs)
         return keras.layers.Dense(units, activation)(x)
 
@@ -1004,7 +1004,10 @@ def test_numbers_of_numpy_are_taken(own):
 
 
 def test_lengths_go_with_the_longest(capsys):
-    assert cli.main(["train", "copy", "--set", "max_length=5", "--show"]) == 0
+    assert (
+        cli.main(["train", "copy", "--set", "max_length=5", "--print-config"])
+        == 0
+    )
     made = config.from_json(capsys.readouterr().out)
     assert made.test_lengths == (10, 20, 30)
     assert made.probe_lengths == (5, 20)
@@ -1182,9 +1185,9 @@ CALLS = [
     ("steps", NO_TEXT, lambda x: dataclasses.replace(START, steps=x)),
     ("curriculum", NO_TEXT, lambda x: dataclasses.replace(START, curriculum=x)),
     ("optimizer", NO_PATH, lambda x: dataclasses.replace(START, optimizer=x)),
-    ("units", NO_TEXT, config.LSTM),
-    ("memory_slots", NO_TEXT, config.NTM),
-    ("layers", NO_TEXT, lambda x: config.DNC(layers=x)),
+    ("units", NO_TEXT, config.LSTMConfig),
+    ("memory_slots", NO_TEXT, config.NTMConfig),
+    ("num_layers", NO_TEXT, lambda x: config.DNCConfig(num_layers=x)),
     ("config", NO_TEXT, training.build),
     ("config", NO_TEXT, lambda x: training.train(x, ".")),
     ("folder", NO_PATH, lambda x: training.train(START, x)),

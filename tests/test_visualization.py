@@ -129,7 +129,7 @@ def test_a_gif_has_every_frame_and_repeats():
 @pytest.mark.parametrize(
     "shapes, milliseconds, message",
     [
-        ([], 100, "`images` must be at least one.*Received: 0"),
+        ([], 100, "`images` must be a list of at least one.*Received: 0"),
         ([(2, 3, 3), (3, 3, 3)], 100, r"\(2, 3, 3\), \(3, 3, 3\)"),
         ([(2, 3, 3)], 9, "`milliseconds` must be at least 10.*Received"),
     ],
@@ -180,7 +180,7 @@ def test_weights_that_are_spread_have_a_scale_that_shows_them():
     ],
 )
 def test_slots_in_use_are_shown_and_the_label_says_so(used, slots, shown):
-    weighting = one_hot(used, 31) + 0.01
+    weighting = one_hot(used, 31).clip(0.01)
     ax = visualization.plot_weighting(weighting, slots=slots).axes[0]
     np.testing.assert_array_equal(arrays(ax)[0], weighting[:, list(shown)].T)
     whole = len(shown) == 31
@@ -201,10 +201,10 @@ def test_axes_of_a_user_are_drawn_into():
     weighting = RNG.uniform(size=(11, 2, 7))
     visualization.plot_weighting(weighting, mine, names=["one", "other"])
     assert titles(mine[0].figure) == ["one", "other"]
-    with pytest.raises(ValueError, match="`ax` must be 2.*Received: 1"):
+    with pytest.raises(ValueError, match="`ax` must be a list of 2.*Received: 1"):
         visualization.plot_weighting(weighting, mine[0])
-    with pytest.raises(ValueError, match="`names` must be 2.*Received: 3"):
-        visualization.plot_weighting(weighting, names="abc")
+    with pytest.raises(ValueError, match="`names` must be a list of 2.*Received: 3"):
+        visualization.plot_weighting(weighting, names=list("abc"))
 
 
 # Memory, links and gates.

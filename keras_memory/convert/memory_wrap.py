@@ -26,7 +26,7 @@ def from_memorywrap(weights, baseline=False, **layer_kwargs):
         baseline: bool, whether they are of `BaselineMemory`; the weights do
             not tell.
         **layer_kwargs: arguments of our layer that the weights leave open:
-            `distance` as the reference was made with, `top_k`, `dtype`,
+            `similarity` as the reference was made with, `top_k`, `dtype`,
             `name`, ...
 
     Returns:

@@ -217,6 +217,12 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
             for index, access in enumerate(memories)
         )
         self.layout = StateLayout(records)
+        self._turns = [  # of each block, among those of its memory
+            self._blocks_of_memory(memory).index(block)
+            for block, memory in enumerate(self.memory_of_block)
+        ]
+        # What addressing computes in: never 16 bits.
+        self.access_dtype = at_least_float32(self.compute_dtype)
         self.state_size = self.layout.sizes
         self.learned_states = [  # whose initial values are of weights
             index
@@ -234,7 +240,7 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
                 f"`controller_layers` must be at most {MOST_LAYERS} over all "
                 "blocks of a step, as each of them is made and traced by "
                 f"itself. Received: controller_layers={layers}, {blocks} "
-                "blocks (`layers` of a DNC)"
+                "blocks (`num_layers` of a DNC)"
             )
 
     def _make_controller(self, block):
@@ -552,8 +558,8 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
 
         Returns:
             Features (B, F); the records after the step; and a list with one
-            dict a block of what happened inside and the memory's record after
-            it, for `trace`.
+            pair a block, for `trace`: the records behind it, and a dict of what
+            happened inside.
         """
         records, details = list(records), []
         inputs = ops.cast(inputs, self.compute_dtype)
@@ -563,7 +569,7 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
         for block, access in enumerate(self.accesses):
             memory = self.memory_of_block[block]
             record = records[memory]
-            turn = self._blocks_of_memory(memory).index(block)
+            turn = self._turns[block]
             controller_states = list(record.controller)
             output, states = controllers.step(
                 self.block_controllers[block],
@@ -571,8 +577,9 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
                 controller_states[turn],
                 training,
             )
-            output = ops.cast(output, self.compute_dtype)
-            output = _clip(output, self.controller_clip)
+            output = _clip(
+                ops.cast(output, self.compute_dtype), self.controller_clip
+            )
             controller_states[turn] = keras.tree.map_structure(
                 lambda state: _clip(
                     ops.cast(state, self.compute_dtype),
@@ -586,14 +593,15 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
                 interface = linear([output], [kernel], bias)
                 if self.interface_layer_norm:
                     interface = self.interface_norms[block](interface)
+                before = record._replace(controller=())
+                is_wide = self.access_dtype == self.compute_dtype
+                if not is_wide:
+                    interface = ops.cast(interface, self.access_dtype)
+                    before = _cast(before, self.access_dtype)
                 with custom_gradients(training):
-                    record, inside = access.step(
-                        ops.cast(interface, self.access_dtype),
-                        _cast(
-                            record._replace(controller=()), self.access_dtype
-                        ),
-                    )
-                record = _cast(record, self.compute_dtype)
+                    record, inside = access.step(interface, before)
+                if not is_wide:
+                    record = _cast(record, self.compute_dtype)
                 reads = record.reads
             else:
                 reads = ops.zeros_like(record.reads)
@@ -601,8 +609,8 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
                 controller=tuple(controller_states)
             )
             inputs = output
-            fields = self._state_fields(records)[block]
-            details.append({"controller_output": output, **fields, **inside})
+            inside = {"controller_output": output, **inside}
+            details.append((tuple(records), inside))
         features = ops.concatenate([inputs, _flat(reads)], axis=-1)
         return features, tuple(records), details
 
@@ -617,7 +625,12 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
         return fields
 
     def _named(self, details):
-        """One dict for all blocks, with their numbers if there are several."""
+        """One dict for all blocks, with their numbers if there are several:
+        the fields of the state behind each, and what happened inside."""
+        details = [
+            {**self._state_fields(records)[block], **inside}
+            for block, (records, inside) in enumerate(details)
+        ]
         if len(details) == 1:
             return details[0]
         return {
@@ -625,11 +638,6 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
             for block, inside in enumerate(details)
             for name, value in inside.items()
         }
-
-    @property
-    def access_dtype(self):
-        """What addressing computes in: never in 16 bits."""
-        return at_least_float32(self.compute_dtype)
 
     def project(self, features, training=False):
         """Makes the output of the features: (B, F) or (B, T, F), with the

@@ -20,7 +20,6 @@ from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.loop import LOOPS
 from keras_memory.recurrent.loop import run
 from keras_memory.recurrent.serialization import BACKENDS
-from keras_memory.recurrent.serialization import NOT_SHOWN
 from keras_memory.recurrent.serialization import ClassAttribute
 from keras_memory.recurrent.serialization import cell_property
 from keras_memory.recurrent.serialization import init_parameters
@@ -36,8 +35,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     `MemoryRNN(cell, ...)` runs any `MemoryCell`. A subclass
     `class NTMLayer(MemoryRNN, cell=NTMCell)` makes its own: it takes the
     cell's arguments, then those below. The cell's arguments can be read as
-    attributes of the layer, such as `layer.memory_slots`, except `layers` of a
-    DNC, which Keras takes for those of a model: `layer.cell.layers`.
+    attributes of the layer, such as `layer.memory_slots`.
 
     It differs from `keras.layers.RNN` where that does not fit a memory:
     `reset_state` restores the cell's initial state instead of zeros; masked
@@ -129,7 +127,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 if base.__module__.partition(".")[0] not in BACKENDS
                 for name in vars(base)
             }
-            for name in {*init_parameters(cell)} - {*own, *NOT_SHOWN} - taken:
+            for name in {*init_parameters(cell)} - {*own, "accesses"} - taken:
                 setattr(cls, name, cell_property(name))
         elif "__init__" in vars(cls):
             cls.__signature__ = None  # not that of the base

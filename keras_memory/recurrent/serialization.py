@@ -8,9 +8,6 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras_memory.arguments import parameters
 from keras_memory.checks import plain
 
-# Arguments of cells that are no attributes of layers: what `MemoryRNN` does not
-# take, and what Keras takes for the layers within a model.
-NOT_SHOWN = ("accesses", "layers")
 BACKENDS = ("tensorflow", "jax", "torch")
 
 

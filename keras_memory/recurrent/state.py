@@ -32,6 +32,7 @@ class StateLayout:
         self.records = records
         self.specs = keras.tree.flatten(records)
         self.sizes = [math.prod(spec.shape) for spec in self.specs]
+        self._shapes = [(-1, *spec.shape_in_step) for spec in self.specs]
         self.names = [
             f"initial{index_suffix(memory)}_{field}{index_suffix(index)}"
             for memory, record in enumerate(records)
@@ -41,10 +42,7 @@ class StateLayout:
 
     def unflatten(self, states):
         """Records of a flat list."""
-        return self._packed(
-            ops.reshape(state, (-1, *spec.shape_in_step))
-            for state, spec in zip(states, self.specs)
-        )
+        return self._packed(map(ops.reshape, states, self._shapes))
 
     def flatten(self, records):
         """A flat list of records."""

@@ -207,7 +207,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         shapes = {"output": cell.project(features), **cell._named(details)}
         # In front of the first valid step nothing happened, but a state is.
         held = keras.tree.map_structure(ops.zeros_like, shapes)
-        held.update(cell._named(cell._state_fields(records)))
+        held.update(cell._named([(records, {})] * len(cell.accesses)))
         _, (_, inside) = ops.scan(step, (states, held), tuple(sequences))
     finally:
         cell.reset_dropout_mask()

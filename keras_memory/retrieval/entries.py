@@ -45,11 +45,11 @@ def check_dtype(name, dtype, choices, others="", in_graph=True):
 
 
 def check_bytes_of_entries(
-    slots, dim, value_dim, dtype, value_dtype, on_host=False
+    slots, key_dim, value_dim, dtype, value_dtype, on_host=False
 ):
     """`check_bytes` of keys, and of values, whose dtype None is the keys'."""
     for what, name, width, of_numbers in (
-        ("The keys", "dim", dim, dtype),
+        ("The keys", "key_dim", key_dim, dtype),
         ("The values", "value_dim", value_dim, value_dtype or dtype),
     ):
         sizes = [*slots, (name, width)]

@@ -30,7 +30,7 @@ class ExactRow:
 
     def search(self, queries, top_k, is_counted=True):
         """(Q, top_k) slots and scores."""
-        check_process('KNNMemory(store="ring")')
+        check_process('KNNMemory(search_method="exact")')
         # As few shapes as there are powers of two, for what is compiled.
         if self._on_device is None:
             slots = min(len(self.keys), power_of_two(self.size, least=1024))
@@ -40,9 +40,7 @@ class ExactRow:
             self._on_device = RingState(keys, none, size)
         state = self._on_device
         slots = state.keys.shape[1]
-        ring = RingMemory(
-            queries.shape[1], slots, 0, self.similarity, "blocked"
-        )
+        ring = RingMemory(queries.shape[1], slots, 0, self.similarity, "auto")
         most = min(slots, power_of_two(top_k))
         parts = []
         for begin in range(0, len(queries), QUERIES):

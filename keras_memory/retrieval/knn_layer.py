@@ -49,9 +49,9 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
     hand a `RingState` in and out instead (`RingMemory`).
 
     Args:
-        max_memories, similarity, method, target_recall, value_dtype: as of
-            `RingMemory`.
-        top_k: int, K, from 1 (32 by default) to `max_memories`.
+        memory_size, similarity, search_method, target_recall, value_dtype: as
+            of `RingMemory`.
+        top_k: int, K, from 1 (32 by default) to `memory_size`.
         write: when entries are written and rows cleared for good:
             `"training"` (default), so that evaluation leaves the memory alone,
             `"always"`, or `"never"`.
@@ -79,7 +79,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
 
     Example:
 
-    >>> layer = KNNMemoryLayer(max_memories=100, top_k=2)
+    >>> layer = KNNMemoryLayer(memory_size=100, top_k=2)
     >>> keys = np.eye(3, dtype="float32")[None]
     >>> layer(keys, keys, keys, training=True).mask.numpy().any()
     np.False_
@@ -89,10 +89,10 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
 
     def __init__(
         self,
-        max_memories,
+        memory_size,
         top_k=32,
         similarity="dot",
-        method="exact",
+        search_method="exact",
         target_recall=0.95,
         write="training",
         memory_dtype="float32",
@@ -102,17 +102,23 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         super().__init__(**kwargs)
         self.autocast = False  # what is kept is not rounded to compute with
         ring = RingMemory(
-            1, max_memories, 0, similarity, method, target_recall, value_dtype
+            1,
+            memory_size,
+            0,
+            similarity,
+            search_method,
+            target_recall,
+            value_dtype,
         )
-        self.max_memories = ring.max_memories
+        self.memory_size = ring.memory_size
         self.top_k = check_size("top_k", top_k)
-        if top_k > max_memories:
+        if top_k > memory_size:
             raise ValueError(
-                "`top_k` must be at most `max_memories`, as more can never be "
-                f"found. Received: top_k={top_k}, max_memories={max_memories}"
+                "`top_k` must be at most `memory_size`, as more can never be "
+                f"found. Received: top_k={top_k}, memory_size={memory_size}"
             )
         self.similarity = similarity
-        self.method = method
+        self.search_method = search_method
         self.target_recall = target_recall
         self.write = check_one_of("write", write, WRITES)
         self.memory_dtype = check_dtype(
@@ -121,8 +127,8 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         self.value_dtype = ring.value_dtype
 
     def build(self, queries_shape, keys_shape=None, values_shape=None):
-        batch, dim = ([None, *queries_shape][place] for place in (1, -1))
-        if batch is None or dim is None or len(queries_shape) < 2:
+        batch, key_dim = ([None, *queries_shape][place] for place in (1, -1))
+        if batch is None or key_dim is None or len(queries_shape) < 2:
             raise ValueError(
                 "`queries` must be (B, ..., D), of a known batch size and "
                 "width, as each row has a memory among the weights: "
@@ -130,17 +136,17 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
                 f"{tuple(queries_shape)}"
             )
         self.ring = RingMemory(
-            dim,
-            self.max_memories,
+            key_dim,
+            self.memory_size,
             values_shape[-1] if values_shape else 0,
             self.similarity,
-            self.method,
+            self.search_method,
             self.target_recall,
             self.value_dtype,
         )
         self.ring._check_bytes(batch, self.memory_dtype)
-        slots = (batch, self.max_memories)
-        shapes = [(*slots, dim), (*slots, self.ring.value_dim), (batch,)]
+        slots = (batch, self.memory_size)
+        shapes = [(*slots, key_dim), (*slots, self.ring.value_dim), (batch,)]
         value_dtype = self.value_dtype or self.memory_dtype
         self.memory_keys, self.memory_values, self.memory_count = (
             self.add_weight(
@@ -198,7 +204,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         training=False,
     ):
         before = state = self.state
-        given = check_array("queries", queries, (None, ..., self.ring.dim))
+        given = check_array("queries", queries, (None, ..., self.ring.key_dim))
         rows = self.memory_keys.shape[0]
         queries = check_batch("queries", given, rows)
         others = {"keys": keys, "values": values}
@@ -225,7 +231,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         return Neighbours(*(with_rows_of(part, given) for part in found))
 
     def get_config(self):
-        names = ("max_memories", "top_k", "similarity", "method")
+        names = ("memory_size", "top_k", "similarity", "search_method")
         names += ("target_recall", "write", "memory_dtype", "value_dtype")
         config = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **config}

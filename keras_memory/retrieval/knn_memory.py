@@ -46,9 +46,9 @@ from keras_memory.retrieval.tuning import closeness
 from keras_memory.retrieval.tuning import import_error
 from keras_memory.retrieval.tuning import recall
 
-STORES = ("auto", "ring", "scann")
+SEARCH_METHODS = ("auto", "exact", "approximate")
 MODES = ("r", "a")
-STORED = ("dim", "max_memories", "num_rows", "value_dim", "similarity")
+STORED = ("key_dim", "memory_size", "num_rows", "value_dim", "similarity")
 STORED += ("value_dtype",)
 BLOCK = 1 << 26  # bytes of entries that are stored together
 FILE_FACTOR = 2  # a file larger than so many times its entries is rewritten
@@ -92,15 +92,16 @@ class KNNMemory(Arguments):
     what was added, so that it survives a kill and a loss of power.
 
     Args:
-        dim: int, D, width of keys and queries.
-        max_memories: int, N, entries of each row; one more takes the place of
+        key_dim: int, D, width of keys and queries.
+        memory_size: int, N, entries of each row; one more takes the place of
             the oldest.
         num_rows: int, R, 1 by default.
         value_dim: int, V, width of values, 0 for none; None (default) for D.
         similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
             0 from all others, or `"l2"`, minus the squared distance.
-        store: `"scann"`, `"ring"`, or `"auto"` (default), ScaNN where it can be
-            imported and the backend sees no accelerator.
+        search_method: `"approximate"`, by ScaNN; `"exact"`, by the backend; or
+            `"auto"` (default), approximate where ScaNN can be imported and the
+            backend sees no accelerator.
         target_recall: float in (0, 1), 0.95 by default, the share of the
             neighbours that a tree is to find.
         background: bool. True (default): trees are built beside the searches,
@@ -112,18 +113,19 @@ class KNNMemory(Arguments):
             `"float32"` or `"float64"`; None (default) for that of the keys,
             float32.
 
-    Forks: ScaNN searches in them, and builds trees of its own. `"ring"` raises
-    RuntimeError in a fork of a process that used the backend, whose threads
-    are not there: start such processes by `"spawn"`. A folder that is open is
-    neither written nor refreshed in a fork.
+    Forks: ScaNN searches in them, and builds trees of its own. Exact search
+    raises RuntimeError in a fork of a process that used the backend, whose
+    threads are not there: start such processes by `"spawn"`. A folder that is
+    open is neither written nor refreshed in a fork.
 
     Raises:
         ValueError: an argument out of its range.
-        ImportError: `store="scann"` where ScaNN cannot be imported.
+        ImportError: `search_method="approximate"`, and ScaNN cannot be
+            imported.
 
     Example:
 
-    >>> memory = KNNMemory(dim=2, max_memories=3, num_rows=2, value_dim=1)
+    >>> memory = KNNMemory(key_dim=2, memory_size=3, num_rows=2, value_dim=1)
     >>> keys = np.eye(2, dtype="float32")[None].repeat(2, axis=0)
     >>> memory.add(keys, values=[[[1.0], [2.0]], [[3.0], [4.0]]])
     array([[0, 1],
@@ -138,51 +140,54 @@ class KNNMemory(Arguments):
 
     def __init__(
         self,
-        dim,
-        max_memories,
+        key_dim,
+        memory_size,
         num_rows=1,
         value_dim=None,
         similarity="dot",
-        store="auto",
+        search_method="auto",
         target_recall=0.95,
         background=True,
         keep_statistics=False,
         value_dtype=None,
     ):
-        self.dim = check_size("dim", dim)
-        self.max_memories = check_size("max_memories", max_memories)
+        self.key_dim = check_size("key_dim", key_dim)
+        self.memory_size = check_size("memory_size", memory_size)
         self.num_rows = check_size("num_rows", num_rows)
         if value_dim is None:
-            value_dim = dim
+            value_dim = key_dim
         self.value_dtype = check_value_dtype(value_dtype, False, "float32")
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
         self.target_recall = check_open("target_recall", target_recall)
         self.background = check_bool("background", background)
         self.keep_statistics = check_bool("keep_statistics", keep_statistics)
-        check_one_of("store", store, STORES)
-        if store == "auto":
+        check_one_of("search_method", search_method, SEARCH_METHODS)
+        if search_method == "auto":
             may = import_error() is None and not has_accelerator()
-            store = "scann" if may else "ring"
-        if store == "ring":
-            RingMemory(dim, max_memories, 0)  # raises for too many slots
-        if store == "scann":
-            check_scann('`KNNMemory(store="scann")`', '`store="ring"` is exact')
-        self.store = store
-        slots = (num_rows, max_memories)
-        rows = ("num_rows", num_rows), ("max_memories", max_memories)
+            search_method = "approximate" if may else "exact"
+        if search_method == "exact":
+            RingMemory(key_dim, memory_size, 0)  # raises for too many slots
+        if search_method == "approximate":
+            check_scann(
+                '`KNNMemory(search_method="approximate")`',
+                '`search_method="exact"` is exact',
+            )
+        self.search_method = search_method
+        slots = (num_rows, memory_size)
+        rows = ("num_rows", num_rows), ("memory_size", memory_size)
         check_bytes_of_entries(
-            rows, dim, value_dim, "float32", self.value_dtype, on_host=True
+            rows, key_dim, value_dim, "float32", self.value_dtype, on_host=True
         )
         check_bytes(  # indexes and locks, about a kB each
             "A row each", [rows[0], ("bytes", 1000)], "uint8", on_host=True
         )
-        self._keys = np.zeros((*slots, dim), "float32")
+        self._keys = np.zeros((*slots, key_dim), "float32")
         self._values = np.zeros((*slots, value_dim), self.value_dtype)
         self._count = np.zeros(num_rows, "int64")  # added since it was cleared
         self._lock = threading.RLock()
         self._builder = None
-        if store == "scann" and background:
+        if search_method == "approximate" and background:
             self._builder = Builder()
             weakref.finalize(self, self._builder.close)
         _MEMORIES.add(self)
@@ -198,7 +203,7 @@ class KNNMemory(Arguments):
         self._is_cleared = np.zeros(num_rows, bool)  # and not in the file
 
     def _index(self, row):
-        if self.store == "ring":
+        if self.search_method == "exact":
             return ExactRow(self._keys[row], self.similarity)
         return ScannRow(
             self._keys[row],
@@ -241,7 +246,11 @@ class KNNMemory(Arguments):
             is_of_one = self._is_of_one(keys, rows)
             axis = () if is_of_one else (len(rows),)
             keys = check_vectors(
-                "keys", keys, (*axis, None, self.dim), rows, remedy=KEY_REMEDY
+                "keys",
+                keys,
+                (*axis, None, self.key_dim),
+                rows,
+                remedy=KEY_REMEDY,
             )
             shape = (*keys.shape[:-1], self.value_dim)
             if values is None and not self.value_dim:
@@ -269,7 +278,7 @@ class KNNMemory(Arguments):
 
     def _add(self, row, keys, values):
         """Appends to one row; returns slots, as `add`."""
-        number, size = len(keys), self.max_memories
+        number, size = len(keys), self.memory_size
         first = max(0, number - size)  # what comes later takes their place
         self._count[row] += number
         numbers = np.arange(self._count[row] - number, self._count[row])
@@ -284,7 +293,9 @@ class KNNMemory(Arguments):
             self._indexes[row].write(slots)
         return np.concatenate([np.full(first, -1), slots])
 
-    def search(self, queries, top_k, rows=None, keys=True, values=True):
+    def search(
+        self, queries, top_k, rows=None, return_keys=True, return_values=True
+    ):
         """Finds the nearest entries of each query, in its row.
 
         Args:
@@ -293,21 +304,19 @@ class KNNMemory(Arguments):
             top_k: int, K, at least 1. Where a row has fewer entries the mask
                 tells.
             rows: ints of the rows meant, or (num_rows,) bool; None for all.
-            keys, values: bool, True (default) to return them; False takes less
-                time, and (R, ..., K, 0) is returned.
+            return_keys, return_values: bool, True by default. False takes less
+                time, and (R, ..., K, 0) is returned for them.
 
         Returns:
             `retrieval.Neighbours` of NumPy arrays.
 
         Raises:
             ValueError: wrong shapes, dtypes, values or rows.
-            RuntimeError: `store="ring"`, in a fork; see the class.
+            RuntimeError: `search_method="exact"`, in a fork; see the class.
         """
         check_size("top_k", top_k)
-        for name, value in (("keys", keys), ("values", values)):
-            check_bool(
-                name, value, ", whether to return them; `add` takes entries"
-            )
+        check_bool("return_keys", return_keys)
+        check_bool("return_values", return_values)
         with self._lock:
             rows = self._rows(rows)
             queries, is_of_one = self._queries(queries, rows)
@@ -316,14 +325,22 @@ class KNNMemory(Arguments):
             check_bytes(
                 "The neighbours",
                 [("rows", len(rows)), ("queries", shape[1]), ("top_k", top_k)]
-                + [("2 + dim + value_dim", 2 + self.dim + self.value_dim)],
+                + [
+                    (
+                        "2 + key_dim + value_dim",
+                        2 + self.key_dim + self.value_dim,
+                    )
+                ],
                 on_host=True,
             )
             slots = np.full(shape, -1, "int32")
             scores = np.full(shape, -np.inf, "float32")
             for i, row in enumerate(rows):
                 self._search(row, flat[i], slots[i], scores[i])
-            widths = (self.dim if keys else 0, self.value_dim if values else 0)
+            widths = (
+                self.key_dim if return_keys else 0,
+                self.value_dim if return_values else 0,
+            )
             found = Neighbours(
                 scores,
                 slots,
@@ -362,7 +379,7 @@ class KNNMemory(Arguments):
         is_of_one = self._is_of_one(queries, rows)
         axis = () if is_of_one else (len(rows),)
         queries = check_vectors(
-            "queries", queries, (*axis, ..., self.dim), rows
+            "queries", queries, (*axis, ..., self.key_dim), rows
         )
         return (queries[None] if is_of_one else queries), is_of_one
 
@@ -381,7 +398,7 @@ class KNNMemory(Arguments):
         slots[:, :most] = np.where(is_found, found, -1)
         scores[:, :most] = of_found
         if self.keep_statistics and self._is_counted:
-            hits = np.bincount(found[is_found], minlength=self.max_memories)
+            hits = np.bincount(found[is_found], minlength=self.memory_size)
             self._hits[row] += hits
             self._hit_at[row, hits > 0] = self._searches[row]
 
@@ -406,7 +423,7 @@ class KNNMemory(Arguments):
 
     def size(self):
         """(num_rows,) int32, how many entries each row has."""
-        return np.minimum(self._count, self.max_memories).astype("int32")
+        return np.minimum(self._count, self.memory_size).astype("int32")
 
     def entries(self, row=0):
         """The entries of a row, the oldest first.
@@ -453,8 +470,8 @@ class KNNMemory(Arguments):
             check_size("row", row, least=0)
         (row,) = self._rows([row])
         count = int(self._count[row])
-        first = max(0, count - self.max_memories)
-        return np.arange(first, count) % self.max_memories
+        first = max(0, count - self.memory_size)
+        return np.arange(first, count) % self.memory_size
 
     def recall(self, queries=None, top_k=32, rows=None, sample=1000):
         """The share of the nearest, or as near, entries that searches find.
@@ -486,7 +503,11 @@ class KNNMemory(Arguments):
                 if not most or not len(of_row):
                     continue
                 slots = self.search(
-                    of_row[None], most, [row], keys=False, values=False
+                    of_row[None],
+                    most,
+                    [row],
+                    return_keys=False,
+                    return_values=False,
                 ).indices[0]
                 exact = ExactRow(self._keys[row], self.similarity)
                 exact.size = self._indexes[row].size
@@ -539,7 +560,7 @@ class KNNMemory(Arguments):
 
         Args:
             folder: path.
-            **options: `store`, `target_recall`, `background` and
+            **options: `search_method`, `target_recall`, `background` and
                 `keep_statistics`, as of `KNNMemory`.
 
         Returns:
@@ -573,7 +594,8 @@ class KNNMemory(Arguments):
             folder: path; with `"a"` made where it is absent.
             mode: `"r"` (default) or `"a"`.
             **options: arguments of `KNNMemory`, for a new memory, or
-                `store`, `target_recall`, `background` and `keep_statistics`;
+                `search_method`, `target_recall`, `background`,
+                `keep_statistics`;
                 sizes and similarity must be those of a memory that is there.
 
         Returns:
@@ -588,10 +610,10 @@ class KNNMemory(Arguments):
         folder = check_path("folder", folder)
         check_one_of("mode", mode, MODES)
         is_new = mode == "a" and not exists(folder)
-        if is_new and not {"dim", "max_memories"} <= set(options):
+        if is_new and not {"key_dim", "memory_size"} <= set(options):
             raise FileNotFoundError(
-                "There must be a memory in `folder`, or `dim` and "
-                "`max_memories` to make one. Received: no memory in "
+                "There must be a memory in `folder`, or `key_dim` and "
+                "`memory_size` to make one. Received: no memory in "
                 f"{folder}, and {sorted(options)}"
             )
         config = cls(**options)._config() if is_new else None
@@ -606,7 +628,7 @@ class KNNMemory(Arguments):
             for name, stored in config.items():
                 given = options.get(name, stored)
                 if name == "value_dim" and given is None:
-                    given = options.get("dim", config["dim"])
+                    given = options.get("key_dim", config["key_dim"])
                 if name == "value_dtype":
                     given = check_value_dtype(given, False, "float32")
                 if given != stored:
@@ -646,7 +668,7 @@ class KNNMemory(Arguments):
             if not (new.any() or self._is_cleared.any()):
                 return
             some, all_ = (
-                int(np.minimum(counts, self.max_memories).sum())
+                int(np.minimum(counts, self.memory_size).sum())
                 * self._bytes_of_entry
                 for counts in (new, self._count)
             )
@@ -707,7 +729,7 @@ class KNNMemory(Arguments):
         )
 
     def __repr__(self):
-        names = [*STORED[:-1], "store", "target_recall"]
+        names = [*STORED[:-1], "search_method", "target_recall"]
         if self.value_dtype != "float32":
             names.insert(-2, "value_dtype")
         values = (f"{name}={getattr(self, name)!r}" for name in names)
@@ -718,7 +740,7 @@ class KNNMemory(Arguments):
 
     @property
     def _bytes_of_entry(self):
-        of_key = self.dim * self._keys.itemsize
+        of_key = self.key_dim * self._keys.itemsize
         return of_key + self.value_dim * self._values.itemsize
 
     def _operations(self, counts):
@@ -736,7 +758,7 @@ class KNNMemory(Arguments):
 
     def _read_on(self):
         """Operations that are in the file and not in this memory, checked."""
-        sizes = self.dim, self.value_dim, self._values.dtype
+        sizes = self.key_dim, self.value_dim, self._values.dtype
         for operation in self._file.operations(*sizes):
             self._check_stored(*operation)
             yield operation

@@ -35,7 +35,7 @@ from keras_memory.retrieval.exact import unit
 
 QUERIES = 1024  # queries that are compared at a time
 MOST_SLOTS = 1 << 30  # of a row: its count is below twice as many
-METHODS = ("exact", "blocked", "approximate")
+SEARCH_METHODS = ("exact", "auto", "approximate")
 
 
 class RingState(NamedTuple):
@@ -71,15 +71,15 @@ class RingMemory:
     finds nothing.
 
     Args:
-        dim: int, D, width of keys and queries.
-        max_memories: int, N, slots of each row, 2^30 at most; one more entry
+        key_dim: int, D, width of keys and queries.
+        memory_size: int, N, slots of each row, 2^30 at most; one more entry
             takes the place of the oldest.
         value_dim: int, V, width of values, 0 for none; None (default) for D.
         similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
             0 from all others, or `"l2"`, minus the squared distance.
-        method: `"exact"` (default), a product with all keys and their largest;
-            `"blocked"`, as exact, and faster for large memories: it looks for
-            the largest among the groups of slots that can hold them;
+        search_method: `"exact"` (default), a product with all keys and their
+            largest; `"auto"`, as exact, and faster for large memories: it looks
+            for the largest among the groups of slots that can hold them;
             `"approximate"`, the backend's approximate search (TensorFlow, JAX),
             which is quicker on a TPU.
         target_recall: float in (0, 1), the share of the neighbours that
@@ -89,12 +89,12 @@ class RingMemory:
             `"float32"` or `"float64"`; None (default) for that of the keys.
 
     Raises:
-        ValueError: a size below 1, another similarity, method or dtype, or one
-            that the backend does not have.
+        ValueError: a size below 1, another similarity, search method or dtype,
+            or one that the backend does not have.
 
     Example:
 
-    >>> ring = RingMemory(dim=2, max_memories=3)
+    >>> ring = RingMemory(key_dim=2, memory_size=3)
     >>> state = ring.initial_state(batch_size=1)
     >>> keys = np.array([[[1.0, 0.0], [0.0, 1.0]]], "float32")
     >>> state = ring.add(state, keys, values=keys)
@@ -103,31 +103,31 @@ class RingMemory:
     (array([[[ 0,  1, -1]]], dtype=int32), array([[[ True,  True, False]]]))
     """
 
-    dim: int
-    max_memories: int
+    key_dim: int
+    memory_size: int
     value_dim: int | None = None
     similarity: str = "dot"
-    method: str = "exact"
+    search_method: str = "exact"
     target_recall: float = 0.95
     value_dtype: str | None = None
 
     def __post_init__(self):
         make_plain(self)
-        width = self.dim if self.value_dim is None else self.value_dim
+        width = self.key_dim if self.value_dim is None else self.value_dim
         for name, size in (
-            ("dim", check_size("dim", self.dim)),
-            ("max_memories", check_size("max_memories", self.max_memories)),
+            ("key_dim", check_size("key_dim", self.key_dim)),
+            ("memory_size", check_size("memory_size", self.memory_size)),
             ("value_dim", check_size("value_dim", width, least=0)),
         ):
             object.__setattr__(self, name, size)
-        if self.max_memories > MOST_SLOTS:
+        if self.memory_size > MOST_SLOTS:
             raise ValueError(
-                f"`max_memories` must be at most {MOST_SLOTS}, or a row's "
+                f"`memory_size` must be at most {MOST_SLOTS}, or a row's "
                 "count, up to twice as many, would not be an int32. "
-                f"Received: max_memories={self.max_memories}"
+                f"Received: memory_size={self.memory_size}"
             )
         check_one_of("similarity", self.similarity, SIMILARITIES)
-        check_one_of("method", self.method, METHODS)
+        check_one_of("search_method", self.search_method, SEARCH_METHODS)
         check_open("target_recall", self.target_recall)
         dtype = check_value_dtype(self.value_dtype)
         object.__setattr__(self, "value_dtype", dtype)
@@ -149,9 +149,9 @@ class RingMemory:
             check_size("batch_size", batch_size, least=0)
         dtype = check_dtype("dtype", dtype, FLOATS, OF_INTEGERS)
         self._check_bytes(batch_size, dtype)
-        slots = (batch_size, self.max_memories)
+        slots = (batch_size, self.memory_size)
         return RingState(
-            ops.zeros((*slots, self.dim), dtype),
+            ops.zeros((*slots, self.key_dim), dtype),
             ops.zeros((*slots, self.value_dim), self.value_dtype or dtype),
             ops.zeros((batch_size,), "int32"),
         )
@@ -159,15 +159,15 @@ class RingMemory:
     def _check_bytes(self, batch_size, dtype):
         is_known = isinstance(batch_size, (int, np.integer))
         rows = batch_size if is_known else None
-        slots = ("batch size", rows), ("max_memories", self.max_memories)
+        slots = ("batch size", rows), ("memory_size", self.memory_size)
         check_bytes_of_entries(
-            slots, self.dim, self.value_dim, dtype, self.value_dtype
+            slots, self.key_dim, self.value_dim, dtype, self.value_dtype
         )
 
     def size(self, state):
         """(B,) int32, how many entries each row has."""
         state, _ = self._checked(state)
-        return ops.minimum(state.count, self.max_memories)
+        return ops.minimum(state.count, self.memory_size)
 
     def clear(self, state, rows):
         """Forgets all entries of some rows, and nobody else's.
@@ -216,7 +216,7 @@ class RingMemory:
                 for part in (keys, values)
             )
             kept = ops.pad(kept, ((0, 0), (0, 1)), constant_values=False)
-        size = self.max_memories
+        size = self.memory_size
         order = ops.cumsum(ops.cast(kept, "int32"), axis=1)
         added = order[:, -1:]
         kept = kept & (order > added - size)  # the last N, if there are more
@@ -259,19 +259,19 @@ class RingMemory:
             ValueError: wrong shapes or dtypes, or another `top_k`.
         """
         check_size("top_k", top_k)
-        if top_k > self.max_memories:
+        if top_k > self.memory_size:
             raise ValueError(
-                "`top_k` must be at most `max_memories`, as more can never be "
+                "`top_k` must be at most `memory_size`, as more can never be "
                 f"found. Received: top_k={top_k}, "
-                f"max_memories={self.max_memories}"
+                f"memory_size={self.memory_size}"
             )
         state, sizes = self._checked(state)
         queries = check_array(
-            "queries", queries, ("B", ..., self.dim), sizes, dtype="float32"
+            "queries", queries, ("B", ..., self.key_dim), sizes, dtype="float32"
         )
         shape = (*ops.shape(queries)[:-1], top_k)
         number = functools.reduce(operator.mul, shape[1:-1], 1)
-        flat = ops.reshape(queries, (shape[0], number, self.dim))
+        flat = ops.reshape(queries, (shape[0], number, self.key_dim))
         sound = is_sound(flat)[..., None]
         flat = ops.where(sound, flat, 0.0)
         state = RingState(*map(ops.stop_gradient, state))
@@ -286,7 +286,7 @@ class RingMemory:
             ops.where(mask[..., None], keys, 0),
             ops.where(mask[..., None], _rows_at(state.values, slots), 0),
         )
-        widths = (), (), (), (self.dim,), (self.value_dim,)
+        widths = (), (), (), (self.key_dim,), (self.value_dim,)
         return Neighbours(
             *(
                 ops.reshape(part, (*shape, *width))
@@ -297,8 +297,8 @@ class RingMemory:
     def _find(self, state, queries, top_k):
         """(B, Q, K) products, -inf for slots without an entry, and slots."""
         keys = ops.cast(state.keys, "float32")
-        slots = ops.arange(self.max_memories, dtype="int32")
-        size = ops.minimum(state.count, self.max_memories)[:, None]
+        slots = ops.arange(self.memory_size, dtype="int32")
+        size = ops.minimum(state.count, self.memory_size)[:, None]
         bias = ops.where(slots < size, 0.0, -np.inf)
         if self.similarity == "cosine":
             queries, keys = unit(queries), unit(keys)
@@ -321,7 +321,7 @@ class RingMemory:
         blocks = -(-number // QUERIES)
         more = blocks * QUERIES - number
         queries = ops.pad(queries, ((0, 0), (0, more), (0, 0)))
-        queries = ops.reshape(queries, (-1, blocks, QUERIES, self.dim))
+        queries = ops.reshape(queries, (-1, blocks, QUERIES, self.key_dim))
         found = ops.map(search, ops.swapaxes(queries, 0, 1))
         return tuple(
             ops.reshape(
@@ -332,19 +332,19 @@ class RingMemory:
 
     def _largest(self, products, top_k):
         backend = keras.backend.backend()
-        if self.method == "approximate" and backend == "jax":
+        if self.search_method == "approximate" and backend == "jax":
             import jax
 
             return jax.lax.approx_max_k(
                 products, top_k, recall_target=self.target_recall
             )
-        if self.method == "approximate" and backend == "tensorflow":
+        if self.search_method == "approximate" and backend == "tensorflow":
             import tensorflow as tf
 
             return tf.math.approx_max_k(
                 products, top_k, recall_target=self.target_recall
             )
-        if self.method == "blocked":
+        if self.search_method == "auto":
             return largest(products, top_k)
         return ops.top_k(products, top_k)
 
@@ -357,10 +357,10 @@ class RingMemory:
                 f"Received: {type(state).__name__}"
             )
         keys, values, count = state
-        sizes, slots = {}, ("B", self.max_memories)
+        sizes, slots = {}, ("B", self.memory_size)
         options = of_values(self.value_dtype)
         keys = check_array(
-            "state.keys", keys, (*slots, self.dim), sizes, remedy=KEY_REMEDY
+            "state.keys", keys, (*slots, self.key_dim), sizes, remedy=KEY_REMEDY
         )
         values = check_array(
             "state.values", values, (*slots, self.value_dim), sizes, **options
@@ -374,7 +374,9 @@ class RingMemory:
         """Checked, without gradient, in the dtypes of the state."""
         dtypes = [ops.dtype(part) for part in state]
         of_keys = {"dtype": dtypes[0], "remedy": KEY_REMEDY}
-        keys = check_array("keys", keys, ("B", "n", self.dim), sizes, **of_keys)
+        keys = check_array(
+            "keys", keys, ("B", "n", self.key_dim), sizes, **of_keys
+        )
         if values is None and not self.value_dim:
             values = ops.zeros((*ops.shape(keys)[:2], 0), dtypes[1])
         values = check_array(

@@ -145,8 +145,8 @@ class ScannIndex(Arguments, keras.layers.Layer):
         self._version = 0
 
     def build(self, queries_shape):
-        dim = queries_shape[-1] if len(queries_shape) > 1 else None
-        if dim is None:
+        key_dim = queries_shape[-1] if len(queries_shape) > 1 else None
+        if key_dim is None:
             raise ValueError(
                 "The last axis of `queries`, (..., D), must have a known size, "
                 f"that of the keys. Received: shape {tuple(queries_shape)}"
@@ -165,11 +165,11 @@ class ScannIndex(Arguments, keras.layers.Layer):
 
         slots = [("memory_size", self.memory_size)]
         check_bytes_of_entries(
-            slots, dim, self.value_dim, "float32", self.value_dtype
+            slots, key_dim, self.value_dim, "float32", self.value_dtype
         )
         watched = functools.partial(_Watched, self._match_version)
         self.memory_keys = weight(
-            "memory_keys", (self.memory_size, dim), kind=watched
+            "memory_keys", (self.memory_size, key_dim), kind=watched
         )
         self.memory_values = None
         if self.value_dim:
@@ -363,8 +363,8 @@ class ScannIndex(Arguments, keras.layers.Layer):
             yield
 
     def _checked(self, queries):
-        dim = self.memory_keys.shape[-1]
-        return check_array("queries", queries, (None, ..., dim))
+        key_dim = self.memory_keys.shape[-1]
+        return check_array("queries", queries, (None, ..., key_dim))
 
     def compute_output_spec(self, queries):
         self._checked(queries)

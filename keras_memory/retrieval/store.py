@@ -69,7 +69,7 @@ class Store:
     def __init__(self, folder, mode, config=None, operations=None):
         self.path = pathlib.Path(folder).absolute() / NAME
         self.owner, self.config, self._read = os.getpid(), config, 0
-        self._meta = self._connection = None
+        self._meta, self._connection, self._mode = None, None, mode
         with contextlib.ExitStack() as held:
             if mode == "a":
                 files.make_folder(self.path.parent)
@@ -89,12 +89,15 @@ class Store:
             self.config = json.loads(self._meta.config)
             self._held = held.pop_all()
 
-    def operations(self, dim, value_dim, value_dtype):
+    def operations(self, key_dim, value_dim, value_dtype):
         """Yields `Operation`s that are committed and were not yet read, with
         float32 keys, or a ValueError where the file is damaged or another one.
         Those of a call that was not finished come again.
         """
-        kinds = np.dtype(("f4", (dim,))), np.dtype((value_dtype, (value_dim,)))
+        kinds = (
+            np.dtype(("f4", (key_dim,))),
+            np.dtype((value_dtype, (value_dim,))),
+        )
         sizes = [kind.itemsize for kind in kinds]
         with self._reading() as connection:
             begin = max(self._read + 1, self._meta.first)
@@ -114,6 +117,8 @@ class Store:
         readers see all of it or nothing, and it survives kills and loss of
         power. After an OSError nothing has changed."""
         self._check_owner()
+        if self._mode != "a":
+            raise ValueError(f"A store must be open to write. Got: {self.path}")
         config = json.dumps(self.config) if replace else None
         with _explained("write", self.path), contextlib.ExitStack() as undo:
             undo.callback(self.disconnect)  # which rolls back
@@ -144,6 +149,7 @@ class Store:
     def close(self):
         """Lets other writers in."""
         self.disconnect()
+        self._mode = "closed"
         self._held.close()
 
     @contextlib.contextmanager
@@ -165,10 +171,14 @@ class Store:
     def _share(self):
         """Lets all write to the files beside it who may write to the folder,
         as the writer may be another user than the reader that made them."""
-        access = os.stat(self.path.parent).st_mode & 0o666
+        readers = os.stat(self.path).st_mode & 0o044  # and no others
+        writers = os.stat(self.path.parent).st_mode & (readers >> 1)
         for name in "-wal", "-shm":
+            # By its name: whoever closes the file drops SQLite's locks.
+            path = f"{self.path}{name}"
             with contextlib.suppress(OSError):
-                os.chmod(f"{self.path}{name}", access)
+                if not os.path.islink(path):
+                    os.chmod(path, 0o600 | readers | writers)
 
     def _check_owner(self):
         if self.owner != os.getpid():

@@ -4,7 +4,7 @@ A new task or architecture fits in as one more dataclass: a task goes into
 `tasks.TASKS`, an architecture into `MODELS`, a combination worth a name into
 `PRESETS`.
 
-An architecture is called with inputs (B, T, D), the number of outputs and
+The `build` of an architecture takes inputs (B, T, D), the number of outputs and
 their activation, and gives outputs (B, T, units). Layers of your own must be
 registered with Keras, or a run of them cannot be loaded:
 
@@ -12,7 +12,7 @@ registered with Keras, or a run of them cannot be loaded:
 ... class GRU:
 ...     units: int = 32
 ...
-...     def __call__(self, inputs, units, activation):
+...     def build(self, inputs, units, activation):
 ...         x = keras.layers.GRU(self.units, return_sequences=True)(inputs)
 ...         return keras.layers.Dense(units, activation)(x)
 >>> MODELS["gru"] = GRU
@@ -30,7 +30,6 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable
 from collections.abc import Iterable
 
 import keras
@@ -130,6 +129,14 @@ def _fits(value, wanted):
     return isinstance(value, wanted)
 
 
+@typing.runtime_checkable
+class Architecture(typing.Protocol):
+    """What a training needs of the configuration of a model."""
+
+    def build(self, inputs, units, activation):
+        """Outputs (B, T, units) of inputs (B, T, D), with an activation."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Memory:
     """What the recurrent memories have in common; each has its own defaults."""
@@ -150,7 +157,7 @@ class _Memory:
         _normalize(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("layers", "controller_layers"):
+            if field.name in ("num_layers", "controller_layers"):
                 check_layers(field.name, value)
             elif field.type is int:
                 least = 0 if field.name == "shift_range" else 1
@@ -177,7 +184,7 @@ class _Memory:
                 self.controller_layers,
             )
 
-    def __call__(self, inputs, units, activation):
+    def build(self, inputs, units, activation):
         """(B, T, D) -> (B, T, units)."""
         arguments = dataclasses.asdict(self)
         arguments.pop("initialization")
@@ -218,7 +225,7 @@ class _Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class NTM(_Memory):
+class NTMConfig(_Memory):
     """The arguments of `NTMLayer` that a training can set.
 
     Args:
@@ -244,11 +251,11 @@ class NTM(_Memory):
 
 
 @dataclasses.dataclass(frozen=True)
-class DNC(_Memory):
+class DNCConfig(_Memory):
     """The arguments of `DNCLayer` that a training can set.
 
     Args:
-        initialization: as of `NTM`.
+        initialization: as of `NTMConfig`.
         others: as of `DNCCell`.
     """
 
@@ -256,7 +263,7 @@ class DNC(_Memory):
     slot_size: int = 16
     read_heads: int = 4
     controller_units: int = 64
-    layers: int = 1
+    num_layers: int = 1
     share_memory: bool = True
     linkage: bool = True
     sparse_links: int | None = None
@@ -274,32 +281,32 @@ class DNC(_Memory):
 
 
 @dataclasses.dataclass(frozen=True)
-class LSTM:
+class LSTMConfig:
     """`keras.layers.LSTM` and a dense layer: what a memory has to surpass.
 
     Args:
         units: int, at least 1, of each layer.
-        layers: int from 1 to 1024.
+        num_layers: int from 1 to 1024.
     """
 
     units: int = 128
-    layers: int = 1
+    num_layers: int = 1
 
     def __post_init__(self):
         _normalize(self)
-        check_layers("layers", self.layers)
-        check_units(keras.layers.LSTMCell, "units", self.units, self.layers)
+        check_layers("num_layers", self.num_layers)
+        check_units(keras.layers.LSTMCell, "units", self.units, self.num_layers)
 
-    def __call__(self, inputs, units, activation):
+    def build(self, inputs, units, activation):
         """(B, T, D) -> (B, T, units)."""
-        for _ in range(self.layers):
+        for _ in range(self.num_layers):
             inputs = keras.layers.LSTM(self.units, return_sequences=True)(
                 inputs
             )
         return keras.layers.Dense(units, activation)(inputs)
 
 
-MODELS = {"ntm": NTM, "dnc": DNC, "lstm": LSTM}
+MODELS = {"ntm": NTMConfig, "dnc": DNCConfig, "lstm": LSTMConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +356,7 @@ class Training:
     """
 
     task: tasks.Task
-    model: Callable
+    model: Architecture
     steps: int = 10_000
     batch_size: int = 16
     optimizer: str = "adam"

@@ -3,9 +3,9 @@
 import dataclasses
 
 from keras_memory.training import tasks
-from keras_memory.training.config import DNC
-from keras_memory.training.config import LSTM
-from keras_memory.training.config import NTM
+from keras_memory.training.config import DNCConfig
+from keras_memory.training.config import LSTMConfig
+from keras_memory.training.config import NTMConfig
 from keras_memory.training.config import Training
 
 
@@ -39,9 +39,9 @@ def _presets():
         "picture_every": 1_000,
     }
     adam = {"learning_rate_decay": True, "clipnorm": 0.2}
-    ntm = NTM(initialization="pytorch-ntm")
+    ntm = NTMConfig(initialization="pytorch-ntm")
     # As many weights as the NTM, to a hundredth.
-    dnc = DNC(
+    dnc = DNCConfig(
         slot_size=20,
         read_heads=1,
         controller_units=100,
@@ -52,14 +52,14 @@ def _presets():
         start = Training(task, model, **common, **default)
         # As many weights as the NTM, to two hundredths, for all tasks.
         made = {"default": start}
-        made["lstm"] = dataclasses.replace(start, model=LSTM(units=119))
+        made["lstm"] = dataclasses.replace(start, model=LSTMConfig(units=119))
         made["dnc"] = dataclasses.replace(
             start,
             model=dataclasses.replace(dnc, memory_slots=model.memory_slots),
         )
         if paper is not None:
             heads = paper.pop("heads", 1)
-            model = NTM(
+            model = NTMConfig(
                 read_heads=heads,
                 write_heads=heads,
                 controller_layers=paper.pop("controller_layers", 1),
@@ -154,7 +154,7 @@ def _presets():
     # As the defaults of that project's task scripts.
     pytorch_dnc = Training(
         tasks.Copy(bits=5, max_length=4),
-        DNC(
+        DNCConfig(
             memory_slots=16,
             slot_size=20,
             controller_layers=2,

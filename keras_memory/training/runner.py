@@ -26,7 +26,7 @@ from keras_memory.training.callbacks import Progress
 from keras_memory.training.callbacks import StepsBoard
 from keras_memory.training.callbacks import StepsMemoryBoard
 from keras_memory.training.callbacks import in_reports
-from keras_memory.training.config import LSTM
+from keras_memory.training.config import LSTMConfig
 from keras_memory.training.config import check_training
 from keras_memory.training.config import to_json
 
@@ -48,7 +48,9 @@ def build(config):
     check_training(config)
     kind = losses.KINDS[config.task.kind]
     inputs = keras.Input((None, config.task.input_size), name="inputs")
-    outputs = config.model(inputs, config.task.output_size, kind.activation)
+    outputs = config.model.build(
+        inputs, config.task.output_size, kind.activation
+    )
     model = keras.Model(inputs, outputs, name=config.task.name)
     keras.optimizers.get(config.optimizer)  # raises if there is none
     settings = {
@@ -241,7 +243,7 @@ def _pictures(config, folder, probes):
         )
         for length, probe in probes.items()
     ]
-    if isinstance(config.model, LSTM):
+    if isinstance(config.model, LSTMConfig):
         return drawn
     board = StepsMemoryBoard(folder / "logs", next(iter(probes.values())))
     return [*drawn, board]

@@ -138,8 +138,11 @@ class Animation(mpl.animation.FuncAnimation):
     def images(self):
         """The frames: list of (H, W, 3) uint8."""
         figure, update, steps, _ = self._given
-        redrawn = Redrawn(figure)
-        return [redrawn.image() for step in steps if update(step)]
+        redrawn, images = Redrawn(figure), []
+        for step in steps:
+            update(step)
+            images.append(redrawn.image())
+        return images
 
     def _repr_html_(self):
         data = base64.b64encode(to_gif(self.images(), self._given[3])).decode()
@@ -169,14 +172,15 @@ def numbers(name, values, axes, sizes=None, shares=False):
         low, high = np.fmin.reduce(values, None), np.fmax.reduce(values, None)
         is_right, got = not (low < -0.02 or high > 1.02), f"{low:g} to {high:g}"
         require(is_right, name, "be in [0, 1], or NaN", got)
+        values = values.clip(0, 1)
     return np.where(np.abs(values) <= HUGE, values, np.nan)
 
 
 def check_list(name, values, count=None):
     """A list of what `values` has, `count` or else at least one."""
-    is_list = np.iterable(values) and not isinstance(values, dict)
+    is_list = np.iterable(values) and not isinstance(values, (dict, str))
     found = list(values) if is_list else []
-    wanted = f"be {count or 'at least one'}, in a list"
+    wanted = f"be a list of {count or 'at least one'}"
     got = len(found) if is_list else values
     require(found and len(found) == (count or len(found)), name, wanted, got)
     return found
