@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and written by one process."""
+"""Atomic writes, locks, and errors that name the file."""
 
 import contextlib
 import errno
@@ -51,10 +51,10 @@ def check_new_folder(folder):
 
 
 def fsync(path):
-    """Waits until a file, or the list of files in a folder, is on the disk.
+    """Flushes a file, or a folder's list of files, to the disk.
 
-    Windows flushes only what is open for writing, so no folders: there this
-    does nothing with them.
+    On Windows it does nothing with folders and read-only files, since Windows
+    flushes only what is open for writing.
 
     Args:
         path: path of the file or folder.
@@ -70,7 +70,8 @@ def fsync(path):
 
 
 def make_folder(path):
-    """Makes a folder and those above it, so that a loss of power leaves them.
+    """Makes a folder and its missing parents, and flushes them to the disk, so
+    that they survive power loss.
 
     Args:
         path: `pathlib.Path`.
@@ -115,18 +116,19 @@ def os_reason(error):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Gives a path beside `path` to write to, and renames it at the end.
+    """Yields a temporary path beside `path`, and renames it to `path` at the
+    end.
 
-    Whoever reads `path` finds the old file or the new one, whole, also if the
-    writer is killed or the machine loses power. An error leaves the old one,
-    and says so.
+    Readers of `path` find the complete old file or the complete new one, even
+    if the writer is killed or the machine loses power. An error leaves the old
+    file, and its message says so.
 
     Args:
         path: `pathlib.Path` of the file.
 
     Raises:
-        OSError: the file cannot be written. On Windows also if another
-            program keeps the old one open for more than ten seconds.
+        OSError: the file cannot be written, or, on Windows, another program
+            keeps the old file open for more than ten seconds.
     """
     aside = path.with_name(f".{path.stem}.writing{path.suffix}")
     with explain_os_errors(path):
@@ -193,15 +195,16 @@ def has_locks():
 
 @contextlib.contextmanager
 def locked(path):
-    """Keeps others out, until the end of this or the death of the process.
+    """Holds an exclusive lock on a file until the block ends or the process
+    dies.
 
-    Windows has no such lock: there all may enter.
+    Windows has no such lock: there every process enters.
 
     Args:
-        path: `pathlib.Path` of a file, which is made where there is none.
+        path: `pathlib.Path` of the lock file, made if absent.
 
     Raises:
-        ValueError: it is locked, by another process or in this one.
+        ValueError: another process, or this one, holds the lock.
     """
     owner = os.getpid()
     with open(path, "a") as file:

@@ -17,8 +17,8 @@ from keras_memory.recurrent.state import select
 
 
 class Trace(dict):
-    """What `trace` gives: a dict of arrays, which a notebook shows as a
-    picture. `keras.tree` takes it for one leaf: give it `dict(trace)`."""
+    """What `trace` returns: a dict of arrays that a notebook shows as a
+    picture. `keras.tree` treats it as one leaf: pass it `dict(trace)`."""
 
     def __repr__(self):
         shapes = [f"{name}: {np.shape(one)}" for name, one in self.items()]
@@ -34,8 +34,8 @@ class Trace(dict):
 
 
 def joined(traces):
-    """One trace of those of several layers, as `trace_model` gives them: the
-    layer's name is in front of each name where there are several."""
+    """Joins the traces of layers, as `trace_model` returns them, into one. If
+    there are several, each name starts with the layer's name."""
     several = len(traces) > 1
     return Trace(
         (f"{layer}/{name}" if several else name, ops.convert_to_numpy(values))
@@ -65,13 +65,13 @@ def trace(
         use_memory: bool, as in the layer's call.
 
     Returns:
-        `Trace`, a dict of NumPy arrays (B, T, ...), in the order in which the
-        steps were taken, which a notebook shows as a picture: `"output"`,
-        every field of the state record after the step except the
+        `Trace`, a dict of NumPy arrays (B, T, ...) that a notebook shows as a
+        picture; steps are in the order in which the layer takes them. It has
+        `"output"`, every field of the state after the step except the
         controller's states (for the NTM `"reads"`, `"memory"`,
         `"read_weighting"`, `"write_weighting"`), `"controller_output"`, and
-        what the architecture adds (keys, gates, ...). Where a cell has
-        several blocks, names start with `"block0/"`, `"block1/"`, ...
+        what the architecture adds (keys, gates, ...). If a cell has several
+        blocks, names start with `"block0/"`, `"block1/"`, ...
 
     Raises:
         TypeError: not a recurrent layer of this library.
@@ -103,7 +103,7 @@ def trace(
 def trace_model(model, inputs, training=False):
     """Records what happens inside each recurrent memory of a model.
 
-    The states of stateful layers go on, as in any call of the model.
+    The states of stateful layers advance, as in any call of the model.
 
     Args:
         model: a `keras.Model`, also a subclassed one.
@@ -111,10 +111,10 @@ def trace_model(model, inputs, training=False):
         training: bool.
 
     Returns:
-        Tuple of the model's outputs, and a dict from the layers' names, in
-        the order of their calls, to what `trace` gives for each. A layer that
-        is called again has a number behind its name.
-        All are tensors, so that this can be compiled.
+        Tuple of the model's outputs and a dict from layer name, in the order
+        of the calls, to a plain dict of tensors with the entries of `trace`,
+        so the call can be compiled. A layer that is called again has a number
+        behind its name.
 
     Raises:
         TypeError: not a Keras model.
@@ -130,7 +130,7 @@ def trace_model(model, inputs, training=False):
 
 
 def trace_layers(model, inputs, training=False):
-    """As `trace_model`, with pairs of the layer and its trace."""
+    """Like `trace_model`, with pairs of the layer and its trace."""
     calls = []
     with _recording(model, calls):
         outputs = model(inputs, training=training)
@@ -146,9 +146,9 @@ def trace_layers(model, inputs, training=False):
 
 @contextlib.contextmanager
 def _recording(model, calls):
-    """Appends to a list the calls of a model's memories that this thread
-    makes, each a layer and the arguments of its `inner_loop`; not those by
-    which Keras builds a model, whose tensors have no numbers."""
+    """Appends to `calls` each call of a model's memories in this thread: the
+    layer and the arguments of its `inner_loop`. Calls by which Keras builds a
+    model are left out, as their tensors are symbolic."""
     place = threading.get_ident(), get_symbolic_scope()
 
     def record(*call):
@@ -170,7 +170,7 @@ def _recording(model, calls):
 
 
 def _inside(layer, inputs, initial_state, mask, training, use_memory):
-    """What happens inside of a layer, as a dict of tensors (B, T, ...)."""
+    """The trace of a layer, as a dict of tensors (B, T, ...)."""
     cell = layer.cell
     states = tuple(
         ops.cast(state, cell.compute_dtype) for state in initial_state

@@ -1,19 +1,22 @@
 """The entries of a memory on a disk, in one SQLite file.
 
-A store is a folder with `memory.sqlite` and `lock`, which its one writer holds
-locked. SQLite keeps the last transactions in `memory.sqlite-wal`, and an index
-of them in `memory.sqlite-shm`, while it is in use and after a kill. Tables:
+A store is a folder with the files `memory.sqlite` and `lock`; its only writer
+holds `lock` locked. While the store is open, and after a kill, SQLite keeps its
+write-ahead log (WAL) in `memory.sqlite-wal` and an index of that in
+`memory.sqlite-shm`. The tables are:
 
-`meta`, one row: config, JSON; first and last, numbers of operations; crc,
-    CRC-32 of these three.
-`operations`, a row for each number from first to last: row of the memory; count
-    of entries added to it, or 0 where it is cleared; crc, CRC-32 of number,
-    row, count and bytes; keys and vals, the bytes of two arrays. The first
-    operation clears all rows; its row is -1.
+`meta`, one row: config, JSON; first and last, the numbers of the first and the
+    last operation; crc, the CRC-32 of these three.
+`operations`, one row per operation: number, consecutive from first to last;
+    row, the row of the memory; count, the number of entries added to that row,
+    or 0 to clear it; crc, the CRC-32 of number, row, count and the two blobs;
+    keys and vals, the bytes of two arrays. The first operation has row -1: it
+    clears all rows.
 
-SQLite does not check its pages: a changed operation has another checksum, a
-lost one leaves out a number. Damage to `memory.sqlite-wal` reads as interrupted
-transactions, as never committed: each commit is copied from it into the file.
+SQLite does not verify its pages, so each operation carries a CRC, which shows a
+change, and a consecutive number, which shows a loss. A damaged WAL looks like
+an uncommitted transaction, so each commit is checkpointed into the main file at
+once.
 """
 
 import collections
@@ -31,19 +34,20 @@ import numpy as np
 from keras_memory import files
 
 NAME = "memory.sqlite"
-# "KMem" and format 2, since 1 was a log. auto_vacuum, first, gives space back.
+# The application id is "KMem"; format 1 was a log. auto_vacuum, which frees the
+# space of deleted rows, must be set before any table exists.
 IDENTITY = {"auto_vacuum": 1, "application_id": 0x4B4D656D, "user_version": 2}
 SCHEMA = (
     "CREATE TABLE meta (config TEXT, first INTEGER, last INTEGER, crc INTEGER);"
     "CREATE TABLE operations (number INTEGER PRIMARY KEY, row INTEGER, "
     "count INTEGER, crc INTEGER, keys BLOB, vals BLOB)"
 )
-# Bytes of another length than is expected are not read, and take no memory.
+# A blob of an unexpected length is not read, so it takes no memory.
 SELECT = """SELECT row, count, crc, keys, vals FROM operations WHERE
     number = ? AND length(keys) = count * ? AND length(vals) = count * ?"""
 
-# `keys` and `values`, (n, width) arrays, are added to `row`, an int. Without
-# entries the row is cleared, or, where it is -1, all rows.
+# Adds `keys` and `values`, (n, width) arrays, to `row`, an int. With n = 0 it
+# clears that row, or all rows if `row` is -1.
 Operation = collections.namedtuple("Operation", "row keys values")
 Meta = collections.namedtuple("Meta", "config first last")
 
@@ -80,19 +84,21 @@ class Store:
                 _create(self.path, json.dumps(config), operations or ())
                 operations = None
             with self._reading() as connection:
-                if mode == "a":  # on damaged pages it could damage others
+                if mode == "a":  # writes to damaged pages could damage others
                     told = _pragma(connection, "quick_check(1)")
                     _check(told == "ok", told)
-                    files.fsync(self.path.parent)  # a kill may have left it
+                    files.fsync(self.path.parent)  # not done before a kill?
             if operations is not None:
                 self.commit(operations, replace=True)
             self.config = json.loads(self._meta.config)
             self._held = held.pop_all()
 
     def operations(self, key_dim, value_dim, value_dtype):
-        """Yields `Operation`s that are committed and were not yet read, with
-        float32 keys, or a ValueError where the file is damaged or another one.
-        Those of a call that was not finished come again.
+        """Yields the committed `Operation`s that this store has not read yet,
+        with float32 keys. A caller who stops early gets the same ones again.
+
+        Raises:
+            ValueError: the file is damaged, or another store is in its place.
         """
         kinds = (
             np.dtype(("f4", (key_dim,))),
@@ -114,14 +120,14 @@ class Store:
 
     def commit(self, operations, replace=False):
         """Adds an iterable of `Operation`s, or replaces all, in a transaction:
-        readers see all of it or nothing, and it survives kills and loss of
-        power. After an OSError nothing has changed."""
+        readers see all of them or none, and a commit survives kills and power
+        loss. An OSError leaves the store unchanged."""
         self._check_owner()
         if self._mode != "a":
             raise ValueError(f"A store must be open to write. Got: {self.path}")
         config = json.dumps(self.config) if replace else None
         with _explained("write", self.path), contextlib.ExitStack() as undo:
-            undo.callback(self.disconnect)  # which rolls back
+            undo.callback(self.disconnect)  # rolls back
             if self._connection is None:
                 self._connection = _connect(self.path, "rw")
                 self._connection.execute("PRAGMA synchronous=FULL")
@@ -135,7 +141,7 @@ class Store:
             self._connection.execute("COMMIT")
             self._meta = meta
             undo.pop_all()
-        # Into the file, whose damage is seen, as far as readers let it.
+        # Checkpoints the WAL into the main file, unless readers hold it.
         with contextlib.suppress(sqlite3.Error):
             _pragma(self._connection, "busy_timeout=0")
             _pragma(self._connection, "wal_checkpoint(TRUNCATE)")
@@ -147,14 +153,14 @@ class Store:
             self._connection = None
 
     def close(self):
-        """Lets other writers in."""
+        """Closes the store and releases its lock."""
         self.disconnect()
         self._mode = "closed"
         self._held.close()
 
     @contextlib.contextmanager
     def _reading(self):
-        """A connection in a transaction, of which `_meta` tells."""
+        """A connection in a read transaction; `_meta` is what it sees."""
         self._check_owner()
         os.stat(self.path)  # raises a plain FileNotFoundError
         with _explained("read", self.path):
@@ -169,12 +175,12 @@ class Store:
                 yield connection
 
     def _share(self):
-        """Lets all write to the files beside it who may write to the folder,
-        as the writer may be another user than the reader that made them."""
-        readers = os.stat(self.path).st_mode & 0o044  # and no others
+        """Gives write access to SQLite's two files to all who can write to the
+        folder, since the user who reads may have made them, not the writer."""
+        readers = os.stat(self.path).st_mode & 0o044  # and nobody else
         writers = os.stat(self.path.parent).st_mode & (readers >> 1)
         for name in "-wal", "-shm":
-            # By its name: whoever closes the file drops SQLite's locks.
+            # By name: closing a file handle would drop SQLite's locks.
             path = f"{self.path}{name}"
             with contextlib.suppress(OSError):
                 if not os.path.islink(path):
@@ -186,7 +192,8 @@ class Store:
 
 
 def exists(folder):
-    """True if there is a store, whole or damaged; ValueError for an old one."""
+    """Whether the folder has a store, intact or damaged; ValueError if it has
+    the old format."""
     folder = pathlib.Path(folder)
     if (folder / "manifest.json").exists() and any(folder.glob("log-*.bin")):
         raise ValueError(f"{folder} must be of format 2. Received: format 1")
@@ -195,14 +202,15 @@ def exists(folder):
 
 def _create(path, config, operations):
     for stray in path.parent.glob(".memory.writing.sqlite*"):
-        stray.unlink()  # a killed process has left it
-    # SQLite need not flush, as the file is flushed as a whole.
+        stray.unlink()  # left by a killed process
+    # SQLite need not flush: `atomic_write` flushes the whole file.
     settings = {"journal_mode": "OFF", "synchronous": "OFF", **IDENTITY}
     settings = [f"PRAGMA {name}={value};" for name, value in settings.items()]
     with files.atomic_write(path) as aside, _explained("write", aside):
         with contextlib.closing(_connect(aside, "rwc")) as connection:
             connection.executescript("".join([*settings, "BEGIN;", SCHEMA]))
-            # The time: readers of a store that is gone read all of this one.
+            # Numbering starts at the current time, above all numbers before,
+            # so a reader of a deleted store reads the new one in full.
             meta = Meta(None, 0, time.time_ns())
             _write(connection, meta, operations, config)
             connection.execute("COMMIT")
@@ -211,7 +219,8 @@ def _create(path, config, operations):
 
 
 def _write(connection, meta, operations, config):
-    """Adds operations, or replaces all with a config; gives the new `Meta`."""
+    """Adds operations or, with a config, replaces all; returns the new
+    `Meta`."""
     _, first, last = meta
     if config is not None:
         connection.execute("DELETE FROM operations")
@@ -235,7 +244,7 @@ def _checksum(values, *blobs):
 
 
 def _read_meta(connection):
-    """`Meta`, if the file is a store."""
+    """The `Meta` of a file, which is checked to be a store."""
     found = {name: _pragma(connection, name) for name in IDENTITY}
     _check(found == IDENTITY, f"{found} instead of {IDENTITY}")
     schema = "SELECT group_concat(sql, ';') FROM sqlite_master"
@@ -258,7 +267,7 @@ def _check(condition, found):
 def _connect(path, mode):
     is_wal = path.with_name(f"{path.name}-wal").exists()
     if not is_wal and not os.access(path.parent, os.W_OK):
-        mode += "&immutable=1"  # no locks, which are files
+        mode += "&immutable=1"  # locks would need files in the folder
     uri = f"{path.as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
     connection.execute("PRAGMA trusted_schema=OFF")
