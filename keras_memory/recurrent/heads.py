@@ -1,4 +1,4 @@
-"""Heads in a trace: their names, and where they look."""
+"""Names and weightings of the heads in a trace."""
 
 import math
 
@@ -8,8 +8,8 @@ HEADS = "write_weighting", "read_weighting"
 
 
 def by_place(trace):
-    """The parts of a trace: dict from a place, such as "block0", or "", to a
-    dict of what is there."""
+    """Splits a trace by place: dict from a place, such as "block0" or "", to
+    the dict of its entries."""
     places = {}
     for name, values in trace.items():
         place, _, kind = name.rpartition("/")
@@ -18,22 +18,22 @@ def by_place(trace):
 
 
 def head_weightings(trace):
-    """Names in a trace: of where heads write and read, or else of all its
-    weightings."""
+    """Names of the write and read weightings in a trace; if it has none, of
+    all its weightings."""
     names = [name for name in HEADS if name in trace]
     return names or [name for name in trace if name.endswith("_weighting")]
 
 
 def heads_of(trace):
-    """Where heads write and read: dict from "write 0", "read 0", ... to
-    (T, N), of a trace of one sequence; of other names all its weightings."""
+    """Weightings of the heads in the trace of one sequence: dict from the
+    heads' names, such as "write 0", to (T, N)."""
     every = [named_heads(name, trace) for name in head_weightings(trace)]
     return dict(head for heads in every for head in heads.items())
 
 
 def named_heads(name, trace):
-    """One weighting of a trace of one sequence: dict from the names of its
-    heads to (T, N)."""
+    """Splits one weighting in the trace of one sequence by head: dict from the
+    heads' names to (T, N)."""
     values = np.asarray(trace[name], "float64")
     names = head_names(name, values.shape[1:-1], trace)
     values = values.reshape(len(values), -1, values.shape[-1])
@@ -44,16 +44,18 @@ def head_names(name, shape, trace):
     """Names of the heads of a gate or weighting.
 
     Args:
-        name: str, its name in the trace.
-        shape: (heads,), (read heads, write heads), or () for one head.
-        trace: dict; its weightings tell how many heads read and write.
+        name: str, name of the gate or weighting in the trace.
+        shape: its head axes: (), (heads,), (read heads, write heads), or more,
+            of which names show the indices.
+        trace: dict; the shapes of its weightings tell the number of read and
+            write heads.
     """
     word = name.removesuffix("_weighting").removesuffix("_gate")
     word = word.replace("_", " ")
-    if len(shape) > 1:
+    if len(shape) == 2:
         pairs = np.ndindex(*shape)
         return [f"{word}, read {read}, write {write}" for read, write in pairs]
-    heads = [  # as gates and contents of all heads have them
+    heads = [  # of a gate that all read and write heads have
         f"{kind.removesuffix('_weighting')} {head}"
         for kind in sorted(HEADS)
         if kind in trace
@@ -62,4 +64,5 @@ def head_names(name, shape, trace):
     count = math.prod(shape)
     if len(heads) == count and name not in HEADS:
         return [f"{word}, {head}" for head in heads]
-    return [f"{word} {head}" for head in range(count)]
+    indices = np.ndindex(*shape or (1,))
+    return [f"{word} {', '.join(map(str, index))}" for index in indices]
