@@ -272,6 +272,15 @@ def test_tiles():
             visualization.plot_tiles([[visualization.Tile(wrong)]])
 
 
+def test_tiles_are_no_formulas_and_may_repeat():
+    tile = visualization.Tile(np.ones((5, 5)), "$a_b$", "$\\wrong$ \\$")
+    figure = visualization.plot_tiles([[tile, tile, tile]])
+    visualization.to_image(figure)
+    assert words_of(figure) == 3 * ["$a_b$", "$\\wrong$ \\$"]
+    places = [frame.get_x() for frame in figure.axes[0].patches]
+    np.testing.assert_allclose(np.diff(places), [1.55, 1.15])
+
+
 def words_of(figure):
     return [text.get_text() for ax in figure.axes for text in ax.texts]
 

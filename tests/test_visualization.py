@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import warnings
 
 import keras
 import matplotlib
@@ -190,6 +191,43 @@ def test_slots_in_use_are_shown_and_the_label_says_so(used, slots, shown):
         assert str(list(shown)[int(place)]) == number
 
 
+@pytest.mark.parametrize("function", ["weighting", "linkage", "memory", "task"])
+def test_slots_in_use_are_found_beside_nan(function):
+    values = np.zeros((1, 3, 1, 31))
+    values[..., 7], values[0, 1, 0, 7] = 0.5, np.nan
+    if function == "linkage":
+        values = values[0] * np.eye(31)
+    elif function == "memory":
+        values = values[0].swapaxes(1, 2)
+    elif function == "weighting":
+        values = values[0]
+    else:
+        values = {"read_weighting": values}
+    draw = getattr(visualization, f"plot_{function}")
+    label = draw(values).axes[0].get_ylabel()
+    assert label == "slot (3 of 31)"
+    values = np.full((2, 31), np.nan)
+    assert visualization.plot_weighting(values).axes[0].get_ylabel() == "slot"
+
+
+def test_slots_beside_all_ticks_have_labels():
+    slots = list(range(1, 19, 2))
+    ax = visualization.plot_weighting(one_hot([1], 31), slots=slots).axes[0]
+    assert len(texts(ax.get_yticklabels())) > 2
+    for place, number in zip(ax.get_yticks(), texts(ax.get_yticklabels())):
+        assert str(slots[int(place)]) == number
+
+
+@pytest.mark.parametrize(
+    "heads, shown", [(1, ["hello"]), (2, ["hello, head 0", "head 1"])]
+)
+def test_a_title_over_axes_of_a_user(heads, shown):
+    mine = Figure().subplots(heads)
+    weighting = RNG.uniform(size=(3, heads, 5))
+    figure = visualization.plot_weighting(weighting, mine, title="hello")
+    assert titles(figure) == shown
+
+
 def test_slots_that_are_not_there():
     for slots in ([31], [-1], [0.5], "some", []):
         with pytest.raises(ValueError, match="`slots` must be.*Received"):
@@ -201,9 +239,13 @@ def test_axes_of_a_user_are_drawn_into():
     weighting = RNG.uniform(size=(11, 2, 7))
     visualization.plot_weighting(weighting, mine, names=["one", "other"])
     assert titles(mine[0].figure) == ["one", "other"]
-    with pytest.raises(ValueError, match="`ax` must be a list of 2.*Received: 1"):
+    with pytest.raises(
+        ValueError, match="`ax` must be a list of 2.*Received: 1"
+    ):
         visualization.plot_weighting(weighting, mine[0])
-    with pytest.raises(ValueError, match="`names` must be a list of 2.*Received: 3"):
+    with pytest.raises(
+        ValueError, match="`names` must be a list of 2.*Received: 3"
+    ):
         visualization.plot_weighting(weighting, names=list("abc"))
 
 
@@ -309,7 +351,7 @@ def test_a_task_has_everything_on_one_time_axis(trace):
         trace, inputs, targets, mask=counts, title="after 7 steps"
     )
     shown = titles(figure)
-    assert shown[0] == "input" and shown[1].startswith("target (grey")
+    assert shown[0] == "input" and shown[1].startswith("target (gray")
     assert shown[2:4] == ["output", "|target - output|"]
     assert shown[4:] == ["gates", "write 0", "read 0", "read 1", "memory"]
     assert "after 7 steps" in texts(figure.texts)
@@ -319,11 +361,11 @@ def test_a_task_has_everything_on_one_time_axis(trace):
     )
     limits = {axes(figure, title).get_xlim() for title in shown[:-1]}
     assert limits == {(-0.5, 10.5)}
-    for title, greyed in (("input", []), ("output", [(-0.5, 5.5)])):
+    for title, grayed in (("input", []), ("output", [(-0.5, 5.5)])):
         bounds = [p.get_extents() for p in axes(figure, title).patches]
         back = axes(figure, title).transData.inverted()
         ends = [tuple(back.transform(b)[:, 0].round(6)) for b in bounds]
-        assert ends == greyed
+        assert ends == grayed
     labels = {axes(figure, t).get_ylabel() for t in shown[5:]}
     assert labels == {"slot (10 of 13)"}  # 0 to 7, and one at each end
 
@@ -355,6 +397,56 @@ def test_a_figure_takes_other_numbers_of_the_same_shapes(trace):
     more = {**trace, "output": 3 * trace["output"]}  # on another scale
     options["figure"] = figure
     assert visualization.plot_task(more, **options) is not figure
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask": np.ones((2, 11)) * (np.arange(11) > 3)},
+        {"mask": None},
+        {"slots": list(range(13))[::-1]},
+        {"width": 5.0},
+        {"names": "write_gate"},
+        {"cleared": True},
+    ],
+)
+def test_a_figure_is_redrawn_only_if_the_rest_is_the_same(trace, change):
+    mask, change = np.ones((2, 11)) * (np.arange(11) > 5), {**change}
+    options = {"slots": [*range(13)], "mask": mask, "targets": trace["output"]}
+    figure = visualization.plot_task(trace, **options)
+    assert visualization.plot_task(trace, **options, figure=figure) is figure
+    if "names" in change:
+        trace["some_gate"] = trace.pop(change.pop("names"))
+    if change.pop("cleared", False):
+        figure.clear()
+    options |= change
+    again = visualization.plot_task(trace, **options, figure=figure)
+    assert again is not figure and len(again.axes) == 8
+
+
+def test_a_figure_that_cannot_be_drawn_stays_as_it_was(trace):
+    figure = visualization.plot_task(trace)
+    before, artist = figure.canvas, figure.axes[0].images[0]
+    figure.axes[0].set_xlabel("$\\wrong$")
+    with pytest.raises(ValueError):
+        Redrawn(figure)
+    assert figure.canvas is before and not artist.get_animated()
+
+
+def test_targets_and_outputs_have_one_scale():
+    targets, outputs = np.full((1, 3, 2), 1.5), np.full((1, 3, 2), -2.0)
+    figure = visualization.plot_task({}, None, targets, outputs)
+    limits = [axes(figure, t).images[0].get_clim() for t in titles(figure)]
+    assert limits == [(-2, 2), (-2, 2), (0, 3.5)]
+
+
+def test_heads_of_several_axes_have_their_indices_as_names():
+    weighting = RNG.uniform(size=(1, 3, 2, 1, 2, 5))
+    figure = visualization.plot_task({"read_weighting": weighting})
+    shown = ["read 0, 0, 0", "read 0, 0, 1", "read 1, 0, 0", "read 1, 0, 1"]
+    assert titles(figure) == shown
+    (array,) = arrays(axes(figure, "read 1, 0, 0"))
+    np.testing.assert_array_equal(array, weighting[0, :, 1, 0, 0].T)
 
 
 def test_blocks_are_told_apart_and_without_memory_the_rest_stays(trace):
@@ -428,8 +520,8 @@ def test_zeros_are_at_the_bottom_of_a_scale_by_factors():
         ({f"{i}": ([1], [1]) for i in range(9)}, {}, "9 lines"),
         ({"one": ([1, 2], [1, 2, 3])}, {}, r"`series\['one'\]`.*P=2"),
         ({"one": ([2, 1], [1, 2])}, {}, "increases.*Received"),
-        ({"one": ([1, 2], [-1, 2])}, {"log_y": True}, "by factors"),
-        ({"one": ([0, 2], [1, 2])}, {"log_x": True}, "by factors"),
+        ({"one": ([1, 2], [-1, 2])}, {"log_y": True}, "logarithmic"),
+        ({"one": ([0, 2], [1, 2])}, {"log_x": True}, "logarithmic"),
     ],
 )
 def test_curves_that_cannot_be_drawn(series, options, message):
@@ -468,6 +560,39 @@ def test_learning_shows_curriculum_and_goal_and_goes_on_level():
     np.testing.assert_array_equal(handles[0].get_xdata(), [10, 20, 30, 40])
     level = [(10 / step + 0.5) / 2 for step in (30, 40)]
     np.testing.assert_allclose(handles[0].get_ydata()[2:], level)
+
+
+def test_a_run_that_begins_late_is_a_hole_before():
+    runs = [rows([90, 95]), rows([10, 20, 90, 100])]
+    ax = visualization.plot_learning({"one": runs}, names=["loss"]).axes[0]
+    (line, *_), _ = ax.get_legend_handles_labels()
+    assert line.get_xdata().tolist() == [10, 20, 90, 100]
+    assert np.isnan(line.get_ydata()).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "longest, marks",
+    [
+        ([5, 9, 7, 9, 12], [" up to 9", " up to 12"]),
+        ([1, 1_000_001, 1_000_002], [" up to 1000001", " up to 1000002"]),
+    ],
+)
+def test_marks_are_where_a_curriculum_grows(longest, marks):
+    run = [{"step": s, "loss": 1, "longest": n} for s, n in enumerate(longest)]
+    figure = visualization.plot_learning({"one": run})
+    assert texts(figure.axes[0].texts) == marks
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_validation_at_epochs_that_are_not_known_is_left_out(count):
+    history = {"loss": [3, 2, 1], "val_loss": [1, 2][:count]}
+    assert len(visualization.plot_learning({"one": history}).axes) == 1
+    with pytest.raises(ValueError, match="`runs`.*without .'val_loss'"):
+        visualization.plot_learning({"one": history}, names=["val_loss"])
+
+
+def test_curves_of_large_numbers():
+    visualization.plot_curves({"one": ([1e17], [1.0])})
 
 
 def test_learning_takes_what_fit_returns():
@@ -530,7 +655,7 @@ def sphere():
     return mean, variance
 
 
-def test_what_was_not_seen_is_grey(sphere):
+def test_what_was_not_seen_is_gray(sphere):
     figure = visualization.plot_sphere(*sphere)
     shown, depth, deviation = (
         arrays(axes(figure, title))[0]
@@ -540,8 +665,8 @@ def test_what_was_not_seen_is_grey(sphere):
     np.testing.assert_array_equal(shown[1:], sphere[0][1:, :, 3:])
     np.testing.assert_array_equal(depth.mask.all(axis=1), [1, 0, 0, 0, 0])
     np.testing.assert_array_equal(deviation.mask.all(axis=1), [1, 1, 0, 0, 0])
-    grey = axes(figure, "depth, m").images[0].get_cmap().get_bad()
-    np.testing.assert_allclose(grey, (0.75, 0.75, 0.75, 1))
+    gray = axes(figure, "depth, m").images[0].get_cmap().get_bad()
+    np.testing.assert_allclose(gray, (0.75, 0.75, 0.75, 1))
     image = axes(figure, "standard deviation of depth, m").images[0]
     low, high = image.get_clim()  # those that are there
     assert 0.1 <= low < high <= 0.02**0.5
@@ -552,8 +677,8 @@ def test_maps_with_less(sphere):
     mean, variance = sphere
     assert titles(visualization.plot_sphere(mean[..., :3])) == ["depth, m"]
     figure = visualization.plot_sphere(mean[..., :4], farthest=7.0, title="x")
-    (grey,) = arrays(axes(figure, "x"))
-    np.testing.assert_array_equal(grey[2], mean[2, :, 3:4].repeat(3, axis=1))
+    (gray,) = arrays(axes(figure, "x"))
+    np.testing.assert_array_equal(gray[2], mean[2, :, 3:4].repeat(3, axis=1))
     assert axes(figure, "depth, m").images[0].get_clim() == (0, 7)
     nothing = np.full((3, 6, 3), 0.01), np.full((3, 6, 3), 1e4)
     visualization.to_image(visualization.plot_sphere(*nothing))
@@ -599,6 +724,23 @@ def test_an_animation_shows_contents_beside_heads(trace):
     assert texts(heads.get_xticklabels()) == ["write 0", "read 0", "read 1"]
     assert texts(figure.texts) == ["copy after step 10 (0 to 10)"]
     check_alike(frames[-1], visualization.to_image(figure))
+
+
+def test_images_of_an_animation_leave_no_warning(trace):
+    animation = visualization.animate(trace, most=3)
+    animation.images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        animation.__del__()
+
+
+@pytest.mark.parametrize("slots, end", [("used", 0.25), ("all", 1.0)])
+def test_weights_of_an_animation_have_the_scale_of_a_picture(slots, end):
+    spread = np.full((1, 3, 1, 5), 0.25)
+    trace = {"memory": np.ones((1, 3, 5, 2)), "read_weighting": spread}
+    animation = visualization.animate(trace, slots=slots)
+    animation.images()
+    assert animation._fig.axes[1].images[0].get_clim() == (0, end)
 
 
 def test_an_animation_is_saved_and_shown(trace, tmp_path):
@@ -686,6 +828,22 @@ def test_plot_has_one_order_of_time(x):
     np.testing.assert_allclose(array, back[0, ::-1, 0].T, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_model", [False, True])
+def test_all_is_in_the_order_of_steps_that_go_backwards(x, is_model):
+    layer = ntm(go_backwards=True)
+    outputs = np.asarray(layer(x))
+    mask = np.ones((2, 12)) * (np.arange(12) > 3)
+    given = {"inputs": x[..., :2], "targets": outputs, "mask": mask}
+    model = keras.Sequential([layer]) if is_model else layer
+    figure = keras_memory.plot(model, x, **given)
+    (array,) = arrays(axes(figure, "input"))
+    np.testing.assert_array_equal(array, x[0, ::-1, :2].T)
+    (array,) = arrays(axes(figure, "|target - output|"))
+    np.testing.assert_allclose(array, 0, atol=1e-6)
+    with pytest.raises(ValueError, match="`inputs`.*Received"):
+        keras_memory.plot(model, x, inputs=x[0])
+
+
 @pytest.mark.parametrize(
     "layers, shown",
     [
@@ -741,6 +899,16 @@ def test_plot_draws_maps_and_answers():
         figure = keras_memory.plot(layer, seen)
         mask = arrays(axes(figure, "depth, m"))[0].mask
         assert mask.any() and not mask.all()
+    batch = keras.tree.map_structure(lambda one: np.repeat(one, 2, 0), seen)
+    batch["cameras"]["depth"][1] = 3.0
+    options["variance_limits"] = 1e-3, 10.0
+    layer = keras_memory.ESMLayer(12, 24, return_sequences=True, **options)
+    figure = keras_memory.plot(layer, batch, row=1)
+    assert axes(figure, "depth, m").images[0].get_clim()[1] > 2.5
+    title = "standard deviation of depth, m"
+    np.testing.assert_array_equal(arrays(axes(figure, title))[0].mask, mask)
+    with pytest.raises(ValueError, match="`row` must be.*Received"):
+        keras_memory.plot(layer, batch, row=2)
     x, y = RNG.uniform(size=(12, 4, 4)).astype("float32"), np.arange(12) % 2
     flat = keras.layers.Flatten()
     model = keras_memory.MemoryWrapClassifier(flat, 2, memory_size=5)
@@ -807,7 +975,6 @@ RUNS = {"one": {"loss": [1, 2, 3]}}
 NO_RUNS = (
     *(None, 3, "a", [], [1]),
     {"loss": [1, 2, 3], "mae": [1]},  # of which epoch?
-    {"loss": [1, 2, 3], "val_loss": [1]},  # of the second or the third?
     *({"loss": wrong} for wrong in ("abc", 3, [1, None], [], RAGGED)),
     *([{"step": at, "loss": 1}, {"step": 1, "loss": 1}] for at in (2, NAN)),
     [{"loss": "x"}],
@@ -878,6 +1045,12 @@ BYTES = np.zeros((2, 3, 3), "uint8")
         ),
         ("plot_sphere", {"mean": SPHERE}, "farthest", ("a", 0, -1, NAN, INF)),
         ("plot_sphere", {"mean": SPHERE}, "depth_prior", ("a", -1, NAN, None)),
+        (
+            "plot_sphere",
+            {"mean": SPHERE, "variance": SPHERE},
+            "variance_prior",
+            ("a", -1, NAN, None),
+        ),
         ("plot_sphere", {"mean": SPHERE}, "ax", (*NO_AXES[:-1], ONE)),
         ("animate", {}, "trace", (*NO_TRACES, {"output": CONTENTS})),
         ("animate", {"trace": TRACE}, "row", (2, -1, None)),
@@ -899,6 +1072,10 @@ BYTES = np.zeros((2, 3, 3), "uint8")
         ("plot_curves", {"series": CURVES}, "goal", (NAN, INF, "a", [1])),
         ("plot_curves", {"series": CURVES, "log_y": True}, "goal", (-1, NAN)),
         ("plot_curves", {"series": CURVES}, "marks", (3, "a", {"a": NAN})),
+        *(
+            ("plot_curves", {"series": CURVES, "log_x": True}, "marks", wrong)
+            for wrong in ([{"a": 0}], [{"a": -1.0}])
+        ),
         ("plot_curves", {"series": CURVES}, "log_x", (None, "a")),
         ("plot_curves", {"series": CURVES}, "log_y", (None, "a")),
         ("plot_learning", {}, "runs", (None, [], "a", 3, {})),

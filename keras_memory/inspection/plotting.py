@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_memory import recurrent
 from keras_memory.checks import check_array
+from keras_memory.checks import check_whole
 from keras_memory.esm import ESMLayer
 from keras_memory.inspection import explanations
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
@@ -17,13 +18,17 @@ def plot(layer, x, **options):
     Args:
         layer: a recurrent layer such as `NTMLayer`, or a model with some: its
             sequence, gates, heads and memory; a `MemoryWrapClassifier`: the
-            examples behind its answers; an `ESMLayer`: the last map. With
-            `go_backwards` the inputs of a layer are drawn in the order of its
-            steps; within a model, its steps in the order of the inputs.
+            examples behind its answers; an `ESMLayer`: the last map.
         x: what it takes. A model's inputs and outputs are drawn if they are
             sequences as long as those of its memory.
         **options: of `visualization.plot_task`, such as `row` or `targets`, of
-            `explanations.picture`, or of `visualization.plot_sphere`.
+            `explanations.picture`, or `row` and those of
+            `visualization.plot_sphere`.
+
+    Time runs in the order of the inputs. If the layer, or each memory of the
+    model, goes backwards, time runs in the order of the steps: `x` and
+    `inputs` are reversed; `targets`, `outputs` and `mask` are taken in the
+    order of the steps, as the layer's outputs are.
 
     Returns:
         `visualization.Figure`, which a notebook shows.
@@ -44,9 +49,14 @@ def plot(layer, x, **options):
     if isinstance(layer, MemoryWrapClassifier):
         return explanations.picture(layer, x, **options)
     if isinstance(layer, ESMLayer):
-        shown = [ops.convert_to_numpy(part)[0] for part in layer(x)[:2]]
-        last = [part[-1] if part.ndim == 4 else part for part in shown]
-        options = {"depth_prior": layer.depth_prior, **options}
+        maps = [ops.convert_to_numpy(part) for part in layer(x)[:2]]
+        row = check_whole("row", options.pop("row", 0), 0, len(maps[0]) - 1)
+        last = [part[row, -1] if part.ndim == 5 else part[row] for part in maps]
+        options = {
+            "depth_prior": layer.depth_prior,
+            "variance_prior": layer.variance_limits[1],
+            **options,
+        }
         return visualization.plot_sphere(*last, **options)
     leaves = keras.tree.flatten(x)
     if all(isinstance(one, (int, float)) for one in leaves):  # nested lists
@@ -79,9 +89,14 @@ def plot(layer, x, **options):
         if len(getattr(values, "shape", ())) == 3
         and tuple(values.shape[:2]) in shapes.values()
     }
+    options = {**given, **options}
     backward = [one.go_backwards for one, _ in traces.values()]
-    if all(backward) and "inputs" in given:
-        given["inputs"] = given["inputs"][:, ::-1]
+    if all(backward) and options.get("inputs") is not None:
+        axes, inputs = ("B", "T", "channels"), options["inputs"]
+        inputs = check_array(
+            "inputs", inputs, axes, None, "any", result="numpy"
+        )
+        options["inputs"] = inputs[:, ::-1]
         words = options.get("title"), "from the last input to the first"
         options["title"] = ", ".join(filter(None, words))
     shown = {}
@@ -91,4 +106,4 @@ def plot(layer, x, **options):
             name += " (right to left)"
         shown[name] = parts
     trace = tracing.joined(shown)
-    return visualization.plot_task(trace, **{**given, **options})
+    return visualization.plot_task(trace, **options)

@@ -17,7 +17,7 @@ from keras_memory.visualization.images import require
 from keras_memory.visualization.images import write_labels
 
 STYLES = "-", "--", "-.", ":"
-BY_FACTORS = " where the scale grows by factors"
+LOG = " on a logarithmic scale"
 COUNTS = "epoch", "step", "sequences", "longest", "seconds", "learning_rate"
 
 
@@ -32,18 +32,18 @@ def plot_curves(
     marks=None,
     goal=None,
 ):
-    """Draws lines; of several runs their mean, in a band from the lowest to
-    the highest.
+    """Draws lines; several runs are drawn as their mean and min-max band.
 
     Args:
         series: dict from label to (x, y), at most 8: x (P,) increases; y is
             (P,) or, for several runs, (S, P). NaN and infinities are holes.
         ax: axes; None for a new figure.
         title, x_label, y_label: str.
-        log_x, log_y: bool, whether the scale grows by factors. That of y has
-            zero at its bottom where a number is zero.
-        marks: dict from text to the x of a line.
-        goal: number, y of a line; None for none.
+        log_x: bool, whether x has a logarithmic scale.
+        log_y: bool, whether y has one; it is symlog, with zero at the bottom,
+            if a number is zero.
+        marks: dict from a text to the x of its vertical line.
+        goal: number, y of a horizontal line; None for none.
     """
     series = check_dict("series", series, "pairs of x and y")
     marks = check_dict("marks", {} if marks is None else marks, "numbers")
@@ -53,7 +53,7 @@ def plot_curves(
     is_right = 1 <= len(series) <= len(LINES)
     require(is_right, "series", wanted, f"{len(series)} lines")
     for text, at in marks.items():
-        _check_line(f"marks[{text!r}]", at, log_x)
+        _check_line(f"marks[{text!r}]", at, log_x, 5e-324)
     if goal is not None:
         _check_line("goal", goal, log_y)
     if ax is None:
@@ -66,7 +66,7 @@ def plot_curves(
         x = _increasing(name, x, sizes, log_x)
         y = numbers(name, y, ("S?", "P"), sizes)
         is_right = not log_y or not (y < 0).any()
-        require(is_right, name, f"have y from zero on{BY_FACTORS}", y)
+        require(is_right, name, f"have y from zero on{LOG}", y)
         shown.append(y[~np.isnan(y)])
         color = LINES[index]
         if len(y) > 1:
@@ -107,18 +107,19 @@ def plot_curves(
 
 
 def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
-    """Draws how runs learned: loss and errors, an axes each. Runs under one
-    label, such as seeds, are their mean in a band; one that ended early goes
-    on level. Where "longest", the length of a curriculum, grows, a line is
-    drawn.
+    """Draws how runs learned: axes for the loss and for each error. Runs under
+    one label, such as seeds, are drawn as their mean and min-max band; a run
+    that ends early keeps its last value. Vertical lines mark where the
+    curriculum's `longest` grows beyond all before.
 
     Args:
         runs: dict from label to a run or a list of runs. A run is what `fit`
-            returned, its `history`, or a list of dicts of numbers. What a dict
-            does not have is left out; a "val_" column that is n times shorter
-            is drawn at every n-th epoch, as of `fit(validation_freq=n)`.
+            returned, its `history`, or a list of dicts of numbers, of which
+            some may be missing. A shorter "val_" column is drawn at every n-th
+            epoch, as `fit(validation_freq=n)` makes it; if its length leaves
+            n open, it is left out.
         names: numbers to draw; None for all but counts, such as "step".
-        x: the number to the right; None for "step", or else epochs.
+        x: name of the horizontal axis; None for "step", or else epochs.
         goals: dict from a name to the number to be reached.
         title, x_label: str.
 
@@ -148,8 +149,9 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
         _check_line(f"goals[{name!r}]", goal)
     lengths = [_points(run, x, "longest") for run in every]
     at, longest = max(lengths, key=lambda points: points.size)
-    grown = np.flatnonzero(np.diff(longest))
-    marks = {f"up to {longest[i + 1]:g}": at[i] for i in grown}
+    longest = np.fmax.accumulate(longest)
+    grown = np.flatnonzero(np.diff(longest) > 0)
+    marks = {f"up to {longest[i + 1]:.15g}": at[i] for i in grown}
     figure = Figure((WIDTH, 0.6 + 2.2 * len(names)), layout="constrained")
     axes = np.ravel(figure.subplots(len(names), 1, sharex=True))
     for ax, name in zip(axes, names):
@@ -160,7 +162,7 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
             for one in points:
                 _increasing(f"runs[{label!r}]", one[0])
             at = max((x for x, _ in points), key=lambda x: x[-1])
-            series[label] = at, [np.interp(at, *one) for one in points]
+            series[label] = at, [np.interp(at, *p, np.nan) for p in points]
         lines = [goal or 0.0, *(np.ravel(y) for _, y in series.values())]
         positive = not np.any(np.hstack(lines) < 0)
         options = {"log_y": positive, "marks": marks, "goal": goal}
@@ -175,7 +177,7 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
 def _runs(name, group):
     """Runs of a group, each a list of dicts of numbers."""
     group = getattr(group, "history", group)
-    group = _rows(name, group) if isinstance(group, dict) else group
+    group = _by_epoch(name, group) if isinstance(group, dict) else group
     wanted = "be what `fit` returned, its `history`, or dicts of numbers"
     require(isinstance(group, (list, tuple)), name, wanted, group)
     if not all(isinstance(row, dict) for row in group) or any(
@@ -185,8 +187,8 @@ def _runs(name, group):
     return [[{"epoch": epoch, **row} for epoch, row in enumerate(group, 1)]]
 
 
-def _rows(name, columns):
-    """Dicts of the numbers of an epoch, of columns."""
+def _by_epoch(name, columns):
+    """A dict of numbers for each epoch."""
     columns = {
         column: numbers(f"{name}[{column!r}]", values, ("epochs",))
         for column, values in columns.items()
@@ -195,11 +197,10 @@ def _rows(name, columns):
     for column, values in columns.items():
         every = [rows[n :: n + 1] for n in range(len(rows))]
         every = [some for some in every if len(some) == len(values)]
-        is_known = len(values) == len(rows) or str(column)[:4] == "val_"
+        is_right = len(values) == len(rows) or str(column)[:4] == "val_"
         got = f"{column!r}, {len(values)} numbers of {len(rows)} epochs"
-        wanted = "have columns whose epochs are known"
-        require(is_known and len(every) == 1, name, wanted, got)
-        for row, value in zip(every[0], values):
+        require(is_right, name, "have a number for each epoch", got)
+        for row, value in zip(every[0] if len(every) == 1 else [], values):
             row[column] = value
     return rows
 
@@ -213,16 +214,17 @@ def _points(run, x, name):
     return numbers(f"runs: {name}", found, ("P", 2)).T
 
 
-def _increasing(name, x, sizes=None, by_factors=False):
+def _increasing(name, x, sizes=None, is_log=False):
     """x of a line, as an array (P,)."""
     x = numbers(name, x, ("P",), sizes)
-    least = 0.0 if by_factors else x[0] - 1
-    wanted = f"have x that increases, from above zero{BY_FACTORS}"
+    wanted = f"have x that increases, from above zero{LOG}"
+    least = 0.0 if is_log else -np.inf
     require(np.all(np.diff(x, prepend=least) > 0), name, wanted, x)
     return x
 
 
-def _check_line(name, at, by_factors=False):
-    is_right = is_number(at) and not (by_factors and at < 0)
-    wanted = f"be a finite number, from zero on{BY_FACTORS}"
+def _check_line(name, at, is_log=False, least=0.0):
+    is_right = is_number(at) and not (is_log and at < least)
+    word = "from zero on" if least == 0 else "above zero"
+    wanted = f"be a finite number{f', {word}{LOG}' * is_log}"
     require(is_right, name, wanted, at)

@@ -16,11 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from keras_memory.checks import check_array
 from keras_memory.checks import check_closed
 
-LINES = (  # Okabe and Ito: colour-blind readers tell them apart
+LINES = (  # Okabe and Ito: color-blind readers tell them apart
     "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #882255".split()
 )
 WIDTH = 6.4  # inches, of a figure
-SEQUENTIAL = "viridis"  # for values from zero on; readable in grey
+SEQUENTIAL = "viridis"  # for values from zero on; readable in gray
 WIDTHS = 2.5, 300.0  # inches that a picture can have
 DPI = 100  # pixels an inch
 HUGE = 1e300  # of larger numbers a scale cannot be computed
@@ -100,21 +100,23 @@ def _image(name, image):
 
 
 class Redrawn:
-    """A figure of which only images and the title change: all else is drawn
-    once, but for what lies over images."""
+    """Redraws a figure fast (blitting): the background is rendered once, then
+    only texts, images and what lies over images."""
 
     def __init__(self, figure):
         self.figure, self.changing = figure, [*figure.texts]
         for ax in figure.axes:
             self.changing += [*ax.images, *ax.patches, *ax.spines.values()]
         before, self._canvas = figure.canvas, FigureCanvasAgg(figure)
-        for artist in self.changing:
-            artist.set_animated(True)
-        self._canvas.draw()
-        self._still = self._canvas.copy_from_bbox(figure.bbox)
-        for artist in self.changing:
-            artist.set_animated(False)
-        figure.set_canvas(before)
+        try:
+            for artist in self.changing:
+                artist.set_animated(True)
+            self._canvas.draw()
+            self._still = self._canvas.copy_from_bbox(figure.bbox)
+        finally:
+            for artist in self.changing:
+                artist.set_animated(False)
+            figure.set_canvas(before)
 
     def image(self):
         """The picture now: (H, W, 3) uint8."""
@@ -157,10 +159,10 @@ def require(is_right, name, wanted, got):
 
 
 def numbers(name, values, axes, sizes=None, shares=False):
-    """An array of floats, without an empty axis. An axis whose name ends in
-    "?" may be missing, and is of size 1 then. Infinities and what is beyond
-    `HUGE` become NaN. `shares` must be in [0, 1], but for rounding of 16 bits,
-    or NaN."""
+    """Checks an array and returns it as float64. No axis may be empty; an axis
+    whose name ends in "?" may be missing and then has size 1. Infinities and
+    numbers beyond `HUGE` become NaN. With `shares`, values must be in [0, 1],
+    up to float16 rounding, or NaN."""
     values = check_array(name, values, kind="any", result="numpy")
     optional = [i for i, axis in enumerate(axes) if str(axis)[-1] == "?"]
     if values.ndim == len(axes) - len(optional):

@@ -33,7 +33,6 @@ from keras_memory.visualization.images import write_labels
 DIVERGING = "RdBu_r"  # for values with a sign
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"
 STEPS = 1, 2, 5, 10  # of numbers at an axis
-MOST_VARIANCE = 1e4  # square metres: `ESMLayer` knows nothing there
 LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.7  # inches
 TOP, GAP, LABEL = 0.32, 0.3, 0.34
 
@@ -41,19 +40,19 @@ TOP, GAP, LABEL = 0.32, 0.3, 0.34
 def plot_weighting(
     weighting, ax=None, names=None, title="", slots="used", width=WIDTH
 ):
-    """Draws where heads look: slots over time.
+    """Draws the weights of heads on slots over time.
 
-    The scale ends at 1, or at the largest weight where that is below 0.5, as
-    it is of weightings that are spread over many slots (see `slots`).
+    The scale ends at 1, or at the largest weight if that is below 0.5, as in
+    weightings that are spread over many slots; `slots="all"` keeps 1.
 
     Args:
         weighting: (T, N) or (T, heads, N), in [0, 1]; NaN is magenta.
         ax: axes; a list of them for several heads; None for a new figure.
         names: a title for each head; None for numbers.
-        title: str, headline of the figure.
-        slots: "used" draws the shortest range, perhaps across the last slot,
-            of all slots with a tenth of the largest weight at some time; a
-            list of slots draws these; "all" draws all, on a scale to 1.
+        title: str, headline of a new figure, or title of the first `ax`.
+        slots: "all"; a list of slots; or "used", the shortest range, perhaps
+            across the last slot, with every slot whose weight exceeds a tenth
+            of the largest at some step.
         width: inches of a new figure, at least 2.5.
     """
     weighting = numbers(
@@ -63,7 +62,7 @@ def plot_weighting(
     if names is None:
         names = [f"head {h}" for h in range(heads)] if heads > 1 else [""]
     names = check_list("names", names, heads)
-    rows = _rows(weighting.max(axis=(0, 1)), slots)
+    rows = _rows(np.fmax.reduce(weighting, (0, 1)), slots)
     panels = [
         _weighting_panel(weighting[:, head], name, rows, slots)
         for head, name in enumerate(names)
@@ -80,11 +79,12 @@ def plot_memory(
     Args:
         memory: (T, N, W) contents after each step; any real value. NaN and
             infinities are magenta.
-        ax, width: as of `plot_weighting`.
+        ax, width: as in `plot_weighting`.
         frames: int, how many moments at most, evenly spread, the last one
             among them.
         title: str, above the axes.
-        slots: as of `plot_weighting`; in use are those that differ.
+        slots: as in `plot_weighting`; a slot is used if its contents differ
+            from those of most slots.
     """
     memory = numbers("memory", memory, ("T", "N", "W"))
     rows = _rows(_use({}, memory), slots)
@@ -100,13 +100,13 @@ def plot_linkage(
     Args:
         linkage: (T, N, N), or (T, heads, N, N) of several write heads, in
             [0, 1], links after each step; NaN is magenta.
-        ax: as of `plot_weighting`.
-        frames, title, slots, width: as of `plot_memory`.
+        ax, slots: as in `plot_weighting`.
+        frames, title, width: as in `plot_memory`.
     """
     axes = "T", "heads?", "N", "N"
     linkage = numbers("linkage", linkage, axes, None, True)
-    most = linkage.max(axis=(0, 1))
-    rows = _rows(np.maximum(most.max(axis=0), most.max(axis=1)), slots)
+    most = np.fmax.reduce(linkage, (0, 1))
+    rows = _rows(np.fmax.reduce([*most, *most.T]), slots)
     steps = _moments(len(linkage), frames)
     wide = check_closed("width", width, *WIDTHS) - LEFT - RIGHT
     several = linkage.shape[1] > 1
@@ -117,8 +117,8 @@ def plot_linkage(
             f"{title}{f' {head}' * several}: row written right after column",
             "links after step",
             high=_high(linkage),
-            steps=steps,
-            slots=(rows, linkage.shape[2]),
+            steps=steps.tolist(),
+            slots=(rows.tolist(), linkage.shape[2]),
         )
         for head in range(linkage.shape[1])
     ]
@@ -129,12 +129,12 @@ def plot_gates(gates, ax=None, title="gates", width=WIDTH):
     """Draws gates and read modes over time, a row each, on the scale 0 to 1.
 
     Args:
-        gates: dict of (T, ...) in [0, 1], as of a trace of one sequence; NaN
-            is magenta. Drawn are: names that end in "_gate", (T, heads);
-            "read_mode", (T, heads, 2 H + 1), backward along the links of each
-            of H write heads, content, forward. Weightings in it tell names of
-            heads.
-        ax, title, width: as of `plot_memory`.
+        gates: dict of arrays of one sequence, such as a part of a trace. The
+            function draws names that end in "_gate", (T, heads), and
+            "read_mode", (T, heads, 2 H + 1): backward for each of H write
+            heads, content, forward for each; all in [0, 1], NaN is magenta.
+            "read_weighting" and "write_weighting" tell how heads are called.
+        ax, title, width: as in `plot_memory`.
     """
     gates = check_dict("gates", gates, "arrays")
     return _drawn([_gates_panel(gates, title)], ax, "", width)
@@ -153,24 +153,23 @@ def plot_task(
     width=WIDTH,
     figure=None,
 ):
-    """Draws all of a sequence: inputs, targets, outputs, gates and modes,
-    where each head writes and reads, the memory. A column is a time step.
+    """Draws one sequence: inputs, targets, outputs, gates and read modes, the
+    weighting of each head, the memory. A column is a time step.
 
     Args:
-        trace: dict of (B, T, ...), as `keras_memory.trace` gives it. Names may
-            start with a place, such as "block0/". Empty without memory.
+        trace: dict of (B, T, ...), as `keras_memory.trace` gives it; {} for
+            none. Names may start with a place, such as "block0/".
         inputs: (B, T, channels) or None.
         targets: (B, T, units) or None.
-        outputs: (B, T, units), probabilities, not logits; None for "output"
-            of the trace.
-        mask: (B, T), zero at steps that do not count, which are greyed; None
-            if all count.
-        row: int, which sequence of the batch.
+        outputs: (B, T, units), no logits; None for "output" of the trace.
+        mask: (B, T), zero at steps that do not count, where targets and
+            outputs are gray; None if all count.
+        row: int, the sequence of the batch to draw.
         title: str, headline.
-        slots, width: as of `plot_weighting`; heads and memory share a range.
-        memory: bool, whether the memory is drawn.
-        figure: what this function returned for other numbers of the same
-            shapes, with all slots: these are drawn into it if scales agree.
+        slots, width: as in `plot_weighting`; heads and memory share a range.
+        memory: bool, whether to draw the memory.
+        figure: what this function returned before. It is redrawn, which is
+            fast, if all but numbers and title is the same.
 
     Example:
 
@@ -183,7 +182,7 @@ def plot_task(
     """
     trace = check_dict("trace", trace, "arrays")
     check_bool("memory", memory)
-    sizes, one, grey = {}, {}, None
+    sizes, one, gray = {}, {}, None
     shown, own = _shown(trace, row, sizes), outputs is None
     outputs = trace.get("output") if own else outputs
     given = {"inputs": inputs, "targets": targets, "outputs": outputs}
@@ -193,10 +192,8 @@ def plot_task(
         if values is not None:
             one[name] = _row(argument, values, axes, sizes, row)
     if mask is not None:
-        grey = _row("mask", mask, ("B", "T"), sizes, row) == 0
-    if "targets" in one and "outputs" in one:
-        one["|target - output|"] = np.abs(one["targets"] - one["outputs"])
-    panels, memories = _sequence_panels(one, grey), []
+        gray = (_row("mask", mask, ("B", "T"), sizes, row) == 0).tolist()
+    panels, memories = _sequence_panels(one, gray), []
     for place, here in shown.items():
         prefix = f"{place}: " if place else ""
         if any(map(_is_gate, here)):
@@ -212,16 +209,22 @@ def plot_task(
     panels += memories
     wanted = "have outputs, weightings, gates or a memory, or not be alone"
     require(panels, "trace", wanted, sorted(trace))
-    if figure is not None and _redrawn(figure, panels, title):
-        return figure
-    return _drawn(panels, None, title, width)
+    is_figure = figure is None or isinstance(figure, mpl.figure.Figure)
+    require(is_figure, "figure", "be of `plot_task`", figure)
+    return _drawn(panels, None, title, width, figure)
 
 
 def plot_sphere(
-    mean, variance=None, ax=None, farthest=None, title="map", depth_prior=0.01
+    mean,
+    variance=None,
+    ax=None,
+    farthest=None,
+    title="map",
+    depth_prior=0.01,
+    variance_prior=1e4,
 ):
     """Draws the map of an egospheric memory: color, depth and its standard
-    deviation. Pixels that were not seen, or are NaN, are grey; smoothing fills
+    deviation. Pixels that were not seen, or are NaN, are gray; smoothing fills
     some of them, which then have a depth and no deviation.
 
     Args:
@@ -231,7 +234,8 @@ def plot_sphere(
         ax: axes, a list of as many as there are parts; None for a new figure.
         farthest: metres at the end of the scale; None for the largest depth.
         title: str.
-        depth_prior: metres, depth of what was not seen, as of `ESMLayer`.
+        depth_prior: metres, depth of what was not seen, as in `ESMLayer`.
+        variance_prior: square metres, the upper of its `variance_limits`.
     """
     sizes = {}
     mean = numbers("mean", mean, ("H", "W", "C"), sizes)
@@ -255,30 +259,30 @@ def plot_sphere(
     scale = {"vmin": 0.0, "vmax": far if far is not np.ma.masked else 1.0}
     parts.append((depths, "depth, m", scale))
     if variance is not None:
-        hidden = unseen | ~(variance[:, :, 2] < 0.99 * MOST_VARIANCE)
+        most = 0.99 * check_closed("variance_prior", variance_prior, 0)
+        hidden = unseen | ~(variance[:, :, 2] < most)
         deviations = np.sqrt(np.ma.masked_where(hidden, variance[:, :, 2]))
         low, high = np.percentile([*deviations.compressed()] or [1.0], [1, 99])
         norm = LogNorm(max(low, 1e-9), max(high, 1.1 * low, 2e-9), clip=True)
         name = "standard deviation of depth, m"
         parts.append((deviations, name, {"norm": norm}))
     inches = (WIDTH - LEFT - RIGHT) * len(depth) / depth.shape[1]
-    inches = min(6.0, max(0.4, inches))
-    axes = _axes(ax, [(inches, "")] * len(parts))
+    axes = _axes(ax, [(np.clip(inches, 0.4, 6.0), "")] * len(parts))
     for one, part in zip(axes, parts):
         _draw_sphere(one, *part)
     return axes[0].figure
 
 
 def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
-    """Shows the memory step by step, and beside it how much each head writes
-    or reads at the same slots.
+    """Shows the memory step by step, and beside it the weights of each head on
+    the same slots.
 
     Args:
         trace: dict of (B, T, ...), as `keras_memory.trace` gives it, with
             "memory", (B, T, N, W).
-        row: int, which sequence of the batch.
+        row: int, the sequence of the batch to show.
         most: int, how many steps at most, evenly spread, the last among them.
-        slots, width: as of `plot_weighting`.
+        slots, width: as in `plot_weighting`.
         title: str.
 
     Returns:
@@ -295,8 +299,8 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     parts = [(memory[:, rows], _about_zero(memory))]
     if heads:
         weights = np.stack([*heads.values()], -1)
-        parts.append((weights[:, rows], {"high": _high(weights)}))
-    height, below = min(3.6, max(1.6, 0.12 * len(rows))), 0.8
+        parts.append((weights[:, rows], {"high": _high(weights, slots)}))
+    height, below = np.clip(0.12 * len(rows), 1.6, 3.6), 0.8
     total, wide = height + TOP + below, width - LEFT - 2 * RIGHT
     figure = Figure((width, total))
     ratios = [0.6, 0.4][: len(parts)]
@@ -304,7 +308,7 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     left, right = LEFT / width, 1 - RIGHT / width
     top, bottom = 1 - TOP / total, below / total
     figure.subplots_adjust(left, bottom, right, top, wspace=2 * RIGHT / wide)
-    options = {"inches": height, "slots": (rows, memory.shape[1])}
+    options = {"inches": height, "slots": (rows.tolist(), memory.shape[1])}
     images = [
         _draw(ax, _Panel(values[:1], **options, **scale))
         for ax, (values, scale) in zip(axes, parts)
@@ -325,7 +329,8 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
 
 
 class _Panel(NamedTuple):
-    """What axes show; a picture has them one below the other."""
+    """What axes show. `_drawn` compares all fields but the first, so these are
+    no arrays."""
 
     matrices: np.ndarray  # (moments, rows, columns), side by side
     inches: float  # height
@@ -334,35 +339,34 @@ class _Panel(NamedTuple):
     low: float = 0.0  # ends of the scale
     high: float = 1.0
     cmap: str = SEQUENTIAL
-    steps: np.ndarray | None = None  # of moments; None: columns are steps
+    steps: list | None = None  # of moments; None: columns are steps
     names: list | None = None  # of rows
-    slots: tuple | None = None  # which of how many slots the rows are
-    grey: np.ndarray | None = None  # (columns,) bool, what is greyed out
+    slots: tuple | None = None  # list of slots the rows are, count of all
+    gray: list | None = None  # of a bool for each column: is it grayed out?
 
 
-def _drawn(panels, ax, title, width):
-    """The figure of panels."""
+def _drawn(panels, ax, title, width, figure=None):
+    """The figure of panels: `figure` if only numbers and title differ."""
+    frame = [width, *((one.matrices.shape, *one[1:]) for one in panels)]
+    drawn = [one.images for one in getattr(figure, "axes", ()) if one.images]
+    is_same = getattr(figure, "frame", None) == frame and figure.texts
+    if is_same and len(drawn) == len(panels):
+        figure.texts[0].set_text(title)
+        for images, panel in zip(drawn, panels):
+            for image, matrix in zip(images, panel.matrices):
+                image.set_data(matrix)
+        return figure
+    if ax is not None and title:
+        words = ", ".join(filter(None, [title, panels[0].title]))
+        panels = [panels[0]._replace(title=words), *panels[1:]]
     left = WIDE_LEFT if any(panel.names for panel in panels) else LEFT
     sizes = [(panel.inches, panel.x_label) for panel in panels]
     axes = _axes(ax, sizes, title, width, left)
     for one, panel in zip(axes, panels):
         _draw(one, panel)
+    if ax is None:
+        axes[0].figure.frame = frame
     return axes[0].figure
-
-
-def _redrawn(figure, panels, title):
-    """Draws panels into a figure of other ones; False if scales differ."""
-    is_figure = isinstance(figure, mpl.figure.Figure)
-    require(is_figure, "figure", "be of `plot_task`", figure)
-    drawn = [ax.images for ax in figure.axes if ax.images]
-    scales = [(*of[0].get_clim(), of[0].get_array().shape) for of in drawn]
-    if scales != [(p.low, p.high, p.matrices.shape[1:]) for p in panels]:
-        return False
-    figure.texts[0].set_text(title)
-    for images, panel in zip(drawn, panels):
-        for image, matrix in zip(images, panel.matrices):
-            image.set_data(matrix)
-    return True
 
 
 def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
@@ -418,19 +422,27 @@ def _is_gate(kind):
     return kind.endswith("_gate") or kind == "read_mode"
 
 
-def _sequence_panels(given, grey):
+def _sequence_panels(given, gray):
     """Of inputs, targets and outputs, each (T, channels)."""
-    most = max([1.0, *(_top(given[n]) for n in given if n != "inputs")])
-    panels = []
-    for name, values in given.items():
-        what, options = name.removesuffix("s"), {"grey": grey, "high": most}
-        if name == "inputs":
-            options = {}
-        elif name == "targets" and grey is not None:
-            what += " (grey: does not count)"
-        inches = min(1.3, max(0.4, 0.11 * values.shape[1]))
-        panels.append(_time_panel(values, inches, what, **options))
-    return panels
+    note = " (gray: does not count)" * (gray is not None)
+    pair = [given[n] for n in ("targets", "outputs") if n in given]
+    scale = {"gray": gray, **_scale(*pair)}
+    parts = {n.removesuffix("s"): (v, scale) for n, v in given.items()}
+    if "inputs" in given:
+        parts["input"] = given["inputs"], {}
+    if len(pair) == 2:
+        error = np.abs(pair[0] - pair[1])
+        high = max(scale["high"], _top(error))
+        parts["|target - output|"] = error, {"gray": gray, "high": high}
+    return [
+        _time_panel(
+            values,
+            np.clip(0.11 * values.shape[1], 0.4, 1.3),
+            name + note * (name == "target"),
+            **options,
+        )
+        for name, (values, options) in parts.items()
+    ]
 
 
 def _gates_panel(gates, title, argument="gates"):
@@ -461,23 +473,34 @@ def _gates_panel(gates, title, argument="gates"):
 
 def _time_panel(values, inches, title, **options):
     """Of (T, rows)."""
-    options = {"high": _top(values, 1.0), **options}
-    if (values < 0).any():
-        options |= _about_zero(values)
-    return _Panel(values.T[None], inches, title, **options)
+    return _Panel(values.T[None], inches, title, **_scale(values) | options)
 
 
 def _weighting_panel(values, title, rows, slots):
-    count, pixels = len(rows), 2  # a slot: one is hidden by the frame
-    inches = min(6.0, max(1.0, 0.07 * min(count, 24), pixels * count / DPI))
-    high = 1.0 if isinstance(slots, str) and slots == "all" else _high(values)
-    options = {"slots": (rows, values.shape[1]), "high": high}
+    inches = _inches(rows, 1.0, 0.07, 2)  # 1 pixel would be under the frame
+    of = rows.tolist(), values.shape[1]
+    options = {"slots": of, "high": _high(values, slots)}
     return _time_panel(values[:, rows], inches, title, **options)
 
 
-def _high(weights):
-    """The end of a scale on which weights below 0.5 are told apart, too."""
-    return _top(weights) if 0 < _top(weights) < 0.5 else 1.0
+def _inches(rows, least, each, pixels):
+    """Height of slots, each of which has at least so many pixels."""
+    count = len(rows)
+    return min(6.0, max(least, each * min(count, 24), pixels * count / DPI))
+
+
+def _high(weights, slots=None):
+    """The end of a scale: the largest weight if that is below 0.5, else 1; 1
+    for all slots."""
+    is_all = isinstance(slots, str) and slots == "all"
+    return _top(weights) if 0 < _top(weights) < 0.5 and not is_all else 1.0
+
+
+def _scale(*arrays):
+    """From 0 to at least 1; symmetric about zero if a number is negative."""
+    values = np.hstack([0.0, *map(np.ravel, arrays)])
+    is_signed = (values < 0).any()
+    return _about_zero(values) if is_signed else {"high": _top(values, 1.0)}
 
 
 def _top(values, least=0.0):
@@ -489,11 +512,11 @@ def _memory_panel(memory, title, rows, frames=6):
     steps = _moments(len(memory), frames)
     return _Panel(
         memory[steps][:, rows],
-        min(6.0, max(1.2, 0.08 * min(len(rows), 24), len(rows) / DPI)),
+        _inches(rows, 1.2, 0.08, 1),
         title,
         "contents after step",
-        steps=steps,
-        slots=(rows, memory.shape[1]),
+        steps=steps.tolist(),
+        slots=(rows.tolist(), memory.shape[1]),
         **_about_zero(memory),
     )
 
@@ -501,7 +524,7 @@ def _memory_panel(memory, title, rows, frames=6):
 def _draw(ax, panel):
     """Returns the last image."""
     count, wide = panel.matrices.shape[1:]
-    ax.tick_params(labelsize=9, length=2)
+    _style(ax, panel.title)
     cmap = mpl.colormaps[panel.cmap].with_extremes(bad=NAN_COLOR)
     starts = np.arange(len(panel.matrices)) * max(wide * 1.06, wide + 0.3)
     for start, matrix in zip(starts, panel.matrices):
@@ -519,24 +542,29 @@ def _draw(ax, panel):
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))
     else:
         ax.set_xticks(starts + (wide - 1) / 2, panel.steps)
-    edges = np.diff(np.r_[0, [] if panel.grey is None else panel.grey, 0])
+    edges = np.diff(np.r_[0, panel.gray or [], 0])
     for first, end in np.flatnonzero(edges).reshape(-1, 2):
         ax.axvspan(first - 0.5, end - 0.5, color="0.7", alpha=0.85, lw=0)
-    label = None
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
     if panel.names is not None:
         ax.set_yticks(range(count), panel.names, fontsize=8)
     elif panel.slots is not None:
         rows, of = panel.slots
         label = "slot" if count == of else f"slot ({count} of {of})"
+        write_labels(ax, y_label=label)
         ticks = MaxNLocator(5, integer=True, steps=STEPS)
         apart = int(ticks.tick_values(0, count)[1])
         at = [place for place, slot in enumerate(rows) if slot % apart == 0]
-        ax.set_yticks(at, rows[at])
-    write_labels(ax, panel.title, y_label=label)
-    ax.spines[:].set(color="0.6", lw=0.6)
+        at = at or range(0, count, apart)
+        ax.set_yticks(at, [rows[place] for place in at])
     _color_bar(ax, image)
     return image
+
+
+def _style(ax, title):
+    ax.tick_params(labelsize=9, length=2)
+    ax.spines[:].set(color="0.6", lw=0.6)
+    write_labels(ax, title)
 
 
 def _color_bar(ax, image):
@@ -552,7 +580,7 @@ def _color_bar(ax, image):
 
 
 def _draw_sphere(ax, values, title, scale):
-    ax.tick_params(labelsize=9, length=2)
+    _style(ax, title)
     height, width = values.shape[:2]
     cmap = mpl.colormaps[SEQUENTIAL].with_extremes(bad=UNSEEN)
     image = ax.imshow(values, cmap, interpolation="nearest", **scale)
@@ -562,8 +590,6 @@ def _draw_sphere(ax, values, title, scale):
     ax.set_xticks(np.linspace(-0.5, width - 0.5, 5), sides)
     levels = ["up", "level", "down"]
     ax.set_yticks(np.linspace(-0.5, height - 0.5, 3), levels)
-    write_labels(ax, title)
-    ax.spines[:].set(color="0.6", lw=0.6)
     if scale:
         _color_bar(ax, image)
 
@@ -574,7 +600,7 @@ def _rows(strength, slots):
     if isinstance(slots, str):
         wanted = "be 'used', 'all' or a list of slots"
         require(slots in ("used", "all"), "slots", wanted, slots)
-        used = np.flatnonzero(strength > 0.1 * strength.max())
+        used = np.flatnonzero(strength > 0.1 * _top(strength))
         if slots == "all" or not len(used):
             return np.arange(count)
         gaps = np.diff(used, append=used[0] + count)
@@ -591,9 +617,10 @@ def _use(heads, memory):
     """(N,), how much heads, (T, N) each, use the slots; without heads, how far
     each slot of (T, N, W) is from what most slots are."""
     if heads:
-        return np.max([weights.max(axis=0) for weights in heads.values()], 0)
-    usual = np.median(memory, axis=1, keepdims=True)
-    return np.nan_to_num(np.abs(memory - usual).max(axis=(0, 2)))
+        return np.fmax.reduce([*heads.values()], (0, 1))
+    known = np.ma.masked_invalid(memory)
+    apart = np.abs(known - np.ma.median(known, axis=1, keepdims=True))
+    return apart.max(axis=(0, 2)).filled(0.0)
 
 
 def _moments(steps, most):

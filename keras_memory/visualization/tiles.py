@@ -27,10 +27,10 @@ class Tile(NamedTuple):
     Fields:
         image: (H, W), (H, W, 1) or (H, W, 3), in [0, 1].
         caption: a short text, in the color of the frame.
-        words: text below that, above the image, in up to three lines.
-        color: of the frame; None for grey. The first of a row stands apart.
-        heat: (H, W) or (H, W, C), such as attributions: what is positive,
-            summed over channels, is drawn below on the faint image; or None.
+        words: a text of up to three lines between caption and image.
+        color: of frame and caption; None for gray.
+        heat: (H, W) or (H, W, C), such as attributions, or None. Its positive
+            part, summed over channels, is drawn below, over the faint image.
     """
 
     image: np.ndarray
@@ -44,21 +44,32 @@ def plot_tiles(rows, ax=None):
     """Draws rows of images, with words above and heat maps below.
 
     Args:
-        rows: list of lists of `Tile`.
+        rows: list of lists of `Tile`. The first tile of a row stands apart.
         ax: axes; None for a new figure.
     """
     rows = [check_list("rows", row) for row in check_list("rows", rows)]
     is_right = all(isinstance(tile, Tile) for row in rows for tile in row)
     require(is_right, "rows", "be rows of `Tile`", rows)
+    return _draw([list(map(_checked, row)) for row in rows], ax)
+
+
+def _checked(tile):
+    image, heat = check_shades("rows", tile.image), tile.heat
+    heat = None if heat is None else _heat("rows", heat, image)
+    return tile._replace(image=image, heat=heat)
+
+
+def _draw(rows, ax):
+    """`plot_tiles`, of images (H, W, 3) and heat maps (H, W)."""
     apart = 0.15  # inches, as is 1, the side of an image
     places, bottom = [], 0.0
     for row in rows:
         words = [_fitted(tile.words, 10, 3) for tile in row]
         above = 0.1 + 0.16 * max(map(len, words))
         left, top = apart, bottom + above + 0.16 + apart / 2
-        for tile, lines in zip(row, words):
+        for index, (tile, lines) in enumerate(zip(row, words)):
             places.append((left, top, tile, lines))
-            left += 1 + apart + 0.4 * (tile is row[0] and len(row) > 1)
+            left += 1 + apart + 0.4 * (index == 0 and len(row) > 1)
         bottom = top + 1 + 1.08 * any(tile.heat is not None for tile in row)
     right = max(left for left, *_ in places) + 1 + apart
     bottom += apart
@@ -66,13 +77,15 @@ def plot_tiles(rows, ax=None):
         ax = Figure((right, bottom)).add_axes((0, 0, 1, 1))
     (ax,) = check_axes(ax)
     for left, top, (image, caption, _, color, heat), lines in places:
-        color, parts = color or "0.3", [check_shades("rows", image)]
+        color, parts = color or "0.3", [image]
         if heat is not None:
-            parts.append(_heated(parts[0], check_heat("rows", heat, parts[0])))
-        height, width = np.divide(parts[0].shape[:2], max(parts[0].shape[:2]))
+            parts.append(_heated(image, heat))
+        height, width = np.divide(image.shape[:2], max(image.shape[:2]))
         caption, high = *_fitted(caption, 8, 1), 0.08 + 0.16 * len(lines)
-        ax.text(left, top - high, caption, fontsize=8, color=color)
-        ax.text(left, top - 0.06, "\n".join(lines), fontsize=10, color="0.1")
+        options = {"fontsize": 8, "color": color, "parse_math": False}
+        ax.text(left, top - high, caption, **options)
+        options |= {"fontsize": 10, "color": "0.1"}
+        ax.text(left, top - 0.06, "\n".join(lines), **options)
         for y, part in zip((top, top + 1.08), parts):
             extent = left, left + width, y + height, y
             ax.imshow(part, extent=extent, interpolation="nearest")
@@ -132,14 +145,13 @@ def plot_explanations(
                 "saved model does not keep them: call `set_memory` again. "
                 "Received: a memory of encodings"
             )
-        image = check_shades("inputs", inputs[index])
         seen = [check_shades("explanations", one) for one in why.inputs]
-        heats = [None] * (1 + len(seen))
+        seen = [check_shades("inputs", inputs[index]), *seen]
+        heats = [None] * len(seen)
         if attributions is not None:
             heat, others = check_list("attributions", attributions[index], 2)
-            heats = [heat, *check_list("attributions", others, len(seen))]
-            for heat, shown in zip(heats, [image, *seen]):
-                check_heat("attributions", heat, shown)
+            heats = [heat, *check_list("attributions", others, len(seen) - 1)]
+            heats = [_heat("attributions", *one) for one in zip(heats, seen)]
         caption, words, color = "answer", name(why.prediction), None
         label = NO_LABEL if labels is None else labels[index]
         if label == why.prediction:
@@ -147,22 +159,22 @@ def plot_explanations(
         elif label != NO_LABEL:
             caption, color = "WRONG answer", WRONG
             words += f", is {name(label)}"
-        row = [Tile(image, caption, words, color, heats[0])]
-        for one in range(min(most, len(seen))):
+        row = [Tile(seen[0], caption, words, color, heats[0])]
+        for one in range(min(most, len(seen) - 1)):
             kind = 0 if why.is_example[one] else 1
             found, label = why.classes[one], why.labels[one]
             words = f"{why.weights[one]:.2f}: {name(found)}"
             if label not in (NO_LABEL, found):
                 words += f", is {name(label)}"
             caption = ("example", "counterfactual")[kind]
-            image, heat = seen[one], heats[1 + one]
+            image, heat = seen[1 + one], heats[1 + one]
             row.append(Tile(image, caption, words, LINES[kind], heat))
         rows.append(row)
-    return plot_tiles(rows, ax)
+    return _draw(rows, ax)
 
 
 def check_shades(name, image):
-    """An image in [0, 1], also a grey one, as (H, W, 3)."""
+    """An image in [0, 1], also a gray one, as (H, W, 3)."""
     values = numbers(name, image, ("H", "W", "C?"))
     wanted = "be images (H, W), (H, W, 1) or (H, W, 3)"
     require(values.shape[2] in (1, 3), name, wanted, f"shape {values.shape}")
@@ -173,8 +185,8 @@ def check_shades(name, image):
     return np.repeat(values.clip(0, 1), 3 // values.shape[2], axis=2)
 
 
-def check_heat(name, heat, image):
-    """What is positive in a heat map of an image, as (H, W)."""
+def _heat(name, heat, image):
+    """The positive part of a heat map of an image, as (H, W)."""
     heat = numbers(name, heat, (*image.shape[:2], "C?"))
     return np.nan_to_num(heat).sum(axis=2).clip(0)
 
@@ -184,14 +196,15 @@ def _heated(image, heat):
     heat = heat / (heat.max() or 1.0)
     colors = mpl.colormaps[SEQUENTIAL](heat)[:, :, :3]
     share = 0.25 + 0.65 * heat[:, :, None]
-    grey = 0.69 + 0.3 * image.mean(axis=2, keepdims=True)
-    return share * colors + (1 - share) * grey
+    gray = 0.69 + 0.3 * image.mean(axis=2, keepdims=True)
+    return share * colors + (1 - share) * gray
 
 
 def _fitted(text, size, most):
     """Lines of a text, as wide as a tile, the last one perhaps shortened."""
 
     def is_wide(line):
+        line = line.replace("$", r"\$")  # is no formula
         return TextPath((0, 0), line, size).get_extents().width > 75  # points
 
     lines = []
