@@ -49,9 +49,8 @@ def plot_curves(
     marks = check_dict("marks", {} if marks is None else marks, "numbers")
     check_bool("log_x", log_x)
     check_bool("log_y", log_y)
-    wanted = f"be 1 to {len(LINES)} lines, as many as have colors"
-    is_right = 1 <= len(series) <= len(LINES)
-    require(is_right, "series", wanted, f"{len(series)} lines")
+    wanted, count = f"be 1 to {len(LINES)} lines", len(series)
+    require(0 < count <= len(LINES), "series", wanted, f"{count} lines")
     for text, at in marks.items():
         _check_line(f"marks[{text!r}]", at, log_x, 5e-324)
     if goal is not None:

@@ -1,7 +1,4 @@
-"""Images: figures as arrays, PNG and GIF files.
-
-An image is an array (height, width, 3) of uint8.
-"""
+"""Images, (height, width, 3) uint8: of figures, and as PNG and GIF files."""
 
 import base64
 import io
@@ -52,10 +49,8 @@ def to_image(figure):
 
 
 def to_png(image, software="keras_memory"):
-    """The bytes of a PNG file of an image, (H, W, 3) uint8.
-
-    `software` is stored in the file, under the key "Software".
-    """
+    """The bytes of a PNG file of an image, (H, W, 3) uint8; `software` is
+    stored under the key "Software"."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -109,13 +104,11 @@ class Redrawn:
             self.changing += [*ax.images, *ax.patches, *ax.spines.values()]
         before, self._canvas = figure.canvas, FigureCanvasAgg(figure)
         try:
-            for artist in self.changing:
-                artist.set_animated(True)
+            mpl.artist.setp(self.changing, animated=True)
             self._canvas.draw()
             self._still = self._canvas.copy_from_bbox(figure.bbox)
         finally:
-            for artist in self.changing:
-                artist.set_animated(False)
+            mpl.artist.setp(self.changing, animated=False)
             figure.set_canvas(before)
 
     def image(self):

@@ -107,21 +107,16 @@ def plot_linkage(
     linkage = numbers("linkage", linkage, axes, None, True)
     most = np.fmax.reduce(linkage, (0, 1))
     rows = _rows(np.fmax.reduce([*most, *most.T]), slots)
-    steps = _moments(len(linkage), frames)
+    steps, several = _moments(len(linkage), frames), linkage.shape[1] > 1
     wide = check_closed("width", width, *WIDTHS) - LEFT - RIGHT
-    several = linkage.shape[1] > 1
-    panels = [
-        _Panel(
-            linkage[steps, head][:, rows][:, :, rows],
-            min(2.4, wide / len(steps)),
-            f"{title}{f' {head}' * several}: row written right after column",
-            "links after step",
-            high=_high(linkage),
-            steps=steps.tolist(),
-            slots=(rows.tolist(), linkage.shape[2]),
-        )
-        for head in range(linkage.shape[1])
-    ]
+    options = {"x_label": "links after step", "steps": steps.tolist()}
+    options |= {"slots": (rows.tolist(), linkage.shape[2])}
+    options |= {"high": _high(linkage), "inches": min(2.4, wide / len(steps))}
+    panels = []
+    for head in range(linkage.shape[1]):
+        name = f"{title}{f' {head}' * several}: row written right after column"
+        shown = linkage[steps, head][:, rows][:, :, rows]
+        panels.append(_Panel(shown, title=name, **options))
     return _drawn(panels, ax, "", width)
 
 
@@ -274,8 +269,8 @@ def plot_sphere(
 
 
 def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
-    """Shows the memory step by step, and beside it the weights of each head on
-    the same slots.
+    """An `Animation` of the memory, 0.2 seconds a step, and beside it of the
+    weights of each head on the same slots.
 
     Args:
         trace: dict of (B, T, ...), as `keras_memory.trace` gives it, with
@@ -284,9 +279,6 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
         most: int, how many steps at most, evenly spread, the last among them.
         slots, width: as in `plot_weighting`.
         title: str.
-
-    Returns:
-        `Animation`, of 0.2 seconds a step.
     """
     trace = check_dict("trace", trace, "arrays")
     check_closed("width", width, *WIDTHS)
@@ -309,7 +301,7 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     top, bottom = 1 - TOP / total, below / total
     figure.subplots_adjust(left, bottom, right, top, wspace=2 * RIGHT / wide)
     options = {"inches": height, "slots": (rows.tolist(), memory.shape[1])}
-    images = [
+    drawn = [
         _draw(ax, _Panel(values[:1], **options, **scale))
         for ax, (values, scale) in zip(axes, parts)
     ]
@@ -320,10 +312,10 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     text = figure.text(left, 1 - 0.08 / total, "", va="top", fontsize=11)
 
     def update(step):
-        for image, (values, _) in zip(images, parts):
+        for image, (values, _) in zip(drawn, parts):
             image.set_data(values[step])
         text.set_text(f"{title} after step {step} (0 to {len(memory) - 1})")
-        return [*images, text]
+        return [*drawn, text]
 
     return Animation(figure, update, steps, milliseconds=200)
 
@@ -352,8 +344,8 @@ def _drawn(panels, ax, title, width, figure=None):
     is_same = getattr(figure, "frame", None) == frame and figure.texts
     if is_same and len(drawn) == len(panels):
         figure.texts[0].set_text(title)
-        for images, panel in zip(drawn, panels):
-            for image, matrix in zip(images, panel.matrices):
+        for parts, panel in zip(drawn, panels):
+            for image, matrix in zip(parts, panel.matrices):
                 image.set_data(matrix)
         return figure
     if ax is not None and title:
@@ -434,15 +426,12 @@ def _sequence_panels(given, gray):
         error = np.abs(pair[0] - pair[1])
         high = max(scale["high"], _top(error))
         parts["|target - output|"] = error, {"gray": gray, "high": high}
-    return [
-        _time_panel(
-            values,
-            np.clip(0.11 * values.shape[1], 0.4, 1.3),
-            name + note * (name == "target"),
-            **options,
-        )
-        for name, (values, options) in parts.items()
-    ]
+    panels = []
+    for name, (values, options) in parts.items():
+        inches = np.clip(0.11 * values.shape[1], 0.4, 1.3)
+        name += note * (name == "target")
+        panels.append(_time_panel(values, inches, name, **options))
+    return panels
 
 
 def _gates_panel(gates, title, argument="gates"):
@@ -509,16 +498,11 @@ def _top(values, least=0.0):
 
 
 def _memory_panel(memory, title, rows, frames=6):
-    steps = _moments(len(memory), frames)
-    return _Panel(
-        memory[steps][:, rows],
-        _inches(rows, 1.2, 0.08, 1),
-        title,
-        "contents after step",
-        steps=steps.tolist(),
-        slots=(rows.tolist(), memory.shape[1]),
-        **_about_zero(memory),
-    )
+    steps, inches = _moments(len(memory), frames), _inches(rows, 1.2, 0.08, 1)
+    options = {"x_label": "contents after step", "steps": steps.tolist()}
+    options |= {"slots": (rows.tolist(), memory.shape[1])}
+    options |= _about_zero(memory)
+    return _Panel(memory[steps][:, rows], inches, title, **options)
 
 
 def _draw(ax, panel):
@@ -527,16 +511,11 @@ def _draw(ax, panel):
     _style(ax, panel.title)
     cmap = mpl.colormaps[panel.cmap].with_extremes(bad=NAN_COLOR)
     starts = np.arange(len(panel.matrices)) * max(wide * 1.06, wide + 0.3)
+    options = {"vmin": panel.low, "vmax": panel.high, "aspect": "auto"}
+    options |= {"interpolation": "nearest"} if max(count, wide) < 300 else {}
     for start, matrix in zip(starts, panel.matrices):
-        image = ax.imshow(
-            matrix,
-            cmap,
-            vmin=panel.low,
-            vmax=panel.high,
-            aspect="auto",
-            interpolation="nearest" if max(count, wide) < 300 else None,
-            extent=(start - 0.5, start + wide - 0.5, count - 0.5, -0.5),
-        )
+        extent = start - 0.5, start + wide - 0.5, count - 0.5, -0.5
+        image = ax.imshow(matrix, cmap, extent=extent, **options)
     ax.set_xlim(-0.5, starts[-1] + wide - 0.5)
     if panel.steps is None:
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))

@@ -50,12 +50,15 @@ def plot_tiles(rows, ax=None):
     rows = [check_list("rows", row) for row in check_list("rows", rows)]
     is_right = all(isinstance(tile, Tile) for row in rows for tile in row)
     require(is_right, "rows", "be rows of `Tile`", rows)
-    return _draw([list(map(_checked, row)) for row in rows], ax)
+    return _draw([[_checked(one, "rows") for one in row] for row in rows], ax)
 
 
-def _checked(tile):
-    image, heat = check_shades("rows", tile.image), tile.heat
-    heat = None if heat is None else _heat("rows", heat, image)
+def _checked(tile, name, of_heat="rows"):
+    """A tile with its image as (H, W, 3) and its heat map as (H, W)."""
+    image, heat = check_shades(name, tile.image), tile.heat
+    if heat is not None:
+        heat = numbers(of_heat, heat, (*image.shape[:2], "C?"))
+        heat = np.nan_to_num(heat).sum(axis=2).clip(0)
     return tile._replace(image=image, heat=heat)
 
 
@@ -145,13 +148,10 @@ def plot_explanations(
                 "saved model does not keep them: call `set_memory` again. "
                 "Received: a memory of encodings"
             )
-        seen = [check_shades("explanations", one) for one in why.inputs]
-        seen = [check_shades("inputs", inputs[index]), *seen]
-        heats = [None] * len(seen)
+        heat, others = None, [None] * len(why.inputs)
         if attributions is not None:
             heat, others = check_list("attributions", attributions[index], 2)
-            heats = [heat, *check_list("attributions", others, len(seen) - 1)]
-            heats = [_heat("attributions", *one) for one in zip(heats, seen)]
+            others = check_list("attributions", others, len(why.inputs))
         caption, words, color = "answer", name(why.prediction), None
         label = NO_LABEL if labels is None else labels[index]
         if label == why.prediction:
@@ -159,16 +159,17 @@ def plot_explanations(
         elif label != NO_LABEL:
             caption, color = "WRONG answer", WRONG
             words += f", is {name(label)}"
-        row = [Tile(seen[0], caption, words, color, heats[0])]
-        for one in range(min(most, len(seen) - 1)):
+        tile = Tile(inputs[index], caption, words, color, heat)
+        row = [_checked(tile, "inputs", "attributions")]
+        for one in range(min(most, len(others))):
             kind = 0 if why.is_example[one] else 1
             found, label = why.classes[one], why.labels[one]
             words = f"{why.weights[one]:.2f}: {name(found)}"
             if label not in (NO_LABEL, found):
                 words += f", is {name(label)}"
             caption = ("example", "counterfactual")[kind]
-            image, heat = seen[1 + one], heats[1 + one]
-            row.append(Tile(image, caption, words, LINES[kind], heat))
+            tile = why.inputs[one], caption, words, LINES[kind], others[one]
+            row.append(_checked(Tile(*tile), "explanations", "attributions"))
         rows.append(row)
     return _draw(rows, ax)
 
@@ -183,12 +184,6 @@ def check_shades(name, image):
     got = f"values from {low:.3g} to {high:.3g}"
     require(low >= -1e-6 and high <= 1 + 1e-6, name, wanted, got)
     return np.repeat(values.clip(0, 1), 3 // values.shape[2], axis=2)
-
-
-def _heat(name, heat, image):
-    """The positive part of a heat map of an image, as (H, W)."""
-    heat = numbers(name, heat, (*image.shape[:2], "C?"))
-    return np.nan_to_num(heat).sum(axis=2).clip(0)
 
 
 def _heated(image, heat):
