@@ -1,12 +1,11 @@
 """Pictures of memory, drawn by Matplotlib.
 
 Each `plot_` function returns a figure: Jupyter shows it, `savefig` writes it
-as PNG, SVG or PDF, `to_image` makes an array of it. Where `ax` is given, it
-draws into these axes: one, or a list where a picture has several. Time runs to
-the right, slots run down; slots, heads and time steps count from 0. Wrong
-shapes raise ValueError, as do weights, gates and images outside [0, 1]. NaN is
-magenta in matrices, gray in `plot_sphere`, a hole in curves, an error in the
-images of `plot_tiles` and 0 in their heat maps. pyplot is not used.
+as PNG, SVG or PDF, `to_image` makes an array of it. `ax` is axes to draw into,
+or a list of them. Time runs to the right, slots run down; slots, heads and
+time steps count from 0. Wrong shapes raise ValueError, as do weights, gates
+and images outside [0, 1]. NaN is magenta in matrices, gray in `plot_sphere`, a
+hole in curves, 0 in heat maps, an error in images. pyplot is not used.
 
 >>> weighting = np.eye(5)[[0, 1, 2]]  # three steps, five slots
 >>> figure = keras_memory.visualization.plot_weighting(weighting)

@@ -55,9 +55,8 @@ def plot_weighting(
             of the largest at some step.
         width: inches of a new figure, at least 2.5.
     """
-    weighting = numbers(
-        "weighting", weighting, ("T", "heads?", "N"), None, True
-    )
+    axes = "T", "heads?", "N"
+    weighting = numbers("weighting", weighting, axes, None, True)
     heads = weighting.shape[1]
     if names is None:
         names = [f"head {h}" for h in range(heads)] if heads > 1 else [""]
@@ -80,8 +79,7 @@ def plot_memory(
         memory: (T, N, W) contents after each step; any real value. NaN and
             infinities are magenta.
         ax, width: as in `plot_weighting`.
-        frames: int, how many moments at most, evenly spread, the last one
-            among them.
+        frames: int, most moments to draw, evenly spread up to the last.
         title: str, above the axes.
         slots: as in `plot_weighting`; a slot is used if its contents differ
             from those of most slots.
@@ -250,9 +248,8 @@ def plot_sphere(
         shown = np.where(unseen[:, :, None], float(UNSEEN), shown)
         parts.append((np.repeat(shown, 3 // shown.shape[2], 2), title, {}))
     depths = np.ma.masked_where(unseen, depth)
-    far = depths.max() if farthest is None else farthest
-    scale = {"vmin": 0.0, "vmax": far if far is not np.ma.masked else 1.0}
-    parts.append((depths, "depth, m", scale))
+    far = farthest or _top(depths.compressed()) or 1.0
+    parts.append((depths, "depth, m", {"vmin": 0.0, "vmax": far}))
     if variance is not None:
         most = 0.99 * check_closed("variance_prior", variance_prior, 0)
         hidden = unseen | ~(variance[:, :, 2] < most)
@@ -261,10 +258,21 @@ def plot_sphere(
         norm = LogNorm(max(low, 1e-9), max(high, 1.1 * low, 2e-9), clip=True)
         name = "standard deviation of depth, m"
         parts.append((deviations, name, {"norm": norm}))
-    inches = (WIDTH - LEFT - RIGHT) * len(depth) / depth.shape[1]
+    height, width = depth.shape
+    inches = (WIDTH - LEFT - RIGHT) * height / width
     axes = _axes(ax, [(np.clip(inches, 0.4, 6.0), "")] * len(parts))
-    for one, part in zip(axes, parts):
-        _draw_sphere(one, *part)
+    cmap = mpl.colormaps[SEQUENTIAL].with_extremes(bad=UNSEEN)
+    sides = ["behind", "left", "ahead", "right", "behind"]
+    levels = ["up", "level", "down"]
+    for one, (values, name, scale) in zip(axes, parts):
+        _style(one, name)
+        image = one.imshow(values, cmap, interpolation="nearest", **scale)
+        if not 0.1 < height / width < 1.2:  # would be a thin line
+            one.set_aspect("auto")
+        one.set_xticks(np.linspace(-0.5, width - 0.5, 5), sides)
+        one.set_yticks(np.linspace(-0.5, height - 0.5, 3), levels)
+        if scale:
+            _color_bar(one, image)
     return axes[0].figure
 
 
@@ -456,8 +464,7 @@ def _gates_panel(gates, title, argument="gates"):
             rows.update(zip(names, values[:, head].T))
     require(rows, "gates", "have a gate", sorted(gates))
     values = np.stack([*rows.values()], -1)
-    inches = 0.19 * len(rows) + 0.05
-    return _time_panel(values, inches, title, names=list(rows))
+    return _time_panel(values, 0.19 * len(rows) + 0.05, title, names=[*rows])
 
 
 def _time_panel(values, inches, title, **options):
@@ -479,8 +486,7 @@ def _inches(rows, least, each, pixels):
 
 
 def _high(weights, slots=None):
-    """The end of a scale: the largest weight if that is below 0.5, else 1; 1
-    for all slots."""
+    """The end of a scale: the largest weight if that is below 0.5, else 1."""
     is_all = isinstance(slots, str) and slots == "all"
     return _top(weights) if 0 < _top(weights) < 0.5 and not is_all else 1.0
 
@@ -500,8 +506,7 @@ def _top(values, least=0.0):
 def _memory_panel(memory, title, rows, frames=6):
     steps, inches = _moments(len(memory), frames), _inches(rows, 1.2, 0.08, 1)
     options = {"x_label": "contents after step", "steps": steps.tolist()}
-    options |= {"slots": (rows.tolist(), memory.shape[1])}
-    options |= _about_zero(memory)
+    options |= {"slots": (rows.tolist(), memory.shape[1])} | _about_zero(memory)
     return _Panel(memory[steps][:, rows], inches, title, **options)
 
 
@@ -556,21 +561,6 @@ def _color_bar(ax, image):
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
-
-
-def _draw_sphere(ax, values, title, scale):
-    _style(ax, title)
-    height, width = values.shape[:2]
-    cmap = mpl.colormaps[SEQUENTIAL].with_extremes(bad=UNSEEN)
-    image = ax.imshow(values, cmap, interpolation="nearest", **scale)
-    if not 0.1 < height / width < 1.2:  # would be a thin line
-        ax.set_aspect("auto")
-    sides = ["behind", "left", "ahead", "right", "behind"]
-    ax.set_xticks(np.linspace(-0.5, width - 0.5, 5), sides)
-    levels = ["up", "level", "down"]
-    ax.set_yticks(np.linspace(-0.5, height - 0.5, 3), levels)
-    if scale:
-        _color_bar(ax, image)
 
 
 def _rows(strength, slots):

@@ -80,9 +80,8 @@ def _draw(rows, ax):
         ax = Figure((right, bottom)).add_axes((0, 0, 1, 1))
     (ax,) = check_axes(ax)
     for left, top, (image, caption, _, color, heat), lines in places:
-        color, parts = color or "0.3", [image]
-        if heat is not None:
-            parts.append(_heated(image, heat))
+        color = color or "0.3"
+        parts = [image] if heat is None else [image, _heated(image, heat)]
         height, width = np.divide(image.shape[:2], max(image.shape[:2]))
         caption, high = *_fitted(caption, 8, 1), 0.08 + 0.16 * len(lines)
         options = {"fontsize": 8, "color": color, "parse_math": False}
@@ -142,12 +141,9 @@ def plot_explanations(
 
     rows = []
     for index, why in enumerate(explanations):
-        if inputs[index] is None or why.inputs is None:
-            raise ValueError(
-                "The examples of the memory must be known to be drawn, and a "
-                "saved model does not keep them: call `set_memory` again. "
-                "Received: a memory of encodings"
-            )
+        is_known = inputs[index] is not None and why.inputs is not None
+        wanted = "have inputs; a saved model does not keep them: `set_memory`"
+        require(is_known, "explanations", wanted, "a memory of encodings")
         heat, others = None, [None] * len(why.inputs)
         if attributions is not None:
             heat, others = check_list("attributions", attributions[index], 2)
