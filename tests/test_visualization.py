@@ -201,9 +201,13 @@ def test_axes_of_a_user_are_drawn_into():
     weighting = RNG.uniform(size=(11, 2, 7))
     visualization.plot_weighting(weighting, mine, names=["one", "other"])
     assert titles(mine[0].figure) == ["one", "other"]
-    with pytest.raises(ValueError, match="`ax` must be a list of 2.*Received: 1"):
+    with pytest.raises(
+        ValueError, match="`ax` must be a list of 2.*Received: 1"
+    ):
         visualization.plot_weighting(weighting, mine[0])
-    with pytest.raises(ValueError, match="`names` must be a list of 2.*Received: 3"):
+    with pytest.raises(
+        ValueError, match="`names` must be a list of 2.*Received: 3"
+    ):
         visualization.plot_weighting(weighting, names=list("abc"))
 
 
