@@ -411,7 +411,7 @@ class NTMAccess:
             usage=StateSpec((self.memory_slots,), constant=-1.0),
         )
 
-    @functools.cached_property
+    @property
     def turns(self):
         """Groups of heads that act at once; the groups act one after another.
 

@@ -532,7 +532,7 @@ def take(step, rounds=2):
 def test_steps_in_a_graph_and_in_host_memory(tiny, kind):
     made = [
         retrieval.OfRingMemory(101, kind, jit_compile=False),
-        retrieval.OfKNNMemory(101, kind, "ring"),
+        retrieval.OfKNNMemory(101, kind, "exact"),
     ]
     for step in made:
         told = take(step)
@@ -547,7 +547,7 @@ def test_steps_in_a_graph_and_in_host_memory(tiny, kind):
 
 @pytest.mark.scann
 def test_steps_with_trees(tiny, trees):
-    step = retrieval.OfKNNMemory(1000, "clustered", "scann")
+    step = retrieval.OfKNNMemory(1000, "clustered", "approximate")
     assert step.trees.tell()["trees_built"] == 2
     assert step.number > 1000  # half-way to the next tree
     step.memory.wait()

@@ -1246,7 +1246,7 @@ DETERMINED = {
     "controller_layers": 1,
     "controller_clip": None,
     "controller_state_clip": 20.0,
-    "layers": 1,
+    "num_layers": 1,
     "linkage": False,
     "content_masks": True,
     "deallocation": True,

@@ -182,7 +182,7 @@ def oracle(layer, x, states=None, use_memory=True):
         for one in record.controller
     ]
     same = (
-        "slot_size read_heads write_heads controller layers share_memory "
+        "slot_size read_heads write_heads controller share_memory "
         "linkage sparse_links content_masks deallocation link_sharpening "
         "clip_value interface_layer_norm product_epsilon"
     )
@@ -206,6 +206,7 @@ def oracle(layer, x, states=None, use_memory=True):
         add_activation=BY_NAME[config["add_activation"]],
         activation=BY_NAME[config["activation"]],
         use_memory=use_memory,
+        layers=config["num_layers"],
         **{name: config[name] for name in same.split()},
     )
 

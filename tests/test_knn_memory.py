@@ -36,6 +36,7 @@ from hypothesis import strategies
 from keras import ops
 
 from keras_memory import retrieval
+from keras_memory.retrieval import durable
 from keras_memory.retrieval import knn_memory
 from keras_memory.retrieval import ring as ring_module
 from keras_memory.retrieval import scann_row
@@ -2366,8 +2367,8 @@ def test_a_full_disk(is_rewritten, tmp_path, monkeypatch):
     memory.clear([1])
     model.clear([1])
     if is_rewritten:
-        monkeypatch.setattr(knn_memory, "FILE_LEAST", 0)
-        monkeypatch.setattr(knn_memory, "FILE_FACTOR", 0)
+        monkeypatch.setattr(durable, "FILE_LEAST", 0)
+        monkeypatch.setattr(durable, "FILE_FACTOR", 0)
     for seed in range(2):
         fill(memory, model, n=1000, seed=seed)
         for call in (memory.flush, memory.flush, memory.close):
@@ -2391,7 +2392,7 @@ def file_size(folder):
 
 def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
     least = 1 << 22  # as much as SQLite keeps beside the file
-    monkeypatch.setattr(knn_memory, "FILE_LEAST", least)
+    monkeypatch.setattr(durable, "FILE_LEAST", least)
     sizes = {
         "key_dim": 600,
         "memory_size": 400,
@@ -2410,7 +2411,7 @@ def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
         assert of_entries < max(numbers) < 2 * of_entries + least
         assert sum(b < a for a, b in zip(numbers, numbers[1:])) > 5
         assert contents(loaded(tmp_path)) == contents(memory)
-        monkeypatch.setattr(knn_memory, "FILE_LEAST", 0)
+        monkeypatch.setattr(durable, "FILE_LEAST", 0)
         memory.clear()
         memory.flush()
         assert file_size(tmp_path) < 20_000
@@ -2436,7 +2437,7 @@ def test_only_what_is_new_is_written(tmp_path):
 
 
 def test_large_rows_are_stored_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(knn_memory, "BLOCK", 45)  # two entries
+    monkeypatch.setattr(durable, "BLOCK", 45)  # two entries
     model = Model(**SIZES_OF_FILE)
     with stored(tmp_path, **SIZES_OF_FILE) as memory:
         fill(memory, model)
@@ -2447,8 +2448,8 @@ def test_large_rows_are_stored_in_blocks(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_written_anew_beside_a_reader(tmp_path, monkeypatch):
-    monkeypatch.setattr(knn_memory, "FILE_LEAST", 0)
-    monkeypatch.setattr(knn_memory, "FILE_FACTOR", 0)
+    monkeypatch.setattr(durable, "FILE_LEAST", 0)
+    monkeypatch.setattr(durable, "FILE_FACTOR", 0)
     model = Model(**SIZES_OF_FILE)
     memory = stored(tmp_path, **SIZES_OF_FILE)
     with memory, stored(tmp_path, "r") as reader:
@@ -2471,8 +2472,8 @@ def test_a_reader_that_finds_damage(is_rewritten, tmp_path, monkeypatch):
         reader = stored(tmp_path, "r")
         fill(memory, seed=3)
         if is_rewritten:
-            monkeypatch.setattr(knn_memory, "FILE_LEAST", 0)
-            monkeypatch.setattr(knn_memory, "FILE_FACTOR", 0)
+            monkeypatch.setattr(durable, "FILE_LEAST", 0)
+            monkeypatch.setattr(durable, "FILE_FACTOR", 0)
     path = tmp_path / "memory.sqlite"
     data, last = path.read_bytes(), memory.entries(2)[1].tobytes()[-20:]
     assert data.count(last) == 1
@@ -2486,7 +2487,7 @@ def test_a_reader_that_finds_damage(is_rewritten, tmp_path, monkeypatch):
 
 
 def test_threads_that_add_and_flush(tmp_path, monkeypatch):
-    monkeypatch.setattr(knn_memory, "FILE_LEAST", 20_000)
+    monkeypatch.setattr(durable, "FILE_LEAST", 20_000)
     sizes = {"key_dim": 3, "memory_size": 40, "num_rows": 3, "value_dim": 2}
     memory = stored(tmp_path, **sizes)
 
@@ -2592,7 +2593,7 @@ def kill(child, heard):
 
 
 def run_kills(folder, number):
-    knn_memory.FILE_LEAST = 17_000  # four pages, and little more
+    durable.FILE_LEAST = 17_000  # four pages, and little more
     rng = np.random.default_rng(int(number))
     model, known, first = Model(**SIZES_OF_KILLED), 0, set()
     reader = in_a_child(read_on, folder)

@@ -978,7 +978,11 @@ def test_parts_that_could_not_be_read_again_are_refused(own, monkeypatch):
         name: str = "mine"
 
     monkeypatch.setitem(config.MODELS, "mine", Mine)
-    for model in (Mine(name="other"), lambda *_: None, Mine(other={1, 2})):
+    with pytest.raises(
+        ValueError, match="`model` must be of type Architecture"
+    ):
+        config.Training(tasks.Copy(), lambda *_: None)
+    for model in (Mine(name="other"), Mine(other={1, 2})):
         with pytest.raises(ValueError, match="could not be read|be written"):
             config.to_json(dataclasses.replace(own, model=model))
 

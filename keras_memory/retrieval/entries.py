@@ -138,7 +138,7 @@ def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
     given = array
     with np.errstate(over="ignore", invalid="ignore"):
         array = np.ascontiguousarray(array, dtype)
-    is_sound = _is_sound(array)
+    is_sound = are_sound(array)
     if not is_sound.all():
         place = tuple(map(int, np.argwhere(~is_sound)[0]))
         row = rows[place[0] if len(rows) > 1 else 0]
@@ -150,7 +150,7 @@ def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
     return array
 
 
-def _is_sound(array):
+def are_sound(array):
     """True where numbers can be computed with, or need not."""
     if array.dtype.kind in "iu":
         return np.ones(array.shape, bool)
