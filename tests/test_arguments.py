@@ -587,6 +587,40 @@ def test_many_buckets():
     assert many.sample(rng, 1).mask.shape[1] <= 11
 
 
+@pytest.mark.parametrize(
+    "make, old, new",
+    [
+        (keras_memory.KNNMemoryLayer, "method", "search_method"),
+        (keras_memory.KNNMemoryLayer, "max_memories", "memory_size"),
+        (keras_memory.KNNMemory, "dim", "key_dim"),
+        (keras_memory.KNNMemory, "store", "search_method"),
+        (keras_memory.MemoryWrapLayer, "distance", "similarity"),
+        (keras_memory.MemoryWrapLayer, "fixed_memory_size", "memory_size"),
+        (keras_memory.MemoryWrapClassifier, "distance", "similarity"),
+        (keras_memory.DNCLayer, "layers", "num_layers"),
+        (keras_memory.DNCCell, "layers", "num_layers"),
+    ],
+)
+def test_an_argument_of_before_is_told_with_its_new_name(make, old, new):
+    told = f"no argument `{old}`: it is called `{new}` now.*{old}=3"
+    with pytest.raises(TypeError, match=told):
+        make(2, **{old: 3})
+
+
+def test_a_file_of_before_is_told_with_the_new_name(tmp_path):
+    import zipfile
+
+    model = keras.Sequential([keras.Input((3, 2)), keras_memory.DNCLayer(2)])
+    model.save(tmp_path / "new.keras")
+    with zipfile.ZipFile(tmp_path / "new.keras") as new:
+        with zipfile.ZipFile(tmp_path / "old.keras", "w") as old:
+            for name in new.namelist():
+                data = new.read(name).replace(b'"num_layers"', b'"layers"')
+                old.writestr(name, data)
+    with pytest.raises(TypeError, match="`layers`: it is called `num_layers`"):
+        keras.saving.load_model(tmp_path / "old.keras")
+
+
 def test_a_suggestion_has_all_words_of_what_was_written():
     with pytest.raises(TypeError, match="Did you mean `memory_slots`"):
         keras_memory.NTMLayer(3, slots=4)

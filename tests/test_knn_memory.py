@@ -1968,7 +1968,8 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize("name, values", OUT_OF_RANGE)
 def test_arguments_out_of_range(name, values):
     for value in values:
-        options = {"key_dim": 3, "memory_size": 5, name: value}
+        options = {"key_dim": 3, "memory_size": 5, "search_method": "exact"}
+        options[name] = value
         told = re.escape(f"{name}={value!r}")
         make = functools.partial(KNNMemory, **options)
         refuses(make, f"`{name}` must be", told)

@@ -6,8 +6,10 @@ and works, what is refused, and that Keras still has the private hooks that
 all of this hangs on.
 """
 
+import concurrent.futures
 import functools
 import inspect
+import threading
 
 import harness
 import keras
@@ -1686,6 +1688,47 @@ def test_a_trace_is_a_dict_with_a_short_text(x):
     assert list(shapes) == list(inside)
     assert shapes["memory"] == inside["memory"].shape
     assert f"memory: {shapes['memory']}" in repr(inside)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_states_are_returned_in_a_tuple(stateful, x):
+    """As `keras.layers.LSTM` returns them."""
+    layer = ntm(return_state=True, stateful=stateful)
+    assert type(layer(x)) is tuple
+
+
+def test_a_layer_that_a_model_makes_when_it_is_called_is_traced(x):
+    class Late(keras.Model):
+        def build(self, shape):
+            self.memory = ntm()
+            self.memory.build(shape)
+
+        def call(self, x):
+            return self.memory(x)
+
+    _, traces = keras_memory.trace_model(Late(), x)
+    assert [list(one)[0] for one in traces.values()] == ["output"]
+
+
+@harness.needs_tensorflow
+def test_two_threads_trace_the_same_model(x):
+    meet = threading.Barrier(2)
+
+    class Meet(keras.layers.Layer):
+        """Goes on once both threads are here."""
+
+        def compute_output_spec(self, x):
+            return keras.KerasTensor(x.shape, x.dtype)
+
+        def call(self, x):
+            meet.wait(60)
+            return x
+
+    inputs = keras.Input(x.shape[1:])
+    model = keras.Model(inputs, Meet()(ntm()(Meet()(inputs))))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(keras_memory.trace_model, model, x) for _ in "12"]
+        assert [len(call.result()[1]) for call in calls] == [1, 1]
 
 
 def test_a_whole_model_is_needed_to_trace_one(x):

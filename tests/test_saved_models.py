@@ -8,14 +8,24 @@ import pytest
 import tensorflow as tf
 
 from keras_memory.training import losses
+from keras_memory.training import runs
 from keras_memory.training import tasks
+from keras_memory.training.config import MODELS
 
-MODELS = pathlib.Path(__file__).parents[1] / "saved_models"
+SAVED = pathlib.Path(__file__).parents[1] / "saved_models"
 
 
 @pytest.fixture(scope="module")
 def copier():
-    return tf.saved_model.load(str(MODELS / "ntm_copy" / "1")).signatures
+    return tf.saved_model.load(str(SAVED / "ntm_copy" / "1")).signatures
+
+
+@pytest.mark.parametrize("name", ["ntm_copy", "dnc_copy"])
+def test_configurations_can_be_read(name):
+    """As `keras-memory train --resume` and `compare` read them."""
+    config = runs.read_config(SAVED / name)
+    assert config.task == tasks.Copy()
+    assert type(config.model) is MODELS[name.removesuffix("_copy")]
 
 
 @pytest.mark.parametrize("length", [1, 5, 20, 80])
@@ -31,7 +41,7 @@ def test_ntm_copy_copies(copier, length):
 
 @pytest.mark.parametrize("length", [1, 5, 20, 40])
 def test_dnc_copy_copies(length):
-    dnc = tf.saved_model.load(str(MODELS / "dnc_copy" / "1")).signatures
+    dnc = tf.saved_model.load(str(SAVED / "dnc_copy" / "1")).signatures
     batch = tasks.Copy().sample(np.random.default_rng(3), 17, length=length)
     outputs = dnc["serving_default"](inputs=tf.constant(batch.inputs))
     wrong = losses.wrong_bits_per_sequence(
@@ -59,7 +69,7 @@ def test_memory_wrap_reads_digits_and_says_why():
     order = np.random.default_rng(1).permutation(len(x))
     x = (x[order] / 16).reshape(-1, 8, 8, 1).astype("float32")
     y = y[order]
-    path = str(MODELS / "memory_wrap_digits" / "1")
+    path = str(SAVED / "memory_wrap_digits" / "1")
     served = tf.saved_model.load(path).signatures["serving_default"]
     found = served(inputs=tf.constant(x[1200:]))
     answers = found["outputs_0"].numpy().argmax(axis=1)
@@ -76,9 +86,9 @@ def test_memory_wrap_reads_digits_and_says_why():
 
 
 def test_esm_policy_knows_where_the_middle_is():
-    example = runpy.run_path(MODELS.parent / "examples/esm_in_a_model.py")
+    example = runpy.run_path(SAVED.parent / "examples/esm_in_a_model.py")
     inputs, targets = example["sequences"](32, seed=2000)
-    path = str(MODELS / "esm_policy" / "1")
+    path = str(SAVED / "esm_policy" / "1")
     served = tf.saved_model.load(path).signatures["serving_default"]
     found = served(**{k: tf.constant(v) for k, v in inputs.items()})
     (outputs,) = found.values()
@@ -91,6 +101,6 @@ def test_esm_policy_knows_where_the_middle_is():
 
 
 def test_committed_models_are_small():
-    files = [path for path in MODELS.rglob("*") if path.is_file()]
+    files = [path for path in SAVED.rglob("*") if path.is_file()]
     assert files
     assert sum(path.stat().st_size for path in files) < 5 * 2**20

@@ -614,21 +614,21 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
         features = ops.concatenate([inputs, _flat(reads)], axis=-1)
         return features, tuple(records), details
 
-    def _state_fields(self, records):
-        """The record behind each block, as a dict without the controller."""
-        records = self.layout.transpose(records)
-        fields = [records[memory]._asdict() for memory in self.memory_of_block]
-        for block in fields:
-            del block["controller"]
-            for name in [n for n in block if isinstance(block[n], tuple)]:
-                del block[name]  # () where the architecture does without
-        return fields
+    def _state_fields(self, records, block):
+        """The record behind a block, as a dict without the controller."""
+        record = self.layout.transpose(records)[self.memory_of_block[block]]
+        return {
+            name: value
+            for name, value in record._asdict().items()
+            # () where the architecture does without
+            if name != "controller" and not isinstance(value, tuple)
+        }
 
     def _named(self, details):
         """One dict for all blocks, with their numbers if there are several:
         the fields of the state behind each, and what happened inside."""
         details = [
-            {**self._state_fields(records)[block], **inside}
+            {**self._state_fields(records, block), **inside}
             for block, (records, inside) in enumerate(details)
         ]
         if len(details) == 1:

@@ -1,5 +1,6 @@
 """The layer that runs a memory cell over time."""
 
+import contextvars
 import functools
 import inspect
 
@@ -26,6 +27,10 @@ from keras_memory.recurrent.serialization import init_parameters
 from keras_memory.recurrent.state import LayerState
 from keras_memory.recurrent.state import index_suffix
 from keras_memory.recurrent.state import select
+
+# What `trace_model` has called with each layer and the arguments of its
+# `inner_loop`, in this thread, also of layers that a model makes meanwhile.
+recorder = contextvars.ContextVar("recorder", default=None)
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
@@ -107,7 +112,6 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     """
 
     cell_class = None
-    recorder = None  # a function of arguments of `inner_loop`, of `trace_model`
 
     def __init_subclass__(cls, cell=None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -264,7 +268,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             ):
                 variable.assign(value)
             outputs = with_rows_of(outputs, given)
-        return [outputs, *states] if self.return_state else outputs
+        return (outputs, *states) if self.return_state else outputs
 
     def compute_output_spec(
         self, sequences, initial_state=None, mask=None, **kwargs
@@ -327,10 +331,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     ):
         """The call without its surroundings: last output, all outputs, and
         states, of what `call` has checked."""
-        if self.recorder is not None:
-            self.recorder(
-                self, sequences, initial_state, mask, training, use_memory
-            )
+        if (record := recorder.get()) is not None:
+            record(self, sequences, initial_state, mask, training, use_memory)
         if self.stateful:
             # PyTorch writes the next states into the memory of these, which
             # the gradient still needs.

@@ -1,8 +1,6 @@
 """What happens inside a recurrent memory, step by step."""
 
-import contextlib
 import functools
-import threading
 
 import keras
 import numpy as np
@@ -13,6 +11,7 @@ from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.recurrent.layer import MemoryRNN
+from keras_memory.recurrent.layer import recorder
 from keras_memory.recurrent.state import select
 
 
@@ -131,9 +130,18 @@ def trace_model(model, inputs, training=False):
 
 def trace_layers(model, inputs, training=False):
     """Like `trace_model`, with pairs of the layer and its trace."""
-    calls = []
-    with _recording(model, calls):
+    calls, scope = [], get_symbolic_scope()
+
+    def record(*call):
+        # Calls by which Keras builds a model have symbolic tensors.
+        if get_symbolic_scope() is scope:
+            calls.append(call)
+
+    token = recorder.set(record)
+    try:
         outputs = model(inputs, training=training)
+    finally:
+        recorder.reset(token)
     traces = {}
     for layer, *arguments in calls:
         name, number = layer.name, 1
@@ -142,31 +150,6 @@ def trace_layers(model, inputs, training=False):
             name = f"{layer.name}_{number}"
         traces[name] = layer, _inside(layer, *arguments)
     return outputs, traces
-
-
-@contextlib.contextmanager
-def _recording(model, calls):
-    """Appends to `calls` each call of a model's memories in this thread: the
-    layer and the arguments of its `inner_loop`. Calls by which Keras builds a
-    model are left out, as their tensors are symbolic."""
-    place = threading.get_ident(), get_symbolic_scope()
-
-    def record(*call):
-        if (threading.get_ident(), get_symbolic_scope()) == place:
-            calls.append(call)
-
-    layers = [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, MemoryRNN)
-    ]
-    try:
-        for layer in layers:
-            vars(layer)["recorder"] = record
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("recorder", None)
 
 
 def _inside(layer, inputs, initial_state, mask, training, use_memory):

@@ -124,7 +124,9 @@ class Store:
         loss. An OSError leaves the store unchanged."""
         self._check_owner()
         if self._mode != "a":
-            raise ValueError(f"A store must be open to write. Got: {self.path}")
+            raise ValueError(
+                f"A store must be open to write. Received: {self.path}"
+            )
         config = json.dumps(self.config) if replace else None
         with _explained("write", self.path), contextlib.ExitStack() as undo:
             undo.callback(self.disconnect)  # rolls back
@@ -188,7 +190,9 @@ class Store:
 
     def _check_owner(self):
         if self.owner != os.getpid():
-            raise ValueError(f"A fork must open its store. Got: {self.path}")
+            raise ValueError(
+                f"A fork must open its store. Received: {self.path}"
+            )
 
 
 def exists(folder):
