@@ -15,8 +15,8 @@ import numpy as np
 from keras import ops
 
 from keras_memory.addressing.activations import sparsemax
+from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.gradients import custom_gradients
-from keras_memory.addressing.gradients import with_gradient
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
@@ -563,24 +563,23 @@ class BaselineMemory(_MemoryWrap):
     _parts = 1
 
 
+def _grad_product_of_both(upstream, encodings, read, kernel):
+    """The gradient of [e; v] as (W dy^T)^T, which on a CPU takes half or a
+    third of the time of dy W^T."""
+    grad_both = ops.matmul(kernel, ops.transpose(upstream))
+    # XLA would make dy W^T of it if both parts were transposed at once.
+    parts = ops.split(grad_both, 2, axis=0)
+    both = ops.concatenate([encodings, read], axis=-1)
+    return [
+        *map(ops.transpose, parts),
+        ops.matmul(ops.transpose(both), upstream),
+    ]
+
+
+@custom_gradient(_grad_product_of_both)
 def _product_of_both(encodings, read, kernel):
-    """[e; v] W, with the gradient of [e; v] as (W dy^T)^T, which on a CPU
-    takes half or a third of the time of dy W^T."""
-
-    def product(encodings, read, kernel):
-        return ops.matmul(ops.concatenate([encodings, read], axis=-1), kernel)
-
-    def gradient(upstream, encodings, read, kernel):
-        grad_both = ops.matmul(kernel, ops.transpose(upstream))
-        # XLA would make dy W^T of it if both parts were transposed at once.
-        parts = ops.split(grad_both, 2, axis=0)
-        both = ops.concatenate([encodings, read], axis=-1)
-        return [
-            *map(ops.transpose, parts),
-            ops.matmul(ops.transpose(both), upstream),
-        ]
-
-    return with_gradient(product, gradient, encodings, read, kernel)
+    """[e; v] W."""
+    return ops.matmul(ops.concatenate([encodings, read], axis=-1), kernel)
 
 
 def _check_not_empty(memory):

@@ -50,7 +50,7 @@ def parts():
 def test_what_is_put_can_be_taken():
     vectors = np.arange(12, dtype="float32").reshape(2, 3, 2)
     places = np.array([[4, 0, 4], [1, 2, 3]], "float32")
-    found = access.scatter_add(vectors, places, SLOTS)
+    found = access.scatter_add(vectors, places, size=SLOTS)
     expected = np.zeros((2, SLOTS, 2))
     expected[0, 4] = vectors[0, 0] + vectors[0, 2]
     expected[0, 0] = vectors[0, 1]

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_memory.addressing.activations import grad_softmax
 from keras_memory.addressing.activations import softmax
-from keras_memory.addressing.gradients import saved
+from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.addressing.scaling import in_range
 from keras_memory.addressing.slots import inner_products
@@ -103,6 +103,39 @@ def _compare(memory, keys, norm_epsilon, product_epsilon):
     return similarity, key_scale, slot_scale, key_norms, slot_norms
 
 
+def _grad_weigh(
+    upstream, saved, memory, keys, strengths, norm_epsilon, product_epsilon
+):
+    weighting, similarity, key_scale, slot_scale = saved[:4]
+    key_norms, slot_norms = saved[4:]
+    memory, keys = memory * slot_scale, keys * key_scale
+    grad_logits = grad_softmax(upstream, weighting)
+    by_similarity = grad_logits * similarity
+    sums = row_sum(by_similarity)
+    grad_strengths = sums
+    norms = key_norms * slot_norms
+    if product_epsilon:
+        epsilon = product_epsilon * key_scale * slot_scale
+        share = norms / (norms + epsilon)
+        grad_logits, by_similarity = share * grad_logits, share * by_similarity
+        sums = row_sum(by_similarity)
+    grad_dot = strengths * grad_logits / norms
+    grad_key_norms = strengths * sums / key_norms
+    grad_slot_norms = ops.matmul(ops.swapaxes(strengths, 1, 2), by_similarity)
+    grad_memory = outer_write(keys, grad_dot) - memory * (
+        grad_slot_norms / slot_norms**2
+    )
+    grad_keys = read(memory, grad_dot) - keys / key_norms * grad_key_norms
+    return grad_memory * slot_scale, grad_keys * key_scale, grad_strengths
+
+
+@custom_gradient(_grad_weigh, saves=True)
+def _weigh(memory, keys, strengths, *, norm_epsilon, product_epsilon):
+    """Content weighting of what `_to_compare` gives."""
+    compared = _compare(memory, keys, norm_epsilon, product_epsilon)
+    return [softmax(strengths * compared[0]), *compared]
+
+
 def content_weighting(
     memory, keys, strengths, norm_epsilon=None, product_epsilon=0.0, masks=None
 ):
@@ -126,44 +159,17 @@ def content_weighting(
     dtype = ops.dtype(memory)
     if norm_epsilon is None:
         norm_epsilon = NORM_EPSILON[dtype]
-
-    def weighed(memory, keys, strengths):
-        compared = _compare(memory, keys, norm_epsilon, product_epsilon)
-        return [softmax(strengths * compared[0]), *compared]
-
-    def gradient(upstream, saved, memory, keys, strengths):
-        weighting, similarity, key_scale, slot_scale = saved[:4]
-        key_norms, slot_norms = saved[4:]
-        memory, keys = memory * slot_scale, keys * key_scale
-        grad_logits = grad_softmax(upstream, weighting)
-        by_similarity = grad_logits * similarity
-        sums = row_sum(by_similarity)
-        grad_strengths = sums
-        norms = key_norms * slot_norms
-        if product_epsilon:
-            epsilon = product_epsilon * key_scale * slot_scale
-            share = norms / (norms + epsilon)
-            grad_logits, by_similarity = (
-                share * grad_logits,
-                share * by_similarity,
-            )
-            sums = row_sum(by_similarity)
-        grad_dot = strengths * grad_logits / norms
-        grad_key_norms = strengths * sums / key_norms
-        grad_slot_norms = ops.matmul(
-            ops.swapaxes(strengths, 1, 2), by_similarity
-        )
-        grad_memory = outer_write(keys, grad_dot) - memory * (
-            grad_slot_norms / slot_norms**2
-        )
-        grad_keys = read(memory, grad_dot) - keys / key_norms * grad_key_norms
-        return grad_memory * slot_scale, grad_keys * key_scale, grad_strengths
-
     memory, keys = _to_compare(memory, keys, masks)
     strengths = ops.cast(
         ops.reshape(strengths, (-1, keys.shape[1], 1)), ops.dtype(keys)
     )
-    weighting = saved(weighed, gradient, memory, keys, strengths)
+    weighting = _weigh(
+        memory,
+        keys,
+        strengths,
+        norm_epsilon=norm_epsilon,
+        product_epsilon=product_epsilon,
+    )
     return ops.cast(ops.reshape(weighting, (-1, heads, slots)), dtype)
 
 

@@ -9,6 +9,8 @@ just compute.
 
 import contextlib
 import contextvars
+import functools
+import inspect
 import itertools
 import math
 
@@ -69,23 +71,71 @@ def linear(inputs, kernels, bias=None):
     return result if bias is None else result + ops.cast(bias, dtype)
 
 
-def saved(function, gradient, *arguments):
-    """The result of a function, kept with what its gradient is quicker with.
+def custom_gradient(gradient, saves=False):
+    """Decorates a function of arrays with a gradient of its own.
 
     Args:
-        function: from arrays to a list of arrays, the first is the result; not
-            by `linear` or `saved`.
-        gradient: (gradient of the result, that whole list, *arguments) ->
-            gradients of the arguments.
-        *arguments: arrays.
+        gradient: (gradient of the result, *arrays, **options) -> gradients of
+            the arrays, as a tuple if there are several. It is written with
+            functions that can be differentiated in turn.
+        saves: bool. True: the decorated function is written to return a list,
+            its result and what makes the gradient cheaper. The fast loop saves
+            this list and does not compute it twice; `gradient` takes it as its
+            second argument. Outside of the fast loop the backend
+            differentiates. The function must not call `linear`, nor another
+            one that saves.
 
     Returns:
-        Array.
+        A decorator for functions (*arrays, **options) -> array, whose options
+        are keyword-only and no arrays.
+
+    >>> def grad_square(grad_y, x):
+    ...     return 2.0 * x * grad_y
+    >>> @custom_gradient(grad_square)
+    ... def square(x):
+    ...     return x * x
     """
-    current = _fast_pass()
-    if current is None:
-        return function(*arguments)[0]
-    return current.saved(function, gradient, *arguments)
+
+    def decorate(function):
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+        @functools.wraps(function)
+        def decorated(*arrays, **options):
+            for name in names[len(arrays) :]:  # arrays that have their names
+                arrays += (options.pop(name),)
+            current = current_pass.get()
+            if saves and (current is None or current is PLAIN):
+                return function(*arrays, **options)[0]
+            if current is PLAIN or not (saves or _differentiates(current)):
+                return function(*arrays, **options)
+            given = function, gradient
+            if options:
+                given = (functools.partial(f, **options) for f in given)
+            if saves:
+                return current.saved(*given, *arrays)
+            return _differentiated(*given, *arrays)
+
+        return decorated
+
+    return decorate
+
+
+def _differentiates(current):
+    """Whether gradients are taken of a pass, or of a step outside of one."""
+    has_custom_gradients = keras.backend.backend() in ("tensorflow", "jax")
+    return has_custom_gradients and (current is None or current.differentiates)
+
+
+def _differentiated(function, gradient, *arrays):
+    @ops.custom_gradient
+    def call(*arrays):
+        def grad_arrays(upstream):
+            return gradient(upstream, *arrays)
+
+        return function(*arrays), grad_arrays
+
+    return call(*arrays)
 
 
 # Gradients (dy, y, x) -> dx of functions y of x, quicker than the backend's as
@@ -105,20 +155,39 @@ def _has_derivative(function):
         return False
 
 
+def _grad_activate(upstream, saved, x, function):
+    return DERIVATIVES[function](upstream, *saved, x)
+
+
+@custom_gradient(_grad_activate, saves=True)
+def _activate(x, *, function):
+    return [function(x)]
+
+
 def activate(function, x):
-    """`function(x)`, kept where `DERIVATIVES` has its gradient."""
+    """`function(x)`, saved where `DERIVATIVES` has its gradient."""
     if not _has_derivative(function):
         return function(x)
-
-    def gradient(upstream, results, x):
-        return DERIVATIVES[function](upstream, *results, x)
-
-    return saved(lambda x: [function(x)], gradient, x)
+    return _activate(x, function=function)
 
 
 def saved_value(x):
     """`x`, which the second run takes as it was in the first."""
     return activate(keras.activations.linear, x)
+
+
+def _grad_activate_each(upstream, saved, x, functions, shapes):
+    arrays = (_split(y, shapes) for y in (upstream, *saved, x))
+    return _joined(
+        DERIVATIVES[function](*parts)
+        for function, *parts in zip(functions, *arrays)
+    )
+
+
+@custom_gradient(_grad_activate_each, saves=True)
+def _activate_each(x, *, functions, shapes):
+    parts = zip(functions, _split(x, shapes))
+    return [_joined(function(part) for function, part in parts)]
 
 
 def activate_each(functions, shapes, x):
@@ -134,64 +203,24 @@ def activate_each(functions, shapes, x):
     Returns:
         List of arrays (B, *shape).
     """
-    sizes = [math.prod(shape) for shape in shapes]
-    ends = list(itertools.accumulate(sizes))[:-1]
-
-    def parts(x):
-        parts = ops.split(x, ends, axis=-1)
-        return [
-            ops.reshape(part, (-1, *shape))
-            for part, shape in zip(parts, shapes, strict=True)
-        ]
-
-    def joined(parts):
-        return ops.concatenate(
-            [ops.reshape(x, (-1, size)) for x, size in zip(parts, sizes)],
-            axis=-1,
-        )
-
-    if _fast_pass() is None:
-        return [f(part) for f, part in zip(functions, parts(x), strict=True)]
-    identity = keras.activations.linear
-    first = [f if _has_derivative(f) else identity for f in functions]
-    others = [identity if _has_derivative(f) else f for f in functions]
-
-    def together(x):
-        return [joined(f(part) for f, part in zip(first, parts(x)))]
-
-    def gradient(upstream, results, x):
-        of_parts = zip(first, parts(upstream), parts(*results), parts(x))
-        return joined(DERIVATIVES[f](*of_part) for f, *of_part in of_parts)
-
-    x = saved(together, gradient, x)
-    return [f(part) for f, part in zip(others, parts(x), strict=True)]
+    if _fast_pass() is not None:
+        identity = keras.activations.linear
+        known = [f if _has_derivative(f) else identity for f in functions]
+        x = _activate_each(x, functions=known, shapes=shapes)
+        functions = [identity if _has_derivative(f) else f for f in functions]
+    parts = zip(functions, _split(x, shapes), strict=True)
+    return [function(part) for function, part in parts]
 
 
-def with_gradient(function, gradient, *arguments):
-    """`function(*arguments)`, differentiated by `gradient`.
+def _split(x, shapes):
+    """(B, D) -> list of (B, *shape)."""
+    ends = list(itertools.accumulate(map(math.prod, shapes)))[:-1]
+    parts = zip(ops.split(x, ends, axis=-1), shapes, strict=True)
+    return [ops.reshape(part, (-1, *shape)) for part, shape in parts]
 
-    Args:
-        function: from arrays to one array.
-        gradient: (gradient of the result, *arguments) -> gradients of the
-            arguments, by functions that can be differentiated in turn.
-        *arguments: arrays.
 
-    Returns:
-        Array.
-    """
-    has_them = keras.backend.backend() in ("tensorflow", "jax")
-    current = current_pass.get()
-    wanted = current is None or (
-        current is not PLAIN and current.differentiates
+def _joined(parts):
+    """List of (B, *shape) -> (B, D)."""
+    return ops.concatenate(
+        [ops.reshape(x, (-1, math.prod(x.shape[1:]))) for x in parts], axis=-1
     )
-    if not (has_them and wanted):
-        return function(*arguments)
-
-    @ops.custom_gradient
-    def call(*arguments):
-        def grad_arguments(upstream):
-            return gradient(upstream, *arguments)
-
-        return function(*arguments), grad_arguments
-
-    return call(*arguments)

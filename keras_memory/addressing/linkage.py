@@ -7,13 +7,43 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.gradients import saved_value
-from keras_memory.addressing.gradients import with_gradient
 from keras_memory.addressing.slots import gather
 from keras_memory.addressing.slots import inner_products
 from keras_memory.addressing.slots import outer_write
 from keras_memory.addressing.slots import read
 from keras_memory.addressing.slots import scatter_add
+
+
+def _grad_links(grad_links, linkage, precedence, weighting):
+    grad_links = _between_slots(grad_links)
+    grad_saved = grad_links * linkage
+    ones = ops.ones_like(precedence)
+    return (
+        grad_links * _kept_share(weighting),
+        inner_products(weighting, grad_links),
+        read(grad_links, precedence)
+        - read(grad_saved, ones)
+        - inner_products(ones, grad_saved),
+    )
+
+
+@custom_gradient(_grad_links)
+def _links(linkage, precedence, weighting):
+    """Links after a write, of one head a row: (B H, N, N) and (B H, 1, N)."""
+    new = weighting[:, 0, :, None] * precedence
+    return _between_slots(_kept_share(weighting) * linkage + new)
+
+
+def _between_slots(links):
+    """Links without those of a slot to itself."""
+    slot = ops.arange(links.shape[-1])
+    return ops.where(slot[:, None] != slot, links, 0.0)
+
+
+def _kept_share(weighting):
+    return 1.0 - weighting[:, 0, :, None] - weighting
 
 
 def linkage_after_write(linkage, precedence, write_weighting):
@@ -32,37 +62,11 @@ def linkage_after_write(linkage, precedence, write_weighting):
         (B, H, N, N) linkage, with a zero diagonal.
     """
     heads, slots = write_weighting.shape[1:]
-
-    def between_slots(links):
-        slot = ops.arange(slots)
-        return ops.where(slot[:, None] != slot, links, 0.0)
-
-    def kept_share(weighting):
-        return 1.0 - weighting[:, 0, :, None] - weighting
-
-    def links(linkage, precedence, weighting):
-        new = weighting[:, 0, :, None] * precedence
-        return between_slots(kept_share(weighting) * linkage + new)
-
-    def gradient(grad_links, linkage, precedence, weighting):
-        grad_links = between_slots(grad_links)
-        grad_saved = grad_links * linkage
-        ones = ops.ones_like(precedence)
-        return (
-            grad_links * kept_share(weighting),
-            inner_products(weighting, grad_links),
-            read(grad_links, precedence)
-            - read(grad_saved, ones)
-            - inner_products(ones, grad_saved),
-        )
-
-    # Each head has links of its own: (B H, N, N) and (B H, 1, N).
-    arguments = [
+    linkage = _links(
         ops.reshape(linkage, (-1, slots, slots)),
         ops.reshape(precedence, (-1, 1, slots)),
         ops.reshape(write_weighting, (-1, 1, slots)),
-    ]
-    linkage = with_gradient(links, gradient, *arguments)
+    )
     return ops.reshape(linkage, (-1, heads, slots, slots))
 
 
@@ -80,6 +84,25 @@ def precedence_after_write(precedence, write_weighting):
     """
     written = ops.sum(write_weighting, axis=-1, keepdims=True)
     return (1.0 - written) * precedence + write_weighting
+
+
+def _grad_forward_and_backward(upstream, links, weighting):
+    grad_forward, grad_backward = ops.split(upstream, 2, axis=1)
+    return (
+        outer_write(
+            ops.concatenate([grad_forward, weighting], axis=1),
+            ops.concatenate([weighting, grad_backward], axis=1),
+        ),
+        inner_products(grad_forward, links) + read(links, grad_backward),
+    )
+
+
+@custom_gradient(_grad_forward_and_backward)
+def _forward_and_backward(links, weighting):
+    """(B, N, N), (B, R, N) -> (B, 2 R, N), the forward weightings first."""
+    return ops.concatenate(
+        [read(links, weighting), inner_products(weighting, links)], axis=1
+    )
 
 
 def follow_links(linkage, read_weighting):
@@ -100,23 +123,7 @@ def follow_links(linkage, read_weighting):
     links = ops.reshape(linkage, (-1, slots, slots))
     weighting = ops.stack([read_weighting] * writers, axis=1)
     weighting = ops.reshape(weighting, (-1, readers, slots))
-
-    def both(links, weighting):
-        return ops.concatenate(
-            [read(links, weighting), inner_products(weighting, links)], axis=1
-        )
-
-    def gradient(upstream, links, weighting):
-        grad_forward, grad_backward = ops.split(upstream, 2, axis=1)
-        return (
-            outer_write(
-                ops.concatenate([grad_forward, weighting], axis=1),
-                ops.concatenate([weighting, grad_backward], axis=1),
-            ),
-            inner_products(grad_forward, links) + read(links, grad_backward),
-        )
-
-    weightings = saved_value(with_gradient(both, gradient, links, weighting))
+    weightings = saved_value(_forward_and_backward(links, weighting))
     weightings = ops.reshape(weightings, (-1, writers, 2 * readers, slots))
     return ops.split(ops.swapaxes(weightings, 1, 2), 2, axis=1)
 
@@ -211,7 +218,7 @@ def follow_sparse_links(linkage, columns, read_weighting):
         forward.append(ops.sum(links * ahead, axis=1))
         back = links * weighting[:, None]
         back = ops.reshape(back, (-1, entries * slots, heads))
-        backward.append(scatter_add(back, places, slots))
+        backward.append(scatter_add(back, places, size=slots))
     return tuple(
         ops.transpose(saved_value(ops.stack(found, axis=1)), (0, 3, 1, 2))
         for found in (forward, backward)
@@ -244,7 +251,9 @@ def _put(x, places, size):
     """(..., P) to places (..., P), added up: (..., size)."""
     count = x.shape[-1]
     found = scatter_add(
-        ops.reshape(x, (-1, count, 1)), ops.reshape(places, (-1, count)), size
+        ops.reshape(x, (-1, count, 1)),
+        ops.reshape(places, (-1, count)),
+        size=size,
     )
     return ops.reshape(found, (-1, *x.shape[1:-1], size))
 

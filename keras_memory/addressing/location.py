@@ -8,8 +8,7 @@ import math
 from keras import ops
 
 from keras_memory.addressing.activations import grad_softmax
-from keras_memory.addressing.gradients import saved
-from keras_memory.addressing.gradients import with_gradient
+from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.slots import row_sum
 
 # Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
@@ -22,6 +21,13 @@ SHARPENING_EPSILON = {
 }
 
 
+def _grad_interpolate(upstream, _, content, previous, gate):
+    gate = gate[:, :, None]
+    grad_gate = row_sum(upstream * (content - previous))[:, :, 0]
+    return gate * upstream, (1.0 - gate) * upstream, grad_gate
+
+
+@custom_gradient(_grad_interpolate, saves=True)
 def interpolate(content_weighting, previous_weighting, interpolation_gate):
     """Mixes the content weighting with the weighting of the step before.
 
@@ -35,21 +41,20 @@ def interpolate(content_weighting, previous_weighting, interpolation_gate):
     Returns:
         (B, H, N) weighting.
     """
-
-    def mixed(content, previous, gate):
-        return [gate * content + (1.0 - gate) * previous]
-
-    def gradient(upstream, _, content, previous, gate):
-        return (
-            gate * upstream,
-            (1.0 - gate) * upstream,
-            row_sum(upstream * (content - previous)),
-        )
-
     gate = interpolation_gate[:, :, None]
-    return saved(mixed, gradient, content_weighting, previous_weighting, gate)
+    return [gate * content_weighting + (1.0 - gate) * previous_weighting]
 
 
+def _grad_shift(upstream, weighting, shifts):
+    rolled = _rolled(weighting, shifts.shape[-1] // 2)
+    grad_shifts = [row_sum(upstream * moved) for moved in rolled]
+    return (
+        shift(upstream, ops.flip(shifts, axis=-1)),
+        ops.concatenate(grad_shifts, axis=-1),
+    )
+
+
+@custom_gradient(_grad_shift)
 def shift(weighting, shifts):
     """Moves the focus along the slots, around the end to the beginning.
 
@@ -63,40 +68,32 @@ def shift(weighting, shifts):
     Returns:
         (B, H, N) weighting with the same sum.
     """
-    shift_range = shifts.shape[-1] // 2
-    if shift_range == 0:
-        return shifts * weighting
-
-    def rolled(weighting):
-        """By -S, ..., S slots."""
-        slots = weighting.shape[-1]
-        around = ops.concatenate(
-            [
-                weighting[:, :, -shift_range:],
-                weighting,
-                weighting[:, :, :shift_range],
-            ],
-            axis=-1,
-        )
-        starts = range(2 * shift_range, -1, -1)
-        return [around[:, :, start : start + slots] for start in starts]
-
-    def shifted(weighting, shifts):
-        return sum(
-            shifts[:, :, index, None] * one
-            for index, one in enumerate(rolled(weighting))
-        )
-
-    def gradient(upstream, weighting, shifts):
-        grad_shifts = [row_sum(upstream * one) for one in rolled(weighting)]
-        return (
-            shift(upstream, ops.flip(shifts, axis=-1)),
-            ops.concatenate(grad_shifts, axis=-1),
-        )
-
-    return with_gradient(shifted, gradient, weighting, shifts)
+    rolled = _rolled(weighting, shifts.shape[-1] // 2)
+    return sum(
+        shifts[:, :, index, None] * moved for index, moved in enumerate(rolled)
+    )
 
 
+def _rolled(weighting, shift_range):
+    """A weighting moved by -shift_range, ..., shift_range slots."""
+    if not shift_range:
+        return [weighting]
+    slots = weighting.shape[-1]
+    last, first = weighting[:, :, -shift_range:], weighting[:, :, :shift_range]
+    around = ops.concatenate([last, weighting, first], axis=-1)
+    starts = range(2 * shift_range, -1, -1)
+    return [around[:, :, start : start + slots] for start in starts]
+
+
+def _grad_sharpen(upstream, saved, _, sharpening):
+    # The weighting is the saved one: the shift need not be done again.
+    result, logarithm, weighting = saved
+    grad_logits = grad_softmax(upstream, result)
+    grad_power = row_sum(grad_logits * logarithm)[:, :, 0]
+    return sharpening[:, :, None] * grad_logits / weighting, grad_power
+
+
+@custom_gradient(_grad_sharpen, saves=True)
 def sharpen(weighting, sharpening):
     """Raises a weighting to a power and normalises it.
 
@@ -112,20 +109,11 @@ def sharpen(weighting, sharpening):
         (B, H, N) weighting: non-negative, sums to 1 over N.
     """
     epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
-
-    def sharpened(weighting, power):
-        weighting = weighting + epsilon
-        logarithm = ops.log(weighting)
-        # The largest is 1, and others may underflow to 0.
-        lowest = math.log(epsilon)
-        largest = ops.max(logarithm, axis=-1, keepdims=True, initial=lowest)
-        powers = ops.exp(power * (logarithm - ops.stop_gradient(largest)))
-        return [powers / row_sum(powers), logarithm, weighting]
-
-    def gradient(upstream, saved, _, power):
-        # The weighting that was kept: the shift need not be done again.
-        result, logarithm, weighting = saved
-        grad_logits = grad_softmax(upstream, result)
-        return power * grad_logits / weighting, row_sum(grad_logits * logarithm)
-
-    return saved(sharpened, gradient, weighting, sharpening[:, :, None])
+    weighting = weighting + epsilon
+    logarithm = ops.log(weighting)
+    # The largest is 1, and others may underflow to 0.
+    lowest = math.log(epsilon)
+    largest = ops.max(logarithm, axis=-1, keepdims=True, initial=lowest)
+    logits = logarithm - ops.stop_gradient(largest)
+    powers = ops.exp(sharpening[:, :, None] * logits)
+    return [powers / row_sum(powers), logarithm, weighting]

@@ -11,9 +11,20 @@ and `scatter_add` are each other's gradient.
 import keras
 from keras import ops
 
-from keras_memory.addressing.gradients import with_gradient
+from keras_memory.addressing.gradients import custom_gradient
+
+# One product of many small matrices is fast where each operation is a call
+# of its own. XLA is better at sums over any but the last axis, and at one
+# matrix and one vector at a time (`benchmarks/README.md`).
 
 
+def _grad_read(grad_reads, memory, weighting):
+    return outer_write(grad_reads, weighting), inner_products(
+        grad_reads, memory
+    )
+
+
+@custom_gradient(_grad_read)
 def read(memory, weighting):
     """Reads the weighted sum of the slots, one vector a head.
 
@@ -26,15 +37,20 @@ def read(memory, weighting):
     Returns:
         (B, R, W) read vectors.
     """
+    if not _compiles():
+        return ops.matmul(weighting, ops.transpose(memory, (0, 2, 1)))
+    heads = [
+        ops.matmul(memory, weighting[:, head, :, None])[:, :, 0]
+        for head in range(weighting.shape[1])
+    ]
+    return ops.stack(heads, axis=1)
 
-    def gradient(grad_reads, memory, weighting):
-        return outer_write(grad_reads, weighting), inner_products(
-            grad_reads, memory
-        )
 
-    return with_gradient(_read, gradient, memory, weighting)
+def _grad_inner_products(grad_products, vectors, memory):
+    return read(memory, grad_products), outer_write(vectors, grad_products)
 
 
+@custom_gradient(_grad_inner_products)
 def inner_products(vectors, memory):
     """Inner product of each vector with each slot.
 
@@ -45,13 +61,21 @@ def inner_products(vectors, memory):
     Returns:
         (B, H, N).
     """
+    if not _compiles():
+        return ops.matmul(vectors, memory)
+    heads, width = vectors.shape[1:]
+    if width > 32:  # what a sum takes in one pass
+        if heads == 1 and width > 128:  # one vector goes column by column
+            return ops.matmul(ops.repeat(vectors, 2, axis=1), memory)[:, :1]
+        return ops.matmul(vectors, memory)
+    return ops.sum(vectors[:, :, :, None] * memory[:, None], axis=2)
 
-    def gradient(grad_products, vectors, memory):
-        return read(memory, grad_products), outer_write(vectors, grad_products)
 
-    return with_gradient(_inner_products, gradient, vectors, memory)
+def _grad_outer_write(grad_memory, vectors, weighting):
+    return read(grad_memory, weighting), inner_products(vectors, grad_memory)
 
 
+@custom_gradient(_grad_outer_write)
 def outer_write(vectors, weighting):
     """Puts vectors into slots, as much as the weightings say.
 
@@ -62,13 +86,13 @@ def outer_write(vectors, weighting):
     Returns:
         (B, W, N), the sum over the heads.
     """
-
-    def gradient(grad_memory, vectors, weighting):
-        return read(grad_memory, weighting), inner_products(
-            vectors, grad_memory
-        )
-
-    return with_gradient(_outer_write, gradient, vectors, weighting)
+    heads = vectors.shape[1]
+    if heads > (4 if _compiles() else 1):
+        return ops.matmul(ops.transpose(vectors, (0, 2, 1)), weighting)
+    return sum(
+        vectors[:, head, :, None] * weighting[:, head, None]
+        for head in range(heads)
+    )
 
 
 def erase_and_add(memory, weighting, erase_vector, add_vector):
@@ -95,6 +119,13 @@ def erase_and_add(memory, weighting, erase_vector, add_vector):
     return memory + outer_write(add_vector, weighting)  # eq. 4
 
 
+def _grad_gather(grad_gathered, vectors, places):
+    size = vectors.shape[1]
+    grad_vectors = scatter_add(grad_gathered, places, size=size)
+    return grad_vectors, ops.zeros_like(places)
+
+
+@custom_gradient(_grad_gather)
 def gather(vectors, places):
     """What is at the given places.
 
@@ -106,20 +137,17 @@ def gather(vectors, places):
     Returns:
         (B, P, D).
     """
-    size = vectors.shape[1]
-
-    def taken(vectors, places):
-        flat = ops.reshape(vectors, (-1, vectors.shape[2]))
-        found = ops.take(flat, _in_batch(places, size), axis=0)
-        return ops.reshape(found, (-1, places.shape[1], vectors.shape[2]))
-
-    def gradient(grad_taken, vectors, places):
-        return scatter_add(grad_taken, places, size), ops.zeros_like(places)
-
-    return with_gradient(taken, gradient, vectors, places)
+    flat = ops.reshape(vectors, (-1, vectors.shape[2]))
+    flat = ops.take(flat, _in_batch(places, vectors.shape[1]), axis=0)
+    return ops.reshape(flat, (-1, places.shape[1], vectors.shape[2]))
 
 
-def scatter_add(vectors, places, size):
+def _grad_scatter_add(grad_sums, vectors, places, size):
+    return gather(grad_sums, places), ops.zeros_like(places)
+
+
+@custom_gradient(_grad_scatter_add)
+def scatter_add(vectors, places, *, size):
     """Puts vectors to the given places, added up where these are the same.
 
     Args:
@@ -131,17 +159,10 @@ def scatter_add(vectors, places, size):
     Returns:
         (B, N, D), 0 where nothing was put.
     """
-
-    def added(vectors, places):
-        rows, width = ops.shape(vectors)[0], vectors.shape[2]
-        flat = ops.reshape(vectors, (-1, width))
-        flat = _sums(flat, _in_batch(places, size), rows * size)
-        return ops.reshape(flat, (-1, size, width))
-
-    def gradient(grad_put, vectors, places):
-        return gather(grad_put, places), ops.zeros_like(places)
-
-    return with_gradient(added, gradient, vectors, places)
+    rows, width = ops.shape(vectors)[0], vectors.shape[2]
+    flat = ops.reshape(vectors, (-1, width))
+    flat = _sums(flat, _in_batch(places, size), rows * size)
+    return ops.reshape(flat, (-1, size, width))
 
 
 def row_sum(x):
@@ -167,42 +188,6 @@ def _sums(vectors, places, size):
             0, places, vectors
         )
     return ops.segment_sum(vectors, places, size)
-
-
-# One product of many small matrices is fast where each operation is a call
-# of its own. XLA is better at sums over any but the last axis, and at one
-# matrix and one vector at a time (`benchmarks/README.md`).
-
-
-def _read(memory, weighting):
-    if not _compiles():
-        return ops.matmul(weighting, ops.transpose(memory, (0, 2, 1)))
-    heads = [
-        ops.matmul(memory, weighting[:, head, :, None])[:, :, 0]
-        for head in range(weighting.shape[1])
-    ]
-    return ops.stack(heads, axis=1)
-
-
-def _inner_products(vectors, memory):
-    if not _compiles():
-        return ops.matmul(vectors, memory)
-    heads, width = vectors.shape[1:]
-    if width > 32:  # what a sum takes in one pass
-        if heads == 1 and width > 128:  # one vector goes column by column
-            return ops.matmul(ops.repeat(vectors, 2, axis=1), memory)[:, :1]
-        return ops.matmul(vectors, memory)
-    return ops.sum(vectors[:, :, :, None] * memory[:, None], axis=2)
-
-
-def _outer_write(vectors, weighting):
-    heads = vectors.shape[1]
-    if heads > (4 if _compiles() else 1):
-        return ops.matmul(ops.transpose(vectors, (0, 2, 1)), weighting)
-    return sum(
-        vectors[:, head, :, None] * weighting[:, head, None]
-        for head in range(heads)
-    )
 
 
 def _compiles():

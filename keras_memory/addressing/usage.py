@@ -8,7 +8,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_memory.addressing.gradients import saved
+from keras_memory.addressing.gradients import custom_gradient
 
 # Usage of an unused slot. One less this is rounded to one, so that unused
 # slots are all as free and taken one after the other.
@@ -111,6 +111,38 @@ def _product_of_heads(x):
     return math.prod(x[:, head] for head in range(x.shape[1]))
 
 
+def _free_and_used(usage, epsilon):
+    share = 1.0 - epsilon
+    return share * (1.0 - usage), epsilon + share * usage
+
+
+def _grad_allocate(upstream, saved, usage, epsilon, sort):
+    weighting, share, *orders = saved
+    free, used = _free_and_used(usage, epsilon)
+    grad_before = upstream * weighting
+    if sort:
+        grad_log = _sum_of_earlier(grad_before, *orders, from_the_end=True)
+    else:
+        is_freer = _is_freer(free, usage.dtype)
+        grad_log = ops.matmul(grad_before[:, None], is_freer)[:, 0]
+    return (1.0 - epsilon) * (grad_log / used - upstream * share)
+
+
+@custom_gradient(_grad_allocate, saves=True)
+def _allocate(usage, *, epsilon, sort):
+    free, used = _free_and_used(usage, epsilon)
+    if sort:
+        order = ops.argsort(-free, axis=-1)
+        orders = [order, ops.argsort(order, axis=-1)]
+        before = _sum_of_earlier(ops.log(used), *orders)
+    else:
+        orders = []
+        is_freer = _is_freer(free, usage.dtype)
+        before = ops.matmul(is_freer, ops.log(used)[:, :, None])[:, :, 0]
+    share = ops.exp(before)
+    return [free * share, share, *orders]
+
+
 def allocation(usage, usage_epsilon=None, sort=None):
     """Weighs slots by how free they are: the freest one first.
 
@@ -137,35 +169,7 @@ def allocation(usage, usage_epsilon=None, sort=None):
     if sort is None:
         sort = slots > MOST_COMPARED_SLOTS
 
-    def free_and_used(usage):
-        share = 1.0 - usage_epsilon
-        return share * (1.0 - usage), usage_epsilon + share * usage
-
-    def allocated(usage):
-        free, used = free_and_used(usage)
-        if sort:
-            order = ops.argsort(-free, axis=-1)
-            orders = [order, ops.argsort(order, axis=-1)]
-            before = _sum_of_earlier(ops.log(used), *orders)
-        else:
-            orders = []
-            is_freer = _is_freer(free, usage.dtype)
-            before = ops.matmul(is_freer, ops.log(used)[:, :, None])[:, :, 0]
-        share = ops.exp(before)
-        return [free * share, share, *orders]
-
-    def gradient(upstream, saved, usage):
-        weighting, share, *orders = saved
-        free, used = free_and_used(usage)
-        grad_before = upstream * weighting
-        if sort:
-            grad_log = _sum_of_earlier(grad_before, *orders, from_the_end=True)
-        else:
-            is_freer = _is_freer(free, usage.dtype)
-            grad_log = ops.matmul(grad_before[:, None], is_freer)[:, 0]
-        return (1.0 - usage_epsilon) * (grad_log / used - upstream * share)
-
-    return saved(allocated, gradient, usage)
+    return _allocate(usage, epsilon=usage_epsilon, sort=sort)
 
 
 def _is_freer(free, dtype):
