@@ -11,6 +11,7 @@ import contextvars
 import difflib
 import functools
 import inspect
+import typing
 
 import keras
 
@@ -28,6 +29,18 @@ UNNAMED = ("input_dim", "input_shape", "implementation")
 _written = contextvars.ContextVar("written", default=None)
 
 
+class KerasArguments(typing.TypedDict, total=False):
+    """What a layer hands on to `keras.layers.Layer`."""
+
+    name: str | None
+    dtype: typing.Any
+    trainable: bool
+    autocast: bool
+    activity_regularizer: typing.Any
+    input_shape: tuple
+    input_dim: int
+
+
 class Arguments:
     """Must be the first base, so that it wraps each `__init__`.
 
@@ -39,7 +52,7 @@ class Arguments:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = _checked(cls, cls.__init__)
+            cls.__init__ = checked(cls, cls.__init__)
 
     @classmethod
     def _accepted_behind(cls, owner):
@@ -84,6 +97,18 @@ def parameters(bases):
     return found
 
 
+def given(arguments):
+    """All arguments of an `__init__` by name.
+
+    Args:
+        arguments: dict, what `locals()` is at the start of the `__init__`.
+    """
+    kwargs = arguments.get("kwargs", {})
+    own = ("self", "kwargs", "__class__")
+    named = {n: value for n, value in arguments.items() if n not in own}
+    return {**named, **kwargs}
+
+
 @contextlib.contextmanager
 def written_as(made, written):
     """A context in which errors about arguments of the class `made` name the
@@ -95,14 +120,15 @@ def written_as(made, written):
         _written.reset(token)
 
 
-def _checked(owner, init):
+def checked(owner, init):
+    """Wraps the `__init__` of a class: see `Arguments`."""
     signature = inspect.signature(init)
     _, *named = signature.parameters.values()
     names = {p.name for p in named if p.kind in (POSITIONAL, KEYWORD)}
     has_more = any(p.kind is p.VAR_KEYWORD for p in named)
 
     @functools.wraps(init)
-    def checked(self, *args, **kwargs):
+    def init_checked(self, *args, **kwargs):
         made, written = _written.get() or (None, None)
         written = written if type(self) is made else type(self)
         more = [name for name in kwargs if name not in names]
@@ -114,9 +140,11 @@ def _checked(owner, init):
         try:
             signature.bind(self, *args, **kwargs)
         except TypeError as error:
+            named = inspect.signature(written).parameters.values()
+            named = [p.replace(annotation=p.empty) for p in named]
             raise TypeError(
                 f"{written.__name__}: {error}. It is called as "
-                f"{written.__name__}{inspect.signature(written)}"
+                f"{written.__name__}{inspect.Signature(named)}"
             ) from None
         for name in ("trainable", "autocast"):  # which Keras takes as they are
             if name in more:
@@ -124,8 +152,8 @@ def _checked(owner, init):
         init(self, *plain(args), **plain(kwargs))
 
     # Keras asks for it without looking behind a wrapper.
-    checked.__signature__ = signature
-    return checked
+    init_checked.__signature__ = signature
+    return init_checked
 
 
 # Names of before, which files and programs may have.

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
+from typing import Unpack
 
 import keras
 import numpy as np
@@ -31,6 +32,8 @@ from keras_memory.addressing.slots import read
 from keras_memory.addressing.usage import allocation
 from keras_memory.addressing.usage import retention
 from keras_memory.addressing.usage import usage_after_write
+from keras_memory.arguments import KerasArguments
+from keras_memory.arguments import given
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_layers
@@ -112,27 +115,28 @@ class DNCInterface(NamedTuple):
     backward_sharpening: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DNCAccess:
-    """Addressing, reading and writing; `DNCCell` documents the arguments."""
+    """Addressing, reading and writing; `DNCLayer` documents the arguments."""
 
-    memory_slots: int
-    slot_size: int
-    read_heads: int
-    write_heads: int
-    linkage: bool
-    sparse_links: int | None
-    content_masks: bool
-    deallocation: bool
-    link_sharpening: bool
-    usage_gradient: bool
-    key_activation: Callable
-    add_activation: Callable
-    strength_activation: Callable
-    initial_memory: str | float
-    norm_epsilon: float | None
-    product_epsilon: float
-    usage_epsilon: float | None
+    memory_slots: int = 64
+    slot_size: int = 16
+    read_heads: int = 4
+    write_heads: int = 1
+    _: dataclasses.KW_ONLY
+    linkage: bool = True
+    sparse_links: int | None = None
+    content_masks: bool = False
+    deallocation: bool = False
+    link_sharpening: bool = False
+    usage_gradient: bool = True
+    key_activation: str | Callable = "linear"
+    add_activation: str | Callable = "linear"
+    strength_activation: str | Callable = "oneplus"
+    initial_memory: str | float = "constant"
+    norm_epsilon: float | None = None
+    product_epsilon: float = 0.0
+    usage_epsilon: float | None = None
 
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
@@ -223,23 +227,7 @@ class DNCAccess:
 
     def split(self, interface):
         """(B, interface_size) -> `DNCInterface`, with activations."""
-        activations = DNCInterface(
-            read_key=self.key_activation,
-            read_strength=self.strength_activation,
-            write_key=self.key_activation,
-            write_strength=self.strength_activation,
-            erase_vector=keras.activations.sigmoid,
-            add_vector=self.add_activation,
-            free_gate=keras.activations.sigmoid,
-            allocation_gate=keras.activations.sigmoid,
-            write_gate=keras.activations.sigmoid,
-            read_mode=softmax,
-            read_mask=keras.activations.sigmoid,
-            write_mask=keras.activations.sigmoid,
-            forward_sharpening=oneplus,
-            backward_sharpening=oneplus,
-        )
-        return split_interface(interface, self.parts, activations)
+        return split_interface(interface, self.parts, self.activations)
 
     def by_content(self, memory, key, strength, mask):
         """C(M, k, beta), with masks as in Csordas & Schmidhuber 2019."""
@@ -296,6 +284,7 @@ class DNCAccess:
                 "links and needs `linkage=True`. Received: linkage=False, "
                 "link_sharpening=True"
             )
+        self.activations  # noqa: B018, raises if there is no such one
 
     def _check_bytes_of_links(self):
         names, instead = ["write_heads", "memory_slots", "sparse_links"], ""
@@ -329,6 +318,26 @@ class DNCAccess:
             write_mask=of_writes if self.content_masks else None,
             forward_sharpening=of_links if self.link_sharpening else None,
             backward_sharpening=of_links if self.link_sharpening else None,
+        )
+
+    @functools.cached_property
+    def activations(self):
+        """The function of each part of the interface."""
+        return DNCInterface(
+            read_key=activation_by_name(self.key_activation),
+            read_strength=activation_by_name(self.strength_activation),
+            write_key=activation_by_name(self.key_activation),
+            write_strength=activation_by_name(self.strength_activation),
+            erase_vector=keras.activations.sigmoid,
+            add_vector=activation_by_name(self.add_activation),
+            free_gate=keras.activations.sigmoid,
+            allocation_gate=keras.activations.sigmoid,
+            write_gate=keras.activations.sigmoid,
+            read_mode=softmax,
+            read_mask=keras.activations.sigmoid,
+            write_mask=keras.activations.sigmoid,
+            forward_sharpening=oneplus,
+            backward_sharpening=oneplus,
         )
 
     @functools.cached_property
@@ -410,8 +419,36 @@ def _sharpen(weighting, sharpening):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class DNCCell(MemoryCell):
-    """One step of a Differentiable Neural Computer.
+class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
+    """One step of a Differentiable Neural Computer, for `DNCLayer` or Keras's
+    `RNN`.
+
+    Arguments, equations, state and departures: as `DNCLayer`, which makes its
+    cell of its own arguments.
+
+    Example:
+
+    >>> cell = keras_memory.DNCCell(3, memory_slots=16, slot_size=5)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+    """
+
+    def build(self, input_shape):
+        most = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
+        if self.sparse_links and most and self.memory_slots > most:
+            raise ValueError(
+                "With `sparse_links` the state has columns of links, whole "
+                f"numbers below `memory_slots`, which {self.compute_dtype} has "
+                f"exactly up to {most} only. Received: "
+                f"memory_slots={self.memory_slots}"
+            )
+        super().build(input_shape)
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class DNCLayer(MemoryRNN, cell=DNCCell):
+    """A Differentiable Neural Computer over sequences.
 
     A controller looks at the input and at what was read before, and tells the
     heads where to act on a memory of N slots of width W. A write head finds
@@ -454,14 +491,6 @@ class DNCCell(MemoryCell):
         slot_size: int W, at least 1. Default 16.
         read_heads: int R, at least 1. Default 4.
         write_heads: int H, from 1 to 1024. Default 1.
-        controller: a name as in `MemoryCell`, any Keras RNN cell or a
-            feed-forward layer. Default `"lstm"`.
-        controller_units: int, at least 1. Default 64.
-        controller_layers: int, at least 1. Default 1.
-        num_layers: int, from 1 to 1024: how many times controller, interface
-            and memory come one after another in a step. Default 1.
-        share_memory: bool; True (default): all `num_layers` act on one memory,
-            False: each on one of its own.
         linkage: bool. False leaves out links, precedence and read modes: read
             heads find slots by content alone, and a step costs N instead of
             N^2. Default True.
@@ -493,144 +522,11 @@ class DNCCell(MemoryCell):
             products of the allocation. Default None: 1e-8, in float64 1e-16.
             With more, such as the references' 1e-6, a write leaves a trace on
             the next free slot, which the next write then passes over.
-        **kwargs: further arguments of `MemoryCell`, and of Keras's `Layer`.
 
     Raises:
         ValueError: an argument out of its range.
 
-    Example:
-
-    >>> cell = keras_memory.DNCCell(3, memory_slots=16, slot_size=5)
-    >>> layer = keras.layers.RNN(cell, return_sequences=True)
-    >>> layer(np.zeros((2, 7, 4), "float32")).shape
-    TensorShape([2, 7, 3])
-
-    References:
-        Graves et al. (2016), Hybrid computing using a neural network with
-        dynamic external memory, Nature 538,
-        https://doi.org/10.1038/nature20101
-        Csordas, Schmidhuber (2019), Improving Differentiable Neural Computers
-        Through Memory Masking, De-allocation, and Link Distribution Sharpness
-        Control, https://arxiv.org/abs/1904.10278
-        Franke, Niehues, Waibel (2018), Robust and Scalable Differentiable
-        Neural Computer for Question Answering,
-        https://arxiv.org/abs/1807.02658
-    """
-
-    def __init__(
-        self,
-        units,
-        memory_slots=64,
-        slot_size=16,
-        read_heads=4,
-        write_heads=1,
-        controller="lstm",
-        controller_units=64,
-        controller_layers=1,
-        num_layers=1,
-        share_memory=True,
-        linkage=True,
-        sparse_links=None,
-        content_masks=False,
-        deallocation=False,
-        link_sharpening=False,
-        usage_gradient=True,
-        key_activation="linear",
-        add_activation="linear",
-        strength_activation="oneplus",
-        initial_memory="constant",
-        norm_epsilon=None,
-        product_epsilon=0.0,
-        usage_epsilon=None,
-        **kwargs,
-    ):
-        check_layers("num_layers", num_layers)
-        check_bool("share_memory", share_memory)
-
-        def access():
-            return DNCAccess(
-                memory_slots=memory_slots,
-                slot_size=slot_size,
-                read_heads=read_heads,
-                write_heads=write_heads,
-                linkage=linkage,
-                sparse_links=sparse_links,
-                content_masks=content_masks,
-                deallocation=deallocation,
-                link_sharpening=link_sharpening,
-                usage_gradient=usage_gradient,
-                key_activation=activation_by_name(key_activation),
-                add_activation=activation_by_name(add_activation),
-                strength_activation=activation_by_name(strength_activation),
-                initial_memory=initial_memory,
-                norm_epsilon=norm_epsilon,
-                product_epsilon=product_epsilon,
-                usage_epsilon=usage_epsilon,
-            )
-
-        super().__init__(
-            units,
-            accesses=(
-                [access()] * num_layers
-                if share_memory
-                else [access() for _ in range(num_layers)]
-            ),
-            controller=controller,
-            controller_units=controller_units,
-            controller_layers=controller_layers,
-            **kwargs,
-        )
-        self.memory_slots = memory_slots
-        self.slot_size = slot_size
-        self.read_heads = read_heads
-        self.write_heads = write_heads
-        self.num_layers = num_layers
-        self.share_memory = share_memory
-        self.linkage = linkage
-        self.sparse_links = sparse_links
-        self.content_masks = content_masks
-        self.deallocation = deallocation
-        self.link_sharpening = link_sharpening
-        self.usage_gradient = usage_gradient
-        self.key_activation = key_activation
-        self.add_activation = add_activation
-        self.strength_activation = strength_activation
-        self.initial_memory = initial_memory
-        self.norm_epsilon = norm_epsilon
-        self.product_epsilon = product_epsilon
-        self.usage_epsilon = usage_epsilon
-
-    def build(self, input_shape):
-        most = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
-        if self.sparse_links and most and self.memory_slots > most:
-            raise ValueError(
-                "With `sparse_links` the state has columns of links, whole "
-                f"numbers below `memory_slots`, which {self.compute_dtype} has "
-                f"exactly up to {most} only. Received: "
-                f"memory_slots={self.memory_slots}"
-            )
-        super().build(input_shape)
-
-
-@keras.saving.register_keras_serializable(package="keras_memory")
-class DNCLayer(MemoryRNN, cell=DNCCell):
-    """A Differentiable Neural Computer over sequences.
-
-    Args:
-        units: int, width of the output, or None for the features.
-        memory_slots: int N. Default 64.
-        slot_size: int W. Default 16.
-        read_heads: int R. Default 4.
-        write_heads: int H. Default 1.
-        controller: a name as in `MemoryCell`, any Keras RNN cell or a
-            feed-forward layer. Default `"lstm"`.
-        controller_units: int. Default 64.
-        controller_layers: int. Default 1.
-        **kwargs: the other arguments of `DNCCell`, which documents them all,
-            with the equations and the state; and those of `MemoryRNN`, which
-            documents the call and the errors: `return_sequences`,
-            `return_state`, `go_backwards`, `stateful`, `unroll`,
-            `zero_output_for_mask`, `loop`, `recompute`.
+    Call arguments and further errors: as `MemoryRNN`.
 
     Example:
 
@@ -646,4 +542,61 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         Graves et al. (2016), Hybrid computing using a neural network with
         dynamic external memory, Nature 538,
         https://doi.org/10.1038/nature20101
+        Csordas, Schmidhuber (2019), Improving Differentiable Neural Computers
+        Through Memory Masking, De-allocation, and Link Distribution Sharpness
+        Control, https://arxiv.org/abs/1904.10278
+        Franke, Niehues, Waibel (2018), Robust and Scalable Differentiable
+        Neural Computer for Question Answering,
+        https://arxiv.org/abs/1807.02658
     """
+
+    def __init__(
+        self,
+        units: int | None,
+        memory_slots: int = 64,
+        slot_size: int = 16,
+        read_heads: int = 4,
+        write_heads: int = 1,
+        *,
+        linkage: bool = True,
+        sparse_links: int | None = None,
+        content_masks: bool = False,
+        deallocation: bool = False,
+        link_sharpening: bool = False,
+        usage_gradient: bool = True,
+        key_activation: str | Callable = "linear",
+        add_activation: str | Callable = "linear",
+        strength_activation: str | Callable = "oneplus",
+        initial_memory: str | float = "constant",
+        norm_epsilon: float | None = None,
+        product_epsilon: float = 0.0,
+        usage_epsilon: float | None = None,
+        num_layers: int = 1,
+        share_memory: bool = True,
+        controller: str | keras.layers.Layer = "lstm",
+        controller_units: int = 64,
+        controller_layers: int = 1,
+        controller_dropout: float = 0.0,
+        controller_clip: float | None = None,
+        controller_state_clip: float | None = None,
+        initial_controller_state: str | float = "constant",
+        activation: str | Callable | None = None,
+        clip_value: float | None = None,
+        interface_layer_norm: bool = False,
+        bypass_dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        seed: int | None = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        zero_output_for_mask: bool = False,
+        loop: str = "auto",
+        recompute: int | str | None = None,
+        **kwargs: Unpack[KerasArguments],
+    ):
+        super().__init__(**given(locals()))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
+from typing import Unpack
 
 import keras
 import numpy as np
@@ -28,6 +29,8 @@ from keras_memory.addressing.slots import read
 from keras_memory.addressing.usage import add_usage
 from keras_memory.addressing.usage import least_used
 from keras_memory.addressing.usage import mark_used
+from keras_memory.arguments import KerasArguments
+from keras_memory.arguments import given
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_closed
@@ -107,29 +110,30 @@ class NTMInterface(NamedTuple):
     add_vector: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NTMAccess:
-    """Addressing, reading and writing; `NTMCell` documents the arguments."""
+    """Addressing, reading and writing; `NTMLayer` documents the arguments."""
 
-    memory_slots: int
-    slot_size: int
-    read_heads: int
-    write_heads: int
-    head_order: str | tuple
-    addressing: str
-    shift_range: int
-    erase: bool
-    writing: str
-    retroactive_discount: float | None
-    interface_clip: float | None
-    key_activation: Callable
-    add_activation: Callable
-    strength_activation: Callable
-    initial_memory: str | float
-    initial_reads: str | float
-    initial_weighting: str | float
-    norm_epsilon: float | None
-    product_epsilon: float
+    memory_slots: int = 128
+    slot_size: int = 20
+    read_heads: int = 1
+    write_heads: int = 1
+    _: dataclasses.KW_ONLY
+    head_order: str | tuple = "parallel"
+    addressing: str = "content_and_location"
+    shift_range: int = 1
+    erase: bool = True
+    writing: str = "addressed"
+    retroactive_discount: float | None = None
+    interface_clip: float | None = None
+    key_activation: str | Callable = "tanh"
+    add_activation: str | Callable = "tanh"
+    strength_activation: str | Callable = "softplus"
+    initial_memory: str | float = "constant"
+    initial_reads: str | float = "constant"
+    initial_weighting: str | float = "constant"
+    norm_epsilon: float | None = None
+    product_epsilon: float = 0.0
 
     def split(self, interface):
         """(B, interface_size) -> `NTMInterface`, with activations."""
@@ -137,16 +141,7 @@ class NTMAccess:
             interface = ops.clip(
                 interface, -self.interface_clip, self.interface_clip
             )
-        activations = NTMInterface(
-            key=self.key_activation,
-            strength=self.strength_activation,
-            interpolation_gate=keras.activations.sigmoid,
-            shift=softmax,
-            sharpening=oneplus,
-            erase_vector=keras.activations.sigmoid,
-            add_vector=self.add_activation,
-        )
-        return split_interface(interface, self.parts, activations)
+        return split_interface(interface, self.parts, self.activations)
 
     def address(self, memory, interface, previous, heads):
         """Content weighting and final weighting of a slice of the heads."""
@@ -258,6 +253,7 @@ class NTMAccess:
         )
 
     def __post_init__(self):
+        object.__setattr__(self, "head_order", plain_tuple(self.head_order))
         check_sizes_of_memory(self)
         check_size("shift_range", self.shift_range, least=0)
         check_clip("interface_clip", self.interface_clip)
@@ -303,6 +299,7 @@ class NTMAccess:
                 f"shift_range={self.shift_range}, "
                 f"memory_slots={self.memory_slots}"
             )
+        self.activations  # noqa: B018, raises if there is no such one
 
     def _check_writing(self):
         if self.writing not in ("addressed", "sequential"):
@@ -358,6 +355,19 @@ class NTMAccess:
                 (self.write_heads, self.slot_size) if learns_erase else None
             ),
             add_vector=(self.write_heads, self.slot_size // halves),
+        )
+
+    @functools.cached_property
+    def activations(self):
+        """The function of each part of the interface."""
+        return NTMInterface(
+            key=activation_by_name(self.key_activation),
+            strength=activation_by_name(self.strength_activation),
+            interpolation_gate=keras.activations.sigmoid,
+            shift=softmax,
+            sharpening=oneplus,
+            erase_vector=keras.activations.sigmoid,
+            add_vector=activation_by_name(self.add_activation),
         )
 
     @functools.cached_property
@@ -445,8 +455,24 @@ def _join(heads):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class NTMCell(MemoryCell):
-    """One step of a Neural Turing Machine.
+class NTMCell(MemoryCell, access=NTMAccess):
+    """One step of a Neural Turing Machine, for `NTMLayer` or Keras's `RNN`.
+
+    Arguments, equations, state and departures: as `NTMLayer`, which makes its
+    cell of its own arguments.
+
+    Example:
+
+    >>> cell = keras_memory.NTMCell(3, memory_slots=16, slot_size=5)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class NTMLayer(MemoryRNN, cell=NTMCell):
+    """A Neural Turing Machine over sequences.
 
     A controller looks at the input and at what was read before, and tells
     each head where to focus on a memory of N slots of width W, by content and
@@ -481,10 +507,6 @@ class NTMCell(MemoryCell):
         slot_size: int W, at least 1. Default 20.
         read_heads: int R, at least 1. Default 1.
         write_heads: int H, at least 1. Default 1.
-        controller: a name as in `MemoryCell`, any Keras RNN cell or a
-            feed-forward layer. Default `"lstm"`.
-        controller_units: int, at least 1. Default 100.
-        controller_layers: int, at least 1. Default 1.
         head_order: `"parallel"` (default): all heads address and read the
             memory of the step before, then all erase, then all add.
             `"writes_in_turn"`: likewise, but each write head also erases what
@@ -526,124 +548,11 @@ class NTMCell(MemoryCell):
             None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
             of key and slot. Default 0.
-        **kwargs: further arguments of `MemoryCell`, and of Keras's `Layer`.
 
     Raises:
         ValueError: an argument out of its range.
 
-    Example:
-
-    >>> cell = keras_memory.NTMCell(3, memory_slots=16, slot_size=5)
-    >>> layer = keras.layers.RNN(cell, return_sequences=True)
-    >>> layer(np.zeros((2, 7, 4), "float32")).shape
-    TensorShape([2, 7, 3])
-
-    References:
-        Graves, Wayne, Danihelka (2014), Neural Turing Machines,
-        https://arxiv.org/abs/1410.5401
-        Collier, Beel (2018), Implementing Neural Turing Machines (initial
-        memory), https://arxiv.org/abs/1807.08518
-        Wayne et al. (2018), Unsupervised Predictive Memory in a Goal-Directed
-        Agent (MERLIN), https://arxiv.org/abs/1803.10760
-    """
-
-    def __init__(
-        self,
-        units,
-        memory_slots=128,
-        slot_size=20,
-        read_heads=1,
-        write_heads=1,
-        controller="lstm",
-        controller_units=100,
-        controller_layers=1,
-        head_order="parallel",
-        addressing="content_and_location",
-        shift_range=1,
-        erase=True,
-        writing="addressed",
-        retroactive_discount=None,
-        interface_clip=None,
-        key_activation="tanh",
-        add_activation="tanh",
-        strength_activation="softplus",
-        initial_memory="constant",
-        initial_reads="constant",
-        initial_weighting="constant",
-        norm_epsilon=None,
-        product_epsilon=0.0,
-        **kwargs,
-    ):
-        head_order = plain_tuple(head_order)
-        ntm = NTMAccess(
-            memory_slots=memory_slots,
-            slot_size=slot_size,
-            read_heads=read_heads,
-            write_heads=write_heads,
-            head_order=head_order,
-            addressing=addressing,
-            shift_range=shift_range,
-            erase=erase,
-            writing=writing,
-            retroactive_discount=retroactive_discount,
-            interface_clip=interface_clip,
-            key_activation=keras.activations.get(key_activation),
-            add_activation=keras.activations.get(add_activation),
-            strength_activation=activation_by_name(strength_activation),
-            initial_memory=initial_memory,
-            initial_reads=initial_reads,
-            initial_weighting=initial_weighting,
-            norm_epsilon=norm_epsilon,
-            product_epsilon=product_epsilon,
-        )
-        super().__init__(
-            units,
-            accesses=[ntm],
-            controller=controller,
-            controller_units=controller_units,
-            controller_layers=controller_layers,
-            **kwargs,
-        )
-        self.memory_slots = memory_slots
-        self.slot_size = slot_size
-        self.read_heads = read_heads
-        self.write_heads = write_heads
-        self.head_order = head_order
-        self.addressing = addressing
-        self.shift_range = shift_range
-        self.erase = erase
-        self.writing = writing
-        self.retroactive_discount = retroactive_discount
-        self.interface_clip = interface_clip
-        self.key_activation = key_activation
-        self.add_activation = add_activation
-        self.strength_activation = strength_activation
-        self.initial_memory = initial_memory
-        self.initial_reads = initial_reads
-        self.initial_weighting = initial_weighting
-        self.norm_epsilon = norm_epsilon
-        self.product_epsilon = product_epsilon
-
-
-@keras.saving.register_keras_serializable(package="keras_memory")
-class NTMLayer(MemoryRNN, cell=NTMCell):
-    """A Neural Turing Machine over sequences.
-
-    Args:
-        units: int, width of the output, or None for the features.
-        memory_slots: int N. Default 128.
-        slot_size: int W. Default 20.
-        read_heads: int R. Default 1.
-        write_heads: int H. Default 1.
-        controller: a name as in `MemoryCell`, any Keras RNN cell or a
-            feed-forward layer. Default `"lstm"`.
-        controller_units: int. Default 100.
-        controller_layers: int. Default 1.
-        **kwargs: the other arguments of `NTMCell`, which documents them all,
-            with the equations and the state; and those of `MemoryRNN`, which
-            documents the call and the errors: `return_sequences`,
-            `return_state`, `go_backwards`, `stateful`, `unroll`,
-            `zero_output_for_mask`, `loop`, `recompute`.
+    Call arguments and further errors: as `MemoryRNN`.
 
     Example:
 
@@ -658,4 +567,61 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
     References:
         Graves, Wayne, Danihelka (2014), Neural Turing Machines,
         https://arxiv.org/abs/1410.5401
+        Collier, Beel (2018), Implementing Neural Turing Machines (initial
+        memory), https://arxiv.org/abs/1807.08518
+        Wayne et al. (2018), Unsupervised Predictive Memory in a Goal-Directed
+        Agent (MERLIN), https://arxiv.org/abs/1803.10760
     """
+
+    def __init__(
+        self,
+        units: int | None,
+        memory_slots: int = 128,
+        slot_size: int = 20,
+        read_heads: int = 1,
+        write_heads: int = 1,
+        *,
+        head_order: str | tuple = "parallel",
+        addressing: str = "content_and_location",
+        shift_range: int = 1,
+        erase: bool = True,
+        writing: str = "addressed",
+        retroactive_discount: float | None = None,
+        interface_clip: float | None = None,
+        key_activation: str | Callable = "tanh",
+        add_activation: str | Callable = "tanh",
+        strength_activation: str | Callable = "softplus",
+        initial_memory: str | float = "constant",
+        initial_reads: str | float = "constant",
+        initial_weighting: str | float = "constant",
+        norm_epsilon: float | None = None,
+        product_epsilon: float = 0.0,
+        num_layers: int = 1,
+        share_memory: bool = True,
+        controller: str | keras.layers.Layer = "lstm",
+        controller_units: int = 100,
+        controller_layers: int = 1,
+        controller_dropout: float = 0.0,
+        controller_clip: float | None = None,
+        controller_state_clip: float | None = None,
+        initial_controller_state: str | float = "constant",
+        activation: str | Callable | None = None,
+        clip_value: float | None = None,
+        interface_layer_norm: bool = False,
+        bypass_dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        seed: int | None = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        zero_output_for_mask: bool = False,
+        loop: str = "auto",
+        recompute: int | str | None = None,
+        **kwargs: Unpack[KerasArguments],
+    ):
+        super().__init__(**given(locals()))

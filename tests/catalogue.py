@@ -154,6 +154,8 @@ CASES = [
         "content-dense",
         addressing="content",
         erase=False,
+        num_layers=2,
+        share_memory=False,
         controller="dense",
         controller_layers=2,
     ),

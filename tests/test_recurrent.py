@@ -9,6 +9,8 @@ all of this hangs on.
 import concurrent.futures
 import functools
 import inspect
+import json
+import re
 import threading
 
 import harness
@@ -24,6 +26,7 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 import keras_memory
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
+from keras_memory.recurrent import serialization
 from keras_memory.recurrent.interface import StateSpec
 
 BATCH, TIME, WIDTH = 2, 7, 5
@@ -1433,24 +1436,96 @@ def test_the_signature_lists_the_arguments_of_cell_and_layer():
     of_cell = inspect.signature(keras_memory.NTMCell.__init__).parameters
     of_base = inspect.signature(keras_memory.MemoryCell.__init__).parameters
     of_rnn = inspect.signature(keras_memory.MemoryRNN.__init__).parameters
-    expected = {*of_cell, *of_base, *of_rnn} - {"self", "args", "kwargs"}
-    assert set(names) == expected - {"accesses"}
+    expected = {*of_cell, *of_base, *of_rnn} - {"self", "args", "accesses"}
+    assert set(names) == expected
     assert len(names) == len(set(names)) and len(names) > 30
-    for name, parameter in of_cell.items():
-        if name in names:
-            assert parameters[name].default == parameter.default
     for name in ("return_sequences", "stateful"):
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize(
+    "layer", [keras_memory.NTMLayer, keras_memory.DNCLayer]
+)
+def test_layer_and_cell_have_the_same_arguments(layer):
+    """A layer writes them out for editors, its cell takes them together."""
+    found = {**inspect.signature(layer).parameters}
+    of_cell = serialization.init_parameters(layer.cell_class)
+    of_rnn = serialization.init_parameters(keras_memory.MemoryRNN)
+    expected = {**of_rnn, **of_cell}
+    del expected["accesses"], found["kwargs"]
+    assert {n: (p.default, p.kind) for n, p in found.items()} == {
+        n: (p.default, p.kind) for n, p in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "layer", [keras_memory.NTMLayer, keras_memory.DNCLayer, toy.ToyLayer]
+)
+def test_the_help_documents_each_argument(layer):
+    if layer is toy.ToyLayer:
+        assert layer.__doc__ == "`ToyCell` over sequences."
+        return
+    text = layer.__doc__
+    for name in inspect.signature(layer).parameters:
+        pattern = rf"^        ([\w*]+, )*(\*\*)?{name}(, \w+)*: "
+        assert len(re.findall(pattern, text, re.MULTILINE)) == 1, name
+    assert (
+        text.index("Args:") < text.index("recompute:") < text.index("Raises:")
+    )
 
 
 def test_positional_arguments():
     layer = keras_memory.NTMLayer(3, 11, 5)
     cell = layer.cell
     assert (cell.units, cell.memory_slots, cell.slot_size) == (3, 11, 5)
-    layer = keras_memory.NTMLayer(3, 11, 5, 2, 4, "gru", 7, 1, "parallel")
+    layer = keras_memory.NTMLayer(3, 11, 5, 2, 4)
     config = layer.get_config()
     assert (config["read_heads"], config["write_heads"]) == (2, 4)
-    assert (config["controller"], config["controller_units"]) == ("gru", 7)
+    with pytest.raises(TypeError, match="^NTMLayer: too many positional"):
+        keras_memory.NTMLayer(3, 11, 5, 2, 4, "gru")
+
+
+# Regularizers, constraints and custom objects, as Keras's layers have them.
+
+
+def test_regularizer_and_constraint_are_those_of_the_kernels(x, tmp_path):
+    layer = ntm(
+        kernel_regularizer=keras.regularizers.L2(0.25),
+        kernel_constraint="non_neg",
+    )
+    layer.build(x.shape)
+    kernels = [kernel for kernel, _ in layer.cell.interfaces]
+    kernels.append(layer.cell.output_projection[0])
+    expected = sum(0.25 * ops.sum(kernel**2) for kernel in kernels)
+    close(sum(layer.losses), expected)
+    if not harness.TRAINS:
+        return
+    entry = keras.Input(x.shape[1:])
+    model = keras.Model(entry, layer(entry))
+    model.compile("sgd", "mse")
+    model.fit(x, np.ones(model(x).shape), verbose=0)
+    for kernel in kernels:
+        values = ops.convert_to_numpy(kernel)
+        assert values.min() == 0.0 and values.max() > 0.0
+    assert ops.convert_to_numpy(layer.cell.interfaces[0][1]).min() < 0.0
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras").layers[-1]
+    assert isinstance(again.kernel_regularizer, keras.regularizers.L2)
+    assert isinstance(again.kernel_constraint, keras.constraints.NonNeg)
+
+
+def test_a_layer_comes_back_with_objects_of_ones_own():
+    class Shifted(keras.initializers.Zeros):
+        def __call__(self, shape, dtype=None):
+            return 1.0 + super().__call__(shape, dtype)
+
+    layer = ntm(kernel_initializer=Shifted(), controller=toy.PlainCell(7))
+    config = json.loads(json.dumps(layer.get_config()))
+    copy = keras_memory.NTMLayer.from_config(
+        config, custom_objects={"Shifted": Shifted}
+    )
+    assert type(copy.kernel_initializer) is Shifted
+    assert type(copy.controller) is toy.PlainCell
 
 
 # Canaries: the private hooks of Keras that this library hangs on.

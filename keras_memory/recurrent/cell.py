@@ -13,6 +13,7 @@ each further block sees the features of the block in front of it. The layer's
 output is a projection of the last block's features, outside the time loop.
 """
 
+import dataclasses
 import inspect
 
 import keras
@@ -22,7 +23,10 @@ from keras import ops
 from keras_memory.addressing.gradients import custom_gradients
 from keras_memory.addressing.gradients import linear
 from keras_memory.addressing.scaling import at_least_float32
+from keras_memory.arguments import KEYWORD
+from keras_memory.arguments import POSITIONAL
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import checked
 from keras_memory.checks import MOST_LAYERS
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
@@ -34,6 +38,7 @@ from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
+from keras_memory.recurrent.cell_states import CellStates
 from keras_memory.recurrent.cells import LayerNormalization
 from keras_memory.recurrent.dropout import SequenceDropout
 from keras_memory.recurrent.interface import StateSpec
@@ -41,14 +46,18 @@ from keras_memory.recurrent.serialization import init_parameters
 from keras_memory.recurrent.serialization import serialize
 from keras_memory.recurrent.state import StateLayout
 from keras_memory.recurrent.state import index_suffix
-from keras_memory.recurrent.state import select
 
 
-class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
+class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
     """A recurrent cell with a memory: controller + interface + access.
 
     The base of all recurrent architectures, and of a user's own: give it one
     `Access` a block. It works in `MemoryRNN` and in `keras.layers.RNN`.
+
+    A subclass `class NTMCell(MemoryCell, access=NTMAccess)` makes its own
+    accesses: `NTMAccess` is a dataclass, and the cell takes `units`, the
+    fields of that class, `num_layers`, `share_memory`, and the arguments below
+    but for `accesses`. Further class keywords are other defaults.
 
     Equations: the head of `recurrent/cell.py`.
 
@@ -88,6 +97,11 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
             This and the next two do nothing to one that is given.
         controller_layers: int from 1 to 1024; its number of layers. At most
             1024 over all blocks.
+        num_layers: int from 1 to 1024, of a cell with its own accesses: how
+            many blocks (controller, interface, memory) come one after another
+            in a step. Default 1.
+        share_memory: bool, likewise. True (default): all blocks act on one
+            memory; False: each acts on one of its own.
         controller_dropout: float in [0, 1), dropped share of its inputs.
         controller_clip: positive float or None; clips its output to +- this.
         controller_state_clip: positive float or None; clips its states.
@@ -104,6 +118,8 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
             same units at all steps of a sequence). Default 0.
         kernel_initializer: Keras initializer of interface and output kernels.
         bias_initializer: Keras initializer of interface and output biases.
+        kernel_regularizer: Keras regularizer of interface and output kernels.
+        kernel_constraint: Keras constraint of interface and output kernels.
         seed: int from 0 to 2^32 - 1, seed of the dropouts; or None.
         **kwargs: of `keras.layers.Layer`.
 
@@ -120,6 +136,11 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
         TypeError: a controller that is neither a name nor a layer, or an
             argument that the class does not have or lacks.
     """
+
+    def __init_subclass__(cls, access=None, **defaults):
+        super().__init_subclass__()
+        if access is not None:
+            cls.__init__ = checked(cls, _init_with(cls, access, defaults))
 
     def __init__(
         self,
@@ -138,6 +159,8 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
         bypass_dropout=0.0,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
+        kernel_regularizer=None,
+        kernel_constraint=None,
         seed=None,
         **kwargs,
     ):
@@ -173,6 +196,8 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
         self.bypass_dropout = check_rate("bypass_dropout", bypass_dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.seed = check_seed("seed", seed)
 
         self.block_controllers = [
@@ -304,246 +329,33 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
             self.output_projection = self._add_projection(
                 "output", size, self.units
             )
-        self.start_weights = list(
-            map(self._add_initial_weight, self.layout.specs, self.layout.names)
-        )
+        self.build_states()
 
     def _add_projection(self, name, inputs, outputs):
         width = "units" if name == "output" else "size of the interface"
         sizes = ("size of the features", inputs), (width, outputs)
         check_bytes(f"The kernel of the {name}", sizes)
 
-        def add(kind, shape, initializer):
+        def add(kind, shape, initializer, **options):
             # An initializer draws the same numbers each time, which two
             # blocks must not have.
             if name.startswith("interface_") and hasattr(initializer, "clone"):
                 initializer = initializer.clone()
             return self.add_weight(
-                shape=shape, initializer=initializer, name=f"{name}_{kind}"
+                shape=shape,
+                initializer=initializer,
+                name=f"{name}_{kind}",
+                **options,
             )
 
-        kernel = add("kernel", (inputs, outputs), self.kernel_initializer)
+        kernel = add(
+            "kernel",
+            (inputs, outputs),
+            self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
         return kernel, add("bias", (outputs,), self.bias_initializer)
-
-    def _add_initial_weight(self, spec, name):
-        if not spec.is_weight:
-            return None
-        return self.add_weight(
-            shape=spec.shape,
-            initializer=spec.initializer,
-            trainable=spec.initial == "learned",
-            name=name,
-        )
-
-    @property
-    def state_names(self):
-        """A name for each state, in order, as served models have them."""
-        names = []
-        for memory, record in enumerate(self.layout.records):
-            blocks = self._blocks_of_memory(memory)
-            several = len(self.layout.records) > 1
-            front = f"block{blocks[0]}_" if several else ""
-            for field, value in record._asdict().items():
-                if field == "controller":
-                    names += self._controller_state_names(blocks)
-                else:
-                    tensors = range(len(keras.tree.flatten(value)))
-                    names += [
-                        f"{front}{field}{index_suffix(i)}" for i in tensors
-                    ]
-        return names
-
-    def _controller_state_names(self, blocks):
-        several = len(self.accesses) > 1
-        return [
-            f"{f'block{block}_' if several else ''}controller_{name}"
-            for block in blocks
-            for name in controllers.state_names(self.block_controllers[block])
-        ]
-
-    def get_initial_state(self, batch_size=None):
-        """The states before the first step: a list of (B, size)."""
-        if not self.built:
-            raise ValueError(
-                f"{type(self).__name__} {self.name!r} must be built before "
-                "it can give its initial state, which may be learned: call "
-                "it on data or call `build(input_shape)` first."
-            )
-        if isinstance(batch_size, int):
-            for size in self.state_size:
-                sizes = ("batch size", batch_size), ("numbers of a row", size)
-                check_bytes("A state", sizes, self.compute_dtype)
-        states = []
-        for spec, weight in zip(self.layout.specs, self.start_weights):
-            if weight is None:
-                value = ops.convert_to_tensor(
-                    np.broadcast_to(spec.fill, spec.shape),
-                    dtype=self.compute_dtype,
-                )
-            else:
-                value = spec.activation(ops.convert_to_tensor(weight))
-            if spec.transposed:
-                value = ops.swapaxes(value, -1, -2)
-            value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
-            shape = (batch_size, value.shape[-1])
-            # A copy: on PyTorch this is a view, of the weight if there is one,
-            # and a stateful layer would write into it.
-            states.append(ops.copy(ops.broadcast_to(value, shape)))
-        if self.initial_controller_state == "constant":
-            records = self.layout.unflatten(states)
-            records = self._with_controller_states(records, batch_size)
-            states = self.layout.flatten(records)
-        return states
-
-    def _with_controller_states(self, records, batch_size):
-        """Puts in what a given controller itself says it starts with."""
-
-        def initial(controller, zeros):
-            if not hasattr(controller, "get_initial_state"):
-                return zeros
-            given = controller.get_initial_state(batch_size=batch_size)
-            return keras.tree.pack_sequence_as(zeros, keras.tree.flatten(given))
-
-        return tuple(
-            record._replace(
-                controller=tuple(
-                    initial(self.block_controllers[block], zeros)
-                    for block, zeros in zip(
-                        self._blocks_of_memory(memory), record.controller
-                    )
-                )
-            )
-            for memory, record in enumerate(records)
-        )
-
-    def _blocks_of_memory(self, memory):
-        return [b for b, m in enumerate(self.memory_of_block) if m == memory]
-
-    # States: flat tensors outside, named records inside.
-
-    def unpack_state(self, states):
-        """Names and shapes the flat states.
-
-        Args:
-            states: list of (B, size) tensors, as `get_initial_state`, the
-                layer's `return_state` or a cell's call give them.
-
-        Returns:
-            The record of the architecture (for the NTM an `NTMState`); a
-            tuple of records where the cell has several memories.
-
-        Raises:
-            ValueError: the number or the sizes of the states differ from
-                what the cell has, or their batch sizes from one another.
-        """
-        states = self._check_states(states)
-        records = self.layout.transpose(self.layout.unflatten(states))
-        return records[0] if len(records) == 1 else records
-
-    def _check_states(self, states, batch_size=None, name="states"):
-        """A flat list of tensors, after a look at number, shapes and dtypes."""
-        states = [] if states is None else keras.tree.flatten(states)
-        shapes = [tuple(getattr(state, "shape", ())) for state in states]
-        batch_sizes = {batch_size, *(shape[0] for shape in shapes if shape)}
-        fit = [shape[1:] for shape in shapes] == [(n,) for n in self.state_size]
-        if not fit or len(batch_sizes - {None}) > 1:
-            rows = "" if batch_size is None else f" for a batch of {batch_size}"
-            raise ValueError(
-                f"`{name}` must be {len(self.state_size)} states of "
-                f"{type(self).__name__}, of shape (batch, size), with the "
-                f"batch size of the inputs and the sizes {self.state_size}: as "
-                "`get_initial_state` makes them, `return_state` gives them "
-                "behind the output, and `pack_state` makes them of a record. "
-                f"Received: {len(shapes)} states of shapes {shapes}{rows}"
-            )
-        return [
-            check_array(f"{name}[{index}]", state)
-            for index, state in enumerate(states)
-        ]
-
-    def pack_state(self, record):
-        """Makes flat states of what `unpack_state` returns.
-
-        Args:
-            record: the record, or a tuple of records; its fields may be
-                arrays of any backend or NumPy.
-
-        Returns:
-            List of (B, size) tensors in the compute dtype.
-
-        Raises:
-            ValueError: a field is missing, or its shape or dtype is wrong, or
-                fields differ in their batch size.
-        """
-        records = (record,) if len(self.layout.records) == 1 else record
-        given = keras.tree.flatten(records)
-        names, specs = self.layout.names, self.layout.specs
-        if len(given) != len(specs):
-            raise ValueError(
-                f"The state has {len(specs)} tensors: {names}. "
-                f"Received: {len(given)} tensors"
-            )
-        sizes = {}
-        given = [
-            check_array(
-                name.removeprefix("initial_"),
-                value,
-                ("batch", *spec.shape),
-                sizes,
-            )
-            for value, spec, name in zip(given, specs, names)
-        ]
-        records = keras.tree.pack_sequence_as(self.layout.records, given)
-        states = self.layout.flatten(self.layout.transpose(records))
-        return [ops.cast(state, self.compute_dtype) for state in states]
-
-    def reset_memory(self, states, rows=None):
-        """Puts the memory back to its start while the controller goes on.
-
-        Args:
-            states: list of (B, size).
-            rows: (B,) bool, rows of the batch to reset; None for all.
-
-        Returns:
-            List of (B, size).
-
-        Raises:
-            ValueError: states that the cell does not have, or rows that are
-                not one bool for each row of the batch.
-        """
-        return self._reset(states, rows, "memory")
-
-    def reset_controller(self, states, rows=None):
-        """Puts the controller back to its start while the memory, with what
-        was read from it, stays. Arguments and errors: `reset_memory`."""
-        return self._reset(states, rows, "controller")
-
-    def _reset(self, states, rows, part):
-        self.unpack_state(states)  # raises if the sizes do not fit
-        if isinstance(states[0], keras.KerasTensor):
-            raise ValueError(
-                "`states` must be arrays or tensors; within a functional "
-                "model reset them in a layer of your own. Received: "
-                f"{states[0]!r}"
-            )
-        if rows is not None:
-            sizes = {"B": states[0].shape[0]}
-            rows = check_array("rows", rows, ("B",), sizes, "bool")
-        starts = self.layout.unflatten(
-            self.get_initial_state(ops.shape(states[0])[0])
-        )
-        after = self.layout.flatten(
-            tuple(
-                start._replace(controller=record.controller)
-                if part == "memory"
-                else record._replace(controller=start.controller)
-                for record, start in zip(self.layout.unflatten(states), starts)
-            )
-        )
-        after = [ops.cast(new, old.dtype) for new, old in zip(after, states)]
-        if rows is not None:
-            after = [select(rows, new, old) for old, new in zip(states, after)]
-        return after
 
     # One step.
 
@@ -674,6 +486,59 @@ class MemoryCell(Arguments, SequenceDropout, keras.layers.Layer):
         ]
         own = {name: serialize(getattr(self, name)) for name in arguments}
         return {**super().get_config(), **own}
+
+
+def _init_with(cell, access, defaults):
+    """The `__init__` of a cell that makes its accesses.
+
+    Args:
+        cell: the class.
+        access: its dataclass of accesses.
+        defaults: dict from an argument of `MemoryCell` to another default.
+    """
+    fields = {field.name: field for field in dataclasses.fields(access)}
+    of_blocks = {"num_layers": 1, "share_memory": True, **defaults}
+    signature = inspect.Signature(
+        [
+            inspect.Parameter("self", POSITIONAL),
+            inspect.Parameter("units", POSITIONAL),
+            *(
+                inspect.Parameter(
+                    name,
+                    KEYWORD if field.kw_only else POSITIONAL,
+                    default=field.default,
+                )
+                for name, field in fields.items()
+            ),
+            *(
+                inspect.Parameter(name, KEYWORD, default=default)
+                for name, default in of_blocks.items()
+            ),
+            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+        ]
+    )
+
+    def __init__(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        given = given.arguments
+        of_access = {name: given[name] for name in fields}
+        blocks = check_layers("num_layers", given["num_layers"])
+        if check_bool("share_memory", given["share_memory"]):
+            accesses = [access(**of_access)] * blocks
+        else:
+            accesses = [access(**of_access) for _ in range(blocks)]
+        of_base = {name: given[name] for name in defaults}
+        super(cell, self).__init__(
+            given["units"], accesses=accesses, **of_base, **given["kwargs"]
+        )
+        self.num_layers = blocks
+        self.share_memory = given["share_memory"]
+        for name in fields:
+            setattr(self, name, getattr(accesses[0], name))
+
+    __init__.__signature__ = signature
+    return __init__
 
 
 def _unbuilt(config):

@@ -24,6 +24,7 @@ from keras_memory.recurrent.serialization import BACKENDS
 from keras_memory.recurrent.serialization import ClassAttribute
 from keras_memory.recurrent.serialization import cell_property
 from keras_memory.recurrent.serialization import init_parameters
+from keras_memory.recurrent.serialization import with_arguments
 from keras_memory.recurrent.state import LayerState
 from keras_memory.recurrent.state import index_suffix
 from keras_memory.recurrent.state import select
@@ -120,8 +121,13 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             own = init_parameters(MemoryRNN)
             both = {**init_parameters(cell), **own}
             both.pop("accesses", None)
-            cls.__signature__ = ClassAttribute(
-                inspect.Signature(sorted(both.values(), key=lambda p: p.kind))
+            if "__init__" not in vars(cls):
+                parameters = sorted(both.values(), key=lambda p: p.kind)
+                cls.__signature__ = ClassAttribute(
+                    inspect.Signature(parameters)
+                )
+            cls.__doc__ = with_arguments(
+                cls.__doc__, both, MemoryCell.__doc__, MemoryRNN.__doc__
             )
             # The same attributes on all backends, whose classes have names of
             # their own: `share_memory` is one of PyTorch's.
@@ -498,4 +504,5 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     def from_config(cls, config, custom_objects=None):
         if cls.cell_class is None:
             return super().from_config(config, custom_objects)
-        return cls(**config)
+        with keras.saving.custom_object_scope(custom_objects or {}):
+            return cls(**config)

@@ -1,6 +1,7 @@
 """Arguments of cells and layers: their signatures, and how they are saved."""
 
 import itertools
+import re
 
 import keras
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
@@ -8,6 +9,12 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras_memory.arguments import parameters
 from keras_memory.checks import plain
 
+OBJECTS = (
+    keras.initializers.Initializer,
+    keras.regularizers.Regularizer,
+    keras.constraints.Constraint,
+    keras.layers.Layer,
+)
 BACKENDS = ("tensorflow", "jax", "torch")
 
 
@@ -52,11 +59,33 @@ def cell_property(name):
     return property(read, write, doc=f"`{name}` of the cell.")
 
 
+def with_arguments(docstring, names, *sources):
+    """A docstring with further arguments, documented as elsewhere.
+
+    Args:
+        docstring: str with a section "Args:", or None.
+        names: the names of all arguments, in order.
+        *sources: docstrings that document those that `docstring` leaves out.
+    """
+    section = re.compile(r"\n    Args:\n(.*?\n)(?=\n    \S|    $)", re.DOTALL)
+    if not docstring or not section.search(docstring):
+        return docstring
+    known = {}
+    for text in (docstring, *sources):
+        entries = re.split(r"(?m)^ {8}(?=[\w*])", section.search(text)[1])
+        for entry in entries[1:]:
+            for name in entry.partition(":")[0].split(", "):
+                known.setdefault(name, (text is docstring, entry))
+    entries = [known[name] for name in names if name in known]
+    more = [f"        {entry}" for is_own, entry in entries if not is_own]
+    more.append("        **kwargs: of `keras.layers.Layer`.\n")
+    end = section.search(docstring).end(1)
+    return docstring[:end] + "".join(more) + docstring[end:]
+
+
 def serialize(value):
     """An argument of a cell as `get_config` has it: plain values."""
-    if isinstance(value, keras.initializers.Initializer):
-        return keras.initializers.serialize(value)
-    if isinstance(value, keras.layers.Layer):
+    if isinstance(value, OBJECTS):
         return keras.saving.serialize_keras_object(value)
     if callable(value):
         return keras.activations.serialize(value)

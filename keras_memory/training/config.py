@@ -26,8 +26,11 @@ True
 
 import ast
 import dataclasses
+import functools
+import inspect
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable
@@ -137,18 +140,10 @@ class Architecture(typing.Protocol):
         """Outputs (B, T, units) of inputs (B, T, D), with an activation."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Memory:
-    """What the recurrent memories have in common; each has its own defaults."""
+    """What the recurrent memories have in common."""
 
-    memory_slots: int
-    slot_size: int
-    read_heads: int = 1
-    write_heads: int = 1
-    controller: str = "lstm"
-    controller_units: int = 100
-    controller_layers: int = 1
-    controller_dropout: float = 0.0
     initialization: str = "keras"
 
     layer_class = None
@@ -224,60 +219,42 @@ class _Memory:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class NTMConfig(_Memory):
-    """The arguments of `NTMLayer` that a training can set.
+# Arguments of a recurrent memory that a training sets itself, or cannot use.
+SET_BY_TRAINING = {
+    *("units", "activation", "seed", "return_sequences", "return_state"),
+    *("go_backwards", "stateful", "unroll", "zero_output_for_mask"),
+}
+
+
+def _config_of(name, layer):
+    """The dataclass of a layer's arguments that a training can set: those
+    that are numbers, texts, bools or tuples of them."""
+    plain_types = bool, int, float, str, tuple, type(None)
+    fields = []
+    for parameter in inspect.signature(layer).parameters.values():
+        kind = parameter.annotation
+        kinds = typing.get_args(kind) or (kind,)
+        kinds = [one for one in kinds if one in plain_types]
+        of_rnn = parameter.name in SET_BY_TRAINING
+        is_keyword = parameter.kind is not parameter.VAR_KEYWORD
+        if kinds and is_keyword and not of_rnn:
+            kind = functools.reduce(operator.or_, kinds)
+            fields.append((parameter.name, kind, parameter.default))
+    document = f"""The arguments of `{layer.__name__}` that a training can set.
 
     Args:
         initialization: `"keras"` (default), or `"pytorch-ntm"`: weights of an
             LSTM controller and of the heads start as large as there.
-        others: as of `NTMCell`.
+        others: as of `{layer.__name__}`.
     """
-
-    memory_slots: int = 128
-    slot_size: int = 20
-    head_order: str | tuple = "parallel"
-    addressing: str = "content_and_location"
-    shift_range: int = 1
-    erase: bool = True
-    writing: str = "addressed"
-    retroactive_discount: float | None = None
-    initial_memory: str | float = "constant"
-    initial_reads: str | float = "constant"
-    initial_weighting: str | float = "constant"
-    initial_controller_state: str | float = "constant"
-
-    layer_class = NTMLayer
+    names = {"layer_class": layer, "__doc__": document, "__module__": __name__}
+    return dataclasses.make_dataclass(
+        name, fields, bases=(_Memory,), namespace=names, frozen=True
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class DNCConfig(_Memory):
-    """The arguments of `DNCLayer` that a training can set.
-
-    Args:
-        initialization: as of `NTMConfig`.
-        others: as of `DNCCell`.
-    """
-
-    memory_slots: int = 64
-    slot_size: int = 16
-    read_heads: int = 4
-    controller_units: int = 64
-    num_layers: int = 1
-    share_memory: bool = True
-    linkage: bool = True
-    sparse_links: int | None = None
-    content_masks: bool = False
-    deallocation: bool = False
-    link_sharpening: bool = False
-    interface_layer_norm: bool = False
-    bypass_dropout: float = 0.0
-    controller_clip: float | None = None
-    clip_value: float | None = None
-    initial_memory: str | float = "constant"
-    initial_controller_state: str | float = "constant"
-
-    layer_class = DNCLayer
+NTMConfig = _config_of("NTMConfig", NTMLayer)
+DNCConfig = _config_of("DNCConfig", DNCLayer)
 
 
 @dataclasses.dataclass(frozen=True)

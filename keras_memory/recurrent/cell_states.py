@@ -1,0 +1,241 @@
+"""The states of a memory cell: their names, starts, records and resets."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory.checks import check_array
+from keras_memory.checks import check_bytes
+from keras_memory.recurrent import controllers
+from keras_memory.recurrent.state import index_suffix
+from keras_memory.recurrent.state import select
+
+
+class CellStates:
+    """What a memory cell does with its states; a base of `MemoryCell`.
+
+    Outside of a step they are flat tensors, inside named records, as the
+    cell's `layout` (`StateLayout`) has them.
+    """
+
+    def build_states(self):
+        """Adds the weights of initial states that are weights."""
+        self.start_weights = [
+            self.add_weight(
+                shape=spec.shape,
+                initializer=spec.initializer,
+                trainable=spec.initial == "learned",
+                name=name,
+            )
+            if spec.is_weight
+            else None
+            for spec, name in zip(self.layout.specs, self.layout.names)
+        ]
+
+    @property
+    def state_names(self):
+        """A name for each state, in order, as served models have them."""
+        names = []
+        for memory, record in enumerate(self.layout.records):
+            blocks = self._blocks_of_memory(memory)
+            several = len(self.layout.records) > 1
+            front = f"block{blocks[0]}_" if several else ""
+            for field, value in record._asdict().items():
+                if field == "controller":
+                    names += self._controller_state_names(blocks)
+                else:
+                    tensors = range(len(keras.tree.flatten(value)))
+                    names += [
+                        f"{front}{field}{index_suffix(i)}" for i in tensors
+                    ]
+        return names
+
+    def _controller_state_names(self, blocks):
+        several = len(self.accesses) > 1
+        return [
+            f"{f'block{block}_' if several else ''}controller_{name}"
+            for block in blocks
+            for name in controllers.state_names(self.block_controllers[block])
+        ]
+
+    def get_initial_state(self, batch_size=None):
+        """The states before the first step: a list of (B, size)."""
+        if not self.built:
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r} must be built before "
+                "it can give its initial state, which may be learned: call "
+                "it on data or call `build(input_shape)` first."
+            )
+        if isinstance(batch_size, int):
+            for size in self.state_size:
+                sizes = ("batch size", batch_size), ("numbers of a row", size)
+                check_bytes("A state", sizes, self.compute_dtype)
+        states = []
+        for spec, weight in zip(self.layout.specs, self.start_weights):
+            if weight is None:
+                value = ops.convert_to_tensor(
+                    np.broadcast_to(spec.fill, spec.shape),
+                    dtype=self.compute_dtype,
+                )
+            else:
+                value = spec.activation(ops.convert_to_tensor(weight))
+            if spec.transposed:
+                value = ops.swapaxes(value, -1, -2)
+            value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
+            shape = (batch_size, value.shape[-1])
+            # A copy: on PyTorch this is a view, of the weight if there is one,
+            # and a stateful layer would write into it.
+            states.append(ops.copy(ops.broadcast_to(value, shape)))
+        if self.initial_controller_state == "constant":
+            records = self.layout.unflatten(states)
+            records = self._with_controller_states(records, batch_size)
+            states = self.layout.flatten(records)
+        return states
+
+    def _with_controller_states(self, records, batch_size):
+        """Puts in what a given controller itself says it starts with."""
+
+        def initial(controller, zeros):
+            if not hasattr(controller, "get_initial_state"):
+                return zeros
+            given = controller.get_initial_state(batch_size=batch_size)
+            return keras.tree.pack_sequence_as(zeros, keras.tree.flatten(given))
+
+        return tuple(
+            record._replace(
+                controller=tuple(
+                    initial(self.block_controllers[block], zeros)
+                    for block, zeros in zip(
+                        self._blocks_of_memory(memory), record.controller
+                    )
+                )
+            )
+            for memory, record in enumerate(records)
+        )
+
+    def _blocks_of_memory(self, memory):
+        return [b for b, m in enumerate(self.memory_of_block) if m == memory]
+
+    def unpack_state(self, states):
+        """Names and shapes the flat states.
+
+        Args:
+            states: list of (B, size) tensors, as `get_initial_state`, the
+                layer's `return_state` or a cell's call give them.
+
+        Returns:
+            The record of the architecture (for the NTM an `NTMState`); a
+            tuple of records where the cell has several memories.
+
+        Raises:
+            ValueError: the number or the sizes of the states differ from
+                what the cell has, or their batch sizes from one another.
+        """
+        states = self._check_states(states)
+        records = self.layout.transpose(self.layout.unflatten(states))
+        return records[0] if len(records) == 1 else records
+
+    def _check_states(self, states, batch_size=None, name="states"):
+        """A flat list of tensors, after a look at number, shapes and dtypes."""
+        states = [] if states is None else keras.tree.flatten(states)
+        shapes = [tuple(getattr(state, "shape", ())) for state in states]
+        batch_sizes = {batch_size, *(shape[0] for shape in shapes if shape)}
+        fit = [shape[1:] for shape in shapes] == [(n,) for n in self.state_size]
+        if not fit or len(batch_sizes - {None}) > 1:
+            rows = "" if batch_size is None else f" for a batch of {batch_size}"
+            raise ValueError(
+                f"`{name}` must be {len(self.state_size)} states of "
+                f"{type(self).__name__}, of shape (batch, size), with the "
+                f"batch size of the inputs and the sizes {self.state_size}: as "
+                "`get_initial_state` makes them, `return_state` gives them "
+                "behind the output, and `pack_state` makes them of a record. "
+                f"Received: {len(shapes)} states of shapes {shapes}{rows}"
+            )
+        return [
+            check_array(f"{name}[{index}]", state)
+            for index, state in enumerate(states)
+        ]
+
+    def pack_state(self, record):
+        """Makes flat states of what `unpack_state` returns.
+
+        Args:
+            record: the record, or a tuple of records; its fields may be
+                arrays of any backend or NumPy.
+
+        Returns:
+            List of (B, size) tensors in the compute dtype.
+
+        Raises:
+            ValueError: a field is missing, or its shape or dtype is wrong, or
+                fields differ in their batch size.
+        """
+        records = (record,) if len(self.layout.records) == 1 else record
+        given = keras.tree.flatten(records)
+        names, specs = self.layout.names, self.layout.specs
+        if len(given) != len(specs):
+            raise ValueError(
+                f"The state has {len(specs)} tensors: {names}. "
+                f"Received: {len(given)} tensors"
+            )
+        sizes = {}
+        given = [
+            check_array(
+                name.removeprefix("initial_"),
+                value,
+                ("batch", *spec.shape),
+                sizes,
+            )
+            for value, spec, name in zip(given, specs, names)
+        ]
+        records = keras.tree.pack_sequence_as(self.layout.records, given)
+        states = self.layout.flatten(self.layout.transpose(records))
+        return [ops.cast(state, self.compute_dtype) for state in states]
+
+    def reset_memory(self, states, rows=None):
+        """Puts the memory back to its start while the controller goes on.
+
+        Args:
+            states: list of (B, size).
+            rows: (B,) bool, rows of the batch to reset; None for all.
+
+        Returns:
+            List of (B, size).
+
+        Raises:
+            ValueError: states that the cell does not have, or rows that are
+                not one bool for each row of the batch.
+        """
+        return self._reset(states, rows, "memory")
+
+    def reset_controller(self, states, rows=None):
+        """Puts the controller back to its start while the memory, with what
+        was read from it, stays. Arguments and errors: `reset_memory`."""
+        return self._reset(states, rows, "controller")
+
+    def _reset(self, states, rows, part):
+        self.unpack_state(states)  # raises if the sizes do not fit
+        if isinstance(states[0], keras.KerasTensor):
+            raise ValueError(
+                "`states` must be arrays or tensors; within a functional "
+                "model reset them in a layer of your own. Received: "
+                f"{states[0]!r}"
+            )
+        if rows is not None:
+            sizes = {"B": states[0].shape[0]}
+            rows = check_array("rows", rows, ("B",), sizes, "bool")
+        starts = self.layout.unflatten(
+            self.get_initial_state(ops.shape(states[0])[0])
+        )
+        after = self.layout.flatten(
+            tuple(
+                start._replace(controller=record.controller)
+                if part == "memory"
+                else record._replace(controller=start.controller)
+                for record, start in zip(self.layout.unflatten(states), starts)
+            )
+        )
+        after = [ops.cast(new, old.dtype) for new, old in zip(after, states)]
+        if rows is not None:
+            after = [select(rows, new, old) for old, new in zip(states, after)]
+        return after
