@@ -52,7 +52,8 @@ class Arguments:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = checked(cls, cls.__init__)
+            # `cls.__init__ = ` would hide the arguments from editors (jedi).
+            type.__setattr__(cls, "__init__", checked(cls, cls.__init__))
 
     @classmethod
     def _accepted_behind(cls, owner):

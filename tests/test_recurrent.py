@@ -10,7 +10,9 @@ import concurrent.futures
 import functools
 import inspect
 import json
+import pathlib
 import re
+import sys
 import threading
 
 import harness
@@ -1472,6 +1474,20 @@ def test_the_help_documents_each_argument(layer):
     assert (
         text.index("Args:") < text.index("recompute:") < text.index("Raises:")
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["NTMLayer", "DNCLayer", "MemoryWrapLayer"])
+def test_an_editor_completes_the_arguments(layer):
+    """Jedi reads the source and runs nothing."""
+    jedi = pytest.importorskip("jedi")
+    root = pathlib.Path(keras_memory.__file__).parents[1]
+    project = jedi.Project(root, environment_path=sys.prefix)
+    source = f"import keras_memory\nkeras_memory.{layer}("
+    script = jedi.Script(source, path=root / "new.py", project=project)
+    completed = {found.name for found in script.complete()}
+    expected = {*inspect.signature(getattr(keras_memory, layer)).parameters}
+    assert {f"{name}=" for name in expected - {"kwargs"}} <= completed
 
 
 def test_positional_arguments():

@@ -140,7 +140,8 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
     def __init_subclass__(cls, access=None, **defaults):
         super().__init_subclass__()
         if access is not None:
-            cls.__init__ = checked(cls, _init_with(cls, access, defaults))
+            init = _init_with(cls, access, defaults)
+            type.__setattr__(cls, "__init__", checked(cls, init))
 
     def __init__(
         self,
