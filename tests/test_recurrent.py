@@ -1461,12 +1461,9 @@ def test_layer_and_cell_have_the_same_arguments(layer):
 
 
 @pytest.mark.parametrize(
-    "layer", [keras_memory.NTMLayer, keras_memory.DNCLayer, toy.ToyLayer]
+    "layer", [keras_memory.NTMLayer, keras_memory.DNCLayer]
 )
 def test_the_help_documents_each_argument(layer):
-    if layer is toy.ToyLayer:
-        assert layer.__doc__ == "`ToyCell` over sequences."
-        return
     text = layer.__doc__
     for name in inspect.signature(layer).parameters:
         pattern = rf"^        ([\w*]+, )*(\*\*)?{name}(, \w+)*: "

@@ -1,5 +1,6 @@
 """A user's own memory on the public contract: two blocks a step."""
 
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -16,14 +17,26 @@ class ToyState(NamedTuple):
     controller: Any = ()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class ToyAccess:
     """Adds the interface to a running total and reads it: linear, so that a
     test can follow it by hand."""
 
-    def __init__(self, width=3):
-        self.interface_size = self.read_size = width
-        self.initial_state = ToyState(
-            reads=StateSpec((1, width)), total=StateSpec((width,), "learned")
+    width: int = 3
+
+    @property
+    def interface_size(self):
+        return self.width
+
+    @property
+    def read_size(self):
+        return self.width
+
+    @property
+    def initial_state(self):
+        return ToyState(
+            reads=StateSpec((1, self.width)),
+            total=StateSpec((self.width,), "learned"),
         )
 
     def step(self, interface, state):
@@ -33,14 +46,13 @@ class ToyAccess:
 
 
 @keras.saving.register_keras_serializable(package="tests")
-class ToyCell(keras_memory.MemoryCell):
+class ToyCell(
+    keras_memory.MemoryCell,
+    access=ToyAccess,
+    num_layers=2,
+    share_memory=False,
+):
     """Two blocks, on one memory or on one each."""
-
-    def __init__(self, units, share_memory=False, **kwargs):
-        first = ToyAccess()
-        second = first if share_memory else ToyAccess()
-        super().__init__(units, accesses=[first, second], **kwargs)
-        self.share_memory = share_memory
 
 
 @keras.saving.register_keras_serializable(package="tests")

@@ -56,8 +56,8 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
 
     A subclass `class NTMCell(MemoryCell, access=NTMAccess)` makes its own
     accesses: `NTMAccess` is a dataclass, and the cell takes `units`, the
-    fields of that class, `num_layers`, `share_memory`, and the arguments below
-    but for `accesses`. Further class keywords are other defaults.
+    fields of that class, and the arguments below but for `accesses`. Further
+    class keywords are other defaults, as in `controller_units=64`.
 
     Equations: the head of `recurrent/cell.py`.
 
@@ -495,10 +495,11 @@ def _init_with(cell, access, defaults):
     Args:
         cell: the class.
         access: its dataclass of accesses.
-        defaults: dict from an argument of `MemoryCell` to another default.
+        defaults: dict of defaults that differ from those of `MemoryCell`, 1
+            for `num_layers` and True for `share_memory`.
     """
     fields = {field.name: field for field in dataclasses.fields(access)}
-    of_blocks = {"num_layers": 1, "share_memory": True, **defaults}
+    of_blocks = {"num_layers": 1, "share_memory": True}
     signature = inspect.Signature(
         [
             inspect.Parameter("self", POSITIONAL),
@@ -513,7 +514,7 @@ def _init_with(cell, access, defaults):
             ),
             *(
                 inspect.Parameter(name, KEYWORD, default=default)
-                for name, default in of_blocks.items()
+                for name, default in {**of_blocks, **defaults}.items()
             ),
             inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
         ]
@@ -529,7 +530,7 @@ def _init_with(cell, access, defaults):
             accesses = [access(**of_access)] * blocks
         else:
             accesses = [access(**of_access) for _ in range(blocks)]
-        of_base = {name: given[name] for name in defaults}
+        of_base = {name: given[name] for name in {*defaults} - {*of_blocks}}
         super(cell, self).__init__(
             given["units"], accesses=accesses, **of_base, **given["kwargs"]
         )
