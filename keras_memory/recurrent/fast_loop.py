@@ -1,10 +1,23 @@
-"""The time loop with a gradient of its own.
+"""The time loop with a custom gradient (custom VJP).
 
-Forward, it keeps the states in front of each step and what `replay.py` is told
-to; backward, it runs each step once more without its products with weights,
-and takes the gradients of the weights after the loop, in one matrix product
-each. It can also keep the states of some steps only, and run those between once
-more.
+It saves memory by rematerialisation (gradient checkpointing): the forward pass
+saves the input state of each step and the results of its products with weights;
+the backward pass runs each step again with the saved results, so that no weight
+product is computed twice. It saves time by deferred weight gradients: the
+gradients of all steps are collected, and each weight then takes one matrix
+product instead of one a step.
+
+forward, step t :  state[t] --step--> state[t+1]
+    saved: state[t]; inputs and results of each `linear`; values of each
+    function with `custom_gradient(..., saves=True)`
+backward, step t:  state[t] --step with those results--> vjp
+    => gradient of state[t], and of the result of each `linear`
+after the loop  :  grad W = (all inputs)^T @ (all gradients of results)
+    one product for each weight
+in segments     :  states saved every k steps (`recompute`); the forward pass
+    of a segment runs again before its backward pass
+
+`replay.py` has the passes over one step.
 """
 
 import math
