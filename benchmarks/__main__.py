@@ -2,17 +2,19 @@
 
     python -m benchmarks [--pytorch-ntm CHECKOUT] [--rounds 20] [--json FILE]
     python -m benchmarks scaling [--pytorch-ntm CHECKOUT] [--out FOLDER]
+    python -m benchmarks scaling --draw FILE
     python -m benchmarks memory_wrap [--rounds 20] [--json FILE]
     python -m benchmarks retrieval [--cases 2K static] [--json FILE]
     python -m benchmarks esm [--ivy FOLDER] [--rounds 20] [--json FILE]
 
-The first compares a few cases of recurrent memories, the second varies one
-size at a time, the third is of Memory Wrap, the fourth of memories of nearest
-neighbours, the fifth of Egospheric Spatial Memory; README.md beside this file
-says what each number means.
+The first compares a few cases of recurrent memories. The second varies one
+size at a time, and the third draws its numbers again. The others are of Memory
+Wrap, of memories of nearest neighbours and of Egospheric Spatial Memory.
+README.md beside this file says what each number means.
 """
 
 import argparse
+import json
 import math
 import pathlib
 import sys
@@ -188,7 +190,18 @@ def main_of_scaling(arguments):
         default="runs/scaling",
         help="folder to write to (default: runs/scaling)",
     )
+    parser.add_argument(
+        "--draw",
+        metavar="FILE",
+        help="a scaling.json: draws its pictures beside it, measures nothing",
+    )
     options = parsed(parser, arguments, rounds=5)
+    if options.draw:
+        path = pathlib.Path(options.draw)
+        if not path.is_file():
+            parser.error(f"--draw: {path} is not there")
+        scaling.draw(json.loads(path.read_text()), path.parent)
+        return
     if pathlib.Path(options.out).is_file():
         parser.error(f"--out: {options.out} is a file, not a folder")
     scaling.run(

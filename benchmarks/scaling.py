@@ -67,10 +67,7 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
         report.write_json(folder / "scaling.json", numbers)
 
     for kind in kinds:
-        width = 5.6 * len(QUANTITIES)
-        figure = visualization.Figure((width, 3 * len(axes)), layout="tight")
-        grid = figure.subplots(len(axes), len(QUANTITIES), squeeze=False)
-        for axis, row_of_axes in zip(axes, grid):
+        for axis in axes:
             print(f"{described(kind, axis)}\n", flush=True)
             text.append("")
             points, printed = [], None
@@ -87,8 +84,7 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
                 text[-1] = f"{described(kind, axis)}\n\n{table(axis, points)}\n"
                 (folder / "scaling.md").write_text("\n".join(text))
             printed.end()
-            panel(kind, axis, points, row_of_axes)
-            figure.savefig(folder / f"scaling-{kind}.png")
+            draw(numbers, folder)
     text.append(
         f"Milliseconds a training step (medians of at most "
         f"{report.counted(rounds, 'step')}, "
@@ -158,6 +154,30 @@ def _cell(result, quantity):
     return report.short(result[quantity])
 
 
+def draw(numbers, folder):
+    """Writes scaling-KIND.png of the numbers of scaling.json, all or some."""
+    for kind in dict.fromkeys(one["layer"] for one in numbers["results"]):
+        path = pathlib.Path(folder) / f"scaling-{kind}.png"
+        figure_of(kind, numbers["results"]).savefig(path)
+
+
+def figure_of(kind, results):
+    """A figure of a layer: a row for each of `AXES` that was varied, a column
+    for each of `QUANTITIES`."""
+    by_axis = {}
+    for result in results:
+        if result["layer"] == kind:
+            points = by_axis.setdefault(result["axis"], {})
+            variants = points.setdefault(result["value"], {})
+            variants[result["variant"]] = result
+    size = 5.6 * len(QUANTITIES), 3 * len(by_axis)
+    figure = visualization.Figure(size, layout="tight")
+    grid = figure.subplots(len(by_axis), len(QUANTITIES), squeeze=False)
+    for (axis, points), row_of_axes in zip(by_axis.items(), grid):
+        panel(kind, axis, list(points.items()), row_of_axes)
+    return figure
+
+
 def panel(kind, axis, points, axes):
     """Draws each quantity into axes of its own; the reference, if it was
     there, is the last line."""
@@ -180,6 +200,8 @@ def panel(kind, axis, points, axes):
             log_x=True,
             log_y=True,
         )
+        ax.set_xticks(values, [f"{value:,}" for value in values])
+        ax.set_xticks([], minor=True)
 
 
 def _number(result, quantity):

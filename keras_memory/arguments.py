@@ -1,4 +1,4 @@
-"""Checks of the arguments of constructors.
+"""Arguments of constructors: checks, and layers among them.
 
 A class that has `Arguments` as its first base, and each subclass of it, gets
 plain values of Python: NumPy's scalars become Python's own before its
@@ -188,3 +188,35 @@ def _refuse(written, name, value):
         f"{written.__name__} has no argument `{name}`. {hint} "
         f"Received: {name}={value!r}"
     )
+
+
+# Layers as arguments.
+
+
+def check_layer(name, value, wanted="a layer or None"):
+    """A layer, or what else `wanted` allows; ValueError for others."""
+    by_name = value == "dense" if isinstance(value, str) else value is None
+    if isinstance(value, keras.layers.Layer) or (
+        by_name and (value is None or "dense" in wanted)
+    ):
+        return value
+    raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")
+
+
+def config_with_layers(owner, names):
+    """Attributes for `get_config`, layers among them serialized."""
+    values = {name: getattr(owner, name) for name in names}
+    for name, value in values.items():
+        if isinstance(value, keras.layers.Layer):
+            values[name] = keras.saving.serialize_keras_object(value)
+    return values
+
+
+def layers_from_config(config):
+    """A configuration whose layers are there again."""
+    return {
+        name: keras.saving.deserialize_keras_object(value)
+        if name in ("encoder", "head", "classifier") and isinstance(value, dict)
+        else value
+        for name, value in config.items()
+    }

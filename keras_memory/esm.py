@@ -6,178 +6,34 @@ columns of the map, F features.
 """
 
 import functools
-import itertools
-import math
-from typing import Any
-from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
-from keras.src import backend
 
-from keras_memory.addressing.scaling import at_least_float32
-from keras_memory.arguments import Arguments
-from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
-from keras_memory.checks import check_bytes
-from keras_memory.checks import check_closed
-from keras_memory.checks import check_one_of
-from keras_memory.checks import check_size
 from keras_memory.checks import with_rows_of
 from keras_memory.recurrent.state import LayerState
 from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
 from keras_memory.spatial.inputs import CAMERA
 from keras_memory.spatial.inputs import MOTION
-from keras_memory.spatial.inputs import MapInputs
 from keras_memory.spatial.inputs import as_mask
 from keras_memory.spatial.inputs import check_has
 from keras_memory.spatial.inputs import check_inputs
-from keras_memory.spatial.inputs import check_limits
+from keras_memory.spatial.loop import over_time
+from keras_memory.spatial.maps import HUGE
+from keras_memory.spatial.maps import ESMMap
+from keras_memory.spatial.maps import MapLayer
+from keras_memory.spatial.maps import map_spec
+from keras_memory.spatial.tensors import at_least
 
-SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
-HUGE = 1e25  # as infinite: it would overflow in sums and squares
-SPAN = 1e11  # of variances: beyond, smoothing would lose what is uncertain
 VAGUE = 1e9  # squared metres, squared radians: a pose of which nothing is known
 
 
-class ESMMap(NamedTuple):
-    """A map on the sphere around an agent, in the agent's frame.
-
-    Args:
-        mean: (..., H, W, 3 + F). The first two channels are column and row of
-            the point that a pixel shows, in pixels, within one of the pixel's
-            middle; the third its distance, in metres; the others its
-            features.
-        variance: (..., H, W, 3 + F), of each of them: squared pixels, squared
-            metres, squared units of the features. Where nothing was seen it is
-            the prior's.
-    """
-
-    mean: Any
-    variance: Any
-
-
-class _Map(Arguments, MapInputs, keras.layers.Layer):
-    """What `ESMCell` and `ESMLayer` share: arguments, and the paper's step."""
-
-    def __init__(
-        self,
-        height=180,
-        width=360,
-        feature_channels=3,
-        depth_limits=(1e-3, 10.0),
-        variance_limits=(1e-3, 1e4),
-        depth_prior=0.01,
-        feature_prior=0.5,
-        smooth_kernel_size=25,
-        depth_buffer=True,
-        convention="esm",
-        depth_scale=None,
-        **kwargs,
-    ):
-        # Coordinates in half precision would be pixels off.
-        super().__init__(autocast=False, **kwargs)
-        self.height = check_size("height", height)
-        self.width = check_size("width", width)
-        if width % 2:
-            raise ValueError(
-                "`width` must be even, as beyond a pole the map goes on half "
-                f"way around. Received: width={width}"
-            )
-        self.feature_channels = check_size(
-            "feature_channels", feature_channels, least=0
-        )
-        self.depth_limits = check_limits("depth_limits", depth_limits)
-        self.variance_limits = check_limits("variance_limits", variance_limits)
-        least, most = self.variance_limits
-        if 2 * least > min(most, height) or most > SPAN * least:
-            raise ValueError(
-                "`variance_limits` must have a least of at most half the most "
-                f"and half the height, and a most of at most {SPAN:.0e} times "
-                "the least. Received: "
-                f"variance_limits={variance_limits!r}, height={height}"
-            )
-        self.depth_prior = check_closed("depth_prior", depth_prior, 0, HUGE)
-        self.feature_prior = check_closed(
-            "feature_prior", feature_prior, -HUGE, HUGE
-        )
-        self.smooth_kernel_size = smooth_kernel_size
-        if smooth_kernel_size is not None:
-            check_size(
-                "smooth_kernel_size", smooth_kernel_size, others=" or None"
-            )
-            if smooth_kernel_size % 2 == 0:
-                raise ValueError(
-                    "`smooth_kernel_size` must be odd, to have a middle. "
-                    f"Received: smooth_kernel_size={smooth_kernel_size}"
-                )
-        self.depth_buffer = check_bool("depth_buffer", depth_buffer)
-        self.convention = check_one_of(
-            "convention", convention, geometry.CONVENTIONS
-        )
-        self.depth_scale = geometry.check_depth_scale(depth_scale)
-        self.supports_masking = True
-        sizes = [("height", self.height), ("width", self.width)]
-        sizes += [("3 + feature_channels", 3 + self.feature_channels)]
-        check_bytes("A map", sizes, "float64", on_host=True)
-        axes = geometry.agent_axes(self.convention)
-        back = np.concatenate([axes[:, :3].T, axes[:, 3:]], axis=1)
-        self._back = self._array(back)  # into the agent's axes
-        self._prior = ESMMap(*map(self._array, self._prior_of_pixels()))
-
-    @property
-    def map_dtype(self):
-        """Of all that is computed: float64 if that is the layer's, else
-        float32, under any policy."""
-        return at_least_float32(self.compute_dtype)
-
-    def _array(self, values):
-        return np.asarray(values, self.map_dtype)
-
-    def _prior_of_pixels(self):
-        """(H, W, 3 + F) mean and variance of what nothing is known of."""
-        grid = geometry.pixel_grid(self.height, self.width)
-        rest = [self.depth_prior] + [self.feature_prior] * self.feature_channels
-        mean = np.concatenate(
-            [grid, np.broadcast_to(rest, (*grid.shape[:2], len(rest)))], -1
-        )
-        # Coordinates are as uncertain as the map is high.
-        variance = [self.height] * 2 + [self.variance_limits[1]] * len(rest)
-        return mean, np.broadcast_to(variance, mean.shape)
-
-    def get_initial_state(self, batch_size):
-        """A map of which nothing was seen.
-
-        Args:
-            batch_size: int or scalar tensor, B.
-
-        Returns:
-            `ESMMap`, (B, H, W, 3 + F).
-        """
-        if not ops.is_tensor(batch_size):
-            batch_size = check_size("batch_size", batch_size, least=0)
-            self._check_bytes_of_maps(batch_size)
-        return self._nothing_seen(batch_size)
-
-    def _check_bytes_of_maps(self, batch_size):
-        height, width, channels = self._prior.mean.shape
-        sizes = [("batch size", batch_size), ("height", height)]
-        sizes += [("width", width), ("3 + feature_channels", channels)]
-        check_bytes("A state", sizes, self.map_dtype)
-
-    def _nothing_seen(self, batch_size):
-        shape = (batch_size, *self._prior.mean.shape)
-        return ESMMap(
-            *(
-                ops.broadcast_to(ops.convert_to_tensor(part), shape)
-                for part in self._prior
-            )
-        )
-
-    # The paper's step.
+class _ESM(MapLayer):
+    """The paper's step, which `ESMCell` and `ESMLayer` take."""
 
     def step(self, cameras, motion, state):
         """Moves the map with the agent, and fuses it with what is seen.
@@ -345,7 +201,7 @@ class _Map(Arguments, MapInputs, keras.layers.Layer):
             )
             variance = ops.concatenate(
                 [
-                    variance[..., :3] + geometry.at_least(by_pose, 0.0),
+                    variance[..., :3] + at_least(by_pose, 0.0),
                     variance[..., 3:],
                 ],
                 axis=-1,
@@ -356,7 +212,7 @@ class _Map(Arguments, MapInputs, keras.layers.Layer):
         depth = pixels[..., 2:]
         valid = valid & (depth >= nearest) & (depth <= farthest)
         valid = valid & ops.logical_not(self._is_hole(variance))
-        variance = geometry.at_least(variance, self.variance_limits[0])
+        variance = at_least(variance, self.variance_limits[0])
         return fusion.quantize(
             ops.concatenate([pixels, features], axis=-1),
             variance,
@@ -365,12 +221,6 @@ class _Map(Arguments, MapInputs, keras.layers.Layer):
             self.width,
             self.depth_buffer,
         )
-
-    def _is_hole(self, variance):
-        """(..., 1), where what is known is no better than the prior."""
-        most = SEEN * self._prior.variance[0, 0]
-        most = ops.convert_to_tensor(self._array(most))
-        return ops.any(variance >= most, axis=-1, keepdims=True)
 
     def smooth(self, state):
         """The map, with depth and features of what surrounds them in holes.
@@ -392,38 +242,9 @@ class _Map(Arguments, MapInputs, keras.layers.Layer):
         rest = ops.where(self._is_hole(variance), around, mean[..., 2:])
         return ESMMap(ops.concatenate([mean[..., :2], rest], -1), variance)
 
-    def _check_state(self, name, state, batch=None):
-        """A checked `ESMMap` of tensors."""
-        parts = state if isinstance(state, (tuple, list)) else ()
-        if len(parts) != 2:
-            raise ValueError(
-                f"`{name}` must be an `ESMMap`, mean and variance. "
-                f"Received: {state!r}"
-            )
-        axes, sizes = ("B", *self._prior.mean.shape), {"B": batch}
-        return ESMMap(
-            *(
-                check_array(
-                    f"{name}.{field}", part, axes, sizes, dtype=self.map_dtype
-                )
-                for field, part in zip(ESMMap._fields, parts)
-            )
-        )
-
-    def compute_mask(self, inputs, previous_mask):
-        return None  # a map has no steps, or one for each
-
-    def get_config(self):
-        names = ("height", "width", "feature_channels", "depth_limits")
-        names += ("variance_limits", "depth_prior", "feature_prior")
-        names += ("smooth_kernel_size", "depth_buffer", "convention")
-        names += ("depth_scale",)
-        config = {name: getattr(self, name) for name in names}
-        return {**super().get_config(), **config}
-
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class ESMCell(_Map):
+class ESMCell(_ESM):
     """One step of `ESMLayer`, which has the full text.
 
     Args:
@@ -473,11 +294,11 @@ class ESMCell(_Map):
     def compute_output_spec(self, inputs, state):
         cameras, motion = self._parsed(inputs, ("B",))
         shape = (motion["motion"].shape[0], *self._prior.mean.shape)
-        return tuple(_spec(shape, self.map_dtype) for _ in range(2))
+        return tuple(map_spec(shape, self.map_dtype) for _ in range(2))
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class ESMLayer(_Map):
+class ESMLayer(_ESM):
     """Maps what cameras see onto a sphere around a moving agent.
 
     A memory without weights. At each step the map is projected anew as the
@@ -724,7 +545,7 @@ class ESMLayer(_Map):
                 state = ESMMap(*(ops.where(kept, *pair) for pair in pairs))
             return self.smooth(state) if self.return_sequences else state, state
 
-        shown, state = _over_time(step, given, state, self.return_sequences)
+        shown, state = over_time(step, given, state, self.return_sequences)
         if self.stateful:
             for variable, part in zip(self.states, state):
                 variable.assign(part)
@@ -739,8 +560,8 @@ class ESMLayer(_Map):
         batch, times = motion["motion"].shape[:2]
         shape = (batch, *self._prior.mean.shape)
         shown = (batch, times, *shape[1:]) if self.return_sequences else shape
-        shown = _spec(shown, self.map_dtype)
-        state = _spec(shape, self.map_dtype)
+        shown = map_spec(shown, self.map_dtype)
+        state = map_spec(shape, self.map_dtype)
         return (shown, state) if self.return_state else shown
 
     def reset_state(self):
@@ -754,62 +575,6 @@ class ESMLayer(_Map):
         return {**super().get_config(), **config}
 
 
-def _over_time(step, given, state, all_steps):
-    """Runs a step for each time.
-
-    Args:
-        step: function of what is given at a time, and the `ESMMap` before, to
-            the `ESMMap` that is shown and the one after.
-        given: structure of tensors (B, T, ...).
-        state: `ESMMap` before the first.
-        all_steps: bool, whether all that is shown is wanted, or the last.
-
-    Returns:
-        `ESMMap` (B, T, ...) of what is shown, T 1 for the last, and `ESMMap`
-        after it.
-    """
-    flat = keras.tree.flatten(given)
-    if flat[0].shape[1] == 1:
-        at_once = keras.tree.map_structure(lambda part: part[:, 0], given)
-        shown, state = step(at_once, state)
-        return ESMMap(*(part[:, None] for part in shown)), state
-    # Keras's loop takes one tensor, on all backends.
-    lead = ops.shape(flat[0])[:2]
-    shapes = [ops.shape(part)[2:] for part in flat]
-    sizes = [math.prod(shape) for shape in shapes]
-    ends = list(itertools.accumulate(sizes, initial=0))
-    channels = state.mean.shape[-1]
-    packed = ops.concatenate(
-        [
-            ops.cast(ops.reshape(part, (*lead, size)), state.mean.dtype)
-            for part, size in zip(flat, sizes)
-        ],
-        axis=-1,
-    )
-
-    def apart(both):
-        return ESMMap(both[..., :channels], both[..., channels:])
-
-    def packed_step(packed, states):
-        parts = [
-            ops.reshape(packed[:, begin:end], (ops.shape(packed)[0], *shape))
-            for begin, end, shape in zip(ends, ends[1:], shapes)
-        ]
-        parts = [ops.cast(one, part.dtype) for one, part in zip(parts, flat)]
-        parts = keras.tree.pack_sequence_as(given, parts)
-        shown, after = step(parts, apart(states[0]))
-        return ops.concatenate(shown, -1), [ops.concatenate(after, -1)]
-
-    _, shown, states = backend.rnn(
-        packed_step,
-        packed,
-        [ops.concatenate(state, axis=-1)],
-        input_length=packed.shape[1],
-        return_all_outputs=all_steps,
-    )
-    return apart(shown), apart(states[0])
-
-
 def _in_line(image):
     """(B, h, w, C) as (B, h w, C)."""
     batch, height, width, channels = ops.shape(image)
@@ -819,7 +584,3 @@ def _in_line(image):
 def _all_below(most, values, axis):
     """Whether all along axes, which are kept, are smaller; NaN is not."""
     return ops.all(ops.abs(values) < most, axis=axis, keepdims=True)
-
-
-def _spec(shape, dtype):
-    return ESMMap(*(keras.KerasTensor(shape, dtype) for _ in range(2)))

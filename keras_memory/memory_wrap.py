@@ -10,7 +10,6 @@ Axes: B inputs, M examples in the memory, D width of an encoding.
 import inspect
 
 import keras
-import ml_dtypes
 import numpy as np
 from keras import ops
 
@@ -19,20 +18,21 @@ from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.gradients import custom_gradients
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import check_layer
+from keras_memory.arguments import config_with_layers
+from keras_memory.arguments import layers_from_config
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
-from keras_memory.retrieval.exact import LARGEST
-from keras_memory.retrieval.exact import inner_products
-from keras_memory.retrieval.exact import middle
-from keras_memory.retrieval.exact import nearest
-from keras_memory.retrieval.exact import places_of_sample
+from keras_memory.retrieval.examples import compare
+from keras_memory.retrieval.examples import nearest_examples
+from keras_memory.retrieval.replaced import is_replaced
+from keras_memory.retrieval.replaced import mark_of_replaced
+from keras_memory.retrieval.similarities import LARGEST
 
 SIMILARITIES = ("cosine", "l2", "dot")
 NORM_EPSILON = 1e-6  # added to squared lengths, as in the paper's code
 FULL_LENGTH = 0.25  # from which length on it is added in full
-FEW = 2**17  # components of a memory whose differences from an input are taken
-FARTHEST = 1e37  # squared distance: infinities have no gradient
 
 
 class _MemoryWrap(Arguments, keras.layers.Layer):
@@ -132,8 +132,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         for name in ("memory_values", "memory_keys"):
             before = getattr(self, name)
             if before is not None:
-                if name == "memory_values":  # see `_is_replaced`
-                    mark = _mark_of_replaced(before.dtype)
+                if name == "memory_values":  # see `is_replaced`
+                    mark = mark_of_replaced(before.dtype)
                     before.assign(ops.full(before.shape, mark, before.dtype))
                 self._untrack_variable(before)
                 setattr(self, name, None)
@@ -209,7 +209,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         values, keys, replaced = memory_encodings, None, None
         if values is None:
             values = ops.convert_to_tensor(self.memory_values)
-            replaced = _is_replaced(values)
+            replaced = is_replaced(values)
             if self.memory_keys is not None:
                 keys = ops.convert_to_tensor(self.memory_keys)
         lost = None
@@ -293,52 +293,19 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         None; of the `top_k` nearest ones, (B, K), and their indices."""
         indices = None
         if self.top_k is not None:
-            found, indices = self._nearest(queries, keys, mask)
+            found, indices = nearest_examples(
+                queries, keys, self.top_k, self.similarity, mask
+            )
             keys = _take(keys, indices, shared=len(keys.shape) == 2)
             if mask is not None:  # there may be fewer than `top_k` that count
                 mask = ops.not_equal(found, -np.inf)
-        similarity = self._similarity(queries, keys, mask)
+        similarity = compare(queries, keys, self.similarity, mask)
         if mask is None:
             return sparsemax(similarity), indices
         # An input for which no example counts reads nothing.
         some = ops.any(mask, axis=-1, keepdims=True)
         weights = sparsemax(ops.where(some, similarity, 0.0))
         return ops.where(some, weights, 0.0), indices
-
-    def _similarity(self, queries, keys, mask):
-        """(B, M), -inf for examples that do not count."""
-        if self.similarity != "l2":
-            similarity = _dot(queries, keys)
-        elif len(keys.shape) == 2 and keys.shape[0] is None:
-            similarity = ops.cond(
-                ops.shape(keys)[0] * keys.shape[1] <= FEW,
-                lambda: _minus_squares(queries, keys),
-                lambda: _minus_squares_of_many(queries, keys, mask),
-            )
-        elif _are_few(keys):
-            similarity = _minus_squares(queries, keys)
-        else:
-            similarity = _minus_squares_of_many(queries, keys, mask)
-        return similarity if mask is None else _least_unless(mask, similarity)
-
-    def _nearest(self, queries, keys, mask):
-        """The examples with the largest similarities: these, -inf for those
-        that do not count, and their indices, (B, K)."""
-        size = keys.shape[-2]
-        if isinstance(size, int):
-            top_k = min(self.top_k, size)
-        else:
-            top_k = _smaller(self.top_k, ops.shape(keys)[-2])
-        is_l2 = self.similarity == "l2"
-        if len(keys.shape) == 3 or (is_l2 and _are_few(keys)):
-            similarity = self._similarity(queries, keys, mask)
-            found, indices = ops.top_k(ops.stop_gradient(similarity), top_k)
-            return found, ops.cast(indices, "int32")
-        bias = ops.zeros_like(keys[:, 0])
-        if is_l2:
-            queries, keys, bias = _about_middle(queries, keys, mask)
-        bias = bias if mask is None else _least_unless(mask, bias)
-        return nearest(queries, keys, top_k, bias)
 
     def _keys(self, encodings):
         """What is compared: unit vectors for the cosine."""
@@ -590,38 +557,6 @@ def _check_not_empty(memory):
         )
 
 
-def _mark_of_replaced(dtype):
-    """What a memory is filled with that made way for another one: a number
-    that encodings hardly have. Training that diverges makes memories of NaN.
-    """
-    return float(ml_dtypes.finfo(keras.backend.standardize_dtype(dtype)).min)
-
-
-def _is_replaced(values):
-    """Whether a fixed memory, (M, D), has made way for one of another size
-    since a graph of TensorFlow was traced around it. None where no graph is
-    traced.
-
-    Raises:
-        InvalidArgumentError: while the graph runs, if it has. XLA drops
-            assertions, so that callers make their results NaN.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return None
-    import tensorflow as tf
-
-    if tf.executing_eagerly():
-        return None
-    replaced = tf.reduce_all(values[0] == _mark_of_replaced(values.dtype))
-    message = (
-        "A memory of another number of examples was set after this function "
-        "was traced, which would go on looking at the one before: trace it "
-        "anew, by making another `tf.function`, a model's by `compile`."
-    )
-    tf.debugging.Assert(~replaced, [message])
-    return replaced
-
-
 def _counted(memory, mask):
     """Which examples may enter products, (M,) or (B, M); and the inputs,
     (B, 1), whose answers must be NaN, as an example that counts for them is
@@ -640,10 +575,6 @@ def _zero_unless(counts, memory):
     return ops.where(counts[..., None], memory, ops.zeros_like(memory))
 
 
-def _least_unless(counts, similarity):
-    return ops.where(counts, similarity, -np.inf)
-
-
 def _unit(vectors):
     """Unit vectors, but for the epsilon; zeros stay zeros. (..., D).
 
@@ -660,57 +591,6 @@ def _unit(vectors):
     share = ops.minimum(share, 1.0 / ops.maximum(share, 1.0))
     epsilon = NORM_EPSILON / FULL_LENGTH**2 * share * share
     return vectors / (length * ops.sqrt(1.0 + epsilon))
-
-
-def _are_few(keys):
-    """Whether an array of all differences, (B, M, D), can be afforded: where
-    each input has a memory of its own there is such an array already."""
-    number = keys.shape[-2]
-    known = len(keys.shape) == 2 and isinstance(number, int)
-    return not known or number * keys.shape[-1] <= FEW
-
-
-def _minus_squares(queries, keys):
-    """-|q - k|^2 of (B, D) and (M, D) or (B, M, D): (B, M). No example has a
-    part in the rounding of another one."""
-    squares = ops.sum(ops.square(queries[:, None] - keys), axis=-1)
-    return -ops.where(squares > FARTHEST, FARTHEST, squares)
-
-
-def _about_middle(queries, keys, mask):
-    """Queries and keys moved to the keys' middle, and a bias (M,): what
-    `queries @ keys.T + bias` gives is -|q - k|^2 / 2 plus a number for each
-    query.
-
-    Far from zero the difference of products would be rounding. The middle is
-    that of a sample of those that count, however far some are.
-    """
-    if mask is None:
-        places = places_of_sample(ops.shape(keys)[0], ops)
-    else:
-        counts = mask if len(mask.shape) == 1 else ops.any(mask, axis=0)
-        number = ops.maximum(ops.sum(ops.cast(counts, "int32")), 1)
-        order = ops.argsort(ops.cast(~counts, "int32"))
-        places = ops.take(order, places_of_sample(number, ops))
-    centre = ops.stop_gradient(middle(ops.take(keys, places, axis=0)))
-    queries, keys = (
-        ops.clip(one - centre, -LARGEST, LARGEST) for one in (queries, keys)
-    )
-    return queries, keys, -0.5 * ops.sum(keys * keys, axis=-1)
-
-
-def _minus_squares_of_many(queries, keys, mask):
-    """As `_minus_squares` by products, plus a number for each query, which
-    neither sparsemax nor the choice of the nearest depends on."""
-    queries, keys, bias = _about_middle(queries, keys, mask)
-    return 2.0 * (inner_products(queries, ops.transpose(keys)) + bias)
-
-
-def _dot(queries, keys):
-    """(B, D) with (M, D) or (B, M, D): (B, M)."""
-    if len(keys.shape) == 2:
-        return ops.matmul(queries, ops.transpose(keys))
-    return ops.matmul(keys, queries[:, :, None])[:, :, 0]
 
 
 def _read(weights, values, indices):
@@ -741,34 +621,6 @@ def split_pair(inputs, memory_encodings=None):
     return inputs
 
 
-def config_with_layers(owner, names):
-    """Attributes for `get_config`, layers among them serialized."""
-    values = {name: getattr(owner, name) for name in names}
-    for name, value in values.items():
-        if isinstance(value, keras.layers.Layer):
-            values[name] = keras.saving.serialize_keras_object(value)
-    return values
-
-
-def layers_from_config(config):
-    """A configuration whose layers are there again."""
-    return {
-        name: keras.saving.deserialize_keras_object(value)
-        if name in ("encoder", "head", "classifier") and isinstance(value, dict)
-        else value
-        for name, value in config.items()
-    }
-
-
-def _smaller(number, size):
-    """Of a number and a size that a graph does not know."""
-    if keras.backend.backend() == "jax":  # of a model that is exported
-        from jax import core
-
-        return core.min_dim(number, size)
-    return ops.minimum(number, size)
-
-
 def first_shape(shape):
     """Of the encodings, alone or beside that of the memory."""
     if isinstance(shape, dict):
@@ -778,13 +630,3 @@ def first_shape(shape):
         )
     first = shape[0]
     return shape if first is None or isinstance(first, int) else first
-
-
-def check_layer(name, value, wanted="a layer or None"):
-    """A layer, or what else `wanted` allows; ValueError for others."""
-    by_name = value == "dense" if isinstance(value, str) else value is None
-    if isinstance(value, keras.layers.Layer) or (
-        by_name and (value is None or "dense" in wanted)
-    ):
-        return value
-    raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")

@@ -8,6 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import config_with_layers
+from keras_memory.arguments import layers_from_config
 from keras_memory.checks import NO_LABEL
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
@@ -18,10 +20,10 @@ from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
 from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapLayer
-from keras_memory.memory_wrap import config_with_layers
 from keras_memory.memory_wrap import first_shape
-from keras_memory.memory_wrap import layers_from_config
 from keras_memory.memory_wrap import split_pair
+from keras_memory.retrieval.batches import MemoryBatches
+from keras_memory.retrieval.batches import with_memories
 
 NOT_FILLED = -2  # of a memory's place, until it is filled
 
@@ -466,13 +468,13 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             return self._draw(self._of_steps)[0]
 
         if is_dataset:
-            steps = _beside(x, draw)
+            steps = with_memories(x, draw)
         else:
             arrays = [x, y]
             if sample_weight is not None:
                 arrays.append(sample_weight)
             order = self._of_steps if shuffle else None
-            steps = _Steps(arrays, batch_size or 32, order, draw)
+            steps = MemoryBatches(arrays, batch_size or 32, order, draw)
             kwargs.setdefault("validation_batch_size", batch_size)
         return super().fit(
             steps,
@@ -594,50 +596,6 @@ class MemoryWrapClassifier(Arguments, keras.Model):
     @classmethod
     def from_config(cls, config):
         return cls(**layers_from_config(config))
-
-
-class _Steps(keras.utils.PyDataset):
-    """Batches of arrays, with a memory beside the inputs of each."""
-
-    def __init__(self, arrays, batch_size, rng, draw):
-        super().__init__()
-        self.arrays, self.rng, self.draw = arrays, rng, draw
-        self.batch_size = check_size("batch_size", batch_size)
-        self.order = np.arange(len(arrays[0]))
-        self.on_epoch_end()
-
-    def __len__(self):
-        return -(-len(self.order) // self.batch_size)
-
-    def __getitem__(self, index):
-        begin = index * self.batch_size
-        rows = self.order[begin : begin + self.batch_size]
-        x, *rest = (array[rows] for array in self.arrays)
-        return (x, self.draw()), *rest
-
-    def on_epoch_end(self):
-        if self.rng is not None:
-            self.rng.shuffle(self.order)
-
-
-def _beside(dataset, draw):
-    """A `tf.data.Dataset` with a memory beside the inputs of each batch."""
-    import tensorflow as tf
-
-    def memories():
-        while True:
-            yield draw()
-
-    first = draw()
-    drawn = tf.data.Dataset.from_generator(
-        memories, output_signature=tf.TensorSpec(first.shape, first.dtype)
-    )
-    both = tf.data.Dataset.zip((dataset, drawn))
-    both = both.map(lambda batch, memory: ((batch[0], memory), *batch[1:]))
-    length = dataset.cardinality()
-    if length >= 0:  # those of endless ones and of unknown length are below
-        both = both.apply(tf.data.experimental.assert_cardinality(length))
-    return both
 
 
 def _one_input(x):

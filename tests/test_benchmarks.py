@@ -19,7 +19,8 @@ from keras_memory.retrieval import scann_row
 from keras_memory.retrieval import tuning
 from keras_memory.visualization.images import LINES
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 cases = pytest.importorskip("benchmarks.cases")
 command_line = pytest.importorskip("benchmarks.__main__")
@@ -274,6 +275,32 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
         assert columns[:half].any() and columns[half:].any()
 
 
+def test_curves_are_drawn_of_the_numbers_alone(tmp_path):
+    text = (ROOT / "benchmarks/scaling.json").read_text()
+    path = tmp_path / "scaling.json"
+    path.write_text(text)
+    command_line.main(["scaling", "--draw", str(path)])
+    pictures = {"scaling-ntm.png", "scaling-dnc.png"}
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, *pictures}
+    results = json.loads(text)["results"]
+    units = {"ms": "milliseconds", "MB": "megabytes"}
+    drawn = {
+        (kind, ax.get_xlabel(), line.get_label(), units[ax.get_ylabel()], x): y
+        for kind in ("ntm", "dnc")
+        for ax in scaling.figure_of(kind, results).axes
+        for line in ax.lines
+        for x, y in zip(*line.get_data())
+        if not math.isnan(y)
+    }
+    parts = "layer", "axis", "variant"
+    assert drawn == {
+        (*map(one.get, parts), quantity, one["value"]): one[quantity]
+        for one in results
+        for quantity in scaling.QUANTITIES
+        if quantity in one
+    }
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -286,6 +313,7 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
         ("scaling --seconds 0", "above 0, not 0"),
         ("scaling --memory-limit nan", "above 0, not nan"),
         ("scaling --pytorch-ntm /nowhere", "/nowhere is no checkout"),
+        ("scaling --draw /nowhere.json", "/nowhere.json is not there"),
         ("retrieval --cases 3K", "invalid choice: '3K'"),
         ("retrieval --data some", "invalid choice: 'some'"),
         ("retrieval --threads 0", "at least 1, not 0"),

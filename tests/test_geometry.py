@@ -8,8 +8,10 @@ import pytest
 from harness import gradient
 from keras import ops
 
+from keras_memory.spatial import cameras
 from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
+from keras_memory.spatial import tensors
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FUNCTIONS = "esm__functions_a", "esm__functions_b"
@@ -846,10 +848,10 @@ def test_what_does_not_fit_is_named(name):
 
 def test_all_functions_have_a_door():
     known = {"check_camera", "check_depth", "check_depth_scale", *SOUND}
-    known |= {"check_leads", "float_tensors", "matrix_product"}
+    known |= {"check_leads", "float_tensors", "matrix_product", "turned"}
     own = {
         name
-        for module in (geometry, fusion)
+        for module in (tensors, cameras, geometry, fusion)
         for name, value in vars(module).items()
         if getattr(value, "__module__", "") == module.__name__
         and not name.startswith("_")

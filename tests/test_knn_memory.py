@@ -41,8 +41,8 @@ from keras_memory.retrieval import knn_memory
 from keras_memory.retrieval import ring as ring_module
 from keras_memory.retrieval import scann_row
 from keras_memory.retrieval import tuning
-from keras_memory.retrieval.exact import SIMILARITIES
 from keras_memory.retrieval.knn_memory import KNNMemory
+from keras_memory.retrieval.similarities import SIMILARITIES
 from keras_memory.retrieval.store import Operation
 from keras_memory.retrieval.store import Store
 from keras_memory.retrieval.store import exists

@@ -19,6 +19,7 @@ from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapLayer
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 from keras_memory.retrieval import exact
+from keras_memory.retrieval import examples
 from keras_memory.retrieval.knn_memory import KNNMemory
 
 each_wrap = pytest.mark.parametrize("case", WRAPS, ids=name_of)
@@ -579,7 +580,7 @@ def test_two_groups_far_apart(top_k):
 @pytest.mark.parametrize("top_k", [None, 9])
 def test_far_examples_of_a_large_memory(top_k, share, monkeypatch):
     """Products about a middle: of those that count, however far some are."""
-    monkeypatch.setattr(memory_wrap, "FEW", 10)
+    monkeypatch.setattr(examples, "FEW", 10)
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 150, 5)) + 300
     encodings = encodings[:9]

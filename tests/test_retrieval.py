@@ -22,6 +22,7 @@ from keras_memory import retrieval
 from keras_memory.retrieval import exact as exact_module
 from keras_memory.retrieval import knn_layer
 from keras_memory.retrieval import ring as ring_module
+from keras_memory.retrieval import similarities as similarities_module
 
 
 def brute_force(queries, keys, top_k, bias):
@@ -94,7 +95,9 @@ def test_nearest_compiles_with_a_free_number_of_keys(monkeypatch):
 # A memory in the graph.
 
 SOME = [("exact", "dot"), ("auto", "l2")]
-SIMILARITY = pytest.mark.parametrize("similarity", exact_module.SIMILARITIES)
+SIMILARITY = pytest.mark.parametrize(
+    "similarity", similarities_module.SIMILARITIES
+)
 METHOD = pytest.mark.parametrize("method", ring_module.SEARCH_METHODS)
 
 
@@ -413,7 +416,7 @@ def test_cosines_have_no_scale(method):
 
 def test_equal_vectors_have_no_cosine_beyond_1():
     vectors = ops.convert_to_tensor(random(4000, 11))
-    found = exact_module.similarity_of(vectors, vectors, "cosine")
+    found = similarities_module.similarity_of(vectors, vectors, "cosine")
     found = ops.convert_to_numpy(found)
     assert found.max() == 1 and found.min() > 1 - 1e-6
 
@@ -428,7 +431,7 @@ def test_gradients_of_cosines(scale):
     keys[2] = 1.7 * directions[2]
 
     def total(queries):
-        cosines = exact_module.similarity_of(
+        cosines = similarities_module.similarity_of(
             queries, ops.convert_to_tensor(keys), "cosine"
         )
         return ops.sum(cosines)
@@ -452,9 +455,11 @@ def test_gradients_of_cosines(scale):
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 34_636_834, 1 << 30])
 def test_places_of_a_sample(size):
     expected = [step * (size - 1) // 62 for step in range(63)]
-    assert exact_module.places_of_sample(size).tolist() == expected
+    assert similarities_module.places_of_sample(size).tolist() == expected
     sizes = ops.convert_to_tensor(np.array([[size], [1]], "int32"))
-    places = ops.convert_to_numpy(exact_module.places_of_sample(sizes, ops))
+    places = ops.convert_to_numpy(
+        similarities_module.places_of_sample(sizes, ops)
+    )
     assert places.dtype == "int32"
     assert places.tolist() == [expected, [0] * 63]
 
@@ -802,7 +807,7 @@ SOME_OR_ALL = pytest.mark.parametrize(
     [
         pytest.param(*both, marks=[] if both in SOME else pytest.mark.slow)
         for both in itertools.product(
-            ring_module.SEARCH_METHODS, exact_module.SIMILARITIES
+            ring_module.SEARCH_METHODS, similarities_module.SIMILARITIES
         )
     ],
 )
@@ -1441,7 +1446,7 @@ def lower():
     from jax import export
 
     for method, similarity in zip(
-        ring_module.SEARCH_METHODS, exact_module.SIMILARITIES
+        ring_module.SEARCH_METHODS, similarities_module.SIMILARITIES
     ):
         ring = retrieval.RingMemory(3, 40, 2, similarity, method)
 

@@ -2,7 +2,8 @@
 
 `exact.py`, `ring.py` and `knn_layer.py` search in the graph, on any backend;
 `knn_memory.py` keeps a memory on the host, with ScaNN or exact search and a
-file on the disk; `scann_index.py` has ScaNN's ops in the graph.
+file on the disk; `scann_index.py` has ScaNN's ops in the graph. `examples.py`,
+`batches.py` and `replaced.py` are for memories of examples, as of Memory Wrap.
 """
 
 from keras_memory.retrieval.exact import Neighbours as Neighbours

@@ -7,7 +7,7 @@ from keras import ops
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_exact
-from keras_memory.retrieval.exact import LARGEST
+from keras_memory.retrieval.similarities import LARGEST
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 VALUE_DTYPES = (*FLOATS, "int32", "int64")

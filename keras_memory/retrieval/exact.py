@@ -17,10 +17,6 @@ from keras_memory.checks import check_size
 
 BLOCK = 16384  # keys that are compared at a time
 GROUP = 8  # values whose largest is looked at first, if there are many
-LARGEST = 1e15  # of a component: products of two must be finite in float32
-SAMPLE = 63  # keys amid which distances are measured from
-
-SIMILARITIES = ("dot", "cosine", "l2")
 
 
 def nearest(queries, keys, top_k, bias=None):
@@ -197,51 +193,3 @@ class Neighbours(NamedTuple):
     mask: Any
     keys: Any
     values: Any
-
-
-def unit(vectors, xp=ops):
-    """Vectors of length 1, or 0 where they are, however small or large they
-    are; (..., D). `xp` may be NumPy, for arrays of its own."""
-    largest = xp.max(xp.abs(vectors), axis=-1, keepdims=True, initial=0)
-    if xp is ops:  # the scale does not matter, nor what it changes with
-        largest = ops.stop_gradient(largest)
-    # Smaller numbers have few bits, or none where a device takes them for 0.
-    is_zero = largest < np.finfo("float32").tiny
-    vectors = vectors / xp.where(is_zero, 1, largest)
-    squares = xp.sum(vectors * vectors, axis=-1, keepdims=True)
-    return xp.where(
-        is_zero, 0, vectors / xp.sqrt(xp.where(is_zero, 1, squares))
-    )
-
-
-def similarity_of(queries, keys, similarity):
-    """Similarities of vectors, (..., D) and (..., D): (...,) float32."""
-    queries, keys = (ops.cast(one, "float32") for one in (queries, keys))
-    if similarity == "l2":
-        return -ops.sum(ops.square(queries - keys), axis=-1)
-    if similarity == "dot":
-        return ops.sum(queries * keys, axis=-1)
-    cosines = ops.sum(unit(queries) * unit(keys), axis=-1)
-    # Rounding may lead beyond 1. Gradients are the cosine's all the same.
-    return cosines + ops.stop_gradient(ops.clip(cosines, -1, 1) - cosines)
-
-
-def places_of_sample(size, xp=np):
-    """(SAMPLE,) int32 from 0 to size - 1, where to look for the `middle`; of
-    (B, 1) sizes, (B, SAMPLE), with `keras.ops`."""
-    steps, last = xp.arange(SAMPLE, dtype="int32"), SAMPLE - 1
-    # Their product with the size may be too large for an int32.
-    return (size - 1) // last * steps + (size - 1) % last * steps // last
-
-
-def middle(vectors):
-    """A point amid most of (..., SAMPLE, D) vectors, however far some are: the
-    medians of the components; (..., 1, D)."""
-    half = SAMPLE // 2
-    return ops.sort(vectors, axis=-2)[..., half : half + 1, :]
-
-
-def is_sound(vectors):
-    """True where all components are numbers that can be computed with."""
-    vectors = ops.cast(vectors, "float32")
-    return ops.all(ops.abs(vectors) <= LARGEST, axis=-1)

@@ -31,12 +31,12 @@ from keras_memory.retrieval.entries import check_bytes_of_entries
 from keras_memory.retrieval.entries import check_value_dtype
 from keras_memory.retrieval.entries import check_vectors
 from keras_memory.retrieval.entries import to_numpy
-from keras_memory.retrieval.exact import SIMILARITIES
 from keras_memory.retrieval.exact import Neighbours
 from keras_memory.retrieval.exact_row import ExactRow
 from keras_memory.retrieval.ring import RingMemory
 from keras_memory.retrieval.scann_row import Builder
 from keras_memory.retrieval.scann_row import ScannRow
+from keras_memory.retrieval.similarities import SIMILARITIES
 from keras_memory.retrieval.tuning import check_scann
 from keras_memory.retrieval.tuning import closeness
 from keras_memory.retrieval.tuning import import_error

@@ -23,15 +23,15 @@ from keras_memory.retrieval.entries import check_bytes_of_entries
 from keras_memory.retrieval.entries import check_dtype
 from keras_memory.retrieval.entries import check_value_dtype
 from keras_memory.retrieval.entries import of_values
-from keras_memory.retrieval.exact import SIMILARITIES
 from keras_memory.retrieval.exact import Neighbours
 from keras_memory.retrieval.exact import inner_products
-from keras_memory.retrieval.exact import is_sound
 from keras_memory.retrieval.exact import largest
-from keras_memory.retrieval.exact import middle
-from keras_memory.retrieval.exact import places_of_sample
-from keras_memory.retrieval.exact import similarity_of
-from keras_memory.retrieval.exact import unit
+from keras_memory.retrieval.similarities import SIMILARITIES
+from keras_memory.retrieval.similarities import about_middle
+from keras_memory.retrieval.similarities import is_sound
+from keras_memory.retrieval.similarities import places_of_sample
+from keras_memory.retrieval.similarities import similarity_of
+from keras_memory.retrieval.similarities import unit
 
 QUERIES = 1024  # queries that are compared at a time
 MOST_SLOTS = 1 << 30  # of a row: its count is below twice as many
@@ -302,12 +302,11 @@ class RingMemory:
         bias = ops.where(slots < size, 0.0, -np.inf)
         if self.similarity == "cosine":
             queries, keys = unit(queries), unit(keys)
-        if self.similarity == "l2":  # -|q - k|^2 / 2, but for what all share
-            # Far from zero the difference of products would be rounding.
+        if self.similarity == "l2":
             places = places_of_sample(ops.maximum(size, 1), ops)
-            centre = middle(_rows_at(keys, places))
-            queries, keys = queries - centre, keys - centre
-            bias = bias - 0.5 * ops.sum(keys * keys, axis=-1)
+            sample = _rows_at(keys, places)
+            queries, keys, nearness = about_middle(queries, keys, sample)
+            bias = bias + nearness
         keys = ops.swapaxes(keys, 1, 2)
 
         def search(queries):

@@ -32,14 +32,15 @@ from keras_memory.retrieval.entries import check_bytes_of_entries
 from keras_memory.retrieval.entries import check_value_dtype
 from keras_memory.retrieval.entries import let_in
 from keras_memory.retrieval.entries import of_values
-from keras_memory.retrieval.exact import SIMILARITIES
 from keras_memory.retrieval.exact import Neighbours
-from keras_memory.retrieval.exact import is_sound
-from keras_memory.retrieval.exact import middle
 from keras_memory.retrieval.exact import nearest
-from keras_memory.retrieval.exact import places_of_sample
-from keras_memory.retrieval.exact import similarity_of
-from keras_memory.retrieval.exact import unit
+from keras_memory.retrieval.similarities import SIMILARITIES
+from keras_memory.retrieval.similarities import about_middle
+from keras_memory.retrieval.similarities import is_sound
+from keras_memory.retrieval.similarities import middle
+from keras_memory.retrieval.similarities import places_of_sample
+from keras_memory.retrieval.similarities import similarity_of
+from keras_memory.retrieval.similarities import unit
 from keras_memory.retrieval.tuning import best_tree
 from keras_memory.retrieval.tuning import candidates
 from keras_memory.retrieval.tuning import check_scann
@@ -337,11 +338,9 @@ class ScannIndex(Arguments, keras.layers.Layer):
         bias = None
         if self.similarity == "cosine":
             queries, keys = unit(queries), unit(keys)
-        if self.similarity == "l2":  # far from zero, differences are rounding
+        if self.similarity == "l2":
             sample = ops.take(keys, places_of_sample(keys.shape[0]), axis=0)
-            centre = middle(sample)
-            queries, keys = queries - centre, keys - centre
-            bias = -0.5 * ops.sum(keys * keys, axis=-1)
+            queries, keys, bias = about_middle(queries, keys, sample)
         return nearest(queries, keys, self.top_k, bias)[::-1]
 
     @contextlib.contextmanager
@@ -430,7 +429,7 @@ class _Index:
 
         self._negative = similarity == "l2"
         self._similarity = similarity
-        self._centre = np.median(keys[places_of_sample(len(keys))], axis=0)
+        self._center = middle(keys[places_of_sample(len(keys))], np)
         vectors = ops.convert_to_numpy(self._prepared(keys))
 
         def make(leaves, is_hashed):
@@ -468,7 +467,7 @@ class _Index:
 
     def _prepared(self, vectors):
         if self._similarity == "l2":
-            return vectors - self._centre
+            return vectors - self._center
         return unit(vectors) if self._similarity == "cosine" else vectors
 
     def search(self, queries, top_k):

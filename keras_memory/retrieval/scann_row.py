@@ -8,8 +8,9 @@ from concurrent import futures
 import numpy as np
 
 from keras_memory.retrieval import tuning
-from keras_memory.retrieval.exact import places_of_sample
-from keras_memory.retrieval.exact import unit
+from keras_memory.retrieval.similarities import middle
+from keras_memory.retrieval.similarities import places_of_sample
+from keras_memory.retrieval.similarities import unit
 from keras_memory.retrieval.tuning import best_tree
 from keras_memory.retrieval.tuning import candidates
 from keras_memory.retrieval.tuning import closeness
@@ -355,9 +356,7 @@ class Searcher:
 
         self.is_hashed = is_hashed
         self._similarity = similarity
-        self._centre = np.median(
-            vectors[places_of_sample(len(vectors))], axis=0
-        )
+        self._center = middle(vectors[places_of_sample(len(vectors))], np)
         vectors = self.prepared(vectors)
         builder = scann_ops_pybind.builder(
             vectors, 10, tuning.DISTANCES[similarity]
@@ -372,7 +371,7 @@ class Searcher:
             return unit(vectors, np)
         if self._similarity == "l2":
             # Far from zero ScaNN's distances would be rounding.
-            return vectors - self._centre
+            return vectors - self._center
         return vectors
 
     def search(self, queries, top_k, leaves_to_search=None):

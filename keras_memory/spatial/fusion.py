@@ -10,8 +10,8 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.spatial.geometry import TINY
-from keras_memory.spatial.geometry import at_least
-from keras_memory.spatial.geometry import float_tensors
+from keras_memory.spatial.tensors import at_least
+from keras_memory.spatial.tensors import float_tensors
 
 # Measurements.
 

@@ -7,7 +7,8 @@ from keras import ops
 from keras_memory.checks import check_array
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
-from keras_memory.spatial import geometry
+from keras_memory.spatial.cameras import check_camera
+from keras_memory.spatial.cameras import check_depth
 
 # Axes behind batch and time of what a camera tells, and of the motion.
 CAMERA = {
@@ -104,7 +105,7 @@ class MapInputs:
         # Only what has numbers has a rank, by which some axes are left out.
         rank = len(check_array(path, value, kind=kind).shape)
         if name == "depth":
-            geometry.check_depth(path, value, self.depth_scale)
+            check_depth(path, value, self.depth_scale)
         if name in CONSTANT and rank == len(axes) - 1:
             axes = (axes[0], *axes[-2:])
         is_image = name in ("depth", "mask") and rank == len(axes) + 1
@@ -129,7 +130,7 @@ class MapInputs:
             known = ops.is_tensor(value) and self.built
             known = None if known else values_of(value)
             if known is not None:
-                geometry.check_camera(path, known, self.convention)
+                check_camera(path, known, self.convention)
         return tensor[..., 0] if is_image else tensor
 
 

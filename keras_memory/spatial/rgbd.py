@@ -30,6 +30,7 @@ from keras_memory.checks import check_one_of
 from keras_memory.files import atomic_write
 from keras_memory.files import atomic_write_all
 from keras_memory.files import check_path
+from keras_memory.spatial import cameras
 from keras_memory.spatial import geometry
 
 KINDS = "depth", "colour"
@@ -77,20 +78,20 @@ def read_frames(folder, convention="esm"):
             of poses than of frames, poses that are none, or no two focal
             lengths and principal point.
     """
-    wanted = geometry.camera_axes(convention)[:, :3]
+    wanted = cameras.camera_axes(convention)[:, :3]
     folder = check_path("folder", folder)
     text = (folder / "camera.json").read_text(errors="replace")
     try:
         camera = json.loads(text)
-        inverse_intrinsics = geometry.inverse_intrinsics(
+        inverse_intrinsics = cameras.inverse_intrinsics(
             camera["focal_lengths"], camera["principal_point"], convention
         )
-        given = geometry.camera_axes(camera.get("convention", "esm"))[:, :3]
+        given = cameras.camera_axes(camera.get("convention", "esm"))[:, :3]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "`camera.json` must have `focal_lengths` and `principal_point`, "
             "two numbers each, the first positive, and may have `convention`, "
-            f"one of {tuple(geometry.CONVENTIONS)}. Received: "
+            f"one of {tuple(cameras.CONVENTIONS)}. Received: "
             f"{text[:200]!r} in {folder}"
         ) from error
     try:
@@ -178,7 +179,7 @@ def write_frames(folder, frames, convention="esm"):
     from PIL import Image
 
     folder = check_path("folder", folder)
-    check_one_of("convention", convention, geometry.CONVENTIONS)
+    check_one_of("convention", convention, cameras.CONVENTIONS)
     if not isinstance(frames, tuple) or len(frames) != len(Frames._fields):
         raise ValueError(f"`frames` must be `Frames`. Received: {frames!r}")
     frames, sizes = Frames(*frames), {}
@@ -186,7 +187,7 @@ def write_frames(folder, frames, convention="esm"):
         _array(f"frames.{name}", getattr(frames, name), axes, sizes)
         for name, axes in AXES.items()
     )
-    geometry.check_depth("frames.depth", frames.depth)
+    cameras.check_depth("frames.depth", frames.depth)
     if not depth.size:
         raise ValueError(
             "`frames.depth` must have at least one of each axis. Received: "
@@ -236,12 +237,12 @@ def _array(name, value, axes, sizes):
 
 def _intrinsics(name, inverse, convention):
     """Focal lengths and principal point, of `geometry.inverse_intrinsics`."""
-    geometry.check_camera(name, inverse, convention)
+    cameras.check_camera(name, inverse, convention)
     focal = [1 / abs(x) if x else 0.0 for x in np.diag(inverse)[:2].tolist()]
     middle = np.abs(focal) * inverse[:2, 2]
     middle = (middle if convention == "esm" else -middle).tolist()
     with contextlib.suppress(ValueError):
-        pinhole = geometry.inverse_intrinsics(focal, middle, convention)
+        pinhole = cameras.inverse_intrinsics(focal, middle, convention)
         if np.allclose(pinhole, inverse, 1e-4, 1e-6):
             return focal, middle
     raise ValueError(

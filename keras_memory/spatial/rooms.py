@@ -9,7 +9,7 @@ import numpy as np
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
-from keras_memory.spatial import geometry
+from keras_memory.spatial import cameras
 
 COLOURS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
     [
@@ -137,7 +137,7 @@ class Room:
         if inverse_intrinsics is not None:
             name = "inverse_intrinsics"
             inverse = _array(name, inverse_intrinsics, (3, 3))
-            geometry.check_camera(name, inverse)
+            cameras.check_camera(name, inverse)
         rows, columns = np.mgrid[:height, :width]
         pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
         directions = pixels @ (pose[:, :3] @ inverse).T
@@ -176,7 +176,7 @@ def right_angle(height, width):
     """(3, 3) inverse intrinsics of a camera that sees 90 degrees across."""
     height, width = check_size("height", height), check_size("width", width)
     middle = (width - 1) / 2, (height - 1) / 2
-    return geometry.inverse_intrinsics((width / 2, width / 2), middle)
+    return cameras.inverse_intrinsics((width / 2, width / 2), middle)
 
 
 def _array(name, value, axes):

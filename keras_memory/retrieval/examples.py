@@ -1,0 +1,136 @@
+"""Examples that inputs are compared with, all of them or the nearest ones.
+
+Axes: B inputs, M examples, D width of both, K nearest examples. Gradients flow
+through the similarities. Keys of the cosine are unit vectors already.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_memory.retrieval.exact import inner_products
+from keras_memory.retrieval.exact import nearest
+from keras_memory.retrieval.similarities import LARGEST
+from keras_memory.retrieval.similarities import about_middle
+from keras_memory.retrieval.similarities import places_of_sample
+
+FEW = 2**17  # components of a memory whose differences from an input are taken
+FARTHEST = 1e37  # squared distance: infinities have no gradient
+
+
+def compare(queries, keys, similarity, mask=None):
+    """How near each example is to each input.
+
+    Args:
+        queries: (B, D).
+        keys: (M, D), or (B, M, D), a memory for each input.
+        similarity: str, `"cosine"`, `"dot"` or `"l2"`; of the last one it may
+            be that plus a number for each input.
+        mask: (M,) or (B, M) bool, which examples count; None for all.
+
+    Returns:
+        (B, M), -inf for examples that do not count.
+    """
+    if similarity == "l2":
+        found = _minus_squares(queries, keys, mask)
+    else:
+        found = _products(queries, keys)
+    return found if mask is None else _least_unless(mask, found)
+
+
+def nearest_examples(queries, keys, top_k, similarity, mask=None):
+    """The examples with the largest similarities.
+
+    Args:
+        queries, keys, similarity, mask: as of `compare`.
+        top_k: int, K, or M where that is smaller.
+
+    Returns:
+        (B, K), -inf for examples that do not count, and their int32 indices.
+        Nothing is differentiated.
+    """
+    size = keys.shape[-2]
+    if isinstance(size, int):
+        top_k = min(top_k, size)
+    else:
+        top_k = _smaller(top_k, ops.shape(keys)[-2])
+    is_l2 = similarity == "l2"
+    if len(keys.shape) == 3 or (is_l2 and _are_few(keys)):
+        found = compare(queries, keys, similarity, mask)
+        found, indices = ops.top_k(ops.stop_gradient(found), top_k)
+        return found, ops.cast(indices, "int32")
+    bias = ops.zeros_like(keys[:, 0])
+    if is_l2:
+        sample = _sample_of(keys, mask)
+        queries, keys, bias = about_middle(queries, keys, sample, LARGEST)
+    bias = bias if mask is None else _least_unless(mask, bias)
+    return nearest(queries, keys, top_k, bias)
+
+
+def _products(queries, keys):
+    """(B, D) with (M, D) or (B, M, D): (B, M)."""
+    if len(keys.shape) == 2:
+        return ops.matmul(queries, ops.transpose(keys))
+    return ops.matmul(keys, queries[:, :, None])[:, :, 0]
+
+
+def _minus_squares(queries, keys, mask):
+    """-|q - k|^2 of each query and key, plus a number for each query.
+
+    Sums of squared differences where keys are few, so that no key has a part
+    in the rounding of another one, and the number is 0; else products about
+    the middle of those that count.
+    """
+    if len(keys.shape) == 2 and keys.shape[0] is None:
+        return ops.cond(
+            ops.shape(keys)[0] * keys.shape[1] <= FEW,
+            lambda: _by_differences(queries, keys),
+            lambda: _by_products(queries, keys, mask),
+        )
+    if _are_few(keys):
+        return _by_differences(queries, keys)
+    return _by_products(queries, keys, mask)
+
+
+def _by_differences(queries, keys):
+    squares = ops.sum(ops.square(queries[:, None] - keys), axis=-1)
+    return -ops.where(squares > FARTHEST, FARTHEST, squares)
+
+
+def _by_products(queries, keys, mask):
+    sample = _sample_of(keys, mask)
+    queries, keys, bias = about_middle(queries, keys, sample, LARGEST)
+    return 2.0 * (inner_products(queries, ops.transpose(keys)) + bias)
+
+
+def _are_few(keys):
+    """Whether an array of all differences, (B, M, D), can be afforded: where
+    each input has a memory of its own there is such an array already."""
+    number = keys.shape[-2]
+    known = len(keys.shape) == 2 and isinstance(number, int)
+    return not known or number * keys.shape[-1] <= FEW
+
+
+def _sample_of(keys, mask):
+    """(SAMPLE, D), some of (M, D) keys that count for any input."""
+    if mask is None:
+        places = places_of_sample(ops.shape(keys)[0], ops)
+    else:
+        counts = mask if len(mask.shape) == 1 else ops.any(mask, axis=0)
+        number = ops.maximum(ops.sum(ops.cast(counts, "int32")), 1)
+        order = ops.argsort(ops.cast(~counts, "int32"))
+        places = ops.take(order, places_of_sample(number, ops))
+    return ops.take(keys, places, axis=0)
+
+
+def _least_unless(counts, similarity):
+    return ops.where(counts, similarity, -np.inf)
+
+
+def _smaller(number, size):
+    """Of a number and a size that a graph does not know."""
+    if keras.backend.backend() == "jax":  # of a model that is exported
+        from jax import core
+
+        return core.min_dim(number, size)
+    return ops.minimum(number, size)
