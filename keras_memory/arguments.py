@@ -212,10 +212,10 @@ def config_with_layers(owner, names):
     return values
 
 
-def layers_from_config(config):
+def layers_from_config(config, custom_objects=None):
     """A configuration whose layers are there again."""
     return {
-        name: keras.saving.deserialize_keras_object(value)
+        name: keras.saving.deserialize_keras_object(value, custom_objects)
         if name in ("encoder", "head", "classifier") and isinstance(value, dict)
         else value
         for name, value in config.items()

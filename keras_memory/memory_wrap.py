@@ -413,8 +413,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         return {**super().get_config(), **config_with_layers(self, names)}
 
     @classmethod
-    def from_config(cls, config):
-        return cls(**layers_from_config(config))
+    def from_config(cls, config, custom_objects=None):
+        return cls(**layers_from_config(config, custom_objects))
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")

@@ -594,8 +594,8 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config):
-        return cls(**layers_from_config(config))
+    def from_config(cls, config, custom_objects=None):
+        return cls(**layers_from_config(config, custom_objects))
 
 
 def _one_input(x):

@@ -959,6 +959,19 @@ def test_sample_weights_and_examples_from_elsewhere(clusters):
     assert all((memory == row).all(axis=1).any() for row in inputs)
 
 
+def test_layers_of_ones_own_come_back():
+    class Mine(keras.layers.Dense):
+        pass
+
+    given = {"custom_objects": {"Mine": Mine}}
+    layer = MemoryWrapLayer(3, head=Mine(2))
+    copy = MemoryWrapLayer.from_config(layer.get_config(), **given)
+    assert type(copy.head) is Mine
+    model = MemoryWrapClassifier(Mine(4), 3, 7)
+    copy = MemoryWrapClassifier.from_config(model.get_config(), **given)
+    assert type(copy.encoder) is Mine
+
+
 def test_a_refused_memory_leaves_the_old_one(clusters):
     x, y = clusters
     model = classifier()
