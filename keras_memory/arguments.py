@@ -74,7 +74,7 @@ def parameters(bases):
     `B.__init__(self, y=1, name=None)` they are x, y and name, the last two by
     keyword only.
     """
-    found, is_positional = {}, True
+    by_name, is_positional = {}, True
     for base in bases:
         if "__init__" not in vars(base):
             continue
@@ -84,18 +84,18 @@ def parameters(bases):
             if parameter.kind in (POSITIONAL, KEYWORD):
                 if not is_positional:
                     parameter = parameter.replace(kind=KEYWORD)
-                found.setdefault(parameter.name, parameter)
+                by_name.setdefault(parameter.name, parameter)
         is_positional = inspect.Parameter.VAR_POSITIONAL in kinds and not any(
             parameter.kind is POSITIONAL
             and parameter.default is not parameter.empty
-            for parameter in found.values()
+            for parameter in by_name.values()
         )
         if base is keras.layers.Layer:
             break  # behind it come the backend's, which take none
         is_last = inspect.Parameter.VAR_KEYWORD not in kinds
         if is_last and issubclass(base, Arguments):
             break  # `keras.Model.__init__` calls none behind it
-    return found
+    return by_name
 
 
 def given(arguments):
@@ -179,10 +179,12 @@ def _refuse(written, name, value):
             f"{written.__name__} has no argument `{name}`: it is called "
             f"`{RENAMED[name]}` now. Received: {name}={value!r}"
         )
-    words = set(name.split("_"))
-    close = [one for one in names if words <= set(one.split("_"))]
+    parts = set(name.split("_"))
+    close = [
+        candidate for candidate in names if parts <= set(candidate.split("_"))
+    ]
     close += difflib.get_close_matches(name, names)
-    close = " or ".join(f"`{one}`" for one in dict.fromkeys(close))
+    close = " or ".join(f"`{candidate}`" for candidate in dict.fromkeys(close))
     hint = f"Did you mean {close}?" if close else f"It has: {', '.join(names)}."
     raise TypeError(
         f"{written.__name__} has no argument `{name}`. {hint} "

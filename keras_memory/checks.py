@@ -69,15 +69,15 @@ def make_plain(instance):
         object.__setattr__(instance, field.name, value)
 
 
-def check_whole(name, value, least=1, most=None, others=""):
+def check_whole(name, value, least=1, largest=None, others=""):
     """An int, or ValueError unless `value` is an integer from `least` to
-    `most`; `others` says what else it may be."""
+    `largest`; `others` says what else it may be."""
     value = plain(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    if not whole or value < least or (largest is not None and value > largest):
         wanted = f"of at least {least}"
         if whole and value > least:
-            wanted = f"from {least} to {most}"
+            wanted = f"from {least} to {largest}"
         raise ValueError(
             f"`{name}` must be an integer {wanted}{others}. "
             f"Received: {name}={value!r}"
@@ -153,7 +153,7 @@ def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):
 
 def _in_words(size):
     units = ("EB", 10**18), ("PB", 10**15), ("TB", 10**12), ("GB", 10**9)
-    name, unit = next((one for one in units if size >= one[1]), units[-1])
+    name, unit = next((pair for pair in units if size >= pair[1]), units[-1])
     digits = ".3g" if size < 100 * unit else ",.0f"
     return f"{size / unit:{digits}} {name}"
 
@@ -249,37 +249,37 @@ def check_array(
     is_tensor = isinstance(value, (keras.KerasTensor, keras.Variable))
     is_tensor = is_tensor or ops.is_tensor(value)
     is_list = not is_tensor and not hasattr(value, "dtype")
-    found = value if is_tensor else _as_numpy(name, value, axes, sizes, kind)
+    array = value if is_tensor else _as_numpy(name, value, axes, sizes, kind)
     letters, _ = KINDS[kind]
     is_dense = type(value).__name__ not in ("RaggedTensor", "SparseTensor")
-    if not is_dense or _kind_of(found) not in letters:
+    if not is_dense or _kind_of(array) not in letters:
         is_named = value is None or not is_dense
-        got = type(value).__name__ if is_named else _described(found)
-        is_number = remedy and _kind_of(found) in KINDS["real"][0]
+        got = type(value).__name__ if is_named else _described(array)
+        is_number = remedy and _kind_of(array) in KINDS["real"][0]
         wanted = _wanted(name, axes, sizes, kind)
         wanted += f" {remedy}" if is_number else ""
         raise ValueError(f"{wanted} Received: {got}")
-    shape = tuple(found.shape)
+    shape = tuple(array.shape)
     known = _fitting(shape, axes, sizes)
     if known is None:
         raise ValueError(
-            f"{_wanted(name, axes, sizes, kind)} Received: {_described(found)}"
+            f"{_wanted(name, axes, sizes, kind)} Received: {_described(array)}"
         )
     if dtype is None and kind == "real":
-        if is_list or _kind_of(found) != "f":
+        if is_list or _kind_of(array) != "f":
             dtype = keras.config.floatx()
     if remedy is not None and dtype is not None:
-        check_exact(name, found, dtype, remedy)
+        check_exact(name, array, dtype, remedy)
     sizes.update(known)
     if isinstance(value, keras.KerasTensor) or result == "given":
-        return found
+        return array
     if result == "tensor":
         check_process(name)
     if result == "numpy":
-        return np.asarray(ops.convert_to_numpy(found), dtype)
-    if dtype is not None and ops.is_tensor(found):
-        return ops.cast(found, dtype)
-    return ops.convert_to_tensor(found, dtype)
+        return np.asarray(ops.convert_to_numpy(array), dtype)
+    if dtype is not None and ops.is_tensor(array):
+        return ops.cast(array, dtype)
+    return ops.convert_to_tensor(array, dtype)
 
 
 def check_exact(name, array, dtype, remedy):
@@ -304,16 +304,16 @@ def check_exact(name, array, dtype, remedy):
     is_integer = dtype.startswith(("int", "uint"))
     if is_integer:
         limits = np.iinfo(dtype)
-        least, most = limits.min, limits.max
+        least, largest = limits.min, limits.max
     else:  # up to so many all are exact
-        most = 1 << (ml_dtypes.finfo(dtype).nmant + 1)
-        least = -most
-    beyond = numbers[(numbers < least) | (numbers > most)]
+        largest = 1 << (ml_dtypes.finfo(dtype).nmant + 1)
+        least = -largest
+    beyond = numbers[(numbers < least) | (numbers > largest)]
     inexact = beyond.tolist()
     if inexact and not is_integer:
         with np.errstate(over="ignore"):
             rounded = beyond.astype(dtype).astype("float64").tolist()
-        inexact = [n for n, other in zip(inexact, rounded) if n != other]
+        inexact = [n for n, nearest in zip(inexact, rounded) if n != nearest]
     if inexact:
         got = _described(array)
         got = f"{inexact[0]}, {got}" if numbers is array else got
@@ -325,15 +325,15 @@ def check_exact(name, array, dtype, remedy):
 
 def _as_numpy(name, value, axes, sizes, kind):
     try:
-        found = np.asarray(value)
+        array = np.asarray(value)
     except Exception as error:  # a ragged list, or what refuses to be one
         raise ValueError(
             f"{_wanted(name, axes, sizes, kind)} "
             f"Received: {type(value).__name__} ({error})"
         ) from error
-    empty = kind != "real" and found.size == 0 and not hasattr(value, "dtype")
+    empty = kind != "real" and array.size == 0 and not hasattr(value, "dtype")
     return (
-        found.astype("bool" if kind == "bool" else "int32") if empty else found
+        array.astype("bool" if kind == "bool" else "int32") if empty else array
     )
 
 
@@ -384,9 +384,9 @@ def _fitting(shape, axes, sizes):
 
 
 def _wanted(name, axes, sizes, kind):
-    words = KINDS[kind][1]
+    description = KINDS[kind][1]
     if axes is None:
-        return f"`{name}` must be an array of {words}."
+        return f"`{name}` must be an array of {description}."
     shape = ", ".join(
         "..." if axis is ... else "any" if axis is None else str(axis)
         for axis in axes
@@ -398,7 +398,7 @@ def _wanted(name, axes, sizes, kind):
         if isinstance(axis, str) and sizes.get(axis) is not None
     ]
     where = f" with {', '.join(known)}" if known else ""
-    return f"`{name}` must be an array {shape} of {words}{where}."
+    return f"`{name}` must be an array {shape} of {description}{where}."
 
 
 def _described(array):
@@ -529,13 +529,13 @@ def check_clip(name, value):
     return value
 
 
-def check_bool(name, value, others=""):
-    """A bool, or ValueError unless `value` is one, of Python or NumPy; `others`
-    says what else it may be."""
+def check_bool(name, value, alternatives=""):
+    """A bool, or ValueError unless `value` is one, of Python or NumPy;
+    `alternatives` says what else it may be."""
     value = plain(value)
     if not isinstance(value, bool):
         raise ValueError(
-            f"`{name}` must be True or False{others}. "
+            f"`{name}` must be True or False{alternatives}. "
             f"Received: {name}={value!r}"
         )
     return value
@@ -552,15 +552,17 @@ def check_one_of(name, value, choices):
     return value
 
 
-def check_closed(name, value, least, most=np.inf, or_none=False):
-    """Raises ValueError unless `value` is a number from `least` to `most`, or
-    None where that has a meaning."""
+def check_closed(name, value, least, largest=np.inf, or_none=False):
+    """Raises ValueError unless `value` is a number from `least` to `largest`,
+    or None where that has a meaning."""
     value = plain(value)
     if value is None and or_none:
         return value
-    if not (is_number(value) and least <= value <= most):
+    if not (is_number(value) and least <= value <= largest):
         wanted = (
-            f"in [{least}, {most}]" if most < np.inf else f"at least {least}"
+            f"in [{least}, {largest}]"
+            if largest < np.inf
+            else f"at least {least}"
         )
         raise ValueError(
             f"`{name}` must be {wanted}{', or None' if or_none else ''}. "

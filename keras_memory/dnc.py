@@ -401,8 +401,8 @@ def _rows_held(x):
 def _links_held(x):
     def largest(x):
         rows, columns = ops.sum(x, axis=-1), ops.sum(x, axis=-2)
-        most = ops.max(ops.maximum(rows, columns), axis=-1, initial=0.0)
-        return most[:, :, None, None]
+        largest_sum = ops.max(ops.maximum(rows, columns), axis=-1, initial=0.0)
+        return largest_sum[:, :, None, None]
 
     return _held(x, largest)
 
@@ -435,12 +435,12 @@ class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
     """
 
     def build(self, input_shape):
-        most = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
-        if self.sparse_links and most and self.memory_slots > most:
+        largest = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
+        if self.sparse_links and largest and self.memory_slots > largest:
             raise ValueError(
                 "With `sparse_links` the state has columns of links, whole "
                 f"numbers below `memory_slots`, which {self.compute_dtype} has "
-                f"exactly up to {most} only. Received: "
+                f"exactly up to {largest} only. Received: "
                 f"memory_slots={self.memory_slots}"
             )
         super().build(input_shape)

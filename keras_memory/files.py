@@ -173,8 +173,8 @@ def atomic_write_all(folder):
             written = sorted(aside.rglob("*"))
             for path in filter(os.path.isfile, written):
                 fsync(path)
-        some = "Some of its files may be new, the others are as they were."
-        with explain_os_errors(folder, kept=some):
+        message = "Some of its files may be new, the others are as they were."
+        with explain_os_errors(folder, kept=message):
             for path in filter(os.path.isdir, written):
                 (folder / path.relative_to(aside)).mkdir(exist_ok=True)
             for path in filter(os.path.isfile, written):

@@ -292,11 +292,17 @@ def test_picture(trained, images):
     model((x, x))
     model.set_weights(trained.get_weights())
     model.set_memory(x, y)
-    small = explanations.picture(model, x[:2], most=2, attribution=False)
-    large = explanations.picture(model, x[:2], "abc", most=5)
+    small = explanations.picture(
+        model, x[:2], max_examples=2, attribution=False
+    )
+    large = explanations.picture(model, x[:2], "abc", max_examples=5)
     assert len(large.axes[0].images) > 2 * len(small.axes[0].images)
     inverse = explanations.picture(
-        model, x[:2], most=2, attribution=False, to_image=lambda one: 1 - one
+        model,
+        x[:2],
+        max_examples=2,
+        attribution=False,
+        to_image=lambda one: 1 - one,
     )
     for one, other in zip(small.axes[0].images, inverse.axes[0].images):
         close(one.get_array(), 1 - other.get_array())
@@ -323,7 +329,9 @@ def test_a_picture_marks_what_is_wrong(images):
     )
     assert right == ["right answer", *unknown[1:]]
     assert wrong == ["WRONG answer", "1, is 0", *unknown[2:]]
-    named = visualization.plot_explanations([why], class_names="abc", most=1)
+    named = visualization.plot_explanations(
+        [why], class_names="abc", max_examples=1
+    )
     assert words_of(named) == ["answer", "b", "example", "0.75: b"]
     with pytest.raises(
         ValueError, match=r"`labels` must be \(1,\).*Received: shape \(2,\)"
@@ -472,11 +480,20 @@ def test_refusals(images):
             lambda: explanations.integrated_gradients(model, x[0], x, steps=0),
             "steps",
         ),
-        (lambda: explanations.picture(model, x, most=0), "most"),
+        (
+            lambda: explanations.picture(model, x, max_examples=0),
+            "max_examples",
+        ),
         (lambda: explanations.picture(model, x, ["one"]), "1 names"),
         (lambda: explanations.picture(model, x, 3), "`class_names`.*Rec"),
-        (lambda: explanations.picture(model, x, whys=3), "`whys`.*Rec"),
-        (lambda: explanations.picture(model, x, whys=[1]), "`whys`.*Rec"),
+        (
+            lambda: explanations.picture(model, x, explanations=3),
+            "`explanations`.*Rec",
+        ),
+        (
+            lambda: explanations.picture(model, x, explanations=[1]),
+            "`explanations`.*Rec",
+        ),
         (lambda: explanations.explain(model, x * np.nan), "finite"),
         (
             lambda: explanations.integrated_gradients(model, x[0], x, 3),

@@ -800,7 +800,7 @@ def test_compare_draws_seeds_as_one_and_tells_when(plain_run, tmp_path, capsys):
     other = tmp_path / "other"
     training.train(plain("steps=30", "seed=7"), other, lambda line: None)
     out = tmp_path / "out.png"
-    rows = runs.compare([plain_run, other], out, below=1e9)
+    rows = runs.compare([plain_run, other], out, threshold=1e9)
     assert [row["seed"] for row in rows] == [1, 7]
     assert [row["sequences_below_1e+09"] for row in rows] == [10, 10]
     last = runs.read_history(other, small())[-1]["wrong_bits_per_sequence"]
@@ -1178,7 +1178,11 @@ CALLS = [
     ("folder", NO_PATH, lambda x: runs.compare([x], "x.png")),
     ("path", NO_PATH, lambda x: runs.compare(["."], x)),
     ("by", NO_TEXT, lambda x: runs.compare(["."], "x.png", x)),
-    ("below", (None, "x"), lambda x: runs.compare(["."], "x.png", below=x)),
+    (
+        "threshold",
+        (None, "x"),
+        lambda x: runs.compare(["."], "x.png", threshold=x),
+    ),
     ("config", NO_TEXT, config.to_json),
     ("configuration", (*NO_TEXT, b"{}"), config.from_json),
     ("config", NO_TEXT, lambda x: config.override(x, [])),

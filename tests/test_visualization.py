@@ -711,7 +711,7 @@ def test_what_is_no_number_of_a_map_is_not_seen(sphere):
 
 
 def test_an_animation_shows_contents_beside_heads(trace):
-    animation = visualization.animate(trace, title="copy", most=5)
+    animation = visualization.animate(trace, title="copy", max_steps=5)
     frames = animation.images()
     assert len(frames) == 5
     assert len({frame.shape for frame in frames}) == 1
@@ -727,7 +727,7 @@ def test_an_animation_shows_contents_beside_heads(trace):
 
 
 def test_images_of_an_animation_leave_no_warning(trace):
-    animation = visualization.animate(trace, most=3)
+    animation = visualization.animate(trace, max_steps=3)
     animation.images()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -744,7 +744,7 @@ def test_weights_of_an_animation_have_the_scale_of_a_picture(slots, end):
 
 
 def test_an_animation_is_saved_and_shown(trace, tmp_path):
-    animation = visualization.animate(trace, most=3)
+    animation = visualization.animate(trace, max_steps=3)
     animation.save(tmp_path / "memory.gif", writer="pillow")
     with Image.open(tmp_path / "memory.gif") as gif:
         assert gif.n_frames == 3
@@ -1054,7 +1054,7 @@ BYTES = np.zeros((2, 3, 3), "uint8")
         ("plot_sphere", {"mean": SPHERE}, "ax", (*NO_AXES[:-1], ONE)),
         ("animate", {}, "trace", (*NO_TRACES, {"output": CONTENTS})),
         ("animate", {"trace": TRACE}, "row", (2, -1, None)),
-        ("animate", {"trace": TRACE}, "most", NO_COUNTS),
+        ("animate", {"trace": TRACE}, "max_steps", NO_COUNTS),
         ("animate", {"trace": TRACE}, "slots", NO_SLOTS),
         ("animate", {"trace": TRACE}, "width", NO_WIDTHS),
         ("plot_curves", {}, "series", (None, [], "a", {})),
@@ -1104,7 +1104,7 @@ BYTES = np.zeros((2, 3, 3), "uint8")
                 "inputs": (5, "a", [], [RAGGED], [2 * IMAGE], [IMAGE[0]]),
                 "labels": (3, "a", [1, 2], [0.5]),
                 "class_names": (3, "a", ["one"], {}, []),
-                "most": NO_COUNTS,
+                "max_examples": NO_COUNTS,
                 "ax": NO_AXES,
                 "attributions": (
                     3,

@@ -73,8 +73,8 @@ def sparsemax(logits, axis=-1):
         logits = ops.cast(logits, "float32")
     z = ops.cast(logits, at_least_float32(ops.dtype(logits)))
     # `initial`, or Keras refuses an array of no rows.
-    most = ops.max(z, axis=axis, keepdims=True, initial=-np.inf)
-    z = z - ops.stop_gradient(most)
+    largest = ops.max(z, axis=axis, keepdims=True, initial=-np.inf)
+    z = z - ops.stop_gradient(largest)
 
     def row_sum(x):
         return ops.sum(x, axis=axis, keepdims=True)

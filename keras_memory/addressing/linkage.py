@@ -178,20 +178,20 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     same = ops.logical_and(same, nth == 1)  # a state of zeros has equal ones
     old = old + ops.sum(ops.where(same, new[:, :, :, None], 0.0), axis=4)
     # The K largest stay; -1 is what is in `old` now, or no link.
-    other = ops.logical_and(between, ops.logical_not(ops.any(same, axis=3)))
-    both = ops.concatenate([old, ops.where(other, new, -1.0)], axis=3)
-    columns_of_both = ops.concatenate(
+    is_new = ops.logical_and(between, ops.logical_not(ops.any(same, axis=3)))
+    candidates = ops.concatenate([old, ops.where(is_new, new, -1.0)], axis=3)
+    candidate_columns = ops.concatenate(
         [old_columns, ops.repeat(recent[:, :, None], entries, axis=2)], axis=3
     )
-    staying = _largest(both, entries)
+    staying = _largest(candidates, entries)
     is_row = _put(ops.ones_like(rows), rows, slots)[:, :, None] > 0
 
-    def with_rows(matrix, both):
-        found = ops.swapaxes(_at(both, staying), 2, 3)
-        return ops.where(is_row, _put(found, each_entry, slots), matrix)
+    def with_rows(matrix, values):
+        selected = ops.swapaxes(_at(values, staying), 2, 3)
+        return ops.where(is_row, _put(selected, each_entry, slots), matrix)
 
-    columns = with_rows(columns, columns_of_both)
-    return with_rows(linkage, both), ops.stop_gradient(columns)
+    columns = with_rows(columns, candidate_columns)
+    return with_rows(linkage, candidates), ops.stop_gradient(columns)
 
 
 def follow_sparse_links(linkage, columns, read_weighting):
@@ -220,8 +220,8 @@ def follow_sparse_links(linkage, columns, read_weighting):
         back = ops.reshape(back, (-1, entries * slots, heads))
         backward.append(scatter_add(back, places, size=slots))
     return tuple(
-        ops.transpose(saved_value(ops.stack(found, axis=1)), (0, 3, 1, 2))
-        for found in (forward, backward)
+        ops.transpose(saved_value(ops.stack(weightings, axis=1)), (0, 3, 1, 2))
+        for weightings in (forward, backward)
     )
 
 
@@ -231,31 +231,32 @@ def _largest(x, count):
     x = ops.stop_gradient(x)
     if keras.backend.backend() in ("tensorflow", "jax"):
         return ops.cast(ops.top_k(x, count)[1], ops.dtype(x))
-    found, place = [], ops.arange(x.shape[-1])  # top_k takes any of equal ones
+    # `top_k` takes any of equal ones.
+    indices, place = [], ops.arange(x.shape[-1])
     for _ in range(count):
-        found.append(ops.argmax(x, axis=-1, keepdims=True))
-        x = ops.where(place == found[-1], -np.inf, x)
-    return ops.cast(ops.concatenate(found, axis=-1), ops.dtype(x))
+        indices.append(ops.argmax(x, axis=-1, keepdims=True))
+        x = ops.where(place == indices[-1], -np.inf, x)
+    return ops.cast(ops.concatenate(indices, axis=-1), ops.dtype(x))
 
 
 def _at(x, places):
     """(..., N) at places (..., P) of the same leading axes: (..., P)."""
-    found = gather(
+    values = gather(
         ops.reshape(x, (-1, x.shape[-1], 1)),
         ops.reshape(places, (-1, places.shape[-1])),
     )
-    return ops.reshape(found, (-1, *places.shape[1:]))
+    return ops.reshape(values, (-1, *places.shape[1:]))
 
 
 def _put(x, places, size):
     """(..., P) to places (..., P), added up: (..., size)."""
     count = x.shape[-1]
-    found = scatter_add(
+    sums = scatter_add(
         ops.reshape(x, (-1, count, 1)),
         ops.reshape(places, (-1, count)),
         size=size,
     )
-    return ops.reshape(found, (-1, *x.shape[1:-1], size))
+    return ops.reshape(sums, (-1, *x.shape[1:-1], size))
 
 
 def dense_linkage(linkage, columns):

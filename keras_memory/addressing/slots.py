@@ -113,8 +113,10 @@ def erase_and_add(memory, weighting, erase_vector, add_vector):
     """
     if erase_vector is not None:
         for head in range(weighting.shape[1]):
-            one = slice(head, head + 1)
-            erased = outer_write(erase_vector[:, one], weighting[:, one])
+            selection = slice(head, head + 1)
+            erased = outer_write(
+                erase_vector[:, selection], weighting[:, selection]
+            )
             memory = memory * (1.0 - erased)  # eq. 3
     return memory + outer_write(add_vector, weighting)  # eq. 4
 

@@ -174,10 +174,10 @@ def allocation(usage, usage_epsilon=None, sort=None):
 
 def _is_freer(free, dtype):
     """(B, N, N), 1 where slot j is freer than slot i, or as free and lower."""
-    mine, other = free[:, :, None], free[:, None, :]
+    free_i, free_j = free[:, :, None], free[:, None, :]
     lower = np.tri(free.shape[-1], k=-1, dtype=bool)
-    tied = ops.logical_and(other == mine, lower)
-    return ops.cast(ops.logical_or(other > mine, tied), dtype)
+    tied = ops.logical_and(free_j == free_i, lower)
+    return ops.cast(ops.logical_or(free_j > free_i, tied), dtype)
 
 
 def _sum_of_earlier(x, order, place, from_the_end=False):

@@ -382,7 +382,7 @@ def _collier_name(name):
     # TensorFlow numbers the layers of one scope: no number, _1, _2, ...
     return re.sub(
         r"^init/fully_connected(?:_(\d+))?/",
-        lambda found: f"init/learned_init_{found[1] or 0}/fully_connected/",
+        lambda layer: f"init/learned_init_{layer[1] or 0}/fully_connected/",
         match[1],
     )
 

@@ -135,7 +135,7 @@ TORCH_GATES = {"lstm": [0, 1, 2, 3], "gru": [1, 0, 2], "rnn": [0]}
 
 def torch_layers(weights, name):
     """How many layers a recurrent network has."""
-    return sum(one.startswith(f"{name}.weight_ih_l") for one in weights)
+    return sum(key.startswith(f"{name}.weight_ih_l") for key in weights)
 
 
 def torch_shapes(name, kind, layers, inputs, units, bias=True):
@@ -169,8 +169,8 @@ def torch_controller(weights, name, kind, layers, bias=True):
                 for of in ("ih", "hh")
             )
             # Keras's GRU has both, as its reset gate acts on one of them.
-            both = np.stack([of_inputs, of_hidden])
-            arrays.append(both if kind == "gru" else both.sum(axis=0))
+            biases = np.stack([of_inputs, of_hidden])
+            arrays.append(biases if kind == "gru" else biases.sum(axis=0))
     return arrays
 
 

@@ -112,8 +112,8 @@ def _is_marked(path):
 
 def pictures(folder):
     """Paths of what `ProbePictures` left in a folder, from first to last."""
-    found = _path("folder", folder).glob("[0-9]" * 8 + ".png")
-    return sorted(path for path in found if _is_marked(path))
+    paths = _path("folder", folder).glob("[0-9]" * 8 + ".png")
+    return sorted(path for path in paths if _is_marked(path))
 
 
 def animation(folder, milliseconds=400):
@@ -217,7 +217,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         layers = self.model._flatten_layers()
-        if not any(isinstance(one, recurrent.MemoryRNN) for one in layers):
+        if not any(isinstance(layer, recurrent.MemoryRNN) for layer in layers):
             raise TypeError(
                 "`MemoryTensorBoard` shows recurrent layers of keras_memory, "
                 f"such as `NTMLayer`. Received: {self.model.name!r}, which "
@@ -305,14 +305,14 @@ def _thumbnails(layer, place, parts):
     from keras_memory import visualization
 
     prefix = f"{place}/" if place else ""
-    one = {kind: values[0] for kind, values in parts.items()}
+    sequence = {kind: values[0] for kind, values in parts.items()}
     ways = {kind: parts[kind] for kind in parts if kind.endswith("_weighting")}
     pictures = {}
-    for kind, values in one.items():
+    for kind, values in sequence.items():
         tag = f"{layer}/{prefix}{kind}"
         title = f"{prefix}{kind}".replace("_", " ")
         if kind in ways:
-            heads = named_heads(kind, one)
+            heads = named_heads(kind, sequence)
             values = np.stack([*heads.values()], 1)
             pictures[tag] = visualization.plot_weighting(
                 values, names=list(heads), title=title, width=THUMBNAIL
@@ -324,8 +324,8 @@ def _thumbnails(layer, place, parts):
         elif kind == "linkage" and values.ndim == 4:
             for head in range(values.shape[1]):
                 links = values[:, head]
-                if "link_columns" in one:
-                    columns = one["link_columns"][:, head]
+                if "link_columns" in sequence:
+                    columns = sequence["link_columns"][:, head]
                     links = addressing.dense_linkage(links, columns)
                 several = f"_{head}" * (values.shape[1] > 1)
                 pictures[tag + several] = visualization.plot_linkage(
@@ -351,7 +351,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
     Args:
         log_dir: TensorBoard's folder; the files go to `explanations` in it.
         x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images, a few.
-        class_names, most, attribution, to_image, labels: of
+        class_names, max_examples, attribution, to_image, labels: of
             `explanations.picture`.
         every: int, at least 1, epochs from one look to the next.
 
@@ -379,7 +379,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         log_dir,
         x,
         class_names=None,
-        most=6,
+        max_examples=6,
         attribution=True,
         to_image=None,
         every=1,
@@ -397,7 +397,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         if to_image is not None:
             _function("to_image", to_image)
         self.class_names = class_names
-        self.most = check_size("most", most)
+        self.max_examples = check_size("max_examples", max_examples)
         self.attribution = check_bool("attribution", attribution)
         self.to_image = to_image
         self.every = check_size("every", every)
@@ -417,20 +417,21 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         import tensorflow as tf
 
-        from keras_memory.inspection import explanations
+        from keras_memory.inspection.explanations import explain
+        from keras_memory.inspection.explanations import picture
         from keras_memory.visualization import images
 
         if (epoch + 1) % self.every:
             return
-        whys = explanations.explain(self.model, self.x)
-        figure = explanations.picture(
+        explanations = explain(self.model, self.x)
+        figure = picture(
             self.model,
             self.x,
             self.class_names,
-            self.most,
+            self.max_examples,
             self.attribution,
             to_image=self.to_image,
-            whys=whys,
+            explanations=explanations,
             labels=self.labels,
         )
         if self._writer is None:
@@ -438,7 +439,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         with self._writer.as_default(step=epoch + 1):
             image = images.to_image(figure)
             _write_image("explanations", images.to_png(image), image)
-            used = [len(why.weights) for why in whys]
+            used = [len(why.weights) for why in explanations]
             tf.summary.scalar("examples_used", np.mean(used))
         self._writer.flush()
 

@@ -113,10 +113,10 @@ def explain(model, x, batch_size=128):
     """
     x = _inputs_of(model, x, batch_size)
     memory = _Memory(model)
-    found = Explanations()
+    explanations = Explanations()
     for begin in range(0, len(x), batch_size):
-        found += memory.explain(x[begin : begin + batch_size])
-    return found
+        explanations += memory.explain(x[begin : begin + batch_size])
+    return explanations
 
 
 def explanation_accuracy(model, x, y, batch_size=500):
@@ -151,7 +151,7 @@ def explanation_accuracy(model, x, y, batch_size=500):
     y = check_labels(y, len(x), model.memory_layer.units)
     agrees, right = [], []
     for begin in range(0, len(x), batch_size):
-        some = x[begin : begin + batch_size]
+        batch = x[begin : begin + batch_size]
         memory = _Memory(model)
         if memory.inputs is None:
             raise ValueError(
@@ -159,7 +159,7 @@ def explanation_accuracy(model, x, y, batch_size=500):
                 "and a saved model does not keep them: call `set_memory` "
                 "again. Received: a memory of encodings"
             )
-        logits, weights, indices = memory.look(some)
+        logits, weights, indices = memory.look(batch)
         predictions = logits.argmax(axis=1)
         top = np.take_along_axis(
             indices, weights.argmax(axis=1)[:, None], axis=1
@@ -266,11 +266,11 @@ def picture(
     model,
     x,
     class_names=None,
-    most=6,
+    max_examples=6,
     attribution=True,
     baseline=0.0,
     to_image=None,
-    whys=None,
+    explanations=None,
     labels=None,
 ):
     """Draws inputs beside the examples that decided the answers.
@@ -284,13 +284,13 @@ def picture(
         model: `MemoryWrapClassifier`, whose memory's inputs are known.
         x: (B, ...) inputs, images (H, W), (H, W, 1) or (H, W, 3).
         class_names: sequence of texts, one for each class; None for numbers.
-        most: int, the largest number of examples in a row.
+        max_examples: int, the largest number of examples in a row.
         attribution: bool, whether there are heat maps, by integrated
             gradients of all examples used.
         baseline: of `integrated_gradients`.
         to_image: function from one input to an image in [0, 1], such as the
             inverse of a normalization; None where inputs are in [0, 1].
-        whys: what `explain` gives for `x`; None for calling it.
+        explanations: what `explain` gives for `x`; None for calling it.
         labels: (B,) int or (B, units) one-hot, the true classes of `x`, by
             which wrong answers are marked; None where they are not known.
 
@@ -305,37 +305,43 @@ def picture(
     from keras_memory import visualization
 
     check_model(model, class_names)
-    check_size("most", most)
+    check_size("max_examples", max_examples)
     check_bool("attribution", attribution)
     x = _inputs_of(model, x, 1, axes=("B", "H", "W", ...))
     if labels is not None:
         units = model.memory_layer.units
         labels = check_labels(labels, len(x), units, "labels")
-    whys = explain(model, x) if whys is None else whys
-    is_list = isinstance(whys, (list, tuple)) and len(whys) == len(x)
-    if not is_list or not all(isinstance(why, Explanation) for why in whys):
+    explanations = explain(model, x) if explanations is None else explanations
+    is_list = isinstance(explanations, (list, tuple))
+    if not (
+        is_list
+        and len(explanations) == len(x)
+        and all(isinstance(why, Explanation) for why in explanations)
+    ):
         raise ValueError(
-            f"`whys` must be {len(x)} of `Explanation`, one for each input. "
-            f"Received: {whys!r}"
+            f"`explanations` must be {len(x)} of `Explanation`, one for each "
+            f"input. Received: {explanations!r}"
         )
     attributions = None
-    if attribution and all(why.inputs is not None for why in whys):
+    if attribution and all(why.inputs is not None for why in explanations):
         attributions = [
             integrated_gradients(
                 model, image, why.inputs, why.prediction, baseline
             )
-            for image, why in zip(x, whys)
+            for image, why in zip(x, explanations)
         ]
     if to_image is not None:
-        whys = [
+        explanations = [
             why
             if why.inputs is None
-            else why._replace(inputs=[to_image(one) for one in why.inputs])
-            for why in whys
+            else why._replace(
+                inputs=[to_image(example) for example in why.inputs]
+            )
+            for why in explanations
         ]
         x = [to_image(image) for image in x]
     return visualization.plot_explanations(
-        whys, x, labels, class_names, most, attributions
+        explanations, x, labels, class_names, max_examples, attributions
     )
 
 
@@ -365,9 +371,9 @@ class _Memory:
         if self.drawn is not None:
             inputs = [encodings, self.drawn[0]]
         with without_gradients():
-            found = self.model.memory_layer(inputs, return_weights=True)
+            results = self.model.memory_layer(inputs, return_weights=True)
         outputs, weights, *indices = (
-            ops.convert_to_numpy(one).astype("float64") for one in found
+            ops.convert_to_numpy(result).astype("float64") for result in results
         )
         if not np.isfinite(outputs).all():
             raise ValueError(
@@ -388,15 +394,17 @@ class _Memory:
         layer = self.model.memory_layer
         classes = []
         for begin in range(0, len(different), 128):
-            some = different[begin : begin + 128]
+            indices = different[begin : begin + 128]
             with without_gradients():
                 if self.drawn is not None:
-                    of_some = ops.take(self.drawn[0], some, axis=0)
-                    outputs = layer([of_some, self.drawn[1]])
+                    encodings = ops.take(self.drawn[0], indices, axis=0)
+                    outputs = layer([encodings, self.drawn[1]])
                 else:
-                    others = np.arange(len(self.inputs)) != some[:, None]
-                    encodings = self.model.encode(self.inputs[some])
-                    outputs = layer(encodings, memory_mask=others)
+                    memory_mask = (
+                        np.arange(len(self.inputs)) != indices[:, None]
+                    )
+                    encodings = self.model.encode(self.inputs[indices])
+                    outputs = layer(encodings, memory_mask=memory_mask)
             classes.append(ops.convert_to_numpy(ops.argmax(outputs, axis=1)))
         return np.concatenate(classes)[back.ravel()]
 
@@ -500,13 +508,13 @@ def _gradient_of(function):
         )
 
     def gradient(*arrays):
-        found = differentiate(*arrays)
-        if any(one is None for one in found):
+        gradients = differentiate(*arrays)
+        if any(array is None for array in gradients):
             raise ValueError(
                 "Integrated gradients need an encoder whose output has a "
                 "gradient to its inputs, as one of whole numbers has not. "
                 "Received: one without"
             )
-        return [ops.convert_to_numpy(one) for one in found]
+        return [ops.convert_to_numpy(array) for array in gradients]
 
     return gradient

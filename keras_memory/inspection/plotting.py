@@ -59,7 +59,7 @@ def plot(layer, x, **options):
         }
         return visualization.plot_sphere(*last, **options)
     leaves = keras.tree.flatten(x)
-    if all(isinstance(one, (int, float)) for one in leaves):  # nested lists
+    if all(isinstance(leaf, (int, float)) for leaf in leaves):  # nested lists
         x = check_array("x", x)
     given, traces = {"inputs": x}, {}
     if isinstance(layer, recurrent.MemoryRNN):
@@ -90,18 +90,20 @@ def plot(layer, x, **options):
         and tuple(values.shape[:2]) in shapes.values()
     }
     options = {**given, **options}
-    backward = [one.go_backwards for one, _ in traces.values()]
+    backward = [
+        memory_layer.go_backwards for memory_layer, _ in traces.values()
+    ]
     if all(backward) and options.get("inputs") is not None:
         axes, inputs = ("B", "T", "channels"), options["inputs"]
         inputs = check_array(
             "inputs", inputs, axes, None, "any", result="numpy"
         )
         options["inputs"] = inputs[:, ::-1]
-        words = options.get("title"), "from the last input to the first"
-        options["title"] = ", ".join(filter(None, words))
+        titles = options.get("title"), "from the last input to the first"
+        options["title"] = ", ".join(filter(None, titles))
     shown = {}
-    for name, (one, parts) in traces.items():
-        if one.go_backwards and not all(backward):
+    for name, (memory_layer, parts) in traces.items():
+        if memory_layer.go_backwards and not all(backward):
             parts = {n: ops.flip(values, axis=1) for n, values in parts.items()}
             name += " (right to left)"
         shown[name] = parts

@@ -66,7 +66,7 @@ class Probe:
             if structure is None and name != "inputs":
                 return None
             return keras.tree.map_structure(
-                lambda one: check_numbers(name, one, ("B", ...), sizes),
+                lambda array: check_numbers(name, array, ("B", ...), sizes),
                 structure,
             )
 
@@ -148,5 +148,5 @@ def probe_picture(seen, title, memory=False, **options):
 
 def check_numbers(name, value, axes, sizes=None, kind="any"):
     """An array of NumPy, checked as by `check_array`."""
-    found = check_array(name, value, axes, sizes, kind, result="given")
-    return ops.convert_to_numpy(found)
+    array = check_array(name, value, axes, sizes, kind, result="given")
+    return ops.convert_to_numpy(array)

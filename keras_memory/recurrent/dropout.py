@@ -62,7 +62,7 @@ class SequenceDropout(DropoutRNNCell):
                 continue
             for name in ("_dropout_mask", "_recurrent_dropout_mask"):
                 masks.append((cell, name, getattr(cell, name, None)))
-        return [one for one in masks if one[2] is not None]
+        return [entry for entry in masks if entry[2] is not None]
 
     @contextlib.contextmanager
     def dropping(self, masks):

@@ -34,18 +34,18 @@ from keras_memory.recurrent.backend import vjp
 def shape_pass(step, inputs, states):
     """A `replay.ShapePass` of a step, and `keras.KerasTensor`s like the results
     of `_forward`."""
-    found = []
+    passes = []
 
     def run(inputs, states):
-        found[:] = [replay.ShapePass()]  # Keras may run this twice
-        return _forward(step, found[0], inputs, states)
+        passes[:] = [replay.ShapePass()]  # Keras may run this twice
+        return _forward(step, passes[0], inputs, states)
 
     specs = keras.tree.map_structure(
         lambda x: keras.KerasTensor(x.shape, ops.dtype(x)),
         ([x[:, 0] for x in inputs], states),
     )
     specs = backend.compute_output_spec(run, *specs)
-    return found[0], specs
+    return passes[0], specs
 
 
 def _forward(step, run, inputs, states):
@@ -76,21 +76,23 @@ def run_fast(
     def in_segments(segment):
         # A first one, which keeps everything, makes the others equally long.
         first = (steps - 1) % segment + 1
-        others = _LoopInSegments(segment, step, all_outputs, variables, specs)
+        segmented = _LoopInSegments(
+            segment, step, all_outputs, variables, specs
+        )
         # Of one step, when that is not known here, the others do it once more,
         # as a loop of none cannot be compiled, and it does not count.
         start = first if known else ops.minimum(first, steps - 1)
         head, states_between = loop.run(
             [x[:first] for x in inputs], states, weights
         )
-        rest, after = others.run(
+        rest, after = segmented.run(
             [x[start:] for x in inputs], states_between, weights
         )
-        features = [ops.concatenate(both)[:steps] for both in zip(head, rest)]
+        features = [ops.concatenate(parts)[:steps] for parts in zip(head, rest)]
         if not known:
             after = [
-                ops.where(first < steps, one, other)
-                for one, other in zip(after, states_between)
+                ops.where(first < steps, new, old)
+                for new, old in zip(after, states_between)
             ]
         return features, after
 
@@ -102,8 +104,8 @@ def run_fast(
     elif known:
         features, states = in_segments(segment)
     else:
-        most = ops.maximum(steps - 1, 1)
-        features, states = in_segments(ops.minimum(segment, most))
+        longest = ops.maximum(steps - 1, 1)
+        features, states = in_segments(ops.minimum(segment, longest))
     return ops.swapaxes(features[0], 0, 1) if all_outputs else None, states
 
 
@@ -292,9 +294,9 @@ def _sum(sums, more):
     )
 
 
-def _cast_like(arrays, others):
+def _cast_like(arrays, references):
     return keras.tree.map_structure(
-        lambda a, b: ops.cast(a, ops.dtype(b)), arrays, others
+        lambda a, b: ops.cast(a, ops.dtype(b)), arrays, references
     )
 
 

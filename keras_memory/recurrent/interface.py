@@ -76,8 +76,8 @@ class StateSpec:
     def shape_in_step(self):
         if not self.transposed:
             return self.shape
-        *others, a, b = self.shape
-        return (*others, b, a)
+        *leading, a, b = self.shape
+        return (*leading, b, a)
 
     @property
     def is_weight(self):

@@ -119,15 +119,20 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if cell is not None:
             cls.cell_class = cell
             own = init_parameters(MemoryRNN)
-            both = {**init_parameters(cell), **own}
-            both.pop("accesses", None)
+            all_parameters = {**init_parameters(cell), **own}
+            all_parameters.pop("accesses", None)
             if "__init__" not in vars(cls):
-                parameters = sorted(both.values(), key=lambda p: p.kind)
+                parameters = sorted(
+                    all_parameters.values(), key=lambda p: p.kind
+                )
                 cls.__signature__ = ClassAttribute(
                     inspect.Signature(parameters)
                 )
             cls.__doc__ = with_arguments(
-                cls.__doc__, both, MemoryCell.__doc__, MemoryRNN.__doc__
+                cls.__doc__,
+                all_parameters,
+                MemoryCell.__doc__,
+                MemoryRNN.__doc__,
             )
             # The same attributes on all backends, whose classes have names of
             # their own: `share_memory` is one of PyTorch's.

@@ -20,7 +20,9 @@ class Trace(dict):
     picture. `keras.tree` treats it as one leaf: pass it `dict(trace)`."""
 
     def __repr__(self):
-        shapes = [f"{name}: {np.shape(one)}" for name, one in self.items()]
+        shapes = [
+            f"{name}: {np.shape(values)}" for name, values in self.items()
+        ]
         return f"Trace({', '.join(shapes)})"
 
     def _repr_png_(self):
@@ -163,8 +165,8 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         padding = ops.zeros_like(inputs)
         sequences = [select(mask, inputs, padding), mask]
     if layer.go_backwards:
-        sequences = [ops.flip(one, axis=1) for one in sequences]
-    sequences = [ops.swapaxes(one, 0, 1) for one in sequences]
+        sequences = [ops.flip(sequence, axis=1) for sequence in sequences]
+    sequences = [ops.swapaxes(sequence, 0, 1) for sequence in sequences]
 
     def step(before, at_step):
         states, held = before

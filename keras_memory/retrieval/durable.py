@@ -155,13 +155,13 @@ class Durable:
             new = self._count - self._stored_count
             if not (new.any() or self._is_cleared.any()):
                 return
-            some, all_ = (
+            new_bytes, all_bytes = (
                 int(np.minimum(counts, self.memory_size).sum())
                 * self._bytes_of_entry
                 for counts in (new, self._count)
             )
-            limit = max(FILE_LEAST, FILE_FACTOR * all_)
-            if self._file.path.stat().st_size + some > limit:
+            limit = max(FILE_LEAST, FILE_FACTOR * all_bytes)
+            if self._file.path.stat().st_size + new_bytes > limit:
                 self._file.commit(self._operations(self._count), replace=True)
             else:
                 cleared = map(self._cleared, np.flatnonzero(self._is_cleared))
@@ -224,8 +224,8 @@ class Durable:
         for row in np.flatnonzero(counts):
             slots = self._slots(row)[-counts[row] :]
             for begin in range(0, len(slots), step):
-                some = slots[begin : begin + step]
-                arrays = self._keys[row, some], self._values[row, some]
+                block = slots[begin : begin + step]
+                arrays = self._keys[row, block], self._values[row, block]
                 yield Operation(row, *arrays)
 
     def _cleared(self, row):

@@ -19,19 +19,20 @@ VALUE_REMEDY = (
 )
 
 
-def check_dtype(name, dtype, choices, others="", in_graph=True):
+def check_dtype(name, dtype, choices, alternatives="", in_graph=True):
     """The name of a dtype, or ValueError unless it is one of `choices` that the
-    backend has, if it is of a graph; `others` says what else it may be."""
+    backend has, if it is of a graph; `alternatives` says what else it may
+    be."""
     try:
-        found = keras.backend.standardize_dtype(dtype)
+        dtype_name = keras.backend.standardize_dtype(dtype)
     except (TypeError, ValueError):
-        found = None
-    if dtype is None or found not in choices:
+        dtype_name = None
+    if dtype is None or dtype_name not in choices:
         raise ValueError(
-            f"`{name}` must be one of {tuple(choices)}{others}. "
+            f"`{name}` must be one of {tuple(choices)}{alternatives}. "
             f"Received: {name}={dtype!r}"
         )
-    is_wide = in_graph and found.endswith("64")
+    is_wide = in_graph and dtype_name.endswith("64")
     if is_wide and keras.backend.backend() == "jax":
         import jax
 
@@ -41,7 +42,7 @@ def check_dtype(name, dtype, choices, others="", in_graph=True):
                 '`jax.config.update("jax_enable_x64", True)` was called. '
                 f"Received: {name}={dtype!r}"
             )
-    return found
+    return dtype_name
 
 
 def check_bytes_of_entries(

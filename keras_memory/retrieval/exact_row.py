@@ -41,19 +41,19 @@ class ExactRow:
         state = self._on_device
         slots = state.keys.shape[1]
         ring = RingMemory(queries.shape[1], slots, 0, self.similarity, "auto")
-        most = min(slots, power_of_two(top_k))
+        padded_top_k = min(slots, power_of_two(top_k))
         parts = []
         for begin in range(0, len(queries), QUERIES):
-            some = queries[begin : begin + QUERIES]
-            more = min(QUERIES, power_of_two(len(some), least=16)) - len(some)
-            padded = np.pad(some, ((0, more), (0, 0)))
-            found = ring.search(
-                state, ops.convert_to_tensor(padded[None]), most
+            block = queries[begin : begin + QUERIES]
+            more = min(QUERIES, power_of_two(len(block), least=16)) - len(block)
+            padded = np.pad(block, ((0, more), (0, 0)))
+            result = ring.search(
+                state, ops.convert_to_tensor(padded[None]), padded_top_k
             )
             parts.append(
                 [
-                    ops.convert_to_numpy(part[0])[: len(some), :top_k]
-                    for part in (found.indices, found.scores)
+                    ops.convert_to_numpy(part[0])[: len(block), :top_k]
+                    for part in (result.indices, result.scores)
                 ]
             )
         return tuple(map(np.concatenate, zip(*parts)))

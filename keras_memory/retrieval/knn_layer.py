@@ -175,7 +175,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         """Forgets all entries."""
         self.memory_count.assign(ops.zeros_like(self.state.count))
 
-    def __call__(self, queries, keys=None, values=None, *others, **named):
+    def __call__(self, queries, keys=None, values=None, *args, **named):
         check_process("KNNMemoryLayer")
         queries = let_in("queries", queries, (None, ..., None))
         any_entries = (None, None, None)
@@ -189,7 +189,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
             # They come back in the dtype that is computed in.
             back = self.value_dtype or self.compute_dtype
             check_exact("values", given, back, VALUE_REMEDY)
-        given = [queries, keys, values, *others]
+        given = [queries, keys, values, *args]
         while given[-1] is None:  # which Keras takes by name only
             given.pop()
         return super().__call__(*given, **named)
@@ -207,15 +207,15 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         given = check_array("queries", queries, (None, ..., self.ring.key_dim))
         rows = self.memory_keys.shape[0]
         queries = check_batch("queries", given, rows)
-        others = {"keys": keys, "values": values}
-        others |= {"keys_mask": keys_mask, "clear": clear}
+        arrays = {"keys": keys, "values": values}
+        arrays |= {"keys_mask": keys_mask, "clear": clear}
         keys, values, keys_mask, clear = (
-            check_batch(name, other, rows) if ops.is_tensor(other) else other
-            for name, other in others.items()
+            check_batch(name, array, rows) if ops.is_tensor(array) else array
+            for name, array in arrays.items()
         )
         if clear is not None:
             state = self.ring.clear(state, clear)
-        found = self.ring.search(state, queries, self.top_k)
+        result = self.ring.search(state, queries, self.top_k)
         if keys is not None:
             state = self.ring.add(state, keys, values, keys_mask)
         if self.write == "always" or (self.write == "training" and training):
@@ -224,11 +224,11 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
                 self.memory_keys.assign(state.keys)
                 self.memory_values.assign(state.values)
         dtype = self.value_dtype or self.compute_dtype
-        found = found._replace(
-            keys=ops.cast(found.keys, self.compute_dtype),
-            values=ops.cast(found.values, dtype),
+        result = result._replace(
+            keys=ops.cast(result.keys, self.compute_dtype),
+            values=ops.cast(result.values, dtype),
         )
-        return Neighbours(*(with_rows_of(part, given) for part in found))
+        return Neighbours(*(with_rows_of(part, given) for part in result))
 
     def get_config(self):
         names = ("memory_size", "top_k", "similarity", "search_method")

@@ -256,10 +256,10 @@ class KNNMemory(Arguments, Durable):
             if is_of_one:
                 keys, values, kept = keys[None], values[None], kept[None]
             slots = np.full(kept.shape, -1, "int32")
-            for i, (row, some) in enumerate(zip(rows, kept)):
-                if some.any():
-                    entries = keys[i, some], values[i, some]
-                    slots[i, some] = self._add(row, *entries)
+            for i, (row, is_kept) in enumerate(zip(rows, kept)):
+                if is_kept.any():
+                    entries = keys[i, is_kept], values[i, is_kept]
+                    slots[i, is_kept] = self._add(row, *entries)
             return slots[0] if is_of_one else slots
 
     def _is_of_one(self, array, rows):
@@ -331,7 +331,7 @@ class KNNMemory(Arguments, Durable):
                 self.key_dim if return_keys else 0,
                 self.value_dim if return_values else 0,
             )
-            found = Neighbours(
+            result = Neighbours(
                 scores,
                 slots,
                 slots >= 0,
@@ -339,28 +339,28 @@ class KNNMemory(Arguments, Durable):
                 np.empty((*shape, widths[1]), self.value_dtype),
             )
             for i, row in enumerate(rows):
-                for of_all, of_found in (
-                    (self._keys, found.keys),
-                    (self._values, found.values),
+                for stored, output in (
+                    (self._keys, result.keys),
+                    (self._values, result.values),
                 ):
-                    if of_found.size:
+                    if output.size:
                         # "wrap" looks at no bounds, and takes -1 for the last.
                         np.take(
-                            of_all[row],
+                            stored[row],
                             slots[i],
                             axis=0,
-                            out=of_found[i],
+                            out=output[i],
                             mode="wrap",
                         )
                         if (slots[i] < 0).any():
-                            of_found[i][slots[i] < 0] = 0
+                            output[i][slots[i] < 0] = 0
         shape = (*queries.shape[:-1], top_k)
         if is_of_one:
             shape = shape[1:]
         return Neighbours(
-            *(part.reshape(shape) for part in found[:3]),
-            found.keys.reshape(*shape, widths[0]),
-            found.values.reshape(*shape, widths[1]),
+            *(part.reshape(shape) for part in result[:3]),
+            result.keys.reshape(*shape, widths[0]),
+            result.values.reshape(*shape, widths[1]),
         )
 
     def _queries(self, queries, rows):
@@ -380,15 +380,15 @@ class KNNMemory(Arguments, Durable):
             self._searches[row] += 1
         if not size or not len(queries):
             return
-        most = min(slots.shape[1], size)
-        found, of_found = self._indexes[row].search(
-            queries, most, self._is_counted
+        count = min(slots.shape[1], size)
+        indices, similarities = self._indexes[row].search(
+            queries, count, self._is_counted
         )
-        is_found = of_found > -np.inf
-        slots[:, :most] = np.where(is_found, found, -1)
-        scores[:, :most] = of_found
+        is_found = similarities > -np.inf
+        slots[:, :count] = np.where(is_found, indices, -1)
+        scores[:, :count] = similarities
         if self.keep_statistics and self._is_counted:
-            hits = np.bincount(found[is_found], minlength=self.memory_size)
+            hits = np.bincount(indices[is_found], minlength=self.memory_size)
             self._hits[row] += hits
             self._hit_at[row, hits > 0] = self._searches[row]
 
@@ -478,7 +478,7 @@ class KNNMemory(Arguments, Durable):
         """
         check_size("top_k", top_k)
         check_size("sample", sample)
-        found = wanted = 0
+        num_found = num_wanted = 0
         with self._lock, self._uncounted():
             rows = self._rows(rows)
             if queries is not None:
@@ -489,27 +489,29 @@ class KNNMemory(Arguments, Durable):
                     of_row = self._keys[row, self._slots(row)]
                 step = max(1, -(-len(of_row) // sample))
                 of_row = of_row[::step]
-                most = min(top_k, int(self.size()[row]))
-                if not most or not len(of_row):
+                count = min(top_k, int(self.size()[row]))
+                if not count or not len(of_row):
                     continue
                 slots = self.search(
                     of_row[None],
-                    most,
+                    count,
                     [row],
                     return_keys=False,
                     return_values=False,
                 ).indices[0]
                 exact = ExactRow(self._keys[row], self.similarity)
                 exact.size = self._indexes[row].size
-                right, _ = exact.search(of_row, most)
+                right, _ = exact.search(of_row, count)
                 near, right = (
-                    closeness(of_row, self._keys[row], self.similarity, some)
-                    for some in (slots, right)
+                    closeness(
+                        of_row, self._keys[row], self.similarity, candidates
+                    )
+                    for candidates in (slots, right)
                 )
                 near = np.where(slots >= 0, near, -np.inf)
-                found += recall(near, right) * right.size
-                wanted += right.size
-        return found / wanted if wanted else 1.0
+                num_found += recall(near, right) * right.size
+                num_wanted += right.size
+        return num_found / num_wanted if num_wanted else 1.0
 
     @contextlib.contextmanager
     def _uncounted(self):

@@ -275,8 +275,8 @@ class RingMemory:
         sound = is_sound(flat)[..., None]
         flat = ops.where(sound, flat, 0.0)
         state = RingState(*map(ops.stop_gradient, state))
-        found, slots = self._find(state, ops.stop_gradient(flat), top_k)
-        mask = sound & (found > -np.inf)
+        products, slots = self._find(state, ops.stop_gradient(flat), top_k)
+        mask = sound & (products > -np.inf)
         keys = _rows_at(state.keys, slots)
         scores = similarity_of(flat[:, :, None], keys, self.similarity)
         neighbours = Neighbours(
@@ -311,8 +311,8 @@ class RingMemory:
 
         def search(queries):
             products = inner_products(queries, keys) + bias[:, None]
-            found, slots = self._largest(products, top_k)
-            return found, ops.cast(slots, "int32")
+            largest, slots = self._largest(products, top_k)
+            return largest, ops.cast(slots, "int32")
 
         number = queries.shape[1]
         if number is None or number <= QUERIES:
@@ -321,12 +321,12 @@ class RingMemory:
         more = blocks * QUERIES - number
         queries = ops.pad(queries, ((0, 0), (0, more), (0, 0)))
         queries = ops.reshape(queries, (-1, blocks, QUERIES, self.key_dim))
-        found = ops.map(search, ops.swapaxes(queries, 0, 1))
+        results = ops.map(search, ops.swapaxes(queries, 0, 1))
         return tuple(
             ops.reshape(
                 ops.swapaxes(part, 0, 1), (-1, blocks * QUERIES, top_k)
             )[:, :number]
-            for part in found
+            for part in results
         )
 
     def _largest(self, products, top_k):

@@ -299,20 +299,22 @@ class ScannIndex(Arguments, keras.layers.Layer):
         keys = ops.convert_to_tensor(self.memory_keys)
         with self._current():
             if self._index is None:
-                slots, found = self._compare(ops.stop_gradient(flat), keys)
+                slots, search_scores = self._compare(
+                    ops.stop_gradient(flat), keys
+                )
             else:
-                slots, found = self._index.search(
+                slots, search_scores = self._index.search(
                     ops.stop_gradient(flat), self.top_k
                 )
         keys = ops.take(keys, slots, axis=0)
         scores = similarity_of(flat[:, None], keys, self.similarity)
         if slots.shape[1] != self.top_k:  # the best of more candidates
-            scores = ops.where(found > -np.inf, scores, -np.inf)
-            found, best = ops.top_k(scores, self.top_k)
+            scores = ops.where(search_scores > -np.inf, scores, -np.inf)
+            search_scores, best = ops.top_k(scores, self.top_k)
             scores = ops.take_along_axis(scores, best, axis=1)
             slots = ops.take_along_axis(slots, best, axis=1)
             keys = ops.take_along_axis(keys, best[..., None], axis=1)
-        mask = sound & (found > -np.inf)
+        mask = sound & (search_scores > -np.inf)
         keys = ops.where(mask[..., None], keys, 0)
         if self.value_dim:
             values = ops.take(

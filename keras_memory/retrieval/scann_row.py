@@ -175,7 +175,7 @@ class ScannRow:
             vectors = self._vectors(np.arange(self.size))
             self._searcher = Searcher(vectors, self._similarity)
             self._flat_for = self.size
-        slots, scores = self._found(queries, top_k)
+        slots, scores = self._search_leaves(queries, top_k)
         searcher = self._searcher
         self._follow()
         if searcher.is_hashed:
@@ -200,13 +200,13 @@ class ScannRow:
     def _note(self, queries, top_k):
         """Keeps what trees are to be tried with."""
         number = min(len(queries), tuning.SAMPLE)
-        some = queries[np.arange(number) * len(queries) // number]
+        sample = queries[np.arange(number) * len(queries) // number]
         if self._latest is not None:
-            some = np.concatenate([self._latest, some])[-tuning.SAMPLE :]
-        self._latest = some
+            sample = np.concatenate([self._latest, sample])[-tuning.SAMPLE :]
+        self._latest = sample
         self._top_k = max(self._top_k, top_k)
 
-    def _found(self, queries, top_k):
+    def _search_leaves(self, queries, top_k):
         """What the searcher finds; in more leaves than usual for those queries
         that would find too few."""
         leaves = self.leaves_to_search
@@ -266,8 +266,8 @@ class ScannRow:
         )
         if more or self._top_k > self._tuned_for:
             return True
-        least, most = (share * self._built_of for share in tuning.TRIED)
-        return self._since_tried >= np.clip(self._since_built / 2, least, most)
+        lower, upper = (share * self._built_of for share in tuning.TRIED)
+        return self._since_tried >= np.clip(self._since_built / 2, lower, upper)
 
     def _work(self, work, epoch, *arguments):
         try:
@@ -289,8 +289,10 @@ class ScannRow:
         vectors = self._vectors(np.arange(size))
         tuned_with = 0 if queries is None else len(queries)
         if tuned_with < tuning.FEW:  # keys are easier to find than queries
-            some = vectors[:: -(-size // tuning.SAMPLE)]
-            queries = np.concatenate([some, *([queries] if tuned_with else [])])
+            sample = vectors[:: -(-size // tuning.SAMPLE)]
+            queries = np.concatenate(
+                [sample, *([queries] if tuned_with else [])]
+            )
             tuned_with = 0
         best = self._best_tree(vectors, queries, min(top_k, size), epoch)
         with self._lock:

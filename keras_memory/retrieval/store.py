@@ -108,8 +108,8 @@ class Store:
         with self._reading() as connection:
             begin = max(self._read + 1, self._meta.first)
             for number in range(begin, self._meta.last + 1):
-                found = connection.execute(SELECT, (number, *sizes)).fetchone()
-                row, count, crc, *blobs = found or [None] * 5
+                record = connection.execute(SELECT, (number, *sizes)).fetchone()
+                row, count, crc, *blobs = record or [None] * 5
                 types = [type(field) for field in (row, count, *blobs)]
                 right = types == [int, int, bytes, bytes]
                 right = right and crc == _checksum((number, row, count), *blobs)
@@ -136,8 +136,8 @@ class Store:
                 self._inode = os.stat(self.path).st_ino
             _pragma(self._connection, "busy_timeout=5000")
             self._connection.execute("BEGIN IMMEDIATE")
-            found = _read_meta(self._connection), os.stat(self.path).st_ino
-            if found != (self._meta, self._inode):
+            current = _read_meta(self._connection), os.stat(self.path).st_ino
+            if current != (self._meta, self._inode):
                 raise OSError("another store is there; open this one anew")
             meta = _write(self._connection, self._meta, operations, config)
             self._connection.execute("COMMIT")
@@ -249,23 +249,23 @@ def _checksum(values, *blobs):
 
 def _read_meta(connection):
     """The `Meta` of a file, which is checked to be a store."""
-    found = {name: _pragma(connection, name) for name in IDENTITY}
-    _check(found == IDENTITY, f"{found} instead of {IDENTITY}")
+    pragmas = {name: _pragma(connection, name) for name in IDENTITY}
+    _check(pragmas == IDENTITY, f"{pragmas} instead of {IDENTITY}")
     schema = "SELECT group_concat(sql, ';') FROM sqlite_master"
-    found = connection.execute(schema).fetchall()
-    _check(found == [(SCHEMA,)], "another schema")
-    found = connection.execute("SELECT * FROM meta LIMIT 2").fetchall()
-    types = [type(field) for row in found for field in row]
+    schemas = connection.execute(schema).fetchall()
+    _check(schemas == [(SCHEMA,)], "another schema")
+    rows = connection.execute("SELECT * FROM meta LIMIT 2").fetchall()
+    types = [type(field) for row in rows for field in row]
     _check(types == [str, int, int, int], "another kind of meta")
-    meta, crc = Meta(*found[0][:3]), found[0][3]
+    meta, crc = Meta(*rows[0][:3]), rows[0][3]
     right = crc == _checksum(meta) and type(json.loads(meta.config)) is dict
     _check(right and 0 < meta.first <= meta.last < 1 << 62, f"{meta}")
     return meta
 
 
-def _check(condition, found):
+def _check(condition, message):
     if not condition:
-        raise sqlite3.DatabaseError(found)
+        raise sqlite3.DatabaseError(message)
 
 
 def _connect(path, mode):

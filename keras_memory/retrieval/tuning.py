@@ -144,8 +144,8 @@ def fewest_leaves(search, leaves, near, right, target):
     while high - low > 1:
         middle = (low + high) // 2
         slots, scores = map(np.asarray, search(middle))
-        found = np.where(scores > -np.inf, near(slots), -np.inf)
-        enough = recall(found, right) >= target
+        retrieved = np.where(scores > -np.inf, near(slots), -np.inf)
+        enough = recall(retrieved, right) >= target
         low, high = (low, middle) if enough else (middle, high)
     return high
 
@@ -168,33 +168,34 @@ def closeness(queries, keys, similarity, slots):
     Returns:
         (Q, n) float64, the larger the nearer.
     """
-    found = np.empty(slots.shape)
+    result = np.empty(slots.shape)
     step = max(1, BLOCK // max(1, slots.shape[1] * keys.shape[1]))
     for begin in range(0, len(queries), step):
-        some = slice(begin, begin + step)
-        near = keys[slots[some]].astype("float64")
-        query = queries[some].astype("float64")
+        block = slice(begin, begin + step)
+        near = keys[slots[block]].astype("float64")
+        query = queries[block].astype("float64")
         if similarity == "l2":
             near -= query[:, None]
-            found[some] = -np.einsum("qnd,qnd->qn", near, near)
+            result[block] = -np.einsum("qnd,qnd->qn", near, near)
             continue
-        found[some] = np.einsum("qnd,qd->qn", near, query)
+        result[block] = np.einsum("qnd,qd->qn", near, query)
         if similarity == "cosine":
             squares = np.einsum("qnd,qnd->qn", near, near)
-            found[some] /= np.sqrt(np.where(squares > 0, squares, 1))
-    return found
+            result[block] /= np.sqrt(np.where(squares > 0, squares, 1))
+    return result
 
 
-def recall(found, right):
+def recall(retrieved, right):
     """The share of right neighbours, or as near ones, that were found.
 
     Args:
-        found: (Q, n) `closeness` of what was found, -inf where nothing was.
+        retrieved: (Q, n) `closeness` of what was found, -inf where nothing
+            was.
         right: (Q, K) that of what should be.
 
     Returns:
         float in [0, 1].
     """
     least = right.min(axis=1, keepdims=True)
-    hits = np.sum(found >= least - ROUNDING * np.abs(least), axis=1)
+    hits = np.sum(retrieved >= least - ROUNDING * np.abs(least), axis=1)
     return float(np.minimum(hits, right.shape[1]).sum() / right.size)

@@ -35,32 +35,32 @@ def titled(layer):
 
 def _names(kind, structure):
     """Names of a model's inputs or outputs; `kind` where they have none."""
-    found = keras.tree.flatten_with_path(structure)
+    leaves = keras.tree.flatten_with_path(structure)
     names = []
-    for index, (path, tensor) in enumerate(found):
+    for index, (path, tensor) in enumerate(leaves):
         name = getattr(tensor, "name", "") if kind == "inputs" else ""
         if any(isinstance(key, str) for key in path):
             name = "_".join(map(str, path))
         if not name or re.fullmatch(KERAS_NAME, name):
-            name = f"{kind}_{index}" if len(found) > 1 else kind
+            name = f"{kind}_{index}" if len(leaves) > 1 else kind
         names.append(name)
     return _allowed(names)
 
 
-def _state_names(calls, others):
-    """Names of all states, in order; none is among `others`."""
+def _state_names(calls, taken):
+    """Names of all states, in order; none is among `taken`."""
     names = [name for call in calls for name in call.names]
-    if len(calls) > 1 or set(_allowed(names)) & set(others):
+    if len(calls) > 1 or set(_allowed(names)) & set(taken):
         layers = _allowed(call.layer.name for call in calls)
         names = [
             f"{layer}_{name}"
             for layer, call in zip(layers, calls)
             for name in call.names
         ]
-    return _allowed(names, others)
+    return _allowed(names, taken)
 
 
-def _allowed(names, others=()):
+def _allowed(names, taken=()):
     """Names as TensorFlow and Python take them, and all different."""
     allowed = []
     for name in names:
@@ -68,10 +68,10 @@ def _allowed(names, others=()):
         no_letter = not name[:1].isalpha()
         if no_letter or keyword.iskeyword(name) or name == "self":
             name = f"arg_{name}"
-        numbers, one = itertools.count(1), name
-        while one in allowed or one in others:
-            one = f"{name}_{next(numbers)}"
-        allowed.append(one)
+        numbers, candidate = itertools.count(1), name
+        while candidate in allowed or candidate in taken:
+            candidate = f"{name}_{next(numbers)}"
+        allowed.append(candidate)
     return allowed
 
 
@@ -110,8 +110,8 @@ def _serving_default(model, choices, probe, expected):
         outputs, _ = _run(model, [inputs[name] for name in probe])
         return outputs[-1][1]
 
-    *others, last = choices
-    for shapes in others:
+    *preferred, last = choices
+    for shapes in preferred:
         if shapes == last:
             break
         try:
@@ -289,13 +289,13 @@ def _run(model, inputs, states=None, unroll=False):
         return noted
 
     def opened(layer, inner_loop):
-        def loop(sequences, initial_state, mask, training=False, *others):
+        def loop(sequences, initial_state, mask, training=False, *arguments):
             if given is not None:
                 initial_state = keras.tree.map_structure(
                     lambda _: next(given), initial_state
                 )
             last, whole, after = inner_loop(
-                sequences, initial_state, mask, training, *others
+                sequences, initial_state, mask, training, *arguments
             )
             call = _Call(
                 layer,
@@ -322,9 +322,9 @@ def _run(model, inputs, states=None, unroll=False):
         # What is within a time step is no loop over the model's time.
         within = {
             id(layer)
-            for one in model._flatten_layers()
-            if isinstance(one, keras.layers.TimeDistributed)
-            for layer in one._flatten_layers(include_self=False)
+            for wrapper in model._flatten_layers()
+            if isinstance(wrapper, keras.layers.TimeDistributed)
+            for layer in wrapper._flatten_layers(include_self=False)
         }
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.TimeDistributed):

@@ -38,7 +38,7 @@ def fuse(means, variances):
     (3.0, 0.3333333333333333)
     """
     lists = {"means": means, "variances": variances}
-    if not all(hasattr(some, "__iter__") for some in lists.values()) or (
+    if not all(hasattr(arrays, "__iter__") for arrays in lists.values()) or (
         not 0 < len(means) == len(variances)
     ):
         raise ValueError(
@@ -48,9 +48,9 @@ def fuse(means, variances):
     axes = tuple(check_array("means[0]", means[0]).shape)
     tensors = float_tensors(
         **{
-            f"{name}[{i}]": (some[i], axes)
-            for name, some in lists.items()
-            for i in range(len(some))
+            f"{name}[{i}]": (arrays[i], axes)
+            for name, arrays in lists.items()
+            for i in range(len(arrays))
         }
     )
     means, variances = tensors[: len(means)], tensors[len(means) :]
@@ -142,30 +142,30 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     beside = column + ops.sign(columns - column)
     above = row + ops.sign(rows - row)
     own = place(column, row)
-    others = [(beside, row), (column, above), (beside, above)]
-    line = ops.concatenate([own, *(place(*other) for other in others)])
+    neighbors = [(beside, row), (column, above), (beside, above)]
+    line = ops.concatenate([own, *(place(*pixel) for pixel in neighbors)])
     nearness = 1.0 / (1.0 + ops.stop_gradient(mean[..., 2]))  # above 0, to 1
     # PyTorch's maxima of segments are those of float32.
     dtype = keras.backend.result_type(ops.dtype(nearness), "float32")
     nearness = ops.reshape(ops.cast(nearness, dtype), (-1,))
     nearness = ops.concatenate([nearness + 1.0, nearness, nearness, nearness])
-    most = ops.segment_max(nearness, line, pixels + 1)
+    largest = ops.segment_max(nearness, line, pixels + 1)
     point = ops.tile(ops.arange(batch * number, dtype="int32"), (4,))
-    point = ops.where(nearness >= ops.take(most, line), point, -1)
+    point = ops.where(nearness >= ops.take(largest, line), point, -1)
     point = ops.segment_max(point, line, pixels + 1)[:pixels]
     is_hole = (point < 0)[:, None]
-    is_own = most[:pixels, None] > 1.0
-    both = ops.concatenate([mean, variance], axis=-1)
-    both = ops.reshape(both, (-1, 2 * channels))
-    kept = ops.take(both, ops.maximum(point, 0), axis=0)
+    is_own = largest[:pixels, None] > 1.0
+    moments = ops.concatenate([mean, variance], axis=-1)
+    moments = ops.reshape(moments, (-1, 2 * channels))
+    kept = ops.take(moments, ops.maximum(point, 0), axis=0)
     mean = ops.where(is_hole, 0.0, kept[:, :channels])
     variance = ops.where(is_hole, np.inf, kept[:, channels:])
     if not depth_buffer:
-        around = ops.floor((both[:, :1] + 0.5) / width)
-        means = both[:, :channels] - ops.pad(
+        around = ops.floor((moments[:, :1] + 0.5) / width)
+        means = moments[:, :channels] - ops.pad(
             width * ops.stop_gradient(around), ((0, 0), (0, channels - 1))
         )
-        precision = 1.0 / at_least(both[:, channels:], TINY)
+        precision = 1.0 / at_least(moments[:, channels:], TINY)
         sums = ops.concatenate([means * precision, precision], axis=-1)
         sums = ops.segment_sum(sums, own, pixels + 1)[:pixels]
         fused = _from_sums(sums[:, :channels], sums[:, channels:])
@@ -222,10 +222,10 @@ def _check_around(image, size):
 def _pad_poles(image, size):
     height, width = image.shape[1:3]
     # Beyond a pole is the other side.
-    other = ops.roll(image, width // 2, axis=2)
-    above = ops.flip(other[:, :size], axis=1)
-    below = ops.flip(other[:, height - size :], axis=1)
-    return ops.concatenate([above, image, below], axis=1)
+    opposite = ops.roll(image, width // 2, axis=2)
+    top = ops.flip(opposite[:, :size], axis=1)
+    bottom = ops.flip(opposite[:, height - size :], axis=1)
+    return ops.concatenate([top, image, bottom], axis=1)
 
 
 def smoothing_kernel(size):
@@ -275,12 +275,12 @@ def smooth(mean, variance, kernel):
     if 0 in mean.shape:  # PyTorch has no spectra of nothing
         return mean
     precision = 1.0 / at_least(variance, TINY)
-    both = ops.concatenate([mean * precision, precision], axis=-1)
+    stacked = ops.concatenate([mean * precision, precision], axis=-1)
     if keras.backend.backend() == "jax":  # has no float64 unless it is told
-        both = _convolved(both, kernel)
+        stacked = _convolved(stacked, kernel)
     else:
-        both = _convolved_by_spectra(both, kernel)
-    weighted, precision = ops.split(both, 2, axis=-1)
+        stacked = _convolved_by_spectra(stacked, kernel)
+    weighted, precision = ops.split(stacked, 2, axis=-1)
     return weighted / precision
 
 
@@ -307,9 +307,9 @@ def _convolved_by_spectra(image, kernel):
     def summed(part):
         total = part[:, :, half : half + height] * spectrum[0]
         for row in range(1, half + 1):
-            above = part[:, :, half - row : half - row + height]
-            below = part[:, :, half + row : half + row + height]
-            total = total + (above + below) * spectrum[row]
+            upper = part[:, :, half - row : half - row + height]
+            lower = part[:, :, half + row : half + row + height]
+            total = total + (upper + lower) * spectrum[row]
         return total
 
     real, imaginary = map(summed, spectra)

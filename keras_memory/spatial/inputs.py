@@ -146,7 +146,7 @@ def values_of(array):
 
 def as_mask(mask, batch, times):
     """(B, T) bools, of what a user or Keras gives."""
-    given = [one for one in keras.tree.flatten(mask) if one is not None]
+    given = [leaf for leaf in keras.tree.flatten(mask) if leaf is not None]
     if not given:
         return None
     sizes = {"B": batch, "T": times}

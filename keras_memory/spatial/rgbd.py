@@ -222,10 +222,14 @@ def write_frames(folder, frames, convention="esm"):
         for name in KINDS:
             (aside / name).mkdir()
         (aside / "camera.json").write_text(json.dumps(camera) + "\n")
-        for number, (one, other) in enumerate(zip(millimetres, colour)):
+        for number, (depth_image, color_image) in enumerate(
+            zip(millimetres, colour)
+        ):
             name = f"{number:06d}.png"
-            Image.fromarray(one.astype("uint16")).save(aside / "depth" / name)
-            Image.fromarray(other).save(aside / "colour" / name)
+            Image.fromarray(depth_image.astype("uint16")).save(
+                aside / "depth" / name
+            )
+            Image.fromarray(color_image).save(aside / "colour" / name)
         np.savetxt(aside / "poses.txt", poses.reshape(-1, 12))
 
 

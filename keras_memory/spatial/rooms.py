@@ -84,8 +84,8 @@ class Room:
         """
         origin = _array("origin", origin, (3,))
         directions = _array("directions", directions, (..., 3))
-        least, most = self.room
-        is_inside = (least <= origin).all() and (origin <= most).all()
+        lower, upper = self.room
+        is_inside = (lower <= origin).all() and (origin <= upper).all()
         if not is_inside or any(
             (low < origin).all() and (origin < high).all()
             for low, high in self.boxes
@@ -93,7 +93,7 @@ class Room:
             raise ValueError(
                 "`origin`, a camera's place, must be inside the room and "
                 f"outside its boxes. Received: {origin.tolist()}, a room from "
-                f"{least.tolist()} to {most.tolist()}"
+                f"{lower.tolist()} to {upper.tolist()}"
             )
         lengths = np.abs(directions).sum(axis=-1)
         if not ((0 < lengths) & np.isfinite(lengths)).all():

@@ -102,9 +102,9 @@ class Curriculum(keras.callbacks.Callback):
         super().__init__()
         check_training(config)
         self.config = config
-        least, most = config.task.min_length, config.task.max_length
-        self.longest = [n for n in config.curriculum if least <= n < most]
-        self.longest.append(most)
+        shortest, longest = config.task.min_length, config.task.max_length
+        self.longest = [n for n in config.curriculum if shortest <= n < longest]
+        self.longest.append(longest)
         self.error = losses.KINDS[config.task.kind].error
         self.input_size = config.task.input_size
         self.output_size = config.task.output_size

@@ -121,7 +121,7 @@ def _fits(value, wanted):
     """True for a value of a type; of generic ones the parts are not checked."""
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(wanted))
+        return any(_fits(value, member) for member in typing.get_args(wanted))
     if origin is typing.Literal:
         return value in typing.get_args(wanted)
     wanted = origin or wanted
@@ -234,7 +234,7 @@ def _config_of(name, layer):
     for parameter in inspect.signature(layer).parameters.values():
         kind = parameter.annotation
         kinds = typing.get_args(kind) or (kind,)
-        kinds = [one for one in kinds if one in plain_types]
+        kinds = [member for member in kinds if member in plain_types]
         of_rnn = parameter.name in SET_BY_TRAINING
         is_keyword = parameter.kind is not parameter.VAR_KEYWORD
         if kinds and is_keyword and not of_rnn:

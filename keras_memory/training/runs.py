@@ -334,9 +334,9 @@ def draw_lengths(config, model, folder):
     pictures = _pictures_of(folder)
     task = config.task
     error = losses.KINDS[task.kind].error
-    most = task.max_length * (1 if task.kind == "class" else 2)
+    longest = task.max_length * (1 if task.kind == "class" else 2)
     lengths = np.unique(
-        np.linspace(task.min_length, most, 12).round().astype(int)
+        np.linspace(task.min_length, longest, 12).round().astype(int)
     )
     errors = [
         evaluate(model, task, config.seed, length=int(length))[
@@ -354,18 +354,18 @@ def draw_lengths(config, model, folder):
     return _write_png(pictures / "error_by_length.png", picture)
 
 
-def compare(folders, path, by="steps", below=0.1):
+def compare(folders, path, by="steps", threshold=0.1):
     """Compares runs: runs that differ in the seed only are drawn as one.
 
     Args:
         folders: paths of run folders, each once, of one task.
         path: path of the PNG file to write.
         by: `"steps"`, `"sequences"` or `"seconds"`, over which to draw.
-        below: the table says from which report on the error is below.
+        threshold: float; the table says when the error first falls below it.
 
     Returns:
         List of dicts, one a run: folder, seed, steps, sequences and seconds
-        until the error is first below `below` (None if it never is), the
+        until the error is first below `threshold` (None if it never is), the
         smallest and the last error, and whether the run is finished.
 
     Raises:
@@ -379,8 +379,10 @@ def compare(folders, path, by="steps", below=0.1):
             "`by` must be 'steps', 'sequences' or 'seconds'. "
             f"Received: by={by!r}"
         )
-    if not is_number(below):
-        raise ValueError(f"`below` must be a number. Received: below={below!r}")
+    if not is_number(threshold):
+        raise ValueError(
+            f"`threshold` must be a number. Received: threshold={threshold!r}"
+        )
     is_one = isinstance(folders, (str, os.PathLike))
     if is_one or not isinstance(folders, Sequence) or not folders:
         raise ValueError(
@@ -422,7 +424,7 @@ def compare(folders, path, by="steps", below=0.1):
         log_y=True,
     )
     _write_png(path, picture)
-    return [run.summary(below) for run in runs]
+    return [run.summary(threshold) for run in runs]
 
 
 def _axis(by, batch_sizes):
@@ -459,12 +461,12 @@ class _Run:
         flat = {}
         for name, value in document.items():
             parts = value if name in ("task", "model") else {name: value}
-            for key, one in parts.items():
-                flat[name if key == "name" else key] = str(one)
+            for key, setting in parts.items():
+                flat[name if key == "name" else key] = str(setting)
         return tuple(flat.items())
 
-    def summary(self, below):
-        reached = np.flatnonzero(self.errors < below)
+    def summary(self, threshold):
+        reached = np.flatnonzero(self.errors < threshold)
         first = reached[0] if len(reached) else None
 
         def at(values):
@@ -473,9 +475,9 @@ class _Run:
         return {
             "folder": str(self.folder),
             "seed": self.config.seed,
-            f"steps_below_{below:g}": at(self.steps),
-            f"sequences_below_{below:g}": at(self.sequences),
-            f"seconds_below_{below:g}": at(self.seconds),
+            f"steps_below_{threshold:g}": at(self.steps),
+            f"sequences_below_{threshold:g}": at(self.sequences),
+            f"seconds_below_{threshold:g}": at(self.seconds),
             "least_error": round(float(self.errors.min()), 4),
             "last_error": round(float(self.errors[-1]), 4),
             "finished": is_finished(self.folder),

@@ -139,10 +139,10 @@ class RepeatCopy(_Bits):
         is at `max_length`.
         """
         if repeats is None:
-            most = self.max_repeats
+            max_repeats = self.max_repeats
             if longest is not None and longest < self.max_length:
-                most = min(max(longest, self.min_repeats), most)
-            repeats = int(rng.integers(self.min_repeats, most + 1))
+                max_repeats = min(max(longest, self.min_repeats), max_repeats)
+            repeats = int(rng.integers(self.min_repeats, max_repeats + 1))
         check_size("repeats", repeats)
         mean = (self.min_repeats + self.max_repeats) / 2
         choices = self.max_repeats - self.min_repeats + 1

@@ -157,9 +157,11 @@ def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
         series, goal = {}, goals.get(name)
         for label, group in groups.items():
             points = [_points(run, x, name) for run in group]
-            points = [one for one in points if one.size] or [[[1], [np.nan]]]
-            for one in points:
-                _increasing(f"runs[{label!r}]", one[0])
+            points = [curve for curve in points if curve.size] or [
+                [[1], [np.nan]]
+            ]
+            for curve in points:
+                _increasing(f"runs[{label!r}]", curve[0])
             at = max((x for x, _ in points), key=lambda x: x[-1])
             series[label] = at, [np.interp(at, *p, np.nan) for p in points]
         lines = [goal or 0.0, *(np.ravel(y) for _, y in series.values())]
@@ -182,7 +184,7 @@ def _runs(name, group):
     if not all(isinstance(row, dict) for row in group) or any(
         np.iterable(value) for row in group for value in row.values()
     ):
-        return [run for one in group for run in _runs(name, one)]
+        return [run for member in group for run in _runs(name, member)]
     return [[{"epoch": epoch, **row} for epoch, row in enumerate(group, 1)]]
 
 
@@ -195,7 +197,7 @@ def _by_epoch(name, columns):
     rows = [{} for _ in range(max(map(len, columns.values()), default=0))]
     for column, values in columns.items():
         every = [rows[n :: n + 1] for n in range(len(rows))]
-        every = [some for some in every if len(some) == len(values)]
+        every = [subset for subset in every if len(subset) == len(values)]
         is_right = len(values) == len(rows) or str(column)[:4] == "val_"
         got = f"{column!r}, {len(values)} numbers of {len(rows)} epochs"
         require(is_right, name, "have a number for each epoch", got)
@@ -206,11 +208,11 @@ def _by_epoch(name, columns):
 
 def _points(run, x, name):
     """x and y, (2, P), of the rows that have both."""
-    found = [(row.get(x), row.get(name)) for row in run]
-    found = [pair for pair in found if None not in pair]
-    if not found:
+    pairs = [(row.get(x), row.get(name)) for row in run]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
         return np.empty((2, 0))
-    return numbers(f"runs: {name}", found, ("P", 2)).T
+    return numbers(f"runs: {name}", pairs, ("P", 2)).T
 
 
 def _increasing(name, x, sizes=None, is_log=False):

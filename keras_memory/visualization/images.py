@@ -71,17 +71,17 @@ def to_gif(images, milliseconds=200):
     from PIL import Image
 
     check_closed("milliseconds", milliseconds, 10)
-    images = [_image("images", one) for one in check_list("images", images)]
+    images = [_image("images", image) for image in check_list("images", images)]
     shapes = sorted({image.shape for image in images})
     require(len(shapes) == 1, "images", "be of one size", f"shapes {shapes}")
-    some = np.concatenate([*images[:: len(images) // 4 + 1], images[-1]])
-    palette = Image.fromarray(some).quantize(256)
-    first, *others = (
+    sample = np.concatenate([*images[:: len(images) // 4 + 1], images[-1]])
+    palette = Image.fromarray(sample).quantize(256)
+    first, *rest = (
         Image.fromarray(image).quantize(palette=palette, dither=0)
         for image in images
     )
     stream = io.BytesIO()
-    options = {"append_images": others, "duration": milliseconds, "loop": 0}
+    options = {"append_images": rest, "duration": milliseconds, "loop": 0}
     first.save(stream, "GIF", save_all=True, **options)
     return stream.getvalue()
 
@@ -174,11 +174,11 @@ def numbers(name, values, axes, sizes=None, shares=False):
 def check_list(name, values, count=None):
     """A list of what `values` has, `count` or else at least one."""
     is_list = np.iterable(values) and not isinstance(values, (dict, str))
-    found = list(values) if is_list else []
+    items = list(values) if is_list else []
     wanted = f"be a list of {count or 'at least one'}"
-    got = len(found) if is_list else values
-    require(found and len(found) == (count or len(found)), name, wanted, got)
-    return found
+    got = len(items) if is_list else values
+    require(items and len(items) == (count or len(items)), name, wanted, got)
+    return items
 
 
 def check_dict(name, values, what):
@@ -190,7 +190,7 @@ def check_dict(name, values, what):
 def check_axes(ax, count=1):
     """A list of as many axes of Matplotlib."""
     axes = check_list("ax", np.ravel(np.asarray(ax, object)), count)
-    is_right = all(isinstance(one, Axes) for one in axes)
+    is_right = all(isinstance(item, Axes) for item in axes)
     require(is_right, "ax", f"be {count} axes of Matplotlib", ax)
     return axes
 

@@ -103,8 +103,8 @@ def plot_linkage(
     """
     axes = "T", "heads?", "N", "N"
     linkage = numbers("linkage", linkage, axes, None, True)
-    most = np.fmax.reduce(linkage, (0, 1))
-    rows = _rows(np.fmax.reduce([*most, *most.T]), slots)
+    largest = np.fmax.reduce(linkage, (0, 1))
+    rows = _rows(np.fmax.reduce([*largest, *largest.T]), slots)
     steps, several = _moments(len(linkage), frames), linkage.shape[1] > 1
     wide = check_closed("width", width, *WIDTHS) - LEFT - RIGHT
     options = {"x_label": "links after step", "steps": steps.tolist()}
@@ -175,7 +175,7 @@ def plot_task(
     """
     trace = check_dict("trace", trace, "arrays")
     check_bool("memory", memory)
-    sizes, one, gray = {}, {}, None
+    sizes, sequence, gray = {}, {}, None
     shown, own = _shown(trace, row, sizes), outputs is None
     outputs = trace.get("output") if own else outputs
     given = {"inputs": inputs, "targets": targets, "outputs": outputs}
@@ -183,10 +183,10 @@ def plot_task(
         axes = "B", "T", "channels" if name == "inputs" else "units"
         argument = "trace['output']" if name == "outputs" and own else name
         if values is not None:
-            one[name] = _row(argument, values, axes, sizes, row)
+            sequence[name] = _row(argument, values, axes, sizes, row)
     if mask is not None:
         gray = (_row("mask", mask, ("B", "T"), sizes, row) == 0).tolist()
-    panels, memories = _sequence_panels(one, gray), []
+    panels, memories = _sequence_panels(sequence, gray), []
     for place, here in shown.items():
         prefix = f"{place}: " if place else ""
         if any(map(_is_gate, here)):
@@ -251,8 +251,8 @@ def plot_sphere(
     far = farthest or _top(depths.compressed()) or 1.0
     parts.append((depths, "depth, m", {"vmin": 0.0, "vmax": far}))
     if variance is not None:
-        most = 0.99 * check_closed("variance_prior", variance_prior, 0)
-        hidden = unseen | ~(variance[:, :, 2] < most)
+        limit = 0.99 * check_closed("variance_prior", variance_prior, 0)
+        hidden = unseen | ~(variance[:, :, 2] < limit)
         deviations = np.sqrt(np.ma.masked_where(hidden, variance[:, :, 2]))
         low, high = np.percentile([*deviations.compressed()] or [1.0], [1, 99])
         norm = LogNorm(max(low, 1e-9), max(high, 1.1 * low, 2e-9), clip=True)
@@ -264,19 +264,19 @@ def plot_sphere(
     cmap = mpl.colormaps[SEQUENTIAL].with_extremes(bad=UNSEEN)
     sides = ["behind", "left", "ahead", "right", "behind"]
     levels = ["up", "level", "down"]
-    for one, (values, name, scale) in zip(axes, parts):
-        _style(one, name)
-        image = one.imshow(values, cmap, interpolation="nearest", **scale)
+    for panel_ax, (values, name, scale) in zip(axes, parts):
+        _style(panel_ax, name)
+        image = panel_ax.imshow(values, cmap, interpolation="nearest", **scale)
         if not 0.1 < height / width < 1.2:  # would be a thin line
-            one.set_aspect("auto")
-        one.set_xticks(np.linspace(-0.5, width - 0.5, 5), sides)
-        one.set_yticks(np.linspace(-0.5, height - 0.5, 3), levels)
+            panel_ax.set_aspect("auto")
+        panel_ax.set_xticks(np.linspace(-0.5, width - 0.5, 5), sides)
+        panel_ax.set_yticks(np.linspace(-0.5, height - 0.5, 3), levels)
         if scale:
-            _color_bar(one, image)
+            _color_bar(panel_ax, image)
     return axes[0].figure
 
 
-def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
+def animate(trace, row=0, max_steps=64, slots="used", title="", width=WIDTH):
     """An `Animation` of the memory, 0.2 seconds a step, and beside it of the
     weights of each head on the same slots.
 
@@ -284,7 +284,8 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
         trace: dict of (B, T, ...), as `keras_memory.trace` gives it, with
             "memory", (B, T, N, W).
         row: int, the sequence of the batch to show.
-        most: int, how many steps at most, evenly spread, the last among them.
+        max_steps: int, the largest number of steps, which are evenly spread
+            and include the last.
         slots, width: as in `plot_weighting`.
         title: str.
     """
@@ -295,18 +296,18 @@ def animate(trace, row=0, most=64, slots="used", title="", width=WIDTH):
     require("memory" in shown, "trace", wanted, sorted(trace))
     memory, heads = shown["memory"], heads_of(shown)
     rows = _rows(_use(heads, memory), slots)
-    steps = _moments(len(memory), check_size("most", most))
+    steps = _moments(len(memory), check_size("max_steps", max_steps))
     parts = [(memory[:, rows], _about_zero(memory))]
     if heads:
         weights = np.stack([*heads.values()], -1)
         parts.append((weights[:, rows], {"high": _high(weights, slots)}))
-    height, below = np.clip(0.12 * len(rows), 1.6, 3.6), 0.8
-    total, wide = height + TOP + below, width - LEFT - 2 * RIGHT
+    height, bottom_margin = np.clip(0.12 * len(rows), 1.6, 3.6), 0.8
+    total, wide = height + TOP + bottom_margin, width - LEFT - 2 * RIGHT
     figure = Figure((width, total))
     ratios = [0.6, 0.4][: len(parts)]
     axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=ratios)[0]
     left, right = LEFT / width, 1 - RIGHT / width
-    top, bottom = 1 - TOP / total, below / total
+    top, bottom = 1 - TOP / total, bottom_margin / total
     figure.subplots_adjust(left, bottom, right, top, wspace=2 * RIGHT / wide)
     options = {"inches": height, "slots": (rows.tolist(), memory.shape[1])}
     drawn = [
@@ -347,8 +348,12 @@ class _Panel(NamedTuple):
 
 def _drawn(panels, ax, title, width, figure=None):
     """The figure of panels: `figure` if only numbers and title differ."""
-    frame = [width, *((one.matrices.shape, *one[1:]) for one in panels)]
-    drawn = [one.images for one in getattr(figure, "axes", ()) if one.images]
+    frame = [width, *((panel.matrices.shape, *panel[1:]) for panel in panels)]
+    drawn = [
+        panel_ax.images
+        for panel_ax in getattr(figure, "axes", ())
+        if panel_ax.images
+    ]
     is_same = getattr(figure, "frame", None) == frame and figure.texts
     if is_same and len(drawn) == len(panels):
         figure.texts[0].set_text(title)
@@ -357,13 +362,13 @@ def _drawn(panels, ax, title, width, figure=None):
                 image.set_data(matrix)
         return figure
     if ax is not None and title:
-        words = ", ".join(filter(None, [title, panels[0].title]))
-        panels = [panels[0]._replace(title=words), *panels[1:]]
+        full_title = ", ".join(filter(None, [title, panels[0].title]))
+        panels = [panels[0]._replace(title=full_title), *panels[1:]]
     left = WIDE_LEFT if any(panel.names for panel in panels) else LEFT
     sizes = [(panel.inches, panel.x_label) for panel in panels]
     axes = _axes(ax, sizes, title, width, left)
-    for one, panel in zip(axes, panels):
-        _draw(one, panel)
+    for panel_ax, panel in zip(axes, panels):
+        _draw(panel_ax, panel)
     if ax is None:
         axes[0].figure.frame = frame
     return axes[0].figure
@@ -376,10 +381,13 @@ def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
     check_closed("width", width, *WIDTHS)
     if ax is not None:
         axes = check_axes(ax, len(sizes))
-        for one, label in zip(axes, labels):
-            write_labels(one, x_label=label)
+        for panel_ax, label in zip(axes, labels):
+            write_labels(panel_ax, x_label=label)
         return axes
-    shared = [one == below != "" for one, below in pairwise([*labels, ""])]
+    shared = [
+        label == next_label != ""
+        for label, next_label in pairwise([*labels, ""])
+    ]
     gaps = [GAP if share else GAP + LABEL for share in shared]
     head = TOP + 0.34 * bool(title)
     height = head + sum(heights) + sum(gaps)
@@ -457,9 +465,11 @@ def _gates_panel(gates, title, argument="gates"):
         require(values.shape[2] % 2, given, wanted, f"shape {values.shape}")
         for head in range(values.shape[1]):
             links = values.shape[2] // 2
-            each = [f" {link}" if links > 1 else "" for link in range(links)]
-            modes = [f"backward{one}" for one in each] + ["content"]
-            modes += [f"forward{one}" for one in each]
+            suffixes = [
+                f" {link}" if links > 1 else "" for link in range(links)
+            ]
+            modes = [f"backward{suffix}" for suffix in suffixes] + ["content"]
+            modes += [f"forward{suffix}" for suffix in suffixes]
             names = [f"read {head} {mode}" for mode in modes]
             rows.update(zip(names, values[:, head].T))
     require(rows, "gates", "have a gate", sorted(gates))
@@ -557,7 +567,7 @@ def _color_bar(ax, image):
     bar = ax.figure.colorbar(image, cax=ax.inset_axes(place))
     ends = image.get_clim()
     labels = [f"{end:.2g}".replace("e+0", "e") for end in ends]
-    bar.set_ticks(ends, labels=[one.replace("e-0", "e-") for one in labels])
+    bar.set_ticks(ends, labels=[label.replace("e-0", "e-") for label in labels])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
@@ -579,7 +589,7 @@ def _rows(strength, slots):
             return np.arange(count)
         return (first - 1 + np.arange(wide)) % count
     rows = check_list("slots", slots)
-    return np.array([check_whole("slots", one, 0, count - 1) for one in rows])
+    return np.array([check_whole("slots", slot, 0, count - 1) for slot in rows])
 
 
 def _use(heads, memory):
@@ -592,10 +602,10 @@ def _use(heads, memory):
     return apart.max(axis=(0, 2)).filled(0.0)
 
 
-def _moments(steps, most):
+def _moments(steps, count):
     """At most so many step numbers, evenly spread, the last among them."""
-    most = min(check_size("frames", most), steps)
-    return np.linspace(steps - 1, 0, most).round().astype(int)[::-1]
+    count = min(check_size("frames", count), steps)
+    return np.linspace(steps - 1, 0, count).round().astype(int)[::-1]
 
 
 def _about_zero(values):

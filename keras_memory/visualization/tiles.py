@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     Fields:
         image: (H, W), (H, W, 1) or (H, W, 3), in [0, 1].
         caption: a short text, in the color of the frame.
-        words: a text of up to three lines between caption and image.
+        text: up to three lines between caption and image.
         color: of frame and caption; None for gray.
         heat: (H, W) or (H, W, C), such as attributions, or None. Its positive
             part, summed over channels, is drawn below, over the faint image.
@@ -35,13 +35,13 @@ class Tile(NamedTuple):
 
     image: np.ndarray
     caption: str = ""
-    words: str = ""
+    text: str = ""
     color: str | None = None
     heat: np.ndarray | None = None
 
 
 def plot_tiles(rows, ax=None):
-    """Draws rows of images, with words above and heat maps below.
+    """Draws rows of images, with texts above and heat maps below.
 
     Args:
         rows: list of lists of `Tile`. The first tile of a row stands apart.
@@ -50,7 +50,7 @@ def plot_tiles(rows, ax=None):
     rows = [check_list("rows", row) for row in check_list("rows", rows)]
     is_right = all(isinstance(tile, Tile) for row in rows for tile in row)
     require(is_right, "rows", "be rows of `Tile`", rows)
-    return _draw([[_checked(one, "rows") for one in row] for row in rows], ax)
+    return _draw([[_checked(tile, "rows") for tile in row] for row in rows], ax)
 
 
 def _checked(tile, name, of_heat="rows"):
@@ -67,10 +67,10 @@ def _draw(rows, ax):
     apart = 0.15  # inches, as is 1, the side of an image
     places, bottom = [], 0.0
     for row in rows:
-        words = [_fitted(tile.words, 10, 3) for tile in row]
-        above = 0.1 + 0.16 * max(map(len, words))
+        texts = [_fitted(tile.text, 10, 3) for tile in row]
+        above = 0.1 + 0.16 * max(map(len, texts))
         left, top = apart, bottom + above + 0.16 + apart / 2
-        for index, (tile, lines) in enumerate(zip(row, words)):
+        for index, (tile, lines) in enumerate(zip(row, texts)):
             places.append((left, top, tile, lines))
             left += 1 + apart + 0.4 * (index == 0 and len(row) > 1)
         bottom = top + 1 + 1.08 * any(tile.heat is not None for tile in row)
@@ -103,7 +103,7 @@ def plot_explanations(
     inputs=None,
     labels=None,
     class_names=None,
-    most=6,
+    max_examples=6,
     attributions=None,
     ax=None,
 ):
@@ -116,12 +116,12 @@ def plot_explanations(
         labels: (B,) int or (B, units) one-hot, the true classes, -1 for one
             that is not known; None for none.
         class_names: a text for each class; None for numbers.
-        most: int, the largest number of examples in a row.
+        max_examples: int, the largest number of examples in a row.
         attributions: a pair for each, as `integrated_gradients` gives it: of
             the input and of the examples; or None.
         ax: axes; None for a new figure.
     """
-    check_size("most", most)
+    check_size("max_examples", max_examples)
     explanations = check_list("explanations", explanations)
     is_right = all(hasattr(why, "is_example") for why in explanations)
     require(is_right, "explanations", "be `Explanation`", explanations)
@@ -144,27 +144,37 @@ def plot_explanations(
         is_known = inputs[index] is not None and why.inputs is not None
         wanted = "have inputs (saving does not keep them): call `set_memory`"
         require(is_known, "explanations", wanted, "a memory of encodings")
-        heat, others = None, [None] * len(why.inputs)
+        heat, example_heats = None, [None] * len(why.inputs)
         if attributions is not None:
-            heat, others = check_list("attributions", attributions[index], 2)
-            others = check_list("attributions", others, len(why.inputs))
-        caption, words, color = "answer", name(why.prediction), None
+            heat, example_heats = check_list(
+                "attributions", attributions[index], 2
+            )
+            example_heats = check_list(
+                "attributions", example_heats, len(why.inputs)
+            )
+        caption, text, color = "answer", name(why.prediction), None
         label = NO_LABEL if labels is None else labels[index]
         if label == why.prediction:
             caption = "right answer"
         elif label != NO_LABEL:
             caption, color = "WRONG answer", WRONG
-            words += f", is {name(label)}"
-        tile = Tile(inputs[index], caption, words, color, heat)
+            text += f", is {name(label)}"
+        tile = Tile(inputs[index], caption, text, color, heat)
         row = [_checked(tile, "inputs", "attributions")]
-        for one in range(min(most, len(others))):
-            kind = 0 if why.is_example[one] else 1
-            found, label = why.classes[one], why.labels[one]
-            words = f"{why.weights[one]:.2f}: {name(found)}"
-            if label not in (NO_LABEL, found):
-                words += f", is {name(label)}"
+        for rank in range(min(max_examples, len(example_heats))):
+            kind = 0 if why.is_example[rank] else 1
+            predicted, label = why.classes[rank], why.labels[rank]
+            text = f"{why.weights[rank]:.2f}: {name(predicted)}"
+            if label not in (NO_LABEL, predicted):
+                text += f", is {name(label)}"
             caption = ("example", "counterfactual")[kind]
-            tile = why.inputs[one], caption, words, LINES[kind], others[one]
+            tile = (
+                why.inputs[rank],
+                caption,
+                text,
+                LINES[kind],
+                example_heats[rank],
+            )
             row.append(_checked(Tile(*tile), "explanations", "attributions"))
         rows.append(row)
     return _draw(rows, ax)
@@ -191,7 +201,7 @@ def _heated(image, heat):
     return share * colors + (1 - share) * gray
 
 
-def _fitted(text, size, most):
+def _fitted(text, size, max_lines):
     """Lines of a text, as wide as a tile, the last one perhaps shortened."""
 
     def is_wide(line):
@@ -201,7 +211,7 @@ def _fitted(text, size, most):
     lines = []
     for word in str(text)[:80].split():
         longer = " ".join([*lines[-1:], word])
-        if len(lines) < most and (not lines or is_wide(longer)):
+        if len(lines) < max_lines and (not lines or is_wide(longer)):
             lines.append(word)
         else:
             lines[-1] = longer
