@@ -69,9 +69,9 @@ def make_plain(instance):
         object.__setattr__(instance, field.name, value)
 
 
-def check_whole(name, value, least=1, largest=None, others=""):
+def check_whole(name, value, least=1, largest=None, alternatives=""):
     """An int, or ValueError unless `value` is an integer from `least` to
-    `largest`; `others` says what else it may be."""
+    `largest`; `alternatives` says what else it may be."""
     value = plain(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (largest is not None and value > largest):
@@ -79,16 +79,16 @@ def check_whole(name, value, least=1, largest=None, others=""):
         if whole and value > least:
             wanted = f"from {least} to {largest}"
         raise ValueError(
-            f"`{name}` must be an integer {wanted}{others}. "
+            f"`{name}` must be an integer {wanted}{alternatives}. "
             f"Received: {name}={value!r}"
         )
     return int(value)
 
 
-def check_size(name, value, least=1, others=""):
+def check_size(name, value, least=1, alternatives=""):
     """An int, or ValueError unless `value` is an integer of at least `least`
-    that an axis can have; `others` says what else it may be."""
-    value = check_whole(name, value, least, others=others)
+    that an axis can have; `alternatives` says what else it may be."""
+    value = check_whole(name, value, least, alternatives=alternatives)
     if value > LONGEST_AXIS:
         raise ValueError(
             f"`{name}` must be at most {LONGEST_AXIS}, the longest axis of a "
@@ -113,7 +113,7 @@ def check_seed(name, value):
     """An int or None, or ValueError unless `value` is a seed."""
     if value is None:
         return None
-    return check_whole(name, value, 0, MOST_SEED, others=", or None")
+    return check_whole(name, value, 0, MOST_SEED, alternatives=", or None")
 
 
 def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):

@@ -268,7 +268,9 @@ class DNCAccess:
             "usage_epsilon", self.usage_epsilon, 1e-30, 0.1, or_none=True
         )
         if self.sparse_links is not None:
-            check_size("sparse_links", self.sparse_links, others=" or None")
+            check_size(
+                "sparse_links", self.sparse_links, alternatives=" or None"
+            )
             if not self.linkage or self.sparse_links > self.memory_slots:
                 raise ValueError(
                     "`sparse_links` is how many links of each slot are kept, "

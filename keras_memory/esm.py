@@ -581,6 +581,6 @@ def _in_line(image):
     return ops.reshape(image, (batch, height * width, channels))
 
 
-def _all_below(most, values, axis):
+def _all_below(limit, values, axis):
     """Whether all along axes, which are kept, are smaller; NaN is not."""
-    return ops.all(ops.abs(values) < most, axis=axis, keepdims=True)
+    return ops.all(ops.abs(values) < limit, axis=axis, keepdims=True)

@@ -60,11 +60,13 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             )
         self.similarity = similarity
         if top_k is not None:
-            check_size("top_k", top_k, others=", or None for all examples")
+            check_size(
+                "top_k", top_k, alternatives=", or None for all examples"
+            )
         self.top_k = top_k
         if memory_size is not None:
-            others = ", or None where memory comes with each call"
-            check_size("memory_size", memory_size, others=others)
+            alternatives = ", or None where memory comes with each call"
+            check_size("memory_size", memory_size, alternatives=alternatives)
         self.memory_size = memory_size
         self.memory_keys = self.memory_values = None
 
@@ -293,19 +295,19 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         None; of the `top_k` nearest ones, (B, K), and their indices."""
         indices = None
         if self.top_k is not None:
-            found, indices = nearest_examples(
+            nearest, indices = nearest_examples(
                 queries, keys, self.top_k, self.similarity, mask
             )
             keys = _take(keys, indices, shared=len(keys.shape) == 2)
             if mask is not None:  # there may be fewer than `top_k` that count
-                mask = ops.not_equal(found, -np.inf)
+                mask = ops.not_equal(nearest, -np.inf)
         similarity = compare(queries, keys, self.similarity, mask)
         if mask is None:
             return sparsemax(similarity), indices
         # An input for which no example counts reads nothing.
-        some = ops.any(mask, axis=-1, keepdims=True)
-        weights = sparsemax(ops.where(some, similarity, 0.0))
-        return ops.where(some, weights, 0.0), indices
+        any_counts = ops.any(mask, axis=-1, keepdims=True)
+        weights = sparsemax(ops.where(any_counts, similarity, 0.0))
+        return ops.where(any_counts, weights, 0.0), indices
 
     def _keys(self, encodings):
         """What is compared: unit vectors for the cosine."""
@@ -318,12 +320,12 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
     def _classified(self, encodings, read):
         """g([e; v]), or g(v) of `BaselineMemory`."""
         dense, rest = self._first_dense()
-        both = self._parts == 2
+        sees_encodings = self._parts == 2
         if dense is None:
-            parts = [encodings, read] if both else [read]
+            parts = [encodings, read] if sees_encodings else [read]
             return self._classify(ops.concatenate(parts, axis=-1))
         kernel = ops.cast(dense.kernel, self.compute_dtype)
-        if both:
+        if sees_encodings:
             hidden = _product_of_both(encodings, read, kernel)
         else:
             hidden = ops.matmul(read, kernel)
@@ -536,10 +538,10 @@ def _grad_product_of_both(upstream, encodings, read, kernel):
     grad_both = ops.matmul(kernel, ops.transpose(upstream))
     # XLA would make dy W^T of it if both parts were transposed at once.
     parts = ops.split(grad_both, 2, axis=0)
-    both = ops.concatenate([encodings, read], axis=-1)
+    features = ops.concatenate([encodings, read], axis=-1)
     return [
         *map(ops.transpose, parts),
-        ops.matmul(ops.transpose(both), upstream),
+        ops.matmul(ops.transpose(features), upstream),
     ]
 
 

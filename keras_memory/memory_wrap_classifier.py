@@ -121,8 +121,12 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         self.encoder = encoder
         self.memory_size = check_size("memory_size", memory_size)
         if fixed_memory_size is not None:
-            others = ", or None where none is fixed"
-            check_size("fixed_memory_size", fixed_memory_size, others=others)
+            alternatives = ", or None where none is fixed"
+            check_size(
+                "fixed_memory_size",
+                fixed_memory_size,
+                alternatives=alternatives,
+            )
         self.baseline = check_bool("baseline", baseline)
         self.memory_layer = (BaselineMemory if baseline else MemoryWrapLayer)(
             units,
@@ -407,7 +411,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             "validation_split": validation_split or None,
             "sample_weight": sample_weight,
         }
-        given = [name for name, one in of_arrays.items() if one is not None]
+        given = [name for name, array in of_arrays.items() if array is not None]
         if is_dataset and given:
             raise ValueError(
                 "A `tf.data.Dataset` brings targets, weights and batches "
@@ -525,7 +529,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         """
         x = _one_input(x)
         if draws is not None:
-            check_size("draws", draws, others=", or None")
+            check_size("draws", draws, alternatives=", or None")
             if self.fixed_memory_size is not None:
                 raise ValueError(
                     "`draws` must be None where the memory is fixed, which "

@@ -203,7 +203,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 f"`loop` must be one of {LOOPS}. Received: loop={loop!r}"
             )
         if recompute is not None and recompute != "sqrt":
-            check_size("recompute", recompute, others=', "sqrt" or None')
+            check_size("recompute", recompute, alternatives=', "sqrt" or None')
         if recompute is not None and (loop == "portable" or unroll):
             raise ValueError(
                 "`recompute` is a way of the fast time loop. Received: "

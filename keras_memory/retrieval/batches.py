@@ -42,9 +42,11 @@ def with_memories(dataset, draw):
     drawn = tf.data.Dataset.from_generator(
         memories, output_signature=tf.TensorSpec(first.shape, first.dtype)
     )
-    both = tf.data.Dataset.zip((dataset, drawn))
-    both = both.map(lambda batch, memory: ((batch[0], memory), *batch[1:]))
+    batches = tf.data.Dataset.zip((dataset, drawn))
+    batches = batches.map(
+        lambda batch, memory: ((batch[0], memory), *batch[1:])
+    )
     length = dataset.cardinality()
     if length >= 0:  # those of endless ones and of unknown length are below
-        both = both.apply(tf.data.experimental.assert_cardinality(length))
-    return both
+        batches = batches.apply(tf.data.experimental.assert_cardinality(length))
+    return batches

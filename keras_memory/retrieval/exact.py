@@ -59,8 +59,8 @@ def nearest(queries, keys, top_k, bias=None):
         if len(bias.shape) != 1:
             check_array("bias", bias, ("B", "M"), sizes)
     number = keys.shape[0]
-    both = isinstance(number, int) and isinstance(top_k, int)
-    if both and not 1 <= top_k <= number:
+    are_known = isinstance(number, int) and isinstance(top_k, int)
+    if are_known and not 1 <= top_k <= number:
         raise ValueError(
             "`top_k` must be from 1 to the number of keys. "
             f"Received: top_k={top_k}, keys of shape {tuple(keys.shape)}"
@@ -71,35 +71,35 @@ def nearest(queries, keys, top_k, bias=None):
         products = inner_products(queries, ops.transpose(keys))
         if bias is not None:
             products = products + bias
-        found, places = ops.top_k(products, top_k)
-        return found, ops.cast(places, "int32")
+        largest, places = ops.top_k(products, top_k)
+        return largest, ops.cast(places, "int32")
 
-    def search(block, found, places):
+    def search(block, largest, places):
         # The last block reaches back into the one before, and leaves out what
         # that has seen.
         first = ops.minimum(block * BLOCK, number - BLOCK)
         rows = first + ops.arange(BLOCK, dtype="int32")
-        some = ops.slice(keys, (first, 0), (BLOCK, keys.shape[1]))
-        products = inner_products(queries, ops.transpose(some))
+        block_keys = ops.slice(keys, (first, 0), (BLOCK, keys.shape[1]))
+        products = inner_products(queries, ops.transpose(block_keys))
         if bias is not None:
             products = products + ops.take(bias, rows, axis=-1)
         is_new = rows >= block * BLOCK
         products = ops.where(is_new, products, -np.inf)
         products, columns = largest(products, min(top_k, BLOCK))
-        found = ops.concatenate([found, products], axis=1)
+        largest = ops.concatenate([largest, products], axis=1)
         new = first + ops.cast(columns, "int32")
         places = ops.concatenate([places, new], axis=1)
-        found, columns = ops.top_k(found, top_k)
-        return found, ops.take_along_axis(places, columns, axis=1)
+        largest, columns = ops.top_k(largest, top_k)
+        return largest, ops.take_along_axis(places, columns, axis=1)
 
     start = ops.zeros_like(queries[:, :1])
-    found = ops.tile(start - np.inf, (1, top_k))
+    largest = ops.tile(start - np.inf, (1, top_k))
     places = ops.tile(ops.cast(start, "int32"), (1, top_k))
     return ops.fori_loop(
         0,
         -(-number // BLOCK),
         lambda block, carried: search(block, *carried),
-        (found, places),
+        (largest, places),
     )
 
 
@@ -168,10 +168,10 @@ def largest(values, top_k):
     places = ops.cast(group, "int32")[..., None, :] + members
     places = ops.reshape(places, (*shape, GROUP * top_k))
     values = ops.take_along_axis(values, places, axis=-1)
-    found, of_places = ops.top_k(values, top_k)
+    values_found, of_places = ops.top_k(values, top_k)
     places = ops.take_along_axis(places, of_places, axis=-1)
     # Where all are at -inf it may be a place that only fills the groups.
-    return found, ops.minimum(places, number - 1)
+    return values_found, ops.minimum(places, number - 1)
 
 
 class Neighbours(NamedTuple):

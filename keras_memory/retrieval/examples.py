@@ -32,10 +32,10 @@ def compare(queries, keys, similarity, mask=None):
         (B, M), -inf for examples that do not count.
     """
     if similarity == "l2":
-        found = _minus_squares(queries, keys, mask)
+        similarities = _minus_squares(queries, keys, mask)
     else:
-        found = _products(queries, keys)
-    return found if mask is None else _least_unless(mask, found)
+        similarities = _products(queries, keys)
+    return similarities if mask is None else _least_unless(mask, similarities)
 
 
 def nearest_examples(queries, keys, top_k, similarity, mask=None):
@@ -56,9 +56,11 @@ def nearest_examples(queries, keys, top_k, similarity, mask=None):
         top_k = _smaller(top_k, ops.shape(keys)[-2])
     is_l2 = similarity == "l2"
     if len(keys.shape) == 3 or (is_l2 and _are_few(keys)):
-        found = compare(queries, keys, similarity, mask)
-        found, indices = ops.top_k(ops.stop_gradient(found), top_k)
-        return found, ops.cast(indices, "int32")
+        similarities = compare(queries, keys, similarity, mask)
+        similarities, indices = ops.top_k(
+            ops.stop_gradient(similarities), top_k
+        )
+        return similarities, ops.cast(indices, "int32")
     bias = ops.zeros_like(keys[:, 0])
     if is_l2:
         sample = _sample_of(keys, mask)

@@ -35,7 +35,9 @@ def unit(vectors, xp=ops):
 
 def similarity_of(queries, keys, similarity):
     """Similarities of vectors, (..., D) and (..., D): (...,) float32."""
-    queries, keys = (ops.cast(one, "float32") for one in (queries, keys))
+    queries, keys = (
+        ops.cast(vectors, "float32") for vectors in (queries, keys)
+    )
     if similarity == "l2":
         return -ops.sum(ops.square(queries - keys), axis=-1)
     if similarity == "dot":
@@ -80,6 +82,6 @@ def about_middle(queries, keys, sample, largest=None):
     queries, keys = queries - center, keys - center
     if largest is not None:
         queries, keys = (
-            ops.clip(one, -largest, largest) for one in (queries, keys)
+            ops.clip(vectors, -largest, largest) for vectors in (queries, keys)
         )
     return queries, keys, -0.5 * ops.sum(keys * keys, axis=-1)

@@ -199,10 +199,12 @@ def check_camera(name, matrix, convention="esm"):
     with contextlib.suppress(np.linalg.LinAlgError):
         if is_right(np.linalg.inv(first), "opencv"):
             why = "It is K itself: give its inverse, `np.linalg.inv(K)`"
-    alike = [one for one in CONVENTIONS if is_right(first, one)]
+    alike = [
+        convention for convention in CONVENTIONS if is_right(first, convention)
+    ]
     if alike:
-        words = " and ".join(f'"{one}"' for one in alike)
-        why = f"It has the signs of {words}: say which convention it is"
+        names = " and ".join(f'"{convention}"' for convention in alike)
+        why = f"It has the signs of {names}: say which convention it is"
     raise ValueError(
         f"`{name}` must be the inverse of a camera's intrinsics, of "
         f"`convention={convention!r}`. {why}. Received: {first.tolist()}"

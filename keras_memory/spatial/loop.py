@@ -43,15 +43,18 @@ def over_time(step, given, state, all_steps):
         axis=-1,
     )
 
-    def apart(both):
-        return ESMMap(both[..., :channels], both[..., channels:])
+    def apart(map_):
+        return ESMMap(map_[..., :channels], map_[..., channels:])
 
     def packed_step(packed, states):
         parts = [
             ops.reshape(packed[:, begin:end], (ops.shape(packed)[0], *shape))
             for begin, end, shape in zip(ends, ends[1:], shapes)
         ]
-        parts = [ops.cast(one, part.dtype) for one, part in zip(parts, flat)]
+        parts = [
+            ops.cast(part_at_step, part.dtype)
+            for part_at_step, part in zip(parts, flat)
+        ]
         parts = keras.tree.pack_sequence_as(given, parts)
         shown, after = step(parts, apart(states[0]))
         return ops.concatenate(shown, -1), [ops.concatenate(after, -1)]

@@ -83,8 +83,8 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         )
         self.depth_limits = check_limits("depth_limits", depth_limits)
         self.variance_limits = check_limits("variance_limits", variance_limits)
-        least, most = self.variance_limits
-        if 2 * least > min(most, height) or most > SPAN * least:
+        least, largest = self.variance_limits
+        if 2 * least > min(largest, height) or largest > SPAN * least:
             raise ValueError(
                 "`variance_limits` must have a least of at most half the most "
                 f"and half the height, and a most of at most {SPAN:.0e} times "
@@ -168,9 +168,9 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
 
     def _is_hole(self, variance):
         """(..., 1), where what is known is no better than the prior."""
-        most = SEEN * self._prior.variance[0, 0]
-        most = ops.convert_to_tensor(self._array(most))
-        return ops.any(variance >= most, axis=-1, keepdims=True)
+        limit = SEEN * self._prior.variance[0, 0]
+        limit = ops.convert_to_tensor(self._array(limit))
+        return ops.any(variance >= limit, axis=-1, keepdims=True)
 
     def _check_state(self, name, state, batch=None):
         """A checked `ESMMap` of tensors."""

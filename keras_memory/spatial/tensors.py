@@ -56,14 +56,14 @@ def check_leads(**tensors):
             )
 
 
-def matrix_product(matrices, others):
+def matrix_product(matrices, factors):
     """(..., i, k) products of (..., i, j) with (..., j, k), for a small j.
 
     Of `ops.matmul` accelerators round the factors to 11 bits or 8, and so 10
     metres to millimetres.
     """
     return sum(
-        matrices[..., j, None] * others[..., j, None, :]
+        matrices[..., j, None] * factors[..., j, None, :]
         for j in range(matrices.shape[-1])
     )
 
