@@ -98,7 +98,7 @@ def is_ivy(folder):
 
 
 def frame():
-    """Depth and colours of a room, (1, h, w) and (1, h, w, 3)."""
+    """Depth and colors of a room, (1, h, w) and (1, h, w, 3)."""
     from keras_memory.spatial import rooms
 
     return [
@@ -117,9 +117,9 @@ def ours(kind, jit_compile):
     from keras_memory.spatial import geometry
     from keras_memory.spatial import rooms
 
-    depth, colour = map(tf.constant, frame())
+    depth, color = map(tf.constant, frame())
     inverse = tf.constant(rooms.right_angle(SIZE, SIZE)[None])
-    camera = {"depth": depth, "features": colour, "inverse_intrinsics": inverse}
+    camera = {"depth": depth, "features": color, "inverse_intrinsics": inverse}
     motion = tf.constant(geometry.pose_matrix(MOTION))
     cell = keras_memory.ESMCell(*(SMALL if kind == "small" else LARGE))
 
@@ -182,12 +182,12 @@ def reference():
     from ivy_memory.geometric.containers import ESMObservation
     from ivy_memory.geometric.esm import ESM
 
-    depth, colour = frame()
+    depth, color = frame()
     half = SIZE / 2
     rows, columns = np.mgrid[:SIZE, :SIZE]
     x = ((SIZE - 1) / 2 - columns) / half * depth
     y = ((SIZE - 1) / 2 - rows) / half * depth
-    image = np.concatenate([np.stack([x, y, depth], axis=-1), colour], axis=-1)
+    image = np.concatenate([np.stack([x, y, depth], axis=-1), color], axis=-1)
     image = torch.tensor(image[None].astype("float32"))
     still = torch.eye(4)[None, None, :3]
     moved = still.clone()

@@ -32,19 +32,19 @@ class Data:
 
     Args:
         kind: of `KINDS`.
-        seed: int, of what is drawn; centres are always the same.
+        seed: int, of what is drawn; centers are always the same.
     """
 
     def __init__(self, kind, seed):
         self.rng = np.random.default_rng(seed)
-        self.centres = None
+        self.centers = None
         if kind == "clustered":
-            centres = np.random.default_rng(1)
-            self.centres = centres.standard_normal((CLUSTERS, DIM), "float32")
+            centers = np.random.default_rng(1)
+            self.centers = centers.standard_normal((CLUSTERS, DIM), "float32")
 
     def draw(self, *shape):
         """(*shape, DIM) float32."""
-        if self.centres is None:
+        if self.centers is None:
             return self.rng.standard_normal((*shape, DIM), "float32")
         return self.draw_with_clusters(*shape)[0]
 
@@ -53,7 +53,7 @@ class Data:
         vectors = self.rng.standard_normal((*shape, DIM), "float32")
         clusters = self.rng.integers(0, CLUSTERS, shape)
         vectors *= np.float32(DEVIATION)
-        vectors += self.centres[clusters]
+        vectors += self.centers[clusters]
         return vectors, clusters
 
 

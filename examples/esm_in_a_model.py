@@ -26,7 +26,7 @@ HEIGHT, WIDTH = 24, 48  # of the map
 FEATURES = 4
 FIELDS = {
     "depth": (TIMES, SIZE, SIZE),
-    "colour": (TIMES, SIZE, SIZE, 3),
+    "color": (TIMES, SIZE, SIZE, 3),
     "inverse_intrinsics": (3, 3),
     "motion": (TIMES, 3, 4),
 }
@@ -45,7 +45,7 @@ def build():
     )
     camera = {
         "depth": inputs["depth"],
-        "features": layers.TimeDistributed(encoder)(inputs["colour"]),
+        "features": layers.TimeDistributed(encoder)(inputs["color"]),
         "inverse_intrinsics": inputs["inverse_intrinsics"],
     }
     seen = keras_memory.ESMLayer(
@@ -84,7 +84,7 @@ def sequences(number, seed):
         poses = ops.convert_to_numpy(geometry.pose_matrix(vectors))
         frames = [room.render(pose, SIZE, SIZE) for pose in poses]
         data["depth"].append([depth for depth, _ in frames])
-        data["colour"].append([colour for _, colour in frames])
+        data["color"].append([color for _, color in frames])
         data["inverse_intrinsics"].append(inverse)
         data["motion"].append(ops.convert_to_numpy(geometry.motions(poses)))
         middle = -poses[-1, :, 3] @ poses[-1, :, :3]

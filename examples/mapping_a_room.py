@@ -7,9 +7,9 @@
 By default the room is drawn, with a little noise of depth; `--frames` takes a
 folder of your own, of which `keras_memory.rgbd` has the layout (`--write`
 leaves the drawn frames in that layout). Prints how far off the map is, and
-writes `room.gif`, what the camera sees beside the map of colour, depth and
+writes `room.gif`, what the camera sees beside the map of color, depth and
 uncertainty, `room.png`, its last picture, the same to TensorBoard, and
-`room.ply`, what the map knows in the end as coloured points.
+`room.ply`, what the map knows in the end as colored points.
 """
 
 import argparse
@@ -47,11 +47,11 @@ def walk(steps):
 def drawn(room, steps, seed=1):
     """`rgbd.Frames` of the walk."""
     poses = walk(steps)
-    depth, colour = zip(*(room.render(pose, SIZE, SIZE) for pose in poses))
+    depth, color = zip(*(room.render(pose, SIZE, SIZE) for pose in poses))
     noise = np.random.default_rng(seed).normal(size=np.shape(depth))
     return rgbd.Frames(
         (depth + NOISE * noise).astype("float32"),
-        np.stack(colour),
+        np.stack(color),
         poses,
         rooms.right_angle(SIZE, SIZE),
     )
@@ -71,10 +71,10 @@ def mapped(frames):
         step = tf.function(cell, jit_compile=True)
     state = cell.get_initial_state(batch_size=1)
     motions = geometry.motions(frames.poses)
-    for depth, colour, motion in zip(frames.depth, frames.colour, motions):
+    for depth, color, motion in zip(frames.depth, frames.color, motions):
         camera = {
             "depth": depth[None],
-            "features": colour[None],
+            "features": color[None],
             "inverse_intrinsics": frames.inverse_intrinsics[None],
         }
         shown, state = step({"cameras": camera, "motion": motion[None]}, state)
@@ -86,7 +86,7 @@ def picture(frames, number, shown, farthest):
     figure = visualization.Figure((8.4, 7.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
     seen = left.subplots(2, 1)
-    seen[0].imshow(np.clip(frames.colour[number], 0, 1))
+    seen[0].imshow(np.clip(frames.color[number], 0, 1))
     depth = np.where(frames.depth[number] > 0, frames.depth[number], np.nan)
     seen[1].imshow(depth, vmin=0.0, vmax=farthest)
     for ax, title in zip(seen, ("the camera sees", f"depth, frame {number}")):

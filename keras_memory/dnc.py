@@ -465,7 +465,7 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
     `allocation`), write weighting, temporal memory linkage
     (`precedence_after_write`, `linkage_after_write`, `follow_links`), read
     weighting. Masked content addressing, de-allocation and link sharpening:
-    Csordas & Schmidhuber 2019. Bypass dropout and layer normalisation of the
+    Csordas & Schmidhuber 2019. Bypass dropout and layer normalization of the
     interface: Franke et al. 2018.
 
     State: a `DNCState`, all zeros at first but for the memory, which starts
@@ -506,7 +506,7 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         deallocation: bool; True: what is freed is also erased from the
             memory, by the retention vector psi. Default False.
         link_sharpening: bool; True: forward and backward weightings are
-            sharpened (raised to a power of at least 1 and normalised; uniform
+            sharpened (raised to a power of at least 1 and normalized; uniform
             where there is no link). Default False.
         usage_gradient: bool. False: usage passes no gradient to the write
             weightings. Default True.

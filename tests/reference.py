@@ -629,7 +629,7 @@ def dnc_sequence(
     """Runs a Differentiable Neural Computer over x (B, T, D).
 
     weights: list of one dict a layer, as those of `ntm_sequence`, with gamma
-    and beta (I,) where the interface is normalised; the last one has
+    and beta (I,) where the interface is normalized; the last one has
     output_kernel and output_bias too.
     initial: list of one dict a memory with the fields of `dnc_step` and
     reads, (B, ...) each; initial_controllers: list of one list a layer with

@@ -272,7 +272,7 @@ def test_each_head_has_its_own_shift(rng):
         close(shifted[:, head], np.roll(weighting[:, 0], offset, axis=-1), 1e-7)
 
 
-def test_sharpening_1_only_normalises(rng):
+def test_sharpening_1_only_normalizes(rng):
     weighting = 0.3 * weightings(rng)
     sharpened = addressing.sharpen(
         weighting.astype("float32"), np.ones((BATCH, HEADS), "float32")

@@ -1493,7 +1493,7 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
     rng = np.random.default_rng(seed)
     frames = [ROOM.render(pose, size, size) for pose in poses]
     depth = np.stack([d for d, _ in frames])
-    colour = np.stack([c for _, c in frames])
+    color = np.stack([c for _, c in frames])
     depth = depth + depth_noise * rng.normal(size=depth.shape)
     motion = array(geometry.motions(poses))
     error = motion_noise * rng.normal(size=(len(poses), 6))
@@ -1503,7 +1503,7 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
     inverse = rooms.right_angle(size, size)[None]
     camera = {
         "depth": depth[None].astype("float32"),
-        "features": colour[None],
+        "features": color[None],
         "inverse_intrinsics": inverse,
     }
     inputs = {"cameras": camera, "motion": array(motion)[None]}
@@ -1522,15 +1522,15 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
 
 
 def errors(pose, mean, variance):
-    """Relative errors of depth, those of colours, and where it was seen."""
+    """Relative errors of depth, those of colors, and where it was seen."""
     seen_there = variance[..., 2] < 9000
-    distance, colour = ROOM.render_sphere(
+    distance, color = ROOM.render_sphere(
         pose, mean[..., :2], MAP["height"], MAP["width"]
     )
     relative = (mean[..., 2] - distance) / distance
     return (
         relative[seen_there],
-        (mean[..., 3:] - colour)[seen_there],
+        (mean[..., 3:] - color)[seen_there],
         seen_there,
     )
 
@@ -1574,9 +1574,9 @@ def test_the_map_is_the_room():
     )
     poses = turned(angles, positions)
     mean, variance = walked(poses)
-    relative, colour, seen_there = errors(poses[-1], mean[-1], variance[-1])
+    relative, color, seen_there = errors(poses[-1], mean[-1], variance[-1])
     assert np.median(np.abs(relative)) < 0.01
-    assert psnr(colour) > 25
+    assert psnr(color) > 25
     reach = reachable(poses)
     assert 0.3 < reach.mean() < 0.6
     assert seen_there[reach].mean() > 0.95
@@ -1673,9 +1673,9 @@ def test_the_variance_says_how_far_off_the_map_is(depth_noise, motion_noise):
 def test_the_room_by_hand():
     room = rooms.Room(size=(4, 2, 6), boxes=[((-0.5, -0.5, 1), (0.5, 0.5, 2))])
     ways = np.array([[0, 0, 1], [0, 0, -1], [1, 0, 0], [0, -2, 0], [1, 0, 1.0]])
-    distance, colour = room.cast([0, 0, 0], ways)
+    distance, color = room.cast([0, 0, 0], ways)
     close(distance, [1, 3, 2, 0.5, 2])
-    assert ((0 <= colour) & (colour <= 1)).all()
+    assert ((0 <= color) & (color <= 1)).all()
     pose = np.eye(3, 4)
     depth, _ = room.render(pose, 5, 5)
     close(depth[2, 2], 1)

@@ -331,9 +331,9 @@ def test_nearest_are_exact_where_the_support_is_among_them(
 def test_candidates_of_a_knn_memory(size):
     """Exact wherever the support is among the candidates that it finds."""
     rng = np.random.default_rng(7)
-    centres = rng.normal(size=(500, 16))
+    centers = rng.normal(size=(500, 16))
     memory, encodings = (
-        (centres[rng.integers(500, size=n)] + 0.3 * rng.normal(size=(n, 16)))
+        (centers[rng.integers(500, size=n)] + 0.3 * rng.normal(size=(n, 16)))
         for n in (size, 101)
     )
     memory, encodings = memory.astype("float32"), encodings.astype("float32")

@@ -16,11 +16,11 @@ def frames():
     rng = np.random.default_rng(0)
     depth = rng.uniform(0.5, 9, size=(3, 5, 7)).round(3).astype("float32")
     depth[0, 0, 0] = 0.0
-    colour = rng.integers(0, 256, size=(3, 5, 7, 3)) / 255
+    color = rng.integers(0, 256, size=(3, 5, 7, 3)) / 255
     vectors = rng.normal(size=(3, 6)).astype("float32")
     return rgbd.Frames(
         depth,
-        colour.astype("float32"),
+        color.astype("float32"),
         np.asarray(geometry.pose_matrix(vectors)),
         geometry.inverse_intrinsics((6.0, 5.0), (3.2, 2.1)),
     )
@@ -145,8 +145,8 @@ def broken(folder):
     )
     small = np.zeros((4, 7), "uint16")
     yield "size", lambda: image("depth/000001.png", small), "be of one size"
-    grey = np.zeros((5, 7), "uint8")
-    yield "kind", lambda: image("colour/000001.png", grey), "of the kind 'RGB'"
+    gray = np.zeros((5, 7), "uint8")
+    yield "kind", lambda: image("color/000001.png", gray), "of the kind 'RGB'"
     eight = np.zeros((5, 7), "uint8")
     yield "bits", lambda: image("depth/000001.png", eight), "of the kind 'I;16'"
 
@@ -168,13 +168,13 @@ def test_broken_folders_are_refused(name, tmp_path):
             rgbd.read_frames(tmp_path)
 
 
-def test_depth_and_colour_of_different_sizes_are_refused(tmp_path):
+def test_depth_and_color_of_different_sizes_are_refused(tmp_path):
     some = frames()
     rgbd.write_frames(tmp_path, some)
-    less = some._replace(depth=some.depth[:, :4], colour=some.colour[:, :4])
+    less = some._replace(depth=some.depth[:, :4], color=some.color[:, :4])
     rgbd.write_frames(tmp_path / "less", less)
-    (tmp_path / "colour").rename(tmp_path / "before")
-    (tmp_path / "less" / "colour").rename(tmp_path / "colour")
+    (tmp_path / "color").rename(tmp_path / "before")
+    (tmp_path / "less" / "color").rename(tmp_path / "color")
     with pytest.raises(ValueError, match=r"of one size.*\(5, 7\).*\(4, 7\)"):
         rgbd.read_frames(tmp_path)
 
@@ -184,8 +184,8 @@ def unlike(frames):
         depth = frames.depth.copy()
         depth[1, 2, 3] = value
         yield {"depth": depth}, "0 to 65.535 metres"
-    yield {"depth": frames.depth[1:]}, "`frames.colour` must be an array.*T=2"
-    for name in ("colour", "poses"):
+    yield {"depth": frames.depth[1:]}, "`frames.color` must be an array.*T=2"
+    for name in ("color", "poses"):
         told = f"`frames.{name}` must be an array.*T=3"
         yield {name: getattr(frames, name)[1:]}, told
     yield (
@@ -200,8 +200,8 @@ def unlike(frames):
     yield {"depth": whole}, "`frames.depth` must be in metres.*depth_scale"
     none = {name: getattr(frames, name)[:0] for name in frames._fields[:3]}
     yield none, "`frames.depth` must have at least one"
-    yield {"colour": frames.colour * np.nan}, "colour` must be from 0 to 1"
-    yield {"colour": frames.colour * 255}, "colour` must be from 0 to 1"
+    yield {"color": frames.color * np.nan}, "color` must be from 0 to 1"
+    yield {"color": frames.color * 255}, "color` must be from 0 to 1"
     inverse = frames.inverse_intrinsics
     skewed = inverse + np.eye(3, k=1, dtype="float32")
     for other in (
@@ -265,7 +265,7 @@ def test_points_are_a_ply_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("points", "colours"),
+    ("points", "colors"),
     [
         (np.ones((2, 3)), np.ones((3, 3))),
         (np.ones((2, 2)), np.ones((2, 3))),
@@ -284,9 +284,9 @@ def test_points_are_a_ply_file(tmp_path):
         ([[1, 2, 3], [1]], np.ones((1, 3))),
     ],
 )
-def test_wrong_points_leave_no_file(points, colours, tmp_path):
+def test_wrong_points_leave_no_file(points, colors, tmp_path):
     with pytest.raises(ValueError, match="must be.*Received"):
-        rgbd.write_points(tmp_path / "a.ply", points, colours)
+        rgbd.write_points(tmp_path / "a.ply", points, colors)
     assert not list(tmp_path.iterdir())
 
 

@@ -36,8 +36,8 @@ similarities = pytest.mark.parametrize("similarity", ["dot", "cosine", "l2"])
 
 def clustered(number, width=7, seed=3):
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(1).normal(size=(50, width))
-    places = centres[rng.integers(50, size=number)]
+    centers = np.random.default_rng(1).normal(size=(50, width))
+    places = centers[rng.integers(50, size=number)]
     return (places + 0.3 * rng.normal(size=(number, width))).astype("float32")
 
 

@@ -133,7 +133,7 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
 
     Source: Graves et al. 2016, Methods, sparse link matrix. New links come
     from the K largest entries of write weighting and precedence; a row keeps
-    the K largest of what it had and of what is new. Nothing is normalised when
+    the K largest of what it had and of what is new. Nothing is normalized when
     entries are left out, so that with K = N the links are those of
     `linkage_after_write`. The choice of entries has no gradient, their values
     have. For small K: merging what is new takes K^3.

@@ -95,7 +95,7 @@ def _grad_sharpen(upstream, saved, _, sharpening):
 
 @custom_gradient(_grad_sharpen, saves=True)
 def sharpen(weighting, sharpening):
-    """Raises a weighting to a power and normalises it.
+    """Raises a weighting to a power and normalizes it.
 
     Source: Graves et al. 2014, eq. 9.
     Departure: written as a softmax of logarithms, with `SHARPENING_EPSILON`
@@ -103,7 +103,7 @@ def sharpen(weighting, sharpening):
 
     Args:
         weighting: (B, H, N) weighting.
-        sharpening: (B, H) powers, at least 1; 1 only normalises.
+        sharpening: (B, H) powers, at least 1; 1 only normalizes.
 
     Returns:
         (B, H, N) weighting: non-negative, sums to 1 over N.

@@ -29,7 +29,7 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
 
     Departures, where the reference divides by next to nothing: it adds 1e-16
     to memory and key and bounds the product of their norms by 1e-8, and does
-    not quite normalise a weighting whose powers sum to less than about 1e-8,
+    not quite normalize a weighting whose powers sum to less than about 1e-8,
     which needs an interpolation gate as low in the first step. The initial
     memory and reads, which it never trains, are weights that are not trained;
     `initial_memory="learned"`, `initial_reads="learned"` train them.

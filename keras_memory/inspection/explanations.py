@@ -201,7 +201,7 @@ def integrated_gradients(
             weight 0 are then those only that were.
         target: int, the class; None for the one that is predicted.
         baseline: what stands for nothing: a number, or an array like `x`. The
-            paper's code takes 1.0 of normalised images.
+            paper's code takes 1.0 of normalized images.
         steps: int, points on the way from the baseline.
         batch_size: int, about how many images are encoded at a time.
 

@@ -111,7 +111,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         activation: Keras activation of the output. Default: linear.
         clip_value: positive float or None; clips the output to +- this, in
             front of the activation.
-        interface_layer_norm: bool; True: the interface is layer-normalised,
+        interface_layer_norm: bool; True: the interface is layer-normalized,
             as in Franke et al. 2018 (arXiv 1807.02658). Default False.
         bypass_dropout: float in [0, 1), dropped share of the controller output
             on its way to the output, past the memory (same paper; here the

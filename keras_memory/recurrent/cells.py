@@ -142,7 +142,7 @@ class _OneMask(Arguments):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
-    """LSTM whose products and cell state are layer-normalised.
+    """LSTM whose products and cell state are layer-normalized.
 
     Equal in numbers and in the order of its weights to
     `tfa.rnn.LayerNormLSTMCell` of tensorflow-addons 0.23.
@@ -158,11 +158,11 @@ class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
     Departure: c_t itself is carried to the next step, as in
     tensorflow-addons, whose numbers these are
     (`test_steps_equal_tensorflow_addons`); the paper carries the sum inside
-    its LN and normalises for h_t only.
+    its LN and normalizes for h_t only.
 
     State: h, c: (B, units) each, 0 at first.
 
-    Masking and dtype: normalises in float32 at least. While inputs and states
+    Masking and dtype: normalizes in float32 at least. While inputs and states
     are exactly 0, each step multiplies gradients by up to 1 / `norm_epsilon`,
     which overflows within 20 steps: mask padding in front of a sequence.
 
@@ -245,7 +245,7 @@ class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
-    """Simple RNN whose summed products are layer-normalised.
+    """Simple RNN whose summed products are layer-normalized.
 
     Equal in numbers and in the order of its weights to
     `tfa.rnn.LayerNormSimpleRNNCell` of tensorflow-addons 0.23.
@@ -257,7 +257,7 @@ class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
 
     State: h: (B, units), 0 at first.
 
-    Masking and dtype: normalises in float32 at least. While inputs and state
+    Masking and dtype: normalizes in float32 at least. While inputs and state
     are exactly 0, each step multiplies gradients by up to the root of
     1 / `layernorm_epsilon`, which overflows within 20 steps: mask padding in
     front of a sequence.
@@ -599,7 +599,7 @@ def _fresh(initializer):
 def _check_epsilon(name, value):
     if not is_number(value) or value <= 0:
         raise ValueError(
-            f"`{name}` keeps the normalisation of equal numbers from dividing "
+            f"`{name}` keeps the normalization of equal numbers from dividing "
             f"by zero and must be positive. Received: {name}={value!r}"
         )
 

@@ -95,7 +95,7 @@ def inverse_intrinsics(focal_lengths, principal_point, convention="esm"):
     Args:
         focal_lengths: (fx, fy) in pixels.
         principal_point: (cx, cy) in pixels, to the right and down from the
-            centre of the pixel in the corner; the image's middle is at
+            center of the pixel in the corner; the image's middle is at
             ((w - 1) / 2, (h - 1) / 2).
         convention: str; see above. Of any but `"esm"` it is the inverse of
             K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].

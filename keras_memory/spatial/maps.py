@@ -98,7 +98,9 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         self.smooth_kernel_size = smooth_kernel_size
         if smooth_kernel_size is not None:
             check_size(
-                "smooth_kernel_size", smooth_kernel_size, others=" or None"
+                "smooth_kernel_size",
+                smooth_kernel_size,
+                alternatives=" or None",
             )
             if smooth_kernel_size % 2 == 0:
                 raise ValueError(

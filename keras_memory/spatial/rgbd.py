@@ -1,4 +1,4 @@
-"""Frames of depth and colour in a folder, and coloured points in a file.
+"""Frames of depth and color in a folder, and colored points in a file.
 
 A folder of frames:
 
@@ -10,7 +10,7 @@ A folder of frames:
                         in metres
     depth/000000.png    16 bits, millimetres along the optical axis, 0 for
                         pixels without a measurement
-    colour/000000.png   8 bits, red, green, blue
+    color/000000.png   8 bits, red, green, blue
 
 The camera's axes are those of a convention of `geometry`: x left, y up and z
 forward by default, and x right and y down where `camera.json` says "opencv", as
@@ -33,30 +33,30 @@ from keras_memory.files import check_path
 from keras_memory.spatial import cameras
 from keras_memory.spatial import geometry
 
-KINDS = "depth", "colour"
+KINDS = "depth", "color"
 MILLIMETRES = 1000.0  # in a metre
 AXES = {
     "depth": ("T", "h", "w"),
-    "colour": ("T", "h", "w", 3),
+    "color": ("T", "h", "w", 3),
     "poses": ("T", 3, 4),
     "inverse_intrinsics": (3, 3),
 }
 
 
 class Frames(NamedTuple):
-    """Frames of a camera of depth and colour.
+    """Frames of a camera of depth and color.
 
     Args:
         depth: (T, h, w) float32, metres along the optical axis; 0 for pixels
             without a measurement.
-        colour: (T, h, w, 3) float32 from 0 to 1.
+        color: (T, h, w, 3) float32 from 0 to 1.
         poses: (T, 3, 4) float64, from the camera's frame to the world's.
         inverse_intrinsics: (3, 3) float64, as `geometry.inverse_intrinsics`
             gives it.
     """
 
     depth: Any
-    colour: Any
+    color: Any
     poses: Any
     inverse_intrinsics: Any
 
@@ -115,15 +115,15 @@ def read_frames(folder, convention="esm"):
         )
     names = [f"{number:06d}.png" for number in range(len(poses))]
     depth = _read_images(folder / "depth", names, ("I;16", "I"))
-    colour = _read_images(folder / "colour", names, ("RGB",))
-    if depth.shape != colour.shape[:3]:
+    color = _read_images(folder / "color", names, ("RGB",))
+    if depth.shape != color.shape[:3]:
         raise ValueError(
-            "Images of depth and colour must be of one size. Received: "
-            f"{depth.shape[1:]} and {colour.shape[1:3]} in {folder}"
+            "Images of depth and color must be of one size. Received: "
+            f"{depth.shape[1:]} and {color.shape[1:3]} in {folder}"
         )
     return Frames(
         depth.astype("float32") / np.float32(MILLIMETRES),
-        colour.astype("float32") / np.float32(255),
+        color.astype("float32") / np.float32(255),
         poses
         @ np.block([[given.T @ wanted, np.zeros((3, 1))], [np.eye(4)[3:]]]),
         inverse_intrinsics,
@@ -171,7 +171,7 @@ def write_frames(folder, frames, convention="esm"):
 
     Raises:
         ValueError: other shapes, depth that 16 bits of millimetres cannot hold,
-            or of integers, colours beyond 0 and 1, poses that are none, another
+            or of integers, colors beyond 0 and 1, poses that are none, another
             camera than a pinhole, or a folder that holds more frames. Nothing
             is written then.
         OSError: a full disk, say. What was in the folder is as it was.
@@ -183,7 +183,7 @@ def write_frames(folder, frames, convention="esm"):
     if not isinstance(frames, tuple) or len(frames) != len(Frames._fields):
         raise ValueError(f"`frames` must be `Frames`. Received: {frames!r}")
     frames, sizes = Frames(*frames), {}
-    depth, colour, poses, inverse = (
+    depth, color, poses, inverse = (
         _array(f"frames.{name}", getattr(frames, name), axes, sizes)
         for name, axes in AXES.items()
     )
@@ -208,7 +208,7 @@ def write_frames(folder, frames, convention="esm"):
     focal, middle = _intrinsics(
         "frames.inverse_intrinsics", inverse, convention
     )
-    colour = _eight_bits("frames.colour", colour)
+    color = _eight_bits("frames.color", color)
     for more in (folder / kind / f"{len(depth):06d}.png" for kind in KINDS):
         if more.exists():
             raise ValueError(
@@ -223,13 +223,13 @@ def write_frames(folder, frames, convention="esm"):
             (aside / name).mkdir()
         (aside / "camera.json").write_text(json.dumps(camera) + "\n")
         for number, (depth_image, color_image) in enumerate(
-            zip(millimetres, colour)
+            zip(millimetres, color)
         ):
             name = f"{number:06d}.png"
             Image.fromarray(depth_image.astype("uint16")).save(
                 aside / "depth" / name
             )
-            Image.fromarray(color_image).save(aside / "colour" / name)
+            Image.fromarray(color_image).save(aside / "color" / name)
         np.savetxt(aside / "poses.txt", poses.reshape(-1, 12))
 
 
@@ -255,40 +255,40 @@ def _intrinsics(name, inverse, convention):
     )
 
 
-def _eight_bits(name, colours):
+def _eight_bits(name, colors):
     """From 0 to 1 as from 0 to 255."""
-    if not (np.abs(colours - 0.5) <= 0.501).all():  # but for rounding
+    if not (np.abs(colors - 0.5) <= 0.501).all():  # but for rounding
         raise ValueError(
-            f"`{name}` must be from 0 to 1. Received: from {np.min(colours)} "
-            f"to {np.max(colours)}"
+            f"`{name}` must be from 0 to 1. Received: from {np.min(colors)} "
+            f"to {np.max(colors)}"
         )
-    return np.round(np.clip(colours, 0, 1) * 255).astype("uint8")
+    return np.round(np.clip(colors, 0, 1) * 255).astype("uint8")
 
 
-def write_points(path, points, colours):
-    """Writes coloured points to a PLY file, which viewers of meshes open.
+def write_points(path, points, colors):
+    """Writes colored points to a PLY file, which viewers of meshes open.
 
     Args:
         path: path of the file.
         points: (n, 3) metres.
-        colours: (n, 3) from 0 to 1.
+        colors: (n, 3) from 0 to 1.
 
     Raises:
-        ValueError: other shapes, points that are not finite, or colours beyond
+        ValueError: other shapes, points that are not finite, or colors beyond
             0 and 1.
         OSError: a full disk, say. A file that was there is as it was.
     """
     path, sizes = check_path("path", path), {}
     points = _array("points", points, ("n", 3), sizes).astype("<f4")
-    colours = _array("colours", colours, ("n", 3), sizes)
+    colors = _array("colors", colors, ("n", 3), sizes)
     if not np.isfinite(points).all():
         raise ValueError("`points` must be finite. Received: NaN or infinity")
-    colours = _eight_bits("colours", colours)
+    colors = _eight_bits("colors", colors)
     kinds = [(axis, "<f4") for axis in "xyz"]
-    kinds += [(colour, "u1") for colour in ("red", "green", "blue")]
+    kinds += [(color, "u1") for color in ("red", "green", "blue")]
     vertices = np.empty(len(points), kinds)
     for i, (name, _) in enumerate(kinds):
-        vertices[name] = points[:, i] if i < 3 else colours[:, i - 3]
+        vertices[name] = points[:, i] if i < 3 else colors[:, i - 3]
     names = {"<f4": "float", "u1": "uchar"}
     header = ["ply", "format binary_little_endian 1.0"]
     header += [f"element vertex {len(points)}"]

@@ -1,4 +1,4 @@
-"""A textured room with boxes: exact depth and colour from any pose.
+"""A textured room with boxes: exact depth and color from any pose.
 
 Ray-cast in NumPy, for demonstrations and tests of spatial memory. Frames are
 those of `geometry`: x left, y up, z forward, metres.
@@ -11,7 +11,7 @@ from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.spatial import cameras
 
-COLOURS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
+COLORS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
     [
         [0.75, 0.35, 0.30],
         [0.30, 0.55, 0.75],
@@ -36,8 +36,8 @@ class Room:
     Example:
 
     >>> room = Room()
-    >>> depth, colour = room.render(np.eye(3, 4), height=4, width=6)
-    >>> depth.shape, colour.shape
+    >>> depth, color = room.render(np.eye(3, 4), height=4, width=6)
+    >>> depth.shape, color.shape
     ((4, 6), (4, 6, 3))
     """
 
@@ -75,7 +75,7 @@ class Room:
             directions: (..., 3), of any length but 0.
 
         Returns:
-            (...) distances in lengths of the directions, and (..., 3) colours
+            (...) distances in lengths of the directions, and (..., 3) colors
             from 0 to 1.
 
         Raises:
@@ -110,11 +110,11 @@ class Room:
             axis = np.where(hits, in_axis, axis)
         points = origin + distance[..., None] * directions
         ahead = np.take_along_axis(directions, axis[..., None], axis=-1) > 0
-        colour = COLOURS[2 * axis + ahead[..., 0]]
+        color = COLORS[2 * axis + ahead[..., 0]]
         # Patches of about half a metre.
         x, y, z = np.moveaxis(points, -1, 0)
         pattern = np.sin(5 * x + 2 * y) * np.sin(6 * y - z) * np.sin(5 * z + x)
-        return distance, colour * (0.75 + 0.25 * pattern[..., None])
+        return distance, color * (0.75 + 0.25 * pattern[..., None])
 
     def render(self, pose, height, width, inverse_intrinsics=None):
         """What a pinhole camera sees.
@@ -126,7 +126,7 @@ class Room:
                 it; by default of a view 90 degrees wide.
 
         Returns:
-            (h, w) metres along the optical axis, and (h, w, 3) colours, both
+            (h, w) metres along the optical axis, and (h, w, 3) colors, both
             float32.
         """
         height, width = check_size("height", height), check_size("width", width)
@@ -141,8 +141,8 @@ class Room:
         rows, columns = np.mgrid[:height, :width]
         pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
         directions = pixels @ (pose[:, :3] @ inverse).T
-        depth, colour = self.cast(pose[:, 3], directions)
-        return depth.astype("float32"), colour.astype("float32")
+        depth, color = self.cast(pose[:, 3], directions)
+        return depth.astype("float32"), color.astype("float32")
 
     def render_sphere(self, pose, pixels, height, width):
         """What is around a place, in pixels of a map.
@@ -153,7 +153,7 @@ class Room:
             height, width: ints, H and W of the map.
 
         Returns:
-            (...) distances in metres, and (..., 3) colours, both float32.
+            (...) distances in metres, and (..., 3) colors, both float32.
         """
         height, width = check_size("height", height), check_size("width", width)
         pose = _array("pose", pose, (3, 4))
@@ -166,10 +166,10 @@ class Room:
             np.cos(polar),
             level * np.cos(azimuth),
         ]
-        distance, colour = self.cast(
+        distance, color = self.cast(
             pose[:, 3], np.stack(directions, axis=-1) @ pose[:, :3].T
         )
-        return distance.astype("float32"), colour.astype("float32")
+        return distance.astype("float32"), color.astype("float32")
 
 
 def right_angle(height, width):

@@ -88,12 +88,12 @@ class RepeatCopy(_Bits):
     Source: Graves et al. 2014, section 4.2.
 
     The inputs are the sequence, an end marker, the number of copies wanted in
-    a channel of its own (normalised: over the range from `min_repeats` to
+    a channel of its own (normalized: over the range from `min_repeats` to
     `max_repeats` it has mean 0 and variance 1), and blanks; the targets are
     the copies and, in a channel of its own, an end marker.
 
     Departure: the end marker of the inputs, which pytorch-ntm has too. The
-    paper has the number alone, which may be 0 once it is normalised.
+    paper has the number alone, which may be 0 once it is normalized.
 
     Args:
         min_length: int, at least 1, in vectors. Default 1.
