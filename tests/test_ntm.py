@@ -1,5 +1,5 @@
-"""The Neural Turing Machine against its oracle, finite differences, cases
-solved by hand, and where mathematics is singular."""
+"""The Neural Turing Machine against its oracle and cases solved by hand:
+`access_harness.py` has what it shares with others."""
 
 import itertools
 
@@ -7,6 +7,16 @@ import keras
 import numpy as np
 import pytest
 import reference
+from access_harness import BATCH
+from access_harness import IN_TURN
+from access_harness import NTM
+from access_harness import TIME
+from access_harness import UNITS
+from access_harness import WIDTH
+from access_harness import close
+from access_harness import few
+from access_harness import numbers
+from access_harness import set_interface_bias
 from catalogue import slow_unless
 from harness import needs_tensorflow
 from keras import ops
@@ -15,53 +25,14 @@ import keras_memory
 from keras_memory.addressing import content
 from keras_memory.addressing import location
 
-BATCH, TIME, WIDTH, UNITS = 2, 6, 3, 2
-SIZES = {"memory_slots": 11, "slot_size": 5, "controller_units": 7}
-IN_TURN = ("read", "write", "write", "read", "write")
 NAN = float("nan")
 
-
-def ntm(**kwargs):
-    fixed = {"units": UNITS, **SIZES, "return_sequences": True}
-    return keras_memory.NTMLayer(**{**fixed, **kwargs})
-
-
-def randomised(seed=5, scale=1.0, **kwargs):
-    """A layer whose weights are all drawn anew."""
-    layer = ntm(**kwargs)
-    layer.build((BATCH, TIME, WIDTH))
-    rng = np.random.default_rng(seed)
-    for weight in layer.cell.weights:
-        weight.assign(rng.normal(size=weight.shape, scale=scale))
-    return layer
-
-
-def like(layer, **kwargs):
-    """A layer of other arguments with the weights of `layer`."""
-    other = ntm(**kwargs)
-    other.build((BATCH, TIME, WIDTH))
-    other.cell.set_weights(layer.cell.get_weights())
-    return other
+ntm, randomised, like = NTM.make, NTM.randomised, NTM.like
 
 
 def initial_weights(layer):
     weights = layer.cell.weights
     return {w.name: w for w in weights if w.name.startswith("initial_")}
-
-
-def numbers(seed=7, shape=(BATCH, TIME, WIDTH)):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def few():
-    """Numbers for three steps, where more would show nothing else."""
-    return numbers()[:, :3]
-
-
-def close(actual, expected, tolerance=1e-6):
-    actual = ops.convert_to_numpy(actual)
-    assert actual.shape == np.shape(expected)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 # Against the oracle.
@@ -410,370 +381,6 @@ def test_writes_in_turn_by_hand():
         close(inside["reads"], np.full((1, 1, 1, 5), 0.5))
 
 
-# Gradients against finite differences.
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"read_heads": 2, "write_heads": 3, "shift_range": 2},
-        slow_unless(False, {"write_heads": 3, "head_order": "writes_in_turn"}),
-        {
-            "write_heads": 2,
-            "head_order": ("write", "read", "write"),
-            "controller": "gru",
-            "strength_activation": "oneplus",
-            "product_epsilon": 0.2,
-        },
-        {
-            "addressing": "content",
-            "erase": False,
-            "controller": "dense",
-            "controller_layers": 2,
-            "activation": "tanh",
-        },
-        {
-            "controller": "rnn",
-            "interface_clip": 1.5,
-            "norm_epsilon": 0.1,
-            "units": None,
-        },
-        {
-            "read_heads": 2,
-            "slot_size": 4,
-            "memory_slots": 3,
-            "writing": "sequential",
-            "retroactive_discount": 0.7,
-        },
-        {
-            "memory_slots": 3,
-            "writing": "sequential",
-            "addressing": "content",
-            "head_order": ("write", "read"),
-            "erase": False,
-        },
-    ],
-    ids=[
-        "heads",
-        "writes in turn",
-        "in turn",
-        "content",
-        "unprojected",
-        "sequential",
-        "sequential, content",
-    ],
-)
-@needs_tensorflow
-def test_gradients_equal_finite_differences(options):
-    import tensorflow as tf
-
-    layer = randomised(
-        scale=0.6,
-        initial_memory="learned",
-        initial_reads="learned",
-        initial_weighting="learned",
-        initial_controller_state="learned",
-        dtype="float64",
-        **options,
-    )
-    rng = np.random.default_rng(11)
-    x = tf.Variable(numbers())
-    states = [
-        tf.Variable(state * (1.0 + 0.3 * rng.uniform(size=state.shape)))
-        for state in layer.cell.get_initial_state(batch_size=BATCH)
-    ]
-    mask = np.ones((BATCH, TIME), bool)
-    mask[1, 3:5] = False
-    projection = rng.normal(size=(BATCH, TIME, layer.cell.output_size))
-
-    @tf.function  # once for both: tracing takes longest
-    def loss_from(states):
-        output = layer(x, initial_state=states, mask=mask)
-        return tf.reduce_sum(projection * output)
-
-    def loss_from_own_start():
-        return loss_from(layer.cell.get_initial_state(batch_size=BATCH))
-
-    def loss_from_states():
-        return loss_from([state.value() for state in states])
-
-    value = tf.reduce_sum(projection * layer(x, mask=mask))
-    close(loss_from_own_start(), value, 1e-11)
-    without_gradient = []
-    for loss, variables in (
-        (loss_from_own_start, [x, *layer.trainable_weights]),
-        (loss_from_states, [x, *states]),
-    ):
-        with tf.GradientTape() as tape:
-            value = loss()
-        gradients = tape.gradient(value, variables)
-        for index, variable in enumerate(variables):
-            if gradients[index] is None:
-                without_gradient.append(index)
-                continue
-            gradient = ops.convert_to_numpy(gradients[index])
-            start = ops.convert_to_numpy(variable).copy()
-            direction = rng.normal(size=start.shape)
-            values = []
-            for step in (1e-5, -1e-5):
-                variable.assign(start + step * direction)
-                values.append(float(loss()))
-            variable.assign(start)
-            slope = (values[0] - values[1]) / 2e-5
-            length = np.linalg.norm(gradient)
-            if length == 0:
-                without_gradient.append(index)
-            error = abs(np.sum(gradient * direction) - slope)
-            assert error <= 1e-6 * length, (index, variable.shape)
-    # By content alone, nothing depends on the weightings of the step before,
-    # and usage only chooses a slot.
-    states = layer.cell.layout.records[0]._fields
-    used = {"read_weighting", "write_weighting"}
-    if options.get("addressing") == "content":
-        used = set()
-    if "retroactive_discount" in options:
-        used |= {"write_weighting", "retroactive_weighting"}
-    unused = {n for n in states if "weighting" in n or n == "usage"} - used
-    assert {states[index - 1] for index in without_gradient} == unused
-
-
-# Where mathematics is singular.
-
-
-def set_interface_bias(layer, **values):
-    """Fills the named parts of the interface's bias, the others with 0."""
-    filled, (_, bias) = [], layer.cell.interfaces[0]
-    for name, shape in layer.cell.accesses[0].parts._asdict().items():
-        if shape is not None:
-            part = np.broadcast_to(values.pop(name, 0.0), shape)
-            filled.append(part.ravel())
-    assert not values
-    bias.assign(np.concatenate(filled))
-
-
-def largest_gradients(layer, x, only_weights=False):
-    """Largest absolute gradients of sum(output ** 2) with respect to inputs
-    and weights, and to the initial states; all must be finite."""
-    import tensorflow as tf
-
-    x = tf.cast(x, layer.compute_dtype)
-    layer.build(x.shape)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        start = layer.cell.get_initial_state(batch_size=x.shape[0])
-        tape.watch(start)
-        output = layer(x, initial_state=start)
-        loss = tf.reduce_sum(tf.cast(output, "float32") ** 2)
-    assert np.isfinite(ops.convert_to_numpy(output).astype("float32")).all()
-    inside = keras_memory.trace(layer, x)
-    for name, value in inside.items():
-        value = value.astype("float32")
-        assert np.isfinite(value).all(), name
-        if "weighting" in name:
-            assert (value >= 0).all(), name
-            close(value.sum(-1), np.ones(value.shape[:-1]), 2e-2)
-
-    variables = [x, *layer.trainable_weights, *start]
-    sizes = []
-    for gradient in tape.gradient(loss, variables):
-        sizes.append(0.0)
-        if gradient is not None:
-            value = ops.convert_to_numpy(tf.cast(gradient, "float64"))
-            sizes[-1] = np.abs(value).max()
-    of_weights = np.max(sizes[: -len(start)])
-    of_states = 0.0 if only_weights else np.max(sizes[-len(start) :])
-    assert np.isfinite(of_weights) and np.isfinite(of_states)
-    return of_weights, of_states
-
-
-SATURATED = {
-    f"{part} {value:+}": {part: value}
-    for part in (
-        "key",
-        "strength",
-        "interpolation_gate",
-        "sharpening",
-        "erase_vector",
-        "add_vector",
-    )
-    for value in (60, -60)
-}
-SATURATED |= {
-    "shift back": {"shift": [60, 0, 0]},
-    "shift on": {"shift": [0, 0, 60]},
-    "no shift": {"shift": [0, 60, 0]},
-    "sharp on one slot": {"shift": [0, 60, 0], "sharpening": 60},
-    "sharp by content": {
-        "interpolation_gate": 60,
-        "strength": 60,
-        "sharpening": 60,
-    },
-    "sharp on the past": {
-        "interpolation_gate": -60,
-        "shift": [0, 60, 0],
-        "sharpening": 60,
-    },
-    "all on": dict.fromkeys(
-        ("strength", "interpolation_gate", "sharpening", "erase_vector"), 60
-    ),
-    "all off": dict.fromkeys(
-        ("strength", "interpolation_gate", "sharpening", "erase_vector"), -60
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SATURATED)
-@needs_tensorflow
-def test_saturated_gates(name):
-    layer = ntm(read_heads=2)
-    layer.build((BATCH, TIME, WIDTH))
-    set_interface_bias(layer, **SATURATED[name])
-    of_weights, of_states = largest_gradients(layer, few())
-    assert 0 < of_weights < 1e2
-    assert of_states < 1e5
-
-
-@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("name", ["all on", "all off", "sharp on one slot"])
-@needs_tensorflow
-def test_saturated_gates_in_16_bits(name, dtype):
-    layer = ntm(dtype=dtype)
-    layer.build((BATCH, TIME, WIDTH))
-    set_interface_bias(layer, **SATURATED[name])
-    of_weights, of_states = largest_gradients(layer, few())
-    assert 0 < of_weights < 1e2
-    assert of_states < 1e5
-
-
-SINGULAR = {
-    "default": ({}, {}),
-    "one slot": ({"memory_slots": 1, "shift_range": 0}, {}),
-    "one slot by content": ({"memory_slots": 1, "addressing": "content"}, {}),
-    "zero memory": ({"initial_memory": 0.0}, {}),
-    "zero memory, added only": ({"initial_memory": 0.0, "erase": False}, {}),
-    "equal slots": ({"initial_memory": 0.5}, {}),
-    "tiny memory": ({"initial_memory": 1e-30}, {}),
-    "one-hot start": (
-        {"initial_weighting": "constant", "initial_memory": "random"},
-        {"interpolation_gate": -60, "shift": [0, 60, 0]},
-    ),
-    "one-hot start, sharp": (
-        {"initial_weighting": "constant", "initial_memory": "random"},
-        {"interpolation_gate": -60, "shift": [0, 60, 0], "sharpening": 60},
-    ),
-    "nowhere at the start": ({"initial_weighting": 0.0}, {}),
-    "nowhere, gate nearly shut": (
-        {"initial_weighting": 0.0, "initial_memory": "random"},
-        {"interpolation_gate": -15},
-    ),
-    "nowhere, gate shut": (
-        {"initial_weighting": 0.0, "initial_memory": "random"},
-        {"interpolation_gate": -60},
-    ),
-    "in turn": ({"head_order": ("write", "read")}, {}),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *itertools.product(SINGULAR, ["float32"]),
-        *itertools.product(
-            ["default", "one slot", "zero memory", "nowhere, gate shut"],
-            ["float64", "mixed_float16"],
-        ),
-    ],
-)
-@needs_tensorflow
-def test_singular_points(name, dtype):
-    options, bias = SINGULAR[name]
-    layer = ntm(dtype=dtype, **options)
-    layer.build((BATCH, TIME, WIDTH))
-    set_interface_bias(layer, **bias)
-    # A weighting that is zero everywhere is a number, nothing learns it, and
-    # the slope of sharpening there is that of the logarithm at its epsilon.
-    no_weighting = options.get("initial_weighting") == 0.0
-    of_weights, of_states = largest_gradients(
-        layer, few(), only_weights=no_weighting
-    )
-    assert 0 < of_weights < 1e2
-    assert of_states < 1e5
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
-@needs_tensorflow
-def test_zero_memory_zero_keys_and_zero_inputs(dtype):
-    layer = ntm(dtype=dtype, initial_memory=0.0, kernel_initializer="zeros")
-    of_weights, of_states = largest_gradients(layer, 0 * few())
-    assert of_weights == of_states == 0
-    set_interface_bias(layer, add_vector=0.5)
-    layer.cell.output_projection[0].assign(np.ones((12, UNITS)))
-    of_weights, of_states = largest_gradients(layer, 0 * few())
-    assert 0 < of_weights < 1e4
-    assert of_states < 1e5
-
-
-def test_one_slot_and_no_shift_give_no_warnings(recwarn):
-    for start in ("constant", "learned"):
-        layer = ntm(memory_slots=1, shift_range=0, initial_weighting=start)
-        layer(numbers().astype("float32"))
-    warnings = [warning for warning in recwarn if "axis" in str(warning)]
-    assert not warnings
-
-
-@pytest.mark.parametrize("shape", [(1, TIME, WIDTH), (2, 1, WIDTH), (1, 1, 1)])
-@needs_tensorflow
-def test_one_item_and_one_step_are_finite(shape):
-    layer = ntm()
-    of_weights, of_states = largest_gradients(layer, numbers(shape=shape))
-    assert 0 < of_weights < 1e2
-    assert of_states < 1e5
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
-@pytest.mark.parametrize("controller", ["lstm", "dense"])
-@needs_tensorflow
-def test_huge_inputs(controller, dtype):
-    layer = ntm(controller=controller, dtype=dtype)
-    of_weights, of_states = largest_gradients(layer, 1e4 * few())
-    assert 0 < of_weights < 1e6
-    assert of_states < 1e6
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@needs_tensorflow
-def test_huge_interface(dtype):
-    layer = randomised(controller="dense", dtype=dtype)
-    kernel = layer.cell.interfaces[0][0]
-    kernel.assign(1e4 * numbers(shape=kernel.shape))
-    of_weights, _ = largest_gradients(layer, few())
-    assert of_weights > 0
-
-
-@pytest.mark.parametrize(
-    "dtype", ["float16", "bfloat16", "mixed_float16", "mixed_bfloat16"]
-)
-@pytest.mark.parametrize(
-    "options",
-    [{"initial_memory": 0.0}, {"addressing": "content"}],
-    ids=["zero memory", "content"],
-)
-@needs_tensorflow
-def test_16_bits(options, dtype):
-    # A dense controller: TensorFlow has no orthogonal matrices in bfloat16,
-    # which Keras draws for recurrent kernels.
-    layer = ntm(dtype=dtype, controller="dense", **options)
-    of_weights, of_states = largest_gradients(layer, few())
-    assert 0 < of_weights < 1e2
-    assert of_states < 1e5
-    # Close to the same in 32 bits.
-    wide = like(layer, dtype="float32", controller="dense", **options)
-    difference = ops.convert_to_numpy(
-        ops.cast(layer(few()), "float32") - wide(few())
-    )
-    assert np.abs(difference).max() < 0.03
-
-
 # What the layer starts with.
 
 
@@ -838,20 +445,6 @@ def test_by_content_there_is_no_initial_weighting_to_learn():
 
 
 # Invariants of the whole.
-
-
-@pytest.mark.parametrize("head_order", ["parallel", IN_TURN])
-def test_weightings_are_weightings_at_every_step(head_order):
-    layer = randomised(read_heads=2, write_heads=3, head_order=head_order)
-    inside = keras_memory.trace(layer, 3 * numbers())
-    names = [name for name in inside if "weighting" in name] + ["shift"]
-    assert len(names) == 4
-    for name in names:
-        assert (inside[name] >= 0).all()
-        close(inside[name].sum(-1), np.ones(inside[name].shape[:-1]))
-    assert (inside["strength"] > 0).all() and (inside["sharpening"] >= 1).all()
-    for name in ("interpolation_gate", "erase_vector"):
-        assert (inside[name] >= 0).all() and (inside[name] <= 1).all()
 
 
 @pytest.mark.parametrize("addressing", ["content", "content_and_location"])
@@ -995,19 +588,3 @@ def test_shifts_that_overlap(shift_range, memory_slots):
 
 def test_as_many_shifts_as_slots():
     assert ntm(shift_range=5)(numbers()).shape[-1] == UNITS
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "key_activation",
-        "add_activation",
-        "strength_activation",
-        "activation",
-        "kernel_initializer",
-        "bias_initializer",
-    ],
-)
-def test_names_that_keras_does_not_know(name):
-    with pytest.raises(ValueError, match="tahn"):
-        ntm(**{name: "tahn"})
