@@ -496,7 +496,7 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
 
     Departures: `norm_epsilon` in the norms and an epsilon in the sharpening
     keep gradients finite where the paper's formulas divide zero by zero
-    (`test_ntm.py`, singular points). MERLIN adds to the slot that it
+    (`test_accesses.py`, singular points). MERLIN adds to the slot that it
     overwrites; here it is cleared first, together with its retroactive
     weighting, unless `erase=False` (`test_ntm.py`, sequential writing).
 
