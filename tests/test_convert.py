@@ -16,6 +16,8 @@ import keras_memory
 from keras_memory import cli
 from keras_memory import convert
 
+pytestmark = pytest.mark.every_backend
+
 PYTORCH = ["pytorch_ntm__1r1w_a", "pytorch_ntm__2r2w_b"]
 COLLIER = ["collier_ntm__a", "collier_ntm__b"]
 IVY = ["ivy_ntm__a", "ivy_ntm__b"]

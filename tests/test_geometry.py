@@ -11,6 +11,8 @@ from keras import ops
 from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
 
+pytestmark = pytest.mark.every_backend
+
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FUNCTIONS = "esm__functions_a", "esm__functions_b"
 
