@@ -297,7 +297,8 @@ def test_a_memory_that_is_closed(tmp_path):
     refuses(memory.refresh, "`refresh` needs", "mode='closed'")
 
 
-def test_a_full_disk(tmp_path):
+@pytest.mark.parametrize("is_rewritten", [False, True])
+def test_a_full_disk(is_rewritten, tmp_path, monkeypatch):
     sizes = {**SIZES_OF_FILE, "memory_size": 4000}
     model = Model(**sizes)
     memory = stored(tmp_path, **sizes)
@@ -306,6 +307,9 @@ def test_a_full_disk(tmp_path):
     before = contents(memory)
     memory.clear([1])
     model.clear([1])
+    if is_rewritten:
+        monkeypatch.setattr(durable, "FILE_LEAST", 0)
+        monkeypatch.setattr(durable, "FILE_FACTOR", 0)
     for seed in range(2):
         fill(memory, model, n=1000, seed=seed)
         for call in (memory.flush, memory.flush, memory.close):

@@ -322,6 +322,7 @@ def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
 def refused(folder, match="memory.sqlite must be as.*Received: "):
     """No mode gives operations, and the file stays as it is."""
     before = content(folder)
+    assert exists(folder)  # nobody makes another
     for mode in "rar":
         with pytest.raises(ValueError, match=match):
             read(folder, mode)
