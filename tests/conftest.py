@@ -14,13 +14,18 @@ TESTS = itertools.count(1)
 # Files that take longest begin, so that two processes end at the same time.
 LONGEST = (
     "test_time_loops.py",
-    "test_knn_memory.py",
     "test_esm.py",
     "test_training.py",
     "test_examples.py",
     "test_callbacks.py",
-    "test_lowering.py",
+    "test_memory_wrap.py",
+    "test_catalogue.py",
+    "test_recurrent.py",
+    "test_export.py",
     "test_docstrings.py",
+    "test_retrieval.py",
+    "test_lowering.py",
+    "test_visualization.py",
 )
 
 
