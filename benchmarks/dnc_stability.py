@@ -85,11 +85,11 @@ def stability(rates, seeds, steps, seen=lambda rate, row: None, **kwargs):
                 variable.assign(tf.zeros_like(variable))
             optimizer.learning_rate.assign(rate)
             rng = np.random.default_rng(seed)
-            seen = []
+            found = []
             for _ in range(steps):
                 batch = TASK.sample(rng, BATCH)
-                seen.append(step(batch.inputs, batch.targets, batch.mask))
-            loss, gradient, finite = (np.array(part) for part in zip(*seen))
+                found.append(step(batch.inputs, batch.targets, batch.mask))
+            loss, gradient, finite = (np.array(part) for part in zip(*found))
             broken += ~finite.all(axis=0)
             largest = max(largest, gradient.max())
             last.append(loss[-50:].mean())

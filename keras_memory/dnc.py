@@ -478,13 +478,13 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
 
     Departures: `norm_epsilon` in the norms and `usage_epsilon` in the
     allocation keep gradients finite where the paper's formulas divide zero by
-    zero or sort numbers that are equal (`test_accesses.py`, singular points). The
-    paper has one write head; further ones are those of DeepMind's code: each
-    has links of its own, and its allocation sees the usage raised by the
+    zero or sort numbers that are equal (`test_accesses.py`, singular points).
+    The paper has one write head; further ones are those of DeepMind's code:
+    each has links of its own, and its allocation sees the usage raised by the
     heads before it. Of several `controller_layers` interface and output see
     the last, as in other implementations; in the paper they see all. Bypass
-    dropout drops the same units at all steps of a
-    sequence, in the paper at each step anew.
+    dropout drops the same units at all steps of a sequence, in the paper at
+    each step anew.
 
     Args:
         units: int, at least 1, width of the output; or None for the features

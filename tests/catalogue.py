@@ -357,8 +357,17 @@ OTHERS = [
 LAYERS = list({c.layer: c for c in reversed([*CASES, *WRAPS])}.values())
 
 
+# Whose numbers `.ci/run` compares on every backend.
+PLAIN = [case for case in CASES if case.name in ("ntm-default", "dnc-default")]
+
+
 def slow_unless(first, *values):
     return pytest.param(*values, marks=() if first else pytest.mark.slow)
+
+
+def few_backends_unless(first, *values, marks=()):
+    marks = (*marks, *(() if first else (pytest.mark.few_backends,)))
+    return pytest.param(*values, marks=marks)
 
 
 def name_of(value):

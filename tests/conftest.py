@@ -7,18 +7,25 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import pytest
 
+pytest.register_assert_rewrite("knn")
+
 TESTS = itertools.count(1)
 
 # Files that take longest begin, so that two processes end at the same time.
 LONGEST = (
     "test_time_loops.py",
-    "test_knn_memory.py",
     "test_esm.py",
     "test_training.py",
     "test_examples.py",
     "test_callbacks.py",
-    "test_lowering.py",
+    "test_memory_wrap.py",
+    "test_catalogue.py",
+    "test_recurrent.py",
+    "test_export.py",
     "test_docstrings.py",
+    "test_retrieval.py",
+    "test_lowering.py",
+    "test_visualization.py",
 )
 
 
@@ -42,3 +49,26 @@ def seeded():
         # are too many for the system, XLA crashes.
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(params=["ring", pytest.param("scann", marks=pytest.mark.scann)])
+def store(request):
+    """What searches a `KNNMemory`."""
+    import knn
+
+    if request.param == "scann":
+        knn.need_scann()
+    return request.param
+
+
+@pytest.fixture
+def trees(monkeypatch):
+    """Trees from 500 entries on, if they compare less than half of them."""
+    import knn
+
+    from keras_memory.retrieval import tuning
+
+    knn.need_scann()
+    monkeypatch.setattr(tuning, "FLAT", 500)
+    monkeypatch.setattr(tuning, "WORTH", 0.5)
+    monkeypatch.setattr(tuning, "REBUILT", 0.25)

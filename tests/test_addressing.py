@@ -11,6 +11,8 @@ from keras_memory import addressing as on_tensors
 from keras_memory.addressing.content import NORM_EPSILON
 from keras_memory.addressing.location import SHARPENING_EPSILON
 
+pytestmark = pytest.mark.every_backend
+
 addressing = harness.on_arrays(on_tensors)
 BATCH, HEADS, SLOTS, WIDTH = 2, 3, 7, 5
 

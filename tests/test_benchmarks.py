@@ -1,4 +1,5 @@
-"""The benchmarks run; their times are nobody's business here."""
+"""What the benchmarks measure and print. `test_benchmark_runs.py` has one run
+of each."""
 
 import functools
 import json
@@ -18,6 +19,8 @@ from PIL import Image
 from keras_memory.retrieval import scann_row
 from keras_memory.retrieval import tuning
 from keras_memory.visualization.images import LINES
+
+pytestmark = pytest.mark.benchmarks
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -483,8 +486,23 @@ class InProcess:
         self.alive = False
 
 
-@pytest.fixture
-def tiny(monkeypatch):
+class Pool:
+    """A pool of processes that does all in this one, where sizes are tiny."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, do, *given):
+        return mock.Mock(**{"result.return_value": do(*given)})
+
+
+def shrink(monkeypatch):
     """Sizes of the benchmark of retrieval, and all of it in this process."""
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     monkeypatch.setattr(measure, "Worker", InProcess)
@@ -503,10 +521,16 @@ def tiny(monkeypatch):
             monkeypatch.setattr(module, name, size)
     for name in ("use_cores", "prepare"):
         monkeypatch.setattr(neighbours, name, lambda threads: None)
+    monkeypatch.setattr(key_drift.futures, "ProcessPoolExecutor", Pool)
     prepared = dict.fromkeys(static_store.PREPARED, lambda threads: None)
     monkeypatch.setattr(static_store, "PREPARED", prepared)
     build = scann_row.ScannRow._build
     monkeypatch.setattr(scann_row.ScannRow, "_build", build)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    shrink(monkeypatch)
 
 
 @pytest.fixture
@@ -545,8 +569,8 @@ def test_data_is_drawn_again_alike():
         np.testing.assert_array_equal(one, other)
         assert np.abs(one - neighbours.Data(kind, 4).draw(2, 5)).max() > 0
     vectors, clusters = neighbours.Data("clustered", 3).draw_with_clusters(500)
-    centres = neighbours.Data("clustered", 5).centres
-    np.testing.assert_allclose(np.std(vectors - centres[clusters]), 0.5, 0.05)
+    centers = neighbours.Data("clustered", 5).centers
+    np.testing.assert_allclose(np.std(vectors - centers[clusters]), 0.5, 0.05)
 
 
 def take(step, rounds=2):
@@ -733,20 +757,6 @@ def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
     monkeypatch.setattr(key_drift, "RULES", rules)
     rule = tuning.REBUILT
 
-    class Pool:  # in this process, where sizes are tiny
-        def __init__(self, *arguments):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def submit(self, do, *given):
-            return mock.Mock(**{"result.return_value": do(*given)})
-
-    monkeypatch.setattr(key_drift.futures, "ProcessPoolExecutor", Pool)
     numbers = key_drift.run(2)
     assert tuning.REBUILT == rule
     found = numbers["rules"]

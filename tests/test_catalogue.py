@@ -14,16 +14,19 @@ import pytest
 from catalogue import CASES
 from catalogue import LAYERS
 from catalogue import OTHERS
+from catalogue import PLAIN
 from catalogue import WRAPS
-from catalogue import each_case
 from catalogue import each_layer
 from catalogue import each_shape
 from catalogue import each_state
 from catalogue import each_structure
+from catalogue import few_backends_unless
 from catalogue import name_of
 from catalogue import slow_unless
 
 import keras_memory
+
+pytestmark = pytest.mark.every_backend
 
 
 def public_layers():
@@ -52,11 +55,13 @@ def test_config_round_trip(case):
     harness.config_round_trip(case)
 
 
+@pytest.mark.few_backends
 @each_structure
 def test_file_round_trip(case, tmp_path):
     harness.file_round_trip(case, tmp_path)
 
 
+@pytest.mark.few_backends
 @each_layer
 def test_clone(case):
     harness.clone(case)
@@ -111,6 +116,7 @@ def test_in_models(case):
     harness.in_models(case)
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize(
     ("policy", "case"),
     [
@@ -153,7 +159,11 @@ def of_tensorflow(tmp_path_factory):
     return np.load(path)
 
 
-@each_case
+@pytest.mark.parametrize(
+    "case",
+    [few_backends_unless(case in PLAIN, case) for case in CASES],
+    ids=name_of,
+)
 def test_same_numbers(case, of_tensorflow):
     for name, value in backends.numbers(case).items():
         expected = of_tensorflow[f"{case.name}/{name}"]

@@ -16,6 +16,8 @@ from keras import ops
 import keras_memory
 from keras_memory.recurrent import controllers
 
+pytestmark = pytest.mark.every_backend
+
 BATCH, WIDTH, UNITS = 2, 5, 7
 
 # As in tensorflow-addons.

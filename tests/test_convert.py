@@ -1,5 +1,8 @@
 """Converted weights against stored results of the other implementations, and
-against oracles of them (`reference.py`) where nothing is stored."""
+against oracles of them (`reference.py`) where nothing is stored.
+
+`test_convert_errors.py` has what is refused.
+"""
 
 import pathlib
 
@@ -15,6 +18,8 @@ from keras import ops
 import keras_memory
 from keras_memory import cli
 from keras_memory import convert
+
+pytestmark = pytest.mark.every_backend
 
 PYTORCH = ["pytorch_ntm__1r1w_a", "pytorch_ntm__2r2w_b"]
 COLLIER = ["collier_ntm__a", "collier_ntm__b"]
@@ -483,9 +488,9 @@ def from_pytorch(weights=None, **kwargs):
     return convert.from_pytorch_ntm(weights, **kwargs)
 
 
-def from_collier(weights=None, **kwargs):
+def from_collier(weights=None, read_heads=1, write_heads=1, **kwargs):
     weights = collier_weights(1, 1) if weights is None else weights
-    return convert.from_collier_ntm(weights, 1, 1, **kwargs)
+    return convert.from_collier_ntm(weights, read_heads, write_heads, **kwargs)
 
 
 each_converter = pytest.mark.parametrize(
@@ -552,177 +557,6 @@ def test_saves_and_loads(converter, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     close(loaded(x), ops.convert_to_numpy(model(x)), 0)
-
-
-# What is refused.
-
-
-def error_of(function, *args, **kwargs):
-    with pytest.raises(ValueError) as error:
-        function(*args, **kwargs)
-    return str(error.value)
-
-
-def weights_of(converter):
-    if converter is from_pytorch:
-        return pytorch_weights("RW")
-    return collier_weights(1, 1)
-
-
-@each_converter
-def test_missing_and_misshapen_weights(converter):
-    for name, value in weights_of(converter).items():
-        weights = weights_of(converter)
-        weights[name] = value[None]
-        message = error_of(converter, weights)
-        assert name in message and str(value[None].shape) in message
-        del weights[name]
-        assert name in error_of(converter, weights)
-
-
-SHAPES = {
-    from_pytorch: {
-        "mem_bias": (7, 5),
-        "controller.lstm.bias_hh_l0": (44,),
-        "controller.lstm_c_bias": (1, 1, 11),
-        "heads.0.fc_read.weight": (11, 11),
-        "heads.1.fc_write.bias": (21,),
-        "fc.weight": (2, 16),
-    },
-    from_collier: {
-        START.format(2): (1, 7),
-        START.format(3): (1, 35),
-        CELL.format(0, "kernel"): (19, 44),
-        "o2p/fully_connected/weights": (11, 32),
-        "o2o/fully_connected/weights": (16, 2),
-    },
-}
-
-
-@each_converter
-def test_weights_of_another_size(converter):
-    for name, shape in SHAPES[converter].items():
-        weights = weights_of(converter)
-        assert weights[name].shape == shape
-        weights[name] = value = weights[name][..., :-1]
-        message = error_of(converter, weights)
-        for part in (name, str(shape), str(value.shape)):
-            assert part in message
-
-
-@each_converter
-def test_weight_that_holds_no_numbers(converter):
-    *_, (name, good) = weights_of(converter).items()
-    bad = [good * np.nan, good + [0, np.inf], good * (1 + 1j)]
-    bad += [None, "text", object(), [[1.0], [1.0, 2.0]]]
-    for value in bad:
-        weights = {**weights_of(converter), name: value}
-        assert name in error_of(converter, weights)
-
-
-@each_converter
-def test_extra_weight(converter):
-    weights = weights_of(converter) | {"beta1_power": np.ones(())}
-    assert "beta1_power" in error_of(converter, weights)
-
-
-def test_memories_that_differ():
-    weights = state_dict(pytorch_weights("RW"))
-    weights["ntm.heads.1.memory.mem_bias"] = np.zeros((7, 5))
-    assert "mem_bias" in error_of(from_pytorch, weights)
-
-
-def test_head_orders_that_are_not_that_of_the_weights():
-    read, write = "read", "write"
-    for head_order in (
-        (write, read),
-        (read,),
-        (read, write, write),
-        (read, "wirte"),
-        "parallel",
-        5,
-    ):
-        assert "`head_order`" in error_of(from_pytorch, head_order=head_order)
-
-
-def test_pytorch_ntm_needs_heads_of_both_kinds():
-    for kinds in ("R", "W", "RR", ""):
-        assert "head" in error_of(from_pytorch, pytorch_weights(kinds))
-
-
-BAD_SIZES = [-1, 1.0, True, None]
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("read_heads", [0, *BAD_SIZES]),
-        ("write_heads", [0, *BAD_SIZES]),
-        ("shift_range", BAD_SIZES),
-        ("init_mode", ["zeros", None]),
-        ("addressing_mode", ["location", None]),
-    ],
-)
-def test_arguments_that_are_refused(name, values):
-    weights, heads = collier_weights(1, 1), {"read_heads": 1, "write_heads": 1}
-    for value in values:
-        message = error_of(
-            convert.from_collier_ntm, weights, **{**heads, name: value}
-        )
-        assert f"`{name}`" in message
-        assert f"Received: {name}={value!r}" in message
-
-
-def test_arguments_that_do_not_fit_the_weights():
-    heads = {"read_heads": 1, "write_heads": 1}
-    for name, value, wrong in (
-        ("read_heads", 2, "cell_0"),
-        ("write_heads", 2, "learned_init_4"),
-        ("shift_range", 2, "o2p"),
-        ("init_mode", "constant", "init_M"),
-    ):
-        assert wrong in error_of(
-            convert.from_collier_ntm,
-            collier_weights(1, 1),
-            **{**heads, name: value},
-        )
-
-
-DETERMINED = {
-    "units": 2,
-    "memory_slots": 7,
-    "slot_size": 5,
-    "controller": "lstm",
-    "controller_units": 11,
-    "controller_layers": 1,
-    "addressing": "content_and_location",
-    "erase": True,
-    "writing": "addressed",
-    "key_activation": "tanh",
-    "add_activation": "tanh",
-    "strength_activation": "softplus",
-    "activation": "sigmoid",
-    "norm_epsilon": 0.1,
-    "product_epsilon": 0.1,
-    "initial_memory": 0.0,
-    "initial_reads": "constant",
-    "initial_weighting": 0.5,
-}
-
-
-@each_converter
-def test_arguments_that_the_weights_determine(converter):
-    determined = dict(DETERMINED)
-    if converter is from_pytorch:
-        determined |= {"read_heads": 1, "write_heads": 1, "shift_range": 1}
-    else:
-        determined |= {
-            "head_order": "parallel",
-            "initial_controller_state": "learned",
-        }
-    for name, value in determined.items():
-        message = error_of(converter, **{name: value})
-        assert f"`{name}`" in message and f"{name}={value!r}" in message
 
 
 # The command.

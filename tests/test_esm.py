@@ -136,6 +136,7 @@ def is_clear(pixels, depth, valid, height, width, share=0.02):
     return clear
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
 def test_projection_is_the_references(name):
     """What two cameras measure, and the memory after the motion, at each step.
@@ -278,6 +279,7 @@ def test_a_step_is_the_references():
         close(shown.mean[..., :2], state.mean[..., :2])
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(not RECORDED.exists(), reason="no recorded data here")
 def test_recorded_data():
     """A frame that the reference's authors recorded, outside of row 0."""
@@ -342,6 +344,7 @@ def test_rows_of_a_batch_do_not_mix():
         close(alone.mean[0], whole.mean[row])
 
 
+@pytest.mark.every_backend
 def test_a_stateful_layer_goes_on():
     inputs = seen(times=4)
     whole = layer_of()(inputs)
@@ -863,6 +866,7 @@ def test_without_a_depth_buffer_points_are_fused():
 # What is bad.
 
 
+@pytest.mark.every_backend
 def test_bad_pixels_are_left_out():
     inputs = seen(batch=1, times=1, height=4, width=5)
     camera = inputs["cameras"][0]
@@ -1063,6 +1067,7 @@ def test_gradients_are_those_of_finite_differences(depth_buffer):
     assert compared > 5
 
 
+@pytest.mark.every_backend
 def test_gradients_are_finite_where_pixels_are_bad():
     inputs = seen(times=2)
     camera = inputs["cameras"][0]

@@ -15,6 +15,8 @@ from keras_memory.inspection import callbacks
 from keras_memory.inspection import explanations
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 
+pytestmark = pytest.mark.every_backend
+
 trains = pytest.mark.skipif(
     not harness.TRAINS, reason="Keras has no gradients on NumPy"
 )

@@ -13,6 +13,8 @@ from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
 from keras_memory.spatial import tensors
 
+pytestmark = pytest.mark.every_backend
+
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FUNCTIONS = "esm__functions_a", "esm__functions_b"
 

@@ -22,6 +22,8 @@ from keras_memory.retrieval import exact
 from keras_memory.retrieval import examples
 from keras_memory.retrieval.knn_memory import KNNMemory
 
+pytestmark = pytest.mark.every_backend
+
 each_wrap = pytest.mark.parametrize("case", WRAPS, ids=name_of)
 each_distance = pytest.mark.parametrize("distance", memory_wrap.SIMILARITIES)
 both_layers = pytest.mark.parametrize(
@@ -65,16 +67,19 @@ def test_config_round_trip(case):
     harness.config_round_trip(case)
 
 
+@pytest.mark.few_backends
 @each_wrap
 def test_file_round_trip(case, tmp_path):
     harness.file_round_trip(case, tmp_path)
 
 
+@pytest.mark.few_backends
 @each_wrap
 def test_clone(case):
     harness.clone(case)
 
 
+@pytest.mark.few_backends
 @each_wrap
 @pytest.mark.parametrize(
     "policy", ["mixed_float16", "mixed_bfloat16", "float16"]

@@ -253,6 +253,7 @@ def test_a_stateful_layer_in_a_subclassed_model(x, jit_compile):
     assert differ(first, second)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("batch", [1, BATCH])
 def test_a_stateful_layer_trains_and_leaves_its_initial_state_alone(x, batch):
     """On PyTorch, views and saved gradients would see the new state."""
@@ -1724,6 +1725,7 @@ def test_canary_backend_rnn(x):
     close(outputs, np.cumsum(x[:, ::-1, :3], axis=1), 1e-5)
 
 
+@pytest.mark.every_backend
 def test_canary_orthogonal_weights_in_float16():
     harness.skip_on("tensorflow", because="draws them")
     draw = keras.initializers.Orthogonal()

@@ -24,6 +24,8 @@ from keras_memory.retrieval import knn_layer
 from keras_memory.retrieval import ring as ring_module
 from keras_memory.retrieval import similarities as similarities_module
 
+pytestmark = pytest.mark.every_backend
+
 
 def brute_force(queries, keys, top_k, bias):
     products = queries @ keys.T + bias
@@ -248,6 +250,7 @@ def test_the_ring_is_a_list(similarity, method):
     both.search(queries, 3)
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("size", [9, 17, 31])
 def test_groups_that_are_not_full(size, top_k):
@@ -260,6 +263,7 @@ def test_groups_that_are_not_full(size, top_k):
         both.search(random(2, 3, 2), top_k)
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize(
     "dim, size, value_dim, batch",
     [(1, 5, 2, 2), (3, 1, 2, 2), (3, 5, 0, 2), (3, 5, None, 1), (1, 1, 1, 1)],
@@ -1097,6 +1101,7 @@ def test_config_round_trip():
     )
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy):
     layer = layer_of(write="always", dtype=policy, similarity="cosine")
@@ -1299,6 +1304,7 @@ HOW = {
 }
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize(
     "write, how",
     [

@@ -11,6 +11,8 @@ from keras import ops
 
 from keras_memory.addressing import slots as on_tensors
 
+pytestmark = pytest.mark.every_backend
+
 access = harness.on_arrays(on_tensors)
 slots_last = harness.slots_last
 BATCH, HEADS, SLOTS, WIDTH = 2, 3, 7, 5

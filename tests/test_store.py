@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import pathlib
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from test_full_disk import files_of_at_most
 
 from keras_memory import files
 from keras_memory.retrieval import store as module
@@ -322,6 +322,7 @@ def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
 def refused(folder, match="memory.sqlite must be as.*Received: "):
     """No mode gives operations, and the file stays as it is."""
     before = content(folder)
+    assert exists(folder)  # nobody makes another
     for mode in "rar":
         with pytest.raises(ValueError, match=match):
             read(folder, mode)
@@ -530,16 +531,6 @@ def test_a_store_of_the_format_of_before(tmp_path):
 # A disk that is full, read-only, or of another kind.
 
 
-@contextlib.contextmanager
-def no_file_beyond(size):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("is_connected", [False, True])
 def test_a_full_disk(replace, is_connected, folder):
@@ -550,7 +541,7 @@ def test_a_full_disk(replace, is_connected, folder):
             store.commit(made(5))
             expected = [*FIVE, *bits(made(5))]
         for size in (0, 100, 5000, 33_000, 60_000, 100_000, 252_000):
-            with no_file_beyond(size), pytest.raises(OSError, match="room"):
+            with files_of_at_most(size), pytest.raises(OSError, match="room"):
                 store.commit([*made(6), big], replace)
             assert read(folder) == expected
         store.commit([*made(6), big], replace)
@@ -575,7 +566,7 @@ def test_a_full_disk_of_sqlite(folder):
 
 def test_a_disk_that_is_full_at_the_first_write(tmp_path):
     for size in (0, 100, 5000, 12_000):
-        with no_file_beyond(size), pytest.raises(OSError, match="sqlite"):
+        with files_of_at_most(size), pytest.raises(OSError, match="sqlite"):
             Store(tmp_path, "a", CONFIG, made(*range(50)))
         assert os.listdir(tmp_path) == ["lock"]
     (tmp_path / ".memory.writing.sqlite").write_bytes(b"of a kill")

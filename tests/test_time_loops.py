@@ -9,6 +9,8 @@ import pytest
 import toy
 from catalogue import CASES
 from catalogue import COVERED
+from catalogue import PLAIN
+from catalogue import few_backends_unless
 from catalogue import name_of
 from catalogue import slow_unless
 from keras import ops
@@ -21,7 +23,6 @@ from keras_memory.addressing.gradients import linear
 from keras_memory.recurrent import fast_loop
 
 HOLES = np.array([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]], bool)
-PLAIN = [case for case in CASES if case.name in ("ntm-default", "dnc-default")]
 WAYS = {
     "holes": {"mask": HOLES},
     "whole": {},
@@ -31,10 +32,13 @@ WAYS = {
     "without memory": {"use_memory": False},
 }
 
-pytestmark = pytest.mark.skipif(
-    harness.BACKEND not in ("tensorflow", "jax"),
-    reason="not applicable: the fast loop is for TensorFlow and JAX",
-)
+pytestmark = [
+    pytest.mark.every_backend,
+    pytest.mark.skipif(
+        harness.BACKEND not in ("tensorflow", "jax"),
+        reason="not applicable: the fast loop is for TensorFlow and JAX",
+    ),
+]
 
 
 def make(case, **more):
@@ -143,17 +147,15 @@ def loops_agree(case, way, jit_compile, dtype):
     assert max(np.abs(ops.convert_to_numpy(g)).max() for g in gradients) > 0
 
 
+def each_way(way, case):
+    quick = case is CASES[0] or (way == "holes" and case.name not in COVERED)
+    marks = () if quick else (pytest.mark.slow,)
+    return few_backends_unless(case in PLAIN, way, case, marks=marks)
+
+
 @pytest.mark.parametrize(
     ("way", "case"),
-    [
-        slow_unless(
-            case is CASES[0] or (way == "holes" and case.name not in COVERED),
-            way,
-            case,
-        )
-        for way in WAYS
-        for case in CASES
-    ],
+    [each_way(way, case) for way in WAYS for case in CASES],
     ids=name_of,
 )
 def test_loops_agree(way, case):
@@ -176,6 +178,7 @@ class Unhashable:
         return ops.tanh(x)
 
 
+@pytest.mark.few_backends
 def test_loops_agree_where_no_gradient_of_an_activation_is_known():
     dtype = "float64" if harness.BACKEND == "tensorflow" else "float32"
     for case in PLAIN:
@@ -193,6 +196,7 @@ def test_loops_agree_where_no_gradient_of_an_activation_is_known():
         loops_agree(case, "whole", False, dtype)
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize("steps", [1, 2])
 @harness.needs_tensorflow
 def test_loops_agree_at_the_smallest_sizes(steps):
@@ -209,6 +213,7 @@ def test_loops_agree_at_the_smallest_sizes(steps):
 # Fewer states kept.
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize(
     ("way", "recompute"), [("holes", 3), ("backwards", 1), ("last", "sqrt")]
 )
@@ -469,6 +474,7 @@ def wide():
     return keras_memory.controllers.DenseCell(13, dtype="float32")
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize("controller", ["gru", wide], ids=["gru", "wide"])
 @harness.needs_tensorflow
 def test_loops_agree_in_16_bits(controller):

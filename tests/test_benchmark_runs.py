@@ -1,0 +1,89 @@
+"""Each benchmark runs, in little; its times are nobody's business here."""
+
+import json
+import sys
+
+import harness
+import pytest
+import tensorflow as tf
+from test_benchmarks import TINY
+from test_benchmarks import cases
+from test_benchmarks import command_line
+from test_benchmarks import esm
+from test_benchmarks import key_drift
+from test_benchmarks import lists_of
+from test_benchmarks import memory_wrap
+from test_benchmarks import references
+from test_benchmarks import retrieval
+from test_benchmarks import scaling
+from test_benchmarks import shrink
+
+from keras_memory.retrieval import tuning
+from keras_memory.training import tasks
+
+dnc_stability = pytest.importorskip("benchmarks.dnc_stability")
+
+pytestmark = pytest.mark.skipif(
+    harness.BACKEND != "tensorflow", reason="the benchmarks use TensorFlow"
+)
+
+NO_XLA = {"no XLA": {"jit_compile": False}}
+SETTINGS = [  # of all runs: module, name and value
+    (cases, "CASES", {"ntm-1": ("ntm", TINY, 60)}),
+    (cases, "VARIANTS", NO_XLA),
+    (scaling, "AXES", {"N": ("slots", (5,))}),
+    (scaling, "VARIANTS", tuple(NO_XLA)),
+    (memory_wrap, "CASES", {"train": ("train", (5, 7), 1.5)}),
+    (memory_wrap, "OURS", {"train": NO_XLA}),
+    (retrieval, "CASES", {"2K": (101, 0.95, 2)}),
+    (key_drift, "RULES", {"never": key_drift.NEVER}),
+    (esm, "VARIANTS", {"a frame, no XLA": (esm.FRAME, False)}),
+    (esm, "SIZE", 4),
+    (esm, "LARGE", (8, 12)),
+    (references, "installed", lambda name: False),
+]
+RUNS = {  # and the last table's rows, of which some are not run
+    "steps": ("--threads 1", 2, 1),
+    "scaling": ("scaling --cases ntm", 1, 0),
+    "memory_wrap": ("memory_wrap --threads 1", 2, 1),
+    "retrieval": ("retrieval --cases 2K --data clustered", 6, 3),
+    "static": ("retrieval --cases static --data clustered", 5, 4),
+    "drift": ("retrieval --cases drift", 3, 0),
+    "esm": ("esm", 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+    if name == "drift" and tuning.import_error() is not None:
+        pytest.skip(tuning.import_error())
+    shrink(monkeypatch)
+    for setting in SETTINGS:
+        monkeypatch.setattr(*setting)
+    monkeypatch.setitem(cases.BASES, "ntm", TINY)
+    arguments, number, missing = RUNS[name]
+    path = tmp_path / "scaling.json"
+    where = ["--out", tmp_path] if name == "scaling" else ["--json", path]
+    arguments = [*arguments.split(), "--rounds", "1", *map(str, where)]
+    command_line.main(arguments)
+    assert json.loads(path.read_text())
+    *_, table = (
+        part for part in capsys.readouterr().out.split("\n\n") if "|" in part
+    )
+    assert len(lists_of(table)) == 2 + number
+    assert table.count("not run") == missing
+
+
+def test_a_dnc_is_watched(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "_ --seeds 1 --steps 1".split())
+    monkeypatch.setattr(dnc_stability, "TASK", tasks.Copy(2, buckets=1))
+    tf.config.run_functions_eagerly(True)  # not by XLA
+    try:
+        dnc_stability.main()
+    finally:
+        tf.config.run_functions_eagerly(False)
+    table, _ = capsys.readouterr().out.rsplit("\n", 1)
+    rows = lists_of(table)[2:]
+    assert [row[:5] for row in rows] == [
+        [rate, "1", "0", "0", "0"] for rate in ("0.0001", "0.001", "0.01")
+    ]
