@@ -141,93 +141,112 @@ class DNCAccess:
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
         interface = self.split(interface)
-        # Usage, of what the heads did in the step before.
-        psi = retention(interface.free_gate, state.read_weighting)
-        written = state.write_weighting
-        if not self.usage_gradient:
-            written = ops.stop_gradient(written)
-        usage = usage_after_write(state.usage, written) * psi
-        # Writing.
-        write_content = self.by_content(
-            state.memory,
-            interface.write_key,
-            interface.write_strength,
-            interface.write_mask,
-        )
-        write_gate = interface.write_gate
-        to_free = interface.allocation_gate
-        allocated = self.allocate(usage, to_free * write_gate)
-        to_free = to_free[:, :, None]
-        write_weighting = write_gate[:, :, None] * (
-            to_free * allocated + (1.0 - to_free) * write_content
-        )
-        memory = state.memory
-        if self.deallocation:
-            memory = memory * psi[:, None]
-        memory = erase_and_add(
-            memory,
-            write_weighting,
-            interface.erase_vector,
-            interface.add_vector,
-        )
-        # Reading.
-        read_content = self.by_content(
-            memory,
-            interface.read_key,
-            interface.read_strength,
-            interface.read_mask,
-        )
-        inside = {
-            "read_content_weighting": read_content,
-            "write_content_weighting": write_content,
-            "allocation_weighting": allocated,
-            "retention": psi,
-        }
-        links, columns, precedence = (), (), ()
-        read_weighting = read_content
-        if self.linkage:
-            before = state.precedence, write_weighting
-            if self.sparse_links is None:
-                links = linkage_after_write(state.linkage, *before)
-                forward, backward = follow_links(links, state.read_weighting)
-            else:
-                links, columns = sparse_linkage_after_write(
-                    state.linkage, state.link_columns, *before
-                )
-                forward, backward = follow_sparse_links(
-                    links, columns, state.read_weighting
-                )
-            precedence = precedence_after_write(*before)
-            if self.link_sharpening:
-                forward = _sharpen(forward, interface.forward_sharpening)
-                backward = _sharpen(backward, interface.backward_sharpening)
-            inside["forward_weighting"] = forward
-            inside["backward_weighting"] = backward
-            mode = interface.read_mode[:, :, :, None]
-            heads = self.write_heads
-            read_weighting = saved_value(
-                ops.sum(mode[:, :, :heads] * backward, axis=2)
-                + mode[:, :, heads] * read_content
-                + ops.sum(mode[:, :, heads + 1 :] * forward, axis=2)
-            )
-        for name, part in interface._asdict().items():
-            if part is not None:
-                inside[name] = part
-        state = state._replace(
-            reads=read(memory, read_weighting),
-            memory=memory,
+        psi = retention(interface.free_gate, state.read_weighting)  # psi_t
+        usage = self._usage(state, psi)  # u_t
+        write_weighting, writing = self._write_weighting(
+            interface, state.memory, usage
+        )  # w^w_t
+        memory = self._write(interface, state.memory, write_weighting, psi)
+        links, columns, precedence = self._link(state, write_weighting)
+        read_weighting, reading = self._read_weighting(
+            interface, memory, links, columns, state.read_weighting
+        )  # w^r_t
+        after = state._replace(
+            reads=read(memory, read_weighting),  # r_t
+            memory=memory,  # M_t
             usage=usage,
-            linkage=links,
-            precedence=precedence,
+            linkage=links,  # L_t
+            precedence=precedence,  # p_t
             read_weighting=read_weighting,
             write_weighting=write_weighting,
             link_columns=columns,
         )
-        return state, inside
+        parts = interface._asdict().items()
+        inside = {name: part for name, part in parts if part is not None}
+        return after, {**reading, **writing, "retention": psi, **inside}
 
-    def split(self, interface):
-        """(B, interface_size) -> `DNCInterface`, with activations."""
-        return split_interface(interface, self.parts, self.activations)
+    def _usage(self, state, psi):
+        """u_t, of what the heads did in the step before."""
+        written = state.write_weighting  # w^w_{t-1}
+        if not self.usage_gradient:
+            written = ops.stop_gradient(written)
+        return usage_after_write(state.usage, written) * psi
+
+    def _write_weighting(self, interface, memory, usage):
+        """w^w_t = g^w (g^a a_t + (1 - g^a) c^w_t)."""
+        content = self.by_content(  # c^w_t
+            memory,
+            interface.write_key,  # k^w
+            interface.write_strength,  # beta^w
+            interface.write_mask,
+        )
+        write_gate = interface.write_gate  # g^w
+        allocation_gate = interface.allocation_gate  # g^a
+        allocated = self.allocate(usage, allocation_gate * write_gate)  # a_t
+        gate = allocation_gate[:, :, None]
+        weighting = write_gate[:, :, None] * (
+            gate * allocated + (1.0 - gate) * content
+        )
+        return weighting, {
+            "write_content_weighting": content,
+            "allocation_weighting": allocated,
+        }
+
+    def _write(self, interface, memory, write_weighting, psi):
+        """M_t = M_{t-1} o (E - w^w_t e^T) + w^w_t v^T; with `deallocation`
+        M_{t-1} is first multiplied by psi_t."""
+        if self.deallocation:
+            memory = memory * psi[:, None]
+        return erase_and_add(
+            memory,
+            write_weighting,
+            interface.erase_vector,  # e
+            interface.add_vector,  # v
+        )
+
+    def _link(self, state, write_weighting):
+        """L_t, its columns where links are sparse, and p_t; () for what is
+        left out."""
+        if not self.linkage:
+            return (), (), ()
+        before = state.precedence, write_weighting
+        precedence = precedence_after_write(*before)
+        if self.sparse_links is None:
+            return linkage_after_write(state.linkage, *before), (), precedence
+        links, columns = sparse_linkage_after_write(
+            state.linkage, state.link_columns, *before
+        )
+        return links, columns, precedence
+
+    def _read_weighting(self, interface, memory, links, columns, previous):
+        """w^r_t = pi_1 b_t + pi_2 c^r_t + pi_3 f_t, where b_t and f_t follow
+        the links of each write head from w^r_{t-1}, `previous`."""
+        content = self.by_content(  # c^r_t
+            memory,
+            interface.read_key,  # k^r
+            interface.read_strength,  # beta^r
+            interface.read_mask,
+        )
+        inside = {"read_content_weighting": content}
+        if not self.linkage:
+            return content, inside
+        if self.sparse_links is None:
+            forward, backward = follow_links(links, previous)  # f_t, b_t
+        else:
+            forward, backward = follow_sparse_links(links, columns, previous)
+        if self.link_sharpening:
+            forward = _sharpen(forward, interface.forward_sharpening)
+            backward = _sharpen(backward, interface.backward_sharpening)
+        inside["forward_weighting"] = forward
+        inside["backward_weighting"] = backward
+        mode = interface.read_mode[:, :, :, None]  # pi
+        heads = self.write_heads
+        weighting = saved_value(
+            ops.sum(mode[:, :, :heads] * backward, axis=2)
+            + mode[:, :, heads] * content
+            + ops.sum(mode[:, :, heads + 1 :] * forward, axis=2)
+        )
+        return weighting, inside
 
     def by_content(self, memory, key, strength, mask):
         """C(M, k, beta), with masks as in Csordas & Schmidhuber 2019."""
@@ -249,6 +268,10 @@ class DNCAccess:
             taken = gate[:, head, None] * weightings[-1]
             usage = usage + (1.0 - usage) * taken
         return ops.stack(weightings, axis=1)
+
+    def split(self, interface):
+        """(B, interface_size) -> `DNCInterface`, with activations."""
+        return split_interface(interface, self.parts, self.activations)
 
     def __post_init__(self):
         check_sizes_of_memory(self)
