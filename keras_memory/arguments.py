@@ -24,8 +24,8 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 # What Keras's layers and cells take in `**kwargs` only.
 UNNAMED = ("input_dim", "input_shape", "implementation")
 
-# A pair: a class that is made on behalf of another one, such as a layer's cell,
-# and the other one, which the user wrote and errors name.
+# (class that is being made, class that the user wrote, which errors name), such
+# as (NTMCell, NTMLayer), or None.
 _written = contextvars.ContextVar("written", default=None)
 
 
@@ -215,7 +215,7 @@ def config_with_layers(owner, names):
 
 
 def layers_from_config(config, custom_objects=None):
-    """A configuration whose layers are there again."""
+    """A configuration with its layers deserialized."""
     return {
         name: keras.saving.deserialize_keras_object(value, custom_objects)
         if name in ("encoder", "head", "classifier") and isinstance(value, dict)

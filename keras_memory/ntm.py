@@ -178,7 +178,7 @@ class NTMAccess:
                     state.memory, interface, previous, heads
                 )
                 contents[heads.start] = content
-                # Not slices, whose gradients are full of zeros.
+                # `split`, as the gradient of a slice is padded with zeros.
                 of_readers, of_writers = ops.split(weighting, [readers], axis=1)
             if readers:
                 reading.append(of_readers)
@@ -413,11 +413,11 @@ class NTMAccess:
         )
         if not self.sequential:
             return state
-        nowhere = StateSpec((1, self.memory_slots))
-        fields = {**state._asdict(), "write_weighting": nowhere}
+        no_weighting = StateSpec((1, self.memory_slots))
+        fields = {**state._asdict(), "write_weighting": no_weighting}
         return MERLINState(
             **fields,
-            retroactive_weighting=nowhere,
+            retroactive_weighting=no_weighting,
             usage=StateSpec((self.memory_slots,), constant=-1.0),
         )
 

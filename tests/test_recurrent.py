@@ -7,6 +7,7 @@ all of this hangs on.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import inspect
 import json
@@ -14,6 +15,8 @@ import pathlib
 import re
 import sys
 import threading
+from typing import Any
+from typing import NamedTuple
 
 import harness
 import keras
@@ -1421,6 +1424,93 @@ def test_an_initializer_that_has_no_config(x):
     layer.build(x.shape)
     kernel = layer.cell.interfaces[0][0]
     close(kernel, np.full(kernel.shape, 0.25), 0)
+
+
+# What an access must have.
+
+
+def access_with(**attributes):
+    """A class of accesses that differs from `ToyAccess` in some attributes."""
+    return type("Mine", (toy.ToyAccess,), attributes)
+
+
+class OnlyReads(NamedTuple):
+    reads: Any
+
+
+@pytest.mark.parametrize(
+    ("attributes", "error", "message"),
+    [
+        (
+            {"initial_state": OnlyReads(StateSpec((1, 3)))},
+            TypeError,
+            "`Mine.initial_state` must .* OnlyReads without .'controller'.",
+        ),
+        (
+            {"initial_state": {"reads": StateSpec((1, 3))}},
+            TypeError,
+            "Received: dict without",
+        ),
+        (
+            {"read_size": 5},
+            ValueError,
+            "`Mine.read_size` must be .* 3 for .* Received: read_size=5",
+        ),
+    ],
+)
+def test_an_access_that_does_not_fit_is_refused(attributes, error, message):
+    with pytest.raises(error, match=message):
+        keras_memory.MemoryCell(2, [access_with(**attributes)()])
+
+
+@pytest.mark.parametrize("result", [None, (1, 2), "text"])
+def test_a_step_without_a_dict_is_refused(result):
+    access = access_with(step=lambda self, interface, state: result)()
+    layer = keras_memory.MemoryRNN(keras_memory.MemoryCell(2, [access]))
+    with pytest.raises(TypeError, match="`Mine.step` must return"):
+        layer(np.ones((2, 3, 5), "float32"))
+
+
+def fields(**values):
+    """A dataclass of accesses with further fields."""
+    kinds = [(name, Any, value) for name, value in values.items()]
+    return dataclasses.make_dataclass(
+        "Mine", kinds, bases=(toy.ToyAccess,), frozen=True
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["activation", "step", "layout", "interfaces", "num_layers"]
+)
+def test_a_field_with_the_name_of_an_attribute_is_refused(name):
+    with pytest.raises(TypeError, match=f"Mine must not have a field `{name}`"):
+
+        class Cell(keras_memory.MemoryCell, access=fields(**{name: 3})):
+            pass
+
+        Cell(2)
+
+
+def test_fields_need_plain_defaults_or_none():
+    factory = dataclasses.field(default_factory=list)
+    with pytest.raises(TypeError, match="Received: `sizes` with a"):
+
+        class Cell(keras_memory.MemoryCell, access=fields(sizes=factory)):
+            pass
+
+    depth = ("depth", int, dataclasses.field(kw_only=True))
+    access = dataclasses.make_dataclass(
+        "Mine", [depth], bases=(toy.ToyAccess,), frozen=True
+    )
+
+    class NeedsDepth(keras_memory.MemoryCell, access=access):
+        pass
+
+    assert NeedsDepth(2, depth=4).depth == 4
+    with pytest.raises(TypeError, match="NeedsDepth: missing .* 'depth'"):
+        NeedsDepth(2)
+    parameters = inspect.signature(NeedsDepth).parameters
+    assert parameters["depth"].annotation is int
 
 
 # The signature is spelled out for people and tools.

@@ -1,10 +1,18 @@
 """What a step is written with, so that its gradient is cheap.
 
 The time loop of `recurrent/fast_loop.py` runs each step twice: forward, and
-once more when gradients flow back. `linear` and `saved` hand out in the second
-run what they gave in the first, and the gradients of all `linear` weights are
-taken after the loop, in one matrix product each. Outside of that loop they
-just compute.
+once more when gradients flow back. `linear`, and functions decorated with
+`custom_gradient(..., saves=True)`, return in the second run what they returned
+in the first. The gradients of all `linear` weights are taken after the loop, in
+one matrix product each. Outside of that loop they just compute.
+
+A function decorated with `custom_gradient` is differentiated
+
+                                  saves=False          saves=True
+    inference                     by the backend       by the backend
+    training, portable loop       by our gradient      by the backend
+    training, fast loop           by our gradient      by our gradient, of
+                                                       saved results
 """
 
 import contextlib
@@ -25,10 +33,11 @@ PLAIN = object()
 
 @contextlib.contextmanager
 def custom_gradients(enabled):
-    """Whether operations have our own gradients outside of the fast loop.
+    """Inside, the backend differentiates all operations, unless `enabled`, or
+    inside the fast loop.
 
-    They are off for inference: a custom gradient would be baked into exported
-    models, and it breaks forward-mode differentiation.
+    Our own gradients are off for inference: a custom gradient would be baked
+    into exported models, and it breaks forward-mode differentiation.
     """
     if enabled or current_pass.get() is not None:
         yield
@@ -102,7 +111,7 @@ def custom_gradient(gradient, saves=False):
 
         @functools.wraps(function)
         def decorated(*arrays, **options):
-            for name in names[len(arrays) :]:  # arrays that have their names
+            for name in names[len(arrays) :]:  # arrays passed by keyword
                 arrays += (options.pop(name),)
             current = current_pass.get()
             if saves and (current is None or current is PLAIN):
@@ -116,13 +125,15 @@ def custom_gradient(gradient, saves=False):
                 return current.saved(*given, *arrays)
             return _differentiated(*given, *arrays)
 
+        decorated.gradient, decorated.saves = gradient, saves
         return decorated
 
     return decorate
 
 
 def _differentiates(current):
-    """Whether gradients are taken of a pass, or of a step outside of one."""
+    """Whether our own gradients differentiate what runs now: a pass, or a step
+    outside of one."""
     has_custom_gradients = keras.backend.backend() in ("tensorflow", "jax")
     return has_custom_gradients and (current is None or current.differentiates)
 
@@ -172,7 +183,7 @@ def activate(function, x):
 
 
 def saved_value(x):
-    """`x`, which the second run takes as it was in the first."""
+    """`x`, saved: the backward pass does not compute it again."""
     return activate(keras.activations.linear, x)
 
 

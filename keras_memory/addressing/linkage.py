@@ -18,20 +18,21 @@ from keras_memory.addressing.slots import scatter_add
 
 def _grad_links(grad_links, linkage, precedence, weighting):
     grad_links = _between_slots(grad_links)
-    grad_saved = grad_links * linkage
+    grad_kept_share = grad_links * linkage
     ones = ops.ones_like(precedence)
     return (
         grad_links * _kept_share(weighting),
         inner_products(weighting, grad_links),
         read(grad_links, precedence)
-        - read(grad_saved, ones)
-        - inner_products(ones, grad_saved),
+        - read(grad_kept_share, ones)
+        - inner_products(ones, grad_kept_share),
     )
 
 
 @custom_gradient(_grad_links)
 def _links(linkage, precedence, weighting):
-    """Links after a write, of one head a row: (B H, N, N) and (B H, 1, N)."""
+    """Links after a write, (B H, N, N), with batch and heads in one axis;
+    `precedence` and `weighting` are (B H, 1, N)."""
     new = weighting[:, 0, :, None] * precedence
     return _between_slots(_kept_share(weighting) * linkage + new)
 
@@ -152,7 +153,7 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
         (B, H, K, N) linkage, and (B, H, K, N) columns.
     """
     heads, entries, slots = linkage.shape[1:]
-    # What is there becomes less.
+    # Old links decay.
     at_columns = _at(
         write_weighting, ops.reshape(columns, (-1, heads, entries * slots))
     )
@@ -175,9 +176,9 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     old_columns = ops.swapaxes(_at(columns, each_entry), 2, 3)
     same = old_columns[:, :, :, :, None] == recent[:, :, None, None]
     nth = ops.cumsum(ops.cast(same, "int32"), axis=3)
-    same = ops.logical_and(same, nth == 1)  # a state of zeros has equal ones
+    same = ops.logical_and(same, nth == 1)  # an all-zero state repeats a column
     old = old + ops.sum(ops.where(same, new[:, :, :, None], 0.0), axis=4)
-    # The K largest stay; -1 is what is in `old` now, or no link.
+    # The K largest stay; -1 marks a new link that is in `old` already, or none.
     is_new = ops.logical_and(between, ops.logical_not(ops.any(same, axis=3)))
     candidates = ops.concatenate([old, ops.where(is_new, new, -1.0)], axis=3)
     candidate_columns = ops.concatenate(

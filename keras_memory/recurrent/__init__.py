@@ -1,7 +1,26 @@
 """How a step runs: controller, interface and access, through time.
 
-`cell.py` has the step, `layer.py` the layer that takes it through time, and
-`interface.py` what a new architecture must provide.
+The walk of `layer(x)`:
+
+    layer.py        MemoryRNN.call: checks, states, dropout masks
+    loop.py         run: the portable loop, or `fast_loop.py` in training
+    cell.py         MemoryCell.step, for each block of a step:
+        controllers.py  step: the controller
+        ntm.py, dnc.py  step of the access: splits the interface
+                        (`interface.py`), then `addressing/`
+    cell.py         MemoryCell.project: the output, after the loop
+
+`state.py` lays states out: flat tensors outside of a step, named records
+inside, where slots come last. `cell_states.py` has what a cell does with them.
+
+A new architecture is one file at the top of the package: a state record, an
+access (`interface.Access`, a dataclass), `class MyCell(MemoryCell,
+access=MyAccess)` and `class MyLayer(MemoryRNN, cell=MyCell)`. For `from
+keras_memory import MyLayer` add it to `api.py` and to `__all__`, for
+`keras-memory train --preset` to `MODELS` in `training/config.py` and to
+`PRESETS` in `cli.py`, for the tests to
+`tests/catalogue.py`, `ENTRIES` in `tests/access_harness.py` and the import
+ranks in `tests/test_imports.py`.
 """
 
 from keras_memory.recurrent.cell import MemoryCell as MemoryCell

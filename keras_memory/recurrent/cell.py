@@ -15,6 +15,7 @@ output is a projection of the last block's features, outside the time loop.
 
 import dataclasses
 import inspect
+import math
 
 import keras
 import numpy as np
@@ -47,6 +48,9 @@ from keras_memory.recurrent.serialization import serialize
 from keras_memory.recurrent.state import StateLayout
 from keras_memory.recurrent.state import index_suffix
 
+# Attributes that `build` sets.
+OF_BUILD = ("input_size", "interfaces", "output_projection", "start_weights")
+
 
 class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
     """A recurrent cell with a memory: controller + interface + access.
@@ -56,8 +60,8 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
 
     A subclass `class NTMCell(MemoryCell, access=NTMAccess)` makes its own
     accesses: `NTMAccess` is a dataclass, and the cell takes `units`, the
-    fields of that class, and the arguments below but for `accesses`. Further
-    class keywords are other defaults, as in `controller_units=64`.
+    fields of that class, and the arguments below except `accesses`. Other class
+    keywords change the defaults, as in `controller_units=64`.
 
     Equations: the head of `recurrent/cell.py`.
 
@@ -75,8 +79,9 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
     number is 65504), outputs, states and gradients are finite, for the
     controllers by name, weights of about 1 and upstream gradients of about 1
     (`test_extremes.py`). A controller whose output grows with its state, such
-    as a GRU, asks for strengths and powers as large, which gradients multiply:
-    with it gradients are finite for states up to 1e9, in float16 up to 100.
+    as a GRU, produces equally large strengths and powers, which multiply the
+    gradients: with it gradients are finite for states up to 1e9, in float16 up
+    to 100.
     The gradient of a kernel is its input times the gradient of its result,
     added up over batch and time: it is finite where that product is.
     An initial state may have any weightings, usages and links: what no step
@@ -91,10 +96,10 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             `"layer_norm_lstm"`, `"layer_norm_rnn"`, `"peephole_lstm"`,
             `"nas"`, any Keras RNN cell (`StackedRNNCells` included), or a
             feed-forward layer. Further blocks get a new controller of the
-            same configuration. A layer norm multiplies gradients at steps
-            where all it sees is 0: mask zeros at the start of a sequence.
+            same configuration. A layer norm amplifies gradients at
+            all-zero steps: mask zeros at the start of a sequence.
         controller_units: int, at least 1; width of a controller made by name.
-            This and the next two do nothing to one that is given.
+            This and the next two are ignored when `controller` is a layer.
         controller_layers: int from 1 to 1024; its number of layers. At most
             1024 over all blocks.
         num_layers: int from 1 to 1024, of a cell with its own accesses: how
@@ -175,6 +180,8 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
                 "`accesses` must have one access for each block, at least "
                 f"one. Received: accesses={accesses!r}"
             )
+        for access in self.accesses:
+            _check_access(access)
         if isinstance(controller, dict):
             controller = keras.saving.deserialize_keras_object(controller)
         self.controller = controller
@@ -221,42 +228,43 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             {id(access): access for access in self.accesses}.values()
         )
         self.memory_of_block = [memories.index(a) for a in self.accesses]
-        records = tuple(
-            access.initial_state._replace(
-                controller=tuple(
-                    keras.tree.map_structure(
-                        lambda size: StateSpec(
-                            (size,),
-                            self.initial_controller_state,
-                            initializer=keras.initializers.RandomNormal(
-                                stddev=0.05
-                            ),
-                        ),
-                        controllers.state_structure(controller),
-                    )
-                    for controller, memory in zip(
-                        self.block_controllers, self.memory_of_block
-                    )
-                    if memory == index
+        self.layout = StateLayout(
+            tuple(
+                access.initial_state._replace(
+                    controller=self._controller_specs(memory)
                 )
+                for memory, access in enumerate(memories)
             )
-            for index, access in enumerate(memories)
         )
-        self.layout = StateLayout(records)
-        self._turns = [  # of each block, among those of its memory
+        self._controller_index = [  # of each block, among those of its memory
             self._blocks_of_memory(memory).index(block)
             for block, memory in enumerate(self.memory_of_block)
         ]
         # What addressing computes in: never 16 bits.
         self.access_dtype = at_least_float32(self.compute_dtype)
         self.state_size = self.layout.sizes
-        self.learned_states = [  # whose initial values are of weights
+        self.weight_states = [  # indices of those that start from weights
             index
             for index, spec in enumerate(self.layout.specs)
             if spec.is_weight
         ]
         for size in self.state_size:
             check_bytes("A state of one row", [("its numbers", size)])
+
+    def _controller_specs(self, memory):
+        """`StateSpec`s of the controllers of the blocks of a memory."""
+
+        def spec(size):
+            initializer = keras.initializers.RandomNormal(stddev=0.05)
+            start = self.initial_controller_state
+            return StateSpec((size,), start, initializer=initializer)
+
+        return tuple(
+            keras.tree.map_structure(
+                spec, controllers.state_structure(self.block_controllers[block])
+            )
+            for block in self._blocks_of_memory(memory)
+        )
 
     def _check_number_of_layers(self):
         layers = check_layers("controller_layers", self.controller_layers)
@@ -371,7 +379,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
 
         Returns:
             Features (B, F); the records after the step; and a list with one
-            pair a block, for `trace`: the records behind it, and a dict of what
+            pair a block, for `trace`: the records after it, and a dict of what
             happened inside.
         """
         records, details = list(records), []
@@ -382,7 +390,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         for block, access in enumerate(self.accesses):
             memory = self.memory_of_block[block]
             record = records[memory]
-            turn = self._turns[block]
+            turn = self._controller_index[block]
             controller_states = list(record.controller)
             output, states = controllers.step(
                 self.block_controllers[block],
@@ -412,7 +420,9 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
                     interface = ops.cast(interface, self.access_dtype)
                     before = _cast(before, self.access_dtype)
                 with custom_gradients(training):
-                    record, inside = access.step(interface, before)
+                    record, inside = _check_step(
+                        access, access.step(interface, before)
+                    )
                 if not is_wide:
                     record = _cast(record, self.compute_dtype)
                 reads = record.reads
@@ -475,9 +485,9 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         if "accesses" in inspect.signature(type(self).__init__).parameters:
             raise NotImplementedError(
                 "An access cannot be saved, but a class that makes its own "
-                "can: subclass `MemoryCell`, register it with "
-                "`keras.saving.register_keras_serializable`, and make the "
-                "accesses in its `__init__`, as `NTMCell` does. "
+                "can: write `class MyCell(MemoryCell, access=MyAccess)` and "
+                "register it with `keras.saving.register_keras_serializable`, "
+                "as `NTMCell` is. "
                 f"Received: {type(self).__name__} {self.name!r}"
             )
         arguments = [
@@ -490,28 +500,22 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
 
 
 def _init_with(cell, access, defaults):
-    """The `__init__` of a cell that makes its accesses.
+    """Makes the `__init__` of a cell that makes its own accesses.
 
     Args:
         cell: the class.
-        access: its dataclass of accesses.
-        defaults: dict of defaults that differ from those of `MemoryCell`, 1
-            for `num_layers` and True for `share_memory`.
+        access: the access class, a dataclass.
+        defaults: dict of new defaults by name. Without it `num_layers` is 1,
+            `share_memory` True, and the others are those of `MemoryCell`.
     """
     fields = {field.name: field for field in dataclasses.fields(access)}
+    _check_fields(cell, access, fields)
     of_blocks = {"num_layers": 1, "share_memory": True}
     signature = inspect.Signature(
         [
             inspect.Parameter("self", POSITIONAL),
             inspect.Parameter("units", POSITIONAL),
-            *(
-                inspect.Parameter(
-                    name,
-                    KEYWORD if field.kw_only else POSITIONAL,
-                    default=field.default,
-                )
-                for name, field in fields.items()
-            ),
+            *map(_parameter_of, fields.values()),
             *(
                 inspect.Parameter(name, KEYWORD, default=default)
                 for name, default in {**of_blocks, **defaults}.items()
@@ -537,10 +541,79 @@ def _init_with(cell, access, defaults):
         self.num_layers = blocks
         self.share_memory = given["share_memory"]
         for name in fields:
+            if hasattr(self, name):
+                _refuse_field(cell, access, name)
             setattr(self, name, getattr(accesses[0], name))
 
     __init__.__signature__ = signature
     return __init__
+
+
+def _parameter_of(field):
+    """The parameter of `__init__` for a field of a dataclass."""
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty
+    kind = KEYWORD if field.kw_only else POSITIONAL
+    annotation = field.type
+    return inspect.Parameter(
+        field.name, kind, default=default, annotation=annotation
+    )
+
+
+def _check_fields(cell, access, fields):
+    """Raises TypeError unless the fields can be arguments of the cell."""
+    of_base = {*init_parameters(MemoryCell), *OF_BUILD}
+    of_base |= {"num_layers", "share_memory"}
+    for name, field in fields.items():
+        if name in of_base or hasattr(cell, name):
+            _refuse_field(cell, access, name)
+        if field.default_factory is not dataclasses.MISSING:
+            raise TypeError(
+                f"{access.__name__} must have plain defaults, as its fields "
+                f"are arguments of {cell.__name__}. Received: `{name}` with a "
+                "`default_factory`"
+            )
+
+
+def _refuse_field(cell, access, name):
+    raise TypeError(
+        f"{access.__name__} must not have a field `{name}`: {cell.__name__} "
+        "has an attribute of that name. Rename the field."
+    )
+
+
+def _check_access(access):
+    """Raises TypeError unless an access has the record that a cell needs."""
+    name, record = type(access).__name__, access.initial_state
+    present = getattr(record, "_fields", ())
+    missing = [
+        field for field in ("reads", "controller") if field not in present
+    ]
+    if missing:
+        raise TypeError(
+            f"`{name}.initial_state` must be a NamedTuple with the fields "
+            "`reads` and `controller`, whose default is (). "
+            f"Received: {type(record).__name__} without {missing}"
+        )
+    size = math.prod(record.reads.shape)
+    if access.read_size != size:
+        raise ValueError(
+            f"`{name}.read_size` must be the number of entries of `reads`, "
+            f"{size} for the shape {record.reads.shape}. "
+            f"Received: read_size={access.read_size!r}"
+        )
+
+
+def _check_step(access, result):
+    """The record and the dict that a step gives, or TypeError."""
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    if not is_pair or not isinstance(result[1], dict):
+        raise TypeError(
+            f"`{type(access).__name__}.step` must return the state record and "
+            f"a dict for `trace`. Received: {type(result).__name__}"
+        )
+    return result
 
 
 def _unbuilt(config):

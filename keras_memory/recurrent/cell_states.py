@@ -19,7 +19,7 @@ class CellStates:
     """
 
     def build_states(self):
-        """Adds the weights of initial states that are weights."""
+        """Adds a weight for each learned or random initial state."""
         self.start_weights = [
             self.add_weight(
                 shape=spec.shape,
@@ -136,7 +136,7 @@ class CellStates:
         return records[0] if len(records) == 1 else records
 
     def _check_states(self, states, batch_size=None, name="states"):
-        """A flat list of tensors, after a look at number, shapes and dtypes."""
+        """The states as a flat list of tensors, after checking them."""
         states = [] if states is None else keras.tree.flatten(states)
         shapes = [tuple(getattr(state, "shape", ())) for state in states]
         batch_sizes = {batch_size, *(shape[0] for shape in shapes if shape)}

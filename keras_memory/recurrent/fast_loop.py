@@ -74,13 +74,13 @@ def run_fast(
     loop = _Loop(step, all_outputs, variables, specs)
 
     def in_segments(segment):
-        # A first one, which keeps everything, makes the others equally long.
+        # T = first + n segment: the first part runs without recomputation.
         first = (steps - 1) % segment + 1
         segmented = _LoopInSegments(
             segment, step, all_outputs, variables, specs
         )
-        # Of one step, when that is not known here, the others do it once more,
-        # as a loop of none cannot be compiled, and it does not count.
+        # If T is unknown it might be 1. The second loop, which cannot be
+        # compiled empty, then repeats that step, and its result is discarded.
         start = first if known else ops.minimum(first, steps - 1)
         head, states_between = loop.run(
             [x[:first] for x in inputs], states, weights

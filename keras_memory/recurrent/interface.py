@@ -1,4 +1,4 @@
-"""What a block asks of its memory, and what it tells it."""
+"""The `Access` interface, and how an interface vector is split."""
 
 import dataclasses
 import math
@@ -26,8 +26,8 @@ class Access(typing.Protocol):
     """Width of all reads of one step, flattened."""
 
     initial_state: typing.NamedTuple
-    """A record whose fields are `StateSpec`. The first is `reads`, and there is
-    a `controller`, which is () here: the cell fills it in."""
+    """A record whose fields are `StateSpec`. One is `reads`, and one is
+    `controller`, which is () here: the cell fills it in."""
 
     def step(self, interface, state):
         """Acts once on the memory.
@@ -38,9 +38,9 @@ class Access(typing.Protocol):
                 *`shape_in_step`).
 
         Returns:
-            The record after the step, with these reads in its first field,
-            and a dict of what else happened (weightings, gates: (B, ...)),
-            for `trace`.
+            The record after the step, with what was read in `reads`, and a
+            dict of what else happened (weightings, gates: (B, ...)), for
+            `trace`.
         """
 
 
@@ -134,8 +134,8 @@ def split_interface(interface, shapes, activations):
 
 
 def check_sizes_of_memory(access):
-    """Raises ValueError unless the sizes of an access are such, and what it
-    has of them fits into the machine."""
+    """Raises ValueError unless the sizes are positive ints and the state fits
+    into the machine's memory."""
     for name in ("memory_slots", "slot_size", "read_heads", "write_heads"):
         check_size(name, getattr(access, name))
     check_bytes_of_state(access, "The memory", ("memory_slots", "slot_size"))

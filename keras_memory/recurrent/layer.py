@@ -402,7 +402,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         self._state = LayerState(
             [
                 *variables("state", batch_size, states),
-                *variables("start", 1, self.cell.learned_states),
+                *variables("start", 1, self.cell.weight_states),
             ],
             self.variable_dtype,
             name="state",
@@ -435,9 +435,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         """
         states = [ops.convert_to_tensor(state) for state in self.states]
         starts = []
-        if self.cell.learned_states:
+        if self.cell.weight_states:
             initial = self.get_initial_state(1)
-        for index, start in zip(self.cell.learned_states, self._starts):
+        for index, start in zip(self.cell.weight_states, self._starts):
             starts.append(ops.cast(initial[index], start.dtype))
             begun = ops.any(states[index] != start, axis=1, keepdims=True)
             states[index] = ops.where(begun, states[index], starts[-1])
@@ -448,7 +448,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if self.states is not None:
             batch_size = self.states[0].shape[0]
             initial = self.get_initial_state(batch_size)
-            learned = [initial[index][:1] for index in self.cell.learned_states]
+            learned = [initial[index][:1] for index in self.cell.weight_states]
             for variable, value in zip(
                 [*self.states, *self._starts], [*initial, *learned]
             ):

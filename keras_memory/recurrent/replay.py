@@ -1,7 +1,8 @@
-"""The two passes over a step that the fast time loop makes.
+"""The passes over a step that the fast time loop makes.
 
-The forward pass saves what each product with weights gave, and what `saved`
-values need; the replay takes these instead of computing them again. See
+`ShapePass` runs once, without numbers, and finds the products with weights.
+`Forward` saves the results of these products and the values that custom
+gradients need. `Replay` takes them instead of computing them again. See
 `addressing/gradients.py` for what a step is written with.
 """
 
@@ -12,8 +13,8 @@ from keras_memory.addressing.gradients import current_pass
 
 
 class _Pass:
-    """One run of a step. `linears` and values kept are told apart by the
-    order in which they come, which is the same in all runs."""
+    """One run of a step. Calls of `linear` and saved values are matched by
+    their order, which is the same in all runs."""
 
     may_change = False
     # Whether gradients are taken of this run. In a graph each custom gradient
@@ -107,7 +108,8 @@ class Replay(_Pass):
             their axes swapped.
         variables: as in `Forward`.
         results, values: lists, those of the first run.
-        taps: list of arrays like `results`, which get their gradients.
+        pre_activations: list of zeros like `results`, added to them: their
+            gradients are those of the results.
     """
 
     differentiates = True

@@ -3,6 +3,7 @@
 import dataclasses
 
 from keras_memory.training import tasks
+from keras_memory.training.config import MODELS
 from keras_memory.training.config import DNCConfig
 from keras_memory.training.config import LSTMConfig
 from keras_memory.training.config import NTMConfig
@@ -57,6 +58,9 @@ def _presets():
             start,
             model=dataclasses.replace(dnc, memory_slots=model.memory_slots),
         )
+        for name in MODELS.keys() - {"ntm"}:  # the default
+            if name not in made:
+                made[name] = dataclasses.replace(start, model=MODELS[name]())
         if paper is not None:
             heads = paper.pop("heads", 1)
             model = NTMConfig(
