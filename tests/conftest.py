@@ -19,6 +19,7 @@ LONGEST = (
     "test_callbacks.py",
     "test_lowering.py",
     "test_docstrings.py",
+    "test_docs.py",
 )
 
 
