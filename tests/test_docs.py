@@ -84,6 +84,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 
 
 def parse_benchmarks(arguments, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
     main = pytest.importorskip("benchmarks.__main__")
     ran = []
 
