@@ -5,8 +5,8 @@
 
 `numbers` writes what every catalogue case computes from weights that NumPy
 draws. `table` runs the catalogue on every backend and prints the table of
-README's section "Backends"; `--write` puts it there. `--results` keeps the
-runs' JUnit files, and uses those that are there already.
+docs/guides/backends.md; `--write` puts it there. `--results` keeps the runs'
+JUnit files, and uses those that are there already.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from catalogue import CASES
 from keras import ops
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "guides" / "backends.md"
 START, END = "<!-- backends: start -->\n", "<!-- backends: end -->\n"
 
 BACKENDS = {
@@ -39,7 +40,7 @@ BACKENDS = {
     "numpy": "NumPy",
 }
 
-# The checks of `test_catalogue.py`, in the words of README's table.
+# The checks of `test_catalogue.py`, in the words of the table in the docs.
 CHECKS = {
     "config_round_trip": "`get_config`, `from_config`",
     "file_round_trip": "`.keras` and `.weights.h5` files",
@@ -203,10 +204,9 @@ def table(folder):
 
 
 def write_table(text):
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(START)
+    before, _, rest = PAGE.read_text().partition(START)
     _, _, after = rest.partition(END)
-    path.write_text(before + START + text + END + after)
+    PAGE.write_text(before + START + text + END + after)
 
 
 def main():

@@ -26,6 +26,7 @@ LONGEST = (
     "test_retrieval.py",
     "test_lowering.py",
     "test_visualization.py",
+    "test_docs.py",
 )
 
 

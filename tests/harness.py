@@ -28,8 +28,8 @@ needs_tensorflow = pytest.mark.skipif(
 
 
 def skip_on(*backends, because):
-    """Skips a check on some backends. README's table of backends shows the
-    reason, which begins with "no", "not run" or "not applicable"."""
+    """Skips a check on some backends. The table of docs/guides/backends.md
+    shows the reason, which begins with "no", "not run" or "not applicable"."""
     if BACKEND in backends:
         pytest.skip(because)
 

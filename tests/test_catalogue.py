@@ -171,7 +171,7 @@ def test_same_numbers(case, of_tensorflow):
         harness.close(value / size, expected / size, tolerance=1e-5)
 
 
-def test_readme_tells_of_every_check_and_backend():
+def test_page_of_backends_has_every_check_and_backend():
     tests = {
         name.removeprefix("test_")
         for name, value in globals().items()
@@ -179,9 +179,7 @@ def test_readme_tells_of_every_check_and_backend():
         and "case" in inspect.signature(value).parameters
     }
     assert {name.partition("[")[0] for name in backends.CHECKS} == tests
-    _, _, rest = (
-        (backends.ROOT / "README.md").read_text().partition(backends.START)
-    )
+    _, _, rest = backends.PAGE.read_text().partition(backends.START)
     table, _, _ = rest.partition(backends.END)
     for words in (*backends.CHECKS.values(), *backends.BACKENDS.values()):
         assert f"| {words} " in table, words

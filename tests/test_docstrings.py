@@ -1,10 +1,9 @@
-"""Examples in docstrings and in README run, and public names have docs."""
+"""Examples in docstrings run, and public names have docs."""
 
 import doctest
 import importlib
 import inspect
 import pathlib
-import re
 
 import harness
 import keras
@@ -44,17 +43,3 @@ def test_what_is_public_is_documented(name):
         own = getattr(value, "__module__", None) == module.__name__
         if own and not key.startswith("_") and callable(value):
             assert inspect.getdoc(value), key
-
-
-def test_readme_examples(tmp_path, monkeypatch):
-    harness.skip_on(*harness.OTHERS, because="exports a SavedModel")
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    names = {"x": np.zeros((2, 7, 9), "f4"), "y": np.zeros((2, 7, 8), "f4")}
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 4
-    for block in blocks:
-        exec(block, names)
-    assert names["inside"]["write_weighting"].shape == (2, 7, 1, 128)
-    assert names["state"].memory.shape == (2, 128, 20)
-    assert (tmp_path / "served/copy/1/saved_model.pb").exists()

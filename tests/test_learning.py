@@ -30,7 +30,7 @@ def test_copy(seed, tmp_path):
 @pytest.mark.parametrize("seed", [1, 10, 100])
 def test_copy_with_a_dnc(seed, tmp_path):
     start = presets.PRESETS["copy"]["dnc"]
-    all_steps = ("steps=1500", "stop_error=0")  # as README's table
+    all_steps = ("steps=1500", "stop_error=0")  # as in docs/results.md
     results = train(start, tmp_path / "run", f"seed={seed}", *all_steps)
     assert results["wrong_bits_per_sequence_up_to_20"] < 0.1
 

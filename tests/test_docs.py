@@ -1,0 +1,181 @@
+"""Pages of README and docs: Python runs, commands parse, links hold."""
+
+import pathlib
+import re
+import shlex
+
+import harness
+import pytest
+
+from keras_memory import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "saved_models").glob("*/README.md")),
+]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path, language):
+    """The code blocks of a page in one language."""
+    found = FENCED.findall(path.read_text())
+    return [text for name, text in found if name == language]
+
+
+def with_blocks(language):
+    pages = [path for path in PAGES if blocks(path, language)]
+    return pytest.mark.parametrize("path", pages, ids=name_of)
+
+
+@with_blocks("python")
+def test_python_runs(path, tmp_path, monkeypatch):
+    """A page's blocks run in order, in one namespace that is empty at first."""
+    harness.skip_on(*harness.OTHERS, because="pages export SavedModels")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    text = path.read_text()
+    for block in blocks(path, "python"):
+        # A traceback then has the page's own line numbers.
+        above = "\n" * text[: text.index(block)].count("\n")
+        exec(compile(above + block, path, "exec"), names)
+    if path == README:
+        assert names["inside"]["write_weighting"].shape == (8, 20, 1, 128)
+        assert (tmp_path / "served/copy/1/saved_model.pb").exists()
+
+
+def commands(path):
+    """Commands in the shell blocks of a page: lists of words."""
+    for block in blocks(path, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while "&&" in words:
+                end = words.index("&&")
+                yield words[:end]
+                words = words[end + 1 :]
+            if words:
+                yield words
+
+
+@with_blocks("sh")
+def test_commands_parse(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in commands(path):
+        if words[0] == "keras-memory":
+            parsed = cli.parser().parse_args(words[1:])
+            if parsed.run is cli.train and not parsed.resume:
+                cli._check_training(parsed)
+                cli._config(parsed)  # names and types of `--set`
+        elif words[:3] == ["python", "-m", "benchmarks"]:
+            parse_benchmarks(words[3:], monkeypatch)
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
+        else:
+            known = ("pip", "pytest", "export", "docker", "tensorboard")
+            assert words[0] in known, words
+
+
+def parse_benchmarks(arguments, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    main = pytest.importorskip("benchmarks.__main__")
+    ran = []
+
+    def run(*options):
+        ran.append(options)
+
+    for module in (
+        main.steps,
+        main.scaling,
+        main.memory_wrap,
+        main.retrieval,
+        main.esm,
+    ):
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(main.scaling, "draw", run)
+    monkeypatch.setattr(main.references, "is_pytorch_ntm", bool)
+    with monkeypatch.context() as here:
+        here.chdir(ROOT)  # of files that are to be read
+        main.main(arguments)
+    assert len(ran) == 1
+
+
+def without_code(text):
+    return FENCED.sub("", text)
+
+
+def links(path):
+    """Targets of a page's links and pictures within the repository."""
+    text = without_code(path.read_text())
+    found = re.findall(r"\]\(\s*([^)\s]+)\s*\)", text)
+    found += re.findall(r'src="([^"]+)"', text)
+    return [target for target in found if "://" not in target]
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = []
+    for title in re.findall(
+        r"^#+ (.*)$", without_code(path.read_text()), re.MULTILINE
+    ):
+        title = re.sub(r"[^\w\- ]", "", title.strip().lower())
+        anchor = title.replace(" ", "-")
+        repeated = found.count(anchor)
+        found.append(f"{anchor}-{repeated}" if repeated else anchor)
+    return found
+
+
+@pytest.mark.parametrize("path", LINKING, ids=name_of)
+def test_links_hold(path):
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), target
+        assert there.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(there), target
+
+
+def test_every_page_can_be_reached():
+    reached, ahead = set(), [README]
+    while ahead:
+        path = ahead.pop()
+        if path in reached or path not in PAGES:
+            continue
+        reached.add(path)
+        ahead += [
+            (path.parent / target.partition("#")[0]).resolve()
+            for target in links(path)
+        ]
+    assert reached == set(PAGES)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_code_blocks_name_their_language(path):
+    text = path.read_text()
+    languages = {name for name, _ in FENCED.findall(text)}
+    assert languages <= {"python", "sh", "text"}
+    assert "```" not in without_code(text)
+
+
+def test_readme_is_short_and_begins_with_code():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 250
+    assert lines.index("```python") + 1 < 40
+
+
+def test_readme_has_the_commands_of_ci():
+    found = blocks(README, "sh")
+    tests = 'pip install -e ".[test]" && pytest\n'
+    assert "pip install -e . && keras-memory train copy\n" in found
+    assert tests in found
+    assert tests.replace("install", "install -q") in (
+        (ROOT / ".ci" / "run").read_text()
+    )
