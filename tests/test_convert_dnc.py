@@ -607,7 +607,7 @@ def test_content_weighting_of_deepmind(size):
     tape, given = taped(arrays, names)
     with tape:
         tape.watch(given)
-        strengths = access.strength_activation(given["strengths"])
+        strengths = access.activations.read_strength(given["strengths"])
         memory = slots_last(given["memory"])
         output = access.by_content(memory, given["keys"], strengths, None)
         loss = ops.sum(output**2)

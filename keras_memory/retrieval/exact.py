@@ -71,10 +71,10 @@ def nearest(queries, keys, top_k, bias=None):
         products = inner_products(queries, ops.transpose(keys))
         if bias is not None:
             products = products + bias
-        largest, places = ops.top_k(products, top_k)
-        return largest, ops.cast(places, "int32")
+        best, places = ops.top_k(products, top_k)
+        return best, ops.cast(places, "int32")
 
-    def search(block, largest, places):
+    def search(block, best, places):
         # The last block reaches back into the one before, and leaves out what
         # that has seen.
         first = ops.minimum(block * BLOCK, number - BLOCK)
@@ -86,20 +86,20 @@ def nearest(queries, keys, top_k, bias=None):
         is_new = rows >= block * BLOCK
         products = ops.where(is_new, products, -np.inf)
         products, columns = largest(products, min(top_k, BLOCK))
-        largest = ops.concatenate([largest, products], axis=1)
+        best = ops.concatenate([best, products], axis=1)
         new = first + ops.cast(columns, "int32")
         places = ops.concatenate([places, new], axis=1)
-        largest, columns = ops.top_k(largest, top_k)
-        return largest, ops.take_along_axis(places, columns, axis=1)
+        best, columns = ops.top_k(best, top_k)
+        return best, ops.take_along_axis(places, columns, axis=1)
 
     start = ops.zeros_like(queries[:, :1])
-    largest = ops.tile(start - np.inf, (1, top_k))
+    best = ops.tile(start - np.inf, (1, top_k))
     places = ops.tile(ops.cast(start, "int32"), (1, top_k))
     return ops.fori_loop(
         0,
         -(-number // BLOCK),
         lambda block, carried: search(block, *carried),
-        (largest, places),
+        (best, places),
     )
 
 
