@@ -198,7 +198,7 @@ WITH_OTHER_WEIGHTS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @needs_tensorflow
-def test_each_option_equals_the_oracle_and_does_something(option):
+def test_each_option_equals_the_oracle_and_has_an_effect(option):
     fixed = {"write_heads": 2, "dtype": "float64"}
     layer = randomised(**fixed, **{option: OPTIONS[option]})
     x, states = few(), dnc_states(layer)
@@ -290,7 +290,7 @@ def test_float32_equals_the_oracle():
     equals_the_oracle(layer, x, dnc_states(layer), tolerance=2e-5)
 
 
-def test_all_starts_at_zero():
+def test_all_states_start_at_zero():
     layer = built(write_heads=2, num_layers=2, share_memory=False)
     first, second = layer.cell.unpack_state(layer.cell.get_initial_state(3))
     shapes = {
@@ -308,7 +308,7 @@ def test_all_starts_at_zero():
             close(getattr(record, name), np.zeros(shape), 0)
 
 
-def test_interface_size_is_that_of_the_paper():
+def test_interface_size_equals_the_paper():
     layer = built(write_heads=1, read_heads=3)
     width, heads = 5, 3
     expected = width * heads + 3 * width + 5 * heads + 3
@@ -350,7 +350,7 @@ def free_only(state, slot):
     )
 
 
-def test_links_hold_the_order_of_writing():
+def test_links_record_the_order_of_writing():
     access, state = by_hand()
     for slot in (0, 3, 1):
         state, inside = a_step(
@@ -385,7 +385,7 @@ def test_links_hold_the_order_of_writing():
         close(after.linkage, state.linkage, 1e-4)
 
 
-def test_each_write_head_has_links_of_its_own():
+def test_each_write_head_has_its_own_links():
     orders = ((0, 3, 1), (5, 1, 2))
     linkage, precedence = np.zeros((1, 2, 11, 11)), np.zeros((1, 2, 11))
     linkage, precedence = tensor(linkage), tensor(precedence)
@@ -413,7 +413,7 @@ def test_each_write_head_has_links_of_its_own():
     )
 
 
-def test_writing_a_slot_anew_forgets_its_links():
+def test_rewriting_a_slot_removes_its_links():
     access, state = by_hand()
     for slot in (0, 3, 1, 0):
         gates = {"write_gate": ON, "allocation_gate": ON}
@@ -424,7 +424,7 @@ def test_writing_a_slot_anew_forgets_its_links():
 
 
 @pytest.mark.parametrize("deallocation", [False, True])
-def test_what_is_freed_is_allocated_next(deallocation):
+def test_freed_slots_are_allocated_next(deallocation):
     access, state = by_hand(deallocation=deallocation)
     full = state._replace(
         usage=ops.ones((1, 11)),
@@ -478,7 +478,7 @@ def test_reads_see_the_write_of_their_own_step():
     close(after.reads, np.full((1, 1, 5), 1.0))
 
 
-def test_sharpened_links_are_uniform_where_there_are_none():
+def test_sharpened_links_are_uniform_where_links_are_absent():
     access, state = by_hand(link_sharpening=True)
     _, inside = a_step(access, state, forward_sharpening=3.0)
     for name in ("forward_weighting", "backward_weighting"):
@@ -522,7 +522,7 @@ SLOWER = ("auto", True), ("portable", False)
     [("auto", False), *(slow_unless(False, *way) for way in SLOWER)],
 )
 @needs_tensorflow
-def test_as_many_sparse_links_as_slots_are_all_links(loop, jit_compile):
+def test_as_many_sparse_links_as_slots_equal_dense_links(loop, jit_compile):
     fixed = {
         "write_heads": 2,
         "controller": "dense",
@@ -606,7 +606,7 @@ def test_rows_of_sparse_links_have_each_column_once():
 
 
 @needs_tensorflow
-def test_few_links_in_graphs_of_any_batch_size():
+def test_sparse_links_train_with_any_batch_size():
     import tensorflow as tf
 
     layer = randomised(sparse_links=3, controller="dense")
@@ -648,7 +648,7 @@ def permuted(name, value, order):
     ids=["default", "heads", "all options"],
 )
 @needs_tensorflow
-def test_slots_have_no_order(options):
+def test_permuting_the_slots_does_not_change_the_output(options):
     layer = randomised(scale=0.6, dtype="float64", **options)
     x, states = numbers(), dnc_states(layer)
     before = keras_memory.trace(layer, x, initial_state=states)
@@ -699,7 +699,7 @@ USAGES = {
     ("dtype", "tolerance"),
     [("float32", 1e-6), pytest.param("float64", 1e-12, marks=needs_tensorflow)],
 )
-def test_both_forms_of_the_allocation_equal_the_oracle(name, dtype, tolerance):
+def test_both_forms_of_allocation_equal_the_oracle(name, dtype, tolerance):
     usage = USAGES[name].astype(dtype)
     expected = [reference.allocation(one, 1e-6) for one in usage]
     found = []
@@ -712,7 +712,7 @@ def test_both_forms_of_the_allocation_equal_the_oracle(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("sort", [True, False])
-def test_allocation_by_hand(sort):
+def test_allocation_matches_values_computed_by_hand(sort):
     usage = [[0.5, 0.25, 0.75], [0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]
     expected = [
         [0.5 * 0.25, 0.75, 0.25 * 0.25 * 0.5],
@@ -726,7 +726,7 @@ def test_allocation_by_hand(sort):
 
 
 @pytest.mark.parametrize("sort", [True, False])
-def test_of_slots_as_used_as_each_other_the_first_is_taken(sort):
+def test_the_first_of_equally_used_slots_is_allocated(sort):
     for value in (0.0, 0.3, 0.9):
         usage = np.full((1, 13), value)
         usage[0, 2] = 0.95
@@ -740,7 +740,7 @@ def test_of_slots_as_used_as_each_other_the_first_is_taken(sort):
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("slots", [1, 2, 7])
 @needs_tensorflow
-def test_gradients_of_the_allocation_equal_finite_differences(slots, sort):
+def test_gradients_of_allocation_equal_finite_differences(slots, sort):
     import tensorflow as tf
 
     rng = np.random.default_rng(4)
@@ -767,7 +767,7 @@ def test_gradients_of_the_allocation_equal_finite_differences(slots, sort):
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @needs_tensorflow
-def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
+def test_gradients_of_allocation_are_finite_at_0_and_1(dtype, sort):
     import tensorflow as tf
 
     for values in (
@@ -800,7 +800,7 @@ def test_without_usage_gradient_the_output_is_the_same():
 
 
 @needs_tensorflow
-def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
+def test_usage_gradient_only_stops_gradients_to_write_weightings():
     """The same gradients as if usage were told of a constant writing."""
     import tensorflow as tf
 
@@ -853,7 +853,7 @@ def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
 @pytest.mark.parametrize("used", [0.0, 1.0])
 @needs_tensorflow
-def test_usage_and_weightings_of_exactly_0_and_1(used, dtype):
+def test_usage_and_weightings_of_0_and_1_have_finite_gradients(used, dtype):
     """All slots used, or none, after reads and writes at a single slot."""
     import tensorflow as tf
 
@@ -898,7 +898,7 @@ TWO_MEMORIES = {"num_layers": 2, "share_memory": False}
 @pytest.mark.parametrize(
     "options", [{}, TWO_MEMORIES, {"num_layers": 2}], ids=str
 )
-def test_without_its_memory_only_the_controller_goes_on(options):
+def test_without_memory_only_the_controller_states_change(options):
     layer = randomised(return_state=True, units=None, **options)
     x = numbers().astype("float32")
     states = dnc_states(layer)
@@ -918,7 +918,7 @@ def test_without_its_memory_only_the_controller_goes_on(options):
 
 
 @pytest.mark.parametrize("value", [None, 1, 0, "yes"])
-def test_use_memory_is_true_or_false(value):
+def test_use_memory_must_be_true_or_false(value):
     layer, x = randomised(), numbers().astype("float32")
     for call in (
         lambda: layer(x, use_memory=value),
@@ -932,7 +932,7 @@ def test_use_memory_is_true_or_false(value):
 @pytest.mark.parametrize("options", [{}, TWO_MEMORIES], ids=str)
 @pytest.mark.parametrize("part", ["memory", "controller"])
 @pytest.mark.parametrize("rows", [None, [True, False, True], [False] * 3])
-def test_resets(rows, part, options):
+def test_resets_change_only_the_given_part_and_rows(rows, part, options):
     layer = randomised(
         initial_memory="random", initial_controller_state="random", **options
     )
@@ -956,7 +956,7 @@ def test_resets(rows, part, options):
 
 
 @needs_tensorflow
-def test_resets_within_a_graph_of_any_batch_size():
+def test_resets_work_in_a_graph_of_any_batch_size():
     import tensorflow as tf
 
     layer = randomised()
@@ -973,7 +973,7 @@ def test_resets_within_a_graph_of_any_batch_size():
         close(value, expected, 0)
 
 
-def test_what_a_reset_of_a_stateful_layer_gives_stays():
+def test_reset_states_of_a_stateful_layer_are_copies():
     """On PyTorch it must not be a view of the layer's states."""
     layer = built(stateful=True)
     x = numbers().astype("float32")
@@ -986,7 +986,7 @@ def test_what_a_reset_of_a_stateful_layer_gives_stays():
             np.testing.assert_array_equal(value, kept)
 
 
-def test_after_a_reset_the_memory_is_as_good_as_new():
+def test_a_reset_memory_acts_like_a_new_one():
     layer = randomised(controller="dense", return_state=True)
     x = numbers().astype("float32")
     fresh = layer(x)[0]
@@ -997,7 +997,7 @@ def test_after_a_reset_the_memory_is_as_good_as_new():
 
 
 @pytest.mark.parametrize("part", ["memory", "controller"])
-def test_resets_of_a_stateful_layer(part):
+def test_resets_change_a_stateful_layer_unless_states_are_given(part):
     layer = randomised(stateful=True)
     x = numbers().astype("float32")
     layer(x)
@@ -1031,7 +1031,7 @@ def test_resets_of_a_stateful_layer(part):
     ],
     ids=str,
 )
-def test_rows_that_are_refused(rows, part):
+def test_wrong_rows_are_refused(rows, part):
     layer = randomised()
     with pytest.raises(
         ValueError, match="`rows` must be an array .B,. of bool"
@@ -1039,7 +1039,7 @@ def test_rows_that_are_refused(rows, part):
         getattr(layer, f"reset_{part}")(dnc_states(layer), rows=rows)
 
 
-def test_resets_of_states_that_are_not_there():
+def test_resets_of_missing_states_are_refused():
     layer = randomised()
     for reset in (layer.reset_memory, layer.reset_controller):
         with pytest.raises(ValueError, match="`states`.*stateful=False"):
@@ -1062,7 +1062,7 @@ def test_resets_of_states_that_are_not_there():
         not_called.reset_memory()
 
 
-def test_threads_use_the_memory_each_as_it_asks(monkeypatch):
+def test_use_memory_is_separate_in_each_thread(monkeypatch):
     layer = randomised()
     x = numbers().astype("float32")
     expected = [layer(x, use_memory=asked) for asked in (True, False)]
@@ -1085,7 +1085,7 @@ def test_threads_use_the_memory_each_as_it_asks(monkeypatch):
 # Bypass dropout.
 
 
-def test_bypass_dropout_drops_of_the_controller_output_only():
+def test_bypass_dropout_drops_only_the_controller_output():
     shape = (13, TIME, WIDTH)
     fixed = {"units": None, "controller_units": 29, "seed": 3}
     layer = built(shape, bypass_dropout=0.4, **fixed)
@@ -1112,7 +1112,7 @@ def test_bypass_dropout_drops_of_the_controller_output_only():
     close(same(x, training=True), dropped, 0)
 
 
-def test_bypass_dropout_is_in_front_of_the_projection():
+def test_bypass_dropout_comes_before_the_projection():
     layer = built(bypass_dropout=0.5, seed=3)
     features = built(bypass_dropout=0.5, seed=3, units=None)
     for mine, other in zip(
@@ -1139,7 +1139,7 @@ def bidirectional(**kwargs):
     return layer
 
 
-def test_bidirectional_is_one_layer_each_way():
+def test_bidirectional_equals_one_layer_in_each_direction():
     both = bidirectional()
     ahead, back = built(), built()
     ahead.cell.set_weights(both.forward_layer.cell.get_weights())
@@ -1160,7 +1160,7 @@ def test_bidirectional_is_one_layer_each_way():
     assert np.abs(cut[:, :, UNITS:] - found[:, :length, UNITS:]).max() > 1e-3
 
 
-def test_bidirectional_fits_and_comes_back_from_a_file(tmp_path):
+def test_bidirectional_trains_and_is_restored_from_a_file(tmp_path):
     model = keras.Sequential(
         [
             keras.Input((None, WIDTH)),
@@ -1218,7 +1218,7 @@ SWITCH = [None, 1, 0, "yes"]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_arguments_that_are_refused(name, values):
+def test_wrong_arguments_are_refused(name, values):
     for value in values:
         with pytest.raises(ValueError) as error:
             dnc(**{name: value})
@@ -1237,7 +1237,7 @@ def test_sparse_links_need_links_and_slots():
     ("dtype", "slots"),
     [("bfloat16", 257), ("mixed_bfloat16", 257), ("mixed_float16", 2049)],
 )
-def test_columns_that_a_dtype_does_not_have(dtype, slots):
+def test_sparse_links_need_a_dtype_that_holds_every_column(dtype, slots):
     fixed = {"dtype": dtype, "controller": "dense"}
     message = f"`sparse_links`.*below `memory_slots`.*memory_slots={slots}"
     with pytest.raises(ValueError, match=message):
@@ -1251,7 +1251,7 @@ def test_sharpened_links_need_links():
         dnc(linkage=False, link_sharpening=True)
 
 
-def test_a_missing_field_of_the_state_is_named():
+def test_a_wrong_field_of_the_state_is_named():
     layer = built()
     state = layer.cell.unpack_state(dnc_states(layer))
     with pytest.raises(ValueError, match="`linkage` must be an array .batch,"):

@@ -138,7 +138,7 @@ def is_clear(pixels, depth, valid, height, width, share=0.02):
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_projection_is_the_references(name):
+def test_projection_equals_the_reference(name):
     """What two cameras measure, and the memory after the motion, at each step.
 
     The reference rounds all cameras together with the depth buffer, as one
@@ -203,7 +203,7 @@ def test_projection_is_the_references(name):
 
 
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_reprojection_is_the_references(name):
+def test_reprojection_equals_the_reference(name):
     """The memory after each motion, from the reference's memory before it."""
     d = np.load(GOLDENS / f"{name}.npz")
     shape = d["empty_memory.mean"].shape
@@ -249,7 +249,7 @@ def test_reprojection_is_the_references(name):
     assert compared > 200
 
 
-def test_a_step_is_the_references():
+def test_a_step_equals_the_reference():
     """Holes, their variance, and smoothing, with features that are positive."""
     d = np.load(GOLDENS / "esm__b.npz")
     shape = d["empty_memory.mean"].shape
@@ -281,7 +281,7 @@ def test_a_step_is_the_references():
 
 @pytest.mark.every_backend
 @pytest.mark.skipif(not RECORDED.exists(), reason="no recorded data here")
-def test_recorded_data():
+def test_recorded_data_gives_the_map_of_the_reference():
     """A frame that the reference's authors recorded, outside of row 0."""
     d = np.load(RECORDED)
     cell = keras_memory.ESMCell()
@@ -306,7 +306,7 @@ def test_recorded_data():
 # State, time, and batches.
 
 
-def test_steps_are_a_sequence():
+def test_single_steps_equal_a_sequence():
     inputs = seen(cameras=2)
     whole, last = layer_of(return_state=True)(inputs)
     cell = keras_memory.ESMCell(**SIZES)
@@ -326,7 +326,7 @@ def test_steps_are_a_sequence():
     close(np.concatenate(parts, axis=1), whole.mean)
 
 
-def test_the_last_map():
+def test_without_return_sequences_the_last_map_is_returned():
     inputs = seen()
     whole = layer_of()(inputs)
     last = layer_of(return_sequences=False)(inputs)
@@ -345,7 +345,7 @@ def test_rows_of_a_batch_do_not_mix():
 
 
 @pytest.mark.every_backend
-def test_a_stateful_layer_goes_on():
+def test_a_stateful_layer_continues_from_its_state():
     inputs = seen(times=4)
     whole = layer_of()(inputs)
     layer = layer_of(stateful=True)
@@ -389,7 +389,7 @@ def test_a_stateful_model_refuses_a_smaller_last_batch():
 
 
 @harness.needs_tensorflow
-def test_a_stateful_model_is_served_as_one_without_state(tmp_path):
+def test_a_stateful_model_is_served_as_a_stateless_one(tmp_path):
     import tensorflow as tf
 
     from keras_memory.serving import export
@@ -415,7 +415,7 @@ def test_a_stateful_model_is_served_as_one_without_state(tmp_path):
             close(found[f"outputs_{index}"], wanted, 1e-5)
 
 
-def test_a_map_without_features():
+def test_a_map_needs_no_features():
     inputs = seen(times=3)
     expected = arrays(layer_of()(inputs))
     for camera in inputs["cameras"]:
@@ -427,7 +427,7 @@ def test_a_map_without_features():
         close(part, other[..., :3], 1e-5)
 
 
-def test_a_camera_s_pose_is_as_uncertain_as_is_said():
+def test_pose_covariance_becomes_the_variance_of_the_map():
     point = np.array([[0.5, 1.0, 2.0]], "float32")
     inputs = {
         "cameras": {
@@ -476,7 +476,7 @@ def test_masked_steps_change_nothing():
     close(found.mean[1, 0], empty.mean[0])
 
 
-def test_constant_cameras_need_no_time():
+def test_constant_cameras_need_no_time_axis():
     inputs = seen()
     camera = inputs["cameras"][0]
     camera["pose"] = np.repeat(camera["pose"][:, :1], 3, axis=1)
@@ -487,7 +487,7 @@ def test_constant_cameras_need_no_time():
     close(layer_of()(inputs).mean, whole.mean)
 
 
-def test_depth_is_points_along_the_axis():
+def test_depth_equals_points_along_the_optical_axis():
     inverse = geometry.inverse_intrinsics((4.0, 4.0), (3.0, 2.0))
     rng = np.random.default_rng(0)
     depth = rng.uniform(1, 3, size=(2, 3, 5, 7)).astype("float32")
@@ -519,7 +519,7 @@ def points_of(found, time):
     return np.unique(found.mean[0, time, known, :2].round(4), axis=0).tolist()
 
 
-def test_a_point_by_hand():
+def test_a_point_lands_where_computed_by_hand():
     """Seen ahead at 2 m; the agent walks 1 m on and turns left."""
     quarter = geometry.pose_matrix([0.0, 0, 0, 0, -np.pi / 2, 0])
     ahead = geometry.pose_matrix([0.0, 0, -1.0, 0, 0, 0])
@@ -622,7 +622,7 @@ def sphere_of(convention, **options):
 
 @pytest.mark.parametrize("given", ["depth", "points"])
 @pytest.mark.parametrize("convention", BY_HAND)
-def test_conventions_by_hand(convention, given):
+def test_conventions_match_places_computed_by_hand(convention, given):
     inputs = one_pixel(convention)
     if given == "points":
         camera = inputs["cameras"]
@@ -641,7 +641,7 @@ def test_conventions_by_hand(convention, given):
     close(found, [place(2, 1.1, -0.5)] * 2, 2e-3)
 
 
-def test_covariances_have_the_axes_of_the_convention():
+def test_covariances_follow_the_axes_of_the_convention():
     """Ahead and back, and about what is up."""
     found = []
     for convention in BY_HAND:
@@ -659,7 +659,7 @@ def test_covariances_have_the_axes_of_the_convention():
         close(other.mean, found[0].mean, 1e-4)
 
 
-def test_cells_have_conventions():
+def test_cells_follow_conventions():
     cell = keras_memory.ESMCell(
         60, 120, 1, smooth_kernel_size=None, convention="ros"
     )
@@ -683,7 +683,7 @@ def test_cells_have_conventions():
         (geometry.inverse_intrinsics((4, 5), (3, 2)), "ros", 'of "esm"'),
     ],
 )
-def test_other_intrinsics_are_refused(matrix, convention, told):
+def test_intrinsics_of_another_convention_are_refused(matrix, convention, told):
     inputs = one_pixel(convention)
     camera = inputs["cameras"]
     camera["inverse_intrinsics"] = matrix[None]
@@ -697,7 +697,7 @@ def test_other_intrinsics_are_refused(matrix, convention, told):
             sphere_of(convention)(given)
 
 
-def test_a_camera_of_another_convention_is_left_out_of_a_model():
+def test_a_model_ignores_a_camera_of_another_convention():
     """Where values are not known when it is built."""
     inputs = one_pixel("opencv")
     entry = entry_of(inputs, times=2)
@@ -725,7 +725,7 @@ def test_integer_depth_is_refused_without_its_scale(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
-def test_depth_has_a_scale(dtype):
+def test_depth_is_multiplied_by_its_scale(dtype):
     inputs = one_pixel("opencv", 2000, dtype)
     expected = arrays(sphere_of("opencv")(one_pixel("opencv")))
     layer = sphere_of("opencv", depth_scale=0.001)
@@ -742,7 +742,7 @@ def test_depth_has_a_scale(dtype):
             close(one, other)
 
 
-def test_float64_layers_have_no_constants_of_float32():
+def test_float64_layers_have_float64_constants():
     harness.skip_on(*harness.OTHERS, because="needs float64 in all of Keras")
     inputs = one_pixel("opencv", dtype="float64")
     inputs["cameras"]["inverse_intrinsics"] = geometry.inverse_intrinsics(
@@ -806,7 +806,7 @@ def test_the_order_of_cameras_does_not_matter():
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_batch_of_no_rows(times):
+def test_an_empty_batch_gives_empty_maps(times):
     inputs = at(seen(), slice(0, times))
     none = keras.tree.map_structure(lambda x: x[:0], inputs)
     for found in (
@@ -819,7 +819,7 @@ def test_a_batch_of_no_rows(times):
         assert tuple(found.variance.shape) == tuple(found.mean.shape)
 
 
-def test_cameras_of_different_sizes():
+def test_cameras_may_have_different_sizes():
     inputs, other = seen(), seen(seed=1, height=3, width=11)
     inputs["cameras"] += other["cameras"]
     assert layer_of()(inputs).mean.shape == (2, 3, 8, 12, 6)
@@ -867,7 +867,7 @@ def test_without_a_depth_buffer_points_are_fused():
 
 
 @pytest.mark.every_backend
-def test_bad_pixels_are_left_out():
+def test_bad_pixels_are_ignored():
     inputs = seen(batch=1, times=1, height=4, width=5)
     camera = inputs["cameras"][0]
     camera["mask"][:] = True
@@ -899,7 +899,7 @@ def test_bad_pixels_are_left_out():
         close(one, other)
 
 
-def test_depth_that_is_none_is_left_out():
+def test_invalid_depth_is_ignored():
     depth = np.full((1, 1, 2, 4), 2.0, "float32")
     depth[0, 0, 0] = 0.0, -1.0, np.nan, np.inf
     depth[0, 0, 1, 0] = -np.inf
@@ -933,7 +933,7 @@ def no_poses():
     yield far
 
 
-def test_a_camera_without_a_pose_is_left_out():
+def test_a_camera_with_an_invalid_pose_is_ignored():
     for pose in no_poses():
         inputs = seen(cameras=2)
         expected = layer_of()({**inputs, "cameras": inputs["cameras"][:1]})
@@ -943,7 +943,7 @@ def test_a_camera_without_a_pose_is_left_out():
         close(found.variance, expected.variance)
 
 
-def test_a_motion_that_is_none_leaves_nothing_of_the_map():
+def test_an_invalid_motion_resets_the_map():
     for motion in no_poses():
         inputs = seen(times=2)
         inputs["motion"][0, 1] = motion
@@ -954,7 +954,7 @@ def test_a_motion_that_is_none_leaves_nothing_of_the_map():
         assert all(np.isfinite(array(part)).all() for part in found)
 
 
-def test_frames_without_a_pixel_keep_the_map():
+def test_frames_without_a_valid_pixel_keep_the_map():
     inputs = seen(times=3)
     inputs["motion"] = still(2, 3)
     inputs["cameras"][0]["mask"][:, 1:] = False
@@ -1021,7 +1021,7 @@ def weights_of(layer, inputs):
 
 
 @pytest.mark.parametrize("depth_buffer", [True, slow_unless(False, False)])
-def test_gradients_are_those_of_finite_differences(depth_buffer):
+def test_gradients_equal_finite_differences(depth_buffer):
     harness.skip_on(*harness.OTHERS, because="needs float64 in all of Keras")
     layer = layer_of(
         dtype="float64",
@@ -1282,7 +1282,7 @@ def fields():
 
 
 @pytest.mark.parametrize(("camera", "name"), list(fields()))
-def test_what_does_not_fit_is_named(camera, name):
+def test_errors_name_the_wrong_field(camera, name):
     path, unfit = f"`{name}`", list(UNFIT)
     if camera is not None:
         path = rf"`cameras\[{camera}\]\['{name}'\]`"
@@ -1296,7 +1296,7 @@ def test_what_does_not_fit_is_named(camera, name):
             layer_of()(inputs)
 
 
-def test_states_and_masks_that_do_not_fit_are_named():
+def test_errors_name_wrong_states_and_masks():
     inputs, layer = seen(), layer_of()
     cell, state = keras_memory.ESMCell(**SIZES), layer.get_initial_state(2)
     motion = inputs["motion"][:, 0]
@@ -1325,7 +1325,7 @@ def test_states_and_masks_that_do_not_fit_are_named():
             layer.get_initial_state(wrong)
 
 
-def test_lists_and_whole_numbers_are_taken():
+def test_lists_and_integers_are_accepted():
     inputs = seen(batch=1, times=1, height=2, width=3)
     for name in ("points", "features"):
         camera = inputs["cameras"][0]
@@ -1381,7 +1381,7 @@ def test_a_cnn_is_trained_through_the_map(jit_compile):
         assert np.isfinite(other).all() and (one != other).any()
 
 
-def test_free_batch_and_time():
+def test_batch_and_time_may_be_unknown():
     inputs = seen()
     entry = entry_of(inputs)
     model = keras.Model(
@@ -1396,7 +1396,7 @@ def test_free_batch_and_time():
         close(found.mean, layer_of()(some).mean)
 
 
-def test_config_and_file_round_trip(tmp_path):
+def test_configs_and_files_restore_the_layer(tmp_path):
     options = {
         "height": 10,
         "width": 14,
@@ -1439,7 +1439,7 @@ def test_mixed_precision_computes_in_float32(policy):
     close(found.mean, layer_of()(inputs).mean)
 
 
-def test_one_pixel_one_step():
+def test_one_pixel_and_one_step_give_finite_maps():
     inputs = seen(batch=1, times=1, height=1, width=1)
     inputs["cameras"][0]["mask"][:] = True
     found = arrays(keras_memory.ESMLayer(1, 2, smooth_kernel_size=1)(inputs))
@@ -1461,12 +1461,12 @@ ROOM = rooms.Room()
         ((0, 0, 0), [(0, np.inf, 1)]),
     ],
 )
-def test_rays_that_go_nowhere_are_refused(origin, directions):
+def test_invalid_rays_are_refused(origin, directions):
     with pytest.raises(ValueError, match="`(origin|directions)`.* must be"):
         ROOM.cast(origin, directions)
 
 
-def test_sizes_of_maps_and_pictures_are_looked_at_first():
+def test_too_large_maps_and_images_are_refused_at_once():
     cell = keras_memory.ESMCell(height=10, width=20)
     with pytest.raises(ValueError, match="A state would take .*batch size="):
         cell.get_initial_state(10**9)
@@ -1571,7 +1571,7 @@ def walked(poses, depth_buffer=True, **options):
     return [part[0] for part in arrays(mapper(depth_buffer)(inputs))]
 
 
-def test_the_map_is_the_room():
+def test_the_map_equals_the_room():
     angles = np.linspace(0, 2 * np.pi, 25)
     positions = np.stack(
         [0.4 * np.sin(angles), 0.1 * np.sin(2 * angles), 0.3 * np.cos(angles)],
@@ -1605,7 +1605,7 @@ def reachable(poses):
     return seen_once.reshape(sizes)
 
 
-def test_there_and_back():
+def test_the_map_survives_a_walk_there_and_back():
     steps = np.arange(201)
     angles = 0.8 * np.sin(2 * np.pi * steps / 50)
     forth = 1 - np.abs(steps - 100) / 100
@@ -1643,7 +1643,7 @@ def test_noise_degrades_the_map_smoothly():
     ("depth_noise", "motion_noise"),
     [(0.05, 0.0), (0.1, 0.0), (0.1, 0.005), (0.1, 0.01)],
 )
-def test_the_variance_says_how_far_off_the_map_is(depth_noise, motion_noise):
+def test_the_variance_predicts_the_error_of_the_map(depth_noise, motion_noise):
     """About 68 % of the errors are within a standard deviation: of depth, and
     of what it changes within that of the direction. Points are fused, as the
     nearest of several with noise is too near."""
@@ -1675,7 +1675,7 @@ def test_the_variance_says_how_far_off_the_map_is(depth_noise, motion_noise):
     assert abs(np.mean(within) - 0.68) < 0.1
 
 
-def test_the_room_by_hand():
+def test_the_room_matches_distances_computed_by_hand():
     room = rooms.Room(size=(4, 2, 6), boxes=[((-0.5, -0.5, 1), (0.5, 0.5, 2))])
     ways = np.array([[0, 0, 1], [0, 0, -1], [1, 0, 0], [0, -2, 0], [1, 0, 1.0]])
     distance, color = room.cast([0, 0, 0], ways)
@@ -1710,7 +1710,7 @@ def test_impossible_rooms_are_refused(arguments):
         rooms.Room(**arguments)
 
 
-def test_views_that_do_not_fit_are_named():
+def test_errors_name_wrong_views():
     sound = {
         "cast": {"origin": np.zeros(3), "directions": np.ones((2, 3))},
         "render": {

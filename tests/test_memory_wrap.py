@@ -63,19 +63,19 @@ def content_weights(encoding, memory, distance):
 
 
 @each_wrap
-def test_config_round_trip(case):
+def test_a_config_restores_the_layer(case):
     harness.config_round_trip(case)
 
 
 @pytest.mark.few_backends
 @each_wrap
-def test_file_round_trip(case, tmp_path):
+def test_a_file_restores_the_layer(case, tmp_path):
     harness.file_round_trip(case, tmp_path)
 
 
 @pytest.mark.few_backends
 @each_wrap
-def test_clone(case):
+def test_a_clone_equals_its_original(case):
     harness.clone(case)
 
 
@@ -84,12 +84,12 @@ def test_clone(case):
 @pytest.mark.parametrize(
     "policy", ["mixed_float16", "mixed_bfloat16", "float16"]
 )
-def test_mixed_precision(policy, case):
+def test_mixed_precision_is_close_to_float32(policy, case):
     harness.mixed_precision(case, policy)
 
 
 @each_wrap
-def test_shapes(case):
+def test_shapes_are_those_declared(case):
     x = harness.inputs_of(case)
     layer = harness.built(case)
     for more in ({}, {"return_weights": True}):
@@ -119,7 +119,7 @@ def test_shapes(case):
     ],
     ids=name_of,
 )
-def test_training_step(jit_compile, case):
+def test_a_training_step_changes_all_trainable_weights(jit_compile, case):
     if harness.BACKEND == "torch" and jit_compile:
         pytest.skip("not run: torch.compile takes half a minute")
     layer = harness.built(case)
@@ -153,7 +153,9 @@ def gradients(function, *arrays):
 @pytest.mark.parametrize("name", ["a", "b_linear_classifier"])
 @both_layers
 @each_distance
-def test_memorywrap(distance, layer_class, name, training):
+def test_outputs_and_gradients_equal_memorywrap(
+    distance, layer_class, name, training
+):
     import tensorflow as tf
 
     golden, arrays, _ = harness.golden(f"memorywrap__{name}")
@@ -204,7 +206,7 @@ def test_memorywrap(distance, layer_class, name, training):
 
 @each_distance
 @pytest.mark.parametrize("head", [None, "dense", keras.layers.Dense])
-def test_layer_is_the_paper(head, distance):
+def test_the_layer_equals_the_paper(head, distance):
     rng = np.random.default_rng(7)
     make = head if head in (None, "dense") else head(2, "tanh")
     layer = MemoryWrapLayer(3, head=make, similarity=distance)
@@ -233,7 +235,7 @@ def test_layer_is_the_paper(head, distance):
         close(outputs[row], (hidden @ last + last_bias).astype("float32"), 1e-4)
 
 
-def test_default_classifiers_are_the_papers():
+def test_default_classifiers_have_the_sizes_of_the_paper():
     shapes = {
         MemoryWrapLayer: [(14, 28), (28, 3)],
         BaselineMemory: [(7, 14), (14, 3)],
@@ -246,7 +248,7 @@ def test_default_classifiers_are_the_papers():
 
 
 @each_wrap
-def test_keyword_form_and_memory_for_each_input(case):
+def test_keywords_and_a_memory_for_each_input_give_the_same(case):
     encodings, memory = harness.inputs_of(case)
     layer = harness.built(case)
     if isinstance(layer, keras.Model):
@@ -275,7 +277,7 @@ def test_keyword_form_and_memory_for_each_input(case):
 
 @both_layers
 @each_distance
-def test_mask_is_removal(layer_class, distance):
+def test_masking_equals_removing(layer_class, distance):
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 5)), rng.normal(size=(7, 5))
     counts = np.array([True, False, True, True, False, False, True])
@@ -300,7 +302,7 @@ def test_mask_is_removal(layer_class, distance):
 
 @each_distance
 @pytest.mark.parametrize("block", [4, 100])
-def test_nearest_are_exact_where_the_support_is_among_them(
+def test_top_k_is_exact_where_it_covers_the_support(
     block, distance, monkeypatch
 ):
     monkeypatch.setattr(exact, "BLOCK", block)
@@ -333,7 +335,7 @@ def test_nearest_are_exact_where_the_support_is_among_them(
 @pytest.mark.parametrize(
     "size", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
 )
-def test_candidates_of_a_knn_memory(size):
+def test_knn_candidates_are_exact_where_they_cover_the_support(size):
     """Exact wherever the support is among the candidates that it finds."""
     rng = np.random.default_rng(7)
     centers = rng.normal(size=(500, 16))
@@ -369,7 +371,7 @@ def test_candidates_of_a_knn_memory(size):
 
 
 @pytest.mark.parametrize("block", [4, 100])
-def test_fewer_that_count_than_top_k(block, monkeypatch):
+def test_top_k_may_exceed_the_unmasked_examples(block, monkeypatch):
     monkeypatch.setattr(exact, "BLOCK", block)
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(3, 5)), rng.normal(size=(11, 5))
@@ -383,7 +385,7 @@ def test_fewer_that_count_than_top_k(block, monkeypatch):
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_top_k_of_a_memory_of_unknown_size(jit_compile):
+def test_top_k_works_with_a_memory_of_unknown_size(jit_compile):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)
@@ -399,7 +401,7 @@ def test_top_k_of_a_memory_of_unknown_size(jit_compile):
     close(call(encodings, memory), expected)
 
 
-def test_l2_far_from_zero():
+def test_l2_is_accurate_far_from_zero():
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 3, 64), scale=0.2)
     layer = MemoryWrapLayer(3, similarity="l2")
@@ -415,7 +417,7 @@ def test_l2_far_from_zero():
 
 @harness.needs_tensorflow
 @each_distance
-def test_gradients_of_the_nearest_are_those_of_all(distance):
+def test_gradients_with_top_k_equal_those_without(distance):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)
@@ -432,7 +434,7 @@ def test_gradients_of_the_nearest_are_those_of_all(distance):
 
 
 @each_wrap
-def test_fixed_memory_is_the_same_memory(case, tmp_path):
+def test_a_fixed_memory_equals_the_same_memory_as_input(case, tmp_path):
     encodings, memory = harness.inputs_of(case)
     layer = harness.built(case)
     expected = keras.tree.flatten(
@@ -509,7 +511,7 @@ def test_compiled_answers_follow_weights_and_memory(clusters, jit_compile):
 
 @harness.needs_tensorflow
 @each_wrap
-def test_export(case, tmp_path, recwarn):
+def test_exports_equal_the_layer(case, tmp_path, recwarn):
     import tensorflow as tf
 
     encodings, memory = harness.inputs_of(case)
@@ -538,7 +540,7 @@ def reference_weights(encodings, memory, distance):
 @pytest.mark.parametrize("far", [1e5, 1e18, 1e30])
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_far_example_has_no_part_in_other_distances(masked, top_k, far):
+def test_a_far_example_does_not_change_other_distances(masked, top_k, far):
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(17, 5)), rng.normal(size=(23, 5))
     layer = MemoryWrapLayer(3, similarity="l2")
@@ -563,7 +565,7 @@ def test_a_far_example_has_no_part_in_other_distances(masked, top_k, far):
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
-def test_two_groups_far_apart(top_k):
+def test_weights_are_accurate_in_two_groups_far_apart(top_k):
     rng = np.random.default_rng(7)
     groups = 1e5 * (np.arange(24) % 2)[:, None]
     memory = (rng.normal(size=(24, 5)) + groups).astype("float32")
@@ -583,7 +585,7 @@ def test_two_groups_far_apart(top_k):
 
 @pytest.mark.parametrize("share", [0.0, 0.9])
 @pytest.mark.parametrize("top_k", [None, 9])
-def test_far_examples_of_a_large_memory(top_k, share, monkeypatch):
+def test_far_examples_leave_a_large_memory_accurate(top_k, share, monkeypatch):
     """Products about a middle: of those that count, however far some are."""
     monkeypatch.setattr(examples, "FEW", 10)
     rng = np.random.default_rng(7)
@@ -613,7 +615,7 @@ def test_far_examples_of_a_large_memory(top_k, share, monkeypatch):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("each", [False, True])
 @each_distance
-def test_what_is_masked_reaches_no_gradient(distance, each, bad):
+def test_masked_examples_reach_no_gradient(distance, each, bad):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)
@@ -657,7 +659,7 @@ def test_what_is_masked_reaches_no_gradient(distance, each, bad):
         assert np.isfinite(slope).all()
 
 
-def test_a_nan_that_counts_is_shown():
+def test_unmasked_nan_reaches_the_output():
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 3, 5))
     encodings[1] = np.nan
@@ -670,7 +672,7 @@ def test_a_nan_that_counts_is_shown():
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-11, 1e-3, 0.1, 3.0, 1e18])
-def test_cosine_has_no_scale(size):
+def test_cosine_does_not_depend_on_scale(size):
     rng = np.random.default_rng(7)
     directions = rng.normal(size=(11, 5))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -690,7 +692,7 @@ def test_cosine_has_no_scale(size):
 
 
 @harness.needs_tensorflow
-def test_cosine_of_nothing_is_zero():
+def test_unit_vectors_of_zeros_are_zero():
     import tensorflow as tf
 
     for size in (0.0, 1e-45, 1e-38):
@@ -707,7 +709,7 @@ def test_cosine_of_nothing_is_zero():
 
 @pytest.mark.parametrize("top_k", [None, 2])
 @each_distance
-def test_no_inputs(distance, top_k):
+def test_an_empty_batch_gives_empty_outputs(distance, top_k):
     layer = MemoryWrapLayer(3, similarity=distance, top_k=top_k)
     memory = np.ones((7, 5), "float32")
     layer([memory[:2], memory])
@@ -731,7 +733,7 @@ def test_no_inputs(distance, top_k):
 @pytest.mark.parametrize(
     "dtype", ["float32", "mixed_float16", slow_unless(False, "float16")]
 )
-def test_singular_inputs(layer_class, distance, dtype):
+def test_singular_inputs_have_finite_gradients(layer_class, distance, dtype):
     import tensorflow as tf
 
     layer = layer_class(3, similarity=distance, dtype=dtype)
@@ -763,7 +765,7 @@ def refuses(call, *words):
 
 
 @both_layers
-def test_bad_arguments(layer_class):
+def test_bad_arguments_are_refused(layer_class):
     for name, value in {
         "similarity": "euclidean",
         "head": "linear",
@@ -775,7 +777,7 @@ def test_bad_arguments(layer_class):
     refuses(lambda: layer_class(0), "units")
 
 
-def test_bad_shapes():
+def test_bad_shapes_are_refused():
     layer = MemoryWrapLayer(3)
     e, m = np.ones((2, 5)), np.ones((7, 5))
     layer([e, m])
@@ -799,7 +801,7 @@ def test_bad_shapes():
     refuses(lambda: wrong([e, m]), "`head`")
 
 
-def test_arrays_that_cannot_be_encodings():
+def test_wrong_encodings_are_refused():
     layer = MemoryWrapLayer(3)
     e, m = np.ones((2, 5), "float32"), np.ones((7, 5), "float32")
     layer([e, m])
@@ -819,7 +821,7 @@ def test_arrays_that_cannot_be_encodings():
     close(layer([e.astype("int32"), m.astype("int64")]), layer([e, m]))
 
 
-def test_bad_memories():
+def test_bad_memories_are_refused():
     layer = MemoryWrapLayer(3)
     memory = np.ones((7, 5), "float32")
     layer.build([(2, 5), (7, 5)])
@@ -832,7 +834,7 @@ def test_bad_memories():
     refuses(lambda: layer(memory, training=True), "training=True")
 
 
-def test_converter_refuses():
+def test_the_converter_refuses_wrong_weights():
     golden, _, _ = harness.golden("memorywrap__a")
     start = "MemoryWrapLayer.w."
     weights = {
@@ -879,7 +881,9 @@ def classifier(**kwargs):
 
 @trains
 @pytest.mark.parametrize("baseline", [False, True])
-def test_classifier_learns_predicts_and_is_saved(baseline, clusters, tmp_path):
+def test_the_classifier_learns_predicts_and_is_saved(
+    baseline, clusters, tmp_path
+):
     x, y = clusters
     model = classifier(baseline=baseline)
     history = model.fit(x, y, 16, epochs=8, validation_split=0.2, verbose=0)
@@ -903,7 +907,7 @@ def test_classifier_learns_predicts_and_is_saved(baseline, clusters, tmp_path):
 
 
 @trains
-def test_each_step_has_a_memory_of_its_own(clusters, monkeypatch):
+def test_each_step_draws_its_own_memory(clusters, monkeypatch):
     x, y = clusters
     drawn = []
     draw = MemoryWrapClassifier._draw
@@ -949,7 +953,7 @@ def test_predictions_are_the_mean_over_draws(clusters):
 
 
 @trains
-def test_sample_weights_and_examples_from_elsewhere(clusters):
+def test_fit_uses_sample_weights_and_memory_data(clusters):
     x, y = clusters
     model = classifier()
     model.build(x.shape)
@@ -964,7 +968,7 @@ def test_sample_weights_and_examples_from_elsewhere(clusters):
     assert all((memory == row).all(axis=1).any() for row in inputs)
 
 
-def test_layers_of_ones_own_come_back():
+def test_custom_layers_are_restored():
     class Mine(keras.layers.Dense):
         pass
 
@@ -994,7 +998,7 @@ def test_a_refused_memory_leaves_the_old_one(clusters):
 
 
 @trains
-def test_ways_to_begin(clusters):
+def test_fit_accepts_keras_arguments_and_validation_data(clusters):
     x, y = clusters
     model = classifier(fixed_memory_size=5, top_k=32)  # more than there are
     model.fit(x, y, 20, 2, 0)  # batch_size, epochs, verbose
@@ -1010,7 +1014,7 @@ def test_ways_to_begin(clusters):
 
 
 @harness.needs_tensorflow
-def test_batches_that_bring_their_memory(clusters):
+def test_batches_can_bring_their_own_memory(clusters):
     import tensorflow as tf
 
     x, y = clusters
@@ -1026,7 +1030,7 @@ def test_batches_that_bring_their_memory(clusters):
         model.predict(data, verbose=0)
 
 
-def test_what_set_memory_refuses_leaves_the_memory(clusters):
+def test_set_memory_with_wrong_inputs_keeps_the_old_memory(clusters):
     x, y = clusters
     encoder = keras.Sequential([keras.layers.Flatten()])
     model = MemoryWrapClassifier(encoder, 3, memory_size=5)
@@ -1038,7 +1042,7 @@ def test_what_set_memory_refuses_leaves_the_memory(clusters):
         close(model(x[:4]), before, 0)
 
 
-def test_weights_of_a_memory_of_another_size_are_loaded(clusters, tmp_path):
+def test_weights_with_a_memory_of_another_size_are_loaded(clusters, tmp_path):
     x, y = clusters
     model = classifier()
     model.set_memory(x[:13], y[:13])
@@ -1052,7 +1056,7 @@ def test_weights_of_a_memory_of_another_size_are_loaded(clusters, tmp_path):
 
 
 @harness.needs_tensorflow
-def test_fit_on_a_tf_dataset(clusters, recwarn):
+def test_fit_accepts_a_tf_dataset(clusters, recwarn):
     import tensorflow as tf
 
     x, y = clusters
@@ -1068,7 +1072,7 @@ def test_fit_on_a_tf_dataset(clusters, recwarn):
 
 
 @trains
-def test_classifier_refuses(clusters):
+def test_the_classifier_refuses_wrong_input(clusters):
     x, y = clusters
     refuses(lambda: MemoryWrapClassifier("resnet", 3), "encoder")
     refuses(lambda: classifier(memory_size=0), "memory_size")
@@ -1134,7 +1138,7 @@ def test_classifier_refuses(clusters):
 
 
 @trains
-def test_predict_of_no_rows(clusters):
+def test_predict_of_no_rows_is_empty(clusters):
     x, y = clusters
     model = classifier(top_k=3)
     refuses(lambda: model.predict(x[:0]), "set_memory")
@@ -1148,7 +1152,7 @@ def test_predict_of_no_rows(clusters):
 
 
 @trains
-def test_answers_of_a_drawn_memory_are_told_once(clusters, recwarn):
+def test_predicting_with_a_drawn_memory_warns_once(clusters, recwarn):
     x, y = clusters
 
     def told():

@@ -94,7 +94,7 @@ def plain_run(tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_everything(run):
+def test_a_run_writes_all_its_files(run):
     folder, shown, results = run
     assert runs.read_config(folder) == small(*RESUMED)
     assert json.loads((folder / "results.json").read_text()) == results
@@ -161,12 +161,12 @@ def without_seconds(folder):
     ]
 
 
-def test_same_seed_same_run(plain_run, tmp_path):
+def test_runs_of_one_seed_are_equal(plain_run, tmp_path):
     training.train(plain(*RESUMED), tmp_path / "two", lambda line: None)
     assert without_seconds(tmp_path / "two") == without_seconds(plain_run)
 
 
-def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
+def test_steps_limit_the_run_and_pictures_can_be_off(tmp_path):
     settings = plain("steps=7", "picture_every=0", "checkpoint_every=0")
     results = training.train(settings, tmp_path / "run", lambda line: None)
     assert results["steps"] == 7
@@ -185,8 +185,8 @@ def summaries(folder):
     return found
 
 
-def test_everything_counts_steps(run, monkeypatch, tmp_path):
-    """Console and history are in `test_a_run_leaves_everything`."""
+def test_histories_and_summaries_count_steps(run, monkeypatch, tmp_path):
+    """Console and history are in `test_a_run_writes_all_its_files`."""
     folder, _, _ = run
     written = summaries(folder / "logs" / "train")
     assert written["epoch_loss"] == list(range(5, 51, 5))
@@ -224,7 +224,7 @@ def test_everything_counts_steps(run, monkeypatch, tmp_path):
         assert ax.get_xlabel() == "steps of 2 sequences"
 
 
-def test_an_animation_has_room_for_pictures_of_other_sizes(tmp_path):
+def test_an_animation_fits_its_largest_picture(tmp_path):
     for number, width in enumerate((30, 47)):
         frame = np.full((20, width, 3), 50 * number, "uint8")
         path = tmp_path / f"{number:08}.png"
@@ -250,7 +250,7 @@ def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
     assert {row["longest"] for row in old} == {4}
 
 
-def test_time_left_is_without_compilation(monkeypatch):
+def test_time_left_excludes_compilation(monkeypatch):
     """The first steps take a minute, the others a tenth of a second."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -273,7 +273,7 @@ def test_time_left_is_without_compilation(monkeypatch):
 
 
 @pytest.mark.parametrize("report_every", [1, 3])
-def test_time_left_of_one_step_is_not_known(report_every, monkeypatch):
+def test_time_left_is_unknown_after_one_step(report_every, monkeypatch):
     config, shown = small(f"report_every={report_every}", "steps=1"), []
     curriculum = Curriculum(config)
     progress = Progress(config, curriculum, 0.0, shown.append)
@@ -335,7 +335,7 @@ def test_the_curriculum_grows_with_steps():
 
 
 @pytest.mark.parametrize("preset", ["default", "dnc"])
-def test_a_preset_can_drop_of_its_controllers_inputs(preset):
+def test_presets_take_controller_dropout(preset):
     settings = ["controller_dropout=0.25", "controller_layers=2"]
     model = training.build(
         config.override(presets.PRESETS["copy"][preset], settings)
@@ -374,7 +374,7 @@ def same_run(folder, other):
 @pytest.mark.parametrize(  # before, after a checkpoint; last
     "line", [1, slow_unless(False, 4), slow_unless(False, 10)]
 )
-def test_a_broken_run_goes_on_as_if_unbroken(line, run, tmp_path):
+def test_a_resumed_run_equals_an_unbroken_one(line, run, tmp_path):
     folder, shown = tmp_path / "run", []
 
     def show(text):
@@ -390,7 +390,7 @@ def test_a_broken_run_goes_on_as_if_unbroken(line, run, tmp_path):
         training.resume(folder)
 
 
-def test_ctrl_c_saves_and_leaves(plain_run, tmp_path):
+def test_ctrl_c_saves_and_exits(plain_run, tmp_path):
     folder, shown = tmp_path / "run", []
 
     def show(text):
@@ -409,7 +409,7 @@ def test_ctrl_c_saves_and_leaves(plain_run, tmp_path):
     same_run(folder, plain_run)
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+def test_a_second_ctrl_c_exits_at_once(tmp_path):
     folder = tmp_path / "run"
 
     def show(text):
@@ -422,7 +422,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     assert int(saved.optimizer.iterations) == 10
 
 
-def test_a_training_that_diverges_ends_and_keeps_what_was_good(
+def test_a_diverging_run_stops_and_keeps_the_last_good_weights(
     tmp_path, monkeypatch
 ):
     class Broken(tasks.Copy):
@@ -453,7 +453,7 @@ def test_a_training_that_diverges_ends_and_keeps_what_was_good(
     assert len(runs.read_history(folder, start)) == 1
 
 
-def test_one_run_is_trained_by_one_process(plain_run, tmp_path):
+def test_only_one_process_can_train_a_run(plain_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(plain_run, folder)
     (folder / "results.json").unlink()
@@ -492,7 +492,7 @@ def test_ctrl_c_at_the_very_end_saves(tmp_path, monkeypatch):
     assert int(saved.optimizer.iterations) == 10
 
 
-def test_fresh_sequences_are_not_those_of_the_training(monkeypatch):
+def test_evaluation_draws_sequences_not_seen_in_training(monkeypatch):
     class Model:
         def __call__(self, inputs, training):
             return inputs[..., :8]
@@ -520,7 +520,7 @@ def test_fresh_sequences_are_not_those_of_the_training(monkeypatch):
     assert not fresh & seen
 
 
-def test_evaluation_has_all_lengths_alike():
+def test_evaluation_has_every_length_equally_often():
     """A model that knows nothing costs a bit for each bit."""
 
     class Model:
@@ -533,7 +533,7 @@ def test_evaluation_has_all_lengths_alike():
     assert results["bits_per_sequence_at_7"] == 8 * 7
 
 
-def test_what_cannot_be_resumed(run, tmp_path, capsys):
+def test_invalid_resumes_are_refused(run, tmp_path, capsys):
     assert cli.main(["train"]) == 2
     assert "the task must be one of: copy" in capsys.readouterr().err
     for folder, reason in (
@@ -562,7 +562,7 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_can_always_go_on(tmp_path):
+def test_a_killed_run_can_always_be_resumed(tmp_path):
     """kill -9 at 25 random moments, of which many are in a checkpoint."""
     settings = [*SMALL, *RESUMED, "steps=300", "checkpoint_every=5"]
     unbroken = tmp_path / "unbroken"
@@ -608,7 +608,7 @@ raise SystemExit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
-def test_config_goes_through_json():
+def test_config_survives_json():
     made = small("head_order=('read', 'write')", "initial_memory=0.5")
     assert config.from_json(config.to_json(made)) == made
     assert made.model.head_order == ("read", "write")
@@ -633,7 +633,7 @@ PRESETS = [
 
 
 @pytest.mark.parametrize(("task", "name"), PRESETS)
-def test_presets_are_of_known_parts(task, name):
+def test_presets_survive_json_and_keep_their_task(task, name):
     made = presets.PRESETS[task][name]
     assert config.from_json(config.to_json(made)) == made
     assert made.task.name == task
@@ -715,7 +715,9 @@ def test_each_task_trains(task, tmp_path):
     ],
     ids=lambda arguments: " ".join(arguments[1:]),
 )
-def test_bad_input_is_one_line_and_nothing_is_left(arguments, tmp_path, capsys):
+def test_bad_input_prints_one_line_and_leaves_no_files(
+    arguments, tmp_path, capsys
+):
     out = tmp_path / "run"
     assert cli.main([*arguments, "--out", str(out)]) == 2
     text = capsys.readouterr()
@@ -734,21 +736,23 @@ def test_usage_errors_exit_with_2(arguments, capsys):
     assert "keras-memory" in capsys.readouterr().err
 
 
-def test_a_folder_with_files_is_left_alone(tmp_path, capsys):
+def test_a_folder_with_files_is_refused(tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     assert cli.main(["train", "copy", "--out", str(tmp_path)]) == 2
     assert "folder of its own" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["mine"]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+def test_an_impossible_folder_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run"
     assert cli.main(["train", "copy", "--out", str(out)]) == 2
     assert "keras-memory: error:" in capsys.readouterr().err
 
 
-def test_the_command_trains_and_says_where(tmp_path, capsys, monkeypatch):
+def test_the_command_trains_and_prints_the_folder(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     settings = [part for setting in SMALL for part in ("--set", setting)]
     command = ["train", "copy", "--steps", "5", "--seed", "3", *settings]
@@ -763,7 +767,7 @@ def test_the_command_trains_and_says_where(tmp_path, capsys, monkeypatch):
 # What else the command does with runs.
 
 
-def test_evaluate_tells_the_errors(plain_run, capsys):
+def test_evaluate_prints_the_errors(plain_run, capsys):
     folder = plain_run
     results = json.loads((folder / "results.json").read_text())
     assert cli.main(["evaluate", str(folder), "--length", "7", "3"]) == 0
@@ -777,7 +781,7 @@ def test_evaluate_tells_the_errors(plain_run, capsys):
     assert "up to 4" in capsys.readouterr().out
 
 
-def test_plot_draws(plain_run, tmp_path, capsys):
+def test_plot_writes_pictures(plain_run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(plain_run, folder)
     shutil.rmtree(folder / "pictures")
@@ -796,7 +800,9 @@ def test_plot_draws(plain_run, tmp_path, capsys):
             image.verify()
 
 
-def test_compare_draws_seeds_as_one_and_tells_when(plain_run, tmp_path, capsys):
+def test_compare_joins_seeds_and_reports_when_they_learned(
+    plain_run, tmp_path, capsys
+):
     other = tmp_path / "other"
     training.train(plain("steps=30", "seed=7"), other, lambda line: None)
     out = tmp_path / "out.png"
@@ -827,7 +833,9 @@ def test_compare_draws_seeds_as_one_and_tells_when(plain_run, tmp_path, capsys):
         ),
     ],
 )
-def test_the_legend_of_a_comparison(run, changes, label, tmp_path, monkeypatch):
+def test_the_legend_names_the_settings_that_differ(
+    run, changes, label, tmp_path, monkeypatch
+):
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(run[0] / "history.csv", other)
@@ -842,7 +850,7 @@ def test_the_legend_of_a_comparison(run, changes, label, tmp_path, monkeypatch):
     assert labels[-1] == label.replace("FOLDER", str(tmp_path))
 
 
-def test_the_mean_of_seeds_goes_on_level_after_an_end():
+def test_finished_seeds_keep_their_last_error_in_the_mean():
     class Run:
         def __init__(self, steps, errors):
             self.steps, self.errors = np.array(steps), np.array(errors)
@@ -854,7 +862,7 @@ def test_the_mean_of_seeds_goes_on_level_after_an_end():
     np.testing.assert_array_equal(errors, [[3, 1, 1], [4, 2, 0]])
 
 
-def test_export_of_a_run(run, tmp_path, capsys):
+def test_export_writes_a_run_once_per_version(run, tmp_path, capsys):
     out = tmp_path / "served"
     command = ["export", str(run[0]), str(out), "--version", "3"]
     assert cli.main(command) == 0
@@ -878,7 +886,7 @@ def test_export_of_a_run(run, tmp_path, capsys):
     ],
     ids=" ".join,
 )
-def test_bad_input_about_runs_is_one_line(arguments, run, tmp_path, capsys):
+def test_bad_input_about_runs_prints_one_line(arguments, run, tmp_path, capsys):
     places = {"RUN": str(run[0]), "OUT": str(tmp_path / "out")}
     assert cli.main([places.get(part, part) for part in arguments]) == 2
     text = capsys.readouterr().err
@@ -887,7 +895,7 @@ def test_bad_input_about_runs_is_one_line(arguments, run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_show_prints_what_can_be_set(capsys):
+def test_print_config_shows_the_settings(capsys):
     command = ["train", "copy", "--preset", "pytorch-ntm", "--print-config"]
     assert cli.main([*command, "--set", "memory_slots=7"]) == 0
     shown = config.from_json(capsys.readouterr().out)
@@ -936,11 +944,11 @@ def own(monkeypatch):
     )
 
 
-def test_a_model_of_ones_own_goes_through_json(own):
+def test_a_custom_model_survives_json(own):
     assert config.from_json(config.to_json(own)) == own
 
 
-def test_settings_reach_a_model_of_ones_own(own):
+def test_settings_reach_a_custom_model(own):
     made = config.override(
         own,
         ["units=9", "rate=1", "sizes=[[4], 5]", "names=['c']", "noise=1"],
@@ -956,7 +964,7 @@ def test_settings_reach_a_model_of_ones_own(own):
             config.override(own, [setting])
 
 
-def test_a_model_of_ones_own_is_trained_and_goes_on(own, tmp_path):
+def test_a_custom_model_is_trained_and_resumed(own, tmp_path):
     settings = ["steps=10", "checkpoint_every=5", "picture_every=0"]
 
     def show(text):
@@ -971,7 +979,7 @@ def test_a_model_of_ones_own_is_trained_and_goes_on(own, tmp_path):
     assert runs.read_config(folder).model == own.model
 
 
-def test_parts_that_could_not_be_read_again_are_refused(own, monkeypatch):
+def test_parts_that_could_not_be_restored_are_refused(own, monkeypatch):
     @dataclasses.dataclass
     class Mine(GRU):
         other: object = None
@@ -987,7 +995,7 @@ def test_parts_that_could_not_be_read_again_are_refused(own, monkeypatch):
             config.to_json(dataclasses.replace(own, model=model))
 
 
-def test_numbers_of_numpy_are_taken(own):
+def test_numpy_numbers_are_accepted(own):
     made = dataclasses.replace(
         own,
         steps=np.int64(7),
@@ -1007,7 +1015,7 @@ def test_numbers_of_numpy_are_taken(own):
     json.dumps(dataclasses.asdict(made.task))
 
 
-def test_lengths_go_with_the_longest(capsys):
+def test_test_and_probe_lengths_follow_the_longest(capsys):
     assert (
         cli.main(["train", "copy", "--set", "max_length=5", "--print-config"])
         == 0
@@ -1056,7 +1064,9 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_configuration_is_named(content, tmp_path, capsys):
+def test_a_damaged_configuration_is_refused_with_its_path(
+    content, tmp_path, capsys
+):
     assert content != GOOD.encode()
     path = tmp_path / "config.json"
     path.write_bytes(content)
@@ -1082,7 +1092,7 @@ def test_a_damaged_configuration_is_named(content, tmp_path, capsys):
         b"loss,seconds,wrong_bits_per_sequence\n1.0,2.0," + b"1" * 200_000,
     ],
 )
-def test_a_damaged_history_is_named(content, tmp_path):
+def test_a_damaged_history_is_refused_with_its_path(content, tmp_path):
     path = tmp_path / "history.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="^" + re.escape(str(path))):
@@ -1090,7 +1100,7 @@ def test_a_damaged_history_is_named(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", bytes(9), b"[]", b"\xff\xfe"])
-def test_damaged_results_are_named(content, tmp_path):
+def test_damaged_results_are_refused_with_their_path(content, tmp_path):
     (tmp_path / "config.json").write_text(GOOD)
     path = tmp_path / "results.json"
     path.write_bytes(content)
@@ -1099,14 +1109,14 @@ def test_damaged_results_are_named(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04half", bytes(99)])
-def test_a_damaged_model_is_named(content, tmp_path):
+def test_a_damaged_model_is_refused_with_its_name(content, tmp_path):
     for name in ("model.keras", "checkpoint.keras"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} must be a model"):
             runs.load(str(tmp_path / name))
 
 
-def test_a_damaged_picture_is_named(run, tmp_path):
+def test_a_damaged_picture_is_refused_with_its_path(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
     frames = folder / "pictures" / "length-4"
@@ -1134,7 +1144,7 @@ def test_runs_of_different_tasks_are_not_compared(run, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_of_an_unfinished_run_the_checkpoint_is_taken(
+def test_commands_use_the_checkpoint_of_an_unfinished_run(
     plain_run, tmp_path, capsys
 ):
     folder = tmp_path / "run"
@@ -1228,7 +1238,9 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("name", "wrong", "call"), CALLS)
-def test_wrong_arguments_are_named(name, wrong, call, tmp_path, monkeypatch):
+def test_errors_name_the_wrong_argument(
+    name, wrong, call, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for value in wrong:
         with pytest.raises(ValueError, match=rf"\b{re.escape(name)}\b"):
