@@ -94,7 +94,7 @@ def test_variants_take_turns(fakes):
     assert measure.ratio(results["a"], results["r"]) == [3.0, 3.0, 3.0]
 
 
-def test_without_room_for_all_each_has_its_own_steps(fakes):
+def test_variants_run_alone_without_room_for_all(fakes):
     jobs = {"r": ("r", 6.0), "killed": ("killed", 2.0)}
     results = measure.compare(jobs, rounds=4, alone=3)
     assert [len(one["rounds"]) for one in results.values()] == [3, 3]
@@ -112,7 +112,7 @@ def test_a_worker_ends_at_its_time_limit():
         measure.Worker(int, make, seconds=0.2)
 
 
-def test_slow_steps_are_fewer():
+def test_slow_steps_are_measured_less_often():
     sleep = functools.partial(functools.partial, time.sleep, 0.1)
     worker = measure.Worker(int, sleep, rounds=100, seconds=2.0)
     assert 1 <= len(worker.alone) <= 8
@@ -128,7 +128,7 @@ def test_a_worker_ends_at_its_memory_limit():
 
 
 @needs_proc
-def test_workers_before_it_make_room():
+def test_earlier_workers_end_to_make_room():
     class Large:
         size, ended = 1.0, False
 
@@ -142,7 +142,7 @@ def test_workers_before_it_make_room():
     assert large.ended
 
 
-def test_a_worker_tells_of_errors_and_of_its_end():
+def test_a_worker_reports_errors_and_its_exit_code():
     with pytest.raises(measure.Stopped, match="ValueError: math domain error"):
         measure.Worker(functools.partial(math.sqrt, -1), int)
     with pytest.raises(measure.Stopped, match="process ended with 3"):
@@ -150,7 +150,7 @@ def test_a_worker_tells_of_errors_and_of_its_end():
 
 
 @needs_proc
-def test_peaks_are_those_of_what_follows():
+def test_a_peak_counts_only_memory_used_after_the_reset():
     before = measure.memory()
     held = np.ones(2**25, "uint8")
     del held
@@ -182,7 +182,7 @@ def test_the_reference_of_the_dnc_trains():
     assert math.isfinite(step()) and step() != step()
 
 
-def test_rows_tell_what_was_not_run_and_what_is_not_computed():
+def test_rows_say_what_was_not_run_or_not_computed():
     ran = {
         "milliseconds": 1234.5,
         "cpu_milliseconds": 0.01234,
@@ -223,7 +223,7 @@ def test_the_best_of_both_is_shown_with_its_threads():
 
 
 @harness.needs_tensorflow
-def test_it_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+def test_the_json_has_the_printed_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "CASES", {"tiny": ("ntm", TINY, 60)})
     quick = {"fast loop": {"jit_compile": False}}
     monkeypatch.setattr(cases, "VARIANTS", quick)
@@ -246,7 +246,7 @@ def test_it_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert f"keras {written['machine']['keras']}" in printed
 
 
-def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
+def test_curves_end_at_the_first_limit(fakes, tmp_path, monkeypatch):
     def jobs(kind, sizes, threads, checkout, variants):
         return {
             "pytorch-dnc": "needs a package",
@@ -278,7 +278,7 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
         assert columns[:half].any() and columns[half:].any()
 
 
-def test_curves_are_drawn_of_the_numbers_alone(tmp_path):
+def test_curves_are_drawn_from_the_json_alone(tmp_path):
     text = (ROOT / "benchmarks/scaling.json").read_text()
     path = tmp_path / "scaling.json"
     path.write_text(text)
@@ -325,7 +325,7 @@ def test_curves_are_drawn_of_the_numbers_alone(tmp_path):
         ("esm --ivy /nowhere", "/nowhere has not the folders"),
     ],
 )
-def test_wrong_options_are_told_at_once(arguments, message, capsys):
+def test_wrong_options_are_refused_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit):
         command_line.main(arguments.split())
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
@@ -336,7 +336,7 @@ def test_wrong_options_are_told_at_once(arguments, message, capsys):
 
 @pytest.mark.parametrize("options", [{}, {"jit_compile": False}, {"top_k": 2}])
 @pytest.mark.parametrize("kind", ["train", "answer"])
-def test_steps_of_memory_wrap(kind, options):
+def test_steps_of_memory_wrap_train_or_answer(kind, options):
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     step = memory_wrap.ours(kind, 5, 7, **options)
     first, second = step(), step()
@@ -347,7 +347,7 @@ def test_steps_of_memory_wrap(kind, options):
         np.testing.assert_array_equal(first, second)
 
 
-def test_reference_of_memory_wrap():
+def test_the_reference_of_memory_wrap_trains_and_answers():
     pytest.importorskip("memorywrap")
     step = memory_wrap.memorywrap("train", 5, 7)
     first = step()
@@ -383,7 +383,7 @@ def test_memory_wrap_prints_a_table(fakes, monkeypatch, tmp_path, capsys):
     assert [r["case"] for r in results] == [n for n in names for _ in range(3)]
 
 
-def test_jobs_of_memory_wrap(monkeypatch):
+def test_memory_wrap_has_a_job_for_every_variant(monkeypatch):
     monkeypatch.setattr(references, "installed", lambda name: name != "torch")
     jobs = memory_wrap.jobs("answer", (5, 7), [1, 2])
     assert "pip install" in jobs["memorywrap", 2]
@@ -403,7 +403,7 @@ def test_jobs_of_memory_wrap(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", esm.VARIANTS)
-def test_steps_of_esm(variant, monkeypatch):
+def test_steps_of_esm_are_finite(variant, monkeypatch):
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     monkeypatch.setattr(esm, "SIZE", 4)
     monkeypatch.setattr(esm, "SMALL", (6, 8))
@@ -429,7 +429,7 @@ def test_esm_prints_a_table(fakes, monkeypatch, tmp_path, capsys):
     assert set(json.loads(path.read_text())["results"]) == set(times)
 
 
-def test_jobs_of_esm():
+def test_esm_has_a_job_for_every_variant():
     jobs = esm.jobs(2, None)
     assert "needs `--ivy`" in jobs["ivy_memory"]
     assert set(jobs) == {"ivy_memory", *esm.VARIANTS}
@@ -439,7 +439,7 @@ def test_jobs_of_esm():
 # Retrieval.
 
 
-def test_a_step_may_be_prepared_and_tell():
+def test_a_step_may_be_prepared_and_report():
     make = functools.partial(mock.Mock, **{"tell.return_value": {"x": 3}})
     worker = measure.Worker(int, make, rounds=2)
 
@@ -460,7 +460,7 @@ def test_a_step_may_be_prepared_and_tell():
         worker.end()
 
 
-def test_what_prepares_a_step_is_not_timed():
+def test_preparation_of_a_step_is_not_timed():
     step = mock.Mock()
     step.before = functools.partial(time.sleep, 0.2)
     assert measure.timed(step)[0] < 100 and step.call_count == 1
@@ -543,7 +543,7 @@ def trees(monkeypatch):
     monkeypatch.setattr(tuning, "REBUILT", 0.25)
 
 
-def test_recall_is_counted():
+def test_recall_counts_the_neighbours_found():
     keys = np.array([[3.0], [1.0], [4.0], [2.0]], "float32")
     numbers = np.array([13, 11, 14, 12])
     queries = np.ones((5, 1), "float32")
@@ -562,7 +562,7 @@ def test_recall_is_counted():
     assert recall(14, 12) == 1.0
 
 
-def test_data_is_drawn_again_alike():
+def test_data_of_one_seed_is_equal():
     for kind in neighbours.KINDS:
         one, other = (neighbours.Data(kind, 3).draw(2, 5) for _ in range(2))
         assert one.shape == (2, 5, neighbours.DIM) and one.dtype == "float32"
@@ -581,7 +581,7 @@ def take(step, rounds=2):
 
 
 @pytest.mark.parametrize("kind", neighbours.KINDS)
-def test_steps_in_a_graph_and_in_host_memory(tiny, kind):
+def test_graph_and_host_memory_steps_find_all_neighbours(tiny, kind):
     made = [
         retrieval.OfRingMemory(101, kind, jit_compile=False),
         retrieval.OfKNNMemory(101, kind, "exact"),
@@ -598,7 +598,7 @@ def test_steps_in_a_graph_and_in_host_memory(tiny, kind):
 
 
 @pytest.mark.scann
-def test_steps_with_trees(tiny, trees):
+def test_steps_rebuild_trees_and_report_recall(tiny, trees):
     step = retrieval.OfKNNMemory(1000, "clustered", "approximate")
     assert step.trees.tell()["trees_built"] == 2
     assert step.number > 1000  # half-way to the next tree
@@ -633,7 +633,7 @@ def test_the_reference_of_retrieval_is_restored(tiny, tmp_path, processes):
         assert step.memory.knns[1].index.ntotal == 311
 
 
-def test_jobs_of_retrieval(monkeypatch):
+def test_retrieval_has_a_job_for_every_variant(monkeypatch):
     monkeypatch.setattr(references, "installed", lambda name: name != "faiss")
     jobs = retrieval.jobs(2048, "clustered", 2, "folder")
     assert all("pip install" in jobs[name] for name in retrieval.REFERENCES)
@@ -692,7 +692,7 @@ def test_without_the_reference_there_are_no_ratios(monkeypatch):
     assert retrieval.rows_of("2K", "clustered", results)[2][8] == ""
 
 
-def test_bisection_finds_the_first_that_is_enough():
+def test_bisection_finds_the_smallest_sufficient_parameter():
     shares = np.linspace(0.5, 1.0, 101)
     points = static_store.bisected(shares, lambda share: {"recall": share})
     recalls = [point["recall"] for point in points]
@@ -704,7 +704,9 @@ def test_bisection_finds_the_first_that_is_enough():
     assert static_store.bisected([0.5], lambda s: {"recall": s})
 
 
-def test_a_static_store(tiny, monkeypatch, tmp_path, capsys):
+def test_a_static_store_is_compared_with_faiss(
+    tiny, monkeypatch, tmp_path, capsys
+):
     pytest.importorskip("faiss")
     grid = {"IVF11,Flat": "nprobe", "IVF7,PQ32x4fs,RFlat": "nprobe"}
     monkeypatch.setattr(static_store, "GRID", {**grid, "HNSW4": "efSearch"})
@@ -732,7 +734,9 @@ def test_a_static_store(tiny, monkeypatch, tmp_path, capsys):
     assert len(lists_of(last)) == 2 + 5
 
 
-def test_a_static_store_without_faiss(tiny, monkeypatch, capsys):
+def test_a_static_store_without_faiss_is_compared_with_numpy(
+    tiny, monkeypatch, capsys
+):
     monkeypatch.setattr(references, "installed", lambda name: False)
     found = static_store.run("clustered", 1, 2, quick=True)
     by_kind = {(r["kind"], r["asked_for"]): r for r in found["results"]}
@@ -742,14 +746,16 @@ def test_a_static_store_without_faiss(tiny, monkeypatch, capsys):
     assert "not run" in capsys.readouterr().out
 
 
-def test_what_fails_alone_is_told():
+def test_failures_in_a_process_of_their_own_are_reported():
     with_bar = functools.partial(math.sqrt, -1)
     told = static_store.alone(with_bar)
     assert told == {"not_run": "ValueError: math domain error"}
 
 
 @pytest.mark.scann
-def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
+def test_rebuild_rules_are_compared_on_drifting_keys(
+    tiny, trees, monkeypatch, capsys
+):
     rules = {
         name: {"REBUILT": share, **key_drift.UNTRIED}
         for name, share in (("never", math.inf), ("25 %", 0.25), ("all", 1.0))
@@ -834,7 +840,7 @@ def cut_off(monkeypatch):
     ],
     ids=["steps", "memory_wrap", "retrieval", "scaling"],
 )
-def test_what_was_measured_is_there_when_it_is_cut_off(
+def test_an_interrupted_run_keeps_its_results(
     arguments, name, part, printed, cut_off, tmp_path, capsys
 ):
     arguments = arguments.split()
@@ -857,7 +863,7 @@ def test_what_was_measured_is_there_when_it_is_cut_off(
         assert len(lists_of((tmp_path / "scaling.md").read_text())) == 2 + 1
 
 
-def test_esm_that_is_cut_off_leaves_what_was_measured(
+def test_an_interrupted_run_of_esm_keeps_its_results(
     cut_off, monkeypatch, tmp_path
 ):
     path = tmp_path / "all.json"
@@ -867,7 +873,7 @@ def test_esm_that_is_cut_off_leaves_what_was_measured(
     assert not result["in_turn"] and result["milliseconds"] == 6.0
 
 
-def test_a_static_store_that_is_cut_off_leaves_what_was_measured(
+def test_an_interrupted_run_of_a_static_store_keeps_its_results(
     monkeypatch, tmp_path, capsys
 ):
     done = []
@@ -893,7 +899,7 @@ def test_a_static_store_that_is_cut_off_leaves_what_was_measured(
     )
 
 
-def test_a_file_of_numbers_is_whole_or_as_it_was(tmp_path):
+def test_a_failed_write_keeps_the_old_json(tmp_path):
     path = tmp_path / "all.json"
     report.write_json(path, {"one": 1})
     with pytest.raises(TypeError):

@@ -64,7 +64,7 @@ def zeros(structure):
         *ADDONS.items(),
     ],
 )
-def test_get_by_name(name, cls):
+def test_get_makes_cells_by_name(name, cls):
     cell = controllers.get(name, UNITS, 1, 0.25, 11, "mixed_bfloat16")
     assert type(cell) is cls
     assert (cell.units, cell.dropout, cell.seed) == (UNITS, 0.25, 11)
@@ -108,7 +108,7 @@ def test_get_returns_a_layer_as_it_is(make):
         ("rnn", 7, 1, None, "`controller_dropout`.*dropout=None"),
     ],
 )
-def test_get_refuses(name, units, layers, dropout, message):
+def test_get_refuses_wrong_arguments(name, units, layers, dropout, message):
     with pytest.raises(ValueError, match=message):
         controllers.get(name, units, layers, dropout)
 
@@ -116,12 +116,12 @@ def test_get_refuses(name, units, layers, dropout, message):
 @pytest.mark.parametrize(
     "controller", [None, 5, [keras.layers.LSTMCell], keras.layers.LSTMCell]
 )
-def test_get_refuses_what_is_neither_a_name_nor_a_layer(controller):
+def test_get_refuses_anything_but_names_and_layers(controller):
     with pytest.raises(TypeError, match="name or a Keras layer.*Received: "):
         controllers.get(controller, UNITS, 1)
 
 
-def test_layers_with_a_seed_drop_different_units():
+def test_layers_of_one_seed_drop_different_units():
     stack = made("rnn", layers=3, dropout=0.5, seed=3)
     ones = np.ones((BATCH, 97), "float32")
     masks = [
@@ -135,7 +135,7 @@ def test_layers_with_a_seed_drop_different_units():
 # DenseCell
 
 
-def test_dense_cell_is_a_dense_layer(x):
+def test_dense_cell_equals_a_dense_layer(x):
     cell = made("dense")
     cell.set_weights([w + 0.5 for w in cell.get_weights()])
     output, states = cell(x, [])
@@ -217,7 +217,7 @@ CONTROLLERS = {
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)
-def test_step_keeps_the_structure_and_tells_its_width(name, x):
+def test_step_keeps_the_structure_and_the_output_size(name, x):
     controller = CONTROLLERS[name]()
     structure = controllers.state_structure(controller)
     assert controllers.output_size(controller, WIDTH) == UNITS  # not built
@@ -234,7 +234,7 @@ def test_step_keeps_the_structure_and_tells_its_width(name, x):
         assert np.abs(ops.convert_to_numpy(now)).max() > 0
 
 
-def test_states_reach_the_controller_in_their_order(x):
+def test_states_reach_the_controller_in_order(x):
     stack = made("lstm", layers=2)
     rng = np.random.default_rng(3)
     states = keras.tree.map_structure(
@@ -255,7 +255,7 @@ def test_states_reach_the_controller_in_their_order(x):
     close(output, hidden, 0)
 
 
-def test_training_reaches_those_who_want_it(x):
+def test_training_reaches_the_layers_that_take_it(x):
     dropping = keras.layers.Dropout(0.9)
     still, _ = controllers.step(dropping, x, (), False)
     dropped, _ = controllers.step(dropping, x, (), True)
@@ -396,7 +396,7 @@ def layer_norm(x, gamma, beta, epsilon):
     return (x - x.mean(-1, keepdims=True)) / deviation * gamma + beta
 
 
-def test_lstm_options_by_hand(x):
+def test_lstm_options_match_values_computed_by_hand(x):
     options = {
         "activation": "relu",
         "recurrent_activation": "hard_sigmoid",
@@ -424,7 +424,7 @@ def test_lstm_options_by_hand(x):
 
 
 @pytest.mark.parametrize("name", ["layer_norm_rnn", "nas"])
-def test_no_bias_is_a_bias_of_zero(name, x):
+def test_no_bias_equals_a_bias_of_zero(name, x):
     cell = randomised(name, use_bias=True)
     without = randomised(name, use_bias=False)
     weights = without.get_weights()
@@ -450,7 +450,7 @@ def test_nas_projects_its_output(x):
     steps_close(cell(x, [c, m]), (projected, [wide_c, projected]))
 
 
-def test_initial_weights():
+def test_initial_weights_follow_the_arguments():
     for name in ("layer_norm_lstm", "peephole_lstm"):
         for unit_forget_bias in (True, False):
             cell = ADDONS[name](UNITS, unit_forget_bias=unit_forget_bias)
@@ -477,7 +477,7 @@ each_name = pytest.mark.parametrize("name", ADDONS)
 
 
 @each_name
-def test_one_dropout_mask_for_all_gates_and_all_steps(name, x):
+def test_all_gates_and_steps_share_one_dropout_mask(name, x):
     shares = {"dropout": 0.5, "seed": 11}
     if name != "nas":
         shares["recurrent_dropout"] = 0.4
@@ -521,7 +521,7 @@ def test_masked_steps_hold_output_and_states(name):
     steps_close(layer(x, mask=mask), layer(x[:, :4]))
 
 
-def test_a_stack_trains_when_compiled_and_is_saved(tmp_path):
+def test_a_compiled_stack_trains_and_is_saved(tmp_path):
     shares = {"dropout": 0.25, "recurrent_dropout": 0.25}
     *cells, nas = ADDONS.values()
     stack = [cell(UNITS, **shares) for cell in cells]
@@ -543,7 +543,7 @@ def test_a_stack_trains_when_compiled_and_is_saved(tmp_path):
 
 
 @each_name
-def test_as_controllers_of_a_saved_memory(name, tmp_path):
+def test_a_saved_memory_keeps_its_addons_controller(name, tmp_path):
     sizes = {"memory_slots": 11, "slot_size": 3, "return_sequences": True}
     model = keras.Sequential(
         [
@@ -661,7 +661,7 @@ RECURRENT = [({"recurrent_dropout": 1.5}, "Received: recurrent_dropout=1.5")]
         ("nas", [({"projection": 0}, "`projection`.*least 1.*projection=0")]),
     ],
 )
-def test_cells_refuse(name, refused):
+def test_cells_refuse_wrong_arguments(name, refused):
     for arguments, message in REFUSED + refused:
         with pytest.raises(ValueError, match=message):
             controllers.CELLS[name](**{"units": UNITS, **arguments})
@@ -670,7 +670,7 @@ def test_cells_refuse(name, refused):
 @pytest.mark.parametrize(("steps", "scale"), [(1, 0.0), (3, 1e3)])
 @each_name
 @needs_tensorflow
-def test_zero_and_saturation(name, steps, scale):
+def test_zero_and_saturated_inputs_have_finite_gradients(name, steps, scale):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)

@@ -61,7 +61,7 @@ def test_impossible_cameras_are_refused(arguments):
         geometry.inverse_intrinsics(*arguments)
 
 
-def test_pixels_to_camera():
+def test_pixels_to_camera_scales_rays_by_depth():
     depth = np.zeros((2, 3, 5), "float32") + 2
     depth[1, 2, 4] = 7
     inverse = geometry.inverse_intrinsics((2.0, 2.0), (2.0, 1.0))
@@ -72,7 +72,7 @@ def test_pixels_to_camera():
     close(points[1, 2, 4], [-7, -3.5, 7])
 
 
-def test_rotations_by_hand():
+def test_rotations_match_matrices_computed_by_hand():
     quarter = np.pi / 2
     close(
         geometry.rotation_matrix([quarter, 0.0, 0.0]),
@@ -119,7 +119,7 @@ def poses(seed, *shape, scale=1.0):
     return geometry.pose_matrix(vectors)
 
 
-def test_composition_and_inverse():
+def test_compositions_and_inverses_of_poses_agree():
     first, second = poses(0, 3), poses(1, 3)
     points = np.random.default_rng(2).normal(size=(3, 7, 3)).astype("float32")
     close(
@@ -131,7 +131,7 @@ def test_composition_and_inverse():
     close(nothing, [np.eye(3, 4)] * 3, 1e-5)
 
 
-def test_motions_lead_from_frame_to_frame():
+def test_motions_lead_from_each_pose_to_the_next():
     of_steps = poses(0, 2, 5)
     moves = array(geometry.motions(of_steps))
     close(moves[:, 0], [np.eye(3, 4)] * 2, 1e-5)
@@ -144,7 +144,7 @@ def test_motions_lead_from_frame_to_frame():
         close(before, after, 1e-5)
 
 
-def test_what_is_a_pose():
+def test_is_pose_accepts_only_rotations_with_translations():
     right = array(poses(0, 3))
     wrong = np.stack([right[0]] * 9)
     wrong[0, 1, 1] = np.nan
@@ -174,13 +174,13 @@ PLACES = [  # metres: x, y, z; azimuth, polar angle, radius
 ]
 
 
-def test_the_sphere_by_hand():
+def test_sphere_coordinates_match_values_computed_by_hand():
     points, sphere = np.array(list(zip(*PLACES)), "float32")
     close(geometry.to_sphere(points), sphere)
     close(geometry.from_sphere(sphere), points, 2e-6)
 
 
-def test_pixels_by_hand():
+def test_pixels_match_values_computed_by_hand():
     _, sphere = np.array(list(zip(*PLACES)), "float32")
     pixels = geometry.to_pixels(sphere, 180, 360)
     expected = [
@@ -200,7 +200,7 @@ def test_pixels_by_hand():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_angles_are_the_references(name):
+def test_angles_equal_the_reference(name):
     """All of its conversions of angles, which it has right."""
     d = golden(name)
     height, width = 180, 360
@@ -223,7 +223,7 @@ def test_angles_are_the_references(name):
 
 
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_poses_are_the_references(name):
+def test_poses_equal_the_reference(name):
     d = golden(name)
     for pose, matrix in (
         ("control_mean", "agent_rel_mat"),
@@ -250,7 +250,7 @@ def test_gradients_are_finite_at_axes_and_the_origin():
 
 
 @pytest.mark.parametrize("size", [(180, 360), (90, 400)])
-def test_pixel_variance_is_that_of_many_draws(size):
+def test_pixel_variance_equals_that_of_many_draws(size):
     rng = np.random.default_rng(0)
     points = np.array(
         [[[0.2, -0.3, 2.0], [1.0, 1.5, -1.0], [-3.0, 0.2, 0.1]]], "float32"
@@ -282,7 +282,7 @@ def test_pixel_variance_is_finite_everywhere():
 # Fusion.
 
 
-def test_fusion_of_three_is_the_product_of_gaussians():
+def test_fusion_of_three_equals_the_product_of_gaussians():
     """Also where the reference, which is right for two only, is not."""
     x = np.linspace(-20, 20, 200001)
     means, variances = [1.0, -2.0, 4.0], [0.5, 2.0, 3.0]
@@ -299,7 +299,7 @@ def test_fusion_of_three_is_the_product_of_gaussians():
     close(found[1], [variance], 1e-5)
 
 
-def test_fusion_with_what_was_not_measured():
+def test_fusion_ignores_infinite_variance():
     ones, inf = np.ones(2, "float32"), np.array([np.inf, 3.0], "float32")
     mean, variance = fusion.fuse([5 * ones, ones], [inf, inf])
     close(mean, [0, 3])
@@ -309,7 +309,7 @@ def test_fusion_with_what_was_not_measured():
     close(variance, [2, 1.2], 1e-5)
 
 
-def test_fusion_of_one_and_of_zero_variance():
+def test_fusion_of_one_or_of_zero_variance_is_exact():
     mean, variance = fusion.fuse([np.array([3.0])], [np.array([2.0])])
     close([mean[0], variance[0]], [3, 2])
     zero = np.zeros(1, "float32")
@@ -323,7 +323,7 @@ def test_fusion_of_one_and_of_zero_variance():
 
 
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_fusion_of_two_is_the_references(name):
+def test_fusion_of_two_equals_the_reference(name):
     d = golden(name)
     for time in range(3):
         mean, variance = fusion.fuse(
@@ -381,7 +381,7 @@ def test_points_are_fused_without_a_depth_buffer():
 
 
 @pytest.mark.parametrize("depth_buffer", [True, False])
-def test_points_that_are_left_out(depth_buffer):
+def test_invalid_points_are_ignored(depth_buffer):
     mean, variance = some_points()
     image, spread = map(
         array,
@@ -393,7 +393,7 @@ def test_points_that_are_left_out(depth_buffer):
     assert (array(nothing[0]) == 0).all() and np.isinf(array(nothing[1])).all()
 
 
-def test_the_first_of_points_at_the_same_depth_or_another_is_whole():
+def test_points_at_the_same_depth_are_not_mixed():
     mean, variance = some_points(depth=(2.0, 2.0, 5.0))
     image = array(quantized(mean, variance, [[True] * 3], 4, 6)[0])
     assert image[0, 2, 1].tolist() in mean[0, :2].tolist()
@@ -436,7 +436,7 @@ def test_rows_of_a_batch_do_not_mix():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_quantisation_is_the_references(name):
+def test_quantization_equals_the_reference(name):
     """By variance, the mean; the reference's variance is that of one point, the
     harmonic mean, where the product of Gaussians has an nth of it. With the
     depth buffer, pixels where its blend of nearly equal depths has no part."""
@@ -473,7 +473,7 @@ def test_quantisation_is_the_references(name):
     close(spread[clear], d["quant.db.var"][clear], 1e-5)
 
 
-def test_gradients_of_kept_points():
+def test_only_kept_points_have_gradients():
     mean, variance = some_points()
     weights = np.random.default_rng(0).normal(size=(1, 4, 6, 5))
     weights = ops.convert_to_tensor(weights.astype("float32"))
@@ -488,7 +488,7 @@ def test_gradients_of_kept_points():
     assert (slopes[0, 0] == 0).all()
 
 
-def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
+def test_an_empty_pixel_shows_the_nearest_neighboring_point():
     mean, variance = some_points()  # at (1.4, 1.9), (0.6, 2.3), (5.2, 3.4)
     valid = [[True] * 3]
     image, spread, own = map(
@@ -519,18 +519,18 @@ def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_padding_is_the_references(name):
+def test_padding_equals_the_reference(name):
     d = golden(name)
     size = (d["pad.out"].shape[1] - d["pad.image"].shape[1]) // 2
     close(fusion.pad_sphere(d["pad.image"], size), d["pad.out"])
 
 
-def test_padding_by_nothing():
+def test_padding_by_0_changes_nothing():
     image = np.arange(24.0).reshape(1, 2, 4, 3)
     close(fusion.pad_sphere(image, 0), image)
 
 
-def test_the_kernel_by_hand():
+def test_the_kernel_matches_values_computed_by_hand():
     root = 1 / (1 + np.sqrt(2))
     close(
         fusion.smoothing_kernel(3),
@@ -557,7 +557,7 @@ def smoothed(mean, variance, kernel):
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 11])
-def test_smoothing_by_loops(size):
+def test_smoothing_equals_plain_loops(size):
     rng = np.random.default_rng(0)
     mean = rng.normal(size=(2, 8, 10, 3)).astype("float32")
     variance = 10 ** rng.uniform(-3, 4, size=mean.shape).astype("float32")
@@ -569,7 +569,7 @@ def test_smoothing_by_loops(size):
     )
 
 
-def test_smoothing_far_from_what_is_certain():
+def test_smoothing_stays_accurate_far_from_certain_pixels():
     """Certain pixels elsewhere do not drown what is here in rounding."""
     mean = np.full((1, 40, 80, 1), 0.7, "float32")
     variance = np.full_like(mean, 1e4)
@@ -582,7 +582,7 @@ def test_smoothing_far_from_what_is_certain():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_smoothing_is_the_references(name):
+def test_smoothing_equals_the_reference(name):
     """But for its denominator's hundredth of the kernel's sum, and the sign."""
     d = golden(name)
     mean, variance = d["smooth.mean"], d["smooth.var"]
@@ -634,7 +634,7 @@ def results(points, pose):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("other", ["float32", "float64"])
-def test_the_wider_dtype_is_the_results(dtype, other):
+def test_results_have_the_wider_dtype(dtype, other):
     if keras.backend.backend() == "jax" and "float64" in (dtype, other):
         pytest.skip("has no float64 unless it is told")
     points = np.random.default_rng(0).uniform(0, 1, size=(1, 3, 3))
@@ -680,7 +680,7 @@ def test_constants_are_as_exact_as_float64():
     )
 
 
-def test_the_nearest_point_is_told_as_exactly_as_its_dtype():
+def test_the_nearest_point_is_found_in_full_precision():
     if keras.backend.backend() != "tensorflow":
         pytest.skip("needs float64 in all of Keras")
     mean = np.array([[[1.0, 1.0, 9.0], [1.0, 1.0, 9.0 + 1e-8]]])
@@ -700,7 +700,7 @@ AXES = {  # of cameras and of agents: x, y, z as left, up, forward
 
 
 @pytest.mark.parametrize("convention", AXES)
-def test_axes_of_conventions(convention):
+def test_conventions_have_the_documented_axes(convention):
     for axes, wanted in zip(
         (geometry.camera_axes, geometry.agent_axes), AXES[convention]
     ):
@@ -723,7 +723,7 @@ K = np.array([[4.0, 0, 3], [0, 5, 2], [0, 0, 1]])
         ("ros", [0.5, -0.8, 2]),
     ],
 )
-def test_pixels_to_camera_by_convention(convention, wanted):
+def test_pixels_to_camera_follows_the_convention(convention, wanted):
     """Pixel (4, 0) is right of the middle and above it."""
     inverse = geometry.inverse_intrinsics((4, 5), (3, 2), convention)
     if convention != "esm":
@@ -738,7 +738,7 @@ def test_pixels_to_camera_by_convention(convention, wanted):
         close(array(points)[0, 4], wanted)
 
 
-def test_integer_depth_has_a_scale():
+def test_integer_depth_needs_a_scale():
     inverse = geometry.inverse_intrinsics((4, 5), (3, 2))
     for dtype in ("uint16", "int32", "int64"):
         depth = np.full((3, 5), 2000, dtype)
@@ -764,7 +764,7 @@ def test_integer_depth_has_a_scale():
         (np.zeros((3, 3)), "opencv", "focal lengths positive"),
     ],
 )
-def test_other_intrinsics_are_told(matrix, convention, told):
+def test_intrinsics_of_another_convention_are_refused(matrix, convention, told):
     assert not array(geometry.is_camera(matrix, convention))
     right = geometry.inverse_intrinsics((4, 5), (3, 2), convention)
     assert array(geometry.is_camera([right, right], convention)).all()
@@ -836,7 +836,7 @@ def unfit(value):
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_does_not_fit_is_named(name):
+def test_errors_name_the_wrong_argument(name):
     module = geometry if hasattr(geometry, name) else fusion
     function, sound = getattr(module, name), SOUND[name]
     function(**sound)
@@ -848,7 +848,7 @@ def test_what_does_not_fit_is_named(name):
                 function(**{**sound, argument: wrong})
 
 
-def test_all_functions_have_a_door():
+def test_every_function_is_tested_with_wrong_arguments():
     known = {"check_camera", "check_depth", "check_depth_scale", *SOUND}
     known |= {"check_leads", "float_tensors", "matrix_product", "turned"}
     own = {
@@ -884,7 +884,7 @@ def test_all_functions_have_a_door():
         ("camera_axes", {"convention": "cv2"}),
     ],
 )
-def test_sizes_that_disagree_are_told(name, change):
+def test_disagreeing_sizes_are_refused(name, change):
     sound = SOUND[name]
     if name == "compose":
         sound = {**sound, "second": np.concatenate([POSE] * 2)}
@@ -895,7 +895,7 @@ def test_sizes_that_disagree_are_told(name, change):
         getattr(module, name)(**{**sound, **change})
 
 
-def test_accelerators_round_no_factor(monkeypatch):
+def test_accelerators_do_not_round_factors(monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("accelerators round factors of matrix products")
 

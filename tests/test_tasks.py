@@ -183,7 +183,7 @@ def check_answers(task, batch):
         assert not batch.targets[batch.mask == 0].any()
 
 
-def test_all_tasks_are_in_the_table():
+def test_every_task_is_in_the_table():
     assert {name: type(task) for name, task in SMALL.items()} == tasks.TASKS
     assert all(name == task.name for name, task in SMALL.items())
 
@@ -200,7 +200,7 @@ def test_all_tasks_are_in_the_table():
         "argmax": (11, 6, 10),
     }.items(),
 )
-def test_by_default_a_task_has_the_sizes_of_its_source(name, sizes):
+def test_tasks_have_the_sizes_of_their_source_by_default(name, sizes):
     task = tasks.TASKS[name]()
     assert (task.time_steps, task.input_size, task.output_size) == sizes
 
@@ -299,7 +299,7 @@ def test_a_seed_determines_a_batch(task):
 
 
 @each_task
-def test_a_task_is_its_ranges(task):
+def test_tasks_with_equal_ranges_are_equal(task):
     copy = type(task)(**dataclasses.asdict(task))
     assert copy == task == dataclasses.replace(task)
     assert hash(copy) == hash(task)
@@ -379,7 +379,7 @@ def test_copy_pads_to_its_buckets():
 @pytest.mark.parametrize(
     "name", ["copy", "repeat-copy", "associative-recall", "priority-sort"]
 )
-def test_every_bit_of_the_answer_is_a_coin(name):
+def test_answer_bits_are_fair_and_independent(name):
     task = SMALL[name]
     rng = np.random.default_rng(3)
     _, targets, mask = task.sample(rng, 2000, length=5)
@@ -420,7 +420,7 @@ def test_the_number_of_repeats_has_mean_0_and_variance_1(least, most):
     assert np.isfinite(beyond) and beyond > scalars[-1]
 
 
-def test_all_numbers_of_repeats_are_drawn_with_all_lengths():
+def test_every_number_of_repeats_is_drawn_with_every_length():
     task = SMALL["repeat-copy"]
     pairs = {
         (length_of(task, batch), *repeats_in(task, [batch]))
@@ -477,7 +477,7 @@ def test_the_optimal_predictor_counts_what_followed_each_context(batch_of):
     assert (outputs[:, : task.context - 1] == 0.5).all()
 
 
-def test_n_grams_targets_are_the_inputs_one_step_on():
+def test_n_grams_targets_are_the_next_inputs():
     for batch in draws(SMALL["n-grams"]):
         inputs, targets, mask = without_padding(batch)
         np.testing.assert_array_equal(targets[:, :-1], inputs[:, 1:])
@@ -486,7 +486,7 @@ def test_n_grams_targets_are_the_inputs_one_step_on():
         np.testing.assert_array_equal(mask, expected)
 
 
-def test_n_grams_follow_a_table_that_is_new_in_each_sequence():
+def test_n_grams_draw_a_new_table_for_each_sequence():
     task = tasks.NGrams(2001, 2001, context=2)
     seen = collections.defaultdict(list)
     for row, _, context, bit in contexts(task, draw(task, rows=7)):
@@ -504,7 +504,7 @@ def test_n_grams_follow_a_table_that_is_new_in_each_sequence():
         assert np.ptp(frequencies) > 0.2
 
 
-def test_n_grams_draw_their_tables_as_the_optimal_predictor_thinks():
+def test_n_grams_draw_tables_from_the_prior_of_the_optimal_predictor():
     """Of the steps at which it says p, a share p has a one."""
     task = tasks.NGrams(60, 60, context=2)
     batch = draw(task, rows=1500)
@@ -619,12 +619,12 @@ TARGETS = np.array([[[1, 0], [1, 1], [0, 0]], [[0, 1], [1, 0], [1, 1]]], "f4")
 MASK = np.array([[0, 1, 1], [0, 1, 0]], "f4")
 
 
-def test_bits_per_sequence_of_a_coin_is_the_number_of_bits():
+def test_bits_per_sequence_of_coin_flips_is_the_number_of_bits():
     coin = np.full_like(TARGETS, 0.5)
     harness.close(losses.bits_per_sequence(TARGETS, coin, MASK), [4.0, 2.0])
 
 
-def test_bits_per_sequence_by_hand():
+def test_bits_per_sequence_matches_values_computed_by_hand():
     outputs = np.where(TARGETS > 0, 0.25, 0.125).astype("f4")
     # -log2(1/4) = 2 for a one, -log2(7/8) for a zero
     zero = -np.log2(0.875)
@@ -632,7 +632,7 @@ def test_bits_per_sequence_by_hand():
     harness.close(losses.bits_per_sequence(TARGETS, outputs, MASK), expected)
 
 
-def test_wrong_bits_are_counted_where_the_mask_says():
+def test_wrong_bits_are_counted_only_under_the_mask():
     outputs = TARGETS.copy()
     outputs[0, 0] = 1 - outputs[0, 0]  # does not count
     outputs[0, 2, 1] = 0.6
@@ -663,7 +663,7 @@ def test_metrics_are_means_over_sequences(metric, function):
     assert type(keras.metrics.deserialize(config)) is type(metric)
 
 
-def test_the_loss_is_the_mean_over_the_bits_that_count():
+def test_the_loss_is_the_mean_over_unmasked_bits():
     """What `losses.py` says of Keras's own loss."""
     outputs = np.random.default_rng(3).uniform(size=TARGETS.shape).astype("f4")
     loss = keras.losses.BinaryCrossentropy(reduction="mean_with_sample_weight")
@@ -673,7 +673,7 @@ def test_the_loss_is_the_mean_over_the_bits_that_count():
 
 
 @pytest.mark.parametrize("longest, most", [(None, 7), (2, 2), (3, 7)])
-def test_all_repeats_come_once_a_curriculum_is_at_its_end(longest, most):
+def test_a_finished_curriculum_draws_every_number_of_repeats(longest, most):
     task = tasks.RepeatCopy(max_length=3, max_repeats=7, buckets=1)
     rng = np.random.default_rng(3)
     seen = {
@@ -699,7 +699,7 @@ def test_the_pipeline_draws_no_batch_ahead():
         assert len(drawn) == count
 
 
-def test_error_rate_by_hand():
+def test_error_rate_matches_values_computed_by_hand():
     outputs = np.array(
         [[[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], [[1, 0], [0.3, 0.7], [0, 1]]],
         "f4",
@@ -710,7 +710,7 @@ def test_error_rate_by_hand():
     harness.close(losses.error_rate(targets, outputs, MASK), [0.5, 0.0])
 
 
-def test_errors_of_sums_by_hand():
+def test_errors_of_sums_match_values_computed_by_hand():
     outputs = TARGETS + np.array([9.0, 0.5, -2.0], "f4")[:, None]
     errors = losses.absolute_error_of_sum(TARGETS, outputs, MASK)
     harness.close(errors, [3.0, 1.0])
@@ -722,7 +722,7 @@ def test_errors_of_sums_by_hand():
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_outputs_that_are_no_numbers_are_no_success(kind):
+def test_nan_outputs_give_nan_metrics(kind):
     targets = np.zeros((1, 2, 3), "f4")
     outputs = targets.copy()
     outputs[0, 1, 2] = np.nan
@@ -743,7 +743,7 @@ def value_of(one, *batch):
 
 @pytest.mark.parametrize("weight", [None, np.nan, np.inf, -1e30])
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_what_does_not_count_is_not_looked_at(kind, weight):
+def test_masked_steps_do_not_change_losses_and_metrics(kind, weight):
     """One sequence has no step that counts."""
     rng = np.random.default_rng(3)
     targets = np.eye(3, dtype="f4")[rng.integers(3, size=(3, 5))]
@@ -771,7 +771,7 @@ def test_what_does_not_count_is_not_looked_at(kind, weight):
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_gradients_of_what_does_not_count_are_zero(kind):
+def test_gradients_of_masked_steps_are_zero(kind):
     targets = np.eye(3, dtype="f4")[[[0, 2, 1, 1], [1, 2, 0, 0]]]
     outputs = np.full_like(targets, 0.3)
     mask = np.array([[0, 1, 1, 0], [0, 0, 0, 0]], "f4")
@@ -787,7 +787,7 @@ def test_gradients_of_what_does_not_count_are_zero(kind):
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_a_mask_that_comes_with_the_outputs_leaves_steps_out(kind):
+def test_a_mask_on_the_outputs_excludes_steps(kind):
     targets = np.eye(3, dtype="f4")[[[0, 2, 1, 1], [1, 2, 0, 0]]]
     mask = np.array([[0, 1, 1, 0], [1, 1, 0, 1]], "bool")
     layers = [keras.layers.Masking(), keras.layers.ReLU()]
@@ -801,7 +801,7 @@ def test_a_mask_that_comes_with_the_outputs_leaves_steps_out(kind):
         harness.close(value_of(one, targets, outputs, some), expected, 1e-6)
 
 
-def test_losses_and_metrics_of_float64_are_in_float64():
+def test_losses_and_metrics_keep_float64():
     rng = np.random.default_rng(3)
     outputs = rng.uniform(size=TARGETS.shape)
     for function in (losses.bits_per_sequence, losses.absolute_error_of_sum):
@@ -816,7 +816,7 @@ def test_losses_and_metrics_of_float64_are_in_float64():
 @pytest.mark.parametrize(
     "name", [*(kind for kind in losses.KINDS), "functions"]
 )
-def test_arrays_that_are_no_sequences_are_refused(name):
+def test_arrays_other_than_sequences_are_refused(name):
     if name == "functions":
         calls = [
             losses.bits_per_sequence,
