@@ -193,19 +193,19 @@ def assert_bounded(entry, layer, x, bound=1e2, bound_of_states=1e4):
 
 @each_point("saturated")
 @needs_tensorflow
-def test_saturated_gates(entry, point):
+def test_saturated_gates_have_bounded_gradients(entry, point):
     assert_bounded(entry, entry.at(point), few(), *point.bounds)
 
 
 @each_point("singular")
 @needs_tensorflow
-def test_singular_points(entry, point):
+def test_singular_points_have_bounded_gradients(entry, point):
     assert_bounded(entry, entry.at(point), few(), *point.bounds)
 
 
 @each_point("zeros")
 @needs_tensorflow
-def test_zero_memory_zero_keys_and_zero_inputs(entry, point):
+def test_zero_memory_keys_and_inputs_have_bounded_gradients(entry, point):
     layer = entry.at(point, initial_memory=0.0, kernel_initializer="zeros")
     x = 0 * few()
     assert_bounded(entry, layer, x, *point.bounds)
@@ -240,7 +240,7 @@ def test_one_item_and_one_step_are_finite(entry, shape):
 @pytest.mark.parametrize("controller", ["lstm", "dense"])
 @each_entry
 @needs_tensorflow
-def test_huge_inputs(entry, controller, dtype):
+def test_huge_inputs_have_bounded_gradients(entry, controller, dtype):
     layer = entry.make(controller=controller, dtype=dtype, return_state=True)
     assert_bounded(entry, layer, 1e4 * few(), 1e6, 1e6)
 
@@ -248,7 +248,7 @@ def test_huge_inputs(entry, controller, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @each_entry
 @needs_tensorflow
-def test_huge_interface(entry, dtype):
+def test_a_huge_interface_has_finite_gradients(entry, dtype):
     layer = entry.randomised(controller="dense", dtype=dtype, return_state=True)
     kernel = layer.cell.interfaces[0][0]
     kernel.assign(1e4 * numbers(shape=kernel.shape))
@@ -257,7 +257,7 @@ def test_huge_interface(entry, dtype):
 
 @each_point("sixteen_bits")
 @needs_tensorflow
-def test_16_bits(entry, point):
+def test_16_bits_are_finite_and_close_to_32_bits(entry, point):
     # A dense controller: TensorFlow has no orthogonal matrices in bfloat16,
     # which Keras draws for recurrent kernels.
     layer = entry.at(point, controller="dense")
@@ -283,6 +283,6 @@ def test_16_bits(entry, point):
     ],
 )
 @each_entry
-def test_names_that_keras_does_not_know(entry, name):
+def test_unknown_keras_names_are_refused(entry, name):
     with pytest.raises(ValueError, match="tahn"):
         entry.make(**{name: "tahn"})

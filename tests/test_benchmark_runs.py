@@ -54,7 +54,7 @@ RUNS = {  # and the last table's rows, of which some are not run
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+def test_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     if name == "drift" and tuning.import_error() is not None:
         pytest.skip(tuning.import_error())
     shrink(monkeypatch)
@@ -74,7 +74,7 @@ def test_a_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     assert table.count("not run") == missing
 
 
-def test_a_dnc_is_watched(monkeypatch, capsys):
+def test_dnc_stability_counts_nan_values(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "_ --seeds 1 --steps 1".split())
     monkeypatch.setattr(dnc_stability, "TASK", tasks.Copy(2, buckets=1))
     tf.config.run_functions_eagerly(True)  # not by XLA

@@ -101,7 +101,7 @@ def test_version_and_help_need_no_tensorflow(start, command):
         ("convert pytorch-ntm imported x.keras --clip 3", "does not take"),
     ],
 )
-def test_typing_errors_are_told_before_tensorflow_is_imported(
+def test_usage_errors_are_reported_before_tensorflow_is_imported(
     arguments, told, command, tmp_path
 ):
     (tmp_path / "imported").touch()
@@ -115,7 +115,7 @@ def test_typing_errors_are_told_before_tensorflow_is_imported(
     assert re.search(told, last)
 
 
-def test_the_command_has_all_names_once_they_are_used():
+def test_the_command_loads_public_names_on_first_use():
     """Also classes that only Keras looks for, in a file that it loads."""
     code = (
         "import sys; sys.argv[0] = 'keras-memory'\n"
@@ -132,7 +132,7 @@ def test_the_command_has_all_names_once_they_are_used():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_elsewhere_all_layers_are_registered_at_once():
+def test_outside_the_command_all_layers_are_registered_at_once():
     """Here `keras_memory` was imported by a test, not by the command."""
     public = ast.parse((PACKAGE / "api.py").read_text()).body[1:]
     names = {alias.asname for node in public for alias in node.names}
@@ -146,14 +146,14 @@ def test_the_command_knows_all_tasks_and_presets():
     assert list(cli.PRESETS) == list(PRESETS)
 
 
-def test_tasks_of_the_users_own_are_known(monkeypatch, capsys):
+def test_custom_tasks_are_known(monkeypatch, capsys):
     mine = {"default": PRESETS["copy"]["default"]}
     monkeypatch.setitem(PRESETS, "mine", mine)
     assert cli.main(["train", "mine", "--print-config"]) == 0
     assert '"name": "copy"' in capsys.readouterr().out
 
 
-def test_the_log_level_is_the_users(monkeypatch, capsys):
+def test_the_log_level_of_the_user_is_kept(monkeypatch, capsys):
     for before, after in (("0", "0"), (None, "3")):
         if before is None:
             monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")

@@ -263,10 +263,10 @@ def check_refused(told, converter, *arguments, **named):
 
 
 @each(wrong_weights())
-def test_weights_that_are_refused(converter, given, told):
+def test_wrong_weights_are_refused(converter, given, told):
     check_refused(told, converter, given)
 
 
 @each(wrong_arguments())
-def test_arguments_that_are_refused(converter, given, told):
+def test_wrong_arguments_are_refused(converter, given, told):
     check_refused(told, converter, **given)

@@ -24,7 +24,7 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings_run(name):
     harness.skip_on(*harness.OTHERS, because="shapes print as TensorFlow's do")
     if name.endswith("scann_index") and tuning.import_error() is not None:
         pytest.skip(f"needs ScaNN: {tuning.import_error()}")
@@ -37,7 +37,7 @@ def test_examples_in_docstrings(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_what_is_public_is_documented(name):
+def test_public_names_have_docstrings(name):
     module = importlib.import_module(f"keras_memory.{name}")
     assert module.__doc__
     for key, value in vars(module).items():
@@ -46,7 +46,7 @@ def test_what_is_public_is_documented(name):
             assert inspect.getdoc(value), key
 
 
-def test_readme_examples(tmp_path, monkeypatch):
+def test_readme_examples_run(tmp_path, monkeypatch):
     harness.skip_on(*harness.OTHERS, because="exports a SavedModel")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text()

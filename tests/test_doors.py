@@ -321,7 +321,7 @@ def wrong(name, array):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_is_no_array_for_it_is_refused_by_name(name):
+def test_errors_name_the_wrong_array(name):
     call, arrays = CALLS[name]
     call(**arrays)
     for argument, array in arrays.items():
@@ -345,7 +345,7 @@ def test_what_is_no_array_for_it_is_refused_by_name(name):
             assert "Received: " in text, f"{where}: {text}"
 
 
-def test_whole_numbers_are_taken_where_real_ones_are():
+def test_integers_are_accepted_for_real_numbers():
     for name in ("geometry.to_sphere", "retrieval.nearest", "RingMemory.add"):
         call, arrays = CALLS[name]
         call(**{key: np.ones(x.shape, "int32") for key, x in arrays.items()})
@@ -363,7 +363,7 @@ def public_callables():
             yield name
 
 
-def test_nothing_public_is_missing():
+def test_every_public_callable_is_tested():
     told = {name for name in CALLS} | TAKE_NONE
     same = {  # whose calls go through those of others
         "DNCCell": "NTMCell",

@@ -60,7 +60,7 @@ def answers(model, x, memory, **kwargs):
     return keras.tree.map_structure(ops.convert_to_numpy, found)
 
 
-def test_explanations_of_a_fixed_memory(images):
+def test_explanations_of_a_fixed_memory_list_the_used_examples(images):
     x, y = images
     x = 2 * x  # less alike
     model = untrained(similarity="l2")
@@ -95,7 +95,7 @@ def test_explanations_of_a_fixed_memory(images):
             assert (why.classes == why.predicted).all()
 
 
-def test_examples_that_are_not_known(images, tmp_path):
+def test_a_loaded_memory_explains_without_its_inputs(images, tmp_path):
     x, y = images
     model = untrained()
     model.set_memory(x[:13], y[:13])
@@ -119,7 +119,9 @@ def test_examples_that_are_not_known(images, tmp_path):
 
 
 @trains
-def test_explanations_of_a_memory_that_is_drawn(trained, images, monkeypatch):
+def test_explanations_of_a_drawn_memory_list_the_used_examples(
+    trained, images, monkeypatch
+):
     x, y = images
     memories = [(x[:11], y[:11]), (x[11:22], y[11:22])]
     drawn = iter(memories)
@@ -135,7 +137,7 @@ def test_explanations_of_a_memory_that_is_drawn(trained, images, monkeypatch):
 
 
 @trains
-def test_explanation_accuracy_is_that_of_the_papers_code(
+def test_explanation_accuracy_equals_the_code_of_the_paper(
     trained, images, monkeypatch
 ):
     x, y = images
@@ -171,7 +173,7 @@ def test_explanation_accuracy_is_that_of_the_papers_code(
     }
 
 
-def test_accuracy_without_counterfactuals(images):
+def test_accuracy_by_counterfactual_is_none_without_any(images):
     x, y = images
     model = untrained()
     model.set_memory(x[:1], y[:1])
@@ -214,7 +216,7 @@ def test_attributions_sum_to_the_difference(trained, images):
 
 
 @trains
-def test_attributions_of_a_linear_model():
+def test_attributions_of_a_linear_model_are_exact():
     """One example has weight 1: the output is linear in both images."""
     model = MemoryWrapClassifier(
         keras.layers.Flatten(),
@@ -242,7 +244,7 @@ def test_attributions_of_a_linear_model():
 # Pictures.
 
 
-def test_tiles():
+def test_tiles_are_drawn_with_frames_words_and_heat():
     image = np.full((5, 7), 0.5)
     heat = np.zeros((5, 7, 1))
     heat[1, 2] = 3.0
@@ -274,7 +276,7 @@ def test_tiles():
             visualization.plot_tiles([[visualization.Tile(wrong)]])
 
 
-def test_tiles_are_no_formulas_and_may_repeat():
+def test_tile_texts_are_not_parsed_as_formulas():
     tile = visualization.Tile(np.ones((5, 5)), "$a_b$", "$\\wrong$ \\$")
     figure = visualization.plot_tiles([[tile, tile, tile]])
     visualization.to_image(figure)
@@ -288,7 +290,7 @@ def words_of(figure):
 
 
 @trains
-def test_picture(trained, images):
+def test_pictures_follow_max_examples_and_to_image(trained, images):
     x, y = images
     model = untrained()
     model((x, x))
@@ -310,7 +312,7 @@ def test_picture(trained, images):
         close(one.get_array(), 1 - other.get_array())
 
 
-def test_a_picture_marks_what_is_wrong(images):
+def test_a_picture_marks_wrong_answers(images):
     """The example of class 1 is taken for class 2."""
     x, _ = images
     why = explanations.Explanation(
@@ -344,7 +346,7 @@ def test_a_picture_marks_what_is_wrong(images):
 @pytest.mark.parametrize(
     "name", ["golden retriever", "Pneumonoultramicroscopicsilicosis", "i" * 99]
 )
-def test_words_stay_above_their_image(images, name):
+def test_words_do_not_overlap(images, name):
     x, _ = images
     why = explanations.Explanation(
         *(1, np.arange(3), np.array([0.5, 0.3, 0.2]), np.array([1, 0, 1])),
@@ -365,7 +367,7 @@ def test_words_stay_above_their_image(images, name):
     assert "…" in "".join(words_of(figure))
 
 
-def test_labels_that_are_one_hot_or_not_known(images):
+def test_labels_may_be_one_hot_or_unknown(images):
     x, _ = images
     why = explanations.Explanation(
         *(1, np.arange(1), np.ones(1), np.ones(1, int), np.ones(1, int)),
@@ -391,7 +393,7 @@ def test_a_notebook_shows_explanations_of_images(images):
 
 
 @harness.needs_tensorflow
-def test_in_tensorboard(images, tmp_path):
+def test_tensorboard_gets_explanations(images, tmp_path):
     import tensorflow as tf
 
     x, y = images
@@ -424,7 +426,7 @@ def test_in_tensorboard(images, tmp_path):
 
 
 @harness.needs_tensorflow
-def test_labels_are_checked_before_the_training(images, tmp_path):
+def test_labels_are_checked_before_training(images, tmp_path):
     x, y = images
     for labels in (
         [0, 1, 2],
@@ -455,7 +457,7 @@ def test_labels_are_checked_before_the_training(images, tmp_path):
 # Bad input.
 
 
-def test_refusals(images):
+def test_wrong_arguments_are_refused(images):
     x, y = images
     model = untrained()
     with pytest.raises(ValueError, match="set_memory"):

@@ -63,7 +63,7 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-def test_a_file_is_written_on_windows(windows, tmp_path):
+def test_files_are_written_on_windows(windows, tmp_path):
     path = tmp_path / "file.txt"
     for text in ("old", "new"):
         with files.atomic_write(path) as aside:
@@ -77,7 +77,7 @@ def test_a_file_is_written_on_windows(windows, tmp_path):
 
 
 @needs_proc
-def test_a_store_is_written_on_windows(windows, tmp_path):
+def test_stores_are_written_on_windows(windows, tmp_path):
     keys, values = np.ones((2, 3), "f4"), np.ones((2, 0), "f4")
     operation = store.Operation(0, keys, values)
     one = store.Store(tmp_path / "new" / "store", "a", {}, [operation])
@@ -89,7 +89,7 @@ def test_a_store_is_written_on_windows(windows, tmp_path):
 
 
 @needs_proc
-def test_a_reader_on_windows_is_waited_for(windows, tmp_path):
+def test_a_write_on_windows_waits_for_readers(windows, tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     windows.kept_open[path] = 3
@@ -104,7 +104,7 @@ def test_a_reader_on_windows_is_waited_for(windows, tmp_path):
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
-def test_no_file_is_waited_for_elsewhere(monkeypatch, tmp_path):
+def test_a_write_elsewhere_does_not_wait(monkeypatch, tmp_path):
     asked = []
 
     def refused(*paths):
@@ -119,7 +119,7 @@ def test_no_file_is_waited_for_elsewhere(monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_error_of_the_writer_is_the_one_that_is_told(monkeypatch, tmp_path):
+def test_the_error_of_the_writer_is_raised(monkeypatch, tmp_path):
     """Also where what it has left cannot be removed."""
 
     def refused(*arguments, **options):
@@ -131,7 +131,7 @@ def test_the_error_of_the_writer_is_the_one_that_is_told(monkeypatch, tmp_path):
             aside.write_text(str(1 / 0))
 
 
-def test_files_that_must_not_be_written_are_flushed_too(monkeypatch, tmp_path):
+def test_read_only_files_are_flushed_too(monkeypatch, tmp_path):
     path = tmp_path / "asset.txt"
     path.write_text("words")
     path.chmod(stat.S_IRUSR)

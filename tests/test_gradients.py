@@ -144,7 +144,7 @@ ARGUMENTS = {
 }
 
 
-def test_each_function_with_a_custom_gradient_has_arguments_here():
+def test_each_custom_gradient_is_tested():
     assert {*decorated()} == {*ARGUMENTS}
 
 
@@ -157,7 +157,7 @@ def test_each_function_with_a_custom_gradient_has_arguments_here():
     ],
 )
 @needs_tensorflow
-def test_custom_gradients_are_those_of_the_backend(name, arrays, options):
+def test_custom_gradients_equal_those_of_the_backend(name, arrays, options):
     import tensorflow as tf
 
     function = decorated()[name]

@@ -128,12 +128,12 @@ def test_imports_point_downward(name):
     assert misplaced(name, MODULES[name].read_text()) == []
 
 
-def test_modules_of_folders_are_seen():
+def test_modules_in_folders_are_checked():
     assert "recurrent.cell" in MODULES and "recurrent" in MODULES
     assert len(MODULES) > 30
 
 
-def test_the_check_sees_upward_and_sideways_imports():
+def test_the_check_finds_upward_and_sideways_imports():
     assert misplaced("ntm", "from keras_memory import cli") == ["cli"]
     assert misplaced("ntm", "from keras_memory.dnc import DNCCell") == ["dnc"]
     assert misplaced("ntm", "import keras_memory.training as t") == ["training"]
@@ -158,7 +158,7 @@ def run_python(code, cwd=None, **environment):
     ).stdout
 
 
-def test_all_public_names_are_written_out():
+def test_all_lists_every_public_name():
     names = [name for name in vars(api) if not name.startswith("_")]
     assert sorted([*names, "visualization"]) == sorted(keras_memory.__all__)
     for name in keras_memory.__all__:

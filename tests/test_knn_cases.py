@@ -462,19 +462,19 @@ def outcomes():
     "name",
     [name for name in CASES if name not in ALONE and not OF_TREES.search(name)],
 )
-def test_odd_and_wrong_with_the_ring(name):
+def test_odd_and_wrong_calls_work_with_the_ring(name):
     CASES[name]("ring")
 
 
 @pytest.mark.scann
 @pytest.mark.parametrize("name", CASES)
-def test_odd_and_wrong_with_scann(name, outcomes):
+def test_odd_and_wrong_calls_work_with_scann(name, outcomes):
     done, said = outcomes
     assert said.get(name) == "ok", (done.returncode, done.stderr[-2000:])
 
 
 @pytest.mark.scann
-def test_no_crash(outcomes):
+def test_scann_does_not_crash(outcomes):
     done, said = outcomes
     assert done.returncode == 0 and set(said) == set(CASES), done.stderr[-2000:]
 

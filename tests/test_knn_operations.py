@@ -128,13 +128,15 @@ FEW_OR_MANY = pytest.mark.parametrize(
 
 
 @FEW_OR_MANY
-def test_any_operations(store, number):
+def test_any_operations_equal_those_on_lists(store, number):
     assert play_many(number, store, sizes(12), anywhere) == (0, 1.0)
 
 
 @pytest.mark.scann
 @FEW_OR_MANY
-def test_any_operations_on_trees(number, trees, monkeypatch):
+def test_any_operations_on_trees_find_near_neighbours(
+    number, trees, monkeypatch
+):
     monkeypatch.setattr(tuning, "FLAT", 30)
     centers = 3.0 * random(9, 4, seed=1)
 

@@ -82,7 +82,7 @@ def printed(script, *arguments):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 @pytest.mark.parametrize("is_used", ["used", slow_unless(False, "new")])
-def test_a_search_in_a_fork(store, is_used):
+def test_a_search_in_a_fork_works_or_says_to_spawn(store, is_used):
     """Of a process that used the backend, whose threads are not there."""
     backend = keras.backend.backend()
     searched, *others = printed(FORKS_THAT_SEARCH, is_used)[store]
@@ -136,7 +136,7 @@ for store in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_forks_of_many_threads_wait_for_no_lock(store):
+def test_forks_of_many_threads_do_not_wait_for_locks(store):
     """Another thread has the lock at the time, and threads fork at once."""
     (statuses,) = printed(FORKS_OF_MANY_THREADS)[store]
     assert statuses == "[2, 2, 2, 2, 2, 2, 2, 2]"
@@ -177,7 +177,7 @@ print("over")
 
 @pytest.mark.scann
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_a_fork_builds_trees_of_its_own():
+def test_a_fork_builds_its_own_trees():
     need_scann()
     done = subprocess.run(
         [sys.executable, "-c", FORKED],
@@ -304,7 +304,7 @@ def kill_writers(folder, number):
     return map(int, done.stdout.split())
 
 
-def test_writers_that_are_killed(tmp_path):
+def test_killed_writers_lose_no_flushed_entries(tmp_path):
     operations, rewrites, news = kill_writers(tmp_path / "memory", 3)
     assert operations > 5 and rewrites and news
 

@@ -24,7 +24,7 @@ from keras_memory.retrieval.similarities import SIMILARITIES
 @pytest.mark.scann
 @pytest.mark.parametrize("target", [0.8, 0.95])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_a_tree_finds_what_it_should(trees, similarity, target):
+def test_a_tree_reaches_the_target_recall(trees, similarity, target):
     memory, model = pair(
         "scann",
         8,
@@ -53,7 +53,7 @@ def test_a_tree_finds_what_it_should(trees, similarity, target):
 @pytest.mark.scann
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("first", [1, 3])
-def test_one_small_search_does_not_decide(trees, background, first):
+def test_one_small_search_does_not_tune_a_tree(trees, background, first):
     """A tree that is tried with few queries, or for fewer neighbours."""
     memory, _ = beside("l2", background)
     keys, queries = clustered(1, 1000, 8), clustered(1, 400, 8, seed=5)
@@ -75,7 +75,7 @@ def test_one_small_search_does_not_decide(trees, background, first):
 
 
 @pytest.mark.scann
-def test_all_that_is_asked_for_is_found(trees):
+def test_a_search_finds_as_many_as_requested(trees):
     memory, model = pair("scann", 8, 1000, similarity="l2")
     keys, queries = clustered(1, 1000, 8), clustered(1, 50, 8, seed=5)
     check_add(memory, model, keys, keys)
@@ -89,7 +89,7 @@ def test_all_that_is_asked_for_is_found(trees):
 
 
 @pytest.mark.scann
-def test_equal_keys_count_alike(trees):
+def test_equal_keys_count_equally_in_recall(trees):
     memory = KNNMemory(8, 1000, search_method="approximate", background=False)
     few = random(1, 20, 8)
     keys = np.tile(few, (1, 50, 1))
@@ -103,7 +103,7 @@ def test_equal_keys_count_alike(trees):
 
 
 @pytest.mark.scann
-def test_a_tree_follows_what_is_written(trees, monkeypatch):
+def test_a_tree_follows_written_entries(trees, monkeypatch):
     built, best = [], scann_row.ScannRow._best_tree
 
     def counted(index, *arguments):
@@ -135,7 +135,7 @@ def test_a_tree_follows_what_is_written(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_where_no_tree_helps_all_are_compared(trees, monkeypatch):
+def test_all_entries_are_compared_where_no_tree_helps(trees, monkeypatch):
     monkeypatch.setattr(tuning, "WORTH", 0.25)
     memory, model = pair("scann", 32, 900, similarity="l2")
     keys = random(1, 900, 32)
@@ -160,7 +160,7 @@ def test_where_no_tree_helps_all_are_compared(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_writes_after_a_tree_was_given_up(trees, monkeypatch):
+def test_writes_continue_after_a_tree_is_given_up(trees, monkeypatch):
     memory, model = pair("scann", 8, 900)
     keys, queries = clustered(1, 2000, 8), random(1, 50, 8)
     check_add(memory, model, keys[:, :900], keys[:, :900])
@@ -176,7 +176,7 @@ def test_writes_after_a_tree_was_given_up(trees, monkeypatch):
 
 @pytest.mark.scann
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_compressed_vectors_follow_what_is_written(compressed, similarity):
+def test_compressed_vectors_follow_written_entries(compressed, similarity):
     memory, model, queries = compressed(similarity)
     index = index_of(memory)
     for begin in (1200, 1300, 1400):
@@ -248,7 +248,7 @@ def held(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_searches_and_adds_go_on_while_a_tree_is_built(held):
+def test_searches_and_adds_continue_during_a_build(held):
     began, go = held
     memory, model = beside("l2")
     keys, queries = clustered(1, 1100, 8), clustered(1, 50, 8, seed=5)
@@ -279,7 +279,7 @@ def test_searches_and_adds_go_on_while_a_tree_is_built(held):
 
 @pytest.mark.scann
 @pytest.mark.parametrize("n", [0, 50, 600])
-def test_a_memory_that_is_cleared_while_a_tree_is_built(held, n):
+def test_a_memory_may_be_cleared_during_a_build(held, n):
     began, go = held
     memory, model = beside("l2")
     old, new = clustered(1, 700, 8), clustered(1, n, 8, centers=2)
@@ -303,7 +303,7 @@ def test_a_memory_that_is_cleared_while_a_tree_is_built(held, n):
 
 
 @pytest.mark.scann
-def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
+def test_outdated_trees_are_not_built(trees, monkeypatch):
     asked, best = [], scann_row.ScannRow._best_tree
 
     def noted(index, vectors, *arguments):
@@ -340,7 +340,7 @@ def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_memory_that_is_cleared_before_a_tree_is_tried(trees):
+def test_a_memory_may_be_cleared_before_a_tree_is_tuned(trees):
     memory, model = beside("l2")
     keys, queries = clustered(1, 1200, 8), clustered(1, 50, 8, seed=5)
     check_add(memory, model, keys[:, :1000], keys[:, :1000])
@@ -363,7 +363,9 @@ def test_a_memory_that_is_cleared_before_a_tree_is_tried(trees):
 
 @pytest.mark.scann
 @pytest.mark.parametrize("background", [True, False])
-def test_a_tree_that_cannot_be_built(trees, background, monkeypatch):
+def test_a_failed_build_warns_and_searches_exactly(
+    trees, background, monkeypatch
+):
     memory, model = beside("l2", background)
     keys, queries = clustered(1, 1000, 8), clustered(1, 50, 8, seed=5)
 
@@ -403,7 +405,7 @@ def fail_in_the_midst(patch):
 
 @pytest.mark.scann
 @pytest.mark.parametrize("has_tree", [False, True])
-def test_a_write_that_fails_in_the_midst(trees, has_tree, monkeypatch):
+def test_a_half_failed_write_drops_the_tree(trees, has_tree, monkeypatch):
     memory, model = pair("scann", 8, 1000)
     n = 800 if has_tree else 300
     keys, queries = clustered(1, 1200, 8), clustered(1, 50, 8, seed=5)
@@ -426,7 +428,7 @@ def test_a_write_that_fails_in_the_midst(trees, has_tree, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_write_that_fails_has_its_tree_built_anew(trees, monkeypatch):
+def test_a_failed_write_rebuilds_the_tree(trees, monkeypatch):
     memory, model = pair("scann", 8, 1000)
     keys, queries = clustered(1, 900, 8), clustered(1, 50, 8, seed=5)
     check_add(memory, model, keys[:, :800], keys[:, :800])
@@ -441,7 +443,7 @@ def test_a_write_that_fails_has_its_tree_built_anew(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_new_tree_that_what_came_meanwhile_breaks(held, monkeypatch):
+def test_entries_added_during_a_build_survive_it(held, monkeypatch):
     began, go = held
     memory, model = beside("dot")
     keys, queries = clustered(1, 900, 8), clustered(1, 50, 8, seed=5)
@@ -459,7 +461,9 @@ def test_a_new_tree_that_what_came_meanwhile_breaks(held, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_write_that_fails_where_warnings_are_errors(held, monkeypatch):
+def test_a_failed_write_with_warnings_as_errors_keeps_entries(
+    held, monkeypatch
+):
     began, go = held
     memory, model = beside("l2")
     keys = clustered(1, 700, 8)

@@ -164,7 +164,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @needs_tensorflow
-def test_each_option_equals_the_oracle_and_does_something(option):
+def test_each_option_equals_the_oracle_and_has_an_effect(option):
     fixed = {
         "read_heads": 2,
         "write_heads": 2,
@@ -183,7 +183,7 @@ def test_each_option_equals_the_oracle_and_does_something(option):
 
 
 @needs_tensorflow
-def test_clip_value_acts_in_front_of_the_activation():
+def test_clip_value_acts_before_the_activation():
     layer = randomised(clip_value=0.3, activation="sigmoid", dtype="float64")
     output = equals_the_oracle(layer, numbers())["output"]
     edge = reference.sigmoid(np.array([-0.3, 0.3]))
@@ -295,7 +295,7 @@ def test_sequential_writing_does_not_count_masked_steps():
         (False, [[1, 0, 0, 0], [1, 1, 2, 0], [1, 2, 6, 2], [1, 3, 14, 8]]),
     ],
 )
-def test_sequential_writing_by_hand(erase, memory):
+def test_sequential_writing_matches_values_computed_by_hand(erase, memory):
     """Two slots, read evenly, take 1, 2, 4 and 8 in their first half."""
     layer = ntm(
         memory_slots=2,
@@ -338,7 +338,7 @@ def test_sequential_writing_by_hand(erase, memory):
     ],
 )
 @needs_tensorflow
-def test_sequential_writing_in_16_bits(slots, dtype):
+def test_sequential_writing_fills_every_slot_in_16_bits(slots, dtype):
     """Every slot is written before any is again, and then the least used."""
     layer = randomised(
         memory_slots=slots,
@@ -360,7 +360,7 @@ def test_sequential_writing_in_16_bits(slots, dtype):
         assert usage[step, written[step]] == usage[step].min()
 
 
-def test_writes_in_turn_by_hand():
+def test_writes_in_turn_match_values_computed_by_hand():
     """Two heads write 2 and 3 to the only slot and erase what is in it."""
     for head_order, expected in (("parallel", 5), ("writes_in_turn", 3)):
         layer = ntm(
@@ -384,7 +384,7 @@ def test_writes_in_turn_by_hand():
 # What the layer starts with.
 
 
-def test_constant_initial_values():
+def test_constant_initial_values_are_not_weights():
     layer = ntm(read_heads=2, initial_weighting="constant", controller="gru")
     layer.build((BATCH, TIME, WIDTH))
     assert not initial_weights(layer)
@@ -399,7 +399,7 @@ def test_constant_initial_values():
 
 
 @pytest.mark.parametrize("start", ["learned", "random"])
-def test_initial_values_that_are_weights(start):
+def test_learned_and_random_initial_values_are_weights(start):
     layer = ntm(
         read_heads=2,
         initial_memory=start,
@@ -438,7 +438,7 @@ def test_initial_values_that_are_weights(start):
         close(cell[item], values["initial_controller_1"])
 
 
-def test_by_content_there_is_no_initial_weighting_to_learn():
+def test_content_addressing_has_no_initial_weighting_to_learn():
     layer = ntm(addressing="content", initial_weighting="learned")
     layer.build((BATCH, TIME, WIDTH))
     assert not initial_weights(layer)
@@ -448,7 +448,7 @@ def test_by_content_there_is_no_initial_weighting_to_learn():
 
 
 @pytest.mark.parametrize("addressing", ["content", "content_and_location"])
-def test_slots_have_no_order_but_that_of_the_shifts(addressing):
+def test_permuting_the_slots_does_not_change_the_output(addressing):
     """Permuting the slots permutes memory and weightings and leaves the
     output as it is; with shifts, turning them does."""
     layer = randomised(
@@ -534,7 +534,7 @@ STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
     ],
     ids=str,
 )
-def test_arguments_that_are_refused(name, values):
+def test_wrong_arguments_are_refused(name, values):
     for value in values:
         with pytest.raises(ValueError) as error:
             ntm(**{name: value})
@@ -543,7 +543,7 @@ def test_arguments_that_are_refused(name, values):
 
 
 @pytest.mark.parametrize("value", ["serial", 5, None])
-def test_head_orders_that_are_no_list(value):
+def test_wrong_head_orders_are_refused(value):
     with pytest.raises(ValueError, match="`head_order`.*once") as error:
         ntm(head_order=value)
     assert f"Received: head_order={value!r}" in str(error.value)
@@ -564,12 +564,12 @@ def test_head_orders_that_are_no_list(value):
         ),
     ],
 )
-def test_what_sequential_writing_needs(options, received):
+def test_sequential_writing_refuses_conflicting_options(options, received):
     with pytest.raises(ValueError, match=f"sequential.*{received}"):
         ntm(**{"writing": "sequential", **options})
 
 
-def test_a_negative_weighting_is_none():
+def test_a_negative_initial_weighting_is_refused():
     with pytest.raises(ValueError, match="`initial_weighting`.*-0.5"):
         ntm(initial_weighting=-0.5)
 
@@ -577,7 +577,7 @@ def test_a_negative_weighting_is_none():
 @pytest.mark.parametrize(
     ("shift_range", "memory_slots"), [(1, 2), (3, 6), (1, 1)]
 )
-def test_shifts_that_overlap(shift_range, memory_slots):
+def test_overlapping_shifts_are_refused(shift_range, memory_slots):
     sizes = {"shift_range": shift_range, "memory_slots": memory_slots}
     message = f"shift_range={shift_range}, memory_slots={memory_slots}"
     with pytest.raises(ValueError, match="2 \\* shift_range.*" + message):
@@ -586,5 +586,5 @@ def test_shifts_that_overlap(shift_range, memory_slots):
     assert ntm(addressing="content", **sizes)(numbers()).shape[-1] == UNITS
 
 
-def test_as_many_shifts_as_slots():
+def test_as_many_shifts_as_slots_are_accepted():
     assert ntm(shift_range=5)(numbers()).shape[-1] == UNITS

@@ -39,7 +39,7 @@ def test_frames_are_read_as_written(tmp_path):
     assert np.allclose(camera["principal_point"], [3.2, 2.1])
 
 
-def test_poses_far_away_are_exact(tmp_path):
+def test_poses_far_from_the_origin_are_exact(tmp_path):
     """As of a world of UTM coordinates."""
     some = frames()
     poses = some.poses.astype("float64")
@@ -50,7 +50,7 @@ def test_poses_far_away_are_exact(tmp_path):
     )
 
 
-def test_frames_have_conventions(tmp_path):
+def test_frames_are_converted_between_conventions(tmp_path):
     """Each way is read in the axes of any other."""
     some = frames()
     turned = some.poses.copy()
@@ -85,7 +85,7 @@ def test_frames_have_conventions(tmp_path):
         rgbd.write_frames(tmp_path / "a", cases["opencv"])
 
 
-def test_a_full_disk_leaves_the_frames_that_were_there(tmp_path):
+def test_a_full_disk_keeps_the_old_frames(tmp_path):
     some, folder = frames(), tmp_path / "a" / "b"
 
     def content():
@@ -216,7 +216,7 @@ def unlike(frames):
     yield {"poses": frames.poses * 2}, "a rotation beside"
 
 
-def test_other_frames_are_refused_and_nothing_is_written(tmp_path):
+def test_wrong_frames_are_refused_and_not_written(tmp_path):
     some = frames()
     for change, told in unlike(some):
         with pytest.raises(ValueError, match=f"{told}.*Received"):
@@ -232,7 +232,7 @@ def test_other_frames_are_refused_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_more_frames_is_left_alone(tmp_path):
+def test_a_folder_of_more_frames_is_not_overwritten(tmp_path):
     some = frames()
     rgbd.write_frames(tmp_path, some)
     less = rgbd.Frames(
@@ -244,7 +244,7 @@ def test_a_folder_of_more_frames_is_left_alone(tmp_path):
     assert len(rgbd.read_frames(tmp_path).poses) == 3
 
 
-def test_points_are_a_ply_file(tmp_path):
+def test_points_are_written_as_a_ply_file(tmp_path):
     points = np.array([[1.5, -2, 3], [0, 0, 1]])
     rgbd.write_points(tmp_path / "a.ply", points, [[0, 0.5, 1], [1, 0, 0.2]])
     header, _, data = (
@@ -291,7 +291,7 @@ def test_wrong_points_leave_no_file(points, colors, tmp_path):
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_full_disk_leaves_the_points_that_were_there(old, tmp_path):
+def test_a_full_disk_keeps_the_old_points(old, tmp_path):
     path = tmp_path / "a.ply"
     if old:
         path.write_bytes(old)

@@ -29,7 +29,7 @@ def test_configurations_can_be_read(name):
 
 
 @pytest.mark.parametrize("length", [1, 5, 20, 80])
-def test_ntm_copy_copies(copier, length):
+def test_ntm_copy_copies_every_length(copier, length):
     rng = np.random.default_rng(3)
     batch = tasks.Copy().sample(rng, 17, length=length)
     outputs = copier["serving_default"](inputs=tf.constant(batch.inputs))
@@ -40,7 +40,7 @@ def test_ntm_copy_copies(copier, length):
 
 
 @pytest.mark.parametrize("length", [1, 5, 20, 40])
-def test_dnc_copy_copies(length):
+def test_dnc_copy_copies_every_length(length):
     dnc = tf.saved_model.load(str(SAVED / "dnc_copy" / "1")).signatures
     batch = tasks.Copy().sample(np.random.default_rng(3), 17, length=length)
     outputs = dnc["serving_default"](inputs=tf.constant(batch.inputs))
@@ -50,7 +50,7 @@ def test_dnc_copy_copies(length):
     assert float(tf.reduce_mean(wrong)) < 0.1
 
 
-def test_ntm_copy_streams(copier):
+def test_ntm_copy_streams_the_same_outputs(copier):
     batch = tasks.Copy().sample(np.random.default_rng(3), 5, length=7)
     inputs = tf.constant(batch.inputs)
     whole = copier["serving_default"](inputs=inputs)["outputs"]
@@ -62,7 +62,7 @@ def test_ntm_copy_streams(copier):
         )
 
 
-def test_memory_wrap_reads_digits_and_says_why():
+def test_memory_wrap_reads_and_explains_digits():
     digits = pytest.importorskip("sklearn.datasets")
     x, y = digits.load_digits(return_X_y=True)
     # As the example shuffles them with its first seed.
@@ -85,7 +85,7 @@ def test_memory_wrap_reads_digits_and_says_why():
     assert (top == answers).mean() > 0.9
 
 
-def test_esm_policy_knows_where_the_middle_is():
+def test_esm_policy_finds_the_middle_by_its_memory():
     example = runpy.run_path(SAVED.parent / "examples/esm_in_a_model.py")
     inputs, targets = example["sequences"](32, seed=2000)
     path = str(SAVED / "esm_policy" / "1")
