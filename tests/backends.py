@@ -1,12 +1,12 @@
-"""What each backend of Keras can do, and that all compute the same numbers.
+"""Shows what each backend supports, and compares their numbers.
 
     KERAS_BACKEND=torch python tests/backends.py numbers FILE.npz
     python tests/backends.py table [--results FOLDER] [--write]
 
 `numbers` writes what every catalogue case computes from weights that NumPy
 draws. `table` runs the catalogue on every backend and prints the table of
-README's section "Backends"; `--write` puts it there. `--results` keeps the
-runs' JUnit files, and uses those that are there already.
+README's section "Backends"; `--write` writes it into README. `--results` keeps
+the runs' JUnit files and reuses existing ones.
 """
 
 import argparse
@@ -39,7 +39,7 @@ BACKENDS = {
     "numpy": "NumPy",
 }
 
-# The checks of `test_catalogue.py`, in the words of README's table.
+# The checks of `test_catalogue.py`, as README's table calls them.
 CHECKS = {
     "config_round_trip": "`get_config`, `from_config`",
     "file_round_trip": "`.keras` and `.weights.h5` files",
@@ -64,7 +64,7 @@ CHECKS = {
 
 
 class Gradient(keras.optimizers.Optimizer):
-    """Puts the gradients in the place of the weights."""
+    """Replaces the weights by their gradients."""
 
     def update_step(self, gradient, variable, learning_rate):
         self.assign(variable, gradient)
@@ -79,7 +79,7 @@ def numbers(case):
     """Dict of arrays: outputs, final states, loss and gradients of a case.
 
     All weights and inputs come from NumPy, as initializers draw other numbers
-    on each backend; so does dropout, which is left out.
+    on each backend. Dropout does so too, and is turned off.
     """
     rng = np.random.default_rng(5)
     dropout = {n: 0.0 for n in case.kwargs if n.endswith("_dropout")}
@@ -106,7 +106,7 @@ def numbers(case):
         model.compile(
             Gradient(1.0),
             SumOfSquares("sum"),
-            # Where tracing takes longest.
+            # Tracing takes longest on TensorFlow.
             run_eagerly=keras.backend.backend() == "tensorflow",
         )
         nothing = np.zeros((len(x), *outputs.shape[1:]))
@@ -142,12 +142,12 @@ def run_catalogue(backend, path):
 
 
 def outcomes(path):
-    """Check -> Counter of what became of it in the cases of a JUnit file:
-    "yes", "fails", or why it was skipped."""
+    """Dict from each check to a Counter of its outcomes in a JUnit file: "yes",
+    "fails", or the reason of a skip."""
     found = collections.defaultdict(collections.Counter)
     for test in xml.etree.ElementTree.parse(path).iter("testcase"):
         check, _, parameters = test.get("name").partition("[")
-        for case in CASES:  # the last parameter
+        for case in CASES:  # the case is the last parameter
             parameters = parameters.removesuffix(f"{case.name}]")
         check = check.removeprefix("test_")
         if parameters:

@@ -1,5 +1,5 @@
-"""The Differentiable Neural Computer against its oracle and cases solved by
-hand: `access_harness.py` has what it shares with others."""
+"""The Differentiable Neural Computer, compared with its oracle and with values
+computed by hand. `test_accesses.py` has the checks of all accesses."""
 
 import concurrent.futures
 import threading
@@ -37,7 +37,7 @@ dnc, built, randomised, like = DNC.make, DNC.built, DNC.randomised, DNC.like
 
 
 def with_dense_links(inside):
-    """What happened, or a state as a dict, with N x N links."""
+    """A trace, or a state as a dict, with N x N links."""
     inside = dict(inside)
     for name in [name for name in inside if name.endswith("link_columns")]:
         columns = inside.pop(name)
@@ -58,7 +58,7 @@ BY_NAME = {
 
 
 def oracle(layer, x, states=None, use_memory=True):
-    """What `reference.dnc_sequence` says that the layer does."""
+    """The results of `reference.dnc_sequence` for the layer's weights."""
     cell, config = layer.cell, layer.cell.get_config()
     weights = []
     for block, controller in enumerate(cell.block_controllers):
@@ -148,7 +148,7 @@ def equals_the_oracle(layer, x, states=None, tolerance=1e-11, **kwargs):
     [
         ("lstm", 1),
         ("lstm", 3),
-        # What heads do is the same with each controller.
+        # Heads act the same with each controller.
         *(("gru", 1), ("rnn", 3), ("dense", 1)),
         *(
             slow_unless(False, controller, heads)
@@ -170,7 +170,7 @@ def test_equals_the_oracle(controller, write_heads):
     equals_the_oracle(layer, x, dnc_states(layer))
 
 
-# What the option is, and whether the weights without it are others.
+# The option, and whether the layer has other weights without it.
 OPTIONS = {
     "key_activation": "tanh",
     "add_activation": "tanh",
@@ -191,7 +191,7 @@ WITH_OTHER_WEIGHTS = {
     "content_masks",
     "link_sharpening",
     "linkage",
-    "sparse_links",  # other states, rather
+    "sparse_links",  # has other states
     "interface_layer_norm",
 }
 
@@ -254,7 +254,7 @@ def test_initial_memories_equal_the_oracle(start):
     x = numbers()
     if start == "learned":
         equals_the_oracle(layer, x)
-    # Rounding decides which of equal slots is used first, and nothing else.
+    # Rounding decides only which of equal slots is used first.
     close(layer(x), oracle(layer, x)["output"], 1e-11)
     memory = layer.cell.unpack_state(layer.cell.get_initial_state(1)).memory
     if start == "learned":
@@ -315,7 +315,7 @@ def test_interface_size_equals_the_paper():
     assert layer.cell.interfaces[0][0].shape == (7, expected)
 
 
-# One step of the memory, driven by hand.
+# Single steps of the memory, with an interface set by hand.
 
 
 def a_step(access, state, **values):
@@ -324,7 +324,7 @@ def a_step(access, state, **values):
 
 
 def by_hand(**options):
-    """An access and the state it starts with, for one batch item."""
+    """An access and its initial state, for one batch item."""
     layer = built(controller="dense", read_heads=1, **options)
     cell = layer.cell
     state = cell.unpack_state(cell.get_initial_state(1))
@@ -343,7 +343,7 @@ ON, OFF = 100.0, -100.0
 
 
 def free_only(state, slot):
-    """All slots are used but one, and the last step did nothing."""
+    """The state with a single unused slot, after a step without writes."""
     return state._replace(
         usage=tensor(1.0 - one_hot(slot))[None],
         write_weighting=ops.zeros_like(state.write_weighting),
@@ -367,7 +367,7 @@ def test_links_record_the_order_of_writing():
     links = np.zeros((11, 11))
     links[3, 0] = links[1, 3] = 1.0
     close(state.linkage, [[links]], 1e-4)
-    # Backward, by content, forward.
+    # The read modes: backward, content, forward.
     for start, mode, end in (
         (0, (0, 0, ON), 3),
         (3, (0, 0, ON), 1),
@@ -443,7 +443,7 @@ def test_freed_slots_are_allocated_next(deallocation):
         close(after.usage, [1.0 - free])
         close(inside["allocation_weighting"], [[free]], 1e-5)
         close(after.write_weighting, [[free]], 1e-5)
-    # What is freed is erased with deallocation only; no write hides that.
+    # Freed slots are erased only with deallocation; the write adds zeros.
     after, _ = a_step(access, full, free_gate=ON, write_gate=OFF)
     erased = one_hot(7) if deallocation else np.zeros(11)
     close(after.memory, np.ones((1, 11, 5)) * (1.0 - erased)[:, None])
@@ -463,7 +463,7 @@ def test_a_second_write_head_takes_another_slot():
         assert int(np.argmax(first)) == 2
         assert int(np.argmax(second_found)) == int(np.argmax(second))
         close(second_found[2], 1.0 if gate == OFF else 0.0, 1e-4)
-    # 0.6 of slot 6 is free; what the first head took is 1e-6.
+    # Slot 6 is 0.6 free; the first head has taken 1e-6 of it.
     close(inside["allocation_weighting"][0, 0, 6], 0.0, 1e-5)
 
 
@@ -473,7 +473,7 @@ def test_reads_see_the_write_of_their_own_step():
         access, state, write_gate=ON, allocation_gate=OFF, add_vector=3.0
     )
     close(after.memory, np.full((1, 1, 5), 3.0))
-    # No links yet: a third of the read is by content.
+    # Without links, only content addressing reads, at a third of the weight.
     close(after.read_weighting, [[[1 / 3]]])
     close(after.reads, np.full((1, 1, 5), 1.0))
 
@@ -489,8 +489,8 @@ def test_sharpened_links_are_uniform_where_links_are_absent():
 
 
 def gradients_of(layer, x, states, jit_compile=False, eagerly=False):
-    """Of inputs, weights and states, of a loss of outputs and all states but
-    the links."""
+    """Gradients of inputs, weights and states; the loss is of outputs and all
+    states but the links."""
     import tensorflow as tf
 
     x, states = tf.constant(x), [tf.constant(state) for state in states]
@@ -507,7 +507,7 @@ def gradients_of(layer, x, states, jit_compile=False, eagerly=False):
                 loss += tf.reduce_sum(tf.sin(2 * state)) if counts else 0.0
         return output, tape.gradient(loss, variables)
 
-    if not eagerly:  # where tracing takes longest
+    if not eagerly:  # tracing takes longest
         gradients = tf.function(gradients, jit_compile=jit_compile)
     output, found = gradients()
     states = layer.cell.unpack_state(found[-len(states) :])
@@ -559,8 +559,8 @@ def test_as_many_sparse_links_as_slots_equal_dense_links(loop, jit_compile):
 
 @pytest.mark.parametrize(("heads", "entries"), [(1, 1), (2, 1), (2, 3)])
 def test_single_links_are_kept_exactly(heads, entries):
-    """One slot written after the other: one link a row is all that there is,
-    also where a state of zeros has columns that are all the same."""
+    """With one slot written per step, each row has only one link. The initial
+    state of zeros has equal columns, which must not matter."""
     rng = np.random.default_rng(3)
     linkage = tensor(np.zeros((BATCH, heads, 11, 11)))
     precedence = tensor(np.zeros((BATCH, heads, 11)))
@@ -584,7 +584,7 @@ def test_single_links_are_kept_exactly(heads, entries):
 
 
 def as_matrix(linkage, columns):
-    """Links as a step has them, slots last, as N x N links."""
+    """The links of a step, slots last, as an N x N matrix."""
     linkage, columns = map(ops.convert_to_numpy, (linkage, columns))
     return dense_linkage(linkage.swapaxes(-1, -2), columns.swapaxes(-1, -2))
 
@@ -598,7 +598,7 @@ def test_rows_of_sparse_links_have_each_column_once():
     assert (columns == np.round(columns)).all()
     assert columns.min() == 0 and columns.max() == 10
     assert (np.diff(np.sort(columns, axis=-1), axis=-1) > 0).all()
-    # New columns have come, and only those of links.
+    # Columns have changed, and the diagonal has no link.
     assert (columns[:, -1] != np.arange(4)).any()
     links = with_dense_links(inside)["linkage"]
     assert (np.diagonal(links, axis1=-2, axis2=-1) == 0).all()
@@ -657,7 +657,7 @@ def test_permuting_the_slots_does_not_change_the_output(options):
     fields = {
         name: permuted(name, ops.convert_to_numpy(value), order)
         for name, value in record._asdict().items()
-        if not isinstance(value, tuple)  # the controller's, or none
+        if not isinstance(value, tuple)  # of the controller, or empty
     }
     states = layer.cell.pack_state(record._replace(**fields))
     after = keras_memory.trace(layer, x, initial_state=states)
@@ -784,7 +784,7 @@ def test_gradients_of_allocation_are_finite_at_0_and_1(dtype, sort):
         jacobian = tape.jacobian(found, usage, experimental_use_pfor=False)
         jacobian = jacobian.numpy()
         assert np.isfinite(jacobian).all()
-        # No allocation depends on a usage more than as one to one.
+        # No derivative of the allocation exceeds 1.
         assert 0.5 < np.abs(jacobian).max() < 1.001
 
 
@@ -801,7 +801,7 @@ def test_without_usage_gradient_the_output_is_the_same():
 
 @needs_tensorflow
 def test_usage_gradient_only_stops_gradients_to_write_weightings():
-    """The same gradients as if usage were told of a constant writing."""
+    """Gradients equal those with constant write weightings in the usage."""
     import tensorflow as tf
 
     fixed = {"write_heads": 2, "dtype": "float64"}
@@ -847,14 +847,14 @@ def test_usage_gradient_only_stops_gradients_to_write_weightings():
     assert np.abs(whole[0] - stopped[0]).max() > 1e-3
 
 
-# Where mathematics is singular.
+# Singular points.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
 @pytest.mark.parametrize("used", [0.0, 1.0])
 @needs_tensorflow
 def test_usage_and_weightings_of_0_and_1_have_finite_gradients(used, dtype):
-    """All slots used, or none, after reads and writes at a single slot."""
+    """All slots are used, or none; reads and writes were at a single slot."""
     import tensorflow as tf
 
     layer = built(dtype=dtype, initial_memory="random", return_state=True)
@@ -877,11 +877,11 @@ def test_usage_and_weightings_of_0_and_1_have_finite_gradients(used, dtype):
         assert np.isfinite(value).all() and np.abs(value).max() < 1e4
 
 
-# Without the memory; resets.
+# Without memory, and resets.
 
 
 def copies(states):
-    """NumPy copies, which nothing can change."""
+    """NumPy copies, which later calls cannot change."""
     return [np.array(ops.convert_to_numpy(state)) for state in states]
 
 
@@ -908,7 +908,7 @@ def test_without_memory_only_the_controller_states_change(options):
     for before, now, moves in zip(copies(states), copies(after), of_controller):
         assert (before != now).any() == moves
     assert (ops.convert_to_numpy(output)[:, :, 7:] == 0).all()
-    # What is in the memory does not matter.
+    # The contents of the memory do not matter.
     others = [
         a if moves else b
         for a, b, moves in zip(states, dnc_states(layer, 4), of_controller)
@@ -952,7 +952,7 @@ def test_resets_change_only_the_given_part_and_rows(rows, part, options):
         np.testing.assert_array_equal(now[changed], start[changed])
         np.testing.assert_array_equal(now[~changed], before[~changed])
         assert (before != start).any()
-    equal(states, kept)  # those given stay as they are
+    equal(states, kept)  # given states are not modified
 
 
 @needs_tensorflow
@@ -974,7 +974,7 @@ def test_resets_work_in_a_graph_of_any_batch_size():
 
 
 def test_reset_states_of_a_stateful_layer_are_copies():
-    """On PyTorch it must not be a view of the layer's states."""
+    """On PyTorch they must not be views of the layer's states."""
     layer = built(stateful=True)
     x = numbers().astype("float32")
     layer(x)
@@ -1004,13 +1004,13 @@ def test_resets_change_a_stateful_layer_unless_states_are_given(part):
     before = copies(layer.states)
     reset = getattr(layer, f"reset_{part}")
     expected = copies(reset(before, rows=[False, True]))
-    equal(layer.states, before)  # states were given
+    equal(layer.states, before)  # given states: the layer keeps its own
     equal(reset(rows=[False, True]), expected)
     equal(layer.states, expected)
     reset()
     equal(layer.states, reset(before))
     assert any((a != b).any() for a, b in zip(before, expected))
-    # And the layer goes on from there.
+    # The layer continues from the reset states.
     going_on = like(layer, return_state=True)
     follows = going_on(x, initial_state=copies(layer.states))[0]
     close(layer(x), follows)
@@ -1103,7 +1103,7 @@ def test_bypass_dropout_drops_only_the_controller_output():
     share = (ratio[:, 0] == 0).mean()
     assert 0.3 < share < 0.5
     assert (ratio[0, 0] != ratio[1, 0]).any()
-    # The next batch loses other units, and a layer of the same seed the same.
+    # The next batch drops other units; a layer of the same seed, the same.
     again = ops.convert_to_numpy(layer(x, training=True))
     assert ((again == 0) != (dropped == 0)).any()
     same = built(shape, bypass_dropout=0.4, **fixed)
@@ -1151,7 +1151,7 @@ def test_bidirectional_equals_one_layer_in_each_direction():
     of_back = ops.convert_to_numpy(back(x[:, ::-1]))[:, ::-1]
     close(found[:, :, UNITS:], of_back, 1e-5)
     assert np.abs(found[:, :, :UNITS] - found[:, :, UNITS:]).max() > 0.1
-    # A masked end is as if it were cut off.
+    # A masked end acts like a shorter sequence.
     length = 4
     mask = np.arange(TIME)[None].repeat(BATCH, 0) < length
     masked = ops.convert_to_numpy(both(x, mask=ops.convert_to_tensor(mask)))
@@ -1179,7 +1179,7 @@ def test_bidirectional_trains_and_is_restored_from_a_file(tmp_path):
     close(loaded(x), model(x), 0)
 
 
-# What is refused.
+# Errors.
 
 
 STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]

@@ -1,4 +1,4 @@
-"""Egospheric Spatial Memory: next to the reference, and to a room."""
+"""Egospheric Spatial Memory, compared with the reference and with a room."""
 
 import functools
 import itertools
@@ -84,7 +84,7 @@ def layer_of(**options):
 
 
 def at(inputs, time):
-    """One step, or some, of inputs."""
+    """Inputs of one step, or of a slice of steps."""
     return keras.tree.map_structure(lambda x: x[:, time], inputs)
 
 
@@ -106,14 +106,14 @@ def of_golden(d, number=2):
 
 
 def own_of(found):
-    """What pixels have points of their own for, as in the reference."""
+    """The pixels that contain a point, as the reference counts them."""
     mean, variance, own = map(array, found)
     return esm.ESMMap(mean, np.where(own, variance, np.inf))
 
 
 def is_clear(pixels, depth, valid, height, width, share=0.02):
-    """Where the reference's depth buffer is right: one point, or the nearest
-    well before the others; away from its poles and seam.
+    """Where the reference's depth buffer is right: a single point, or a nearest
+    point well in front of the others; away from poles and seam.
 
     Returns:
         (B, H, W) bool.
@@ -139,11 +139,11 @@ def is_clear(pixels, depth, valid, height, width, share=0.02):
 @pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
 def test_projection_equals_the_reference(name):
-    """What two cameras measure, and the memory after the motion, at each step.
+    """Measurements of two cameras, and the memory after each motion.
 
-    The reference rounds all cameras together with the depth buffer, as one
-    camera with both images does here. Compared are pixels where its depth
-    buffer is right (`is_clear`)."""
+    With the depth buffer, the reference quantizes all cameras together, like a
+    single camera with both images here. Only pixels where its depth buffer is
+    right are compared (`is_clear`)."""
     d = np.load(GOLDENS / f"{name}.npz")
     height, width = d["empty_memory.mean"].shape[2:4]
     cell = keras_memory.ESMCell(
@@ -195,7 +195,7 @@ def test_projection_equals_the_reference(name):
             (of_it[1][..., 0] < 1e11) == np.isfinite(found.variance[..., 0])
         )[:, 1:-1, 1:-1].mean() > 0.999
         close(found.mean[hit], of_it[0][hit], 1e-4)
-        # The reference's depth buffer adds depth to them, and rounds.
+        # The reference's depth buffer adds depth and so rounds.
         error = np.abs(found.variance[hit] - of_it[1][hit])
         assert error.max() < 0.01
         compared += hit.sum()
@@ -250,7 +250,7 @@ def test_reprojection_equals_the_reference(name):
 
 
 def test_a_step_equals_the_reference():
-    """Holes, their variance, and smoothing, with features that are positive."""
+    """Holes, their variance and smoothing; all features are positive."""
     d = np.load(GOLDENS / "esm__b.npz")
     shape = d["empty_memory.mean"].shape
     cell = keras_memory.ESMCell(
@@ -270,7 +270,7 @@ def test_a_step_equals_the_reference():
         )
         hole = (state.variance >= 0.99 * cell._prior.variance[0, 0]).any(-1)
         assert 0.1 < hole.mean() < 0.95
-        # The reference's denominator has a hundredth of the kernel's sum more.
+        # The reference adds a hundredth of the kernel's sum to the denominator.
         expected = d["step.fused_mean"][time].astype("float32")
         theirs = shown.mean[..., 2:] * around / (around + 0.01)
         theirs = np.where(hole[..., None], theirs, shown.mean[..., 2:])
@@ -282,7 +282,7 @@ def test_a_step_equals_the_reference():
 @pytest.mark.every_backend
 @pytest.mark.skipif(not RECORDED.exists(), reason="no recorded data here")
 def test_recorded_data_gives_the_map_of_the_reference():
-    """A frame that the reference's authors recorded, outside of row 0."""
+    """A frame recorded by the reference's authors; row 0 is excluded."""
     d = np.load(RECORDED)
     cell = keras_memory.ESMCell()
     inputs = at(of_golden(d, number=1), 0)
@@ -354,7 +354,7 @@ def test_a_stateful_layer_continues_from_its_state():
             close(layer(at(inputs, part)).mean, whole.mean[:, part])
         layer.reset_state()
     assert len(layer.non_trainable_variables) == 2
-    assert not layer.weights  # of another batch size, they would not fit
+    assert not layer.weights  # as weights, states would fix the batch size
     entry = keras.tree.map_structure(
         lambda x: keras.Input(x.shape[1:], dtype=x.dtype.name), inputs
     )
@@ -403,7 +403,7 @@ def test_a_stateful_model_is_served_as_a_stateless_one(tmp_path):
     expected = arrays(plain(inputs))
     stateful(inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of signatures that it cannot have
+        warnings.simplefilter("ignore")  # warns of missing signatures
         export.export_for_serving(stateful, tmp_path, warm_up=((2, 3),))
     served = tf.saved_model.load(tmp_path / "1").signatures["serving_default"]
     names = sorted(served.structured_input_signature[1])
@@ -453,7 +453,7 @@ def test_pose_covariance_becomes_the_variance_of_the_map():
         np.maximum(array(wanted)[0, 0], layer.variance_limits[0]),
         1e-4,
     )
-    inputs["cameras"]["pose_covariance"] *= -1  # takes nothing away
+    inputs["cameras"]["pose_covariance"] *= -1  # subtracts nothing
     found = arrays(layer(inputs)[1])
     close(found.variance[0, row, column, :3], layer.variance_limits[0], 1e-6)
 
@@ -483,7 +483,7 @@ def test_constant_cameras_need_no_time_axis():
     whole = layer_of()(inputs)
     inputs["cameras"][0] = {**camera, "pose": camera["pose"][:, 0]}
     close(layer_of()(inputs).mean, whole.mean)
-    inputs["cameras"] = inputs["cameras"][0]  # one alone
+    inputs["cameras"] = inputs["cameras"][0]  # a single camera
     close(layer_of()(inputs).mean, whole.mean)
 
 
@@ -514,13 +514,13 @@ def test_depth_equals_points_along_the_optical_axis():
 
 
 def points_of(found, time):
-    """Columns and rows of all points that a map has, in order."""
+    """Sorted columns and rows of all points of a map."""
     known = found.variance[0, time, ..., 2] < 1
     return np.unique(found.mean[0, time, known, :2].round(4), axis=0).tolist()
 
 
 def test_a_point_lands_where_computed_by_hand():
-    """Seen ahead at 2 m; the agent walks 1 m on and turns left."""
+    """A point 2 m ahead; the agent walks 1 m ahead and turns left."""
     quarter = geometry.pose_matrix([0.0, 0, 0, 0, -np.pi / 2, 0])
     ahead = geometry.pose_matrix([0.0, 0, -1.0, 0, 0, 0])
     motion = np.stack([np.eye(3, 4), geometry.compose(quarter, ahead)])[None]
@@ -541,14 +541,14 @@ def test_a_point_lands_where_computed_by_hand():
         )
     )
     close(found.mean[0, 0, 3, 6], [6, 3, 2, 7])
-    # It is to the right now, a quarter of twelve columns from the middle.
+    # Now the point is on the right, a quarter of twelve columns off center.
     close(found.mean[0, 1, 3, 9], [9, 3, 1, 7])
     assert points_of(found, 1) == [[9, 3]]
 
 
-# Conventions: a pixel to the right of the middle, and above it.
+# Conventions: a pixel right of the center and above it.
 
-BY_HAND = {  # motion: a metre ahead, then a quarter to the left; pose: 0.3 m up
+BY_HAND = {  # motion: a meter ahead, then a quarter turn left; pose: 0.3 m up
     # in the agent, looking to its right
     "esm": (
         [[0, 0, -1, 1], [0, 1, 0, 0], [1, 0, 0, 0]],
@@ -575,7 +575,7 @@ K = np.array([[4.0, 0, 3], [0, 5, 2], [0, 0, 1]])
 
 
 def one_pixel(convention, depth=2.0, dtype="float32"):
-    """Inputs: what is seen at first, two metres ahead, then a motion."""
+    """Inputs: a pixel seen two meters ahead at first, then a motion."""
     image = np.zeros((1, 2, 3, 5), dtype)
     image[0, 0, 0, 4] = depth
     inverse = geometry.inverse_intrinsics((4, 5), (3, 2))
@@ -600,7 +600,7 @@ def place(right, up, ahead, height=60, width=120):
 
 
 def places(found):
-    """(T, 3) of the one point in each map."""
+    """(T, 3): column, row and distance of the only point in each map."""
     rows = []
     for mean, variance in zip(found.mean[0], found.variance[0]):
         (row,) = np.unique(mean[variance[..., 2] < 1].round(3), axis=0)
@@ -642,7 +642,7 @@ def test_conventions_match_places_computed_by_hand(convention, given):
 
 
 def test_covariances_follow_the_axes_of_the_convention():
-    """Ahead and back, and about what is up."""
+    """The motion is uncertain along the forward axis and about the up axis."""
     found = []
     for convention in BY_HAND:
         inputs = one_pixel(convention)
@@ -698,7 +698,7 @@ def test_intrinsics_of_another_convention_are_refused(matrix, convention, told):
 
 
 def test_a_model_ignores_a_camera_of_another_convention():
-    """Where values are not known when it is built."""
+    """Inside a model, the values are unknown when it is built."""
     inputs = one_pixel("opencv")
     entry = entry_of(inputs, times=2)
     entry["cameras"]["inverse_intrinsics"] = keras.Input((3, 3))
@@ -759,7 +759,7 @@ def test_float64_layers_have_float64_constants():
         state.mean[0, known, 2], moved, rtol=1e-14, atol=0
     )
     assert radius > moved
-    # Smoothed as by loops, with the kernel in float64.
+    # Equals smoothing by loops, with the kernel in float64.
     kernel = 1 / (1 + np.hypot(*np.mgrid[-6:7, -6:7]))
     mean, variance = (
         array(fusion.pad_sphere(part[..., 2:], 6)) for part in state
@@ -837,7 +837,7 @@ def test_uncertain_motion_widens_the_map_until_it_is_forgotten():
     wider = (
         unsure.variance[:, 2][known[:, 2]] - sure.variance[:, 2][known[:, 2]]
     )
-    assert (wider[:, 2] > 1e-4).mean() > 0.9  # of depth, from two translations
+    assert (wider[:, 2] > 1e-4).mean() > 0.9  # from two translations
     assert (wider[:, 3:] == 0).all()
     inputs["motion_covariance"] = 1e8 * covariance
     lost = arrays(layer_of()(inputs))
@@ -863,7 +863,7 @@ def test_without_a_depth_buffer_points_are_fused():
         close(found.variance[0, 3, 6], [variance] * 4)
 
 
-# What is bad.
+# Invalid inputs.
 
 
 @pytest.mark.every_backend
@@ -880,7 +880,7 @@ def test_bad_pixels_are_ignored():
 
     spoil("points", (0, 0, 1), np.nan)
     spoil("points", (0, 1, 0), np.inf)
-    spoil("points", (0, 2), 0.0)  # at the origin, once the pose is nothing
+    spoil("points", (0, 2), 0.0)  # at the origin, as the pose is the identity
     spoil("points", (0, 3), 1e-4)
     spoil("points", (1, 0), 100.0)
     spoil("features", (1, 1, 2), np.nan)
@@ -968,7 +968,7 @@ def test_frames_without_a_valid_pixel_keep_the_map():
 
 
 def gradients(layer, inputs, weights):
-    """Of a weighted sum of the map, by all that is real in the inputs."""
+    """Gradients of a weighted sum of the map by all floating-point inputs."""
     flat = keras.tree.flatten(inputs)
     real = [i for i, x in enumerate(flat) if x.dtype != bool]
 
@@ -1014,7 +1014,7 @@ def weights_of(layer, inputs):
     rng = np.random.default_rng(5)
     maps = layer(inputs)
     parts = [rng.normal(size=part.shape) for part in maps]
-    # Away from the prior's large variances.
+    # Exclude the large variances of the prior.
     parts[1] = parts[1] * (array(maps.variance) < 100)
     parts[0][..., :2] *= 0.1
     return [part.astype(ops.dtype(maps.mean)) for part in parts]
@@ -1058,7 +1058,7 @@ def test_gradients_equal_finite_differences(depth_buffer):
                 moved[number][place] += sign * small
                 ends.append(total(*map(ops.convert_to_tensor, moved)))
             difference = (ends[0] - ends[1]) / (2 * small)
-            # Where a point changes its pixel there is no slope.
+            # The gradient is undefined where a point changes its pixel.
             if abs(difference) < 1e4:
                 np.testing.assert_allclose(
                     slopes[place], difference, rtol=1e-4, atol=1e-4
@@ -1247,7 +1247,7 @@ def test_arguments_out_of_range_are_refused(name, value):
         layer_of(**{name: value})
 
 
-# The door.
+# Checks of arguments.
 
 UNFIT_BOOL = np.ones((2, 3), bool)
 UNFIT = (
@@ -1485,7 +1485,7 @@ MAP = {"height": 90, "width": 180}
 
 
 def turned(angles, positions=None):
-    """Poses of an agent that looks in directions, counted to the left."""
+    """Poses of an agent that looks at these angles, counted to the left."""
     vectors = np.zeros((len(angles), 6), "float32")
     vectors[:, 4] = angles
     if positions is not None:
@@ -1514,7 +1514,7 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
     inputs = {"cameras": camera, "motion": array(motion)[None]}
     if depth_noise:
         variance = np.full((1, *depth.shape, 6), 1e-3, "float32")
-        # Of the distance, which is longer than what is along the axis.
+        # The variance is that of the distance, which exceeds the depth.
         ones = np.ones((1, size, size), "float32")
         points = geometry.pixels_to_camera(ones, inverse)
         longer = np.linalg.norm(array(points), axis=-1)
@@ -1527,7 +1527,7 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
 
 
 def errors(pose, mean, variance):
-    """Relative errors of depth, those of colors, and where it was seen."""
+    """Relative errors of depth, errors of colors, and the seen pixels."""
     seen_there = variance[..., 2] < 9000
     distance, color = ROOM.render_sphere(
         pose, mean[..., :2], MAP["height"], MAP["width"]
@@ -1588,7 +1588,7 @@ def test_the_map_equals_the_room():
 
 
 def reachable(poses):
-    """(H, W) bool, what of the last pose's map the camera has had in view."""
+    """(H, W) bool: pixels of the last map that the camera has had in view."""
     sizes = MAP["height"], MAP["width"]
     grid = geometry.pixel_grid(*sizes)
     distance, _ = ROOM.render_sphere(poses[-1], grid, *sizes)
@@ -1621,7 +1621,7 @@ def test_the_map_survives_a_walk_there_and_back():
 
     first, last = medians(depth_noise=0.01)
     assert 1e-3 < first and last < 1.5 * first
-    # Without noise the first is exact, but for rounding.
+    # Without noise the first map is exact up to rounding.
     first, last = medians(depth_noise=0.0)
     assert first < 1e-6 and last < 2e-4
 
@@ -1644,9 +1644,9 @@ def test_noise_degrades_the_map_smoothly():
     [(0.05, 0.0), (0.1, 0.0), (0.1, 0.005), (0.1, 0.01)],
 )
 def test_the_variance_predicts_the_error_of_the_map(depth_noise, motion_noise):
-    """About 68 % of the errors are within a standard deviation: of depth, and
-    of what it changes within that of the direction. Points are fused, as the
-    nearest of several with noise is too near."""
+    """About 68 % of the errors are within one standard deviation. The direction
+    contributes by how much depth changes within its standard deviation. Points
+    are fused: with noise, the nearest of several points is too near."""
     poses = turned(np.linspace(0, np.pi / 2, 9))
 
     def distance(pixels, *shift):

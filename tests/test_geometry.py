@@ -488,7 +488,7 @@ def test_only_kept_points_have_gradients():
     assert (slopes[0, 0] == 0).all()
 
 
-def test_an_empty_pixel_shows_the_nearest_neighboring_point():
+def test_an_empty_pixel_shows_the_nearest_point_beside_it():
     mean, variance = some_points()  # at (1.4, 1.9), (0.6, 2.3), (5.2, 3.4)
     valid = [[True] * 3]
     image, spread, own = map(

@@ -1,5 +1,5 @@
-"""The Neural Turing Machine against its oracle and cases solved by hand:
-`access_harness.py` has what it shares with others."""
+"""The Neural Turing Machine, compared with its oracle and with values computed
+by hand. `test_accesses.py` has the checks of all accesses."""
 
 import itertools
 
@@ -45,7 +45,7 @@ BY_NAME = {
 
 
 def oracle(layer, x):
-    """What `reference.ntm_sequence` says that the layer does."""
+    """The results of `reference.ntm_sequence` for the layer's weights."""
     cell, config = layer.cell, layer.cell.get_config()
     controller = cell.block_controllers[0]
     weights = {
@@ -112,7 +112,7 @@ ADDRESSINGS = ["content_and_location", "content"]
             ["lstm"],
         ),
         *(
-            # What heads do is the same with each controller.
+            # Heads act the same with each controller.
             slow_unless(
                 others == (IN_TURN, "content_and_location", True),
                 *others,
@@ -144,7 +144,7 @@ def test_equals_the_oracle(head_order, addressing, erase, controller):
     equals_the_oracle(layer, numbers())
 
 
-# With what the option is compared, to see that it does something.
+# The option to compare with, to see that this one has an effect.
 OPTIONS = {
     "interface_clip": 0.4,
     "clip_value": 0.3,
@@ -175,7 +175,7 @@ def test_each_option_equals_the_oracle_and_has_an_effect(option):
     layer = randomised(**{**fixed, option: OPTIONS[option]})
     x = few()
     output = equals_the_oracle(layer, x)["output"]
-    if option != "shift_range":  # which has other weights
+    if option != "shift_range":  # changes the weights
         without = ops.convert_to_numpy(like(layer, **fixed)(x))
         assert np.abs(output - without).max() > 1e-3
     if option == "clip_value":
@@ -211,7 +211,7 @@ def test_one_item_and_one_step_equal_the_oracle(shape, writing):
 
 
 def written(**kwargs):
-    """A layer that overwrites: it has fewer slots than a sequence steps."""
+    """A layer with fewer slots than time steps, so that it overwrites slots."""
     fixed = {
         "writing": "sequential",
         "memory_slots": 5,
@@ -232,7 +232,7 @@ WRITE_FIRST = ("write", "read", "read")
 @pytest.mark.parametrize(
     ("head_order", "discount", "erase"),
     [
-        # By default all pairs.
+        # All pairs with the default head order.
         slow_unless(
             (discount is None) == (erase != (head_order == WRITE_FIRST)),
             head_order,
@@ -339,7 +339,7 @@ def test_sequential_writing_matches_values_computed_by_hand(erase, memory):
 )
 @needs_tensorflow
 def test_sequential_writing_fills_every_slot_in_16_bits(slots, dtype):
-    """Every slot is written before any is again, and then the least used."""
+    """Every slot is written once; then the least used slots are overwritten."""
     layer = randomised(
         memory_slots=slots,
         slot_size=2,
@@ -381,7 +381,7 @@ def test_writes_in_turn_match_values_computed_by_hand():
         close(inside["reads"], np.full((1, 1, 1, 5), 0.5))
 
 
-# What the layer starts with.
+# Initial states.
 
 
 def test_constant_initial_values_are_not_weights():
@@ -444,13 +444,13 @@ def test_content_addressing_has_no_initial_weighting_to_learn():
     assert not initial_weights(layer)
 
 
-# Invariants of the whole.
+# Invariants of the layer.
 
 
 @pytest.mark.parametrize("addressing", ["content", "content_and_location"])
 def test_permuting_the_slots_does_not_change_the_output(addressing):
-    """Permuting the slots permutes memory and weightings and leaves the
-    output as it is; with shifts, turning them does."""
+    """Memory and weightings are permuted alike. With shifts, only rotations of
+    the slots keep the output."""
     layer = randomised(
         initial_memory="random",
         initial_weighting="random",
@@ -475,8 +475,8 @@ def test_permuting_the_slots_does_not_change_the_output(addressing):
 
 
 def test_parallel_heads_see_the_memory_of_the_step_before():
-    """In parallel a read head never sees the write of its own step; in turn
-    it does if it comes after it."""
+    """In parallel, a read head never sees the write of its own step. In turn,
+    it does if it comes after the write head."""
     shape = (BATCH, 1, WIDTH)
     x = numbers(shape=shape)
     outputs = {}
@@ -488,7 +488,7 @@ def test_parallel_heads_see_the_memory_of_the_step_before():
     assert np.abs(outputs[("write", "read")]["reads"]).min() > 1e-4
 
 
-# What is refused.
+# Errors.
 
 
 STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
@@ -522,7 +522,7 @@ STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
                 ("read", "wirte"),
             ],
         ),
-        # Neither a bool is a number nor a text.
+        # Bools and texts are no numbers.
         ("memory_slots", [True]),
         ("slot_size", [True]),
         ("read_heads", [True]),
@@ -582,7 +582,7 @@ def test_overlapping_shifts_are_refused(shift_range, memory_slots):
     message = f"shift_range={shift_range}, memory_slots={memory_slots}"
     with pytest.raises(ValueError, match="2 \\* shift_range.*" + message):
         ntm(**sizes)
-    # By content there are no shifts.
+    # Content addressing has no shifts.
     assert ntm(addressing="content", **sizes)(numbers()).shape[-1] == UNITS
 
 

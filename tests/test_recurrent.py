@@ -1,9 +1,8 @@
-"""What all recurrent memories share: `recurrent`.
+"""Tests of `recurrent`, the part that all recurrent memories share.
 
-`test_catalogue.py` runs every layer through what Keras asks of it. Here: that
-each thing that `MemoryRNN` does differently from `keras.layers.RNN` is needed
-and works, what is refused, and that Keras still has the private hooks that
-all of this hangs on.
+`test_catalogue.py` checks every layer against the demands of Keras. This file
+checks where `MemoryRNN` differs from `keras.layers.RNN`, which errors are
+raised, and that Keras still has the private hooks that the layers depend on.
 """
 
 import concurrent.futures
@@ -96,8 +95,8 @@ def holes():
 
 
 class Silent:
-    """An access that reads zeros whatever happens: with constant inputs, a
-    feed-forward controller sees the same thing at every step."""
+    """An access that always reads zeros: with constant inputs, a feed-forward
+    controller gets the same input at every step."""
 
     interface_size = 1
     read_size = 2
@@ -122,7 +121,7 @@ def test_reset_state_restores_the_initial_state_instead_of_zeros(x):
     assert all(not ops.convert_to_numpy(state).any() for state in plain.states)
     ours = keras_memory.MemoryRNN(cell, stateful=True)
     ours(x)
-    # Also after training has changed it.
+    # The reset must use the trained weight, not its first value.
     (memory,) = (w for w in cell.weights if w.name == "initial_memory")
     memory.assign(ops.convert_to_numpy(memory) + 2.0)
     ours.reset_state()
@@ -143,7 +142,7 @@ def test_reset_state_before_the_first_call_does_nothing():
 
 
 def test_states_are_variables_of_the_layer_and_not_weights(x):
-    """As variables only, JAX trains with them and PyTorch moves them."""
+    """JAX trains with tracked variables only, and PyTorch moves only those."""
     plain = keras.layers.RNN(ntm_cell(), stateful=True)
     plain(x)
     ours = ntm(stateful=True)
@@ -180,14 +179,14 @@ def test_weights_transfer_between_stateless_and_stateful_layers(x, tmp_path):
     expected = trained(x)
     wide = model_of(BATCH, stateful=True)
     wide.set_weights(trained.get_weights())
-    # It starts at the memory that was learned, which came after it was built.
+    # It starts at the learned memory, though the weights were set after build.
     close(wide(x), expected)
     stream = model_of(1, stateful=True)
     trained.save_weights(tmp_path / "model.weights.h5")
     stream.load_weights(tmp_path / "model.weights.h5")
     steps = [stream(x[:1, t : t + 1]) for t in range(TIME)]
     close(ops.concatenate(steps, axis=1), expected[:1])
-    # What has begun goes on, and what a user puts into the states stays.
+    # A started sequence continues, and states set by a user are kept.
     (layer,) = wide.layers
     before = [ops.convert_to_numpy(state) for state in layer.states]
     wide.set_weights(stream.get_weights())
@@ -197,7 +196,7 @@ def test_weights_transfer_between_stateless_and_stateful_layers(x, tmp_path):
     for state, value in zip(layer.states, before):
         state.assign(value)
     close(wide(x), goes_on)
-    # And back, from a file that a stateful one has written.
+    # Back again, from a file written by a stateful layer.
     wide.save_weights(tmp_path / "wide.weights.h5")
     again = model_of(None)
     again.load_weights(tmp_path / "wide.weights.h5")
@@ -221,7 +220,7 @@ def test_a_loaded_stateful_layer_begins_at_its_initial_state(x, tmp_path):
 def test_fit_of_a_stateful_layer_refuses_other_batch_sizes(
     x, rows, jit_compile
 ):
-    """Before anything else finds that shapes do not agree, as a mask's."""
+    """This check comes before any other shape error, such as the mask's."""
     model = keras.Sequential(
         [
             keras.Input(batch_shape=(4, TIME, WIDTH)),
@@ -261,7 +260,7 @@ def test_a_stateful_layer_works_in_a_subclassed_model(x, jit_compile):
 @pytest.mark.every_backend
 @pytest.mark.parametrize("batch", [1, BATCH])
 def test_training_a_stateful_layer_keeps_its_initial_state(x, batch):
-    """On PyTorch, views and saved gradients would see the new state."""
+    """On PyTorch, views and saved tensors would change with the state."""
     harness.skip_on("numpy", because="Keras does not train on NumPy")
     layer = ntm(stateful=True, initial_memory="learned")
     model = keras.Sequential(
@@ -295,7 +294,7 @@ def test_a_stateful_layer_continues_from_given_initial_states(x):
     close(layer(x[:, 4:]), given[:, 4:])
 
 
-# One projection, outside of the loop, with the cell's own numbers.
+# One projection outside of the loop gives the same numbers as the cell.
 
 
 @pytest.mark.parametrize(
@@ -482,7 +481,7 @@ def test_masked_inputs_reach_no_gradient(x, make, loop):
 
 
 def test_a_model_passes_masks_on_beside_initial_states(x):
-    """Keras hands masks on by itself to layers of one tensor only."""
+    """Keras itself passes masks only to layers with one input tensor."""
     layer = ntm(return_sequences=False)
     entry = keras.Input((TIME, WIDTH))
     layer.build((None, TIME, WIDTH))
@@ -492,7 +491,7 @@ def test_a_model_passes_masks_on_beside_initial_states(x):
     states = layer.cell.get_initial_state(BATCH)
     x[:, 4:] = 0
     close(model([ops.convert_to_tensor(x), *states]), layer(x[:, :4]))
-    # Also where whole numbers become floats on the way.
+    # The mask must survive the cast from integers to floats.
     whole = ops.convert_to_tensor(np.round(3 * x).astype("int32"))
     backend.set_keras_mask(whole, ops.any(whole != 0, axis=-1))
     close(
@@ -596,7 +595,7 @@ def test_controller_outputs_and_states_are_clipped(x):
     close(clipped_c, ops.clip(c, -state_bound, state_bound))
 
 
-# What is refused, and what is empty.
+# Errors and empty batches.
 
 
 def dnc(**kwargs):
@@ -650,7 +649,7 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_sequences_other_than_real_numbers_are_refused(kind, x):
-    """In XLA they would end the process."""
+    """Under XLA they would crash the process."""
     if kind == "text":
         harness.skip_on("jax", "torch", "numpy", because="no text here")
     for layer in (ntm(), dnc()):
@@ -750,7 +749,7 @@ def test_time_loop_reports_training_after_a_validation(x):
     assert layer.time_loop == "fast"
 
 
-# Dropout: one mask a sequence.
+# Dropout: one mask per sequence.
 
 
 def silent_cell(**kwargs):
@@ -795,7 +794,8 @@ def in_a_controller():
     ("how", "make"),
     [
         slow_unless(
-            # XLA compiles the graph; Keras's own loop it compiles as ours.
+            # XLA compiles the same graph, and Keras's loop like ours: the
+            # combinations without a case here are slow and teach little.
             how == "eager"
             or (how == "jit" and make in (in_memory_rnn, in_a_controller))
             or (how == "graph" and make in (in_keras_rnn, in_a_stack)),
@@ -905,7 +905,7 @@ def test_trace_draws_its_own_dropout_masks(x):
     first = keras_memory.trace(layer, x, training=True)
     second = keras_memory.trace(layer, x, training=True)
     assert differ(first["output"], second["output"])
-    # And leaves none behind.
+    # The trace leaves no mask in the layer.
     other_batch = np.concatenate([x, x, x])
     assert layer(other_batch, training=True).shape == (6, TIME, 2)
 
@@ -1215,7 +1215,7 @@ def test_trace_goes_backwards_and_holds_masked_steps(x):
     close(keras_memory.trace(layer, x)["output"], layer(x))
     inside = keras_memory.trace(layer, x, mask=holes())
     close(inside["output"], layer(x, mask=holes()))
-    # Row 0 from its end: steps 6, 3 and 4 of it are masked.
+    # Row 0 runs from its end: its steps 6, 4 and 3 are masked.
     memory = inside["memory"][0]
     start = layer.cell.get_initial_state(batch_size=len(x))
     close(memory[0], layer.cell.unpack_state(start).memory[0], 0)
@@ -1260,8 +1260,8 @@ def test_the_documented_reshape_handles_further_batch_axes():
 
 @pytest.mark.parametrize("share_memory", [False, True])
 def test_two_blocks_match_values_computed_by_hand(share_memory):
-    """The controllers add up what they see, the interface is that times
-    (1, 2, 3), and an access adds the interface to its total and reads it."""
+    """Each controller sums its inputs. The interface is that sum times
+    (1, 2, 3). The access adds the interface to its total and reads it."""
     layer = toy.ToyLayer(
         None,
         share_memory=share_memory,
@@ -1290,12 +1290,12 @@ def test_two_blocks_match_values_computed_by_hand(share_memory):
     seen = 1
     close(controller_output(0, 0), [1.0])
     total = start[0] + seen * key  # 6 2 3
-    # The second sees the first's output and its reads of this step.
+    # The second block sees the first block's output and reads of this step.
     seen = 1 + 6 + 2 + 3
     close(controller_output(1, 0), [12.0])
     other = (total if share_memory else start[1]) + seen * key
     close(features[0], [seen, *other])
-    # Second step. The first block sees 2 and the second's reads of before.
+    # Second step. The first block sees 2 and the second block's last reads.
     seen = 2 + other.sum()
     close(controller_output(0, 1), [seen])
     total = (other if share_memory else total) + seen * key
@@ -1303,7 +1303,7 @@ def test_two_blocks_match_values_computed_by_hand(share_memory):
     close(controller_output(1, 1), [seen])
     other = (total if share_memory else other) + seen * key
     close(features[1], [seen, *other])
-    # Written twice a step where there is one memory.
+    # A shared memory is written twice a step.
     assert len(layer.cell.state_size) == (2 if share_memory else 4)
 
 
@@ -1430,11 +1430,11 @@ def test_an_initializer_without_a_config_is_accepted(x):
     close(kernel, np.full(kernel.shape, 0.25), 0)
 
 
-# What an access must have.
+# Requirements of an access.
 
 
 def access_with(**attributes):
-    """A class of accesses that differs from `ToyAccess` in some attributes."""
+    """A subclass of `ToyAccess` with some attributes replaced."""
     return type("Mine", (toy.ToyAccess,), attributes)
 
 
@@ -1476,7 +1476,7 @@ def test_a_step_must_return_a_state_and_a_dict(result):
 
 
 def fields(**values):
-    """A dataclass of accesses with further fields."""
+    """An access dataclass with further fields."""
     kinds = [(name, Any, value) for name, value in values.items()]
     return dataclasses.make_dataclass(
         "Mine", kinds, bases=(toy.ToyAccess,), frozen=True
@@ -1517,7 +1517,7 @@ def test_fields_need_plain_defaults_or_no_default():
     assert parameters["depth"].annotation is int
 
 
-# The signature is spelled out for people and tools.
+# Signatures list every argument, for readers and editors.
 
 
 def test_the_signature_lists_the_arguments_of_cell_and_layer():
@@ -1544,7 +1544,7 @@ def test_the_signature_lists_the_arguments_of_cell_and_layer():
     "layer", [keras_memory.NTMLayer, keras_memory.DNCLayer]
 )
 def test_layer_and_cell_have_the_same_arguments(layer):
-    """A layer writes them out for editors, its cell takes them together."""
+    """The layer lists them for editors; the cell takes them as a dataclass."""
     found = {**inspect.signature(layer).parameters}
     of_cell = serialization.init_parameters(layer.cell_class)
     of_rnn = serialization.init_parameters(keras_memory.MemoryRNN)
@@ -1571,7 +1571,7 @@ def test_the_help_documents_each_argument(layer):
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["NTMLayer", "DNCLayer", "MemoryWrapLayer"])
 def test_editors_complete_the_arguments(layer):
-    """Jedi reads the source and runs nothing."""
+    """Jedi reads the source without running it."""
     jedi = pytest.importorskip("jedi")
     root = pathlib.Path(keras_memory.__file__).parents[1]
     project = jedi.Project(root, environment_path=sys.prefix)
@@ -1593,7 +1593,7 @@ def test_the_first_arguments_may_be_positional():
         keras_memory.NTMLayer(3, 11, 5, 2, 4, "gru")
 
 
-# Regularizers, constraints and custom objects, as Keras's layers have them.
+# Regularizers, constraints and custom objects work as in Keras's layers.
 
 
 def test_regularizer_and_constraint_apply_to_the_kernels(x, tmp_path):
@@ -1636,11 +1636,11 @@ def test_a_layer_is_restored_with_custom_objects():
     assert type(copy.controller) is toy.PlainCell
 
 
-# Canaries: the private hooks of Keras that this library hangs on.
+# Canaries: private hooks of Keras that this library depends on.
 
 
 class Recorder(DropoutRNNCell, keras.layers.Layer):
-    """Writes down what `keras.layers.RNN` calls on a cell with dropout."""
+    """Logs the calls of `keras.layers.RNN` on a cell with dropout."""
 
     state_size = 3
     output_size = 3
@@ -1810,7 +1810,7 @@ def test_canary_backend_rnn_has_the_arguments_in_use(x):
         close(last, totals[:, -1], 1e-5)
         if all_outputs:
             close(outputs, totals, 1e-5)
-        # States of more than two axes come through as they are.
+        # States with more than two axes keep their shape.
         close(states[0], totals[:, -1], 1e-5)
         close(states[1], np.full((BATCH, 2, 3), TIME), 0)
     _, outputs, _ = backend.rnn(
@@ -1824,7 +1824,7 @@ def test_canary_no_orthogonal_weights_in_float16():
     harness.skip_on("tensorflow", because="draws them")
     draw = keras.initializers.Orthogonal()
     with pytest.raises((NotImplementedError, TypeError)):
-        # Drawn now? Then drop what the harness skips for this.
+        # If this passes without an error, drop the skips that name this test.
         draw((3, 3), dtype="float16")
 
 
@@ -1899,7 +1899,7 @@ def test_two_threads_can_trace_the_same_model(x):
     meet = threading.Barrier(2)
 
     class Meet(keras.layers.Layer):
-        """Goes on once both threads are here."""
+        """Waits until both threads have arrived."""
 
         def compute_output_spec(self, x):
             return keras.KerasTensor(x.shape, x.dtype)

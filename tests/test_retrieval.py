@@ -1,6 +1,6 @@
-"""Nearest neighbours, and a memory of entries in the graph.
+"""Nearest neighbours, and the memory of entries in the graph.
 
-Run as a program on the JAX backend, lowers the memory for other devices.
+As a program on the JAX backend, this file lowers the memory for other devices.
 """
 
 import inspect
@@ -112,7 +112,7 @@ def tensors(*arrays):
 
 
 def arrays_of(record):
-    """A state, or what was found, in NumPy; 16 bits as float32."""
+    """A state or a search result as NumPy arrays; 16 bits become float32."""
     parts = [
         ops.cast(part, "float32") if "float" in ops.dtype(part) else part
         for part in record
@@ -122,7 +122,7 @@ def arrays_of(record):
 
 
 class Model:
-    """A memory as lists of (slot, key, value), the oldest first."""
+    """The expected memory: lists of (slot, key, value), oldest first."""
 
     def __init__(self, ring, batch):
         self.ring = ring
@@ -157,7 +157,7 @@ def similarities(query, keys, similarity):
 
 
 def check_found(found, model, queries, top_k, tolerance=1e-5):
-    """The nearest entries, as they were added."""
+    """The result must hold the nearest entries of the model."""
     found = arrays_of(found)
     shape = (*queries.shape[:-1], top_k)
     widths = (), (), (), (model.ring.key_dim,), (model.ring.value_dim,)
@@ -197,7 +197,7 @@ def check_state(state, model):
 
 
 class Pair:
-    """A state and its model, of which each does what the other does."""
+    """A state and its model; every operation is applied to both."""
 
     def __init__(self, ring, batch, dtype="float32"):
         self.ring, self.model = ring, Model(ring, batch)
@@ -238,9 +238,9 @@ def test_the_ring_equals_a_list_of_entries(similarity, method):
     both.fill(7, seed=2, mask=np.zeros((3, 7), bool))
     both.fill(29, seed=3)  # not full
     both.search(queries, 3)
-    both.fill(7, seed=4)  # around the end
+    both.fill(7, seed=4)  # wraps around
     both.search(queries, 3)
-    both.fill(93, seed=5)  # more than there is room for
+    both.fill(93, seed=5)  # more than the memory holds
     both.search(queries, 40)
     both.search(random(3, 2, 1, 5, seed=3), 3)
     both.search(random(3, 5, seed=3), 3)
@@ -254,7 +254,7 @@ def test_the_ring_equals_a_list_of_entries(similarity, method):
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("size", [9, 17, 31])
 def test_partly_filled_groups_are_searched_correctly(size, top_k):
-    """As `GROUP` does not divide the number of slots."""
+    """`GROUP` does not divide these numbers of slots."""
     ring = retrieval.RingMemory(2, size, search_method="auto")
     both = Pair(ring, 2)
     for n in (0, 1, 1, size - 2):
@@ -294,7 +294,7 @@ def test_adding_no_entries_changes_nothing():
 
 
 def test_no_slot_is_written_with_two_contents(monkeypatch):
-    """Which of both stays would be up to the device."""
+    """Otherwise the device would decide which write wins."""
     written = []
 
     def noted(entries, slots, new):
@@ -336,7 +336,7 @@ def test_entries_that_cannot_be_compared_are_not_stored(number):
     both.model.add(keys, values, kept)
     check_state(both.state, both.model)
     found = both.search(queries, 4)
-    # A query with it finds nothing, and the others what they did.
+    # A query with the number finds nothing; other queries are unaffected.
     broken = queries.copy()
     broken[1, 1, 0] = number
     after = ring.search(both.state, *tensors(broken), 4)
@@ -360,7 +360,7 @@ def test_a_state_in_16_bits_returns_its_dtype(dtype):
     found = both.search(random(2, 2, 3), 5)
     assert ops.dtype(found.keys) == ops.dtype(found.values) == dtype
     assert ops.dtype(both.state.keys) == dtype
-    # What is too large for it is not kept.
+    # Entries too large for the dtype are not stored.
     large = np.full((2, 1, 3), 1e5, "float32")
     state = ring.add(both.state, *tensors(large, values[:, :1]))
     expected = 3 if dtype == "float16" else 4
@@ -402,7 +402,7 @@ def test_cosines_do_not_depend_on_scale(method):
     keys = directions / largest * scales[np.arange(80) % 6, None]
     queries = directions / largest * scales[np.arange(80) // 6 % 6, None]
     keys, queries = keys.astype("float32"), queries.astype("float32")
-    for array in (keys, queries):  # what a device may take for zero
+    for array in (keys, queries):  # a device may flush these to zero
         array[np.abs(array) < tiny] = 0
     found = arrays_of(
         ring.search(ring.add(ring.initial_state(1), keys), queries, 3)
@@ -427,7 +427,7 @@ def test_cosines_of_equal_vectors_are_at_most_1():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-11, 1e-30, 1e15])
 def test_gradients_of_cosines_are_exact_at_every_scale(scale):
-    """Also beside a key in the same direction, and of one component alone."""
+    """Includes a key in the same direction, and keys of one component."""
     harness.skip_on("numpy", because="not applicable: no gradients here")
     directions = random(3, 5)
     directions[0] = [0, 2, 0, 0, 0]
@@ -488,7 +488,7 @@ def test_counts_are_exact_in_the_largest_memory():
 
 @harness.needs_tensorflow
 def test_no_index_overflows_32_bits():
-    """Traced only, as such a memory needs some 50 GB."""
+    """Only traced: such a memory would need some 50 GB."""
     import tensorflow as tf
 
     ring = retrieval.RingMemory(1, 1 << 30, 1, search_method="auto")
@@ -518,7 +518,7 @@ def test_no_index_overflows_32_bits():
     assert gathers and all(op.inputs[1].dtype == "int64" for op in gathers)
 
 
-# No queries, and no rows.
+# Empty queries and batches.
 
 
 @METHOD
@@ -610,7 +610,7 @@ def test_nearest_of_no_queries_is_empty(number, monkeypatch):
     assert tuple(found.shape) == tuple(places.shape) == (0, 2)
 
 
-# The door for arrays.
+# Checks of array arguments.
 
 WRONG_ARRAYS = {
     "text": "text",
@@ -760,7 +760,7 @@ def test_many_queries_are_searched_in_parts(method, number, monkeypatch):
 @METHOD
 @SIMILARITY
 def test_gradients_equal_finite_differences(similarity, method):
-    """From scores to queries, and none to what is remembered."""
+    """Gradients flow from scores to queries, and none to stored entries."""
     harness.skip_on("numpy", because="not applicable: no gradients here")
     ring = retrieval.RingMemory(3, 40, 2, similarity, method)
     keys, values = random(2, 4, 3), random(2, 4, 2)
@@ -801,7 +801,7 @@ def test_gradients_equal_finite_differences(similarity, method):
         return total(*tensors(queries), state._replace(keys=keys))
 
     assert (gradient(through_state, arrays_of(state).keys) == 0).all()
-    # Where vectors are zeros, it is finite.
+    # Gradients of zero vectors are finite.
     zeros = gradient(total, np.zeros_like(queries))
     assert np.isfinite(zeros).all()
 
@@ -1001,7 +1001,7 @@ def test_a_query_finds_entries_of_earlier_calls_only():
     for seed in range(4):
         keys, values = random(3, 4, 5, seed=seed), random(3, 4, 2, seed=seed)
         found = layer(*tensors(keys, keys, values), training=True)
-        check_found(found, model, keys, 3)  # without what comes with it
+        check_found(found, model, keys, 3)  # without the keys of this call
         model.add(keys, values)
         check_state(layer.state, model)
         check_found(layer(*tensors(keys)), model, keys, 3)
@@ -1028,7 +1028,7 @@ def test_the_layer_writes_when_the_write_argument_says(write, training):
     assert arrays_of(found).mask.any((1, 2)).tolist() == [False, writes]
     expected = [0, 4] if writes else [0, 0]
     assert contents(layer).count.tolist() == expected
-    # What is cleared in passing comes back.
+    # With write="never", `clear` applies to this call only.
     layer.write = "always"
     layer(*tensors(keys, keys, keys))
     layer.write = "never"
@@ -1046,7 +1046,7 @@ def test_masked_keys_are_not_written():
     layer(*tensors(keys, keys, keys), keys_mask=kept)
     model.add(keys, keys, kept)
     check_state(layer.state, model)
-    # One that comes with the keys, in a Functional model.
+    # The mask of the keys is used, too, in a Functional model.
     queries = keras.Input(batch_shape=(2, 5, 3))
     entry = keras.Input(batch_shape=(2, 4, 3))
     masked = keras.layers.Masking()(entry)
@@ -1140,9 +1140,9 @@ def test_a_memory_of_integers_is_refused(dtype):
         layer_of(memory_dtype=dtype)
 
 
-# Whole numbers as values.
+# Integer values.
 
-ID = (1 << 24) + 1  # the first that float32 does not keep
+ID = (1 << 24) + 1  # the first integer that float32 rounds
 VALUE_DTYPES = ["int32", "int64", "float64", "float16", "bfloat16"]
 
 
@@ -1194,7 +1194,7 @@ def test_a_layer_returns_ids_exactly(dtype, policy, tmp_path):
 
 
 def test_a_layer_checks_arrays_before_the_backend_casts_them():
-    """Which JAX would cut to 32 bits."""
+    """JAX would cut them to 32 bits."""
     layer, keys = layer_of(5, 1, value_dtype="int32"), np.ones((1, 1, 2))
     layer(keys, keys, np.array([[[ID]]]), training=True)
     assert contents(layer).values[0, 0] == ID
@@ -1279,7 +1279,7 @@ BATCH, TIME = 3, 4
 
 
 def remembering(has_clear=False, **options):
-    """A model that answers with what it remembers; its layer."""
+    """A model that answers from its memory, and its memory layer."""
     layer = layer_of(17, name="memory", **options)
     x = keras.Input(batch_shape=(BATCH, TIME, 5))
     y = keras.Input(batch_shape=(BATCH, TIME, 2))
@@ -1374,7 +1374,7 @@ def test_a_smaller_last_batch_is_refused(how):
 def test_saved_files_keep_the_entries(tmp_path):
     model, layer = remembering(write="always")
     x, y = fed(steps=1)
-    for seed in range(5):  # around the end
+    for seed in range(5):  # wraps around
         model.predict(list(fed(steps=1, seed=seed)), verbose=0)
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
@@ -1431,7 +1431,7 @@ def test_an_export_gives_the_same_results(method, tmp_path):
 
 @harness.needs_tensorflow
 def test_the_ring_lowers_for_other_devices():
-    """By JAX, which needs no such device for it."""
+    """JAX lowers for a device without having one."""
     pytest.importorskip("jax")
     result = subprocess.run(
         [sys.executable, __file__],
@@ -1447,7 +1447,7 @@ def test_the_ring_lowers_for_other_devices():
 
 
 def lower():
-    """Prints a line for each ring that could be lowered."""
+    """Prints a line for each ring that lowers."""
     import jax
     from jax import export
 
@@ -1478,7 +1478,7 @@ def lower():
 
 
 def rounding_matmul(one, other):
-    """As a GPU multiplies where it may round factors to 11 bits."""
+    """Multiplies like a GPU that rounds factors to 11 bits."""
     halves = []
     for x in map(ops.convert_to_numpy, (one, other)):
         bits = np.ascontiguousarray(x, "float32").view("uint32")
@@ -1501,8 +1501,8 @@ def test_products_stay_exact_where_factors_are_rounded(monkeypatch):
         )
         errors.append(np.abs(ops.convert_to_numpy(found) - exact).max())
     assert errors[0] > 1e-3
-    # Of each product what is left of both (2^-20) is missing, and each of the
-    # two small ones is rounded (2^-22).
+    # Each product lacks the term of both remainders (2^-20), and the two small
+    # terms are rounded (2^-22).
     assert errors[1] < (np.abs(vectors) @ np.abs(columns)).max() * 2**-19
 
 

@@ -1,4 +1,4 @@
-"""Pictures are looked at as Matplotlib has them: arrays, labels, limits."""
+"""Figures are checked in Matplotlib: their arrays, labels and limits."""
 
 import io
 import subprocess
@@ -45,13 +45,13 @@ def texts(labels):
 
 
 def check_alike(image, other):
-    """But for ticks, which lie under the frame where only parts are redrawn."""
+    """Equal except for ticks: after a partial redraw, frames lie over them."""
     assert (image != other).any(axis=2).mean() < 0.002
 
 
 @pytest.fixture
 def trace():
-    """Of two sequences of 11 steps: 13 slots of 3, two read heads."""
+    """A trace of two sequences of 11 steps: 13 slots of 3, two read heads."""
     written = one_hot([0, 1, 2, 3, 4] + [5] * 6, 13)[:, None]
     read = one_hot([7] * 6 + [0, 1, 2, 3, 4], 13)[:, None].repeat(2, axis=1)
     memory = np.cumsum(written[:, 0, :, None] * [1.0, -1.0, 0.5], axis=0)
@@ -341,7 +341,7 @@ def test_infinities_of_a_memory_have_the_color_of_nan():
     weighting = [[0.25, np.nan], [0.25, 0.25]]
     (array,) = arrays(visualization.plot_weighting(weighting).axes[0])
     np.testing.assert_array_equal(array.mask, [[False, False], [True, False]])
-    rounded = np.array([[1.004, -0.004]])  # as 16 bits have it
+    rounded = np.array([[1.004, -0.004]])  # rounded as in 16 bits
     visualization.plot_weighting(rounded)
 
 
@@ -371,7 +371,7 @@ def test_a_task_has_everything_on_one_time_axis(trace):
         ends = [tuple(back.transform(b)[:, 0].round(6)) for b in bounds]
         assert ends == grayed
     labels = {axes(figure, t).get_ylabel() for t in shown[5:]}
-    assert labels == {"slot (10 of 13)"}  # 0 to 7, and one at each end
+    assert labels == {"slot (10 of 13)"}  # 0 to 7 and their neighbours
 
 
 def test_a_chosen_row_of_the_batch_is_drawn(trace):
@@ -383,7 +383,7 @@ def test_a_chosen_row_of_the_batch_is_drawn(trace):
 
 
 def test_a_figure_is_redrawn_with_other_numbers_of_the_same_shapes(trace):
-    """As fast as a training wants it."""
+    """A redraw is faster, which matters during training."""
     other = {name: values[::-1] / 2 for name, values in trace.items()}
     mask = np.ones((2, 11)) * (np.arange(11) > 5)
     options = {"slots": "all", "mask": mask, "memory": False}
@@ -398,7 +398,7 @@ def test_a_figure_is_redrawn_with_other_numbers_of_the_same_shapes(trace):
             for one, array in zip(arrays(ax), arrays(same), strict=True):
                 np.testing.assert_array_equal(one, array)
         check_alike(redrawn.image(), visualization.to_image(figure))
-    more = {**trace, "output": 3 * trace["output"]}  # on another scale
+    more = {**trace, "output": 3 * trace["output"]}  # needs another color scale
     options["figure"] = figure
     assert visualization.plot_task(more, **options) is not figure
 
@@ -503,7 +503,7 @@ def test_several_runs_are_drawn_as_their_mean_in_a_band():
     np.testing.assert_array_equal(handles[1].get_xdata(), [1, 4])
     assert handles[0].get_color() != handles[1].get_color()
     assert handles[0].get_linestyle() != handles[1].get_linestyle()
-    assert len(ax.collections) == 1  # of several runs only
+    assert len(ax.collections) == 1  # a band only for several runs
     band = ax.collections[0].get_paths()[0].vertices
     assert {tuple(point) for point in band} >= {(1, 1), (1, 3), (2, 5)}
     assert texts(ax.texts) == [" here"] and ax.get_ylim()[0] == 0
@@ -622,7 +622,7 @@ def points(ax, label):
 
 
 def test_learning_shows_only_the_available_metrics():
-    """Validation at every second epoch, and rows that have other numbers."""
+    """Includes validation at every second epoch, and rows of other metrics."""
     history = {"loss": [6, 5, 4, 3, 2, 1], "val_loss": [5, 3, 1]}
     more = [{"loss": 2.0, "val_loss": None}, {"loss": 1.0, "longest": 5}]
     more += [{"loss": 1.0, "val_loss": 7, "longest": 9}]
@@ -672,7 +672,7 @@ def test_unseen_parts_of_a_map_are_gray(sphere):
     gray = axes(figure, "depth, m").images[0].get_cmap().get_bad()
     np.testing.assert_allclose(gray, (0.75, 0.75, 0.75, 1))
     image = axes(figure, "standard deviation of depth, m").images[0]
-    low, high = image.get_clim()  # those that are there
+    low, high = image.get_clim()  # only seen pixels count
     assert 0.1 <= low < high <= 0.02**0.5
     assert axes(figure, "depth, m").images[0].get_clim() == (0, 3)
 
@@ -978,7 +978,7 @@ CURVES = {"one": ([1, 2], [3, 4])}
 RUNS = {"one": {"loss": [1, 2, 3]}}
 NO_RUNS = (
     *(None, 3, "a", [], [1]),
-    {"loss": [1, 2, 3], "mae": [1]},  # of which epoch?
+    {"loss": [1, 2, 3], "mae": [1]},  # the epoch of `mae` is unknown
     *({"loss": wrong} for wrong in ("abc", 3, [1, None], [], RAGGED)),
     *([{"step": at, "loss": 1}, {"step": 1, "loss": 1}] for at in (2, NAN)),
     [{"loss": "x"}],
