@@ -9,8 +9,7 @@ NAMES = {"ntm": "pytorch-ntm", "dnc": "pytorch-dnc"}
 
 
 def job(kind, sizes, threads, checkout):
-    """Arguments of a `measure.Worker`, or a text that says why there is
-    none."""
+    """Arguments of a `measure.Worker`, or the reason why it cannot run."""
     prepared = functools.partial(prepare, threads, checkout)
     if kind == "dnc":
         if not (installed("torch") and installed("dnc")):

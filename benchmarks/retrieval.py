@@ -1,5 +1,4 @@
-"""Compares memories of nearest neighbours with
-memorizing-transformers-pytorch."""
+"""Compares kNN memories with memorizing-transformers-pytorch."""
 
 import functools
 import multiprocessing

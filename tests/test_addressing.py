@@ -1,4 +1,4 @@
-"""Where to read and write: the functions of `addressing`."""
+"""Tests of `addressing`, which computes where to read and write."""
 
 import harness
 import keras
@@ -36,7 +36,7 @@ def weightings(rng, heads=HEADS, slots=SLOTS):
 
 
 def loop(function, *arrays):
-    """Applies an oracle to each batch item and head, and stacks."""
+    """Applies an oracle to each batch item and head, and stacks the results."""
     return np.array(
         [
             [
@@ -145,7 +145,7 @@ def test_oneplus_equals_the_oracle_and_is_at_least_1():
     close(addressing.oneplus(0.0 * x), np.full(5, 1.0 + np.log(2.0)), 1e-6)
 
 
-# Two slots, by hand.
+# Two slots, computed by hand.
 
 
 def test_two_slots_match_values_computed_by_hand():
@@ -163,7 +163,7 @@ def test_two_slots_match_values_computed_by_hand():
     previous = np.array([[[0.0, 1.0]]], "float32")
     gated = addressing.interpolate(content, previous, gate)
     close(gated, [[[1 / 4, 3 / 4]]], 1e-6)
-    # A fifth of it moves on by one slot, which with two slots is a swap.
+    # A fifth moves to the next slot; with two slots, that is a swap.
     shifts = np.array([[[0.0, 4 / 5, 1 / 5]]], "float32")
     shifted = addressing.shift(gated, shifts)
     close(shifted, [[[7 / 20, 13 / 20]]], 1e-6)
@@ -342,7 +342,7 @@ def test_gradients_are_bounded_at_zero_memory_and_zero_keys(dtype, slots, key):
     is_weighting(weighting)
     for gradient in tape.gradient(loss, [memory, keys, strengths]):
         assert np.isfinite(gradient).all()
-        # The slope of the cosine at 0 is 1 / root of the epsilon.
+        # The gradient of the cosine at 0 is 1 / sqrt(epsilon).
         assert np.abs(gradient).max() <= 2 / np.sqrt(NORM_EPSILON[dtype])
 
 
@@ -373,7 +373,7 @@ LARGEST = {"float16": 65504.0, "bfloat16": 3.3e38, "float32": 3.4e38}
 
 
 def gradients(function, *arrays):
-    """Result and gradients, in float64, of a sum with different weights."""
+    """Result, and gradients of its weighted sum, in float64."""
     import tensorflow as tf
 
     arrays = [tf.convert_to_tensor(array) for array in arrays]
@@ -419,7 +419,7 @@ def test_content_weighting_is_accurate_up_to_the_largest_numbers(
     expected = content_in("float64", 1.0, 1.0, masked, *arrays)
     tolerance = 1e-5 if dtype == "float32" else 0.1
     for size, of_keys in [(1e3, 1.0), (1.0, 1e3)]:
-        if dtype != "float16":  # whose gradients would underflow
+        if dtype != "float16":  # gradients would underflow there
             size, of_keys = size**10, of_keys**10
         found = content_in(dtype, size, of_keys, masked, *arrays)
         for one, other in zip(found, expected):
@@ -485,7 +485,7 @@ def test_gradients_of_equal_vectors_equal_those_of_the_cosine(rng):
 def test_sharpening_is_accurate_up_to_the_largest_power(dtype):
     import tensorflow as tf
 
-    # Tied at the top, a slot far below, and one that is empty.
+    # Two tied slots, a much smaller one, and an empty one.
     weighting = tf.constant([[[0.375, 0.375, 0.25, 0.0]]], dtype)
     largest = LARGEST[dtype]
     for power in (1.0, 60.0, 5e3, largest / 2, largest):
@@ -496,7 +496,7 @@ def test_sharpening_is_accurate_up_to_the_largest_power(dtype):
         is_weighting(sharpened, 1e-2 if "16" in dtype else 1e-6)
         if power > 100:
             close(sharpened, [[[0.5, 0.5, 0.0, 0.0]]], 1e-2)
-            # -2 and -1 upstream, p y (1 - y) / w of them.
+            # The upstream gradients -2 and -1, times p y (1 - y) / w.
             slope = float(tf.cast(sharpening, "float64")[0, 0]) / 4 / 0.375
             close(of_weighting / slope, [[[-1.0, 1.0, 0.0, 0.0]]], 1e-2)
             close(of_power, [[0.0]], 1e-6)
@@ -595,7 +595,7 @@ def test_sparsemax_finds_a_support_that_shrinks_one_by_one():
     z, below = [0.0, -0.5], 1e-5
     while z[-1] > -1:
         k = len(z)
-        z.append((sum(z) - 1) / k - below)  # what k of them leave out
+        z.append((sum(z) - 1) / k - below)  # leaves the support
         below *= 1.1 * (k + 2) * k / (k + 1)
     assert len(z) > 8
     p = addressing.sparsemax(np.array([z[::-1], z[4:] + z[:4]], "float32"))

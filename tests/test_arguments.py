@@ -1,4 +1,4 @@
-"""The door for arguments of constructors, and sizes that do not fit."""
+"""Checks of constructor arguments, and of sizes that exceed the machine."""
 
 import dataclasses
 import inspect
@@ -39,7 +39,7 @@ OF_NUMPY = {bool: np.bool_, int: np.int64, float: np.float32, str: np.str_}
 
 
 def mapped(value, function):
-    """Numbers and texts within lists, tuples and dicts, mapped."""
+    """Maps numbers and texts within lists, tuples and dicts."""
     if type(value) in (list, tuple):
         return type(value)(mapped(item, function) for item in value)
     if type(value) is dict:
@@ -60,7 +60,7 @@ def as_in_float32(value):
 
 
 def numbers_of(cls):
-    """Arguments whose defaults are numbers, with these."""
+    """Arguments with a numeric default, and their defaults."""
     return {
         name: parameter.default
         for name, parameter in inspect.signature(cls).parameters.items()
@@ -269,7 +269,7 @@ def test_arrays_and_lists_are_accepted_for_tuples(order):
 
 
 class Taking(toy.ToyCell):
-    """Has arguments that it does not name."""
+    """Takes arguments that its signature does not name."""
 
     def __init__(self, units, **kwargs):
         self.depth = kwargs.pop("depth", 1)
@@ -281,7 +281,7 @@ class TakingLayer(keras_memory.MemoryRNN, cell=Taking):
 
 
 class Doubled(keras_memory.NTMLayer):
-    """Hands all on."""
+    """Passes all arguments on."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -298,7 +298,7 @@ PUBLIC = [
 
 
 def enough(cls):
-    """Arguments that a class needs."""
+    """The required arguments of a class."""
     given = {
         "cell": lambda: toy.ToyCell(3),
         "encoder": lambda: keras.layers.Dense(3),
@@ -372,7 +372,7 @@ def test_keras_finds_the_wrapped_arguments():
 
 
 class Crowded(toy.ToyCell):
-    """Has arguments whose names the layer uses itself."""
+    """Has arguments named like attributes of the layer."""
 
     def __init__(self, units, state_size=3, stateful=5, name=None, **kwargs):
         super().__init__(units, name=name, **kwargs)
@@ -433,7 +433,7 @@ HUGE = LONGEST_AXIS
 
 @pytest.fixture
 def small_machine(monkeypatch):
-    """One of 16 GB and without an accelerator."""
+    """A machine with 16 GB and no accelerator."""
     monkeypatch.setattr(checks, "machine_bytes", lambda: 16 * 10**9)
     monkeypatch.setattr(checks, "has_accelerator", lambda: False)
 
@@ -557,7 +557,7 @@ def test_check_bytes_refuses_more_than_the_machine_has(monkeypatch):
     sizes = [("rows", None), ("slots", 2_000), ("width", 1_000_000)]
     monkeypatch.setattr(checks, "has_accelerator", lambda: False)
     monkeypatch.setattr(checks, "machine_bytes", lambda: 8_000_000_000)
-    check_bytes("The memory", sizes)  # as large as all
+    check_bytes("The memory", sizes)  # exactly fits
     monkeypatch.setattr(checks, "machine_bytes", lambda: 7_999_999_999)
     check_bytes("The memory", sizes, "bfloat16")
     with pytest.raises(ValueError, match="The memory would take 8 GB.*slots=2"):
@@ -568,7 +568,7 @@ def test_check_bytes_refuses_more_than_the_machine_has(monkeypatch):
         check_bytes("The memory", [*sizes, ("more", 10**12)])
     monkeypatch.setattr(checks, "machine_bytes", lambda: 1)
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
-    check_bytes("The memory", sizes)  # there it may fit
+    check_bytes("The memory", sizes)  # an accelerator may have room
     with pytest.raises(ValueError, match="8 GB"):
         check_bytes("The memory", sizes, on_host=True)
 

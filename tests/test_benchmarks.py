@@ -1,5 +1,5 @@
-"""What the benchmarks measure and print. `test_benchmark_runs.py` has one run
-of each."""
+"""Tests of what the benchmarks measure and print. `test_benchmark_runs.py` runs
+each benchmark once."""
 
 import functools
 import json
@@ -47,7 +47,8 @@ needs_proc = pytest.mark.skipif(
 
 
 def lists_of(table):
-    """Cells of the lines of a Markdown table, all equally many."""
+    """The cells of each line of a Markdown table; all lines have equally
+    many."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
     rows = [line.strip("| ").split(" | ") for line in lines]
     assert len({line.count("|") for line in lines}) == 1
@@ -271,7 +272,7 @@ def test_curves_end_at_the_first_limit(fakes, tmp_path, monkeypatch):
     assert len(written["results"]) == 3 * len(scaling.AXES["N"][1])
     with Image.open(tmp_path / "scaling-dnc.png") as image:
         picture = np.asarray(image.convert("RGB"))
-    for color in LINES[:2]:  # of ours, in both plots
+    for color in LINES[:2]:  # our lines are in both plots
         color = np.round(np.multiply(to_rgb(color), 255))
         columns = np.all(picture == color, axis=2).any(axis=0)
         half = len(columns) // 2
@@ -449,7 +450,7 @@ def test_a_step_may_be_prepared_and_report():
 
     try:
         assert worker.result["told"] == {"x": 3}
-        if measure.memory():  # it is halted, but when it is in turn
+        if measure.memory():  # halted except in its turn
             deadline = time.monotonic() + 10
             while state() != "T" and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -467,7 +468,7 @@ def test_preparation_of_a_step_is_not_timed():
 
 
 class InProcess:
-    """A worker without a process that makes the steps it was told to."""
+    """A worker without a process, which runs real steps."""
 
     def __init__(self, prepare, make, rounds, others, **limits):
         self.made, self.alive = make(), True
@@ -487,7 +488,7 @@ class InProcess:
 
 
 class Pool:
-    """A pool of processes that does all in this one, where sizes are tiny."""
+    """A process pool that runs all in this process, where sizes are tiny."""
 
     def __init__(self, *arguments):
         pass
@@ -503,10 +504,10 @@ class Pool:
 
 
 def shrink(monkeypatch):
-    """Sizes of the benchmark of retrieval, and all of it in this process."""
+    """Makes the benchmark of retrieval tiny, and runs it in this process."""
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     monkeypatch.setattr(measure, "Worker", InProcess)
-    monkeypatch.setattr(measure, "forget_peak", int)  # a second here
+    monkeypatch.setattr(measure, "forget_peak", int)  # takes a second here
     monkeypatch.setattr(static_store, "alone", lambda do, *given: do(*given))
     for module, sizes in (
         (neighbours, {"CLUSTERS": 13}),
@@ -535,7 +536,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def trees(monkeypatch):
-    """ScaNN builds trees of some hundred entries."""
+    """Makes ScaNN build trees of some hundred entries."""
     pytest.importorskip("scann")
     monkeypatch.setattr(tuning, "FLAT", 300)
     monkeypatch.setattr(tuning, "WORTH", 10.0)
@@ -558,7 +559,7 @@ def test_recall_counts_the_neighbours_found():
     assert recall(14, 14) == recall(14, 11) == recall(14, -1) == 0.5
     assert recall(14, 99) == recall(14, 0) == 0.5
     assert recall(11, 12) == 0.0
-    keys[3] = 3.0  # as near as another
+    keys[3] = 3.0  # equally near as another
     assert recall(14, 12) == 1.0
 
 
@@ -574,7 +575,7 @@ def test_data_of_one_seed_is_equal():
 
 
 def take(step, rounds=2):
-    """Rounds of two steps each, and what is told then."""
+    """Runs rounds of two steps each, then returns the step's `tell()`."""
     for _ in range(2 * rounds):
         measure.timed(step)
     return step.tell()
@@ -592,7 +593,7 @@ def test_graph_and_host_memory_steps_find_all_neighbours(tiny, kind):
         assert told["search_ms"] > 0 and told["add_ms"] > 0
         keys, values = step.held(1)
         assert keys.shape == values.shape == (101, neighbours.DIM)
-        # Four steps' entries, the last of all.
+        # The memory ends with the entries of four steps.
         assert max(values[:, 0]) == 101 + 4 * retrieval.ADDED - 1
     np.testing.assert_array_equal(*(step.queries for step in made))
 
@@ -601,11 +602,11 @@ def test_graph_and_host_memory_steps_find_all_neighbours(tiny, kind):
 def test_steps_rebuild_trees_and_report_recall(tiny, trees):
     step = retrieval.OfKNNMemory(1000, "clustered", "approximate")
     assert step.trees.tell()["trees_built"] == 2
-    assert step.number > 1000  # half-way to the next tree
+    assert step.number > 1000  # halfway to the next tree
     step.memory.wait()
     told = take(step, rounds=12)
     step.memory.wait()
-    measure.timed(step)  # a row that was busy begins now
+    measure.timed(step)  # a busy row starts its tree now
     step.memory.wait()
     assert told["recall"] > 0.5
     assert len(told["leaves"]) == 2 and told["leaves"][0][0]
@@ -640,7 +641,7 @@ def test_retrieval_has_a_job_for_every_variant(monkeypatch):
     assert len(jobs) == 6 and callable(jobs["RingMemory, XLA"][1])
     monkeypatch.setattr(references, "installed", lambda name: name != "scann")
     jobs = retrieval.jobs(1 << 18, "clustered", 2, "folder")
-    assert len(jobs) == 4  # all entries are not compared in a graph
+    assert len(jobs) == 4  # a graph does not compare all entries
     assert "retrieval" in jobs['KNNMemory, search_method="approximate"']
     assert callable(jobs["reference, one process"][1])
 
@@ -778,13 +779,13 @@ def test_rebuild_rules_are_compared_on_drifting_keys(
     assert lists_of(last)[0] == ["step", *rules]
 
 
-# A run that is cut off.
+# Interrupted runs.
 
 
 @pytest.fixture
 def cut_off(monkeypatch):
-    """Workers of which the second case is interrupted in its turns, and jobs
-    for each command: (name, milliseconds)."""
+    """Workers that are interrupted during the turns of the second case, and
+    jobs for each command: (name, milliseconds)."""
     turns = []
 
     class Interrupted(Telling):

@@ -1,5 +1,5 @@
-"""What callbacks write, read back as TensorBoard reads it, and as a person
-does: in a browser."""
+"""Tests of the files that callbacks write, read as TensorBoard reads them, and
+viewed in a browser."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def fitted(model, *made, epochs=3):
 
 
 def watched(model, *made, epochs=1):
-    """Calls callbacks as `fit` does, without steps: tracing takes longest."""
+    """Calls callbacks like `fit`, but without steps: tracing takes longest."""
     calls = keras.callbacks.CallbackList(list(made), model=model)
     calls.on_train_begin()
     for epoch in range(epochs):
@@ -179,7 +179,7 @@ def test_a_probe_draws_gates_and_weightings():
 
 
 class OtherState(NamedTuple):
-    """What a user's own memory may have, under names that a DNC has."""
+    """State of a custom memory, with names that a DNC has too."""
 
     reads: Any
     memory: Any
@@ -228,7 +228,7 @@ class OtherLayer(keras_memory.MemoryRNN, cell=OtherCell):
 
 
 def own(units=3, **arguments):
-    """The quickest memory that can be drawn."""
+    """The fastest memory that can be drawn."""
     return OtherLayer(
         units, controller_units=7, return_sequences=True, **arguments
     )
@@ -455,7 +455,8 @@ def test_a_look_does_not_change_dropout_seeds():
 
 
 def test_a_look_copies_no_weights(monkeypatch):
-    """Of a large memory that each call writes; and nothing stays written."""
+    """Each call writes to a large memory; a look must undo it without a
+    copy."""
     entry = keras.Input(batch_shape=(2, 1, 4))
     memory = keras_memory.KNNMemoryLayer(500, top_k=3, write="always")
     found = memory(entry, entry, entry)
@@ -480,11 +481,11 @@ def test_a_look_copies_no_weights(monkeypatch):
     )
     probe = probe_module.Probe(x)
     probe.look(model)
-    assigned.clear()  # while it was traced
+    assigned.clear()  # ignores assignments during tracing
     outputs = [probe.look(model).outputs for _ in range(2)]
     assert max(copied) <= 100 and not assigned
     np.testing.assert_array_equal(*outputs)
-    assert np.count_nonzero(outputs[0]) == 2 * 1 * 4  # of one entry a row
+    assert np.count_nonzero(outputs[0]) == 2 * 1 * 4  # one entry per row
     for weight, kept in zip(model.get_weights(), before):
         np.testing.assert_array_equal(weight, kept)
 
@@ -642,7 +643,7 @@ def test_pictures_of_other_programs_are_kept(tmp_path):
 
     with pytest.warns(UserWarning, match="00000001.png is not of `Probe"):
         assert draw(3) == [f"{done:08}.png" for done in (0, 2, 3)]
-    # Another process takes the place of what this one drew.
+    # Another process replaces the pictures of this one.
     assert draw(2, every=2) == [f"{done:08}.png" for done in (0, 2)]
     for name, content in users.items():
         assert (folder / name).read_bytes() == content
@@ -650,7 +651,7 @@ def test_pictures_of_other_programs_are_kept(tmp_path):
         assert gif.n_frames >= 1
 
 
-# As a person sees it.
+# In a browser.
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -678,7 +679,7 @@ TAGS = "/data/plugin/images/tags"
 
 
 def served(url, tag):
-    """The images of a tag, from the first step to the last."""
+    """The images of a tag, in order of steps."""
     where = f"{url}/data/plugin/images"
     question = urllib.parse.urlencode(
         {"run": "memory", "tag": tag, "sample": 0}
@@ -734,7 +735,7 @@ def test_tensorboard_shows_the_images_in_a_browser(tmp_path):
             assert image.format == ("GIF" if animated else "PNG")
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    for end in (0.0, 1.0):  # weightings are there
+    for end in (0.0, 1.0):  # the weightings are visible
         color = np.multiply(matplotlib.colormaps["viridis"](end)[:3], 255)
         assert (np.abs(pixels - color).max(-1) < 8).sum() > 200
 

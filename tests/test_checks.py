@@ -1,4 +1,4 @@
-"""What arrays `checks.check_array` takes, and what it says of others."""
+"""Arrays that `checks.check_array` accepts, and its errors for others."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def test_errors_name_the_argument_and_the_received_value(value, received):
         "`keys` must be an array (n, D) of real numbers with D=2. Received: "
     )
     assert received in text
-    assert sizes == {"D": 2}  # a refused argument sets no size
+    assert sizes == {"D": 2}  # a refused argument defines no size
 
 
 def test_named_sizes_must_agree_between_arguments():
@@ -111,7 +111,7 @@ REMEDY = "Scale them."
         (np.array([-(1 << 24) - 1]), "float32", -16777217),
         (np.array([(1 << 63) - 1]), "float64", (1 << 63) - 1),
         (np.array([257], "uint16"), "bfloat16", 257),
-        ([1 << 20], "float16", 1 << 20),  # infinity there
+        ([1 << 20], "float16", 1 << 20),  # infinite in float16
         ([(1 << 31) - 1, -(1 << 31)], "int32", None),
         ([1 << 31], "int32", 1 << 31),
         (np.array([1 << 63], "uint64"), "int64", 1 << 63),
@@ -136,7 +136,7 @@ def test_integers_are_kept_exactly_or_refused(numbers, dtype, inexact):
     with pytest.raises(ValueError, match=f"{told}Received: {inexact}, shape"):
         check()
     if dtype == "float32":
-        check(remedy=None)  # they are rounded
+        check(remedy=None)  # rounds them
 
 
 @pytest.mark.parametrize(

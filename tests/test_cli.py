@@ -1,4 +1,4 @@
-"""The command before TensorFlow: what it tells at once, and what it imports."""
+"""Tests of the command before it imports TensorFlow: outputs and imports."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ import sys
 from keras_memory.cli import main
 sys.exit(main())
 """
-# Says at the end of the process whether TensorFlow is there.
+# Prints at the end of the process whether TensorFlow was imported.
 WATCHED = """
 import atexit, sys
 def told():
@@ -31,8 +31,8 @@ atexit.register(told)
 
 @pytest.fixture
 def command(tmp_path):
-    """Runs the command in a process that starts as it does for users, and
-    tells what it has imported."""
+    """Runs the command in a process that starts as for users, and reports its
+    imports."""
     script = tmp_path / "bin" / "keras-memory"
     script.parent.mkdir()
     script.write_text(AS_SCRIPT)
@@ -116,7 +116,7 @@ def test_usage_errors_are_reported_before_tensorflow_is_imported(
 
 
 def test_the_command_loads_public_names_on_first_use():
-    """Also classes that only Keras looks for, in a file that it loads."""
+    """Includes classes that only Keras looks up, when it loads a file."""
     code = (
         "import sys; sys.argv[0] = 'keras-memory'\n"
         "import keras_memory\n"
@@ -133,7 +133,7 @@ def test_the_command_loads_public_names_on_first_use():
 
 
 def test_outside_the_command_all_layers_are_registered_at_once():
-    """Here `keras_memory` was imported by a test, not by the command."""
+    """Here a test has imported `keras_memory`, not the command."""
     public = ast.parse((PACKAGE / "api.py").read_text()).body[1:]
     names = {alias.asname for node in public for alias in node.names}
     assert {"NTMLayer", "callbacks", "ScannIndex"} <= names

@@ -1,4 +1,4 @@
-"""Controllers by name, and what a memory cell asks of any controller."""
+"""Controllers by name, and the demands of a memory cell on any controller."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.every_backend
 
 BATCH, WIDTH, UNITS = 2, 5, 7
 
-# As in tensorflow-addons.
+# The cells of tensorflow-addons.
 ADDONS = {
     "layer_norm_lstm": controllers.LayerNormLSTMCell,
     "layer_norm_rnn": controllers.LayerNormSimpleRNNCell,
@@ -186,7 +186,7 @@ def test_dense_cell_keeps_its_mask_until_it_is_reset(x):
     close(no_dropout(x, [], training=True)[0], ops.convert_to_numpy(plain), 0)
 
 
-# What a cell asks of its controller.
+# Demands of a memory cell on its controller.
 
 CONTROLLERS = {
     **{
@@ -266,7 +266,7 @@ def test_training_reaches_the_layers_that_take_it(x):
     still, _ = controllers.step(cell, x, states, False)
     dropped, _ = controllers.step(cell, x, states, True)
     assert np.abs(ops.convert_to_numpy(still - dropped)).max() > 1e-3
-    # Neither of these takes `training`.
+    # Neither layer takes `training`.
     controllers.step(keras.layers.Dense(3), x, (), True)
     controllers.step(toy.PlainCell(WIDTH), x, zeros(WIDTH), True)
 
@@ -290,7 +290,7 @@ def test_dropout_cells_come_with_the_width_of_their_inputs():
 
 
 def randomised(name, **kwargs):
-    """A cell whose weights are all drawn anew."""
+    """A cell with all weights drawn at random."""
     cell = ADDONS[name](UNITS, **kwargs)
     cell.build((None, WIDTH))
     rng = np.random.default_rng(5)
@@ -309,7 +309,7 @@ def random_states(cell):
 
 
 def steps_close(ours, theirs, tolerance=1e-6):
-    """Compares two (output, states)."""
+    """Compares two pairs of output and states."""
     for a, b in zip(keras.tree.flatten(ours), keras.tree.flatten(theirs)):
         close(a, ops.convert_to_numpy(b), tolerance)
 
@@ -322,7 +322,7 @@ def literal(text):
 
 
 def from_golden(name, dtype):
-    """A layer with the weights of a golden, its states, and the golden."""
+    """A layer with the weights of a golden file, its states, and the file."""
     file = dict(np.load(GOLDENS / f"tfa__{name}.npz"))
     settings = json.loads(str(file["__meta__"]))
     options = {key: literal(v) for key, v in settings["options"].items()}
@@ -384,7 +384,7 @@ def test_gradients_equal_tensorflow_addons(name):
         close(gradient, file[f"grad.{weight}"], 1e-7)
 
 
-# What the goldens leave open.
+# Options that the golden files do not cover.
 
 
 def hard_sigmoid(x):
@@ -441,7 +441,7 @@ def test_nas_projects_its_output(x):
     assert projection.shape == (UNITS, 3)
     c, m = random_states(cell)
     assert m.shape == (BATCH, 3)
-    # The plain cell sees the same m_{t-1}, filled up with zeros.
+    # The plain cell sees the same m_{t-1}, padded with zeros.
     fill = np.zeros((UNITS - 3, 8 * UNITS))
     plain.set_weights([np.concatenate([recurrent_kernel, fill]), kernel])
     wide_m = np.pad(m, [(0, 0), (0, UNITS - 3)])
@@ -463,7 +463,7 @@ def test_initial_weights_follow_the_arguments():
     cell.build((None, WIDTH))
     gammas_and_betas = cell.get_weights()[3:]
     assert [w.mean() for w in gammas_and_betas] == [0, 1] * 3
-    # An initializer draws the same numbers each time.
+    # A shared initializer must not draw equal weights.
     draw = keras.initializers.RandomNormal()
     peephole = controllers.PeepholeLSTMCell(UNITS, kernel_initializer=draw)
     norm = controllers.LayerNormLSTMCell(UNITS, norm_gamma_initializer=draw)
@@ -486,7 +486,7 @@ def test_all_gates_and_steps_share_one_dropout_mask(name, x):
     x = np.stack([x, 2 * x, -x], axis=1)
     layer = keras.layers.RNN(cell, return_sequences=True)
     output = ops.convert_to_numpy(layer(x, training=True))
-    # The twin draws what the layer has drawn.
+    # The twin draws the same masks as the layer.
     mask = ops.convert_to_numpy(twin.get_dropout_mask(x[:, 0]))
     states = [np.zeros((BATCH, UNITS), "float32") for _ in random_states(cell)]
     recurrent_mask = np.ones((BATCH, UNITS), "float32")
@@ -499,7 +499,7 @@ def test_all_gates_and_steps_share_one_dropout_mask(name, x):
     assert mask.shape == (BATCH, WIDTH)
     assert set(mask.ravel()) == {0, 2}
     for time in range(3):
-        states[0] = states[0] * recurrent_mask  # h, of which only U sees
+        states[0] = states[0] * recurrent_mask  # only U sees the dropped h
         after = plain(x[:, time] * mask, states)
         expected, states = keras.tree.map_structure(ops.convert_to_numpy, after)
         close(output[:, time], expected)
@@ -530,7 +530,7 @@ def test_a_compiled_stack_trains_and_is_saved(tmp_path):
     model = keras.Sequential([keras.Input((None, WIDTH)), layer])
     x = np.random.default_rng(7).normal(size=(BATCH, 3, WIDTH))
     backend = keras.backend.backend()
-    if backend != "numpy":  # which does not train
+    if backend != "numpy":  # Keras does not train there
         compiled(model, "sgd", "mse", jit_compile=backend != "torch")
         before = model.get_weights()
         model.fit(x, np.ones((BATCH, 3)), epochs=2, verbose=0)

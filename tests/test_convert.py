@@ -1,7 +1,7 @@
-"""Converted weights against stored results of the other implementations, and
-against oracles of them (`reference.py`) where nothing is stored.
+"""Compares converted weights with stored results of the other implementations,
+or with oracles of them (`reference.py`) where no results are stored.
 
-`test_convert_errors.py` has what is refused.
+`test_convert_errors.py` tests the errors.
 """
 
 import pathlib
@@ -56,7 +56,7 @@ PARTS = {
 
 
 def expected(arrays, kinds, shift_order, prefix=""):
-    """What a reference computed, batch first, under this library's names.
+    """Results of a reference, batch first, under this library's names.
 
     kinds: "R" or "W" for each of the reference's heads.
     """
@@ -100,7 +100,7 @@ def computes(layer, x, values, tolerance):
     close(layer(x), values["output"], tolerance)
 
 
-# Against stored results.
+# Stored results.
 
 
 def collier_arguments(meta):
@@ -140,8 +140,8 @@ def test_a_converted_layer_equals_the_reference(name, dtype, tolerance):
 @pytest.mark.parametrize("name", PYTORCH + COLLIER)
 @needs_tensorflow
 def test_a_converted_layer_has_the_gradients_of_the_reference(name):
-    """Its gradient along a direction in its weights is the layer's along
-    what the converter makes of that direction."""
+    """The reference's gradient along a direction of its weights equals the
+    layer's along the converted direction."""
     import tensorflow as tf
 
     arrays, weights, meta = golden(name)
@@ -190,7 +190,7 @@ def test_the_oracles_equal_the_reference(name):
         close(values[part], value, 1e-10)
 
 
-# Against the oracles, in sizes and orders that are not stored.
+# Oracles, for sizes and orders without stored results.
 
 
 def drawn(shapes):
@@ -333,7 +333,7 @@ def test_collier_ntm_converts_in_other_sizes(heads, options, sizes, shape):
 )
 @needs_tensorflow
 def test_collier_ntm_converts_with_a_memory_near_zero(dtype, tolerance):
-    """As it does where it is constant: at 1e-6."""
+    """A constant initial memory is 1e-6."""
     weights = collier_weights(1, 1, init_mode="constant")
     weights["init/init_M"] *= 1e-6
     x = inputs_of()
@@ -392,8 +392,8 @@ def ivy_as_collier(weights, layers, reads, heads):
 @pytest.mark.parametrize("name", IVY)
 @needs_tensorflow
 def test_the_first_step_equals_that_of_ivy(name):
-    """Only the first: ivy's erasing lacks a pair of brackets, so that its
-    memory is another from then on."""
+    """Only the first step: ivy's erase lacks a pair of brackets, so that its
+    memory differs from then on."""
     arrays, weights, meta = golden(name)
     reads, writes = meta["read_heads"], meta["write_heads"]
     shift_range = meta["options"].get("shift_range", 1)
@@ -420,7 +420,7 @@ def test_the_first_step_equals_that_of_ivy(name):
 
 
 def state_dict(weights, encapsulated=True):
-    """With the names that PyTorch gives: each head has the same memory."""
+    """Weights under PyTorch's names: each head repeats the shared memory."""
     heads = {n.split(".")[1] for n in weights if n.startswith("heads.")}
     named = {n: w for n, w in weights.items() if n != "mem_bias"}
     for name in ("memory", *(f"heads.{i}.memory" for i in heads)):
@@ -450,7 +450,7 @@ def test_names_of_a_data_parallel_model_are_recognized():
 
 
 def test_heads_are_ordered_by_number():
-    kinds = "RWRWRWRWRWWR"  # 10 and 11 are no 2 and 3
+    kinds = "RWRWRWRWRWWR"  # 10 and 11 must not sort before 2
     weights = dict(sorted(pytorch_weights(kinds).items()))
     layer = convert.from_pytorch_ntm(weights)
     assert layer.cell.head_order == words(kinds)
@@ -480,7 +480,7 @@ def test_names_of_a_checkpoint_are_recognized(scopes):
         close(same, ops.convert_to_numpy(weight), 0)
 
 
-# The layer that comes out.
+# The converted layer.
 
 
 def from_pytorch(weights=None, **kwargs):

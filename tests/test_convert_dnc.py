@@ -1,7 +1,7 @@
-"""Converted weights of the two other DNCs: against their stored results, and
-against oracles of them (`reference_dnc.py`) where nothing is stored.
+"""Compares converted weights of two other DNCs with their stored results, or
+with oracles of them (`reference_dnc.py`) where no results are stored.
 
-`test_convert_errors.py` has what is refused.
+`test_convert_errors.py` tests the errors.
 """
 
 import keras
@@ -247,13 +247,13 @@ def expected_of(name, arrays):
 
 
 def stepped(cell, x, states, feedback=True):
-    """What a cell does, step by step.
+    """Runs a cell step by step.
 
-    feedback: False, as the other implementation does within one call: each
-        step sees the reads that came in front of the call.
+    feedback: False: as in the other implementation within one call, each step
+        sees the reads from before the call.
 
-    Returns the outputs (B, T, units), the controllers' states, list over time
-    of a flat list, and a dict of what happened inside.
+    Returns the outputs (B, T, units), the controllers' states as a list over
+    time of flat lists, and a dict of the other values.
     """
     records = cell.layout.unflatten(states)
     first = [record.reads for record in records]
@@ -286,7 +286,7 @@ def computes(layer, x, states, expected, controllers, tolerance, feedback=True):
             close(state, of_theirs[t], tolerance)
 
 
-# Against stored results.
+# Stored results.
 
 
 @pytest.mark.parametrize("name", DEEPMIND)
@@ -359,9 +359,9 @@ def test_a_converted_layer_equals_the_reference_in_float32(name):
 
 @needs_tensorflow
 def test_the_interface_is_equal_where_slot_order_is_undefined():
-    """`topk` puts slots of equal usage in no defined order, so that memory,
-    reads and outputs of this file are of no use. Within one call they do not
-    reach the controller, whose interface is compared at all steps."""
+    """`topk` leaves the order of equally used slots undefined, so that memory,
+    reads and outputs of this file cannot be compared. Within one call they do
+    not reach the controller, whose interface is compared at all steps."""
     arrays, weights, meta = golden(TIED)
     layer, states = layer_and_state(
         TIED, weights, meta, started(arrays), dtype="float64"
@@ -378,8 +378,8 @@ def test_the_interface_is_equal_where_slot_order_is_undefined():
             close(state, of_theirs[t], 1e-9)
 
 
-# Gradients. Keras's weights are permutations and sums of theirs, so that the
-# gradients of theirs are read off those of Keras's.
+# Gradients. Keras's weights are permutations and sums of the reference's, so
+# the gradients of the reference's weights follow from Keras's.
 
 
 def gates(array, order):
@@ -396,7 +396,7 @@ def interface_parts(array, sizes):
 
 
 def access_gradients(kernel, bias, reads, writes, width):
-    """Under the names of DeepMind's linear layers."""
+    """Gradients under the names of DeepMind's linear layers."""
     sizes = {
         "read_keys": reads * width,
         "read_strengths": reads,
@@ -445,7 +445,7 @@ def pytorch_gradients(gradients, meta):
         order = [0, 1, 2, 3] if kind == "lstm" else [1, 0, 2]
         for hidden in range(meta["num_hidden_layers"]):
             of_x, of_h, of_bias = arrays[3 * hidden : 3 * hidden + 3]
-            if kind == "lstm":  # each of the two has the gradient of the sum
+            if kind == "lstm":  # both biases have the gradient of their sum
                 of_bias = [of_bias, of_bias]
             values = {
                 "weight_ih": gates(of_x, order).T,
@@ -456,7 +456,7 @@ def pytorch_gradients(gradients, meta):
             for name, value in values.items():
                 theirs[f"{kind}_layer_{block}.{name}_l{hidden}"] = value
     memories = range(len(interfaces))
-    if meta["share_memory"]:  # there one interface, here one for each layer
+    if meta["share_memory"]:  # its layers share one interface; ours do not
         interfaces = [[sum(of) for of in zip(*interfaces, strict=True)]]
         memories = ["shared"]
     sizes = {
@@ -531,7 +531,7 @@ def test_a_converted_layer_has_the_gradients_of_the_reference(name):
         close(gradient, arrays[f"grad.{part}"], 1e-7)
 
 
-# Parts of DeepMind's, one by one.
+# Single parts of DeepMind's DNC.
 
 
 def drawn(shapes, scale=0.7):
@@ -567,7 +567,7 @@ def deepmind_weights(
 
 
 def cell_of(meta, of_access=None):
-    """The cell of a converted DNC that accesses its memory as `meta` says."""
+    """The cell of a converted DNC with the access options of `meta`."""
     weights = deepmind_weights(
         meta["num_reads"],
         meta["num_writes"],
@@ -721,12 +721,12 @@ def test_the_access_equals_that_of_deepmind(name):
         meta["word_size"],
     )
     assert set(theirs) == set(weights)
-    assert not np.any(of_initial["init.write_weights"])  # stopped at usage
+    assert not np.any(of_initial["init.write_weights"])  # usage stops it
     for part, gradient in {"x": of_x, **of_initial, **theirs}.items():
         close(gradient, arrays[f"grad.{part}"], 1e-7)
 
 
-# Against the oracles, in sizes and options that are not stored.
+# Oracles, for sizes and options without stored results.
 
 
 def inputs_of(batch=2, steps=4, width=3):
@@ -734,8 +734,8 @@ def inputs_of(batch=2, steps=4, width=3):
 
 
 def somewhere(start):
-    """States as they are in the middle of a sequence, like `start` in names
-    and shapes. None of the slots are equally used."""
+    """States like those in the middle of a sequence, with the names and shapes
+    of `start`. No two slots are equally used."""
     rng = np.random.default_rng(17)
 
     def weighting(shape, total=0.9):
@@ -942,8 +942,8 @@ def test_pytorch_dnc_converts_in_other_sizes(case):
 
 @needs_tensorflow
 def test_converted_layers_start_from_zero():
-    """Of three unused slots, unlike of more, no two are so alike after the
-    first step that rounding decides which is used next."""
+    """Three slots: with more unused slots, usages after the first step are so
+    close that rounding decides which slot is used next."""
     slots, x = 3, inputs_of()
     weights = deepmind_weights(writes=2)
     layer = convert.from_deepmind_dnc(weights, slots, dtype="float64")
@@ -984,7 +984,7 @@ def test_names_of_a_data_parallel_model_are_recognized():
 
 
 def test_layers_are_ordered_by_number():
-    """10 is not between 1 and 2."""
+    """10 must not sort between 1 and 2."""
     weights = pytorch_weights(kind="rnn", layers=11, shared=False, units=2)
     layer = convert.from_pytorch_dnc(dict(sorted(weights.items())), 3, 2)
     for k, (_, bias) in enumerate(layer.cell.interfaces):
@@ -992,7 +992,7 @@ def test_layers_are_ordered_by_number():
         close(bias[:-6], weights[name][:-6], 1e-6)
 
 
-# The layer that comes out.
+# The converted layer.
 
 
 def from_deepmind(weights=None, memory_slots=7, **kwargs):

@@ -1,4 +1,4 @@
-"""Each example runs, for two steps."""
+"""Runs each example for two steps."""
 
 import pathlib
 import runpy

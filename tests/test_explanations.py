@@ -1,4 +1,5 @@
-"""Which examples a Memory Wrap used, and which parts of them."""
+"""Tests of explanations: the examples that Memory Wrap used, and
+attributions."""
 
 import io
 
@@ -46,7 +47,7 @@ def untrained(**kwargs):
 
 @pytest.fixture(scope="module")
 def trained(images):
-    """For tests that leave it as it is."""
+    """A trained model, for tests that do not change it."""
     keras.utils.set_random_seed(1)
     model = untrained()
     model.fit(*images, epochs=15, verbose=0)
@@ -54,7 +55,7 @@ def trained(images):
 
 
 def answers(model, x, memory, **kwargs):
-    """Predictions, and weights where asked for, as arrays."""
+    """Predictions, and weights on request, as arrays."""
     inputs = [model.encode(x), model.encode(memory)]
     found = model.memory_layer(inputs, **kwargs)
     return keras.tree.map_structure(ops.convert_to_numpy, found)
@@ -62,7 +63,7 @@ def answers(model, x, memory, **kwargs):
 
 def test_explanations_of_a_fixed_memory_list_the_used_examples(images):
     x, y = images
-    x = 2 * x  # less alike
+    x = 2 * x  # makes images differ more
     model = untrained(similarity="l2")
     model.set_memory(x[:13], y[:13])
     outputs, weights = answers(model, x[13:36], x[:13], return_weights=True)
@@ -85,7 +86,7 @@ def test_explanations_of_a_fixed_memory_list_the_used_examples(images):
             close(why.weights.sum(), np.float64(1.0), 1e-5)
             assert (why.labels == y[why.indices]).all()
             assert (why.inputs == x[why.indices]).all()
-            # Each of them is classified by the others.
+            # Each example is classified by the others.
             for place, index in enumerate(why.indices):
                 others = np.arange(13) != index
                 alone = answers(model, x[index : index + 1], x[:13][others])
@@ -141,7 +142,7 @@ def test_explanation_accuracy_equals_the_code_of_the_paper(
     trained, images, monkeypatch
 ):
     x, y = images
-    y = np.where(np.arange(60) % 5, y, (y + 1) % 3)  # some wrong labels
+    y = np.where(np.arange(60) % 5, y, (y + 1) % 3)  # wrong labels
     rng = np.random.default_rng(7)
     x = x + rng.normal(size=x.shape, scale=0.5)
     memories = []
@@ -217,7 +218,7 @@ def test_attributions_sum_to_the_difference(trained, images):
 
 @trains
 def test_attributions_of_a_linear_model_are_exact():
-    """One example has weight 1: the output is linear in both images."""
+    """A single example has weight 1, so the output is linear in both images."""
     model = MemoryWrapClassifier(
         keras.layers.Flatten(),
         2,
@@ -313,7 +314,7 @@ def test_pictures_follow_max_examples_and_to_image(trained, images):
 
 
 def test_a_picture_marks_wrong_answers(images):
-    """The example of class 1 is taken for class 2."""
+    """The second example has class 1 but is predicted as class 2."""
     x, _ = images
     why = explanations.Explanation(
         prediction=1,
@@ -525,7 +526,7 @@ def test_wrong_arguments_are_refused(images):
         ),
     ):
         if words == "has a gradient" and harness.BACKEND == "jax":
-            continue  # where it is zero
+            continue  # here 0 is valid
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match="MemoryWrapClassifier"):

@@ -1,4 +1,4 @@
-"""What is served is the model: whole, step by step, and without Python."""
+"""Exports serve the model: whole, step by step, and without Python."""
 
 import os
 import pathlib
@@ -44,7 +44,7 @@ def run(signature, **inputs):
 
 
 def stream(signatures, x, name="inputs"):
-    """Outputs of the steps, and the states at the end."""
+    """Outputs of the steps, and the final states."""
     states = run(signatures["initial_state"], **{name: x[:, 0]})
     outputs = []
     for time in range(x.shape[1]):
@@ -76,7 +76,7 @@ def sequential(*layers, shape=(None, 5), **kwargs):
 
 
 def tiny():
-    """The quickest model that can be streamed."""
+    """The fastest model that can be streamed."""
     return sequential(keras.layers.SimpleRNN(2, return_sequences=True))
 
 
@@ -104,7 +104,7 @@ def test_every_case_is_served(exported):
         close(served["outputs"], whole, tolerance=1e-5)
     outputs, states = stream(signatures, x)
     close(np.stack(outputs, axis=1), whole, tolerance=1e-6)
-    # The states are those of `return_state`, in its order.
+    # The states are those of `return_state`, in the same order.
     stateful = harness.like(exported.layer, exported.case, return_state=True)
     _, *expected = stateful(x)
     names = exported.layer.cell.state_names
@@ -121,7 +121,7 @@ def test_exports_have_only_stock_operations(exported):
     ops = operations(exported.path)
     assert {op for op in ops if not hasattr(tf.raw_ops, op)} == set()
     assert not {op for op in ops if "PyFunc" in op or "Random" in op}
-    # What `tf.custom_gradient` leaves, of which TensorFlow warns at loading.
+    # `tf.custom_gradient` leaves it, and TensorFlow warns of it at loading.
     assert "IdentityN" not in ops
 
 
@@ -142,7 +142,7 @@ def operations(path):
     return {node.op for node in nodes} - functions
 
 
-# A trained model of several layers.
+# A trained model with several layers.
 
 STATE_SIZES = {
     "head_reads": 5,
@@ -157,7 +157,7 @@ STATE_SIZES = {
 
 
 class Compiled(keras.layers.Layer):
-    """Asks for XLA, which a server may not have."""
+    """Requests XLA, which a server may lack."""
 
     def build(self, input_shape):
         self.function = tf.function(tf.tanh, jit_compile=True)
@@ -315,11 +315,11 @@ def test_models_config_names_the_model_and_its_folder(trained):
     assert model.model_platform == "tensorflow"
 
 
-# What can be streamed.
+# Streams.
 
 
 def check(model, path, x):
-    """Served and streamed outputs are the model's."""
+    """Served and streamed outputs equal the model's."""
     signatures = load(path)
     whole = run(signatures["serving_default"], inputs=x)["outputs"]
     close(whole, model(x, training=False), tolerance=1e-5)
@@ -355,7 +355,7 @@ def test_a_functional_model_with_branches_and_submodels_is_streamed(tmp_path):
     model = keras.Model(inputs, outputs)
     path = export_for_serving(model, tmp_path / "model", warm_up=())
     check(model, path, random(2, 4, 5))
-    # Other numbers of time steps than the model declares.
+    # The served model accepts other numbers of time steps.
     served = run(load(path)["serving_default"], inputs=random(3, 7, 5))
     assert served["outputs"].shape == (3, 7, 3)
 
@@ -476,7 +476,7 @@ def test_models_that_cannot_be_streamed_are_served_with_a_warning(
 
 
 def gappy(*shape, value=0.0):
-    """Rows that begin, stop and end with masked steps."""
+    """Rows with masked steps at the start, in the middle and at the end."""
     x = random(*shape)
     x[0, -2:] = x[1, 0] = x[2, 1] = x[2, 3] = value
     return x
@@ -497,7 +497,7 @@ class OwnCell(keras.layers.Layer):
         return [keras.ops.ones((batch_size, 2))] * 2
 
 
-MASKED = {  # layers, and how many of them hold an output
+MASKED = {  # layers, and the number of them that hold an output
     "ours": (lambda: [keras.layers.Masking(), ntm(), keras.layers.GRU(2)], 2),
     "value": (
         lambda: [keras.layers.Masking(-2.0), rnn(keras.layers.SimpleRNN)],
@@ -573,7 +573,7 @@ def test_masked_tokens_hold_outputs_in_a_stream(tmp_path):
 
 
 def test_rows_with_a_masked_step_keep_their_states(tmp_path):
-    """Several clients in one batch, of which one has nothing at a step."""
+    """Several clients share a batch, and one has no input at a step."""
     model = sequential(keras.layers.Masking(), rnn(keras.layers.LSTM))
     path = export_for_serving(model, tmp_path / "model", warm_up=())
     signatures = load(path)
@@ -601,7 +601,7 @@ def names_of(model, tmp_path):
     assert takes(signatures["step"]) == {name, *states}
     outputs = gives(signatures["serving_default"])
     assert gives(signatures["step"]) == {*outputs, *states}
-    # What the names stand for.
+    # The names belong to the right arrays.
     x = random(2, 3, 5)
     whole = run(signatures["serving_default"], **{name: x})
     given = run(signatures["initial_state"], **{name: x[:, 0]})
@@ -626,7 +626,7 @@ def test_a_named_input_keeps_its_name(given, served, tmp_path):
     "given, served",
     [
         ("inputs", "inputs"),
-        ("input_layer_3", "inputs"),  # what Keras calls it after loading
+        ("input_layer_3", "inputs"),  # Keras's name after loading
         ("my-input", "my_input"),
         ("_x", "arg__x"),
         ("größe 2", "gr__e_2"),
@@ -794,7 +794,7 @@ def test_time_distributed_layers_are_served(time, streams, tmp_path):
 
 
 class Looped(keras.layers.Layer):
-    """Acts on each step, and must know how many there are."""
+    """Acts on each step, and needs a known number of steps."""
 
     def call(self, inputs):
         steps = [inputs[:, time] * 2.0 for time in range(inputs.shape[1])]
@@ -830,7 +830,7 @@ def test_versions_are_written_side_by_side(tmp_path):
     }
     assert 'name: "other"' in (folder / "models.config").read_text()
     assert {path: path.stat() for path in first.rglob("*")} == before
-    # A server under another user may read it.
+    # A server of another user may read it.
     (tmp_path / "usual").mkdir()
     assert second.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
@@ -879,7 +879,7 @@ def interrupted(*args, **kwargs):
 def test_a_failed_export_leaves_no_files(
     place, name, replacement, error, tmp_path, monkeypatch
 ):
-    # Not in the parameters: `model.export` puts another module in its place.
+    # Looked up here, since `model.export` replaces the module.
     place = place or tf.saved_model
     monkeypatch.setattr(place, name, replacement(getattr(place, name)))
     with pytest.raises(error):
@@ -928,7 +928,7 @@ def test_files_of_killed_exports_are_removed(tmp_path):
     folder = tmp_path / "model"
     with saved_model.appearing_folder(
         folder / "3"
-    ) as running:  # another, at work
+    ) as running:  # another export, still running
         (running / "part").write_text("half")
         reads, writes = os.pipe()
         killed = os.fork()
@@ -939,12 +939,12 @@ def test_files_of_killed_exports_are_removed(tmp_path):
                 signal.pause()
         assert os.read(reads, 1) == b"!"
         hidden = {path.name for path in folder.iterdir()}
-        with saved_model.appearing_folder(folder / "2"):  # while that one lives
+        with saved_model.appearing_folder(folder / "2"):  # while the other runs
             assert hidden < {path.name for path in folder.iterdir()}
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
         os.close(reads), os.close(writes)
-        # An older version had no locks, and a user has folders of his own.
+        # Folders of older versions, without locks, and of users are kept.
         (folder / ".7.0123abcd").mkdir()
         (folder / ".7.mine").mkdir()
         with saved_model.appearing_folder(folder / "4"):
@@ -972,7 +972,7 @@ def test_a_wrong_stream_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_unwritable_folder_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "take_apart", failing)  # no work before
+    monkeypatch.setattr(export, "take_apart", failing)  # fails if work starts
     file = tmp_path / "file"
     file.write_text("in the way")
     for folder in (file, file / "below"):

@@ -1,5 +1,5 @@
-"""Inputs and states up to the bounds that `MemoryCell` documents: outputs,
-states and gradients are finite."""
+"""Outputs, states and gradients are finite for inputs and states up to the
+bounds that `MemoryCell` documents."""
 
 import harness
 import keras
@@ -22,7 +22,7 @@ BOUNDS = {
     "float64": 1e150,
     "float16": 1e2,
 }
-# Its state is its output, so that interfaces are as large.
+# Its state is its output, so interfaces become as large.
 BOUND_OF_GRU = 1e9
 
 OF_CONTROLLERS = [
@@ -37,7 +37,7 @@ FEW = [
 
 
 def extreme_states(cell, bound, rng):
-    """All of the size of the bound: weightings and usages, too."""
+    """States of the size of the bound, including weightings and usages."""
     records = cell.unpack_state(cell.get_initial_state(2))
     columns = [
         record.link_columns
@@ -159,7 +159,7 @@ def test_scales_of_ordinary_numbers_are_exactly_1():
     np.testing.assert_array_equal(scale, [[1.0]])
 
 
-# States from outside that no step makes.
+# Given states that no step produces.
 
 
 def test_a_dnc_clips_given_weightings_and_usage_to_their_ranges():

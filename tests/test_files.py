@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on every system."""
+"""Files are written whole or not at all, on every system."""
 
 import errno
 import os
@@ -14,8 +14,8 @@ fcntl = pytest.importorskip("fcntl", reason="asks how files are open")
 
 
 class Windows:
-    """`os`, as Windows has it: folders cannot be opened, only what is open
-    for writing can be flushed, and an open file not be replaced or removed."""
+    """Imitates `os` on Windows: folders cannot be opened, only files open for
+    writing can be flushed, and open files cannot be replaced or removed."""
 
     name = "nt"
     O_RDONLY, O_RDWR = os.O_RDONLY, os.O_RDWR
@@ -70,7 +70,7 @@ def test_files_are_written_on_windows(windows, tmp_path):
             aside.write_text(text)
         assert path.read_text() == text
     assert windows.flushed == [str(tmp_path / ".file.writing.txt")] * 2
-    files.fsync(tmp_path)  # folders are left out
+    files.fsync(tmp_path)  # skips folders
     files.fsync(path)
     assert windows.flushed[2:] == [str(path)]
     assert os.listdir(tmp_path) == ["file.txt"]
@@ -120,7 +120,7 @@ def test_a_write_elsewhere_does_not_wait(monkeypatch, tmp_path):
 
 
 def test_the_error_of_the_writer_is_raised(monkeypatch, tmp_path):
-    """Also where what it has left cannot be removed."""
+    """Even if its temporary file cannot be removed."""
 
     def refused(*arguments, **options):
         raise PermissionError("it is open")
@@ -135,5 +135,5 @@ def test_read_only_files_are_flushed_too(monkeypatch, tmp_path):
     path = tmp_path / "asset.txt"
     path.write_text("words")
     path.chmod(stat.S_IRUSR)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # or for root
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # so for root, too
     files.fsync(path)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors that say which."""
+"""Files are written whole or not at all, and errors say which."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ resource = pytest.importorskip("resource")
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """A disk that is full after `size` bytes of a file."""
+    """Imitates a disk that is full after `size` bytes of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -79,7 +79,7 @@ def test_errors_are_explained_and_keep_their_type():
 def test_a_disk_full_during_moves_reports_partly_new_files(
     moved, tmp_path, monkeypatch
 ):
-    """Not all is then as it was, and it is not said to be."""
+    """Some files are new then, and the error must say so."""
     (tmp_path / "0.txt").write_text("old")
     replace, calls = files._replace, []
 

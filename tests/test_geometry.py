@@ -1,4 +1,5 @@
-"""Geometry, by hand, and next to the reference where that is right."""
+"""Geometry, compared with values computed by hand, and with the reference where
+the reference is right."""
 
 import pathlib
 
@@ -38,7 +39,7 @@ def golden(name):
 
 def test_inverse_intrinsics_undo_a_pinhole():
     inverse = geometry.inverse_intrinsics((3.0, 5.0), (2.0, 1.0))
-    # Two columns right of the middle and one row up: x is to the left.
+    # Two columns right of the center and one row up; x points left.
     close(inverse @ [4.0, 0.0, 1.0], [-2 / 3, 1 / 5, 1.0])
 
 
@@ -99,14 +100,14 @@ def test_small_and_large_turns_are_rotations():
         matrix = array(geometry.rotation_matrix(vector.astype("float32")))
         close(matrix @ matrix.swapaxes(1, 2), [np.eye(3)] * 5, 1e-5)
         close(np.linalg.det(matrix), np.ones(5), 1e-5)
-        # The axis stays.
+        # The axis is unchanged.
         close((matrix @ vector[..., None])[..., 0] / size, vector / size, 1e-5)
 
 
 def test_a_pose_turns_and_then_moves():
     pose = geometry.pose_matrix([1.0, 2.0, 3.0, 0.0, np.pi / 2, 0.0])
     points = np.array([[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]], "float32")
-    # What is forward comes to the left, what is left behind.
+    # Forward turns to the left, and left to the back.
     close(
         geometry.transform(points, ops.cast(pose, "float32")[None]),
         [[[2, 2, 3], [1, 2, 2]]],
@@ -150,7 +151,7 @@ def test_is_pose_accepts_only_rotations_with_translations():
     wrong[0, 1, 1] = np.nan
     wrong[1, 0, 3] = np.inf
     wrong[2, :, :3] *= 1.01
-    wrong[3, :, 0] *= -1  # a mirror
+    wrong[3, :, 0] *= -1  # a reflection
     wrong[4] = 0
     wrong[5, 0, :3] = wrong[5, 1, :3]
     wrong[6, 2, 2] += 0.1
@@ -162,7 +163,7 @@ def test_is_pose_accepts_only_rotations_with_translations():
 
 # The sphere.
 
-PLACES = [  # metres: x, y, z; azimuth, polar angle, radius
+PLACES = [  # meters: x, y, z; azimuth, polar angle, radius
     ([0, 0, 2], [0, np.pi / 2, 2]),
     ([3, 0, 0], [np.pi / 2, np.pi / 2, 3]),
     ([-3, 0, 0], [-np.pi / 2, np.pi / 2, 3]),
@@ -201,7 +202,7 @@ def test_pixels_match_values_computed_by_hand():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_angles_equal_the_reference(name):
-    """All of its conversions of angles, which it has right."""
+    """All of the reference's conversions of angles are right."""
     d = golden(name)
     height, width = 180, 360
     per_degree = float(
@@ -246,7 +247,7 @@ def test_gradients_are_finite_at_axes_and_the_origin():
     slopes = gradient(
         lambda x: ops.sum(geometry.rotation_matrix(x)[..., 0, 1]), turns
     )
-    close(slopes, [[0, 0, -1]] * 3, 1e-3)  # of minus the turn about z
+    close(slopes, [[0, 0, -1]] * 3, 1e-3)  # of minus the angle about z
 
 
 @pytest.mark.parametrize("size", [(180, 360), (90, 400)])
@@ -283,7 +284,7 @@ def test_pixel_variance_is_finite_everywhere():
 
 
 def test_fusion_of_three_equals_the_product_of_gaussians():
-    """Also where the reference, which is right for two only, is not."""
+    """The reference is right for two only."""
     x = np.linspace(-20, 20, 200001)
     means, variances = [1.0, -2.0, 4.0], [0.5, 2.0, 3.0]
     product = np.exp(
@@ -335,7 +336,7 @@ def test_fusion_of_two_equals_the_reference(name):
         close(variance, of_it[1].reshape(variance.shape), 1e-5)
 
 
-# Quantisation.
+# Quantization.
 
 
 def some_points(depth=(3.0, 2.0, 5.0)):
@@ -351,7 +352,7 @@ def some_points(depth=(3.0, 2.0, 5.0)):
 
 
 def quantized(*arguments):
-    """Mean and variance, of pixels that have points of their own."""
+    """Mean and variance of the pixels that contain a point."""
     mean, variance, own = fusion.quantize(*arguments)
     return ops.where(own, mean, 0.0), ops.where(own, variance, np.inf)
 
@@ -437,9 +438,10 @@ def test_rows_of_a_batch_do_not_mix():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_quantization_equals_the_reference(name):
-    """By variance, the mean; the reference's variance is that of one point, the
-    harmonic mean, where the product of Gaussians has an nth of it. With the
-    depth buffer, pixels where its blend of nearly equal depths has no part."""
+    """Without the depth buffer, means are equal. The reference's variance is
+    the harmonic mean; the product of n Gaussians has an nth of it. With the
+    depth buffer, pixels where the reference blends nearly equal depths are
+    excluded."""
     d = golden(name)
     height, width = d["quant.feat_prior"].shape[1:3]
     mean = np.concatenate([d["quant.pixel_coords"], d["quant.feat"]], -1)
@@ -448,10 +450,10 @@ def test_quantization_equals_the_reference(name):
     )
     least, most = d["quant.var_threshold"][0, 0]
     rounded = np.round(mean[..., :2])
-    # Ours goes on around, and below the last row.
+    # Our columns wrap around, and the last row includes the pole.
     valid = ((rounded >= 0) & (rounded < [width, height])).all(-1)
     valid &= ((variance > least) & (variance < most)).all(-1)
-    depths = np.full((len(mean), height, width, 2), 9e9)  # the nearest two
+    depths = np.full((len(mean), height, width, 2), 9e9)  # the two nearest
     for row, point in np.argwhere(valid):
         x, y = rounded[row, point].astype(int)
         two = [*depths[row, y, x], mean[row, point, 2]]
@@ -495,7 +497,7 @@ def test_an_empty_pixel_shows_the_nearest_point_beside_it():
         array, fusion.quantize(mean, variance, valid, 4, 6)
     )
     assert np.argwhere(own[0, ..., 0]).tolist() == [[2, 1], [3, 5]]
-    # One reaches (1, 1) to (2, 2), the other (2, 0) to (3, 1).
+    # The first reaches (1, 1) to (2, 2), the second (2, 0) to (3, 1).
     for row, column, point in (
         (1, 1, 0),
         (1, 2, 0),
@@ -508,10 +510,10 @@ def test_an_empty_pixel_shows_the_nearest_point_beside_it():
         close(image[0, row, column], mean[0, point])
         close(spread[0, row, column], variance[0, point])
     assert np.isfinite(spread[0, ..., 0]).sum() == 8
-    mean[0, 1, 2] = 20.0  # farther than the first
+    mean[0, 1, 2] = 20.0  # now farther than the first point
     image = array(fusion.quantize(mean, variance, valid, 4, 6)[0])
     close(image[0, 2, 1], mean[0, 0])
-    # The last, in column 5.2, is beside the first column.
+    # The last point, in column 5.2, is next to column 0.
     close(image[0, 3, 0], mean[0, 2] - [6, 0, 0, 0, 0])
 
 
@@ -540,7 +542,7 @@ def test_the_kernel_matches_values_computed_by_hand():
 
 
 def smoothed(mean, variance, kernel):
-    """As `geometry.smooth`, by loops."""
+    """`fusion.smooth` as plain loops."""
     size = len(kernel) // 2
     mean, variance = (
         array(fusion.pad_sphere(one, size)).astype("float64")
@@ -570,7 +572,7 @@ def test_smoothing_equals_plain_loops(size):
 
 
 def test_smoothing_stays_accurate_far_from_certain_pixels():
-    """Certain pixels elsewhere do not drown what is here in rounding."""
+    """Rounding errors of certain pixels elsewhere do not dominate."""
     mean = np.full((1, 40, 80, 1), 0.7, "float32")
     variance = np.full_like(mean, 1e4)
     variance[:, :3] = 1e-3
@@ -583,7 +585,8 @@ def test_smoothing_stays_accurate_far_from_certain_pixels():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_smoothing_equals_the_reference(name):
-    """But for its denominator's hundredth of the kernel's sum, and the sign."""
+    """Equal but for the sign, and a hundredth of the kernel's sum that the
+    reference adds to the denominator."""
     d = golden(name)
     mean, variance = d["smooth.mean"], d["smooth.var"]
     size = mean.shape[1] - d["smooth.new_mean"].shape[1] + 1
@@ -615,7 +618,7 @@ def test_smoothing_keeps_signs_and_has_gradients():
 
 
 def results(points, pose):
-    """Of functions of two arrays, points (1, 3, 3) and a pose (1, 3, 4)."""
+    """Results of functions of points (1, 3, 3) and a pose (1, 3, 4)."""
     turn = pose[..., :3]
     image, spread = (
         np.tile(part[:, None], (1, 2, 2, 1)) for part in (points, turn + 1)
@@ -691,7 +694,7 @@ def test_the_nearest_point_is_found_in_full_precision():
 
 # Conventions.
 
-AXES = {  # of cameras and of agents: x, y, z as left, up, forward
+AXES = {  # of cameras and agents: x, y, z in terms of left, up, forward
     "esm": (np.eye(3), np.eye(3)),
     "opencv": (np.diag([-1, -1, 1]), np.diag([-1, -1, 1])),
     "opengl": (np.diag([-1, 1, -1]), np.diag([-1, 1, -1])),
@@ -724,7 +727,7 @@ K = np.array([[4.0, 0, 3], [0, 5, 2], [0, 0, 1]])
     ],
 )
 def test_pixels_to_camera_follows_the_convention(convention, wanted):
-    """Pixel (4, 0) is right of the middle and above it."""
+    """Pixel (4, 0) is right of the center and above it."""
     inverse = geometry.inverse_intrinsics((4, 5), (3, 2), convention)
     if convention != "esm":
         close(inverse, np.linalg.inv(K), 1e-12)
@@ -775,7 +778,7 @@ def test_intrinsics_of_another_convention_are_refused(matrix, convention, told):
             geometry.pixels_to_camera(np.ones((2, 3)), given, convention)
 
 
-# The door.
+# Checks of arguments.
 
 POSE, POINTS = np.eye(3, 4)[None], np.ones((1, 2, 3))
 ANY = np.ones(2)
@@ -828,7 +831,7 @@ SOUND = {
 
 
 def unfit(value):
-    """What an argument cannot be."""
+    """Invalid values of an argument."""
     yield from (None, "text", [["a"]], np.ones(3, complex), np.ones(3, bool))
     yield from ([[1.0], [1.0, 2.0]], object())
     if isinstance(value, np.ndarray) and value is not ANY:

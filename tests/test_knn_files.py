@@ -1,6 +1,6 @@
-"""A memory of nearest neighbours on a disk.
+"""Memories of nearest neighbours on disk.
 
-`test_store.py` has what disks, damage and kills do to its file.
+`test_store.py` tests full disks, damage and kills.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from keras_memory.retrieval.store import Store
 
 
 def files(folder):
-    """All but what SQLite keeps while a memory is open."""
+    """Files of a folder, except those that SQLite keeps while it is open."""
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -58,7 +58,7 @@ def test_a_loaded_memory_equals_the_saved_one(
     other = {"ring": other, "scann": "ring"}[store]
     folder = tmp_path / "new" / "memory"
     queries = random(3, 2, 3)
-    for step in range(4):  # nothing; some; around the end; cleared rows
+    for step in range(4):  # no entries; some; around the end; cleared rows
         if step:
             fill(memory, model, n=4, seed=step)
         if step == 3:
@@ -75,7 +75,7 @@ def test_a_loaded_memory_equals_the_saved_one(
             and copy.search_method == SEARCH[other]
         )
         check_entries(copy, model)
-        # It is not connected with the file, and goes on.
+        # The memory is not connected to the file and continues.
         _, of_copy = pair("ring", *sizes, similarity=similarity)
         of_copy.rows = list(model.rows)
         of_copy.load()
@@ -97,7 +97,7 @@ def test_saving_replaces_an_older_memory(tmp_path):
     memory.save(str(tmp_path))
     check_entries(loaded(tmp_path), model)
     assert len(files(tmp_path)["memory.sqlite"]) == 4 * 4096
-    # Who had the old one open has it still.
+    # Readers of the old memory keep it.
     for _ in range(2):
         with pytest.raises(ValueError, match='"key_dim": 2'):
             reader.refresh()
@@ -219,7 +219,7 @@ def test_a_memory_is_created_and_reopened(tmp_path):
             with pytest.raises(ValueError, match=told):
                 stored(folder, mode, **{**SIZES_OF_FILE, name: value})
         assert files(folder) == before
-    with stored(folder) as memory:  # it was let go each time
+    with stored(folder) as memory:  # each failure has unlocked it
         check_entries(memory, model)
 
 
@@ -253,7 +253,7 @@ def test_readers_follow_the_only_writer(tmp_path):
     refuses(reader.flush, "open for appending", "mode='r'")
     refuses(memory.refresh, "open for reading", "mode='a'")
     check_entries(reader, seen)
-    # Kept elsewhere, it is a memory of its own.
+    # A copy in another folder is independent.
     reader.save(tmp_path / "copy")
     check_entries(loaded(tmp_path / "copy"), seen)
     memory.close()
@@ -289,7 +289,7 @@ def test_a_closed_memory_refuses_calls(tmp_path):
     refuses(memory.refresh, "`refresh` needs", "mode='closed'")
     memory.save(tmp_path / "b")
     check_entries(loaded(tmp_path / "b"), model)
-    # What an error ends is kept.
+    # An error inside `with` loses no entries.
     with pytest.raises(ZeroDivisionError), stored(tmp_path / "a") as memory:
         fill(memory, model, seed=5)
         raise ZeroDivisionError
@@ -337,7 +337,7 @@ def file_size(folder):
 
 
 def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
-    least = 1 << 22  # as much as SQLite keeps beside the file
+    least = 1 << 22  # the size of SQLite's log beside the file
     monkeypatch.setattr(durable, "FILE_LEAST", least)
     sizes = {
         "key_dim": 600,
@@ -348,7 +348,7 @@ def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
     of_entries = 4 * (600 + 400) * 400 * 2
     with stored(tmp_path, **sizes) as memory, stored(tmp_path, "r") as reader:
         numbers = [0]
-        for step in range(50):  # 20 times what there is room for
+        for step in range(50):  # 20 times the memory's size
             memory.add(random(2, 160, 600, seed=step), random(2, 160, 400))
             memory.flush()
             assert reader.refresh()
@@ -365,7 +365,7 @@ def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
 
 
 def test_only_new_entries_are_written(tmp_path):
-    """What was overwritten or cleared before it was flushed is not."""
+    """Entries overwritten or cleared before a flush are not written."""
     model = Model(**SIZES_OF_FILE)
     with stored(tmp_path, **SIZES_OF_FILE) as memory:
         for step in range(100):
@@ -399,7 +399,7 @@ def test_readers_follow_a_rewritten_file(tmp_path, monkeypatch):
     model = Model(**SIZES_OF_FILE)
     memory = stored(tmp_path, **SIZES_OF_FILE)
     with memory, stored(tmp_path, "r") as reader:
-        for step in range(4):  # not full at any time
+        for step in range(4):  # never full
             fill(memory, model, n=2, seed=step)
             memory.flush()
             assert reader.refresh()

@@ -1,4 +1,4 @@
-"""A memory of nearest neighbours: it loses nothing, and nothing breaks it."""
+"""A memory of nearest neighbours equals a list of entries in every call."""
 
 import collections
 import contextlib
@@ -37,7 +37,7 @@ from keras_memory.retrieval import ring as ring_module
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.knn_memory import KNNMemory
 
-# As the model.
+# The memory equals the model.
 
 SIZES = {  # dim, memory_size, num_rows, value_dim
     "all-differ": (5, 11, 3, 2),
@@ -71,7 +71,7 @@ def test_the_memory_equals_a_list_of_entries(store, sizes, similarity):
     look((3, 2), 2)
     check_add(memory, model, *entries(3, 4))
     look((3, 2), 3)
-    # With some axes, or without, and more asked for than there is.
+    # Queries with and without axes; `top_k` beyond the number of entries.
     look((3, 2, 1, 2), 2)
     look((3,), size + 2)
     # Some entries, some rows, in their own order.
@@ -81,13 +81,13 @@ def test_the_memory_equals_a_list_of_entries(store, sizes, similarity):
     mask = np.array([[False] * 3, [True, False, True]])
     check_add(memory, model, *entries(2, 3), mask, np.array([1, 1, 0]) > 0)
     look((1, 2), 3, rows=[False, True, False])
-    # Nothing.
+    # No entries, no queries, no rows.
     check_add(memory, model, *entries(3, 0))
     check_add(memory, model, *entries(3, 2), mask=np.zeros((3, 2), bool))
     check_add(memory, model, *entries(0, 2), rows=[])
     look((3, 0), 2)
     look((3, 1, 0, 2), 2)
-    # More than there is room for, and around the end.
+    # More entries than the memory holds, and around the end.
     check_add(memory, model, *entries(3, 2 * size + 3))
     look((3, 1), size)
     for _ in range(3):
@@ -162,7 +162,7 @@ def test_return_keys_and_return_values_must_be_bools(store, name):
 
 # Values of other dtypes.
 
-ID = (1 << 24) + 1  # the first that float32 does not keep
+ID = (1 << 24) + 1  # the first integer that float32 rounds
 VALUES = {
     "int32": [ID, -(1 << 31), (1 << 31) - 1],
     "int64": [ID, -(1 << 63), (1 << 63) - 1],
@@ -246,7 +246,7 @@ def test_keys_that_would_be_rounded_are_refused(store):
 
 
 def test_searches_are_padded_to_a_few_shapes(monkeypatch):
-    """As each is compiled on some backends, and its code is kept."""
+    """Some backends compile each shape, and keep the code."""
     asked, search = set(), retrieval.RingMemory.search
 
     def noted(ring, state, queries, top_k):
@@ -444,15 +444,15 @@ class InGraph:
 @pytest.mark.parametrize("name", ["a", "b"])
 @pytest.mark.parametrize("kind", ["ring", "scann", "exact", "auto"])
 def test_searches_equal_the_exact_search_of_the_reference(kind, name):
-    """Operations as memorizing-transformers-pytorch 0.4.1 did them.
+    """Repeats recorded operations of memorizing-transformers-pytorch 0.4.1.
 
-    `ideal_*` is an exact search of the newest `memory_size` entries. What the
-    reference found differs once there are more: one entry too many empties its
-    index, so that searches find nothing until the next `add`, with which its
-    ids begin at 0 while the slots go on, so that keys and values of others are
-    returned; also the count begins without the batch that was too much; `add`
-    moves rows on that it does not write. Where it differs (MANIFEST.md of the
-    goldens), ours is right.
+    `ideal_*` is an exact search of the newest `memory_size` entries. Results of
+    the reference differ once there are more entries. One entry too many empties
+    its index, and searches find nothing until the next `add`. Then its ids
+    start at 0 while the slots continue, so that it returns keys and values of
+    other entries. Its count omits the batch that did not fit. Its `add` also
+    advances rows that it does not write. Wherever results differ (MANIFEST.md
+    of the goldens), ours are right.
     """
     arrays, _, meta = golden(f"mt__knn_memory_{name}")
     sizes = meta["dim"], meta["max_memories"], meta["batch"]
@@ -495,7 +495,8 @@ def test_pickles_and_copies_are_refused(store):
 
 
 def test_many_threads_keep_the_memory_consistent(store, monkeypatch):
-    """All add, search and clear at once; a value is twice its key."""
+    """All threads add, search and clear at once; values are twice their
+    keys."""
     monkeypatch.setattr(tuning, "FLAT", 200)
     memory = KNNMemory(
         4, 600, num_rows=2, search_method=SEARCH[store], keep_statistics=True
@@ -571,7 +572,7 @@ def test_l2_is_accurate_after_first_keys_near_zero():
 
 
 def check_far(memory, model, keys, queries):
-    """Rounding is small beside the distances of near neighbours."""
+    """Rounding errors are small compared with distances of near neighbours."""
     keys, queries = keys.astype("float32"), queries.astype("float32")
     check_add(memory, model, keys, keys)
     found = memory.search(queries, 7)
@@ -626,7 +627,7 @@ def test_the_repr_lists_the_arguments(store):
     )
 
 
-# Which store.
+# The choice of a store.
 
 
 @pytest.mark.scann
@@ -651,7 +652,7 @@ def test_a_store_is_chosen_on_any_backend():
     "reason", ["halted; None in sys.modules", "RuntimeError: no such CPU"]
 )
 def test_without_scann_the_search_is_exact(reason, tmp_path, monkeypatch):
-    """Or there, and does not work."""
+    """Includes a ScaNN that is installed but broken."""
     if reason.startswith("halted"):
         monkeypatch.setitem(sys.modules, "scann", None)
     else:
