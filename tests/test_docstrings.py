@@ -1,4 +1,4 @@
-"""Examples in docstrings and in README run, and public names have docs."""
+"""Examples in docstrings and README run, and public names have docstrings."""
 
 import doctest
 import importlib

@@ -526,7 +526,7 @@ def test_wrong_arguments_are_refused(images):
         ),
     ):
         if words == "has a gradient" and harness.BACKEND == "jax":
-            continue  # here 0 is valid
+            continue  # its gradient is 0 instead
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match="MemoryWrapClassifier"):

@@ -944,7 +944,8 @@ def test_files_of_killed_exports_are_removed(tmp_path):
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
         os.close(reads), os.close(writes)
-        # Folders of older versions, without locks, and of users are kept.
+        # A folder of an older version, without a lock, is removed; a folder
+        # of a user is kept.
         (folder / ".7.0123abcd").mkdir()
         (folder / ".7.mine").mkdir()
         with saved_model.appearing_folder(folder / "4"):

@@ -135,5 +135,5 @@ def test_read_only_files_are_flushed_too(monkeypatch, tmp_path):
     path = tmp_path / "asset.txt"
     path.write_text("words")
     path.chmod(stat.S_IRUSR)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # so for root, too
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root
     files.fsync(path)

@@ -450,7 +450,7 @@ def test_quantization_equals_the_reference(name):
     )
     least, most = d["quant.var_threshold"][0, 0]
     rounded = np.round(mean[..., :2])
-    # Our columns wrap around, and the last row includes the pole.
+    # We wrap columns and extend the last row; the reference drops such points.
     valid = ((rounded >= 0) & (rounded < [width, height])).all(-1)
     valid &= ((variance > least) & (variance < most)).all(-1)
     depths = np.full((len(mean), height, width, 2), 9e9)  # the two nearest

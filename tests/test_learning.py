@@ -1,4 +1,4 @@
-"""It learns: run with `pytest -m slow tests/test_learning.py` (40 minutes)."""
+"""Models learn: run `pytest -m slow tests/test_learning.py` (40 minutes)."""
 
 import pathlib
 import runpy
@@ -30,7 +30,7 @@ def test_an_ntm_learns_to_copy(seed, tmp_path):
 @pytest.mark.parametrize("seed", [1, 10, 100])
 def test_a_dnc_learns_to_copy(seed, tmp_path):
     start = presets.PRESETS["copy"]["dnc"]
-    all_steps = ("steps=1500", "stop_error=0")  # as README's table
+    all_steps = ("steps=1500", "stop_error=0")  # as in README's table
     results = train(start, tmp_path / "run", f"seed={seed}", *all_steps)
     assert results["wrong_bits_per_sequence_up_to_20"] < 0.1
 
@@ -68,7 +68,7 @@ def test_a_dnc_never_gets_a_nan():
 
 
 def test_copy_without_a_memory_fails(tmp_path):
-    """The control: one slot holds one vector, and no more is learned."""
+    """The control: one slot holds only one vector, so longer copies fail."""
     start = presets.PRESETS["copy"]["default"]
     settings = ["memory_slots=1", "shift_range=0", "steps=1000"]
     settings += ["initialization=keras", "controller=dense"]

@@ -1,4 +1,4 @@
-"""Every layer lowers for TPU and CUDA, on the JAX backend, on any machine."""
+"""Every layer lowers for TPU and CUDA with the JAX backend on any machine."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Memory Wrap: its layers, and the classifier around them."""
+"""Tests of the layers of Memory Wrap and of their classifier."""
 
 import harness
 import keras
@@ -59,7 +59,7 @@ def content_weights(encoding, memory, distance):
     )
 
 
-# What every layer must do.
+# Checks of every layer.
 
 
 @each_wrap
@@ -106,7 +106,7 @@ def test_shapes_are_those_declared(case):
     weights = ops.convert_to_numpy(eager[1])
     assert (weights >= 0).all()
     close(weights.sum(axis=1), np.ones(3, weights.dtype))
-    assert 0 < np.count_nonzero(weights == 0)  # sparse
+    assert 0 < np.count_nonzero(weights == 0)  # the weights are sparse
 
 
 @trains
@@ -135,7 +135,7 @@ def test_a_training_step_changes_all_trainable_weights(jit_compile, case):
         assert moved == weight.trainable, weight.path
 
 
-# The truth: the reference implementation, and the paper in NumPy.
+# The reference implementation, and the paper in NumPy.
 
 
 def gradients(function, *arrays):
@@ -200,7 +200,7 @@ def test_outputs_and_gradients_equal_memorywrap(
     for one, slope in zip(names, slopes):
         slope = tf.transpose(slope) if one.endswith(".weight") else slope
         close(slope, expected[f"grad.{one}"], 1e-9)
-    for index, row in enumerate(encodings):  # our own oracle agrees
+    for index, row in enumerate(encodings):  # checks our oracle, too
         close(found[index], content_weights(row, memory, distance), 1e-9)
 
 
@@ -289,7 +289,7 @@ def test_masking_equals_removing(layer_class, distance):
             close(layer([encodings, poisoned], memory_mask=mask), expected)
         layer.set_memory(poisoned)
         close(layer(encodings, memory_mask=counts), expected)
-        # Each row has a mask of its own; one has no example left.
+        # Each row has its own mask; one row masks all examples.
         masks = np.stack([counts, np.zeros(7, bool)])
         mixed, weights = layer(
             [encodings, memory], memory_mask=masks, return_weights=True
@@ -325,7 +325,7 @@ def test_top_k_is_exact_where_it_covers_the_support(
         every = np.zeros_like(weights)
         np.put_along_axis(every, indices, some, axis=1)
         close(every[inside], weights[inside])
-        # A least weight of 0 tells that the row is exact.
+        # Rows whose smallest weight is 0 are exact.
         assert (inside >= (some.min(axis=1) == 0)).all()
         assert np.abs(every - weights)[~inside].max() > 1e-3
     layer.top_k = 1000
@@ -336,7 +336,7 @@ def test_top_k_is_exact_where_it_covers_the_support(
     "size", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
 )
 def test_knn_candidates_are_exact_where_they_cover_the_support(size):
-    """Exact wherever the support is among the candidates that it finds."""
+    """Rows are exact if the candidates found contain the support."""
     rng = np.random.default_rng(7)
     centers = rng.normal(size=(500, 16))
     memory, encodings = (
@@ -409,7 +409,7 @@ def test_l2_is_accurate_far_from_zero():
     moved = [x + 1024.0 for x in (encodings, memory)]
     moved = [x.astype("float32") for x in moved]
     _, weights = layer(moved, return_weights=True)
-    close(weights, expected, 1e-2)  # what is left of the encodings themselves
+    close(weights, expected, 1e-2)  # encodings are rounded
     layer.set_memory(moved[1])
     _, fixed = layer(moved[0], return_weights=True)
     close(fixed, weights)
@@ -443,7 +443,7 @@ def test_a_fixed_memory_equals_the_same_memory_as_input(case, tmp_path):
     layer.set_memory(memory)
     for one, other in zip(layer(encodings, return_weights=True), expected):
         close(one, other)
-    # The memory is part of what is saved and cloned.
+    # Files and clones contain the memory.
     entry = keras.Input(encodings.shape[1:])
     model = keras.Model(entry, layer(entry))
     model.save(tmp_path / "model.keras")
@@ -452,7 +452,7 @@ def test_a_fixed_memory_equals_the_same_memory_as_input(case, tmp_path):
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     close(copy(encodings), expected[0])
-    # Another one of that size takes its place, in compiled functions too.
+    # Another memory of that size replaces it, also in compiled functions.
     model.predict(encodings, verbose=0)
     layer.set_memory(memory[::-1] / 2)
     changed = layer([encodings, memory[::-1] / 2])
@@ -460,7 +460,7 @@ def test_a_fixed_memory_equals_the_same_memory_as_input(case, tmp_path):
 
 
 def changed(layer):
-    """Gives all that is trained other values, as loading and training do."""
+    """Changes all trainable weights, as loading and training do."""
     rng = np.random.default_rng(11)
     for weight in layer.trainable_weights:
         weight.assign(rng.normal(size=weight.shape, scale=0.5))
@@ -498,7 +498,7 @@ def test_compiled_answers_follow_weights_and_memory(clusters, jit_compile):
         answer(x[:7]),
         model.memory_layer([model.encoder(x[:7]), model.encoder(x[:13])]),
     )
-    model.set_memory(x[20:33])  # as many
+    model.set_memory(x[20:33])  # same size
     close(answer(x[:7]), model(x[:7]))
     model.set_memory(x[:20])
     if jit_compile:  # XLA has no errors
@@ -523,11 +523,11 @@ def test_exports_equal_the_layer(case, tmp_path, recwarn):
     assert [w for w in recwarn.list if "export" in str(w.message)] == []
 
 
-# Where numbers are at their limits.
+# Extreme numbers.
 
 
 def reference_weights(encodings, memory, distance):
-    """In float64, of the float32 numbers."""
+    """Weights of the float32 numbers, computed in float64."""
     encodings, memory = (
         np.asarray(one, "float32").astype("float64")
         for one in (encodings, memory)
@@ -586,7 +586,7 @@ def test_weights_are_accurate_in_two_groups_far_apart(top_k):
 @pytest.mark.parametrize("share", [0.0, 0.9])
 @pytest.mark.parametrize("top_k", [None, 9])
 def test_far_examples_leave_a_large_memory_accurate(top_k, share, monkeypatch):
-    """Products about a middle: of those that count, however far some are."""
+    """Products are centered on unmasked examples, however far some are."""
     monkeypatch.setattr(examples, "FEW", 10)
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 150, 5)) + 300
@@ -646,8 +646,7 @@ def test_masked_examples_reach_no_gradient(distance, each, bad):
             found = look(np.broadcast_to(shown, shape), mask)
             for one, other in zip(found, expected):
                 close(tf.convert_to_tensor(one), tf.convert_to_tensor(other))
-        # An input for which it counts does not spoil those for which it does
-        # not.
+        # The example affects only the inputs that it is not masked for.
         mixed = look(shown, np.stack([counts, counts | True]))
         close(mixed[0][:1], expected[0][:1])
         if not np.isfinite(bad):
@@ -754,7 +753,7 @@ def test_singular_inputs_have_finite_gradients(layer_class, distance, dtype):
             close(weights, np.full((1, len(memory)), 1 / len(memory)), 1e-3)
 
 
-# Bad input.
+# Errors.
 
 
 def refuses(call, *words):
@@ -863,7 +862,7 @@ def test_the_converter_refuses_wrong_weights():
 
 @pytest.fixture
 def clusters():
-    """Points of three classes, apart."""
+    """Well separated points of three classes."""
     rng = np.random.default_rng(7)
     y = np.arange(60) % 3
     x = rng.normal(size=(60, 5), scale=0.3) + 2 * np.eye(3, 5)[y]
@@ -891,7 +890,7 @@ def test_the_classifier_learns_predicts_and_is_saved(
     assert model.evaluate(x, y, verbose=0, return_dict=True)["accuracy"] > 0.9
     several = model.predict(x, draws=4, verbose=0)
     assert (several.argmax(axis=1) == y).mean() > 0.9
-    model.set_memory(x[:13], y[:13])  # another size than it trained with
+    model.set_memory(x[:13], y[:13])  # not the size of training
     fixed = model.predict(x, verbose=0)
     close(model((x, x[:13])), fixed, 1e-5)
     model.save(tmp_path / "model.keras")
@@ -901,7 +900,7 @@ def test_the_classifier_learns_predicts_and_is_saved(
     model.set_memory(x)
     assert model.memory_labels.shape == (60,)
     close(model.predict(x, verbose=0), model((x, x)), 1e-5)
-    model.fit(x, y, verbose=0)  # forgets it
+    model.fit(x, y, verbose=0)  # drops the fixed memory
     refuses(lambda: model(x), "set_memory")
     model.predict(x, verbose=0)
 
@@ -929,10 +928,10 @@ def test_each_step_draws_its_own_memory(clusters, monkeypatch):
         model = classifier(seed=seed)
         history = model.fit(x, y, 20, epochs=2, verbose=0, **extra).history
         histories.append(history["loss"])
-    # Whoever looks at it in between does not change it.
+    # Draws between the steps do not change training.
     assert histories[0] == histories[1] != histories[2]
     several = {memory.tobytes() for memory in drawn}
-    assert len(several) >= 14  # of two seeds, six steps, and two epochs
+    assert len(several) >= 14  # two seeds, six steps, two epochs
 
 
 @trains
@@ -1000,14 +999,14 @@ def test_a_refused_memory_leaves_the_old_one(clusters):
 @trains
 def test_fit_accepts_keras_arguments_and_validation_data(clusters):
     x, y = clusters
-    model = classifier(fixed_memory_size=5, top_k=32)  # more than there are
+    model = classifier(fixed_memory_size=5, top_k=32)  # more than examples
     model.fit(x, y, 20, 2, 0)  # batch_size, epochs, verbose
     model.set_memory(x[:30], y[:30])
     copy = MemoryWrapClassifier.from_config(model.get_config())
     copy.compile("sgd", model.loss)
     history = copy.fit(x, y, validation_split=0.5, verbose=0)
     assert np.isfinite(history.history["val_loss"]).all()
-    # What diverges is shown as Keras shows it.
+    # Divergence shows as NaN, like in Keras.
     copy.compile(keras.optimizers.SGD(1e30), model.loss)
     history = copy.fit(x, y, validation_data=(x, y), epochs=2, verbose=0)
     assert np.isnan(history.history["val_loss"][-1])
@@ -1018,10 +1017,10 @@ def test_batches_can_bring_their_own_memory(clusters):
     import tensorflow as tf
 
     x, y = clusters
-    memory = x[:7]  # not as many as inputs in a batch
+    memory = x[:7]  # another size than the batch
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
     pairs = data.map(lambda inputs, targets: ((inputs, memory), targets))
-    model = classifier()  # without a memory of its own
+    model = classifier()  # without a fixed memory
     expected = ops.convert_to_numpy(model((x, memory)))
     close(model.predict(pairs, verbose=0), expected)
     accuracy = model.evaluate(pairs, verbose=0)[1]
@@ -1036,7 +1035,7 @@ def test_set_memory_with_wrong_inputs_keeps_the_old_memory(clusters):
     model = MemoryWrapClassifier(encoder, 3, memory_size=5)
     model.set_memory(x[:13], y[:13])
     before = model(x[:4])
-    for some in (x[:13, 1:], x[:7, 1:]):  # as many, and another number
+    for some in (x[:13, 1:], x[:7, 1:]):  # same size, and another size
         with pytest.raises(ValueError, match="`x` must be inputs like those"):
             model.set_memory(some)
         close(model(x[:4]), before, 0)
@@ -1096,7 +1095,7 @@ def test_the_classifier_refuses_wrong_input(clusters):
     refuses(lambda: model.set_memory(x, np.ones((60, 4))), "(60, 3)")
     wide = np.ones((60, 6))
     refuses(lambda: model.fit(x, y, memory_data=wide), "memory_data", "(60, 6)")
-    pair = (x, x[:20])  # which Keras would cut into batches
+    pair = (x, x[:20])  # Keras would split it into batches
     refuses(lambda: model.evaluate(pair, y), "tuple of 2")
     refuses(lambda: model.fit(x, y, validation_data=(pair, y)), "tuple of 2")
     refuses(lambda: model.set_memory(x[:0]), "one at least")

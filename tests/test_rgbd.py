@@ -1,4 +1,4 @@
-"""Folders of frames, and files of points."""
+"""Tests of folders of frames and of point files."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_frames_are_read_as_written(tmp_path):
 
 
 def test_poses_far_from_the_origin_are_exact(tmp_path):
-    """As of a world of UTM coordinates."""
+    """For example, in UTM coordinates."""
     some = frames()
     poses = some.poses.astype("float64")
     poses[:, 0, 3] += 5e5 + 1e-3 * np.arange(3)
@@ -51,12 +51,12 @@ def test_poses_far_from_the_origin_are_exact(tmp_path):
 
 
 def test_frames_are_converted_between_conventions(tmp_path):
-    """Each way is read in the axes of any other."""
+    """Frames of each convention are read in each other convention."""
     some = frames()
     turned = some.poses.copy()
-    turned[:, :, :2] *= -1  # x right and y down
+    turned[:, :, :2] *= -1  # x points right, y down
     flipped = some.poses.copy()
-    flipped[:, :, [0, 2]] *= -1  # x right and z back
+    flipped[:, :, [0, 2]] *= -1  # x points right, z back
     inverse = np.linalg.inv([[6, 0, 3.2], [0, 5, 2.1], [0, 0, 1]])
     cases = {
         "esm": some,
@@ -97,7 +97,7 @@ def test_a_full_disk_keeps_the_old_frames(tmp_path):
             rgbd.write_frames(folder, some._replace(depth=some.depth + 1))
             (folder / "notes").write_text("mine")
         old = content()
-        for size in (30, 150, 400):  # camera.json, the images, poses.txt
+        for size in (30, 150, 400):  # in camera.json, images, poses.txt
             with pytest.raises(
                 OSError, match=f"write {folder}: File too.*Nothing was changed"
             ):

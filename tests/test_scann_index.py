@@ -1,4 +1,4 @@
-"""ScaNN's ops in a model and in a SavedModel, and the exact search instead."""
+"""ScaNN's ops, or the exact search instead, in models and SavedModels."""
 
 import gc
 import os
@@ -141,7 +141,7 @@ def test_weights_of_another_index_are_searched(exact):
     other.set_weights(index.get_weights())
     for one, wanted in zip(other(keys[:9]), expected):
         close(one, wanted, 1e-6)
-    if not exact:  # what was traced before does not answer
+    if not exact:  # functions traced before refuse
         with pytest.raises(Exception, match="trace it anew"):
             model.predict(keys[:9], verbose=0)
         model.make_predict_function(force=True)
@@ -192,7 +192,7 @@ def test_other_keys_of_the_same_version_are_found(exact, change):
     index, keys, _ = filled(101, exact, top_k=1, similarity="l2")
     model = model_of(index)
     model.predict(keys[:9], verbose=0)
-    change(index, keys)  # with the same ones, all goes on
+    change(index, keys)  # with the same keys, functions continue to work
     model.predict(keys[:9], verbose=0)
     others = np.ascontiguousarray(keys[::-1])
     change(index, others)
@@ -298,7 +298,7 @@ def test_new_entries_are_found_and_old_functions_refuse(exact):
     after = model.predict(queries, verbose=0)[0]
     close(after, index(queries).scores, 1e-5)
     assert np.abs(after - before).max() > 0.1
-    # Two indexes in one graph do not answer for each other.
+    # Two indexes in one graph do not mix.
     other, _, _ = filled(101, exact, top_k=5)
     entry = keras.Input((7,))
     both = keras.Model(entry, [index(entry).scores, other(entry).scores])
@@ -468,7 +468,7 @@ def test_the_exact_search_compiles():
 
 
 def memory_in_use():
-    """Bytes of this process that are in RAM."""
+    """Resident size of this process in bytes."""
     gc.collect()
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""What is read and written: the functions of `addressing/slots.py`."""
+"""Tests of `addressing/slots.py`, which reads and writes slots."""
 
 import itertools
 
@@ -109,7 +109,7 @@ def test_all_heads_erase_before_any_adds():
     weighting = np.ones((1, 2, 1), "float32")
     erase = np.array([[[0.0], [1.0]]], "float32")
     add = np.array([[[2.0], [0.0]]], "float32")
-    # One after the other, the second head would erase what the first added.
+    # In turn, the second head would erase the first head's addition.
     close(erase_and_add(memory, weighting, erase, add), [[[2.0]]])
 
 

@@ -1,4 +1,4 @@
-"""Operations on a disk: what goes in comes out, or an error does."""
+"""A store on disk returns the committed operations or raises an error."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ CONFIG = {"key_dim": 2, "name": "é", "clip": None}
 CLEARED = (-1, (0, 2), b"", b"")
 PACKAGE = pathlib.Path(module.__file__).parents[1]
 
-# Begins a script that has the module, without Keras and what it brings.
+# The start of scripts that import the module without Keras.
 ALONE = f"""
 import contextlib, os, random, signal, sys, time, types
 for name, path in ("", ""), (".retrieval", "/retrieval"):
@@ -38,7 +38,7 @@ from keras_memory.retrieval.store import Operation, Store, exists
 
 
 def made(*numbers):
-    """Operations that are all different: each third one clears."""
+    """Distinct operations; every third one clears."""
     for i in numbers:
         rng = np.random.default_rng(i)
         shape = i % 3, 2
@@ -50,7 +50,7 @@ def made(*numbers):
 
 
 def bits(operations):
-    """What can be compared of operations."""
+    """Operations as comparable values."""
     return [
         (row, keys.shape, keys.tobytes(), values.tobytes())
         for row, keys, values in operations
@@ -92,7 +92,7 @@ def folder(tmp_path):
 FIVE = [CLEARED, *bits(made(*range(5)))]
 
 
-# What is written is read.
+# Reading committed operations.
 
 
 def test_committed_operations_are_read(tmp_path):
@@ -110,7 +110,7 @@ def test_committed_operations_are_read(tmp_path):
         assert rest(store) == bits(made(4))
     reader = Store(folder, "r")
     assert reader.config == CONFIG
-    next(reader.operations(2, 5, "f4"))  # and no further
+    next(reader.operations(2, 5, "f4"))  # stops after the first
     assert rest(reader) == FIVE
     assert rest(reader) == []
     reader.close()
@@ -177,14 +177,14 @@ def test_readers_see_a_replacement(folder):
     first = next(going)
     store.commit(made(5))
     store.commit(made(10, 11), replace=True)
-    assert bits([first, *going]) == FIVE  # as when it began
+    assert bits([first, *going]) == FIVE  # the state at its start
     assert rest(reader) == rest(late) == [CLEARED, *bits(made(10, 11))]
     store.commit(made(12))
     assert rest(reader) == bits(made(12))
     store.commit([], replace=True)
     assert rest(reader) == [CLEARED]
     store.close()
-    # The same when the whole store is another one.
+    # The same holds if a new store replaces the whole file.
     Store(folder, "a", CONFIG, made(20, 21)).close()
     assert rest(reader) == [CLEARED, *bits(made(20, 21))]
     for path in folder.iterdir():
@@ -316,13 +316,13 @@ def test_a_store_does_not_overwrite_another(is_new, is_connected, tmp_path):
     assert read(tmp_path / "moved") == expected
 
 
-# What is damaged, or another's.
+# Damaged and foreign files.
 
 
 def refused(folder, match="memory.sqlite must be as.*Received: "):
-    """No mode gives operations, and the file stays as it is."""
+    """No mode opens the file, and the file is not changed."""
     before = content(folder)
-    assert exists(folder)  # nobody makes another
+    assert exists(folder)  # so that no mode creates a new one
     for mode in "rar":
         with pytest.raises(ValueError, match=match):
             read(folder, mode)
@@ -330,8 +330,8 @@ def refused(folder, match="memory.sqlite must be as.*Received: "):
 
 
 def flip(folder, numbers, monkeypatch):
-    """Flips bits, one at a time: an error, or nothing is lost, also when more
-    is written."""
+    """Flips bits, one at a time: either an error is raised, or nothing is lost,
+    even after further writes."""
     monkeypatch.setattr(files, "fsync", lambda path: None)  # too slow
     whole, path, refusals = content(folder), folder / "memory.sqlite", 0
     for number in numbers:
@@ -362,7 +362,7 @@ def test_a_flipped_bit_is_detected_or_harmless(folder, monkeypatch):
     size = len(content(folder))
     assert size == 4 * 4096
     places = [*range(0, size, 211)]
-    for page in range(0, size, 4096):  # which begins and ends with content
+    for page in range(0, size, 4096):  # content is at both ends of a page
         places += range(page, page + 100, 3)
         places += range(page + 3900, page + 4096, 2)
     rng = np.random.default_rng(1)
@@ -390,7 +390,7 @@ def test_a_truncated_file_is_refused(folder):
 
 
 def test_a_truncated_sqlite_log_gives_earlier_commits(folder, tmp_path):
-    """Which a kill may leave too, where a reader kept it from the file."""
+    """A kill may leave such a log if a reader has delayed its merge."""
     store, reader = Store(folder, "a"), Store(folder, "r")
     reading = reader.operations(2, 5, "f4")
     next(reading)
@@ -410,7 +410,7 @@ def test_a_truncated_sqlite_log_gives_earlier_commits(folder, tmp_path):
 
 
 def test_a_commit_does_not_stay_in_the_sqlite_log(folder):
-    """Whose damage would not be seen, and which may be left out of a copy."""
+    """Damage of the log would go unnoticed, and copies may omit it."""
     with contextlib.closing(Store(folder, "a")) as store:
         store.commit(made(5))
         for name in "-wal", "-shm":
@@ -420,14 +420,14 @@ def test_a_commit_does_not_stay_in_the_sqlite_log(folder):
 
 
 def test_files_of_a_reader_can_be_written_by_a_writer(folder):
-    """Another user's, in a folder that both may write to."""
+    """The writer may be another user, in a folder that both can write to."""
     folder.chmod(0o777)
     reader = Store(folder, "r")
     reading = reader.operations(2, 5, "f4")
     next(reading)
     assert (folder / "memory.sqlite-shm").stat().st_mode & 0o777 == 0o666
     reading.close()
-    (folder / "memory.sqlite").chmod(0o600)  # nobody else's
+    (folder / "memory.sqlite").chmod(0o600)  # private
     next(Store(folder, "r").operations(2, 5, "f4"))
     assert (folder / "memory.sqlite-shm").stat().st_mode & 0o777 == 0o600
 
@@ -480,7 +480,7 @@ def test_wrong_sizes_are_refused_despite_right_checksums(count, tmp_path):
     (number,) = connection.execute("SELECT last FROM meta").fetchone()
     for blobs in (bytes(16), bytes(1 << 20)), (b"", b""), (bytes(8), bytes(20)):
         if count == 1 and blobs[1] == bytes(20):
-            continue  # which is right
+            continue  # the right size
         crc = module._checksum((number, 1, count), *blobs)
         new = 1, count, crc, *blobs
         text = "UPDATE operations SET row=?, count=?, crc=?, keys=?, vals=?"
@@ -524,11 +524,11 @@ def test_a_store_of_the_old_format_is_refused(tmp_path):
         with pytest.raises(ValueError, match="must be of format 2.*format 1"):
             Store(tmp_path, mode, CONFIG)
     assert not (tmp_path / "memory.sqlite").exists()
-    (tmp_path / "log-1.bin").unlink()  # a manifest of something else
+    (tmp_path / "log-1.bin").unlink()  # a manifest of another program
     Store(tmp_path, "a", CONFIG).close()
 
 
-# A disk that is full, read-only, or of another kind.
+# Full and read-only disks, and disks without shared memory.
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -553,7 +553,7 @@ def test_a_full_disk_keeps_the_committed_operations(
 
 
 def test_a_full_sqlite_database_keeps_the_committed_operations(folder):
-    """Which fails elsewhere than a limit of the system."""
+    """SQLite's limit fails in another place than the system's."""
     with contextlib.closing(Store(folder, "a")) as store:
         store.commit([])
         store._connection.execute("PRAGMA max_page_count=5")
@@ -593,7 +593,7 @@ def test_a_disk_without_shared_memory_is_refused(folder, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 def test_a_read_only_folder_can_be_read(folder):
-    """Opened without `memory.sqlite-shm`, which SQLite could not make."""
+    """SQLite cannot create `memory.sqlite-shm` there."""
     code = ALONE + (
         "os.geteuid() or os.setuid(65534)\n"
         "assert not os.access(sys.argv[1], os.W_OK)\n"
@@ -715,7 +715,7 @@ def test_many_killed_writers_lose_no_commit(tmp_path):
 
 
 def test_a_store_killed_at_creation_can_be_opened(tmp_path, monkeypatch):
-    """Before the file has its name, or just after."""
+    """Killed before the file gets its name, or just after."""
 
     def killed(*paths):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,5 @@
-"""Tasks and losses. What a task asks is read off its inputs by plain loops."""
+"""Tests of tasks and losses. Plain loops compute the targets from the
+inputs."""
 
 import collections
 import dataclasses
@@ -53,7 +54,7 @@ def without_padding(batch):
 
 
 def marked(row, channel):
-    """The steps with a mark in this channel, and nothing beside it."""
+    """The steps with a mark in this channel and no other input."""
     steps = [time for time, step in enumerate(row) if step[channel]]
     for time in steps:
         assert row[time] == one_hot(channel, len(row[time]))
@@ -68,8 +69,8 @@ def blank(rows):
     return not any(any(row) for row in rows)
 
 
-# From a row of inputs: its length, and a dictionary with what the targets
-# must be at each of the steps that count (None: `inputs` do not tell).
+# Each function returns, for a row of inputs, its length and a dict of the
+# expected targets at unmasked steps (None: the inputs do not determine them).
 
 
 def answer_of_copy(task, row):
@@ -102,7 +103,7 @@ def answer_of_repeat_copy(task, row):
 
 
 def items_and_place(task, row):
-    """All items, which of them is asked for, and the last delimiter."""
+    """All items, the place of the requested one, and the last delimiter."""
     delimiters = marked(row, task.bits)
     start, end = marked(row, task.bits + 1)
     size = task.vectors + 1
@@ -179,7 +180,7 @@ def check_answers(task, batch):
             assert counts == float(time in answer)
             if answer.get(time) is not None:
                 assert targets[time].tolist() == answer[time]
-    if task.name != "n-grams":  # which predicts from the first step on
+    if task.name != "n-grams":  # it predicts from the first step on
         assert not batch.targets[batch.mask == 0].any()
 
 
@@ -263,7 +264,7 @@ def test_a_curriculum_bounds_the_lengths(task):
     assert lengths == {task.min_length, longest}
     if task.name == "repeat-copy":
         assert repeats_in(task, batches) == {2, 3}
-        # Never fewer than the task has, whatever the curriculum says.
+        # The curriculum never goes below the task's minimum.
         often = dataclasses.replace(task, min_repeats=5, max_repeats=7)
         assert repeats_in(often, draws(often, longest)[:50]) == {5}
 
@@ -387,14 +388,14 @@ def test_answer_bits_are_fair_and_independent(name):
     bits = bits[:, :-1] if name == "repeat-copy" else bits
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.06  # 5 deviations
     flat = bits.reshape(len(bits), -1)
-    flat = flat[:, : 5 * task.bits]  # of which no copy is among them
+    flat = flat[:, : 5 * task.bits]  # contains no copies of bits
     apart = np.corrcoef(flat.T) - np.eye(flat.shape[1])
     assert np.abs(apart).max() < 0.12
 
 
 def test_repeat_copy_says_when_it_is_done():
     task = SMALL["repeat-copy"]
-    for repeats in (1, 2, 5, 8):  # 1 and 8 are out of its range
+    for repeats in (1, 2, 5, 8):  # 1 and 8 are out of the task's range
         inputs, targets, mask = draw(task, length=3, repeats=repeats)
         end = 3 + 2 + 3 * repeats
         assert mask.shape[1] == end + 1
@@ -441,7 +442,7 @@ def test_every_item_but_the_last_is_asked_for(length):
 
 
 def contexts(task, batch):
-    """(row, step, context, next bit) of every step that counts, in order."""
+    """(row, step, context, next bit) of every unmasked step, in order."""
     for n, (row, targets, mask) in enumerate(zip(*batch)):
         bits = [int(bit) for bit in row[:, 0]]
         for time in np.flatnonzero(mask):
@@ -505,7 +506,7 @@ def test_n_grams_draw_a_new_table_for_each_sequence():
 
 
 def test_n_grams_draw_tables_from_the_prior_of_the_optimal_predictor():
-    """Of the steps at which it says p, a share p has a one."""
+    """Among steps with prediction p, the share of ones is p."""
     task = tasks.NGrams(60, 60, context=2)
     batch = draw(task, rows=1500)
     outputs = task.optimal_outputs(batch)[batch.mask == 1, 0]
@@ -515,7 +516,7 @@ def test_n_grams_draw_tables_from_the_prior_of_the_optimal_predictor():
         assert len(chosen) > 500
         spread = math.sqrt(said * (1 - said) / len(chosen))
         assert abs(chosen.mean() - said) < 4 * spread
-    # The bits in front of a whole context are coins.
+    # The bits before the first whole context are fair coins.
     assert np.abs(batch.inputs[:, :2].mean(axis=0) - 0.5).max() < 0.06
 
 
@@ -634,7 +635,7 @@ def test_bits_per_sequence_matches_values_computed_by_hand():
 
 def test_wrong_bits_are_counted_only_under_the_mask():
     outputs = TARGETS.copy()
-    outputs[0, 0] = 1 - outputs[0, 0]  # does not count
+    outputs[0, 0] = 1 - outputs[0, 0]  # masked
     outputs[0, 2, 1] = 0.6
     outputs[1, 1] = 1 - outputs[1, 1]
     wrong = losses.wrong_bits_per_sequence(TARGETS, outputs, MASK)
@@ -664,7 +665,7 @@ def test_metrics_are_means_over_sequences(metric, function):
 
 
 def test_the_loss_is_the_mean_over_unmasked_bits():
-    """What `losses.py` says of Keras's own loss."""
+    """Checks the statement in `losses.py` about Keras's own loss."""
     outputs = np.random.default_rng(3).uniform(size=TARGETS.shape).astype("f4")
     loss = keras.losses.BinaryCrossentropy(reduction="mean_with_sample_weight")
     bits = losses.bits_per_sequence(TARGETS, outputs, MASK)
@@ -684,7 +685,7 @@ def test_a_finished_curriculum_draws_every_number_of_repeats(longest, most):
 
 
 def test_the_pipeline_draws_no_batch_ahead():
-    """A curriculum changes the task between two batches."""
+    """Otherwise a curriculum would change the task too late."""
     drawn = []
 
     class Task(tasks.Copy):
@@ -737,14 +738,14 @@ def losses_and_metrics(kind):
 
 
 def value_of(one, *batch):
-    """Of a loss, or of a metric that has seen nothing else."""
+    """The value of a loss, or of a metric after this batch only."""
     return float(keras.ops.convert_to_numpy(one(*batch)))
 
 
 @pytest.mark.parametrize("weight", [None, np.nan, np.inf, -1e30])
 @pytest.mark.parametrize("kind", losses.KINDS)
 def test_masked_steps_do_not_change_losses_and_metrics(kind, weight):
-    """One sequence has no step that counts."""
+    """One sequence has only masked steps."""
     rng = np.random.default_rng(3)
     targets = np.eye(3, dtype="f4")[rng.integers(3, size=(3, 5))]
     outputs = rng.uniform(0.1, 1, targets.shape).astype("f4")
@@ -761,11 +762,11 @@ def test_masked_steps_do_not_change_losses_and_metrics(kind, weight):
                 one.reset_state()
             found = value_of(one, targets, outputs, counts)
             harness.close(found, expected, 1e-6)
-            # Nor does a batch in which nothing counts.
+            # A fully masked batch has no effect either.
             nothing = value_of(one, targets, outputs, 0 * mask)
             is_metric = isinstance(one, keras.metrics.Metric)
             harness.close(nothing, expected if is_metric else 0.0, 1e-6)
-        outputs[0, 1, 1], before = np.nan, outputs[0, 1, 1]  # which counts
+        outputs[0, 1, 1], before = np.nan, outputs[0, 1, 1]  # unmasked
         assert np.isnan(value_of(one, targets, outputs, mask))
         outputs[0, 1, 1] = before
 

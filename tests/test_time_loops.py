@@ -1,4 +1,4 @@
-"""The two time loops give the same numbers."""
+"""Both time loops give the same numbers."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ def differentiate(
 ):
     """Results of a layer, and the gradients of inputs, states and weights.
 
-    `eagerly`, on TensorFlow: without a graph, whose tracing takes longest.
+    `eagerly`, on TensorFlow: without a graph, since tracing takes longest.
     """
     call = {k: way.pop(k) for k in ("mask", "use_memory") if k in way}
     layer = make(case, loop=loop, return_state=True, dtype=dtype, **way)
@@ -117,7 +117,7 @@ def differentiate(
 
 
 def differentiate_portably(case, **arguments):
-    """By Keras's loop, step by step: what the fast loop is compared with."""
+    """The expected values: computed by Keras's loop, step by step."""
     _, *found = differentiate(case, "portable", eagerly=True, **arguments)
     return found
 
@@ -140,7 +140,7 @@ def loops_agree(case, way, jit_compile, dtype):
     assert fast.time_loop == "fast"
     if {weight.dtype for weight in fast.weights} == {"float64"}:
         of_results, of_gradients = 1e-12, 1e-10
-    else:  # a cell that was given has a dtype of its own
+    else:  # a given cell has its own dtype
         of_results, of_gradients = 1e-6, 2e-5
     same(results, portable, of_results)
     same(gradients, expected, of_gradients)
@@ -210,7 +210,7 @@ def test_both_loops_agree_at_the_smallest_sizes(steps):
         loops_agree(case, "whole", False, "float64")
 
 
-# Fewer states kept.
+# Recomputation.
 
 
 @pytest.mark.few_backends
@@ -230,7 +230,7 @@ def test_recomputed_steps_give_the_same_numbers(way, recompute):
 
 
 def plain(**kwargs):
-    """The least memory, of which XLA compiles the loop soonest."""
+    """The smallest memory, whose loop XLA compiles fastest."""
     cell = keras_memory.MemoryCell(
         3, accesses=[toy.ToyAccess()], controller="dense", controller_units=7
     )
@@ -294,7 +294,7 @@ def test_gradients_of_many_segments_add_up_in_32_bits():
 
 
 def test_recomputing_saves_fewer_states():
-    """Of 9 steps those of every third, by the arrays that are kept."""
+    """Saves every third of 9 states, as the saved arrays show."""
     x = np.ones((2, 9, 5), "float32")
     saved = {}
     real = fast_loop.scan
@@ -362,7 +362,7 @@ def test_allocation_by_sorting_has_the_same_gradient(monkeypatch):
     same(gradients, portable, 2e-5)
 
 
-# Which loop.
+# The choice of the loop.
 
 
 def in_training(layer, **call):
@@ -375,7 +375,7 @@ def test_the_fast_loop_is_for_training():
     assert layer.time_loop is None
     assert in_training(layer) == "fast"
     layer(np.ones((2, 3, 5), "float32"))
-    assert layer.time_loop == "fast"  # it tells of training
+    assert layer.time_loop == "fast"  # it reports training
     layer = small()
     layer(np.ones((2, 3, 5), "float32"))
     assert layer.time_loop.startswith("portable: not called")
@@ -414,7 +414,7 @@ def test_the_config_has_loop_and_recompute():
 
 @keras.saving.register_keras_serializable(package="tests")
 class Scaled(toy.ToyCell):
-    """A cell of a user whose step has a weight of its own."""
+    """A custom cell whose step has its own weight."""
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -441,7 +441,7 @@ def test_weights_of_a_custom_step_get_gradients():
 
 
 def nested():
-    """A memory whose controller is one, with dropout in all its places."""
+    """A memory whose controller is a memory, with every kind of dropout."""
     return keras_memory.DNCCell(
         7,
         memory_slots=5,
@@ -518,8 +518,7 @@ def test_second_derivatives_are_refused_or_right():
 
 @harness.needs_tensorflow
 def test_products_have_derivatives_of_any_order():
-    """Those of `addressing` that have a gradient of their
-    own, by finite differences of their gradients."""
+    """Checks products with a custom gradient by finite differences of it."""
     import tensorflow as tf
 
     from keras_memory import addressing
@@ -589,7 +588,7 @@ def test_forward_mode_works_outside_of_training():
     harness.close(ops.sum(forward), ops.sum(back * along), 1e-5)
 
 
-# What a step remembers.
+# Results that a step saves.
 
 
 def test_linear_and_kept_only_compute_outside_of_the_loop():
@@ -606,7 +605,7 @@ def test_linear_and_kept_only_compute_outside_of_the_loop():
 @harness.needs_tensorflow
 @pytest.mark.parametrize("loop", ["fast", "portable"])
 def test_training_calls_leave_no_graphs_behind(loop):
-    """A graph in which a custom gradient was defined would stay for ever."""
+    """A graph that defines a custom gradient would never be freed."""
     import gc
 
     import tensorflow as tf

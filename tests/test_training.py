@@ -1,4 +1,4 @@
-"""Configurations, training and the command line, on a small task."""
+"""Tests of configurations, training and the command, on a small task."""
 
 import dataclasses
 import json
@@ -58,15 +58,15 @@ def small(*settings):
 
 
 def plain(*settings):
-    """Of an LSTM, which is traced soonest: where only the run matters."""
+    """Settings of an LSTM, the fastest to trace, if only the run matters."""
     fit = [one for one in SMALL if not one.startswith(OF_A_MEMORY)]
     return config.override(
         presets.PRESETS["copy"]["lstm"], [*fit, "units=13", *settings]
     )
 
 
-# Of runs that are broken and resumed, and of others that they are compared
-# with.
+# Settings of runs that are broken and resumed, and of the runs that they must
+# equal.
 RESUMED = [
     "steps=50",
     "checkpoint_every=10",
@@ -79,7 +79,7 @@ RESUMED = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run: its folder, what was shown, and what was returned."""
+    """A finished run: its folder, its printed lines, and its results."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     shown = []
     results = training.train(small(*RESUMED), folder, shown.append)
@@ -175,7 +175,7 @@ def test_steps_limit_the_run_and_pictures_can_be_off(tmp_path):
 
 
 def summaries(folder):
-    """Tag -> steps of what was written for TensorBoard."""
+    """Dict from each TensorBoard tag to its steps."""
     found = {}
     for path in sorted(folder.glob("events*")):
         for record in tf.data.TFRecordDataset(str(path)):
@@ -186,7 +186,7 @@ def summaries(folder):
 
 
 def test_histories_and_summaries_count_steps(run, monkeypatch, tmp_path):
-    """Console and history are in `test_a_run_writes_all_its_files`."""
+    """`test_a_run_writes_all_its_files` checks console and history."""
     folder, _, _ = run
     written = summaries(folder / "logs" / "train")
     assert written["epoch_loss"] == list(range(5, 51, 5))
@@ -235,7 +235,7 @@ def test_an_animation_fits_its_largest_picture(tmp_path):
 
 
 def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
-    """Its history has neither steps nor sequences."""
+    """Its history has no columns for steps and sequences."""
     folder = tmp_path / "old"
     folder.mkdir()
     rows = runs.read_history(run[0], small(*RESUMED))
@@ -251,7 +251,7 @@ def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
 
 
 def test_time_left_excludes_compilation(monkeypatch):
-    """The first steps take a minute, the others a tenth of a second."""
+    """The first steps take a minute, later ones a tenth of a second."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     config, shown = small("steps=100", "report_every=10"), []
@@ -318,7 +318,7 @@ def test_the_curriculum_grows_with_success_and_ends_at_the_goal():
     assert reached(curriculum) == 2
     curriculum.on_epoch_end(2, report(loss=0.1))
     assert reached(curriculum) == 4
-    assert not curriculum.model.stop_training  # full length only counts
+    assert not curriculum.model.stop_training  # only the full length counts
     curriculum.on_epoch_end(3, report(error=0.7))
     assert not curriculum.model.stop_training
     curriculum.on_epoch_end(4, report(error=0.4))
@@ -371,7 +371,7 @@ def same_run(folder, other):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(  # before, after a checkpoint; last
+@pytest.mark.parametrize(  # before and after a checkpoint, and last
     "line", [1, slow_unless(False, 4), slow_unless(False, 10)]
 )
 def test_a_resumed_run_equals_an_unbroken_one(line, run, tmp_path):
@@ -379,7 +379,7 @@ def test_a_resumed_run_equals_an_unbroken_one(line, run, tmp_path):
 
     def show(text):
         shown.append(text)
-        if len(shown) == line + 1:  # the first is the headline
+        if len(shown) == line + 1:  # the first line is the headline
             raise Killed
 
     with pytest.raises(Killed):
@@ -426,7 +426,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_weights(
     tmp_path, monkeypatch
 ):
     class Broken(tasks.Copy):
-        """From the eighth step on, inputs are no numbers."""
+        """Inputs are NaN from the eighth step on."""
 
         drawn = 0
 
@@ -521,7 +521,7 @@ def test_evaluation_draws_sequences_not_seen_in_training(monkeypatch):
 
 
 def test_evaluation_has_every_length_equally_often():
-    """A model that knows nothing costs a bit for each bit."""
+    """An ignorant model costs one bit for each bit."""
 
     class Model:
         def __call__(self, inputs, training):
@@ -563,7 +563,7 @@ def test_invalid_resumes_are_refused(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_killed_run_can_always_be_resumed(tmp_path):
-    """kill -9 at 25 random moments, of which many are in a checkpoint."""
+    """kill -9 at 25 random moments, many of them during a checkpoint."""
     settings = [*SMALL, *RESUMED, "steps=300", "checkpoint_every=5"]
     unbroken = tmp_path / "unbroken"
     training.train(small(*settings), unbroken, lambda line: None)
@@ -583,7 +583,7 @@ def test_a_killed_run_can_always_be_resumed(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        first = process.stdout.readline()  # it has begun
+        first = process.stdout.readline()  # the run has started
         wait = rng.uniform(0.0, 15.0) if kills < 25 else None
         try:
             rest, _ = process.communicate(timeout=wait)
@@ -643,7 +643,7 @@ def test_presets_survive_json_and_keep_their_task(task, name):
 @pytest.mark.parametrize(
     "task",
     [
-        # One in numbers, `run` is one in bits, and the others with `-m slow`.
+        # A task of numbers; `run` is a task of bits. The others are slow.
         slow_unless(task == "adding", task)
         for task in tasks.TASKS
     ],
@@ -662,7 +662,7 @@ def test_each_task_trains(task, tmp_path):
     results = training.train(small, tmp_path / "run", lambda line: None)
     assert all(np.isfinite(value) for value in results.values())
     if task == "n-grams":
-        # Tests of other models are on the same sequences.
+        # Other models are tested on the same sequences.
         again = runs.evaluate(training.build(small), small.task, length=10)
         optimal = results["optimal_bits_per_sequence_at_10"]
         assert again["optimal_bits_per_sequence_at_10"] == optimal
@@ -685,13 +685,13 @@ def test_each_task_trains(task, tmp_path):
         ["train", "copy", "--set", "memory_slots=3.5"],
         ["train", "copy", "--set", "memory_slots=many"],
         ["train", "copy", "--set", "controller=ltsm"],
-        ["train", "copy", "--set", "controller=gru"],  # with this start
+        ["train", "copy", "--set", "controller=gru"],  # not in this preset
         ["train", "copy", "--set", "optimizer=adamm"],
         ["train", "copy", "--set", "optimizer_options={'beta': 0.5}"],
         ["train", "copy", "--set", "optimizer_options=3"],
         ["train", "copy", "--set", "test_lengths=(0,)"],
         ["train", "argmax", "--set", "test_lengths=(99,)"],
-        ["train", "copy", "--set", "clipvalue=1.0"],  # beside clipnorm
+        ["train", "copy", "--set", "clipvalue=1.0"],  # conflicts with clipnorm
         ["train", "copy", "--set", "curriculum_loss=0"],
         ["train", "copy", "--preset", "mine"],
         ["train", "copy", "--set", "controller_dropout=1.5"],
@@ -756,7 +756,7 @@ def test_the_command_trains_and_prints_the_folder(
     monkeypatch.chdir(tmp_path)
     settings = [part for setting in SMALL for part in ("--set", setting)]
     command = ["train", "copy", "--steps", "5", "--seed", "3", *settings]
-    (tmp_path / "runs" / "copy-1").mkdir(parents=True)  # of an earlier run
+    (tmp_path / "runs" / "copy-1").mkdir(parents=True)  # an earlier run
     assert cli.main(command) == 0
     assert "runs/copy-2/export/1" in capsys.readouterr().out
     run = tmp_path / "runs" / "copy-2"
@@ -764,7 +764,7 @@ def test_the_command_trains_and_prints_the_folder(
     assert (run / "pictures" / "length-4.png").exists()
 
 
-# What else the command does with runs.
+# Other commands on runs.
 
 
 def test_evaluate_prints_the_errors(plain_run, capsys):
@@ -867,7 +867,7 @@ def test_export_writes_a_run_once_per_version(run, tmp_path, capsys):
     command = ["export", str(run[0]), str(out), "--version", "3"]
     assert cli.main(command) == 0
     assert (out / "3" / "saved_model.pb").exists()
-    assert cli.main(command) == 2  # it is there
+    assert cli.main(command) == 2  # this version exists
     assert "keras-memory: error:" in capsys.readouterr().err
 
 
@@ -903,20 +903,20 @@ def test_print_config_shows_the_settings(capsys):
     assert shown == config.override(preset, ["memory_slots=7"])
 
 
-# Architectures and tasks of one's own.
+# Custom architectures and tasks.
 
 
 @dataclasses.dataclass
 class GRU:
-    """As a user writes it: not frozen, with types of several kinds."""
+    """A user's architecture: not frozen, with fields of several types."""
 
     units: int = 7
     rate: float = 0.0
     sizes: "tuple[int, ...]" = ()
     names: list = dataclasses.field(default_factory=list)
-    bits: int | None = None  # a task has them, too
+    bits: int | None = None  # tasks have this name, too
     kind: typing.Literal["one", "two"] = "one"
-    seed: int = 0  # and a training
+    seed: int = 0  # trainings have this name, too
 
     def build(self, inputs, units, activation):
         x = keras.layers.GRU(self.units, return_sequences=True)(inputs)
@@ -925,7 +925,7 @@ class GRU:
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(tasks.Copy):
-    """A task with a value that is no size."""
+    """A task with a field that is not a size."""
 
     noise: float = 0.5
 
@@ -934,7 +934,7 @@ class Shifted(tasks.Copy):
 
 @pytest.fixture
 def own(monkeypatch):
-    """A training of an architecture and a task of the user's own."""
+    """A training with a custom architecture and task."""
     monkeypatch.setitem(config.MODELS, "gru", GRU)
     monkeypatch.setitem(tasks.TASKS, "shifted", Shifted)
     return dataclasses.replace(
@@ -1031,7 +1031,7 @@ def test_test_and_probe_lengths_follow_the_longest(capsys):
     assert config.override(start, ["bits=5"]).test_lengths == (40, 80, 120)
 
 
-# Files that were damaged.
+# Damaged files.
 
 GOOD = config.to_json(presets.PRESETS["copy"]["default"])
 DAMAGED = {
@@ -1127,7 +1127,7 @@ def test_a_damaged_picture_is_refused_with_its_path(run, tmp_path):
         runs.draw(small(*RESUMED), model, folder)
 
 
-# Runs of several kinds, and unfinished ones.
+# Runs of different tasks, and unfinished runs.
 
 
 def test_runs_of_different_tasks_are_not_compared(run, tmp_path, capsys):
@@ -1164,7 +1164,7 @@ def test_commands_use_the_checkpoint_of_an_unfinished_run(
     assert "not finished" not in capsys.readouterr().err
 
 
-# What is no argument of that kind.
+# Wrong arguments.
 
 START = presets.PRESETS["copy"]["default"]
 RNG = np.random.default_rng(1)
