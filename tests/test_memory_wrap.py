@@ -980,7 +980,7 @@ def test_custom_layers_are_restored():
     assert type(copy.encoder) is Mine
 
 
-def test_a_refused_memory_leaves_the_old_one(clusters):
+def test_a_refused_memory_keeps_the_old_one(clusters):
     x, y = clusters
     model = classifier()
     model.set_memory(x[:13], y[:13])

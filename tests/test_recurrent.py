@@ -1327,7 +1327,7 @@ def test_each_block_has_its_own_controller_states(share_memory, x):
 
 
 @pytest.mark.parametrize("share_memory", [False, True])
-def test_trace_shows_what_each_block_read(share_memory, x):
+def test_trace_shows_the_reads_of_each_block(share_memory, x):
     layer = toy.ToyLayer(3, share_memory=share_memory, controller_units=7)
     inside = keras_memory.trace(layer, x)
     start = ops.convert_to_numpy(layer.cell.get_initial_state(BATCH)[1])

@@ -65,7 +65,7 @@ def test_keys_with_minus_infinity_come_last(monkeypatch):
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
-def test_top_k_beyond_the_number_of_keys_is_refused(top_k):
+def test_top_k_out_of_range_is_refused(top_k):
     keys = ops.ones((5, 2))
     with pytest.raises(ValueError, match=r"top_k=.*keys of shape \(5, 2\)"):
         retrieval.nearest(keys, keys, top_k)

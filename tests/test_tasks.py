@@ -207,7 +207,7 @@ def test_tasks_have_the_sizes_of_their_source_by_default(name, sizes):
 
 
 @each_task
-def test_targets_are_what_the_inputs_ask_for(task):
+def test_targets_follow_from_the_inputs(task):
     for batch in draws(task)[::3]:
         check_answers(task, batch)
 
@@ -393,7 +393,7 @@ def test_answer_bits_are_fair_and_independent(name):
     assert np.abs(apart).max() < 0.12
 
 
-def test_repeat_copy_says_when_it_is_done():
+def test_repeat_copy_ends_with_a_marker():
     task = SMALL["repeat-copy"]
     for repeats in (1, 2, 5, 8):  # 1 and 8 are out of the task's range
         inputs, targets, mask = draw(task, length=3, repeats=repeats)
@@ -462,7 +462,7 @@ def contexts(task, batch):
     ],
     ids=["default", "padded", "longer"],
 )
-def test_the_optimal_predictor_counts_what_followed_each_context(batch_of):
+def test_the_optimal_predictor_counts_the_bits_after_each_context(batch_of):
     task, batch = batch_of()
     outputs = task.optimal_outputs(batch)
     assert outputs.shape == batch.targets.shape

@@ -599,7 +599,7 @@ def test_curves_of_large_numbers_are_drawn():
     visualization.plot_curves({"one": ([1e17], [1.0])})
 
 
-def test_learning_takes_what_fit_returns():
+def test_learning_accepts_keras_histories():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", metrics=["mae"])
     x = np.ones((4, 3), "float32")
