@@ -1,1 +1,1 @@
-"""Speed, memory and stability, measured; see `README.md` beside this file."""
+"""Measures speed, memory and stability; see `README.md` beside this file."""

@@ -1,4 +1,4 @@
-"""Training steps of keras_memory and of other implementations, in turn.
+"""Compares training steps of keras_memory and of other implementations.
 
     python -m benchmarks [--pytorch-ntm CHECKOUT] [--rounds 20] [--json FILE]
     python -m benchmarks scaling [--pytorch-ntm CHECKOUT] [--out FOLDER]
@@ -8,9 +8,9 @@
     python -m benchmarks esm [--ivy FOLDER] [--rounds 20] [--json FILE]
 
 The first compares a few cases of recurrent memories. The second varies one
-size at a time, and the third draws its numbers again. The others are of Memory
-Wrap, of memories of nearest neighbours and of Egospheric Spatial Memory.
-README.md beside this file says what each number means.
+size at a time, and the third redraws its curves from a file. The others are for
+Memory Wrap, memories of nearest neighbours and Egospheric Spatial Memory.
+README.md beside this file explains each number.
 """
 
 import argparse
@@ -244,7 +244,7 @@ def checked(parser, options):
 
 
 def parsed(parser, arguments, rounds):
-    """The options, with those of both commands that need a checkout."""
+    """Parses the options, including those of the commands with a checkout."""
     add_rounds(parser, rounds)
     parser.add_argument("--pytorch-ntm", help="a checkout of pytorch-ntm")
     options = checked(parser, parser.parse_args(arguments))

@@ -1,4 +1,4 @@
-"""What is compared: sizes, and training steps of our layers."""
+"""Sizes of the comparisons, and training steps of our layers."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ from benchmarks import references
 NTM = {"steps": 41, "bits": 8, "slots": 128, "width": 20, "units": 100}
 DNC = {"steps": 40, "size": 64, "slots": 100, "width": 32, "units": 128}
 BASES = {"ntm": {**NTM, "batch": 1}, "dnc": {**DNC, "batch": 1}}
-CASES = {  # the layer, its sizes, and how many times as fast it should be
+CASES = {  # the layer, its sizes, and the target speedup
     "ntm-1": ("ntm", BASES["ntm"], 60),
     "ntm-16": ("ntm", {**NTM, "batch": 16}, 25),
     "dnc-1": ("dnc", BASES["dnc"], 14),
@@ -26,9 +26,9 @@ VARIANTS = {
 
 
 def jobs(kind, sizes, threads, checkout, variants=None):
-    """For each variant what a `measure.Worker` needs, or a text that says why
-    it cannot be had. The reference comes first, by its name; then those of
-    `VARIANTS`, or some."""
+    """Dict from each variant to the arguments of a `measure.Worker`, or to a
+    text that says why it cannot run. The reference comes first, by its name;
+    then all `VARIANTS`, or the given ones."""
     ours_of = functools.partial(ours, kind, sizes)
     prepared = functools.partial(prepare, threads)
     return {
@@ -41,7 +41,7 @@ def jobs(kind, sizes, threads, checkout, variants=None):
 
 
 def prepare(threads):
-    """Imports TensorFlow, for the CPU and so many threads, and starts it."""
+    """Imports and starts TensorFlow on the CPU with this number of threads."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import tensorflow as tf
@@ -58,7 +58,7 @@ def prepare(threads):
 
 
 def ours(kind, sizes, loop="auto", jit_compile=True):
-    """A function that trains one of our layers for one step."""
+    """Returns a function that trains one of our layers for one step."""
     import keras
     import tensorflow as tf
 

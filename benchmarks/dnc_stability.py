@@ -1,11 +1,11 @@
-"""Does the DNC ever get a NaN? Trains it on the copy task from many seeds.
+"""Counts NaN values of the DNC on the copy task, for many seeds.
 
     python benchmarks/dnc_stability.py --seeds 20 --steps 500
 
-Every step looks at the loss, at the gradient of each weight, in front of the
-clipping, and at all states behind the sequence, which a NaN at an earlier step
-would not have left. The optimizer is that of Graves et al. 2016,
-RMSProp with a momentum of 0.9 and gradients clipped to +-10, in float32.
+Every step checks the loss, the gradient of each weight before clipping, and all
+states after the sequence: a NaN at an earlier time step would persist in them.
+The optimizer is that of Graves et al. 2016: RMSProp with a momentum of 0.9 and
+gradients clipped to +-10, in float32.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def made(**kwargs):
 
 
 def checked_step(layer, optimizer):
-    """A compiled training step: (inputs, targets, mask) -> loss, largest
-    gradient, and whether loss, gradients and states are finite."""
+    """Returns a compiled training step: (inputs, targets, mask) -> loss,
+    largest gradient, and whether loss, gradients and states are finite."""
     weights = layer.trainable_variables
     loss_of = keras.losses.BinaryCrossentropy(
         reduction="mean_with_sample_weight"
@@ -62,14 +62,13 @@ def checked_step(layer, optimizer):
 
 
 def stability(rates, seeds, steps, seen=lambda rate, row: None, **kwargs):
-    """Trains anew for each learning rate and seed; `seen` is told of each
-    rate as it is done.
+    """Trains a new DNC for each learning rate and seed. Calls `seen` after each
+    learning rate.
 
     Returns:
-        Dict from the rate to a dict: runs in which loss, gradients or states
-        were once not finite, the largest entry of a gradient in any run, and
-        the losses of the last 50 steps, their median and largest over the
-        runs.
+        Dict from the rate to a dict: the number of runs with nonfinite loss,
+        gradients or states, the largest entry of a gradient in any run, and the
+        median and largest loss of the last 50 steps over the runs.
     """
     layer = made(**kwargs)
     optimizer = keras.optimizers.RMSprop(momentum=0.9, clipvalue=10.0)

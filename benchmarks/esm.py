@@ -1,4 +1,4 @@
-"""Egospheric Spatial Memory next to ivy_memory: a frame, and its stages."""
+"""Compares Egospheric Spatial Memory with ivy_memory: a frame, its stages."""
 
 import functools
 import pathlib
@@ -17,7 +17,7 @@ REFERENCE = "ivy_memory"
 CHECKOUTS = "ivy", "deps", "memory", "vision", "mech"  # folders in `--ivy`
 FRAME, TRAINING = "a frame", "a training step"
 GOALS = {FRAME: 20, TRAINING: 60}  # milliseconds
-VARIANTS = {  # what is timed, and whether by XLA
+VARIANTS = {  # the timed part, and whether XLA compiles it
     f"{FRAME}, XLA": (FRAME, True),
     "the camera's pixels, XLA": ("observe", True),
     "the map's pixels, XLA": ("move", True),
@@ -36,8 +36,8 @@ def run(rounds, threads, ivy=None, json=None):
     """Measures, prints a table, and returns all numbers.
 
     Args:
-        rounds: how many frames are measured.
-        threads: of each process.
+        rounds: number of measured frames.
+        threads: number of threads of each process.
         ivy: path of a folder with `CHECKOUTS`, if any.
         json: path of a file for all numbers, if any.
     """
@@ -77,8 +77,8 @@ def run(rounds, threads, ivy=None, json=None):
 
 
 def jobs(threads, ivy):
-    """For each variant what a `measure.Worker` needs, or a text that says why
-    it cannot be had."""
+    """Dict from each variant to the arguments of a `measure.Worker`, or to a
+    text that says why it cannot run."""
     found = {REFERENCE: "needs `--ivy` with a folder of checkouts"}
     if ivy:
         found[REFERENCE] = (
@@ -98,7 +98,7 @@ def is_ivy(folder):
 
 
 def frame():
-    """Depth and colors of a room, (1, h, w) and (1, h, w, 3)."""
+    """Returns depth and colors of a room, (1, h, w) and (1, h, w, 3)."""
     from keras_memory.spatial import rooms
 
     return [
@@ -110,7 +110,7 @@ MOTION = np.array([[0.02, 0.0, 0.05, 0.0, 0.03, 0.0]], "float32")
 
 
 def ours(kind, jit_compile):
-    """A function that does a part of a step with a map that is in use."""
+    """Returns a function for a part of a step, with a filled map."""
     import tensorflow as tf
 
     import keras_memory
@@ -159,7 +159,7 @@ def prepare_reference(threads, folder):
     import torch
 
     torch.set_num_threads(threads)
-    # The scatter that ivy asks for, by PyTorch's own.
+    # PyTorch's own scatter replaces the one that ivy imports.
     scatter = types.ModuleType("torch_scatter")
 
     def scattered(src, index, out, reduce):
@@ -176,7 +176,7 @@ def prepare_reference(threads, folder):
 
 
 def reference():
-    """A frame with ivy_memory, whose memory is one that is in use too."""
+    """Returns a function for a frame with ivy_memory, with a filled map too."""
     import torch
     from ivy_memory.geometric.containers import ESMCamMeasurement
     from ivy_memory.geometric.containers import ESMObservation

@@ -1,6 +1,6 @@
-"""How a tree wears out while the encoder of its keys is trained.
+"""Measures the recall of a tree while the encoder of its keys is trained.
 
-Which share of its entries may be overwritten until it is built anew?
+Shows which share of the entries may be overwritten before a rebuild.
 """
 
 import math
@@ -16,12 +16,12 @@ from benchmarks import report
 from benchmarks.neighbours import DIM
 
 ENTRIES, STEPS, ADDED = 64_000, 2000, 32  # all are overwritten once
-QUERIES, EVERY, TOP_K = 500, 100, 32  # of which recall is measured, and when
-SEARCHED = 256  # queries of each step, which tune trees
+QUERIES, EVERY, TOP_K = 500, 100, 32  # EVERY: steps between recalls
+SEARCHED = 256  # queries of each step, for tuning trees
 BATCH, LEARNING_RATE = 256, 1e-3
 NEVER = {"REBUILT": math.inf, "WORN": math.inf}
 UNTRIED = {"TRIED": (math.inf, math.inf)}
-RULES = {  # constants of `tuning`, but for those of the first tree
+RULES = {  # constants of `tuning`; the first tree is the same
     "never": {**NEVER, **UNTRIED},
     "after 12.5 %": {"REBUILT": 0.125, **UNTRIED},
     "after 50 %": {"REBUILT": 0.5, **UNTRIED},
@@ -42,8 +42,8 @@ HEADER = (
 
 
 def run(threads, seen=lambda numbers: None):
-    """Measures, prints two tables, and returns all numbers; `seen` is a
-    function of those so far, called when there are more."""
+    """Measures, prints two tables, and returns all numbers. Calls `seen` with
+    the numbers so far whenever there are more."""
     print("drift ...", file=sys.stderr, flush=True)
     context = multiprocessing.get_context("spawn")
     table = report.Table(HEADER)
@@ -97,11 +97,11 @@ def _of_leaves(leaves):
     return f"{leaves[1]} of {leaves[0]}" if leaves[0] else "all compared"
 
 
-_drift = None  # in a process of its own, that of all rules
+_drift = None  # in a separate process, shared by all rules
 
 
 def trained(threads):
-    """In a process of its own: trains."""
+    """Trains the encoder; runs in a separate process."""
     global _drift
     neighbours.prepare(threads)
     _drift = Drift()
@@ -109,13 +109,14 @@ def trained(threads):
 
 
 def tried(rule):
-    """In the same process: tries a rule on the same keys."""
+    """Tries a rule on the same keys; runs in the same separate process."""
     return _drift.tried(rule)
 
 
 class Drift:
-    """What an encoder gives out while it learns to tell clusters apart:
-    `first`, `keys` and `queries` of each step, and others, `asked`, of some."""
+    """Outputs of an encoder that learns to separate clusters: `first`, the
+    `keys` and `queries` of each step, and further queries, `asked`, of some
+    steps."""
 
     def __init__(self):
         import keras
@@ -155,7 +156,7 @@ class Drift:
         self.moved = float(np.mean(moved / np.linalg.norm(before, axis=1)))
 
     def tried(self, rule):
-        """Recall of a memory whose trees are built anew by a rule."""
+        """Returns the recall of a memory whose trees are rebuilt by a rule."""
         import keras_memory
         from keras_memory.retrieval import tuning
 
@@ -177,7 +178,7 @@ class Drift:
         index = memory._indexes[0]
         some = min(ADDED, ENTRIES)
         memory.add(self.first[None, :some])
-        memory.search(self.queries[0][None], TOP_K)  # a tree is tuned by them
+        memory.search(self.queries[0][None], TOP_K)  # for tuning the tree
         memory.add(self.first[None, some:])
         vars(tuning).update(rule)
         trees = neighbours.Trees()
@@ -200,7 +201,7 @@ class Drift:
 
     def _recall(self, memory, queries):
         keys, _ = memory.entries()
-        # `entries` begins with the oldest one, at the slot to be written next.
+        # `entries` starts with the oldest, at the slot to be written next.
         slots = memory._slots(0)
         return neighbours.recall(
             queries,

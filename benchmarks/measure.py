@@ -1,4 +1,4 @@
-"""Measures training steps: each variant in a process of its own, in turn."""
+"""Measures training steps: variants take turns, each in its own process."""
 
 import contextlib
 import ctypes
@@ -11,15 +11,15 @@ import time
 
 import numpy as np
 
-WARM_UP = 2  # steps behind the first that are not measured
+WARM_UP = 2  # unmeasured steps after the first
 
 
 class Stopped(Exception):
-    """Why a variant has no numbers."""
+    """The reason why a variant has no numbers."""
 
 
 def memory(process="self"):
-    """Megabytes of a process by name, such as VmRSS; none but on Linux."""
+    """Megabytes of a process by name, such as VmRSS; empty except on Linux."""
     try:
         with open(f"/proc/{process}/status") as file:
             lines = [line.split() for line in file]
@@ -33,7 +33,7 @@ def memory(process="self"):
 
 
 def forget_peak():
-    """Gives unused memory back; the peak is then that of what follows."""
+    """Frees unused memory and resets the peak."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -43,8 +43,8 @@ def forget_peak():
 
 
 def peak(before):
-    """Megabytes at the peak beyond those of `before`, without the pages of
-    libraries' files, or None where that is not known."""
+    """Megabytes at the peak above `before`, without the pages of library files;
+    None if unknown."""
     now = memory()
     if "VmHWM" not in now or "RssAnon" not in before:
         return None
@@ -52,8 +52,8 @@ def peak(before):
 
 
 def timed(step):
-    """Milliseconds of a step: by the clock, and of all the CPUs' time. Its
-    `before()`, if it has one, is called first, and is not timed."""
+    """Milliseconds of a step: wall time, and the time of all CPUs. Its
+    `before()`, if any, is called first and not timed."""
     before = getattr(step, "before", None)
     if before is not None:
         before()
@@ -66,13 +66,13 @@ def timed(step):
 
 
 def end_with_parent():
-    """Lets Linux kill this process when its parent has ended."""
+    """Makes Linux kill this process when its parent ends."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def serve(connection, prepare, make, rounds, seconds):
-    """What a worker's process does."""
+    """Runs in the process of a worker."""
     try:
         prepare()
         connection.send(("prepared", None))
@@ -80,7 +80,7 @@ def serve(connection, prepare, make, rounds, seconds):
         begun = time.perf_counter()
         step = make()
         if hasattr(step, "tell"):
-            end_with_parent()  # even if it is halted
+            end_with_parent()  # even while halted
         timed(step)
         first = time.perf_counter() - begun
         for _ in range(WARM_UP):
@@ -97,7 +97,7 @@ def serve(connection, prepare, make, rounds, seconds):
             if asked == "tell":
                 connection.send(("told", step.tell()))
                 continue
-            timed(step)  # the others have left nothing of ours in the caches
+            timed(step)  # the other variants have emptied the caches
             connection.send(("step", timed(step)))
     except (EOFError, KeyboardInterrupt):
         pass  # the parent has ended
@@ -107,25 +107,25 @@ def serve(connection, prepare, make, rounds, seconds):
 
 
 class Worker:
-    """A process that makes training steps of one variant, when it is told to.
+    """A process that runs training steps of one variant on demand.
 
-    It begins with a first step, some to warm up, and some on its own, of which
-    the peak of the memory is taken.
+    It starts with a first step, warm-up steps, and steps without other
+    variants, during which the peak of the memory is measured.
 
     Args:
-        prepare: function that imports what `make` needs, which is not timed.
-        make: function that returns a function that makes one step. Both are
-            pickled. A step may have `before()`, which is called before each
-            and is not timed, and `tell()`, which is called behind the steps on
-            its own, `told` in the result, and when `compare` is through; its
-            process is halted while it is not in turn.
-        rounds: how many steps it makes on its own; fewer, but one, once half
-            of the seconds are over.
-        seconds: the longest that it may take for all this, and then for one
-            step; without `prepare`.
-        gigabytes: the largest resident size.
-        others: workers that end, the oldest first, as soon as they and this
-            one are together larger than `gigabytes`.
+        prepare: function that imports the modules of `make`; not timed.
+        make: function that returns a function for one step. Both are pickled.
+            A step may have `before()`, which is called before each step and
+            not timed. It may have `tell()`, which is called after the steps
+            without other variants (`told` in the result) and at the end of
+            `compare`; then its process is halted between its turns.
+        rounds: number of steps without other variants. After half of
+            `seconds` no further step starts, but there is at least one.
+        seconds: time limit of all these steps, and later of each step,
+            without `prepare`.
+        gigabytes: limit of the resident size.
+        others: workers that are ended, oldest first, while all workers
+            together exceed `gigabytes`.
 
     Raises:
         Stopped: a limit was reached, or there was an error.
@@ -155,11 +155,11 @@ class Worker:
         self._signal("SIGSTOP")
 
     def step(self):
-        """Milliseconds of one more step: by the clock, and of the CPUs."""
+        """Milliseconds of one more step: wall time and CPU time."""
         return self._ask("step")
 
     def tell(self):
-        """What its step tells; None if that has no `tell`."""
+        """The result of the step's `tell()`; None without one."""
         return self._ask("tell") if "told" in self.result else None
 
     def _ask(self, what):
@@ -173,13 +173,13 @@ class Worker:
         return answer
 
     def _signal(self, name):
-        """Halts or wakes what works in the background of a step that tells."""
+        """Halts or wakes the background work of a step that has `tell()`."""
         if "told" in self.result and hasattr(signal, name) and self.alive:
             os.kill(self.process.pid, getattr(signal, name))
 
     @property
     def size(self):
-        """Gigabytes that are resident."""
+        """Resident size in gigabytes."""
         return memory(self.process.pid).get("VmRSS", 0.0) / 1024
 
     @property
@@ -219,27 +219,27 @@ class Worker:
 
 
 def compare(jobs, rounds, alone=3, seen=None, **limits):
-    """Lets variants make steps in turn.
+    """Runs the steps of all variants in turn.
 
-    Each round takes two steps of each, of which the second is measured, so
-    that what else the machine does hits all of them alike. Where memory does
-    not suffice for all at once, the steps are those that each made on its own
+    Each round runs two steps of each variant and measures the second. So other
+    load of the machine affects all variants alike. If memory does not suffice
+    for all at once, the numbers are those of the steps without other variants
     (`in_turn` is then false).
 
     Args:
         jobs: dict from any key to `prepare` and `make` of a worker, or to a
-            text that says why there is none.
-        rounds: how many steps are measured.
-        alone: how many each makes on its own before.
-        seen: function of the results so far, called when there are more: at
-            first a variant has the steps on its own.
+            text that says why it cannot run.
+        rounds: number of measured steps.
+        alone: number of steps of each variant before, without the others.
+        seen: function of the results so far, called whenever there are more.
+            The first results of a variant are of its steps without others.
         limits: `seconds` and `gigabytes` of a worker.
 
     Returns:
         Dict from the key to a dict: medians `milliseconds` and
         `cpu_milliseconds`, `first_step_seconds`, `megabytes` (None where not
-        measured), `in_turn`, all `rounds` (wall, CPU), and where a step tells,
-        `told` and `told_after`; or `not_run`, the reason.
+        measured), `in_turn`, all `rounds` (wall, CPU), and for steps with
+        `tell()`, `told` and `told_after`; or `not_run`, the reason.
     """
     workers, results = {}, {}
 
@@ -272,7 +272,7 @@ def compare(jobs, rounds, alone=3, seen=None, **limits):
 
 
 def _numbers(worker, steps=None):
-    """A result, of the steps in turn or, if there are none, on its own."""
+    """A result of the steps in turn or, without any, of those before."""
     rounds = steps or worker.alone
     wall, cpu = np.median(rounds, axis=0)
     return {
@@ -285,7 +285,7 @@ def _numbers(worker, steps=None):
 
 
 def _turns(workers, rounds):
-    """Times of all rounds, by key; None if one is not there any more."""
+    """Times of all rounds, by key; None if a worker has ended."""
     times = {key: [] for key in workers}
     try:
         for _ in range(rounds):
@@ -297,8 +297,8 @@ def _turns(workers, rounds):
 
 
 def ratio(result, other):
-    """How many times as long the other's steps took: quartiles over the
-    rounds, the median in the middle."""
+    """The speedup over the other variant: the quartiles over the rounds, with
+    the median in the middle."""
     pairs = zip(result["rounds"], other["rounds"])
     ratios = [theirs[0] / own[0] for own, theirs in pairs]
     return np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()

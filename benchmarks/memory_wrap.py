@@ -1,4 +1,4 @@
-"""Memory Wrap next to memorywrap: training steps, and answers."""
+"""Compares Memory Wrap with memorywrap: training steps and answers."""
 
 import functools
 import sys
@@ -11,7 +11,7 @@ from benchmarks import references
 from benchmarks import report
 
 BATCH, WIDTH, CLASSES = 128, 1280, 10
-CASES = {  # what is timed, sizes, and how many times as fast it should be
+CASES = {  # the timed part, sizes, and the target speedup
     "train, 100 examples": ("train", (WIDTH, 100), 1.5),
     "train, 1,000 examples": ("train", (WIDTH, 1000), 1.5),
     "answer, 100 examples": ("answer", (WIDTH, 100), 3),
@@ -19,7 +19,7 @@ CASES = {  # what is timed, sizes, and how many times as fast it should be
     "answer, 1,000,000 examples of 64": ("answer", (64, 1_000_000), None),
 }
 REFERENCE = "memorywrap"
-SECONDS = 120  # that a variant may take for its first steps, or for one
+SECONDS = 120  # time limit of a variant's first steps, and of a step
 OURS = {
     "train": {"XLA": {}, "no XLA": {"jit_compile": False}},
     "answer": {
@@ -46,9 +46,9 @@ def run(names, threads, rounds, json=None):
     """Measures, prints a table, and returns all numbers.
 
     Args:
-        names: of `CASES`.
+        names: keys of `CASES`.
         threads: list of numbers of threads; all take turns.
-        rounds: how many steps are measured.
+        rounds: number of measured steps.
         json: path of a file for all numbers, if any.
     """
     table, numbers = report.Table(HEADER), []
@@ -98,11 +98,11 @@ def run(names, threads, rounds, json=None):
 
 
 def jobs(kind, sizes, threads):
-    """For each variant and number of threads what a `measure.Worker` needs, or
-    a text that says why it cannot be had."""
+    """Dict from each variant and number of threads to the arguments of a
+    `measure.Worker`, or to a text that says why it cannot run."""
     found = {}
     variants = OURS[kind]
-    if sizes[1] <= 1000:  # where all are looked at anyway
+    if sizes[1] <= 1000:  # otherwise all are compared anyway
         variants = {
             name: options
             for name, options in variants.items()
@@ -124,7 +124,7 @@ def jobs(kind, sizes, threads):
 
 
 def data(width, examples):
-    """Encodings and memory, as of a network that ends with a ReLU, and
+    """Encodings and memory, like those of a network that ends with a ReLU, and
     labels."""
     rng = np.random.default_rng(1)
     encodings, memory = (
@@ -143,9 +143,9 @@ def ours(
     top_k=None,
     candidates=None,
 ):
-    """A function that makes a training step with the paper's optimizer, or
-    answers with a memory that was encoded before, or with so many candidates
-    that a `KNNMemory` finds in it."""
+    """Returns a function for a training step with the paper's optimizer, or for
+    answers with an encoded memory, or with this number of candidates found by a
+    `KNNMemory`."""
     import keras
     import tensorflow as tf
 
@@ -188,7 +188,7 @@ def ours(
 
     @tf.function(jit_compile=jit_compile)
     def step(encodings, memory, labels):
-        # Of encodings and memory too, which an encoder would need.
+        # Includes the gradients of encodings and memory: an encoder needs them.
         inputs, variables = [encodings, memory], layer.trainable_variables
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -201,7 +201,7 @@ def ours(
 
 
 def memorywrap(kind, width, examples):
-    """The same with memorywrap; its answers compute all keys each time."""
+    """The same with memorywrap, which computes all keys for each answer."""
     import torch
     from memorywrap import MemoryWrapLayer
 

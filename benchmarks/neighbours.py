@@ -1,4 +1,4 @@
-"""What the benchmarks of retrieval have in common: data, and recall."""
+"""Data and recall, shared by the benchmarks of retrieval."""
 
 import functools
 import os
@@ -11,17 +11,17 @@ from benchmarks import cases
 DIM = 64
 KINDS = "clustered", "unclustered"
 CLUSTERS, DEVIATION = 1000, 0.5
-SLACK = 1e-5  # of a score, that rounding may take from a right neighbour
+SLACK = 1e-5  # of a score: the rounding error of a right neighbour
 
 
 def prepare(threads):
-    """Imports TensorFlow and ours, for so many threads."""
+    """Imports TensorFlow and keras_memory with this number of threads."""
     use_cores(threads)
     cases.prepare(threads)
 
 
 def use_cores(number):
-    """Leaves this process, and those that it starts, so many cores."""
+    """Limits this process, and the processes it starts, to some cores."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[:number])
@@ -31,8 +31,8 @@ class Data:
     """Draws vectors of one distribution.
 
     Args:
-        kind: of `KINDS`.
-        seed: int, of what is drawn; centers are always the same.
+        kind: one of `KINDS`.
+        seed: int, seed of the vectors; the centers are always the same.
     """
 
     def __init__(self, kind, seed):
@@ -49,7 +49,7 @@ class Data:
         return self.draw_with_clusters(*shape)[0]
 
     def draw_with_clusters(self, *shape):
-        """(*shape, DIM) float32, and the (*shape) clusters they are of."""
+        """(*shape, DIM) float32, and their clusters, (*shape)."""
         vectors = self.rng.standard_normal((*shape, DIM), "float32")
         clusters = self.rng.integers(0, CLUSTERS, shape)
         vectors *= np.float32(DEVIATION)
@@ -80,7 +80,7 @@ class Trees:
         scann_row.ScannRow._build = timed
 
     def tell(self):
-        """What was built since it was called before."""
+        """Numbers of the trees built since the last call."""
         told = {
             "trees_built": self.built,
             "tree_seconds": self.seconds,
@@ -91,7 +91,7 @@ class Trees:
 
 
 def least_right(queries, keys, top_k):
-    """(Q,) the score of each query's last right neighbour, by brute force."""
+    """(Q,): the score of each query's last right neighbour, by brute force."""
     least = [
         np.partition(some @ keys.T, -top_k, axis=1)[:, -top_k]
         for some in np.split(queries, range(100, len(queries), 100))
@@ -102,16 +102,16 @@ def least_right(queries, keys, top_k):
 def recall(queries, keys, numbers, found, least):
     """The share of the right neighbours that were found.
 
-    Right is whatever scores as the last of the right ones does, but for
-    `SLACK`, since two may be as near. What is found twice counts once, and
-    what is not in the memory not at all.
+    An entry is right if its score reaches that of the last right neighbour,
+    minus `SLACK`, since entries may be equally near. Entries found twice count
+    once; entries that are not in the memory do not count.
 
     Args:
         queries: (Q, D).
-        keys: (n, D) of the memory.
-        numbers: (n,) by which entries are known, different ones.
-        found: (Q, K) of those; -1 for none.
-        least: (Q,), as `least_right` returns it.
+        keys: (n, D), keys of the memory.
+        numbers: (n,), distinct numbers of the entries.
+        found: (Q, K), numbers of the found entries; -1 for none.
+        least: (Q,), the result of `least_right`.
 
     Returns:
         float in [0, 1].

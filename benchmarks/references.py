@@ -9,7 +9,7 @@ NAMES = {"ntm": "pytorch-ntm", "dnc": "pytorch-dnc"}
 
 
 def job(kind, sizes, threads, checkout):
-    """What a `measure.Worker` needs, or a text that says why there is none."""
+    """Arguments of a `measure.Worker`, or the reason why it cannot run."""
     prepared = functools.partial(prepare, threads, checkout)
     if kind == "dnc":
         if not (installed("torch") and installed("dnc")):
@@ -24,7 +24,7 @@ def job(kind, sizes, threads, checkout):
 
 
 def not_computed(kind, steps=None):
-    """What ours computes and the reference does not."""
+    """Names the work that our layer does and the reference does not."""
     if kind == "dnc":
         return "reads are not fed back"
     half = f"last {steps // 2} of {steps}" if steps else "second half of the"
@@ -32,12 +32,12 @@ def not_computed(kind, steps=None):
 
 
 def is_pytorch_ntm(checkout):
-    """Whether there is a checkout of loudinthecloud/pytorch-ntm."""
+    """Whether the folder is a checkout of loudinthecloud/pytorch-ntm."""
     return (pathlib.Path(checkout) / "ntm" / "aio.py").is_file()
 
 
 def prepare(threads, checkout):
-    """Imports PyTorch, for so many threads, and starts it."""
+    """Imports and starts PyTorch with this number of threads."""
     import torch
 
     torch.set_num_threads(threads)
@@ -56,8 +56,8 @@ def installed(name):
 
 
 def pytorch_ntm(sizes):
-    """As its `train.py`: the input, then as many steps without one, of which
-    the loss is taken."""
+    """A step like its `train.py`: the input, then equally many steps without
+    input, which make the loss."""
     import torch
     from ntm.aio import EncapsulatedNTM
 
@@ -90,8 +90,8 @@ def pytorch_ntm(sizes):
 
 
 def pytorch_dnc(sizes):
-    """As its `tasks/`: Adam, and gradients clipped to a norm of 50. It does
-    not feed its reads back."""
+    """A step like its `tasks/`: Adam, and gradients clipped to a norm of 50. It
+    does not feed its reads back."""
     import torch
     from dnc import DNC
 

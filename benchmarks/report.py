@@ -1,4 +1,4 @@
-"""Tables, and what the numbers were measured on."""
+"""Tables, and a description of the machine."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ def table(header, rows):
 
 
 class Table:
-    """A Markdown table, printed row by row: what is there is not lost."""
+    """A Markdown table, printed row by row, so that no finished row is lost."""
 
     def __init__(self, header):
         self.header, self.rows = header, []
@@ -54,7 +54,7 @@ def counted(number, what):
 
 
 def machine(packages=PACKAGES):
-    """Versions, and what they ran on."""
+    """Versions of packages, and the machine."""
     import keras_memory
 
     found = {}
@@ -72,7 +72,7 @@ def machine(packages=PACKAGES):
 
 
 def on(machine):
-    """The machine in one line."""
+    """Describes the machine in one line."""
     first = "processor", "cores", "system"
     cores = counted(machine["cores"], "core")
     versions = [f"{k} {v}" for k, v in machine.items() if k not in first]
@@ -83,7 +83,7 @@ def on(machine):
 
 
 def write_json(path, numbers):
-    """Writes all numbers so far, whole; a path of None is no file."""
+    """Writes all numbers so far atomically; does nothing if `path` is None."""
     if path is not None:
         with atomic_write(pathlib.Path(path)) as aside:
             aside.write_text(json.dumps(numbers, indent=1) + "\n")

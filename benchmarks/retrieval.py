@@ -1,4 +1,4 @@
-"""Memories of nearest neighbours next to memorizing-transformers-pytorch."""
+"""Compares kNN memories with memorizing-transformers-pytorch."""
 
 import functools
 import multiprocessing
@@ -17,14 +17,14 @@ from benchmarks import static_store
 from benchmarks.neighbours import DIM
 
 ROWS, HEADS, QUERIES, TOP_K, ADDED = 2, 8, 512, 32, 512
-CASES = {  # entries a row, the recall that is asked for, times as fast
+CASES = {  # entries per row, target recall, target speedup
     "2K": (1 << 11, 1.0, 2.5),
     "16K": (1 << 14, 1.0, 1.3),
     "64K": (1 << 16, 0.95, 3),
     "256K": (1 << 18, 0.95, 3.5),
 }
-IN_GRAPH = 1 << 14  # entries up to which all are compared in a graph
-SAMPLE = 1000  # queries, of all rows, whose neighbours are counted
+IN_GRAPH = 1 << 14  # largest memory that a graph compares fully
+SAMPLE = 1000  # queries, of all rows, that measure recall
 REFERENCES = {
     "reference, a process for each row": True,
     "reference, one process": False,
@@ -39,7 +39,7 @@ PACKAGES = (
     "torch",
     "numpy",
 )
-SECONDS = 1200  # that a variant may take to be filled, or for a step
+SECONDS = 1200  # time limit of filling a variant, and of a step
 HEADER = (
     "entries a row",
     "data",
@@ -59,10 +59,10 @@ def run(names, kinds, rounds, threads, quick=False, json=None):
     """Measures, prints tables, and returns all numbers.
 
     Args:
-        names: of `CASES`, or "static" or "drift".
-        kinds: of `neighbours.KINDS`, for all but "drift".
-        rounds: how many steps are measured.
-        threads: of each process.
+        names: keys of `CASES`, or "static" or "drift".
+        kinds: some of `neighbours.KINDS`, for all but "drift".
+        rounds: number of measured steps.
+        threads: number of threads of each process.
         quick: bool, True for a smaller grid of the static store.
         json: path of a file for all numbers, if any.
     """
@@ -120,7 +120,7 @@ def run(names, kinds, rounds, threads, quick=False, json=None):
 
 def measured(name, kind, rounds, threads, seen=None):
     """Results of a case by variant, with ratios and spread."""
-    # Processes are killed: what they leave in the folder is removed here.
+    # Processes are killed, so their files in the folder are removed here.
     with tempfile.TemporaryDirectory(prefix="retrieval-") as folder:
         results = measure.compare(
             jobs(CASES[name][0], kind, threads, folder),
@@ -172,8 +172,8 @@ def rows_of(name, kind, results):
 
 
 def jobs(size, kind, threads, folder):
-    """For each variant what a `measure.Worker` needs, or a text that says why
-    it cannot be had."""
+    """Dict from each variant to the arguments of a `measure.Worker`, or to a
+    text that says why it cannot run."""
     found = {}
     for i, (name, processes) in enumerate(REFERENCES.items()):
         found[name] = 'needs `pip install -e ".[bench]"`'
@@ -220,16 +220,16 @@ def prepare_reference(threads):
     import faiss
     import memorizing_transformers_pytorch  # noqa: F401
 
-    # Or joblib would start no processes from here.
+    # Otherwise joblib would start no processes from here.
     multiprocessing.current_process()._config["daemon"] = False
     faiss.omp_set_num_threads(threads)
 
 
 class Step:
-    """A search and an addition, of a memory with `size` entries in each row.
+    """A search and an addition in a memory with `size` entries in each row.
 
-    The first component of an entry's value is its number, by which it is known
-    again. Once they are full, all variants are given the same vectors.
+    The first component of an entry's value is its number, which identifies it.
+    Once they are full, all variants get the same vectors.
     """
 
     def __init__(self, size, kind):
@@ -249,7 +249,7 @@ class Step:
         return keys, values
 
     def before(self):
-        """Fresh queries and entries, as what the variant takes."""
+        """Draws queries and entries, in the form that the variant takes."""
         self.queries = self.data.draw(ROWS, HEADS, QUERIES)
         self.given = self.converted(self.queries, *self.entries(ADDED))
 
@@ -264,8 +264,8 @@ class Step:
         return found
 
     def tell(self):
-        """Recall, and medians of the parts since it was called before."""
-        # Of each round's two steps the second is measured.
+        """Recall, and median times of the parts since the last call."""
+        # The second of each round's two steps is measured.
         search, add = np.median(self.parts[1::2] or self.parts, axis=0)
         self.parts = []
         self.before()
@@ -297,14 +297,14 @@ class Step:
 
 
 class Reference(Step):
-    """Theirs, which before each step is restored to `size` entries."""
+    """The reference, restored to `size` entries before each step."""
 
     def __init__(self, size, kind, path, processes):
         from memorizing_transformers_pytorch import knn_memory
 
         self.memory = knn_memory.KNNMemory(
             DIM,
-            4 * size,  # when it is full, it forgets all
+            4 * size,  # a full index is cleared
             ROWS,
             memmap_filename=path,
             multiprocessing=processes,
@@ -327,7 +327,7 @@ class Reference(Step):
         for knn, (index, ids) in zip(self.memory.knns, self.saved):
             knn.index, knn.ids = faiss.clone_index(index), ids
         self.memory.db_offsets[:] = self.size - ADDED
-        # A copy has no room: who adds first moves it all.
+        # A copy has no spare capacity: its first addition would move all.
         self._add_untimed(self.last)
         super().before()
 
@@ -362,13 +362,13 @@ class Reference(Step):
         from joblib.externals import loky
 
         told = super().tell()
-        if self.jobs > 1:  # its processes outlive this one else
+        if self.jobs > 1:  # otherwise they outlive this process
             loky.get_reusable_executor().shutdown(kill_workers=True)
         return told
 
 
 class OfKNNMemory(Step):
-    """Ours in host memory."""
+    """`KNNMemory`, in host memory."""
 
     def __init__(self, size, kind, search_method):
         import keras_memory
@@ -384,7 +384,7 @@ class OfKNNMemory(Step):
 
         first = min(self.size, ADDED)
         self.memory.add(*self.entries(first))
-        # A tree is tuned by queries.
+        # Queries tune the tree.
         self.memory.search(self.data.draw(ROWS, HEADS, QUERIES), TOP_K)
         if first < self.size:
             self.memory.add(*self.entries(self.size - first))
@@ -393,7 +393,7 @@ class OfKNNMemory(Step):
             self.memory.search_method == "approximate"
             and self.size > tuning.FLAT
         ):
-            # Half-way between two trees, as worn as they are on average.
+            # Halfway between two rebuilds: the average age of a tree.
             steps = int(tuning.REBUILT / 2 * self.size / ADDED)
             for _ in range(min(steps, self.size // ADDED)):
                 self.memory.add(*self.entries(ADDED))
@@ -426,7 +426,7 @@ class OfKNNMemory(Step):
 
 
 class OfRingMemory(Step):
-    """Ours in the graph."""
+    """`RingMemory`, in the graph."""
 
     def __init__(self, size, kind, jit_compile):
         import tensorflow as tf
@@ -453,7 +453,7 @@ class OfRingMemory(Step):
 
     def search(self, queries):
         found = self._search(self.state, queries)
-        found.mask.numpy()  # it is there
+        found.mask.numpy()  # waits for the result
         return found
 
     def add(self, keys, values):

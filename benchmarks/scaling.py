@@ -1,4 +1,4 @@
-"""Curves: one of time steps, slots and batch varied, the others as in a base
+"""Curves over time steps, slots or batch size, with the others as in a base
 case."""
 
 import functools
@@ -13,7 +13,7 @@ from benchmarks import references
 from benchmarks import report
 from keras_memory import visualization
 
-AXES = {  # what varies, and its values
+AXES = {  # the varied size, and its values
     "T": ("steps", (20, 50, 100, 200, 500, 1000, 2000)),
     "N": ("slots", (64, 128, 256, 512, 1024, 2048, 4096)),
     "batch": ("batch", (1, 4, 16, 64, 256)),
@@ -26,15 +26,15 @@ QUANTITIES = {  # unit and title
 
 
 def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
-    """Measures, prints tables, and writes them, all numbers and pictures.
+    """Measures, prints tables, and writes tables, numbers and pictures.
 
     Args:
         kinds: "ntm", "dnc" or both.
-        axes: of `AXES`.
-        rounds: how many steps of a point are measured.
-        threads: of each process.
-        gigabytes, seconds: limits of a point of a variant, behind which larger
-            values are not tried.
+        axes: keys of `AXES`.
+        rounds: number of measured steps of a point.
+        threads: number of threads of each process.
+        gigabytes, seconds: limits of a variant at a point; once it exceeds
+            one, it is not tried at larger values.
         folder: for scaling.md, scaling.json and scaling-KIND.png.
         checkout: of pytorch-ntm, if there is one.
 
@@ -98,8 +98,8 @@ def run(kinds, axes, rounds, threads, gigabytes, seconds, folder, checkout):
 
 
 def point(kind, axis, value, points, rounds, threads, checkout, **options):
-    """Results by variant at a value of an axis. Variants that did not run at
-    one of the smaller values, `points`, are not tried."""
+    """Results by variant at a value of an axis. Variants that failed at one of
+    the smaller values, `points`, are not tried."""
     print(f"{kind}, {axis} = {value} ...", file=sys.stderr, flush=True)
     sizes = {**cases.BASES[kind], AXES[axis][0]: value}
     jobs = cases.jobs(kind, sizes, threads, checkout, VARIANTS)
@@ -112,7 +112,7 @@ def point(kind, axis, value, points, rounds, threads, checkout, **options):
 
 
 def described(kind, axis):
-    """What varies, and what does not."""
+    """Describes the varied and the fixed sizes."""
     sizes = cases.BASES[kind]
     others = [
         f"{name} = {sizes[size]}"
@@ -155,15 +155,15 @@ def _cell(result, quantity):
 
 
 def draw(numbers, folder):
-    """Writes scaling-KIND.png of the numbers of scaling.json, all or some."""
+    """Draws scaling-KIND.png from the numbers of scaling.json, all or some."""
     for kind in dict.fromkeys(one["layer"] for one in numbers["results"]):
         path = pathlib.Path(folder) / f"scaling-{kind}.png"
         figure_of(kind, numbers["results"]).savefig(path)
 
 
 def figure_of(kind, results):
-    """A figure of a layer: a row for each of `AXES` that was varied, a column
-    for each of `QUANTITIES`."""
+    """A figure of a layer: a row for each varied axis of `AXES`, a column for
+    each of `QUANTITIES`."""
     by_axis = {}
     for result in results:
         if result["layer"] == kind:
@@ -179,8 +179,8 @@ def figure_of(kind, results):
 
 
 def panel(kind, axis, points, axes):
-    """Draws each quantity into axes of its own; the reference, if it was
-    there, is the last line."""
+    """Draws each quantity into its own axes; the reference, if it ran, is the
+    last line."""
     values = [value for value, _ in points]
     reference, *names = points[0][1]
     if any("not_run" not in results[reference] for _, results in points):

@@ -1,4 +1,4 @@
-"""A store that does not change: ScaNN next to faiss, and to exact search."""
+"""Compares ScaNN with faiss and exact search on a store without changes."""
 
 import functools
 import multiprocessing
@@ -16,12 +16,12 @@ from benchmarks import report
 
 SIZE, QUERIES, BATCH, TOP_K = 1_000_000, 10_000, 1000, 10
 TARGETS = 0.95, 0.99
-SAMPLE = 2000  # queries that the parameters of faiss are chosen by
-REPEATS = 3  # of those that are chosen, to find the fastest index
+SAMPLE = 2000  # queries that choose the parameters of faiss
+REPEATS = 3  # of the chosen points, to find the fastest index
 ROUGHLY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 ROUGHLY += 384, 512, 768, 1024, 1536, 2048
-FACTORS = 2, 4, 8, 16, 32, 64  # of k, to be compared once more
-GRID = {  # faiss's name of an index, and the parameter that is searched for
+FACTORS = 2, 4, 8, 16, 32, 64  # of k, for the candidates to rescore
+GRID = {  # faiss's name of an index, and the searched parameter
     "IVF1000,Flat": "nprobe",
     "IVF2000,Flat": "nprobe",
     "IVF4000,Flat": "nprobe",
@@ -31,9 +31,9 @@ GRID = {  # faiss's name of an index, and the parameter that is searched for
 }
 QUICK = "IVF1000,Flat", "IVF2000,PQ32x4fs,RFlat"
 EXACT = "faiss", "NumPy", "ScaNN"
-FEW = 100  # queries that NumPy is given at a time
+FEW = 100  # queries that NumPy compares at a time
 GOALS = {0.95: ("faiss", 1.7), 0.99: ("exact", 15)}
-GOAL_MEGABYTES = 150  # over the vectors, at a recall of 0.95
+GOAL_MEGABYTES = 150  # beyond the vectors, at a recall of 0.95
 SECONDS = 1800
 GRID_HEADER = (
     "data",
@@ -59,9 +59,9 @@ HEADER = (
 
 
 def run(kind, rounds, threads, quick=False, seen=lambda numbers: None):
-    """Measures, prints two tables, and returns all numbers of one kind of
-    data; arguments as of `retrieval.run`, and `seen`, a function of the
-    numbers so far, called when there are more."""
+    """Measures, prints two tables, and returns all numbers of one kind of data.
+    The arguments are those of `retrieval.run`, and `seen`, a function of the
+    numbers so far, called whenever there are more."""
     numbers = {"grid": {}, "exact": {}, "results": []}
     table = report.Table(GRID_HEADER)
 
@@ -120,7 +120,7 @@ def _say(kind, what):
 
 
 def alone(function, *arguments):
-    """What a function returns in a process of its own, or why it did not."""
+    """The result of a function run in a separate process, or its error."""
     context = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(1, context) as pool:
         try:
@@ -130,7 +130,7 @@ def alone(function, *arguments):
             return {"not_run": " ".join(text.split())[:200]}
 
 
-# In processes of their own.
+# Functions that run in separate processes.
 
 
 def prepare_faiss(threads):
@@ -162,13 +162,13 @@ def prepare_data(folder, kind, threads):
 
 
 class Store:
-    """Vectors, of a file's pages, and what is made of them.
+    """Memory-mapped vectors, and an index made of them.
 
     Args:
-        folder: of `prepare_data`.
-        make: function of the vectors: a function of (Q, D) queries that returns
-            (Q, TOP_K) numbers.
-        queries: how many are searched in a step.
+        folder: that of `prepare_data`.
+        make: function of the vectors that returns a search: a function from
+            (Q, D) queries to (Q, TOP_K) numbers.
+        queries: number of queries of a step.
     """
 
     def __init__(self, folder, make, queries=None):
@@ -223,8 +223,8 @@ def of_grid(folder, spec, threads):
     """Builds an index, writes it, and searches for its parameters.
 
     Returns:
-        Dict: `megabytes`, `build_seconds`, `points`, all that was tried, and
-        `best`, for each of `TARGETS` that can be had the point that was.
+        Dict: `megabytes`, `build_seconds`, `points`, all tried points, and
+        `best`, the best point for each of `TARGETS` that was reached.
     """
     prepare_faiss(threads)
     import faiss
@@ -273,11 +273,11 @@ def of_grid(folder, spec, threads):
 
 
 def bisected(candidates, tried):
-    """Points around those where each of `TARGETS` is reached first.
+    """Points around the first ones that reach each of `TARGETS`.
 
     Args:
-        candidates: parameters, from those with the least recall on.
-        tried: function of parameters: a point.
+        candidates: parameters, in order of increasing recall.
+        tried: function from parameters to a point.
     """
     points = {}
 
@@ -302,7 +302,7 @@ def path_of(folder, spec):
 
 
 def point_of(store, index, parameters):
-    """Speed and recall of an index with parameters."""
+    """Speed and recall of an index with these parameters."""
     set_parameters(index, parameters)
     begun = time.perf_counter()
     found = store()
@@ -338,7 +338,7 @@ def of_exact(folder, name, threads):
 
 
 def exact(folder, name):
-    """A `Store` that compares with all vectors."""
+    """A `Store` that compares queries with all vectors."""
 
     def faiss(vectors):
         import faiss
@@ -380,7 +380,7 @@ def exact(folder, name):
 
 
 def stored_index(folder, spec, parameters):
-    """A `Store` of an index of `of_grid`."""
+    """A `Store` of an index written by `of_grid`."""
 
     def make(vectors):
         import faiss
@@ -393,7 +393,7 @@ def stored_index(folder, spec, parameters):
 
 
 def ours(folder, target):
-    """A `Store` of ours."""
+    """A `Store` that searches with ScaNN, as keras_memory does."""
 
     def make(vectors):
         import keras_memory
@@ -415,15 +415,15 @@ def ours(folder, target):
     return Store(folder, make)
 
 
-# What is printed.
+# Tables.
 
 
 def chosen(grid, exact_ones):
-    """The fastest of faiss for each recall, of exact search, and ours.
+    """The fastest faiss index for each recall, the fastest exact one, and ours.
 
     Returns:
         Dict from ("faiss", "exact" or "ours", recall) to a dict: `name`, and
-        what was found out about it before.
+        the numbers measured before.
     """
     found = {}
     for target in TARGETS:
@@ -456,8 +456,8 @@ def _fastest(candidates):
 
 
 def jobs(folder, choice, threads):
-    """For each of `chosen` what a `measure.Worker` needs, or why there is
-    nothing."""
+    """Dict from each of `chosen` to the arguments of a `measure.Worker`, or to
+    a text that says why it cannot run."""
     found = {}
     for (what, target), one in choice.items():
         prepared, arguments = prepare_faiss, ()
@@ -481,7 +481,7 @@ def jobs(folder, choice, threads):
 
 
 def add_numbers(results, choice):
-    """Adds names, queries a second and ratios to results."""
+    """Adds names, queries per second and ratios to results."""
     for (what, target), result in results.items():
         result["kind"], result["asked_for"] = what, target
         result["name"] = (choice[what, target] or {}).get("name", "")

@@ -1,4 +1,4 @@
-"""The comparison: times of training steps, next to the references'."""
+"""Compares the times of training steps with those of the references."""
 
 import sys
 
@@ -24,11 +24,11 @@ def run(names, threads, rounds, checkout=None, json=None):
     """Measures, prints a table, and returns all numbers.
 
     Args:
-        names: of `cases.CASES`.
+        names: keys of `cases.CASES`.
         threads: list of numbers of threads; all take turns.
-        rounds: how many steps are measured.
-        checkout: of pytorch-ntm, if there is one.
-        json: path of a file for all numbers, likewise.
+        rounds: number of measured steps.
+        checkout: path of a checkout of pytorch-ntm, if any.
+        json: path of a file for all numbers, if any.
     """
     numbers = {
         "machine": report.machine(),
@@ -65,7 +65,7 @@ def run(names, threads, rounds, checkout=None, json=None):
 
 
 def measured(name, threads, rounds, checkout, seen=None):
-    """Results of a case, by (variant, threads), with ratios and spread."""
+    """Results of a case by (variant, threads), with ratios and spread."""
     kind, sizes, _ = cases.CASES[name]
     jobs = {
         (variant, count): job
@@ -114,8 +114,8 @@ BEST_HEADER = (
 
 
 def best_row(name, results):
-    """The fastest of the reference next to the fastest of the fast loop; none
-    where one did not run."""
+    """A row of the fastest reference and the fastest run of the fast loop;
+    empty if one did not run."""
     kind, _, goal = cases.CASES[name]
     found = []
     for variant in (references.NAMES[kind], "fast loop"):

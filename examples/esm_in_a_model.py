@@ -3,11 +3,12 @@
     python examples/esm_in_a_model.py --steps 60
     python examples/esm_in_a_model.py --steps 60 --export served/esm_policy
 
-A camera looks around in a room for four steps. A convolutional encoder makes
-features of its images, `ESMLayer` puts them onto the sphere, a convolutional
-decoder reads the map and tells, in the agent's frame, in which direction the
-middle of the room is, which the camera need not see at the last step. The
-gradients flow back through the map into the encoder. Prints loss and error.
+A camera looks around in a room for four steps. A convolutional encoder computes
+features of its images, and `ESMLayer` puts them onto the sphere. A
+convolutional decoder reads the map and predicts the direction of the room's
+center in the agent's frame, even if the camera does not see it at the last
+step. Gradients flow back through the map into the encoder. Prints loss and
+error.
 """
 
 import argparse
@@ -33,7 +34,7 @@ FIELDS = {
 
 
 def build():
-    """A model of a dict of arrays to a unit vector, (B, 3)."""
+    """A model from a dict of arrays to a unit vector, (B, 3)."""
     inputs = {
         name: keras.Input(shape, name=name) for name, shape in FIELDS.items()
     }
@@ -56,7 +57,7 @@ def build():
         smooth_kernel_size=5,
         name="memory",
     )({"cameras": camera, "motion": inputs["motion"]})
-    # What a decoder can read: where it was seen, how far, and the features.
+    # Inputs of the decoder: seen or not, distance, and features.
     known = ops.cast(seen.variance[..., 2:3] < 1.0, "float32")
     x = layers.Concatenate()([known, 0.25 * seen.mean[..., 2:]])
     for channels in (8, 16, 16):
@@ -69,7 +70,7 @@ def build():
 
 
 def sequences(number, seed):
-    """Inputs of the model, and where the room's middle is: (number, 3)."""
+    """Inputs of the model, and directions of the room's center, (number, 3)."""
     rng = np.random.default_rng(seed)
     room = rooms.Room()
     inverse = rooms.right_angle(SIZE, SIZE)

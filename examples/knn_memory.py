@@ -1,15 +1,14 @@
-"""A memory of real vectors: filled, searched, saved, opened again.
+"""Fills, searches, saves and reopens a memory of digits.
 
     python examples/knn_memory.py
     python examples/knn_memory.py --shifts 0 --out runs/knn
 
-Keys are scikit-learn's 8 x 8 digits, 1,200 of them and their copies that are
-shifted by up to two pixels; values are which digit each is. The others are the
-queries: the digit that most of their nearest neighbours are is the answer.
-Prints how often it is right, the share of the neighbours that are found, and
-queries a second, of exact search and of ScaNN where that is installed. Then
-the entries go to a folder as they would while a program runs, which is opened
-again as if it had been killed. Writes a picture of some neighbours.
+Keys are 1,200 of scikit-learn's 8 x 8 digits, and copies shifted by up to two
+pixels; values are their digits. The remaining images are the queries. The
+answer is the most frequent digit of the nearest neighbours. Prints accuracy,
+recall, and queries per second of exact search, and of ScaNN if installed. Then
+the entries are flushed to a folder, as in a running program, and reopened, as
+after a kill. Writes a picture of some neighbours.
 """
 
 import argparse
@@ -27,7 +26,7 @@ NEIGHBOURS = 8
 
 
 def digits(shifts, seed=1):
-    """Keys (M, 64), their digits (M, 1), and those of queries."""
+    """Keys (M, 64) and their digits (M, 1), then queries and their digits."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -53,13 +52,13 @@ def digits(shifts, seed=1):
 
 
 def answers(found):
-    """The digit of most of the neighbours of each query, (1, Q, K, 1)."""
+    """The most frequent digit of the neighbours of each query."""
     votes = found.values[0, :, :, 0, None] == np.arange(10)
     return votes.sum(axis=1).argmax(axis=1)
 
 
 def picture(queries, labels, found, rows):
-    """Queries, and beside each its neighbours, in blue if of its class."""
+    """Draws each query beside its neighbours, in blue if of the same class."""
     drawn = []
     for row in rows:
         image, right = queries[row].reshape(8, 8), str(labels[row])
@@ -116,7 +115,7 @@ def run(options, folder):
         memory = KNNMemory(**sizes, similarity="l2", search_method=method)
         memory.add(keys[None], values[None])
         memory.search(queries[None], NEIGHBOURS)
-        memory.wait()  # where a tree is built for many entries
+        memory.wait()  # builds a tree if there are many entries
         began = time.perf_counter()
         for _ in range(options.steps):
             found = memory.search(queries[None], NEIGHBOURS)
@@ -135,7 +134,7 @@ def run(options, folder):
         for begin in range(0, len(keys), 1000):
             some = slice(begin, begin + 1000)
             memory.add(keys[None, some], values[None, some])
-            memory.flush()  # from now on a kill loses nothing of it
+            memory.flush()  # from now on, a kill loses no entry
     with KNNMemory.open(durable, "r") as memory:
         again = memory.entries()
     same = all(

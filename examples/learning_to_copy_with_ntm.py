@@ -1,12 +1,12 @@
-"""Watch a Neural Turing Machine learn to copy, in the terminal and as a GIF.
+"""Shows a Neural Turing Machine learn to copy, in the terminal and as a GIF.
 
     python examples/learning_to_copy_with_ntm.py
     python examples/learning_to_copy_with_ntm.py --overfit
 
-The model sees a few random vectors of bits and an end marker, and has to say
-the vectors again. Target and prediction are drawn as it learns. With
-`--overfit` it sees one sequence only, which it knows within seconds. No
-display is needed: the pictures go to `learning_to_copy.gif`.
+The model sees a few random vectors of bits and an end marker, and must repeat
+the vectors. Target and prediction are drawn during training. With `--overfit`
+it sees only one sequence, which it learns within seconds. No display is needed:
+the pictures are written to `learning_to_copy.gif`.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""An egospheric map of a room grows while a camera is carried through it.
+"""Maps a room with an egospheric memory while a camera moves through it.
 
     python examples/mapping_a_room.py --out runs/room
     python examples/mapping_a_room.py --frames my_frames --out runs/mine
     tensorboard --logdir runs/room/logs
 
-By default the room is drawn, with a little noise of depth; `--frames` takes a
-folder of your own, of which `keras_memory.rgbd` has the layout (`--write`
-leaves the drawn frames in that layout). Prints how far off the map is, and
-writes `room.gif`, what the camera sees beside the map of color, depth and
-uncertainty, `room.png`, its last picture, the same to TensorBoard, and
-`room.ply`, what the map knows in the end as colored points.
+By default the room is rendered, with a little depth noise. `--frames` takes
+your own folder, in the layout of `keras_memory.rgbd` (`--write` writes the
+rendered frames in that layout). Prints the error of the map. Writes `room.gif`,
+the camera's images beside the map of color, depth and uncertainty; `room.png`,
+the last picture; the same to TensorBoard; and `room.ply`, the final map as
+colored points.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from keras_memory import visualization
 
 HEIGHT, WIDTH = 180, 360  # of the map, pixels
 SIZE = 128  # of the camera's images, pixels
-NOISE = 0.01  # metres, standard deviation of the drawn depth
+NOISE = 0.01  # meters, standard deviation of the rendered depth
 
 
 def walk(steps):
-    """Poses of a camera that turns around once, on a small circle."""
+    """Poses of a camera that turns once, on a small circle."""
     angles = np.linspace(0, 2 * np.pi, steps, endpoint=False)
     vectors = np.zeros((steps, 6), "float32")
     vectors[:, 0] = 0.5 * np.sin(angles)
@@ -45,7 +45,7 @@ def walk(steps):
 
 
 def drawn(room, steps, seed=1):
-    """`rgbd.Frames` of the walk."""
+    """Renders `rgbd.Frames` of the walk."""
     poses = walk(steps)
     depth, color = zip(*(room.render(pose, SIZE, SIZE) for pose in poses))
     noise = np.random.default_rng(seed).normal(size=np.shape(depth))
@@ -58,7 +58,7 @@ def drawn(room, steps, seed=1):
 
 
 def mapped(frames):
-    """The maps after each frame, one by one, as they would be in use."""
+    """Yields the map after each frame."""
     cell = keras_memory.ESMCell(
         HEIGHT,
         WIDTH,
@@ -82,7 +82,7 @@ def mapped(frames):
 
 
 def picture(frames, number, shown, farthest):
-    """What the camera sees, beside the map."""
+    """Draws the camera's image beside the map."""
     figure = visualization.Figure((8.4, 7.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
     seen = left.subplots(2, 1)
@@ -156,7 +156,7 @@ def run(options, folder):
 
     sphere = geometry.from_pixels(mean[None, seen, :3], HEIGHT, WIDTH)
     points = geometry.transform(geometry.from_sphere(sphere), frames.poses[-1:])
-    # A pixel without a point shows its neighbour's.
+    # A pixel without a point shows that of a neighbour.
     points, places = np.unique(
         ops.convert_to_numpy(points)[0], axis=0, return_index=True
     )

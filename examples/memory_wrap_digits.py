@@ -1,13 +1,13 @@
-"""Memory Wrap with few data: which accuracy, and which examples decided.
+"""Trains Memory Wrap on few data; shows accuracy and the decisive examples.
 
     python examples/memory_wrap_digits.py
     python examples/memory_wrap_digits.py --samples 100 200 500 all --seeds 10
 
-Trains the same convolutional encoder with a linear layer behind it, with the
-classifier of Memory Wrap but no memory, with `BaselineMemory` and with Memory
-Wrap, on the 8 x 8 digits that come with scikit-learn, and prints accuracy on
-test images. Draws the examples behind some answers, and with `--out` writes
-the Memory Wrap of the first seed as a .keras file and a SavedModel.
+Trains the same convolutional encoder with four heads: a linear layer, the
+classifier of Memory Wrap without a memory, `BaselineMemory`, and Memory Wrap.
+The data are the 8 x 8 digits of scikit-learn. Prints accuracy on test images,
+and draws the examples behind some answers. With `--out`, writes the Memory Wrap
+of the first seed as a .keras file and a SavedModel.
 
 `--dataset cifar10` and `svhn` are downloaded (`svhn` needs SciPy); anything
 else is the path of an .npz file with x_train, y_train, x_test, y_test: images
@@ -32,7 +32,7 @@ SVHN = "http://ufldl.stanford.edu/housenumbers/"
 
 
 def load(dataset, seed):
-    """Training images in [0, 1] and labels, in random order, and test ones."""
+    """Shuffled training images in [0, 1] and labels, then test ones."""
     rng = np.random.default_rng(seed)
     if dataset == "digits":
         try:
@@ -96,7 +96,7 @@ def classes(y):
 
 
 def make_encoder(shape, filters):
-    """Convolutions until 2 x 2 pixels are left, or 3 x 3."""
+    """Convolutions down to 2 x 2 or 3 x 3 pixels."""
     layers = [keras.Input(shape)]
     size = min(shape[:2])
     while size > 3:
@@ -113,7 +113,7 @@ def make_model(kind, shape, classes, filters):
     dense = keras.layers.Dense
     if kind == "standard":
         return keras.Sequential([encoder, dense(classes)])
-    if kind == "standard, same classifier":  # as that of `BaselineMemory`
+    if kind == "standard, same classifier":  # that of `BaselineMemory`
         width = encoder.output_shape[-1]
         return keras.Sequential(
             [encoder, dense(2 * width, "relu"), dense(classes)]
@@ -144,14 +144,14 @@ def train(kind, x, y, steps, filters, batch_size=20):
 
 
 def measure(model, x, y, draws):
-    """Accuracy, of a memory as the mean over draws, and explanations'."""
+    """Accuracy and, for a memory, that of explanations; means over draws."""
     if not isinstance(model, keras_memory.MemoryWrapClassifier):
         return {"accuracy": model.evaluate(x, y, verbose=0)[1]}
     results = [
         explanations.explanation_accuracy(model, x, y) for _ in range(draws)
     ]
     found = {}
-    for name in results[0]:  # None where there is no counterfactual
+    for name in results[0]:  # None without a counterfactual
         values = [r[name] for r in results if r[name] is not None]
         found[name] = float(np.mean(values)) if values else np.nan
     return found
@@ -229,7 +229,7 @@ def main(arguments=None):
         out.mkdir(parents=True, exist_ok=True)
         model.save(out / "model.keras")
         entry = keras.Input(x.shape[1:])
-        # Serves the weights of the examples, too.
+        # Also serves the weights of the examples.
         served = keras.Model(entry, model(entry, return_weights=True))
         print(keras_memory.export.export_for_serving(served, out))
     wrong = model.predict(x_test, verbose=0).argmax(axis=1) != y_test

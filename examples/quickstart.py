@@ -1,9 +1,9 @@
-"""A memory in your own model: trained by `fit`, and by a loop of your own.
+"""A memory in your own model, trained by `fit` and by a custom loop.
 
     python examples/quickstart.py --steps 200
 
-The task: an echo. The model sees random bits and must say, after a pause,
-what they were.
+The task is an echo: the model sees random bits and must repeat them after a
+pause.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import keras_memory
 
 
 def echo(rng, batch=16, length=5, bits=3):
-    """(B, 2 length, bits) sequences and their echo in the second half."""
+    """(B, 2 length, bits) sequences, and targets: their echo in the second
+    half."""
     sequence = rng.integers(0, 2, (batch, length, bits)).astype("float32")
     silence = np.zeros_like(sequence)
     inputs = np.concatenate([sequence, silence], axis=1)

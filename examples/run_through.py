@@ -1,9 +1,9 @@
-"""A Neural Turing Machine in a subclassed model and a loop of your own.
+"""A Neural Turing Machine in a subclassed model with a custom training loop.
 
     python examples/run_through.py --steps 100
 
-Inputs with more batch axes than one, here (1, 2, 3, 32), are reshaped around
-the layer; the model learns to sum up what it has seen.
+Inputs with several batch axes, here (1, 2, 3, 32), are reshaped around the
+layer. The model learns to sum its inputs.
 """
 
 import argparse

@@ -428,9 +428,9 @@ class MemoryWrapLayer(_MemoryWrap):
     code, so that vectors of 0.01 and less count as longer than they are. Here
     that is so from a length of 1/4 on; below, what is added falls as the
     fourth power of the length, so that the cosine is right to 2e-5 at all
-    lengths (`test_cosine_has_no_scale`), and that of zeros is 0. The README of
-    its code describes a linear `head` where that is None; the code has none,
-    as the paper's results. Here it is `head="dense"`.
+    lengths (`test_cosine_does_not_depend_on_scale`), and that of zeros is 0.
+    The README of its code describes a linear `head` where that is None; the
+    code has none, as the paper's results. Here it is `head="dense"`.
 
     Squared distances are sums of squared differences, so that no example, far
     or masked, has a part in the rounding of another one. A memory of more than

@@ -1,7 +1,7 @@
-"""What every access must do: what addresses a memory, reads it and writes it.
+"""Entries of the accesses, which address, read and write a memory.
 
-`ENTRIES` has one entry for each, with the options that are worth a run of
-their own. `test_accesses.py` runs every entry through every check.
+`ENTRIES` has one entry per access, with the options that deserve a run of
+their own. `test_accesses.py` runs every check on every entry.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def numbers(seed=7, shape=SHAPE):
 
 
 def few(seed=7):
-    """Numbers for three steps, where more would show nothing else."""
+    """Inputs of three steps, for checks that gain nothing from more."""
     return numbers(seed)[:, :3]
 
 
@@ -38,7 +38,7 @@ def close(actual, expected, tolerance=1e-6):
 
 
 def bias_of(access, **values):
-    """An interface vector with the named parts filled, the others with 0."""
+    """An interface vector with the named parts set and the others 0."""
     filled = []
     for name, shape in access.parts._asdict().items():
         value = values.pop(name, 0.0)
@@ -53,24 +53,24 @@ def set_interface_bias(layer, **values):
     bias.assign(bias_of(layer.cell.accesses[0], **values))
 
 
-# What an entry has.
+# Entries and their points.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Point:
-    """What a check is run with.
+    """A setting in which a check runs.
 
     Args:
-        name: str, of the test.
+        name: str, part of the test's name.
         options: dict of arguments of the layer.
-        bias: dict of the bias of parts of the interface; 0 of the others.
+        bias: dict of biases of parts of the interface; the others are 0.
         dtype: dtype policy of the layer.
-        bounds: what gradients must be below: of inputs and weights, and of
-            initial states, None where these have no meaning.
-        without: names of what the options leave out: of invariants, or of
-            states that have a gradient.
-        slow: bool; True: runs with `-m slow` only, as do small weights where
-            invariants are checked, which run with large ones always.
+        bounds: upper bounds of gradients: of inputs and weights, and of initial
+            states, None where these have no meaning.
+        without: names of the invariants that the options remove, or of the
+            states that they leave without a gradient.
+        slow: bool; True: runs with `-m slow` only. Checks of invariants run
+            small weights with `-m slow` only, and large weights always.
     """
 
     name: str
@@ -103,18 +103,17 @@ class Entry:
         name: str, of the tests.
         layer: class of the layer.
         sizes: dict of arguments of the layer.
-        invariants: dict of functions (value, tolerance) that assert what holds
-            at every step, and of what, by its names in `trace`.
-        learned: names of the arguments that make weights of initial states.
+        invariants: dict from names in `trace` to functions (value, tolerance)
+            that assert the invariant of each step.
+        learned: names of the arguments that turn initial states into weights.
         weightings, gradients, saturated, singular, zeros, sixteen_bits:
             lists of `Point`, for the tests of each kind.
-        states: function of a layer that gives states as they are in the middle
-            of a sequence, where their gradients have no kinks.
-        whole_numbers: names of states whose gradient is 0, as there is
-            nothing between two of them.
-        not_tiny: names of `invariants` of what must not be next to zero, where
-            they would show nothing.
-        gradient_time: int, steps that are differentiated.
+        states: function of a layer that returns states like those in the middle
+            of a sequence, where gradients have no kinks.
+        whole_numbers: names of integer-valued states, whose gradient is 0.
+        not_tiny: names of `invariants` whose values must not be close to zero:
+            there the check would prove nothing.
+        gradient_time: int, number of steps to differentiate.
     """
 
     name: str
@@ -143,7 +142,7 @@ class Entry:
         return layer
 
     def randomised(self, seed=5, scale=1.0, shape=SHAPE, **kwargs):
-        """A layer whose weights are all drawn anew."""
+        """A layer with all weights drawn at random."""
         layer = self.built(shape, **kwargs)
         rng = np.random.default_rng(seed)
         for weight in layer.cell.weights:
@@ -152,13 +151,13 @@ class Entry:
         return layer
 
     def like(self, layer, **kwargs):
-        """A layer of other arguments with the weights of `layer`."""
+        """A layer with other arguments and the weights of `layer`."""
         other = self.built(**kwargs)
         other.cell.set_weights(layer.cell.get_weights())
         return other
 
     def at(self, point, **kwargs):
-        """A layer that also returns its state, at a point."""
+        """A layer with the settings of a point that also returns its state."""
         fixed = {"dtype": point.dtype, "return_state": True}
         layer = self.built(**{**fixed, **point.options, **kwargs})
         set_interface_bias(layer, **point.bias)
@@ -216,8 +215,8 @@ NTM_SATURATED = {
     "all off": dict.fromkeys(GATES, -60),
 }
 ONE_HOT = {"initial_weighting": "constant", "initial_memory": "random"}
-# A weighting that is zero everywhere is a number, nothing learns it, and the
-# slope of sharpening there is that of the logarithm at its epsilon.
+# An all-zero weighting comes from a number and is not learned. The gradient of
+# sharpening there is that of the logarithm at its epsilon.
 NOWHERE = {"initial_weighting": 0.0, "initial_memory": "random"}
 
 NTM = Entry(
@@ -417,7 +416,7 @@ def largest_links(linkage, count):
 
 
 def dnc_states(layer, seed=13, batch=BATCH):
-    """States as they are in the middle of a sequence, none of them zero."""
+    """Nonzero states like those in the middle of a sequence."""
     rng = np.random.default_rng(seed)
     records = layer.cell.layout.records
 
@@ -456,7 +455,7 @@ def dnc_states(layer, seed=13, batch=BATCH):
 
 
 def dnc_saturated(name, parts, sign=1, size=1e4, options=THREE_SLOTS, **kwargs):
-    """Parts of the interface that are far from 0, with what has them."""
+    """A point with parts of the interface far from 0."""
     switches = {
         "content_masks": any(part in MASKS for part in parts),
         "link_sharpening": any(part in SHARPENINGS for part in parts),
@@ -513,7 +512,7 @@ DNC = Entry(
         Point(
             "two memories",
             {"num_layers": 2, "share_memory": False, "controller": "rnn"},
-            # The first block sees what the last one read.
+            # The first block sees the reads of the last block.
             without="reads",
             slow=True,
         ),
@@ -541,7 +540,7 @@ DNC = Entry(
             for part in parts.split()
             for sign in signs
         ),
-        # Add vectors of 1e4 make an output of 1e4, which is squared.
+        # Add vectors of 1e4 give outputs of 1e4, which the loss squares.
         dnc_saturated("add_vector", {"add_vector": 1}, bounds=(1e9, 1e9)),
         dnc_saturated("reads by content", {"read_mode": [0, 1, 0]}),
         dnc_saturated("reads go forward", {"read_mode": [0, 0, 1]}),
@@ -586,7 +585,7 @@ DNC = Entry(
     ],
     zeros=[
         *with_dtypes(ALL_SIZES, "default"),
-        # The slope of the cosine at zero is up to 1 / norm_epsilon.
+        # The gradient of the cosine at zero is at most 1 / norm_epsilon.
         *(
             Point(
                 "all options",

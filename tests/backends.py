@@ -1,4 +1,4 @@
-"""What each backend of Keras can do, and that all compute the same numbers.
+"""Shows what each backend supports, and compares their numbers.
 
     KERAS_BACKEND=torch python tests/backends.py numbers FILE.npz
     python tests/backends.py table [--results FOLDER] [--write]
@@ -65,7 +65,7 @@ CHECKS = {
 
 
 class Gradient(keras.optimizers.Optimizer):
-    """Puts the gradients in the place of the weights."""
+    """Replaces the weights by their gradients."""
 
     def update_step(self, gradient, variable, learning_rate):
         self.assign(variable, gradient)
@@ -80,7 +80,7 @@ def numbers(case):
     """Dict of arrays: outputs, final states, loss and gradients of a case.
 
     All weights and inputs come from NumPy, as initializers draw other numbers
-    on each backend; so does dropout, which is left out.
+    on each backend. Dropout does so too, and is turned off.
     """
     rng = np.random.default_rng(5)
     dropout = {n: 0.0 for n in case.kwargs if n.endswith("_dropout")}
@@ -107,7 +107,7 @@ def numbers(case):
         model.compile(
             Gradient(1.0),
             SumOfSquares("sum"),
-            # Where tracing takes longest.
+            # Tracing takes longest on TensorFlow.
             run_eagerly=keras.backend.backend() == "tensorflow",
         )
         nothing = np.zeros((len(x), *outputs.shape[1:]))
@@ -143,12 +143,12 @@ def run_catalogue(backend, path):
 
 
 def outcomes(path):
-    """Check -> Counter of what became of it in the cases of a JUnit file:
-    "yes", "fails", or why it was skipped."""
+    """Dict from each check to a Counter of its outcomes in a JUnit file: "yes",
+    "fails", or the reason of a skip."""
     found = collections.defaultdict(collections.Counter)
     for test in xml.etree.ElementTree.parse(path).iter("testcase"):
         check, _, parameters = test.get("name").partition("[")
-        for case in CASES:  # the last parameter
+        for case in CASES:  # the case is the last parameter
             parameters = parameters.removesuffix(f"{case.name}]")
         check = check.removeprefix("test_")
         if parameters:

@@ -1,7 +1,7 @@
-"""One entry for each public layer and for each option worth a run of its own.
+"""One case for each public layer, and for each option that deserves a run.
 
-`harness.py` runs every entry through everything that a layer must do. Sizes
-are different primes, so that a transposed axis cannot pass.
+`harness.py` has the checks that every layer must pass. Sizes are different
+primes, so that a transposed axis fails.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Case:
         return rng.normal(size=self.input_shape).astype("float32")
 
     def few_inputs(self, rng):
-        """Of four time steps, where more would show nothing else."""
+        """Inputs of four time steps, for checks that gain nothing from more."""
         return self.inputs(rng)[:, :4]
 
     def entry(self):
@@ -179,7 +179,7 @@ CASES = [
         "merlin",
         controller="layer_norm_lstm",
         slot_size=6,
-        memory_slots=5,  # fewer than steps: slots are overwritten
+        memory_slots=5,  # fewer than steps, so slots are overwritten
         read_heads=2,
         addressing="content",
         writing="sequential",
@@ -282,7 +282,7 @@ WRAPS = [
         "baseline-linear",
         keras_memory.BaselineMemory,
         {"similarity": "l2", "classifier": dense(3), "top_k": 4},  # no head:
-        # its bias would have no gradient, as all are moved alike
+        # its bias moves all encodings alike and would have no gradient
     ),
     WrapCase(
         "wrap-classifier",
@@ -299,8 +299,8 @@ WRAPS = [
 
 @dataclasses.dataclass(frozen=True)
 class OtherCase:
-    """A layer that takes or gives something else: `test_retrieval`,
-    `test_scann_index` and `test_esm` have the rest of what the harness does."""
+    """A layer with other inputs or outputs. `test_retrieval`, `test_esm` and
+    `test_scann_index` have the remaining checks of the harness."""
 
     name: str
     layer: type
@@ -357,7 +357,7 @@ OTHERS = [
 LAYERS = list({c.layer: c for c in reversed([*CASES, *WRAPS])}.values())
 
 
-# Whose numbers `.ci/run` compares on every backend.
+# Cases whose numbers `.ci/run` compares on every backend.
 PLAIN = [case for case in CASES if case.name in ("ntm-default", "dnc-default")]
 
 
@@ -374,14 +374,15 @@ def name_of(value):
     return getattr(value, "name", value)
 
 
-# A test for each case, and one for each layer, and the others with `-m slow`:
-# for what takes long and hardly depends on the options.
+# Parametrizes slow checks that hardly depend on the options: one case of each
+# layer always runs, the others with `-m slow`.
 each_case = pytest.mark.parametrize("case", CASES, ids=name_of)
 of_layers = [slow_unless(case in LAYERS, case) for case in CASES]
 of_wraps = [slow_unless(case in LAYERS, case) for case in WRAPS]
 each_layer = pytest.mark.parametrize("case", of_layers, ids=name_of)
 
-# Whose parts others have, and whose options change neither weights nor states.
+# Cases whose parts occur in other cases too, and whose options change neither
+# weights nor states.
 COVERED = "dnc-two-layers-as-pytorch-dnc", "ntm-heads-in-turn-random-start"
 OF_OPTIONS = "ntm-content-dense", "ntm-clips-dropout", "dnc-all-options"
 
@@ -395,5 +396,5 @@ each_shape = each_case
 each_structure = each_case_without(*COVERED)
 each_state = each_case_without(*COVERED, *OF_OPTIONS)
 if keras.backend.backend() in ("jax", "torch"):
-    # `test_same_numbers` has outputs, states and gradients of each case.
+    # `test_same_numbers` compares outputs, states and gradients of each case.
     each_shape = each_structure = each_state = each_layer

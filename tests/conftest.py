@@ -11,7 +11,7 @@ pytest.register_assert_rewrite("knn")
 
 TESTS = itertools.count(1)
 
-# Files that take longest begin, so that two processes end at the same time.
+# The slowest files run first, so that both processes end at the same time.
 LONGEST = (
     "test_time_loops.py",
     "test_esm.py",
@@ -37,8 +37,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Fixed seeds, and names and global state that no other test has used."""
-    # Without its garbage collection, which would take a third of all time.
+    """Fixed seeds, and fresh layer names and global state for each test."""
+    # Garbage collection is left out: it would take a third of all time.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     yield
@@ -46,15 +46,15 @@ def seeded():
     if keras.backend.backend() == "jax" and next(TESTS) % 20 == 0:
         import jax
 
-        # Each function that is compiled takes memory maps, and where there
-        # are too many for the system, XLA crashes.
+        # Compiled functions take memory maps. XLA crashes when the system
+        # runs out of them.
         jax.clear_caches()
         gc.collect()
 
 
 @pytest.fixture(params=["ring", pytest.param("scann", marks=pytest.mark.scann)])
 def store(request):
-    """What searches a `KNNMemory`."""
+    """The store that searches a `KNNMemory`."""
     import knn
 
     if request.param == "scann":
@@ -64,7 +64,7 @@ def store(request):
 
 @pytest.fixture
 def trees(monkeypatch):
-    """Trees from 500 entries on, if they compare less than half of them."""
+    """Builds trees from 500 entries on, if a search compares less than half."""
     import knn
 
     from keras_memory.retrieval import tuning

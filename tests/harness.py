@@ -1,5 +1,5 @@
-"""What every layer must do. Each check takes a catalogue case; those of time,
-state and masks one of a recurrent layer."""
+"""Checks that every layer must pass. Each takes a catalogue case; the checks
+of time, state and masks need a case of a recurrent layer."""
 
 import dataclasses
 import functools
@@ -35,8 +35,8 @@ def skip_on(*backends, because):
 
 
 def on_arrays(module):
-    """The functions of a module, for NumPy arrays, which PyTorch's tensors do
-    not mix with."""
+    """The functions of a module, taking NumPy arrays: PyTorch does not mix them
+    with tensors."""
 
     def on_tensors(function):
         @functools.wraps(function)
@@ -58,13 +58,13 @@ def on_arrays(module):
 
 
 def slots_last(memory):
-    """(B, N, W), as `reference.py` and the public have a memory, as a step has
-    it: (B, W, N). And back."""
+    """Converts a memory between (B, N, W), the layout of `reference.py` and of
+    users, and (B, W, N), the layout of a step."""
     return ops.swapaxes(ops.convert_to_tensor(memory), 1, 2)
 
 
 def act(access, interface, state):
-    """`access.step`, with the memory as the public has it."""
+    """`access.step`, with the memory in the layout of users."""
     state = state._replace(memory=slots_last(state.memory))
     state, inside = access.step(interface, state)
     return state._replace(memory=slots_last(state.memory)), inside
@@ -95,8 +95,8 @@ def built(case, **more):
 
 @functools.cache
 def ran(case):
-    """A built layer, inputs, and the outputs and states that it gives: as all
-    tests begin with the same seeds, they are the same in each."""
+    """A built layer, inputs, outputs and states. They are the same in all
+    tests, since each test starts with the same seeds."""
     layer = built(case, return_state=True)
     x = inputs_of(case)
     output, *states = layer(x)
@@ -124,7 +124,7 @@ def close(actual, expected, tolerance=TOLERANCE):
 
 
 def gradient(function, x):
-    """Of a number by an array, 0 where it does not depend on it."""
+    """Gradient of a scalar by an array; 0 if it is independent of the array."""
     x = ops.convert_to_tensor(x)
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -145,7 +145,7 @@ def gradient(function, x):
 
 
 def golden(name):
-    """Arrays of a reference implementation, weights by their names, and
+    """Arrays of a reference implementation, its weights by name, and its
     settings."""
     arrays = dict(np.load(GOLDENS / f"{name}.npz"))
     meta = json.loads(str(arrays.pop("__meta__")))
@@ -212,8 +212,8 @@ def shapes(case):
 
 
 def compiled(model, *args, **kwargs):
-    """Compiles a model. If it can be, its optimizer is built before the first
-    step, which TensorFlow would trace twice otherwise."""
+    """Compiles a model and builds the optimizer, if possible: otherwise
+    TensorFlow would trace the first step twice."""
     model.compile(*args, **kwargs)
     if model.built:
         model.optimizer.build(model.trainable_variables)
@@ -258,11 +258,11 @@ def mask_is_truncation(case):
         close(state, cut_state)
     last = like(layer, case, return_sequences=False)
     close(last(x, mask=padded), cut[:, -1])
-    # Whatever a masked step contains does not matter.
+    # The contents of masked steps do not matter.
     poison = np.where(np.arange(batch) % 2, np.inf, np.nan)[:, None, None]
     poisoned = np.where(padded[:, :, None], x, poison).astype("float32")
     close(layer(poisoned, mask=padded)[0], whole)
-    # Holes: the same as leaving the steps out; in front: nothing to hold.
+    # Masked steps in the middle act as if removed; in front, outputs are 0.
     kept = [1, 2, 5]
     holes = np.isin(np.arange(time), kept)[None].repeat(batch, 0)
     with_holes, *states = layer(x, mask=holes)
@@ -276,13 +276,13 @@ def mask_is_truncation(case):
     zeroed = ops.convert_to_numpy(zeroing(x, mask=holes))
     close(zeroed[:, kept], without)
     assert (zeroed[:, ~holes[0]] == 0).all()
-    # Rows do not see each other's masks.
+    # Masks of rows are independent.
     rows = np.ones((batch, time), bool)
     rows[0, length:] = False
     mixed = layer(x, mask=rows)[0]
     close(mixed[0], whole[0])
     close(mixed[1:], unmasked[1:])
-    # In a Functional model the mask comes from the layer in front.
+    # In a Functional model, the mask comes from the previous layer.
     marked = np.where(padded[:, :, None], x, 0.0).astype("float32")
     entry = keras.Input((None, x.shape[-1]))
     masked = keras.layers.Masking()(entry)
@@ -336,7 +336,7 @@ def backwards(case):
 
 
 def in_models(case):
-    """Stacked, under `Bidirectional`, in a subclassed model, unrolled."""
+    """Works stacked, in `Bidirectional`, in a subclassed model and unrolled."""
     x = few_inputs_of(case)
     batch, time, width = x.shape
     model = keras.Sequential(
@@ -379,7 +379,7 @@ def draws_orthogonal_in_float16(layer):
 def mixed_precision(case, policy):
     options = {"dtype": policy}
     given = {"cell", "encoder", "head", "classifier"} & set(case.kwargs)
-    if given:  # layers that are given bring their own policy
+    if given:  # given layers keep their own policy
         keras.config.set_dtype_policy(policy)
         options = {}
     if draws_orthogonal_in_float16(case.make(**options)):

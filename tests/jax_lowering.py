@@ -5,8 +5,8 @@ line a case:
 {"name", "forward", "backward", "train", "difference"}, and one for each
 control. "backward" is the gradient of a forward pass of free sizes, which
 Keras's `model.export` writes too.
-`jax.export` lowers for a platform without having one: what calls back to the
-host, or has no kernel there, fails.
+`jax.export` lowers for a platform without having one. It fails for functions
+that call back to the host, or that have no kernel on the platform.
 """
 
 import json
@@ -79,7 +79,7 @@ def lower_case(case):
 
 
 def control(name, function):
-    """A function that must not lower: says what it failed with, or None."""
+    """Lowers a function that must fail: the error, or None without one."""
     try:
         lower(function, np.ones((3, 3), "float32"))
     except Exception as error:

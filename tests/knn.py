@@ -1,4 +1,4 @@
-"""`KNNMemory` beside a list of entries, which it must be like."""
+"""Compares `KNNMemory` with a list of entries."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ def random(*shape, seed=7):
 
 
 def clustered(rows, n, dim, seed=7, centers=1, number=40):
-    """Vectors that a tree can tell apart, around the same centers each time."""
+    """Vectors in clusters, which suit a tree; the centers have a fixed seed."""
     centers = 3.0 * random(number, dim, seed=centers)
     rng = np.random.default_rng(seed)
     chosen = centers[rng.integers(0, number, size=(rows, n))]
@@ -51,7 +51,7 @@ class Entry:
 
 
 class Model:
-    """A memory as a list of entries for each row, the oldest first."""
+    """The expected memory: a list of entries for each row, oldest first."""
 
     def __init__(
         self, key_dim, memory_size, num_rows=1, value_dim=None, similarity="dot"
@@ -65,7 +65,7 @@ class Model:
         self.similarity = similarity
         self.rows = [[] for _ in range(num_rows)]
         self.added = [0] * num_rows
-        self.longest = [0.0] * num_rows  # key that was added
+        self.longest = [0.0] * num_rows  # norm of an added key
 
     def which(self, rows):
         if rows is None:
@@ -96,7 +96,7 @@ class Model:
             self.rows[row], self.added[row], self.longest[row] = [], 0, 0.0
 
     def load(self):
-        """What a file keeps: entries, in slots as they come."""
+        """Moves entries to the slots that they have after loading a file."""
         for row, entries in enumerate(self.rows):
             self.added[row] = len(entries)
             lengths = [np.linalg.norm(entry.key) for entry in entries]
@@ -107,7 +107,7 @@ class Model:
             ]
 
     def scores(self, row, queries):
-        """(Q, n) similarities in float64, and (Q, 1) what rounding goes by."""
+        """(Q, n) similarities in float64, and (Q, 1) the scale of rounding."""
         shape = (-1, self.key_dim)
         keys = [entry.key for entry in self.rows[row]]
         keys = np.array(keys, "float64").reshape(shape)
@@ -116,7 +116,7 @@ class Model:
         lengths = np.linalg.norm(queries, axis=1)[:, None]
         if self.similarity == "l2":
             squares = (queries[:, None] - keys) ** 2
-            # ScaNN's distances are from a mean of keys that may be gone.
+            # ScaNN centers on a mean of keys that may be deleted by now.
             return -squares.sum(-1), (lengths + self.longest[row]) ** 2
         products = queries @ keys.T
         if self.similarity == "dot":
@@ -126,7 +126,7 @@ class Model:
         return cosines, np.ones_like(lengths)
 
     def search(self, row, slots):
-        """A search of a row, which found those slots."""
+        """Counts a search of a row that found these slots."""
         times = collections.Counter(slots)
         for entry in self.rows[row]:
             entry.age += 1
@@ -136,7 +136,7 @@ class Model:
 
 
 def contents(memory):
-    """Of each row the bytes of its keys and of its values, by age."""
+    """For each row, the bytes of its keys and values, by age."""
     if isinstance(memory, Model):
         return [
             (
@@ -162,8 +162,8 @@ def check_entries(memory, model):
 
 
 def check_search(memory, model, queries, top_k, rows=None, is_exact=True):
-    """A search finds what is there, and if it is exact the nearest. Gives how
-    many of those it found, and how many there are."""
+    """Asserts that a search finds existing entries, and the nearest if exact.
+    Returns how many of the nearest it found, and how many there are."""
     found = memory.search(queries, top_k, rows)
     which = model.which(rows)
     shape = (*queries.shape[:-1], top_k)
@@ -236,7 +236,7 @@ def check_add(memory, model, *arguments, **named):
 
 
 def as_sets(mask, keys, values):
-    """Of each query the (key, value) pairs that were found."""
+    """For each query, the set of (key, value) pairs found."""
     rows, queries, _ = mask.shape
     return [
         {
@@ -260,7 +260,7 @@ def run_threads(functions):
 
 
 def refuses(call, wanted, received):
-    """A ValueError says what was wanted, and what arrived."""
+    """Asserts a ValueError that names the expected and the received value."""
     pattern = re.compile(f"{wanted}.* Received: .*{received}", re.DOTALL)
     try:
         call()

@@ -1,8 +1,8 @@
 """NumPy loops written from the papers, to test the layers against.
 
-Independent on purpose: this file imports nothing but NumPy, takes one batch
-item and one head at a time, and computes in float64. It is read with the
-paper open, not run fast.
+This file is independent on purpose: it imports only NumPy, takes one batch item
+and one head at a time, and computes in float64. It is meant to be compared with
+the paper, not to be fast.
 
 Letters: B batch, T time, D input width, U controller units, N slots, W slot
 width, R read heads, H write heads, K = R + H heads, S = 2 * shift_range + 1
@@ -156,22 +156,22 @@ def write(memory, weightings, erase_vectors, add_vectors):
 
 
 class SequentialWriter:
-    """Where MERLIN writes, from a diary of all writes of one batch item.
+    """Chooses MERLIN's slots from the history of writes of one batch item.
 
-    erase: whether a slot that is written anew loses what it held, and what
-    was still to come for it.
-    discount: gamma of the retroactive writing, or None for none.
+    erase: whether overwriting a slot removes its content and its remaining
+    retroactive writes.
+    discount: gamma of retroactive writing, or None for none.
     """
 
     def __init__(self, slots, erase, discount):
         self.erase, self.discount = erase, discount
         self.time = 0
-        self.written_at = [[] for _ in range(slots)]  # times that still count
+        self.written_at = [[] for _ in range(slots)]  # not overwritten
         self.seen = np.zeros(slots)  # sum of read weightings since the first
         self.retroactive = np.zeros(slots)
 
     def see(self, weightings):
-        """Counts read weightings (R, N) of slots that were written before."""
+        """Adds read weightings (R, N) of the slots written so far."""
         for weighting in weightings:
             for slot, times in enumerate(self.written_at):
                 if times:
@@ -201,7 +201,7 @@ class SequentialWriter:
 
     @property
     def usage(self):
-        """(N,): -1 where nothing was written yet."""
+        """(N,): -1 for slots without a write."""
         written = [bool(times) for times in self.written_at]
         return np.where(written, self.seen, -1.0)
 
@@ -258,12 +258,11 @@ def ntm_sequence(
     output_kernel (U + R * W, units), output_bias (units,).
     initial: reads (R, W), memory (N, W), read_weighting (R, N),
     write_weighting (H, N); h, c (U,) where the controller has them.
-    head_order: "parallel", all heads address the memory of the step before,
-    then the writes happen together; "writes_in_turn", the same, but a write
-    head erases and adds before the next one does; or a tuple as
-    ("read", "write"), heads act in turn, each on the memory that the one
-    before it left.
-    writing: "sequential", as MERLIN (Wayne et al. 2018, arXiv 1803.10760),
+    head_order: "parallel": all heads address the memory of the step before,
+    then all writes happen together. "writes_in_turn": the same, but each write
+    head erases and adds before the next one. A tuple such as ("read", "write"):
+    heads act in turn, each on the memory left by the head before it.
+    writing: "sequential": as in MERLIN (Wayne et al. 2018, arXiv 1803.10760),
     with `SequentialWriter`, instead of write heads that address the memory.
 
     Returns a dict of arrays (B, T, ...), without the interface sections that
@@ -303,7 +302,7 @@ def ntm_sequence(
             raise ValueError(f"{heads} heads need a turn, not {head_order}.")
 
     def access(terms, memory, weighting, writer):
-        """memory (N, W), weighting (K, N) of the step before -> the new."""
+        """memory (N, W), weighting (K, N) of the step before -> new ones."""
         reads = np.zeros((read_heads, slot_size))
         content = np.zeros((addressers, memory_slots))
         weighting = np.array(weighting)
@@ -387,8 +386,8 @@ def stacked(trace):
     }
 
 
-# The Differentiable Neural Computer (Graves et al. 2016), of which the paper
-# numbers no equations.
+# The Differentiable Neural Computer (Graves et al. 2016). The paper does not
+# number its equations.
 
 
 def masked_content_weighting(
@@ -420,11 +419,11 @@ def usage_after(usage, write_weighting, psi):
 
 
 def allocation(usage, epsilon):
-    """a: usage (N,) -> (N,), the freest slot first, the lower one of equals.
+    """a: usage (N,) -> (N,), the freest slot first; ties go to the lower slot.
 
-    Sorted by 1 - usage, where what is below the rounding of 1 is equal: of
-    slots that were never used, a further write head finds usages such as
-    1e-16, 1e-32, 1e-48, left by the allocation of the head before.
+    Slots are sorted by 1 - usage, so that usages below the rounding of 1 tie:
+    for slots never used, a second write head finds usages such as 1e-16, 1e-32,
+    1e-48, left by the allocation of the first head.
     """
     free = [1.0 - u for u in usage]
     usage = [epsilon + (1.0 - epsilon) * u for u in usage]
@@ -448,7 +447,7 @@ def linkage_after(linkage, precedence, write_weighting):
 
 
 def largest(x, count):
-    """Where the largest of x (N,) are, the first of equal ones first."""
+    """Indices of the largest entries of x (N,); ties keep their order."""
     return sorted(range(len(x)), key=lambda i: (-x[i], i))[:count]
 
 
@@ -493,7 +492,7 @@ def dnc_step(
     memory (N, W), usage (N,), linkage (H, N, N) and precedence (H, N),
     read_weighting (R, N), write_weighting (H, N).
 
-    Returns the state after it, with reads (R, W), and a dict of the rest.
+    Returns the state after the step, with reads (R, W), and a dict of the rest.
     """
     usage_epsilon = epsilons.pop("usage_epsilon")
     memory = state["memory"]
@@ -727,9 +726,8 @@ def dnc_sequence(
     return stacked(trace)
 
 
-# Other implementations, in their own names, layouts and conventions, time
-# first: x (T, B, D) -> dict of arrays (T, B, ...). Their layers' arrays are
-# named as they name them; what they call M is W here.
+# Other implementations, with their own names, layouts and conventions, time
+# first: x (T, B, D) -> dict of arrays (T, B, ...). Their M is W here.
 
 
 def time_first(trace):
@@ -835,10 +833,10 @@ def collier_ntm(
 ):
     """MarkPKCollier/NeuralTuringMachine.
 
-    Except for shift_range=0, where its code moves the focus by one slot and
-    by two, and this by none.
+    Except for shift_range=0: its code moves the focus by one slot and by two,
+    this function by none.
 
-    weights: by the names that follow the scope of its cell.
+    weights: by their names inside the scope of its cell.
     """
     weights = {k: np.asarray(v, "float64") for k, v in weights.items()}
     heads, shifts = read_heads + write_heads, 2 * shift_range + 1

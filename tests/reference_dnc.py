@@ -1,6 +1,6 @@
 """Two other implementations of the Differentiable Neural Computer, as NumPy
-loops in their own names, layouts and conventions. Imports nothing from
-keras_memory."""
+loops with their own names, layouts and conventions. This file imports nothing
+from keras_memory."""
 
 import numpy as np
 from reference import sigmoid
@@ -12,7 +12,7 @@ USAGE_EPSILON = 1e-6
 
 
 def content_weights(memory, key, strength, norm_epsilon):
-    """strength: as it multiplies the cosine."""
+    """strength: the factor of the cosine."""
     norm = np.sqrt(key @ key + norm_epsilon)
     cosines = [
         slot @ key / (norm * np.sqrt(slot @ slot + norm_epsilon) + 1e-6)
@@ -22,7 +22,7 @@ def content_weights(memory, key, strength, norm_epsilon):
 
 
 def allocation_weights(usage):
-    """Of slots that are equally free the lower comes first."""
+    """The lower of equally free slots comes first."""
     usage = USAGE_EPSILON + (1.0 - USAGE_EPSILON) * usage
     allocation, product = np.zeros_like(usage), 1.0
     for slot in np.argsort(-(1.0 - usage), kind="stable"):
@@ -82,8 +82,8 @@ def deepmind_access(weights, inputs, state):
     weights: named `memory_access/<part>/w`, `memory_access/<part>/b`.
     inputs: (D,). state: dict without the batch axis.
 
-    Returns the state after the step, in it the reads as `access_output`, and
-    a dict of what else happened; strengths as they are before softplus.
+    Returns the state after the step, with the reads as `access_output`, and a
+    dict of all other values; strengths are those before softplus.
     """
     writes, _ = state["write_weights"].shape
     reads, _ = state["read_weights"].shape
@@ -202,7 +202,7 @@ def deepmind_dnc(weights, x, memory_slots, clip_value=None, initial=None):
     initial: dict of arrays (B, ...) named as `deepmind_start` names them.
 
     Returns a dict of arrays (T, B, ...): `output`, and as `step.*` the state
-    after each step and what happened in it.
+    after each step and the values of the step.
     """
     weights, x = as_float64(weights), np.asarray(x, "float64")
     if initial is None:
@@ -272,8 +272,8 @@ def pytorch_memory(weights, name, control, state):
 
     name: of the memory, `rnn_layer_memory_shared` or `rnn_layer_memory_<i>`.
 
-    Returns the state after the step, and a dict of the interface and of what
-    else happened.
+    Returns the state after the step, and a dict of the interface and all other
+    values.
     """
     reads, slots = state["read_weights"].shape
     width = state["memory"].shape[1]
@@ -416,11 +416,11 @@ def pytorch_dnc(
 
     weights: its state dict. x: (B, T, D).
     initial: dict of arrays named `init.*`, as `pytorch_start` makes it.
-    feedback: True as if it was called one step at a time, False as if once:
-        then each step sees the reads that came in front of the call.
+    feedback: True: as if called once per step. False: as if called once for all
+        steps, so that each step sees the reads from before the call.
 
-    Returns a dict of `output` (B, T, D), and as `step.layer<l>.*` (T, ...)
-    what happened.
+    Returns a dict of `output` (B, T, D), and as `step.layer<l>.*` (T, ...) the
+    values of each step.
     """
     weights, x = as_float64(weights), np.asarray(x, "float64")
     if initial is None:
@@ -491,6 +491,6 @@ def pytorch_dnc(
             trace[-1].append(values)
     values = time_first(trace, but=["output"])
     for name in values:
-        if name.endswith(("ctrl_h", "ctrl_c")):  # as PyTorch has its layers
+        if name.endswith(("ctrl_h", "ctrl_c")):  # PyTorch's layout of layers
             values[name] = np.swapaxes(values[name], 1, 2)
     return values

@@ -3,8 +3,8 @@
     python saved_model_c_api.py FOLDER SIGNATURE INPUTS OUTPUTS [SIGNATURE ...]
 
 INPUTS and OUTPUTS are .npz files with one array for each name. INPUTS may be
-several files joined by commas, and what the signature does not take is left
-out; so a further SIGNATURE can go on from the OUTPUTS in front of it.
+several files joined by commas; arrays that the signature does not take are
+ignored. So a SIGNATURE can continue from the OUTPUTS of the one before.
 
 Neither TensorFlow's Python code nor Keras is ever imported here.
 """

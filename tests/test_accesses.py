@@ -1,5 +1,5 @@
-"""Every access has finite and exact gradients, also where mathematics is
-singular, and keeps its invariants."""
+"""Every access keeps its invariants and has finite, exact gradients, also at
+singular points."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ import keras_memory
 
 
 def each_point(check):
-    """A test for each entry and each of its points for a check."""
+    """Parametrizes a test by entry, and by the entry's points for the check."""
     return pytest.mark.parametrize(
         ("entry", "point"),
         [
@@ -39,7 +39,7 @@ each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=name_of)
 
 
 def assert_invariants(entry, inside, tolerance):
-    """Returns the names of those that there are inside."""
+    """Returns the names of the invariants that were checked."""
     checked = set()
     for holds, names in entry.invariants.items():
         for name, value in inside.items():
@@ -78,8 +78,8 @@ def test_invariants_hold_at_every_step(entry, point, scale):
 
 
 def names_without_gradient(entry, loss, variables, rng):
-    """Gradients must equal finite differences, each in a random direction.
-    Of variables by their names, returns those that nothing depends on."""
+    """Asserts that gradients equal finite differences in random directions.
+    Returns the names of the variables that the loss does not depend on."""
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -129,7 +129,7 @@ def test_gradients_equal_finite_differences(entry, point):
     mask[1, shape[1] // 2 : -1] = False
     projection = rng.normal(size=(*shape[:2], layer.cell.output_size))
 
-    @tf.function  # once for both: tracing takes longest
+    @tf.function  # traced once for both calls: tracing takes longest
     def loss_from(states):
         output = layer(x, initial_state=states, mask=mask)[0]
         return tf.reduce_sum(projection * output)
@@ -153,13 +153,13 @@ def test_gradients_equal_finite_differences(entry, point):
     ) == set(point.without.split())
 
 
-# Where mathematics is singular.
+# Singular points.
 
 
 def assert_bounded(entry, layer, x, bound=1e2, bound_of_states=1e4):
-    """All that happens is finite, and bounded are the gradients of the squares
-    of the outputs and the means of the final states: with respect to inputs
-    and weights, and to the initial states."""
+    """Asserts that all values are finite and gradients bounded. The loss is the
+    squares of the outputs plus the means of the final states; its gradients are
+    with respect to inputs and weights, and to the initial states."""
     import tensorflow as tf
 
     x = tf.cast(x, layer.compute_dtype)
@@ -193,19 +193,19 @@ def assert_bounded(entry, layer, x, bound=1e2, bound_of_states=1e4):
 
 @each_point("saturated")
 @needs_tensorflow
-def test_saturated_gates(entry, point):
+def test_saturated_gates_have_bounded_gradients(entry, point):
     assert_bounded(entry, entry.at(point), few(), *point.bounds)
 
 
 @each_point("singular")
 @needs_tensorflow
-def test_singular_points(entry, point):
+def test_singular_points_have_bounded_gradients(entry, point):
     assert_bounded(entry, entry.at(point), few(), *point.bounds)
 
 
 @each_point("zeros")
 @needs_tensorflow
-def test_zero_memory_zero_keys_and_zero_inputs(entry, point):
+def test_zero_memory_keys_and_inputs_have_bounded_gradients(entry, point):
     layer = entry.at(point, initial_memory=0.0, kernel_initializer="zeros")
     x = 0 * few()
     assert_bounded(entry, layer, x, *point.bounds)
@@ -240,7 +240,7 @@ def test_one_item_and_one_step_are_finite(entry, shape):
 @pytest.mark.parametrize("controller", ["lstm", "dense"])
 @each_entry
 @needs_tensorflow
-def test_huge_inputs(entry, controller, dtype):
+def test_huge_inputs_have_bounded_gradients(entry, controller, dtype):
     layer = entry.make(controller=controller, dtype=dtype, return_state=True)
     assert_bounded(entry, layer, 1e4 * few(), 1e6, 1e6)
 
@@ -248,7 +248,7 @@ def test_huge_inputs(entry, controller, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @each_entry
 @needs_tensorflow
-def test_huge_interface(entry, dtype):
+def test_a_huge_interface_has_finite_gradients(entry, dtype):
     layer = entry.randomised(controller="dense", dtype=dtype, return_state=True)
     kernel = layer.cell.interfaces[0][0]
     kernel.assign(1e4 * numbers(shape=kernel.shape))
@@ -257,18 +257,18 @@ def test_huge_interface(entry, dtype):
 
 @each_point("sixteen_bits")
 @needs_tensorflow
-def test_16_bits(entry, point):
-    # A dense controller: TensorFlow has no orthogonal matrices in bfloat16,
-    # which Keras draws for recurrent kernels.
+def test_16_bits_are_finite_and_close_to_32_bits(entry, point):
+    # A dense controller, as TensorFlow cannot draw the orthogonal recurrent
+    # kernels of Keras in bfloat16.
     layer = entry.at(point, controller="dense")
     assert_bounded(entry, layer, few(), *point.bounds)
-    # Close to the same in 32 bits.
+    # The outputs are close to those in 32 bits.
     wide = entry.like(layer, controller="dense", **point.options)
     difference = ops.cast(layer(few())[0], "float32") - wide(few())
     assert np.abs(ops.convert_to_numpy(difference)).max() < 0.03
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,6 @@ def test_16_bits(entry, point):
     ],
 )
 @each_entry
-def test_names_that_keras_does_not_know(entry, name):
+def test_unknown_keras_names_are_refused(entry, name):
     with pytest.raises(ValueError, match="tahn"):
         entry.make(**{name: "tahn"})

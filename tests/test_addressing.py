@@ -1,4 +1,4 @@
-"""Where to read and write: the functions of `addressing`."""
+"""Tests of `addressing`, which computes where to read and write."""
 
 import harness
 import keras
@@ -36,7 +36,7 @@ def weightings(rng, heads=HEADS, slots=SLOTS):
 
 
 def loop(function, *arrays):
-    """Applies an oracle to each batch item and head, and stacks."""
+    """Applies an oracle to each batch item and head, and stacks the results."""
     return np.array(
         [
             [
@@ -138,17 +138,17 @@ def test_sharpen_equals_the_oracle(rng):
     )
 
 
-def test_oneplus():
+def test_oneplus_equals_the_oracle_and_is_at_least_1():
     x = np.array([-800.0, -1.0, 0.0, 1.0, 800.0], "float32")
     close(addressing.oneplus(x), reference.oneplus(x.astype("float64")), 1e-4)
     assert (ops.convert_to_numpy(addressing.oneplus(x)) >= 1).all()
     close(addressing.oneplus(0.0 * x), np.full(5, 1.0 + np.log(2.0)), 1e-6)
 
 
-# Two slots, by hand.
+# Two slots, computed by hand.
 
 
-def test_two_slots_by_hand():
+def test_two_slots_match_values_computed_by_hand():
     memory = np.array([[[2.0, 0.0], [0.0, 3.0]]], "float32")
     key = np.array([[[5.0, 0.0]]], "float32")
     strength = np.array([[np.log(3.0)]], "float32")
@@ -163,7 +163,7 @@ def test_two_slots_by_hand():
     previous = np.array([[[0.0, 1.0]]], "float32")
     gated = addressing.interpolate(content, previous, gate)
     close(gated, [[[1 / 4, 3 / 4]]], 1e-6)
-    # A fifth of it moves on by one slot, which with two slots is a swap.
+    # A fifth moves to the next slot; with two slots, that is a swap.
     shifts = np.array([[[0.0, 4 / 5, 1 / 5]]], "float32")
     shifted = addressing.shift(gated, shifts)
     close(shifted, [[[7 / 20, 13 / 20]]], 1e-6)
@@ -172,7 +172,7 @@ def test_two_slots_by_hand():
     close(sharpened, [[[49 / 218, 169 / 218]]], 1e-6)
 
 
-def test_epsilons_of_the_similarity_by_hand():
+def test_epsilons_of_the_similarity_match_values_computed_by_hand():
     memory = np.array([[[3.0], [4.0]]], "float32")
     key = np.array([[[1.0, 0.0]]], "float32")
     # 3 / (1 * 5) without epsilons.
@@ -187,7 +187,7 @@ def test_epsilons_of_the_similarity_by_hand():
 # Invariants.
 
 
-def test_content_weighting_is_one(rng):
+def test_content_weighting_sums_to_1(rng):
     memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
     keys = rng.normal(size=(BATCH, HEADS, WIDTH)).astype("float32")
     for strength in (0.0, 1.0, 1e4):
@@ -238,7 +238,7 @@ def test_large_strength_finds_the_stored_vector(rng):
     close(weighting, np.stack([np.eye(SLOTS)[[4, 0, 6]]] * BATCH), 1e-5)
 
 
-def test_gates_0_and_1(rng):
+def test_gates_0_and_1_select_one_weighting(rng):
     content, previous = weightings(rng), weightings(rng)
     gate = np.zeros((BATCH, HEADS))
     close(addressing.interpolate(content, previous, gate), previous, 1e-7)
@@ -274,7 +274,7 @@ def test_each_head_has_its_own_shift(rng):
         close(shifted[:, head], np.roll(weighting[:, 0], offset, axis=-1), 1e-7)
 
 
-def test_sharpening_1_only_normalizes(rng):
+def test_sharpening_by_1_only_normalizes(rng):
     weighting = 0.3 * weightings(rng)
     sharpened = addressing.sharpen(
         weighting.astype("float32"), np.ones((BATCH, HEADS), "float32")
@@ -291,7 +291,7 @@ def test_large_sharpening_picks_the_maximum(rng):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_sharpen_where_powers_underflow_or_nothing_is_left(dtype):
+def test_sharpen_is_accurate_where_powers_underflow(dtype):
     uniform = np.full((1, 1, 128), 1 / 128, dtype)
     power = np.array([[60.0]], dtype)  # 128 ** -60 is 0 in float32
     close(addressing.sharpen(uniform, power), uniform, 1e-6)
@@ -315,7 +315,7 @@ def test_results_keep_the_dtype(rng):
 # Errors and singular points.
 
 
-def test_widths_differ():
+def test_keys_of_another_width_are_refused():
     memory, keys = np.zeros((2, 5, 7)), np.zeros((2, 3, 4))
     message = r"same width.*\(2, 5, 7\).*\(2, 3, 4\)"
     with pytest.raises(ValueError, match=message):
@@ -327,7 +327,7 @@ def test_widths_differ():
 @needs_gradients
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("slots", "key"), [(0, 0), (0, 1), (1, 0)])
-def test_gradients_at_zero_memory_and_zero_key(dtype, slots, key):
+def test_gradients_are_bounded_at_zero_memory_and_zero_keys(dtype, slots, key):
     import tensorflow as tf
 
     memory = tf.fill((1, 2, 3), tf.cast(slots, dtype))
@@ -342,14 +342,16 @@ def test_gradients_at_zero_memory_and_zero_key(dtype, slots, key):
     is_weighting(weighting)
     for gradient in tape.gradient(loss, [memory, keys, strengths]):
         assert np.isfinite(gradient).all()
-        # The slope of the cosine at 0 is 1 / root of the epsilon.
+        # The gradient of the cosine at 0 is 1 / sqrt(epsilon).
         assert np.abs(gradient).max() <= 2 / np.sqrt(NORM_EPSILON[dtype])
 
 
 @needs_gradients
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("power", [1.0, 2.0, 61.0])
-def test_gradients_of_sharpening_a_one_hot_weighting(dtype, power):
+def test_gradients_of_sharpening_are_bounded_at_one_hot_weightings(
+    dtype, power
+):
     import tensorflow as tf
 
     weighting = tf.constant([[[0.0, 1.0, 0.0]]], dtype)
@@ -371,7 +373,7 @@ LARGEST = {"float16": 65504.0, "bfloat16": 3.3e38, "float32": 3.4e38}
 
 
 def gradients(function, *arrays):
-    """Result and gradients, in float64, of a sum with different weights."""
+    """Result, and gradients of its weighted sum, in float64."""
     import tensorflow as tf
 
     arrays = [tf.convert_to_tensor(array) for array in arrays]
@@ -405,7 +407,9 @@ def content_in(dtype, size, of_keys, masked, memory, keys, strengths, masks):
 @needs_gradients
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", LARGEST)
-def test_content_weighting_of_the_largest_numbers(rng, dtype, masked):
+def test_content_weighting_is_accurate_up_to_the_largest_numbers(
+    rng, dtype, masked
+):
     arrays = (
         rng.uniform(-1, 1, size=(BATCH, WIDTH, SLOTS)),
         rng.uniform(-1, 1, size=(BATCH, HEADS, WIDTH)),
@@ -415,7 +419,7 @@ def test_content_weighting_of_the_largest_numbers(rng, dtype, masked):
     expected = content_in("float64", 1.0, 1.0, masked, *arrays)
     tolerance = 1e-5 if dtype == "float32" else 0.1
     for size, of_keys in [(1e3, 1.0), (1.0, 1e3)]:
-        if dtype != "float16":  # whose gradients would underflow
+        if dtype != "float16":  # gradients would underflow there
             size, of_keys = size**10, of_keys**10
         found = content_in(dtype, size, of_keys, masked, *arrays)
         for one, other in zip(found, expected):
@@ -427,7 +431,7 @@ def test_content_weighting_of_the_largest_numbers(rng, dtype, masked):
 
 
 @needs_gradients
-def test_slots_of_very_different_sizes_are_compared_each_at_its_own(rng):
+def test_slots_of_very_different_sizes_are_compared_accurately(rng):
     memory = rng.uniform(-1, 1, size=(BATCH, WIDTH, SLOTS))
     sizes = np.array([1.0, 3e38, 1e-3, 1e25, 1e12, 1e-2, 1e38])
     keys = rng.uniform(-1, 1, size=(BATCH, HEADS, WIDTH))
@@ -461,7 +465,7 @@ def test_similarities_are_at_most_1(rng, masked):
 
 
 @needs_gradients
-def test_gradients_of_equal_vectors_are_those_of_the_cosine(rng):
+def test_gradients_of_equal_vectors_equal_those_of_the_cosine(rng):
     memory = rng.normal(size=(1, WIDTH, 300)).astype("float32")
     keys = memory.transpose(0, 2, 1)
 
@@ -478,10 +482,10 @@ def test_gradients_of_equal_vectors_are_those_of_the_cosine(rng):
 
 @needs_gradients
 @pytest.mark.parametrize("dtype", LARGEST)
-def test_sharpening_up_to_the_largest_power(dtype):
+def test_sharpening_is_accurate_up_to_the_largest_power(dtype):
     import tensorflow as tf
 
-    # Tied at the top, a slot far below, and one that is empty.
+    # Two tied slots, a much smaller one, and an empty one.
     weighting = tf.constant([[[0.375, 0.375, 0.25, 0.0]]], dtype)
     largest = LARGEST[dtype]
     for power in (1.0, 60.0, 5e3, largest / 2, largest):
@@ -492,13 +496,13 @@ def test_sharpening_up_to_the_largest_power(dtype):
         is_weighting(sharpened, 1e-2 if "16" in dtype else 1e-6)
         if power > 100:
             close(sharpened, [[[0.5, 0.5, 0.0, 0.0]]], 1e-2)
-            # -2 and -1 upstream, p y (1 - y) / w of them.
+            # The upstream gradients -2 and -1, times p y (1 - y) / w.
             slope = float(tf.cast(sharpening, "float64")[0, 0]) / 4 / 0.375
             close(of_weighting / slope, [[[-1.0, 1.0, 0.0, 0.0]]], 1e-2)
             close(of_power, [[0.0]], 1e-6)
 
 
-def test_strengths_up_to_the_largest(rng):
+def test_the_largest_strength_finds_the_stored_vector(rng):
     memory = rng.normal(size=(BATCH, WIDTH, SLOTS)).astype("float32")
     keys = memory.transpose(0, 2, 1)[:, [4, 0, 6]]
     weighting = addressing.content_weighting(
@@ -571,7 +575,7 @@ def test_sparsemax_equals_references(of, name, case):
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_sparsemax_of_infinities_and_nan(name):
+def test_sparsemax_of_infinities_and_nan_equals_tensorflow_addons(name):
     golden = sparsemax_golden(f"tfa__sparsemax_{name}", "nan_ok_inf")
     close(addressing.sparsemax(golden["z"]), golden["p"], 0)
     if keras.backend.backend() == "tensorflow":
@@ -581,17 +585,17 @@ def test_sparsemax_of_infinities_and_nan(name):
         close(compiled(golden["z"]), golden["p"], 0)
 
 
-def test_gradients_of_sparsemax_beside_minus_infinity():
+def test_sparsemax_has_gradients_beside_minus_infinity():
     z = np.array([[0.3, -np.inf, 0.1], [-np.inf, 7.0, -np.inf]], "float32")
     gradient = gradient_of_sum_of_squares(addressing.sparsemax, z)
     close(gradient, [[0.2, 0.0, -0.2], [0.0, 0.0, 0.0]], 1e-6)
 
 
-def test_sparsemax_of_logits_that_leave_the_support_one_by_one():
+def test_sparsemax_finds_a_support_that_shrinks_one_by_one():
     z, below = [0.0, -0.5], 1e-5
     while z[-1] > -1:
         k = len(z)
-        z.append((sum(z) - 1) / k - below)  # what k of them leave out
+        z.append((sum(z) - 1) / k - below)  # leaves the support
         below *= 1.1 * (k + 2) * k / (k + 1)
     assert len(z) > 8
     p = addressing.sparsemax(np.array([z[::-1], z[4:] + z[:4]], "float32"))
@@ -599,13 +603,13 @@ def test_sparsemax_of_logits_that_leave_the_support_one_by_one():
     close(p, [expected[::-1], np.roll(expected, -4)], 1e-6)
 
 
-def test_sparsemax_of_integers():
+def test_sparsemax_casts_integers_to_float32():
     weights = addressing.sparsemax(np.array([[0, 0], [3, 1]]))
     close(weights, [[0.5, 0.5], [1.0, 0.0]], 1e-7)
     assert ops.dtype(weights) == "float32"
 
 
-def test_sparsemax_in_16_bits():
+def test_sparsemax_is_accurate_in_16_bits():
     for dtype in ("float16", "bfloat16"):
         z = ops.convert_to_tensor([[0.25, -1000.0] * 300], dtype=dtype)
         p = addressing.sparsemax(z)

@@ -1,4 +1,4 @@
-"""The door for arguments of constructors, and sizes that do not fit."""
+"""Checks of constructor arguments, and of sizes that exceed the machine."""
 
 import dataclasses
 import inspect
@@ -39,7 +39,7 @@ OF_NUMPY = {bool: np.bool_, int: np.int64, float: np.float32, str: np.str_}
 
 
 def mapped(value, function):
-    """Numbers and texts within lists, tuples and dicts, mapped."""
+    """Maps numbers and texts within lists, tuples and dicts."""
     if type(value) in (list, tuple):
         return type(value)(mapped(item, function) for item in value)
     if type(value) is dict:
@@ -60,7 +60,7 @@ def as_in_float32(value):
 
 
 def numbers_of(cls):
-    """Arguments whose defaults are numbers, with these."""
+    """Arguments with a numeric default, and their defaults."""
     return {
         name: parameter.default
         for name, parameter in inspect.signature(cls).parameters.items()
@@ -88,7 +88,7 @@ def check_plain(cls, kwargs):
 
 
 @pytest.mark.parametrize("case", [*CASES, *WRAPS, *OTHERS], ids=name_of)
-def test_config_is_plain_whatever_numbers_were_given(case):
+def test_configs_hold_plain_numbers_whatever_was_given(case):
     kwargs = dict(case.kwargs)
     if case in WRAPS:
         kwargs.setdefault("units", case.output_size)
@@ -104,11 +104,11 @@ def test_config_is_plain_whatever_numbers_were_given(case):
 
 
 @pytest.mark.parametrize("cls", CELLS)
-def test_config_of_a_controller_is_plain(cls):
+def test_configs_of_controllers_hold_plain_numbers(cls):
     check_plain(cls, {"units": 5, "seed": 7, "dropout": 0.5})
 
 
-def test_config_is_plain_with_a_layer_of_plain_keras_inside():
+def test_configs_of_nested_keras_layers_hold_plain_numbers():
     cell = keras.layers.LSTMCell(np.int64(5), dropout=np.float32(0.5))
     initializer = keras.initializers.RandomNormal(np.float32(0.5), np.int64(1))
     layer = keras_memory.NTMLayer(
@@ -127,7 +127,7 @@ def test_a_numpy_width_works_in_models_and_files(tmp_path):
     assert again.layers[0].units == 4 and again.layers[0].slot_size == 3
 
 
-def test_plain_leaves_all_else_as_it_is():
+def test_plain_converts_only_numpy_scalars():
     array, layer = np.arange(3), keras.layers.Dense(3)
     for value in (array, layer, "text", None, 2.5):
         assert plain(value) is value
@@ -158,7 +158,7 @@ FLAGS = [
         ]
     ],
 )
-def test_a_flag_is_a_bool(cls, kwargs, flag):
+def test_a_flag_must_be_a_bool(cls, kwargs, flag):
     for value in (0, 1, np.int64(1), "yes", None):
         with pytest.raises(ValueError) as error:
             cls(**kwargs, **{flag: value})
@@ -166,7 +166,7 @@ def test_a_flag_is_a_bool(cls, kwargs, flag):
         assert message in str(error.value).replace("'", "")
 
 
-def test_flags_of_numpy():
+def test_numpy_bools_are_accepted_as_flags():
     assert check_bool("erase", np.True_) is True
     layer = keras_memory.NTMLayer(3, unroll=np.True_, stateful=np.False_)
     assert layer.unroll is True and layer.stateful is False
@@ -176,7 +176,7 @@ def test_flags_of_numpy():
 
 
 @pytest.mark.parametrize("name", ["default", "dnc", "lstm", "paper"])
-def test_a_run_configuration_of_numpy_numbers(name):
+def test_run_configurations_accept_numpy_numbers(name):
     expected = presets.PRESETS["copy"][name]
 
     def renewed(value):
@@ -203,7 +203,7 @@ def test_a_run_configuration_of_numpy_numbers(name):
 
 
 @pytest.mark.parametrize("curriculum", [[3, 5], np.array([3, 5])])
-def test_a_run_configuration_of_lists_and_whole_numbers(curriculum):
+def test_run_configurations_accept_lists_and_integers(curriculum):
     given = dataclasses.replace(
         presets.PRESETS["copy"]["default"],
         curriculum=curriculum,
@@ -218,7 +218,7 @@ def test_a_run_configuration_of_lists_and_whole_numbers(curriculum):
     ("owner", "flag"),
     [("model", "erase"), (None, "learning_rate_decay"), (None, "jit_compile")],
 )
-def test_a_flag_of_a_run_is_a_bool(owner, flag):
+def test_a_flag_of_a_run_must_be_a_bool(owner, flag):
     preset = presets.PRESETS["copy"]["default"]
     given = preset if owner is None else getattr(preset, owner)
     wanted = f"`{flag}` must be (True or False|of type bool)"
@@ -226,7 +226,7 @@ def test_a_flag_of_a_run_is_a_bool(owner, flag):
         dataclasses.replace(given, **{flag: 1})
 
 
-def test_seeds():
+def test_seeds_out_of_range_are_refused():
     preset = presets.PRESETS["copy"]["default"]
     assert dataclasses.replace(preset, seed=MOST_SEED).seed == MOST_SEED
     for options in (
@@ -250,7 +250,7 @@ def test_seeds():
 
 
 @pytest.mark.parametrize("order", [["read", "write"], ("read", "write")])
-def test_arrays_for_tuples(order):
+def test_arrays_and_lists_are_accepted_for_tuples(order):
     expected = keras_memory.NTMCell(3, head_order=order, name="made")
     cell = keras_memory.NTMCell(3, head_order=np.array(order), name="made")
     assert cell.get_config() == expected.get_config()
@@ -269,7 +269,7 @@ def test_arrays_for_tuples(order):
 
 
 class Taking(toy.ToyCell):
-    """Has arguments that it does not name."""
+    """Takes arguments that its signature does not name."""
 
     def __init__(self, units, **kwargs):
         self.depth = kwargs.pop("depth", 1)
@@ -281,7 +281,7 @@ class TakingLayer(keras_memory.MemoryRNN, cell=Taking):
 
 
 class Doubled(keras_memory.NTMLayer):
-    """Hands all on."""
+    """Passes all arguments on."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -298,7 +298,7 @@ PUBLIC = [
 
 
 def enough(cls):
-    """Arguments that a class needs."""
+    """The required arguments of a class."""
     given = {
         "cell": lambda: toy.ToyCell(3),
         "encoder": lambda: keras.layers.Dense(3),
@@ -326,7 +326,7 @@ each_class = pytest.mark.parametrize(
 
 
 @each_class
-def test_an_unknown_argument_is_told_of_the_class_written(cls):
+def test_errors_of_unknown_arguments_name_the_called_class(cls):
     kwargs = enough(cls)
     cls(**kwargs)
     with pytest.raises(TypeError) as error:
@@ -344,7 +344,7 @@ def test_an_unknown_argument_is_told_of_the_class_written(cls):
 
 
 @each_class
-def test_missing_and_too_many_arguments_are_told_of_the_class_written(cls):
+def test_errors_of_argument_counts_name_the_called_class(cls):
     if enough(cls) and cls is not keras_memory.MemoryRNN:
         with pytest.raises(TypeError, match=f"^{cls.__name__}: missing"):
             cls()
@@ -353,7 +353,7 @@ def test_missing_and_too_many_arguments_are_told_of_the_class_written(cls):
         cls(*first, *range(1, 60))
 
 
-def test_keywords_of_keras_and_of_a_cell_of_ones_own_are_taken():
+def test_keywords_of_keras_and_of_custom_cells_are_accepted():
     layer = TakingLayer(3, depth=2, name="mine", dtype="float64")
     assert layer.cell.depth == 2
     assert layer.name == "mine" and layer.dtype == "float64"
@@ -362,7 +362,7 @@ def test_keywords_of_keras_and_of_a_cell_of_ones_own_are_taken():
     cells.LayerNormLSTMCell(3, implementation=1)
 
 
-def test_keras_finds_the_arguments_behind_the_door():
+def test_keras_finds_the_wrapped_arguments():
     parameters = inspect.signature(keras_memory.NTMCell).parameters
     assert list(parameters)[:3] == ["units", "memory_slots", "slot_size"]
     assert "__wrapped__" in vars(keras_memory.NTMCell.__init__)
@@ -372,7 +372,7 @@ def test_keras_finds_the_arguments_behind_the_door():
 
 
 class Crowded(toy.ToyCell):
-    """Has arguments whose names the layer uses itself."""
+    """Has arguments named like attributes of the layer."""
 
     def __init__(self, units, state_size=3, stateful=5, name=None, **kwargs):
         super().__init__(units, name=name, **kwargs)
@@ -400,7 +400,7 @@ def test_arguments_of_the_cell_are_attributes_of_the_layer(case):
         layer.nonsense  # noqa: B018
 
 
-def test_what_a_layer_has_itself_goes_first():
+def test_attributes_of_the_layer_hide_those_of_the_cell():
     layer = CrowdedLayer(3, name="mine", return_sequences=True)
     assert layer.stateful is False and layer.name == "mine"
     assert layer.state_size == layer.cell.state_size
@@ -433,7 +433,7 @@ HUGE = LONGEST_AXIS
 
 @pytest.fixture
 def small_machine(monkeypatch):
-    """One of 16 GB and without an accelerator."""
+    """A machine with 16 GB and no accelerator."""
     monkeypatch.setattr(checks, "machine_bytes", lambda: 16 * 10**9)
     monkeypatch.setattr(checks, "has_accelerator", lambda: False)
 
@@ -521,7 +521,7 @@ def test_a_size_that_does_not_fit_is_refused_at_once(name, small_machine):
             make(size)
 
 
-def test_linkage_that_does_not_fit_tells_of_sparse_links(small_machine):
+def test_the_error_for_too_large_linkage_names_sparse_links(small_machine):
     with pytest.raises(ValueError, match="linkage.*40 GB.*`sparse_links`") as e:
         keras_memory.DNCLayer(3, memory_slots=100_000)
     assert "memory_slots=100000" in str(e.value)
@@ -529,21 +529,21 @@ def test_linkage_that_does_not_fit_tells_of_sparse_links(small_machine):
     keras_memory.DNCLayer(3, memory_slots=100_000, linkage=False)
 
 
-def test_states_of_a_batch_that_do_not_fit(small_machine):
+def test_states_of_too_large_a_batch_are_refused(small_machine):
     layer = keras_memory.DNCLayer(3, memory_slots=10_000)
     layer.build((None, 3, 2))
     with pytest.raises(ValueError, match="400 GB.*batch size=1000 x"):
         layer.cell.get_initial_state(1000)
 
 
-def test_layers_that_are_too_many_over_all_blocks():
+def test_too_many_layers_over_all_blocks_are_refused():
     with pytest.raises(ValueError, match="`controller_layers`.*100 blocks"):
         keras_memory.DNCLayer(3, num_layers=100, controller_layers=100)
     with pytest.raises(ValueError, match=f"most {MOST_LAYERS}"):
         controllers.get("lstm", 3, MOST_LAYERS + 1)
 
 
-def test_a_batch_that_does_not_fit_is_refused_before_it_is_drawn(small_machine):
+def test_too_large_batches_are_refused_before_they_are_drawn(small_machine):
     rng = np.random.default_rng(1)
     for task in (task() for task in tasks.TASKS.values()):
         with pytest.raises(ValueError, match="batch_size=.*|must be|longer"):
@@ -553,11 +553,11 @@ def test_a_batch_that_does_not_fit_is_refused_before_it_is_drawn(small_machine):
                 task.sample(rng, 1, length=2**31 - 1)
 
 
-def test_check_bytes(monkeypatch):
+def test_check_bytes_refuses_more_than_the_machine_has(monkeypatch):
     sizes = [("rows", None), ("slots", 2_000), ("width", 1_000_000)]
     monkeypatch.setattr(checks, "has_accelerator", lambda: False)
     monkeypatch.setattr(checks, "machine_bytes", lambda: 8_000_000_000)
-    check_bytes("The memory", sizes)  # as large as all
+    check_bytes("The memory", sizes)  # exactly fits
     monkeypatch.setattr(checks, "machine_bytes", lambda: 7_999_999_999)
     check_bytes("The memory", sizes, "bfloat16")
     with pytest.raises(ValueError, match="The memory would take 8 GB.*slots=2"):
@@ -568,17 +568,17 @@ def test_check_bytes(monkeypatch):
         check_bytes("The memory", [*sizes, ("more", 10**12)])
     monkeypatch.setattr(checks, "machine_bytes", lambda: 1)
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
-    check_bytes("The memory", sizes)  # there it may fit
+    check_bytes("The memory", sizes)  # an accelerator may have room
     with pytest.raises(ValueError, match="8 GB"):
         check_bytes("The memory", sizes, on_host=True)
 
 
-def test_machine_bytes():
+def test_machine_bytes_is_plausible_or_unknown():
     size = checks.machine_bytes()
     assert size is None or 10**8 < size < 2**50
 
 
-def test_many_buckets():
+def test_more_buckets_than_lengths_are_accepted():
     rng = np.random.default_rng(1)
     few = tasks.Copy(max_length=5, buckets=3)
     ends = {few.sample(rng, 1).mask.shape[1] for _ in range(50)}
@@ -601,13 +601,13 @@ def test_many_buckets():
         (keras_memory.DNCCell, "layers", "num_layers"),
     ],
 )
-def test_an_argument_of_before_is_told_with_its_new_name(make, old, new):
+def test_errors_of_renamed_arguments_give_the_new_name(make, old, new):
     told = f"no argument `{old}`: it is called `{new}` now.*{old}=3"
     with pytest.raises(TypeError, match=told):
         make(2, **{old: 3})
 
 
-def test_a_file_of_before_is_told_with_the_new_name(tmp_path):
+def test_errors_of_old_files_give_the_new_argument_name(tmp_path):
     import zipfile
 
     model = keras.Sequential([keras.Input((3, 2)), keras_memory.DNCLayer(2)])
@@ -621,13 +621,13 @@ def test_a_file_of_before_is_told_with_the_new_name(tmp_path):
         keras.saving.load_model(tmp_path / "old.keras")
 
 
-def test_a_suggestion_has_all_words_of_what_was_written():
+def test_a_suggestion_has_all_words_of_the_given_name():
     with pytest.raises(TypeError, match="Did you mean `memory_slots`"):
         keras_memory.NTMLayer(3, slots=4)
 
 
 @pytest.mark.parametrize("dtype, fits", [("int32", True), ("int64", False)])
-def test_bytes_of_values_are_those_of_their_dtype(dtype, fits, small_machine):
+def test_bytes_of_values_depend_on_their_dtype(dtype, fits, small_machine):
     ring = RingMemory(1, 5 * 10**6, 600, value_dtype=dtype)
     if fits:  # 12 GB
         ring._check_bytes(1, "float32")
@@ -636,14 +636,14 @@ def test_bytes_of_values_are_those_of_their_dtype(dtype, fits, small_machine):
             ring._check_bytes(1, "float32")
 
 
-def test_neighbours_that_do_not_fit(small_machine):
+def test_too_many_neighbours_are_refused(small_machine):
     memory = keras_memory.KNNMemory(2, 3, search_method="exact")
     memory.add(np.eye(2), np.eye(2))
     with pytest.raises(ValueError, match="neighbours.*top_k=1000000000"):
         memory.search(np.eye(2), top_k=10**9)
 
 
-def test_a_limit_of_the_process_is_a_limit(monkeypatch):
+def test_the_memory_limit_of_the_process_is_respected(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (12345, -1))
     checks.machine_bytes.cache_clear()
@@ -654,7 +654,7 @@ def test_a_limit_of_the_process_is_a_limit(monkeypatch):
 
 
 @pytest.mark.parametrize("path", [None, 3])
-def test_what_is_no_path_is_named(path):
+def test_errors_name_a_wrong_path_argument(path):
     memory = keras_memory.KNNMemory(2, 3, search_method="exact")
     for call in (memory.save, memory.load, memory.open):
         with pytest.raises(ValueError, match="`folder` must be a path"):

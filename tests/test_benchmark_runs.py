@@ -1,4 +1,4 @@
-"""Each benchmark runs, in little; its times are nobody's business here."""
+"""Runs each benchmark in small; times are not checked."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NO_XLA = {"no XLA": {"jit_compile": False}}
-SETTINGS = [  # of all runs: module, name and value
+SETTINGS = [  # for all runs: module, name and value
     (cases, "CASES", {"ntm-1": ("ntm", TINY, 60)}),
     (cases, "VARIANTS", NO_XLA),
     (scaling, "AXES", {"N": ("slots", (5,))}),
@@ -42,7 +42,7 @@ SETTINGS = [  # of all runs: module, name and value
     (esm, "LARGE", (8, 12)),
     (references, "installed", lambda name: False),
 ]
-RUNS = {  # and the last table's rows, of which some are not run
+RUNS = {  # rows of the last table, and how many are not run
     "steps": ("--threads 1", 2, 1),
     "scaling": ("scaling --cases ntm", 1, 0),
     "memory_wrap": ("memory_wrap --threads 1", 2, 1),
@@ -54,7 +54,7 @@ RUNS = {  # and the last table's rows, of which some are not run
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+def test_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     if name == "drift" and tuning.import_error() is not None:
         pytest.skip(tuning.import_error())
     shrink(monkeypatch)
@@ -74,10 +74,10 @@ def test_a_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     assert table.count("not run") == missing
 
 
-def test_a_dnc_is_watched(monkeypatch, capsys):
+def test_dnc_stability_counts_nan_values(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "_ --seeds 1 --steps 1".split())
     monkeypatch.setattr(dnc_stability, "TASK", tasks.Copy(2, buckets=1))
-    tf.config.run_functions_eagerly(True)  # not by XLA
+    tf.config.run_functions_eagerly(True)  # without XLA
     try:
         dnc_stability.main()
     finally:

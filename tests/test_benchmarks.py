@@ -1,5 +1,5 @@
-"""What the benchmarks measure and print. `test_benchmark_runs.py` has one run
-of each."""
+"""Tests of what the benchmarks measure and print. `test_benchmark_runs.py` runs
+each benchmark once."""
 
 import functools
 import json
@@ -47,7 +47,8 @@ needs_proc = pytest.mark.skipif(
 
 
 def lists_of(table):
-    """Cells of the lines of a Markdown table, all equally many."""
+    """The cells of each line of a Markdown table; all lines have equally
+    many."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
     rows = [line.strip("| ").split(" | ") for line in lines]
     assert len({line.count("|") for line in lines}) == 1
@@ -94,7 +95,7 @@ def test_variants_take_turns(fakes):
     assert measure.ratio(results["a"], results["r"]) == [3.0, 3.0, 3.0]
 
 
-def test_without_room_for_all_each_has_its_own_steps(fakes):
+def test_variants_run_alone_without_room_for_all(fakes):
     jobs = {"r": ("r", 6.0), "killed": ("killed", 2.0)}
     results = measure.compare(jobs, rounds=4, alone=3)
     assert [len(one["rounds"]) for one in results.values()] == [3, 3]
@@ -112,7 +113,7 @@ def test_a_worker_ends_at_its_time_limit():
         measure.Worker(int, make, seconds=0.2)
 
 
-def test_slow_steps_are_fewer():
+def test_slow_steps_are_measured_less_often():
     sleep = functools.partial(functools.partial, time.sleep, 0.1)
     worker = measure.Worker(int, sleep, rounds=100, seconds=2.0)
     assert 1 <= len(worker.alone) <= 8
@@ -128,7 +129,7 @@ def test_a_worker_ends_at_its_memory_limit():
 
 
 @needs_proc
-def test_workers_before_it_make_room():
+def test_earlier_workers_end_to_make_room():
     class Large:
         size, ended = 1.0, False
 
@@ -142,7 +143,7 @@ def test_workers_before_it_make_room():
     assert large.ended
 
 
-def test_a_worker_tells_of_errors_and_of_its_end():
+def test_a_worker_reports_errors_and_its_exit_code():
     with pytest.raises(measure.Stopped, match="ValueError: math domain error"):
         measure.Worker(functools.partial(math.sqrt, -1), int)
     with pytest.raises(measure.Stopped, match="process ended with 3"):
@@ -150,7 +151,7 @@ def test_a_worker_tells_of_errors_and_of_its_end():
 
 
 @needs_proc
-def test_peaks_are_those_of_what_follows():
+def test_a_peak_counts_only_memory_used_after_the_reset():
     before = measure.memory()
     held = np.ones(2**25, "uint8")
     del held
@@ -182,7 +183,7 @@ def test_the_reference_of_the_dnc_trains():
     assert math.isfinite(step()) and step() != step()
 
 
-def test_rows_tell_what_was_not_run_and_what_is_not_computed():
+def test_rows_say_what_was_not_run_or_not_computed():
     ran = {
         "milliseconds": 1234.5,
         "cpu_milliseconds": 0.01234,
@@ -223,7 +224,7 @@ def test_the_best_of_both_is_shown_with_its_threads():
 
 
 @harness.needs_tensorflow
-def test_it_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+def test_the_json_has_the_printed_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "CASES", {"tiny": ("ntm", TINY, 60)})
     quick = {"fast loop": {"jit_compile": False}}
     monkeypatch.setattr(cases, "VARIANTS", quick)
@@ -246,7 +247,7 @@ def test_it_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert f"keras {written['machine']['keras']}" in printed
 
 
-def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
+def test_curves_end_at_the_first_limit(fakes, tmp_path, monkeypatch):
     def jobs(kind, sizes, threads, checkout, variants):
         return {
             "pytorch-dnc": "needs a package",
@@ -271,14 +272,14 @@ def test_curves_end_where_a_limit_is_reached(fakes, tmp_path, monkeypatch):
     assert len(written["results"]) == 3 * len(scaling.AXES["N"][1])
     with Image.open(tmp_path / "scaling-dnc.png") as image:
         picture = np.asarray(image.convert("RGB"))
-    for color in LINES[:2]:  # of ours, in both plots
+    for color in LINES[:2]:  # our lines are in both plots
         color = np.round(np.multiply(to_rgb(color), 255))
         columns = np.all(picture == color, axis=2).any(axis=0)
         half = len(columns) // 2
         assert columns[:half].any() and columns[half:].any()
 
 
-def test_curves_are_drawn_of_the_numbers_alone(tmp_path):
+def test_curves_are_drawn_from_the_json_alone(tmp_path):
     text = (ROOT / "benchmarks/scaling.json").read_text()
     path = tmp_path / "scaling.json"
     path.write_text(text)
@@ -325,7 +326,7 @@ def test_curves_are_drawn_of_the_numbers_alone(tmp_path):
         ("esm --ivy /nowhere", "/nowhere has not the folders"),
     ],
 )
-def test_wrong_options_are_told_at_once(arguments, message, capsys):
+def test_wrong_options_are_refused_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit):
         command_line.main(arguments.split())
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
@@ -336,7 +337,7 @@ def test_wrong_options_are_told_at_once(arguments, message, capsys):
 
 @pytest.mark.parametrize("options", [{}, {"jit_compile": False}, {"top_k": 2}])
 @pytest.mark.parametrize("kind", ["train", "answer"])
-def test_steps_of_memory_wrap(kind, options):
+def test_steps_of_memory_wrap_train_or_answer(kind, options):
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     step = memory_wrap.ours(kind, 5, 7, **options)
     first, second = step(), step()
@@ -347,7 +348,7 @@ def test_steps_of_memory_wrap(kind, options):
         np.testing.assert_array_equal(first, second)
 
 
-def test_reference_of_memory_wrap():
+def test_the_reference_of_memory_wrap_trains_and_answers():
     pytest.importorskip("memorywrap")
     step = memory_wrap.memorywrap("train", 5, 7)
     first = step()
@@ -383,7 +384,7 @@ def test_memory_wrap_prints_a_table(fakes, monkeypatch, tmp_path, capsys):
     assert [r["case"] for r in results] == [n for n in names for _ in range(3)]
 
 
-def test_jobs_of_memory_wrap(monkeypatch):
+def test_memory_wrap_has_a_job_for_every_variant(monkeypatch):
     monkeypatch.setattr(references, "installed", lambda name: name != "torch")
     jobs = memory_wrap.jobs("answer", (5, 7), [1, 2])
     assert "pip install" in jobs["memorywrap", 2]
@@ -403,7 +404,7 @@ def test_jobs_of_memory_wrap(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", esm.VARIANTS)
-def test_steps_of_esm(variant, monkeypatch):
+def test_steps_of_esm_are_finite(variant, monkeypatch):
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     monkeypatch.setattr(esm, "SIZE", 4)
     monkeypatch.setattr(esm, "SMALL", (6, 8))
@@ -429,7 +430,7 @@ def test_esm_prints_a_table(fakes, monkeypatch, tmp_path, capsys):
     assert set(json.loads(path.read_text())["results"]) == set(times)
 
 
-def test_jobs_of_esm():
+def test_esm_has_a_job_for_every_variant():
     jobs = esm.jobs(2, None)
     assert "needs `--ivy`" in jobs["ivy_memory"]
     assert set(jobs) == {"ivy_memory", *esm.VARIANTS}
@@ -439,7 +440,7 @@ def test_jobs_of_esm():
 # Retrieval.
 
 
-def test_a_step_may_be_prepared_and_tell():
+def test_a_step_may_be_prepared_and_report():
     make = functools.partial(mock.Mock, **{"tell.return_value": {"x": 3}})
     worker = measure.Worker(int, make, rounds=2)
 
@@ -449,7 +450,7 @@ def test_a_step_may_be_prepared_and_tell():
 
     try:
         assert worker.result["told"] == {"x": 3}
-        if measure.memory():  # it is halted, but when it is in turn
+        if measure.memory():  # halted except in its turn
             deadline = time.monotonic() + 10
             while state() != "T" and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -460,14 +461,14 @@ def test_a_step_may_be_prepared_and_tell():
         worker.end()
 
 
-def test_what_prepares_a_step_is_not_timed():
+def test_preparation_of_a_step_is_not_timed():
     step = mock.Mock()
     step.before = functools.partial(time.sleep, 0.2)
     assert measure.timed(step)[0] < 100 and step.call_count == 1
 
 
 class InProcess:
-    """A worker without a process that makes the steps it was told to."""
+    """A worker without a process, which runs real steps."""
 
     def __init__(self, prepare, make, rounds, others, **limits):
         self.made, self.alive = make(), True
@@ -487,7 +488,7 @@ class InProcess:
 
 
 class Pool:
-    """A pool of processes that does all in this one, where sizes are tiny."""
+    """A process pool that runs all in this process, where sizes are tiny."""
 
     def __init__(self, *arguments):
         pass
@@ -503,10 +504,10 @@ class Pool:
 
 
 def shrink(monkeypatch):
-    """Sizes of the benchmark of retrieval, and all of it in this process."""
+    """Makes the benchmark of retrieval tiny, and runs it in this process."""
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     monkeypatch.setattr(measure, "Worker", InProcess)
-    monkeypatch.setattr(measure, "forget_peak", int)  # a second here
+    monkeypatch.setattr(measure, "forget_peak", int)  # takes a second here
     monkeypatch.setattr(static_store, "alone", lambda do, *given: do(*given))
     for module, sizes in (
         (neighbours, {"CLUSTERS": 13}),
@@ -535,7 +536,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def trees(monkeypatch):
-    """ScaNN builds trees of some hundred entries."""
+    """Makes ScaNN build trees of some hundred entries."""
     pytest.importorskip("scann")
     monkeypatch.setattr(tuning, "FLAT", 300)
     monkeypatch.setattr(tuning, "WORTH", 10.0)
@@ -543,7 +544,7 @@ def trees(monkeypatch):
     monkeypatch.setattr(tuning, "REBUILT", 0.25)
 
 
-def test_recall_is_counted():
+def test_recall_counts_the_neighbours_found():
     keys = np.array([[3.0], [1.0], [4.0], [2.0]], "float32")
     numbers = np.array([13, 11, 14, 12])
     queries = np.ones((5, 1), "float32")
@@ -558,11 +559,11 @@ def test_recall_is_counted():
     assert recall(14, 14) == recall(14, 11) == recall(14, -1) == 0.5
     assert recall(14, 99) == recall(14, 0) == 0.5
     assert recall(11, 12) == 0.0
-    keys[3] = 3.0  # as near as another
+    keys[3] = 3.0  # equally near as another
     assert recall(14, 12) == 1.0
 
 
-def test_data_is_drawn_again_alike():
+def test_data_of_one_seed_is_equal():
     for kind in neighbours.KINDS:
         one, other = (neighbours.Data(kind, 3).draw(2, 5) for _ in range(2))
         assert one.shape == (2, 5, neighbours.DIM) and one.dtype == "float32"
@@ -574,14 +575,14 @@ def test_data_is_drawn_again_alike():
 
 
 def take(step, rounds=2):
-    """Rounds of two steps each, and what is told then."""
+    """Runs rounds of two steps each, then returns the step's `tell()`."""
     for _ in range(2 * rounds):
         measure.timed(step)
     return step.tell()
 
 
 @pytest.mark.parametrize("kind", neighbours.KINDS)
-def test_steps_in_a_graph_and_in_host_memory(tiny, kind):
+def test_graph_and_host_memory_steps_find_all_neighbours(tiny, kind):
     made = [
         retrieval.OfRingMemory(101, kind, jit_compile=False),
         retrieval.OfKNNMemory(101, kind, "exact"),
@@ -592,20 +593,20 @@ def test_steps_in_a_graph_and_in_host_memory(tiny, kind):
         assert told["search_ms"] > 0 and told["add_ms"] > 0
         keys, values = step.held(1)
         assert keys.shape == values.shape == (101, neighbours.DIM)
-        # Four steps' entries, the last of all.
+        # The memory ends with the entries of four steps.
         assert max(values[:, 0]) == 101 + 4 * retrieval.ADDED - 1
     np.testing.assert_array_equal(*(step.queries for step in made))
 
 
 @pytest.mark.scann
-def test_steps_with_trees(tiny, trees):
+def test_steps_rebuild_trees_and_report_recall(tiny, trees):
     step = retrieval.OfKNNMemory(1000, "clustered", "approximate")
     assert step.trees.tell()["trees_built"] == 2
-    assert step.number > 1000  # half-way to the next tree
+    assert step.number > 1000  # halfway to the next tree
     step.memory.wait()
     told = take(step, rounds=12)
     step.memory.wait()
-    measure.timed(step)  # a row that was busy begins now
+    measure.timed(step)  # a busy row starts its tree now
     step.memory.wait()
     assert told["recall"] > 0.5
     assert len(told["leaves"]) == 2 and told["leaves"][0][0]
@@ -633,14 +634,14 @@ def test_the_reference_of_retrieval_is_restored(tiny, tmp_path, processes):
         assert step.memory.knns[1].index.ntotal == 311
 
 
-def test_jobs_of_retrieval(monkeypatch):
+def test_retrieval_has_a_job_for_every_variant(monkeypatch):
     monkeypatch.setattr(references, "installed", lambda name: name != "faiss")
     jobs = retrieval.jobs(2048, "clustered", 2, "folder")
     assert all("pip install" in jobs[name] for name in retrieval.REFERENCES)
     assert len(jobs) == 6 and callable(jobs["RingMemory, XLA"][1])
     monkeypatch.setattr(references, "installed", lambda name: name != "scann")
     jobs = retrieval.jobs(1 << 18, "clustered", 2, "folder")
-    assert len(jobs) == 4  # all entries are not compared in a graph
+    assert len(jobs) == 4  # a graph does not compare all entries
     assert "retrieval" in jobs['KNNMemory, search_method="approximate"']
     assert callable(jobs["reference, one process"][1])
 
@@ -692,7 +693,7 @@ def test_without_the_reference_there_are_no_ratios(monkeypatch):
     assert retrieval.rows_of("2K", "clustered", results)[2][8] == ""
 
 
-def test_bisection_finds_the_first_that_is_enough():
+def test_bisection_finds_the_smallest_sufficient_parameter():
     shares = np.linspace(0.5, 1.0, 101)
     points = static_store.bisected(shares, lambda share: {"recall": share})
     recalls = [point["recall"] for point in points]
@@ -704,7 +705,9 @@ def test_bisection_finds_the_first_that_is_enough():
     assert static_store.bisected([0.5], lambda s: {"recall": s})
 
 
-def test_a_static_store(tiny, monkeypatch, tmp_path, capsys):
+def test_a_static_store_is_compared_with_faiss(
+    tiny, monkeypatch, tmp_path, capsys
+):
     pytest.importorskip("faiss")
     grid = {"IVF11,Flat": "nprobe", "IVF7,PQ32x4fs,RFlat": "nprobe"}
     monkeypatch.setattr(static_store, "GRID", {**grid, "HNSW4": "efSearch"})
@@ -732,7 +735,9 @@ def test_a_static_store(tiny, monkeypatch, tmp_path, capsys):
     assert len(lists_of(last)) == 2 + 5
 
 
-def test_a_static_store_without_faiss(tiny, monkeypatch, capsys):
+def test_a_static_store_without_faiss_is_compared_with_numpy(
+    tiny, monkeypatch, capsys
+):
     monkeypatch.setattr(references, "installed", lambda name: False)
     found = static_store.run("clustered", 1, 2, quick=True)
     by_kind = {(r["kind"], r["asked_for"]): r for r in found["results"]}
@@ -742,14 +747,16 @@ def test_a_static_store_without_faiss(tiny, monkeypatch, capsys):
     assert "not run" in capsys.readouterr().out
 
 
-def test_what_fails_alone_is_told():
+def test_failures_in_a_process_of_their_own_are_reported():
     with_bar = functools.partial(math.sqrt, -1)
     told = static_store.alone(with_bar)
     assert told == {"not_run": "ValueError: math domain error"}
 
 
 @pytest.mark.scann
-def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
+def test_rebuild_rules_are_compared_on_drifting_keys(
+    tiny, trees, monkeypatch, capsys
+):
     rules = {
         name: {"REBUILT": share, **key_drift.UNTRIED}
         for name, share in (("never", math.inf), ("25 %", 0.25), ("all", 1.0))
@@ -772,13 +779,13 @@ def test_rules_for_keys_that_drift(tiny, trees, monkeypatch, capsys):
     assert lists_of(last)[0] == ["step", *rules]
 
 
-# A run that is cut off.
+# Interrupted runs.
 
 
 @pytest.fixture
 def cut_off(monkeypatch):
-    """Workers of which the second case is interrupted in its turns, and jobs
-    for each command: (name, milliseconds)."""
+    """Workers that are interrupted during the turns of the second case, and
+    jobs for each command: (name, milliseconds)."""
     turns = []
 
     class Interrupted(Telling):
@@ -834,7 +841,7 @@ def cut_off(monkeypatch):
     ],
     ids=["steps", "memory_wrap", "retrieval", "scaling"],
 )
-def test_what_was_measured_is_there_when_it_is_cut_off(
+def test_an_interrupted_run_keeps_its_results(
     arguments, name, part, printed, cut_off, tmp_path, capsys
 ):
     arguments = arguments.split()
@@ -857,7 +864,7 @@ def test_what_was_measured_is_there_when_it_is_cut_off(
         assert len(lists_of((tmp_path / "scaling.md").read_text())) == 2 + 1
 
 
-def test_esm_that_is_cut_off_leaves_what_was_measured(
+def test_an_interrupted_run_of_esm_keeps_its_results(
     cut_off, monkeypatch, tmp_path
 ):
     path = tmp_path / "all.json"
@@ -867,7 +874,7 @@ def test_esm_that_is_cut_off_leaves_what_was_measured(
     assert not result["in_turn"] and result["milliseconds"] == 6.0
 
 
-def test_a_static_store_that_is_cut_off_leaves_what_was_measured(
+def test_an_interrupted_run_of_a_static_store_keeps_its_results(
     monkeypatch, tmp_path, capsys
 ):
     done = []
@@ -893,7 +900,7 @@ def test_a_static_store_that_is_cut_off_leaves_what_was_measured(
     )
 
 
-def test_a_file_of_numbers_is_whole_or_as_it_was(tmp_path):
+def test_a_failed_write_keeps_the_old_json(tmp_path):
     path = tmp_path / "all.json"
     report.write_json(path, {"one": 1})
     with pytest.raises(TypeError):

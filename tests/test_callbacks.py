@@ -1,5 +1,5 @@
-"""What callbacks write, read back as TensorBoard reads it, and as a person
-does: in a browser."""
+"""Tests of the files that callbacks write, read as TensorBoard reads them, and
+viewed in a browser."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def fitted(model, *made, epochs=3):
 
 
 def watched(model, *made, epochs=1):
-    """Calls callbacks as `fit` does, without steps: tracing takes longest."""
+    """Calls callbacks like `fit`, but without steps: tracing takes longest."""
     calls = keras.callbacks.CallbackList(list(made), model=model)
     calls.on_train_begin()
     for epoch in range(epochs):
@@ -115,7 +115,7 @@ def thumbnail(plot, *arguments, **options):
 
 
 @pytest.mark.parametrize("sparse_links", [slow_unless(False, None), 3])
-def test_what_tensorboard_gets_of_a_dnc(tmp_path, sparse_links):
+def test_tensorboard_gets_usage_and_links_of_a_dnc(tmp_path, sparse_links):
     options = {"write_heads": 2, "sparse_links": sparse_links}
     model = sequential(dnc(name="dnc", **options))
     watched(model, callbacks.MemoryTensorBoard(tmp_path, BATCH))
@@ -162,7 +162,7 @@ def titles(figure):
     return [title for title in every if title]
 
 
-def test_a_probe_shows_gates_and_where_heads_act():
+def test_a_probe_draws_gates_and_weightings():
     model = sequential(dnc(name="dnc"))
     seen = probe_module.Probe.of(BATCH).look(model)
     figure = probe_module.probe_picture(seen, "title", memory=True)
@@ -179,7 +179,7 @@ def test_a_probe_shows_gates_and_where_heads_act():
 
 
 class OtherState(NamedTuple):
-    """What a user's own memory may have, under names that a DNC has."""
+    """State of a custom memory, with names that a DNC has too."""
 
     reads: Any
     memory: Any
@@ -228,14 +228,14 @@ class OtherLayer(keras_memory.MemoryRNN, cell=OtherCell):
 
 
 def own(units=3, **arguments):
-    """The quickest memory that can be drawn."""
+    """The fastest memory that can be drawn."""
     return OtherLayer(
         units, controller_units=7, return_sequences=True, **arguments
     )
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_a_memory_of_other_shapes_is_seen_as_well(blocks, tmp_path):
+def test_a_custom_memory_of_other_shapes_is_written(blocks, tmp_path):
     model = sequential(own(blocks=blocks, name="own"))
     watched(model, callbacks.MemoryTensorBoard(tmp_path, BATCH))
     tags = events(tmp_path).Tags()["tensors"]
@@ -249,7 +249,7 @@ def test_a_memory_of_other_shapes_is_seen_as_well(blocks, tmp_path):
     assert "read 0" in str(titles(picture))
 
 
-def test_what_tensorboard_gets(tmp_path):
+def test_tensorboard_gets_histograms_images_and_scalars(tmp_path):
     model = sequential(ntm(4, name="low"), ntm(3, name="high"))
     board = callbacks.MemoryTensorBoard(tmp_path, BATCH, every=2)
     fitted(model, board)
@@ -303,7 +303,7 @@ def test_what_tensorboard_gets(tmp_path):
     assert Image.open(io.BytesIO(encoded)).format == "PNG"
 
 
-def test_no_tag_is_of_two_kinds(tmp_path):
+def test_each_tag_has_one_kind(tmp_path):
     board = callbacks.MemoryTensorBoard(tmp_path, BATCH, 1)
     watched(sequential(ntm()), board, epochs=3)
     read = events(tmp_path)
@@ -317,7 +317,7 @@ def test_no_tag_is_of_two_kinds(tmp_path):
         assert {len(values) for _, values in tensors(read, tag)} == {3}
 
 
-def test_a_subclassed_model_and_any_probe(tmp_path):
+def test_a_subclassed_model_accepts_any_probe(tmp_path):
     model = Subclassed()
     probes = {"mask": BATCH, "targets": BATCH[:2], "inputs": BATCH.inputs}
     boards = [
@@ -331,7 +331,7 @@ def test_a_subclassed_model_and_any_probe(tmp_path):
         assert ("probe" in tags) == (name != "inputs")
 
 
-def test_a_look_shows_each_call_of_each_layer():
+def test_a_look_traces_each_call_of_each_layer():
     shared = own(4, name="shared")
     inputs = keras.Input((None, 4))
     model = keras.Model(inputs, own(3, name="last")(shared(shared(inputs))))
@@ -346,7 +346,7 @@ def test_a_look_shows_each_call_of_each_layer():
     harness.close(seen.outputs, model(BATCH.inputs))
 
 
-def test_a_look_sees_the_masks_and_the_weights_of_now():
+def test_a_look_uses_the_current_masks_and_weights():
     model = sequential(keras.layers.Masking(), ntm())
     x = BATCH.inputs * (np.arange(11) < 8)[:, None]
     probe = probe_module.Probe(x)
@@ -400,7 +400,7 @@ def shorter():
         for make in (last_only, tokens, two_outputs, two_inputs, shorter)
     ],
 )
-def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
+def test_models_without_drawable_sequences_get_no_picture(make, tmp_path):
     model, (x, y) = make()
     model.compile("sgd", "mse", run_eagerly=True)
     probe = probe_module.Probe((x, y))
@@ -414,7 +414,7 @@ def test_models_whose_sequences_cannot_be_drawn(make, tmp_path):
         model.fit(x, y, verbose=0, callbacks=[pictures])
 
 
-def test_a_memory_that_cannot_be_seen_does_not_end_a_training(tmp_path):
+def test_an_untraceable_memory_warns_and_training_continues(tmp_path):
     class Hidden(Subclassed):
         def __init__(self):
             super().__init__()
@@ -430,7 +430,7 @@ def test_a_memory_that_cannot_be_seen_does_not_end_a_training(tmp_path):
         fitted(model, board)
 
 
-def test_a_look_leaves_states_as_they_are():
+def test_a_look_does_not_change_states():
     layer = ntm(stateful=True)
     model = keras.Sequential([keras.Input((None, 4), batch_size=2), layer])
     model(BATCH.inputs)
@@ -443,7 +443,7 @@ def test_a_look_leaves_states_as_they_are():
     harness.close(model(BATCH.inputs), first)
 
 
-def test_a_look_leaves_what_dropout_draws_next():
+def test_a_look_does_not_change_dropout_seeds():
     model = sequential(dnc(bypass_dropout=0.5, controller_dropout=0.5, seed=3))
     seeds = [v for v in model.non_trainable_variables if "seed" in v.path]
     assert len(seeds) == 2
@@ -455,7 +455,8 @@ def test_a_look_leaves_what_dropout_draws_next():
 
 
 def test_a_look_copies_no_weights(monkeypatch):
-    """Of a large memory that each call writes; and nothing stays written."""
+    """Each call writes to a large memory; a look must undo it without a
+    copy."""
     entry = keras.Input(batch_shape=(2, 1, 4))
     memory = keras_memory.KNNMemoryLayer(500, top_k=3, write="always")
     found = memory(entry, entry, entry)
@@ -480,22 +481,22 @@ def test_a_look_copies_no_weights(monkeypatch):
     )
     probe = probe_module.Probe(x)
     probe.look(model)
-    assigned.clear()  # while it was traced
+    assigned.clear()  # ignores assignments during tracing
     outputs = [probe.look(model).outputs for _ in range(2)]
     assert max(copied) <= 100 and not assigned
     np.testing.assert_array_equal(*outputs)
-    assert np.count_nonzero(outputs[0]) == 2 * 1 * 4  # of one entry a row
+    assert np.count_nonzero(outputs[0]) == 2 * 1 * 4  # one entry per row
     for weight, kept in zip(model.get_weights(), before):
         np.testing.assert_array_equal(weight, kept)
 
 
-def test_a_look_at_a_model_that_is_not_built():
+def test_a_look_builds_an_unbuilt_model():
     model = Subclassed()
     seen = probe_module.Probe(BATCH).look(model)
     harness.close(seen.outputs, model(BATCH.inputs))
 
 
-def test_by_default_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+def test_looks_take_a_small_share_of_the_time_by_default(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
     board = callbacks.MemoryTensorBoard(tmp_path, BATCH)
@@ -519,7 +520,7 @@ def test_by_default_it_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.0, True])
-def test_impossible_arguments(every, tmp_path):
+def test_wrong_periods_and_probes_are_refused(every, tmp_path):
     with pytest.raises(ValueError, match="Received: every"):
         callbacks.MemoryTensorBoard(tmp_path, BATCH, every=every)
     with pytest.raises(ValueError, match="4 parts"):
@@ -527,7 +528,7 @@ def test_impossible_arguments(every, tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["text", None, object(), {"a": "text"}, 1.0])
-def test_probes_that_are_no_arrays(bad, tmp_path):
+def test_probes_other_than_arrays_are_refused(bad, tmp_path):
     for make in (
         probe_module.Probe,
         lambda probe: callbacks.ProbePictures(probe, tmp_path),
@@ -548,7 +549,7 @@ def test_probes_that_are_no_arrays(bad, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [None, 3, b"bytes"])
-def test_folders_that_are_none(bad):
+def test_wrong_folders_are_refused(bad):
     images = np.ones((2, 4, 4))
     for call, name in (
         (lambda: callbacks.MemoryTensorBoard(bad, BATCH), "log_dir"),
@@ -562,7 +563,7 @@ def test_folders_that_are_none(bad):
             call()
 
 
-def test_other_arguments_of_callbacks(tmp_path):
+def test_wrong_arguments_of_callbacks_are_refused(tmp_path):
     images = np.ones((2, 4, 4))
     for call, words in (
         (
@@ -598,7 +599,7 @@ def test_a_model_without_memory_is_refused(tmp_path):
         fitted(sequential(keras.layers.LSTM(3, return_sequences=True)), board)
 
 
-def test_pictures_of_the_probe_and_their_animation(tmp_path):
+def test_pictures_of_the_probe_become_an_animation(tmp_path):
     folder = tmp_path / "new" / "folder"
     folder.mkdir(parents=True)
     others = [folder / "20.png", folder / "2024-01-01.png"]
@@ -623,7 +624,7 @@ def test_pictures_of_the_probe_and_their_animation(tmp_path):
 
 
 @pytest.mark.filterwarnings("default:.*stays as it is")
-def test_pictures_of_others_stay(tmp_path):
+def test_pictures_of_other_programs_are_kept(tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
     other = visualization.to_png(np.zeros((2, 2, 3), "uint8"))
@@ -642,7 +643,7 @@ def test_pictures_of_others_stay(tmp_path):
 
     with pytest.warns(UserWarning, match="00000001.png is not of `Probe"):
         assert draw(3) == [f"{done:08}.png" for done in (0, 2, 3)]
-    # Another process takes the place of what this one drew.
+    # Another process replaces the pictures of this one.
     assert draw(2, every=2) == [f"{done:08}.png" for done in (0, 2)]
     for name, content in users.items():
         assert (folder / name).read_bytes() == content
@@ -650,7 +651,7 @@ def test_pictures_of_others_stay(tmp_path):
         assert gif.n_frames >= 1
 
 
-# As a person sees it.
+# In a browser.
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -678,7 +679,7 @@ TAGS = "/data/plugin/images/tags"
 
 
 def served(url, tag):
-    """The images of a tag, from the first step to the last."""
+    """The images of a tag, in order of steps."""
     where = f"{url}/data/plugin/images"
     question = urllib.parse.urlencode(
         {"run": "memory", "tag": tag, "sample": 0}
@@ -734,12 +735,12 @@ def test_tensorboard_shows_the_images_in_a_browser(tmp_path):
             assert image.format == ("GIF" if animated else "PNG")
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    for end in (0.0, 1.0):  # weightings are there
+    for end in (0.0, 1.0):  # the weightings are visible
         color = np.multiply(matplotlib.colormaps["viridis"](end)[:3], 255)
         assert (np.abs(pixels - color).max(-1) < 8).sum() > 200
 
 
-def test_images_are_steps(tmp_path):
+def test_each_image_is_a_step(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (4, 5, 3), "uint8") for _ in range(3)]
     callbacks.write_images(tmp_path / "memory", "map", images)

@@ -73,8 +73,8 @@ def test_shapes(case):
 
 
 def fits_always(case, jit_compile):
-    """Whether the case is fitted this way without `-m slow`."""
-    # `test_time_loops.py` or `test_same_numbers` has gradients of the others.
+    """Whether the case is fitted this way even without `-m slow`."""
+    # `test_time_loops.py` or `test_same_numbers` checks the other gradients.
     return case in LAYERS and jit_compile == (harness.BACKEND != "torch")
 
 
@@ -122,7 +122,7 @@ def test_in_models(case):
     [
         slow_unless(
             case in LAYERS
-            # Whose cell is an NTM.
+            # Its cell is an NTM.
             and (policy == "mixed_float16" or case.name != "memory-rnn"),
             policy,
             case,
@@ -143,12 +143,12 @@ def test_trace(case):
 
 @pytest.fixture(scope="session")
 def of_tensorflow(tmp_path_factory):
-    """What `backends.numbers` gives for all cases on TensorFlow."""
+    """The results of `backends.numbers` for all cases on TensorFlow."""
     because = "not applicable: what the others are compared with"
     harness.skip_on("tensorflow", because=because)
     if importlib.util.find_spec("tensorflow") is None:
         pytest.skip("TensorFlow is not installed")
-    if path := os.environ.get("NUMBERS_OF_TENSORFLOW"):  # of `.ci/run`
+    if path := os.environ.get("NUMBERS_OF_TENSORFLOW"):  # set by `.ci/run`
         return np.load(path)
     path = tmp_path_factory.mktemp("numbers") / "tensorflow.npz"
     subprocess.run(

@@ -1,4 +1,4 @@
-"""What arrays `checks.check_array` takes, and what it says of others."""
+"""Arrays that `checks.check_array` accepts, and its errors for others."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ from keras_memory.checks import check_size
         (keras.KerasTensor((2, 2), "bool"), "shape (2, 2), dtype bool"),
     ],
 )
-def test_what_does_not_fit_is_named(value, received):
+def test_errors_name_the_argument_and_the_received_value(value, received):
     sizes = {"D": 2}
     with pytest.raises(ValueError) as error:
         check_array("keys", value, ("n", "D"), sizes)
@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_named(value, received):
         "`keys` must be an array (n, D) of real numbers with D=2. Received: "
     )
     assert received in text
-    assert sizes == {"D": 2}  # a refused argument sets no size
+    assert sizes == {"D": 2}  # a refused argument defines no size
 
 
 def test_named_sizes_must_agree_between_arguments():
@@ -71,7 +71,7 @@ def test_named_sizes_must_agree_between_arguments():
         ([], "bool", "bool"),
     ],
 )
-def test_what_fits_becomes_a_tensor(value, kind, dtype):
+def test_valid_arrays_become_tensors(value, kind, dtype):
     tensor = check_array("x", value, (None,), kind=kind)
     assert ops.is_tensor(tensor)
     assert dtype in (None, ops.dtype(tensor))
@@ -87,14 +87,14 @@ def test_bfloat16_is_a_real_number():
     )
 
 
-def test_unknown_sizes_of_a_graph_fit_any():
+def test_sizes_unknown_to_a_graph_are_accepted():
     sizes = {}
     x = keras.KerasTensor((None, 3))
     assert check_array("x", x, ("B", "D"), sizes) is x
     assert sizes == {"D": 3}
 
 
-def test_no_axis_is_longer_than_an_index():
+def test_axes_longer_than_32_bit_indices_are_refused():
     assert check_size("slots", LONGEST_AXIS) == LONGEST_AXIS
     with pytest.raises(ValueError, match="`slots` must be at most 2147483647"):
         check_size("slots", 2**31)
@@ -111,7 +111,7 @@ REMEDY = "Scale them."
         (np.array([-(1 << 24) - 1]), "float32", -16777217),
         (np.array([(1 << 63) - 1]), "float64", (1 << 63) - 1),
         (np.array([257], "uint16"), "bfloat16", 257),
-        ([1 << 20], "float16", 1 << 20),  # infinity there
+        ([1 << 20], "float16", 1 << 20),  # infinite in float16
         ([(1 << 31) - 1, -(1 << 31)], "int32", None),
         ([1 << 31], "int32", 1 << 31),
         (np.array([1 << 63], "uint64"), "int64", 1 << 63),
@@ -136,7 +136,7 @@ def test_integers_are_kept_exactly_or_refused(numbers, dtype, inexact):
     with pytest.raises(ValueError, match=f"{told}Received: {inexact}, shape"):
         check()
     if dtype == "float32":
-        check(remedy=None)  # they are rounded
+        check(remedy=None)  # rounds them
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_integers_are_kept_exactly_or_refused(numbers, dtype, inexact):
         ("float32", "float16", True),
     ],
 )
-def test_tensors_of_integers_are_judged_by_their_dtype(of, dtype, is_kept):
+def test_integer_tensors_are_checked_by_their_dtype(of, dtype, is_kept):
     kind = "integer" if dtype.startswith("int") else "real"
     options = {"kind": kind, "dtype": dtype, "remedy": REMEDY}
     for value in (ops.zeros((2, 3), of), keras.KerasTensor((2, 3), of)):
@@ -162,7 +162,7 @@ def test_tensors_of_integers_are_judged_by_their_dtype(of, dtype, is_kept):
             check_array("ids", value, **options)
 
 
-def test_floats_where_integers_are_wanted_are_told_the_remedy():
+def test_errors_for_floats_instead_of_integers_give_the_remedy():
     with pytest.raises(ValueError, match="of integers. Scale them. Received"):
         check_array("ids", [1.0], (1,), kind="integer", remedy=REMEDY)
 
@@ -204,7 +204,7 @@ os.waitpid(child, 0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 @harness.needs_tensorflow
-def test_what_computes_in_a_fork_says_to_spawn():
+def test_errors_of_calls_in_a_fork_say_to_spawn():
     done = subprocess.run(
         [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=90
     )
@@ -213,7 +213,7 @@ def test_what_computes_in_a_fork_says_to_spawn():
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("make", ["RaggedTensor", "SparseTensor"])
-def test_tensors_that_are_not_dense_are_refused(make):
+def test_sparse_and_ragged_tensors_are_refused(make):
     import tensorflow as tf
 
     values = {

@@ -1,4 +1,4 @@
-"""The command before TensorFlow: what it tells at once, and what it imports."""
+"""Tests of the command before it imports TensorFlow: outputs and imports."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ import sys
 from keras_memory.cli import main
 sys.exit(main())
 """
-# Says at the end of the process whether TensorFlow is there.
+# Prints at the end of the process whether TensorFlow was imported.
 WATCHED = """
 import atexit, sys
 def told():
@@ -31,8 +31,8 @@ atexit.register(told)
 
 @pytest.fixture
 def command(tmp_path):
-    """Runs the command in a process that starts as it does for users, and
-    tells what it has imported."""
+    """Runs the command in a process that starts as for users, and reports its
+    imports."""
     script = tmp_path / "bin" / "keras-memory"
     script.parent.mkdir()
     script.write_text(AS_SCRIPT)
@@ -101,7 +101,7 @@ def test_version_and_help_need_no_tensorflow(start, command):
         ("convert pytorch-ntm imported x.keras --clip 3", "does not take"),
     ],
 )
-def test_typing_errors_are_told_before_tensorflow_is_imported(
+def test_usage_errors_are_reported_before_tensorflow_is_imported(
     arguments, told, command, tmp_path
 ):
     (tmp_path / "imported").touch()
@@ -115,8 +115,8 @@ def test_typing_errors_are_told_before_tensorflow_is_imported(
     assert re.search(told, last)
 
 
-def test_the_command_has_all_names_once_they_are_used():
-    """Also classes that only Keras looks for, in a file that it loads."""
+def test_the_command_loads_public_names_on_first_use():
+    """Includes classes that only Keras looks up, when it loads a file."""
     code = (
         "import sys; sys.argv[0] = 'keras-memory'\n"
         "import keras_memory\n"
@@ -132,8 +132,8 @@ def test_the_command_has_all_names_once_they_are_used():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_elsewhere_all_layers_are_registered_at_once():
-    """Here `keras_memory` was imported by a test, not by the command."""
+def test_outside_the_command_all_layers_are_registered_at_once():
+    """Here a test has imported `keras_memory`, not the command."""
     public = ast.parse((PACKAGE / "api.py").read_text()).body[1:]
     names = {alias.asname for node in public for alias in node.names}
     assert {"NTMLayer", "callbacks", "ScannIndex"} <= names
@@ -146,14 +146,14 @@ def test_the_command_knows_all_tasks_and_presets():
     assert list(cli.PRESETS) == list(PRESETS)
 
 
-def test_tasks_of_the_users_own_are_known(monkeypatch, capsys):
+def test_custom_tasks_are_known(monkeypatch, capsys):
     mine = {"default": PRESETS["copy"]["default"]}
     monkeypatch.setitem(PRESETS, "mine", mine)
     assert cli.main(["train", "mine", "--print-config"]) == 0
     assert '"name": "copy"' in capsys.readouterr().out
 
 
-def test_the_log_level_is_the_users(monkeypatch, capsys):
+def test_the_log_level_of_the_user_is_kept(monkeypatch, capsys):
     for before, after in (("0", "0"), (None, "3")):
         if before is None:
             monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")

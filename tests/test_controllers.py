@@ -1,4 +1,4 @@
-"""Controllers by name, and what a memory cell asks of any controller."""
+"""Controllers by name, and the demands of a memory cell on any controller."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.every_backend
 
 BATCH, WIDTH, UNITS = 2, 5, 7
 
-# As in tensorflow-addons.
+# The cells of tensorflow-addons.
 ADDONS = {
     "layer_norm_lstm": controllers.LayerNormLSTMCell,
     "layer_norm_rnn": controllers.LayerNormSimpleRNNCell,
@@ -64,7 +64,7 @@ def zeros(structure):
         *ADDONS.items(),
     ],
 )
-def test_get_by_name(name, cls):
+def test_get_makes_cells_by_name(name, cls):
     cell = controllers.get(name, UNITS, 1, 0.25, 11, "mixed_bfloat16")
     assert type(cell) is cls
     assert (cell.units, cell.dropout, cell.seed) == (UNITS, 0.25, 11)
@@ -108,7 +108,7 @@ def test_get_returns_a_layer_as_it_is(make):
         ("rnn", 7, 1, None, "`controller_dropout`.*dropout=None"),
     ],
 )
-def test_get_refuses(name, units, layers, dropout, message):
+def test_get_refuses_wrong_arguments(name, units, layers, dropout, message):
     with pytest.raises(ValueError, match=message):
         controllers.get(name, units, layers, dropout)
 
@@ -116,12 +116,12 @@ def test_get_refuses(name, units, layers, dropout, message):
 @pytest.mark.parametrize(
     "controller", [None, 5, [keras.layers.LSTMCell], keras.layers.LSTMCell]
 )
-def test_get_refuses_what_is_neither_a_name_nor_a_layer(controller):
+def test_get_refuses_anything_but_names_and_layers(controller):
     with pytest.raises(TypeError, match="name or a Keras layer.*Received: "):
         controllers.get(controller, UNITS, 1)
 
 
-def test_layers_with_a_seed_drop_different_units():
+def test_layers_of_one_seed_drop_different_units():
     stack = made("rnn", layers=3, dropout=0.5, seed=3)
     ones = np.ones((BATCH, 97), "float32")
     masks = [
@@ -135,7 +135,7 @@ def test_layers_with_a_seed_drop_different_units():
 # DenseCell
 
 
-def test_dense_cell_is_a_dense_layer(x):
+def test_dense_cell_equals_a_dense_layer(x):
     cell = made("dense")
     cell.set_weights([w + 0.5 for w in cell.get_weights()])
     output, states = cell(x, [])
@@ -186,7 +186,7 @@ def test_dense_cell_keeps_its_mask_until_it_is_reset(x):
     close(no_dropout(x, [], training=True)[0], ops.convert_to_numpy(plain), 0)
 
 
-# What a cell asks of its controller.
+# Demands of a memory cell on its controller.
 
 CONTROLLERS = {
     **{
@@ -217,7 +217,7 @@ CONTROLLERS = {
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)
-def test_step_keeps_the_structure_and_tells_its_width(name, x):
+def test_step_keeps_the_structure_and_the_output_size(name, x):
     controller = CONTROLLERS[name]()
     structure = controllers.state_structure(controller)
     assert controllers.output_size(controller, WIDTH) == UNITS  # not built
@@ -234,7 +234,7 @@ def test_step_keeps_the_structure_and_tells_its_width(name, x):
         assert np.abs(ops.convert_to_numpy(now)).max() > 0
 
 
-def test_states_reach_the_controller_in_their_order(x):
+def test_states_reach_the_controller_in_order(x):
     stack = made("lstm", layers=2)
     rng = np.random.default_rng(3)
     states = keras.tree.map_structure(
@@ -255,7 +255,7 @@ def test_states_reach_the_controller_in_their_order(x):
     close(output, hidden, 0)
 
 
-def test_training_reaches_those_who_want_it(x):
+def test_training_reaches_the_layers_that_take_it(x):
     dropping = keras.layers.Dropout(0.9)
     still, _ = controllers.step(dropping, x, (), False)
     dropped, _ = controllers.step(dropping, x, (), True)
@@ -266,7 +266,7 @@ def test_training_reaches_those_who_want_it(x):
     still, _ = controllers.step(cell, x, states, False)
     dropped, _ = controllers.step(cell, x, states, True)
     assert np.abs(ops.convert_to_numpy(still - dropped)).max() > 1e-3
-    # Neither of these takes `training`.
+    # Neither layer takes `training`.
     controllers.step(keras.layers.Dense(3), x, (), True)
     controllers.step(toy.PlainCell(WIDTH), x, zeros(WIDTH), True)
 
@@ -290,7 +290,7 @@ def test_dropout_cells_come_with_the_width_of_their_inputs():
 
 
 def randomised(name, **kwargs):
-    """A cell whose weights are all drawn anew."""
+    """A cell with all weights drawn at random."""
     cell = ADDONS[name](UNITS, **kwargs)
     cell.build((None, WIDTH))
     rng = np.random.default_rng(5)
@@ -309,7 +309,7 @@ def random_states(cell):
 
 
 def steps_close(ours, theirs, tolerance=1e-6):
-    """Compares two (output, states)."""
+    """Compares two pairs of output and states."""
     for a, b in zip(keras.tree.flatten(ours), keras.tree.flatten(theirs)):
         close(a, ops.convert_to_numpy(b), tolerance)
 
@@ -322,7 +322,7 @@ def literal(text):
 
 
 def from_golden(name, dtype):
-    """A layer with the weights of a golden, its states, and the golden."""
+    """A layer with the weights of a golden file, its states, and the file."""
     file = dict(np.load(GOLDENS / f"tfa__{name}.npz"))
     settings = json.loads(str(file["__meta__"]))
     options = {key: literal(v) for key, v in settings["options"].items()}
@@ -384,7 +384,7 @@ def test_gradients_equal_tensorflow_addons(name):
         close(gradient, file[f"grad.{weight}"], 1e-7)
 
 
-# What the goldens leave open.
+# Options that the golden files do not cover.
 
 
 def hard_sigmoid(x):
@@ -396,7 +396,7 @@ def layer_norm(x, gamma, beta, epsilon):
     return (x - x.mean(-1, keepdims=True)) / deviation * gamma + beta
 
 
-def test_lstm_options_by_hand(x):
+def test_lstm_options_match_values_computed_by_hand(x):
     options = {
         "activation": "relu",
         "recurrent_activation": "hard_sigmoid",
@@ -424,7 +424,7 @@ def test_lstm_options_by_hand(x):
 
 
 @pytest.mark.parametrize("name", ["layer_norm_rnn", "nas"])
-def test_no_bias_is_a_bias_of_zero(name, x):
+def test_no_bias_equals_a_bias_of_zero(name, x):
     cell = randomised(name, use_bias=True)
     without = randomised(name, use_bias=False)
     weights = without.get_weights()
@@ -441,7 +441,7 @@ def test_nas_projects_its_output(x):
     assert projection.shape == (UNITS, 3)
     c, m = random_states(cell)
     assert m.shape == (BATCH, 3)
-    # The plain cell sees the same m_{t-1}, filled up with zeros.
+    # The plain cell sees the same m_{t-1}, padded with zeros.
     fill = np.zeros((UNITS - 3, 8 * UNITS))
     plain.set_weights([np.concatenate([recurrent_kernel, fill]), kernel])
     wide_m = np.pad(m, [(0, 0), (0, UNITS - 3)])
@@ -450,7 +450,7 @@ def test_nas_projects_its_output(x):
     steps_close(cell(x, [c, m]), (projected, [wide_c, projected]))
 
 
-def test_initial_weights():
+def test_initial_weights_follow_the_arguments():
     for name in ("layer_norm_lstm", "peephole_lstm"):
         for unit_forget_bias in (True, False):
             cell = ADDONS[name](UNITS, unit_forget_bias=unit_forget_bias)
@@ -463,7 +463,7 @@ def test_initial_weights():
     cell.build((None, WIDTH))
     gammas_and_betas = cell.get_weights()[3:]
     assert [w.mean() for w in gammas_and_betas] == [0, 1] * 3
-    # An initializer draws the same numbers each time.
+    # A shared initializer must not draw equal weights.
     draw = keras.initializers.RandomNormal()
     peephole = controllers.PeepholeLSTMCell(UNITS, kernel_initializer=draw)
     norm = controllers.LayerNormLSTMCell(UNITS, norm_gamma_initializer=draw)
@@ -477,7 +477,7 @@ each_name = pytest.mark.parametrize("name", ADDONS)
 
 
 @each_name
-def test_one_dropout_mask_for_all_gates_and_all_steps(name, x):
+def test_all_gates_and_steps_share_one_dropout_mask(name, x):
     shares = {"dropout": 0.5, "seed": 11}
     if name != "nas":
         shares["recurrent_dropout"] = 0.4
@@ -486,7 +486,7 @@ def test_one_dropout_mask_for_all_gates_and_all_steps(name, x):
     x = np.stack([x, 2 * x, -x], axis=1)
     layer = keras.layers.RNN(cell, return_sequences=True)
     output = ops.convert_to_numpy(layer(x, training=True))
-    # The twin draws what the layer has drawn.
+    # The twin draws the same masks as the layer.
     mask = ops.convert_to_numpy(twin.get_dropout_mask(x[:, 0]))
     states = [np.zeros((BATCH, UNITS), "float32") for _ in random_states(cell)]
     recurrent_mask = np.ones((BATCH, UNITS), "float32")
@@ -499,7 +499,7 @@ def test_one_dropout_mask_for_all_gates_and_all_steps(name, x):
     assert mask.shape == (BATCH, WIDTH)
     assert set(mask.ravel()) == {0, 2}
     for time in range(3):
-        states[0] = states[0] * recurrent_mask  # h, of which only U sees
+        states[0] = states[0] * recurrent_mask  # only U sees the dropped h
         after = plain(x[:, time] * mask, states)
         expected, states = keras.tree.map_structure(ops.convert_to_numpy, after)
         close(output[:, time], expected)
@@ -521,7 +521,7 @@ def test_masked_steps_hold_output_and_states(name):
     steps_close(layer(x, mask=mask), layer(x[:, :4]))
 
 
-def test_a_stack_trains_when_compiled_and_is_saved(tmp_path):
+def test_a_compiled_stack_trains_and_is_saved(tmp_path):
     shares = {"dropout": 0.25, "recurrent_dropout": 0.25}
     *cells, nas = ADDONS.values()
     stack = [cell(UNITS, **shares) for cell in cells]
@@ -530,7 +530,7 @@ def test_a_stack_trains_when_compiled_and_is_saved(tmp_path):
     model = keras.Sequential([keras.Input((None, WIDTH)), layer])
     x = np.random.default_rng(7).normal(size=(BATCH, 3, WIDTH))
     backend = keras.backend.backend()
-    if backend != "numpy":  # which does not train
+    if backend != "numpy":  # Keras does not train there
         compiled(model, "sgd", "mse", jit_compile=backend != "torch")
         before = model.get_weights()
         model.fit(x, np.ones((BATCH, 3)), epochs=2, verbose=0)
@@ -543,7 +543,7 @@ def test_a_stack_trains_when_compiled_and_is_saved(tmp_path):
 
 
 @each_name
-def test_as_controllers_of_a_saved_memory(name, tmp_path):
+def test_a_saved_memory_keeps_its_addons_controller(name, tmp_path):
     sizes = {"memory_slots": 11, "slot_size": 3, "return_sequences": True}
     model = keras.Sequential(
         [
@@ -661,7 +661,7 @@ RECURRENT = [({"recurrent_dropout": 1.5}, "Received: recurrent_dropout=1.5")]
         ("nas", [({"projection": 0}, "`projection`.*least 1.*projection=0")]),
     ],
 )
-def test_cells_refuse(name, refused):
+def test_cells_refuse_wrong_arguments(name, refused):
     for arguments, message in REFUSED + refused:
         with pytest.raises(ValueError, match=message):
             controllers.CELLS[name](**{"units": UNITS, **arguments})
@@ -670,7 +670,7 @@ def test_cells_refuse(name, refused):
 @pytest.mark.parametrize(("steps", "scale"), [(1, 0.0), (3, 1e3)])
 @each_name
 @needs_tensorflow
-def test_zero_and_saturation(name, steps, scale):
+def test_zero_and_saturated_inputs_have_finite_gradients(name, steps, scale):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)

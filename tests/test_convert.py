@@ -1,7 +1,7 @@
-"""Converted weights against stored results of the other implementations, and
-against oracles of them (`reference.py`) where nothing is stored.
+"""Compares converted weights with stored results of the other implementations,
+or with oracles of them (`reference.py`) where no results are stored.
 
-`test_convert_errors.py` has what is refused.
+`test_convert_errors.py` tests the errors.
 """
 
 import pathlib
@@ -56,7 +56,7 @@ PARTS = {
 
 
 def expected(arrays, kinds, shift_order, prefix=""):
-    """What a reference computed, batch first, under this library's names.
+    """Results of a reference, batch first, under this library's names.
 
     kinds: "R" or "W" for each of the reference's heads.
     """
@@ -100,7 +100,7 @@ def computes(layer, x, values, tolerance):
     close(layer(x), values["output"], tolerance)
 
 
-# Against stored results.
+# Stored results.
 
 
 def collier_arguments(meta):
@@ -129,7 +129,7 @@ def expected_of(name, arrays, meta):
 )
 @pytest.mark.parametrize("name", PYTORCH + COLLIER)
 @needs_tensorflow
-def test_computes_what_the_reference_did(name, dtype, tolerance):
+def test_a_converted_layer_equals_the_reference(name, dtype, tolerance):
     arrays, weights, meta = golden(name)
     layer = converted(name, weights, meta, dtype=dtype)
     values = expected_of(name, arrays, meta)
@@ -139,9 +139,9 @@ def test_computes_what_the_reference_did(name, dtype, tolerance):
 
 @pytest.mark.parametrize("name", PYTORCH + COLLIER)
 @needs_tensorflow
-def test_has_the_gradients_of_the_reference(name):
-    """Its gradient along a direction in its weights is the layer's along
-    what the converter makes of that direction."""
+def test_a_converted_layer_has_the_gradients_of_the_reference(name):
+    """The reference's gradient along a direction of its weights equals the
+    layer's along the converted direction."""
     import tensorflow as tf
 
     arrays, weights, meta = golden(name)
@@ -174,7 +174,7 @@ def test_has_the_gradients_of_the_reference(name):
 
 
 @pytest.mark.parametrize("name", PYTORCH + COLLIER)
-def test_the_oracles_compute_what_the_reference_did(name):
+def test_the_oracles_equal_the_reference(name):
     arrays, weights, meta = golden(name)
     prefix = "ntm." if name in PYTORCH else "ntm/"
     names = {n.removeprefix(prefix): w for n, w in weights.items()}
@@ -190,7 +190,7 @@ def test_the_oracles_compute_what_the_reference_did(name):
         close(values[part], value, 1e-10)
 
 
-# Against the oracles, in sizes and orders that are not stored.
+# Oracles, for sizes and orders without stored results.
 
 
 def drawn(shapes):
@@ -285,7 +285,7 @@ def words(kinds):
     ids=str,
 )
 @needs_tensorflow
-def test_pytorch_ntm_in_other_sizes(kinds, sizes, shape):
+def test_pytorch_ntm_converts_in_other_sizes(kinds, sizes, shape):
     weights = pytorch_weights(kinds, **sizes)
     x = inputs_of(**shape)
     layer = convert.from_pytorch_ntm(weights, dtype="float64")
@@ -315,7 +315,7 @@ def test_pytorch_ntm_in_other_sizes(kinds, sizes, shape):
     ids=str,
 )
 @needs_tensorflow
-def test_collier_ntm_in_other_sizes(heads, options, sizes, shape):
+def test_collier_ntm_converts_in_other_sizes(heads, options, sizes, shape):
     made = {k: v for k, v in options.items() if k != "addressing_mode"}
     weights = collier_weights(*heads, **made, **sizes)
     x = inputs_of(**shape)
@@ -332,8 +332,8 @@ def test_collier_ntm_in_other_sizes(heads, options, sizes, shape):
     ("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)]
 )
 @needs_tensorflow
-def test_collier_ntm_whose_memory_starts_near_zero(dtype, tolerance):
-    """As it does where it is constant: at 1e-6."""
+def test_collier_ntm_converts_with_a_memory_near_zero(dtype, tolerance):
+    """A constant initial memory is 1e-6."""
     weights = collier_weights(1, 1, init_mode="constant")
     weights["init/init_M"] *= 1e-6
     x = inputs_of()
@@ -391,9 +391,9 @@ def ivy_as_collier(weights, layers, reads, heads):
 
 @pytest.mark.parametrize("name", IVY)
 @needs_tensorflow
-def test_first_step_is_that_of_ivy(name):
-    """Only the first: ivy's erasing lacks a pair of brackets, so that its
-    memory is another from then on."""
+def test_the_first_step_equals_that_of_ivy(name):
+    """Only the first step: ivy's erase lacks a pair of brackets, so that its
+    memory differs from then on."""
     arrays, weights, meta = golden(name)
     reads, writes = meta["read_heads"], meta["write_heads"]
     shift_range = meta["options"].get("shift_range", 1)
@@ -420,7 +420,7 @@ def test_first_step_is_that_of_ivy(name):
 
 
 def state_dict(weights, encapsulated=True):
-    """With the names that PyTorch gives: each head has the same memory."""
+    """Weights under PyTorch's names: each head repeats the shared memory."""
     heads = {n.split(".")[1] for n in weights if n.startswith("heads.")}
     named = {n: w for n, w in weights.items() if n != "mem_bias"}
     for name in ("memory", *(f"heads.{i}.memory" for i in heads)):
@@ -432,7 +432,7 @@ def state_dict(weights, encapsulated=True):
 
 
 @pytest.mark.parametrize("encapsulated", [True, False])
-def test_names_of_a_state_dict(encapsulated):
+def test_names_of_a_state_dict_are_recognized(encapsulated):
     weights = pytorch_weights("RWR")
     layer = convert.from_pytorch_ntm(weights)
     other = convert.from_pytorch_ntm(
@@ -442,15 +442,15 @@ def test_names_of_a_state_dict(encapsulated):
         close(same, ops.convert_to_numpy(weight), 0)
 
 
-def test_names_of_a_model_that_was_trained_in_parallel():
+def test_names_of_a_data_parallel_model_are_recognized():
     weights = pytorch_weights("RW")
     named = {f"module.{n}": w for n, w in state_dict(weights).items()}
     layer = convert.from_pytorch_ntm(named)
     close(layer.cell.output_projection[1], weights["fc.bias"], 1e-7)
 
 
-def test_heads_come_in_the_order_of_their_numbers():
-    kinds = "RWRWRWRWRWWR"  # 10 and 11 are no 2 and 3
+def test_heads_are_ordered_by_number():
+    kinds = "RWRWRWRWRWWR"  # 10 and 11 must not sort before 2
     weights = dict(sorted(pytorch_weights(kinds).items()))
     layer = convert.from_pytorch_ntm(weights)
     assert layer.cell.head_order == words(kinds)
@@ -466,7 +466,7 @@ def as_tensorflow_numbers_them(name):
 
 
 @pytest.mark.parametrize("scopes", ["ntm/", "root/rnn/", ""])
-def test_names_of_a_checkpoint(scopes):
+def test_names_of_a_checkpoint_are_recognized(scopes):
     weights = collier_weights(2, 1)
     layer = convert.from_collier_ntm(weights, 2, 1)
     named = {
@@ -480,7 +480,7 @@ def test_names_of_a_checkpoint(scopes):
         close(same, ops.convert_to_numpy(weight), 0)
 
 
-# The layer that comes out.
+# The converted layer.
 
 
 def from_pytorch(weights=None, **kwargs):
@@ -499,7 +499,7 @@ each_converter = pytest.mark.parametrize(
 
 
 @each_converter
-def test_arguments_of_the_layer(converter):
+def test_converters_pass_arguments_to_the_layer(converter):
     layer = converter()
     assert isinstance(layer, keras_memory.NTMLayer) and layer.built
     assert layer.return_sequences and not layer.stateful
@@ -516,7 +516,7 @@ def test_arguments_of_the_layer(converter):
     assert output.shape == (2, 2)
 
 
-def test_which_weights_are_trained():
+def test_learned_starts_are_trained_and_fixed_ones_are_not():
     def trained(layer):
         return {
             weight.name: weight.trainable
@@ -541,7 +541,7 @@ def test_which_weights_are_trained():
 
 
 @each_converter
-def test_stateful_layer_goes_on(converter):
+def test_a_stateful_layer_continues_from_its_state(converter):
     x = batch_first(inputs_of()).astype("float32")
     whole = converter()(x)
     layer = converter(stateful=True)
@@ -550,7 +550,7 @@ def test_stateful_layer_goes_on(converter):
 
 
 @each_converter
-def test_saves_and_loads(converter, tmp_path):
+def test_a_converted_layer_is_saved_and_loaded(converter, tmp_path):
     layer = converter(initial_memory="learned")
     model = keras.Sequential([keras.Input((None, 3)), layer])
     x = batch_first(inputs_of()).astype("float32")
@@ -583,7 +583,7 @@ def save(path, document, **kwargs):
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "npz"])
-def test_command_converts(form, tmp_path, capsys):
+def test_the_command_converts(form, tmp_path, capsys):
     weights = pytorch_weights("WRW", layers=2)
     named = state_dict(weights)
     if form == "npz":
@@ -635,7 +635,7 @@ def is_refused(capsys, checkpoint, out, message):
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "npz"])
-def test_command_executes_nothing(form, tmp_path, capsys):
+def test_the_command_executes_no_pickled_code(form, tmp_path, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
     trap = Trap(str(folder / "sprung"))
@@ -653,7 +653,7 @@ def test_command_executes_nothing(form, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ending", ["model", "npz"])
-def test_command_on_a_damaged_file(ending, tmp_path, capsys):
+def test_the_command_refuses_a_damaged_file(ending, tmp_path, capsys):
     checkpoint = tmp_path / f"checkpoint.{ending}"
     weights = state_dict(pytorch_weights("RW"))
     if ending == "npz":
@@ -673,7 +673,7 @@ def test_command_on_a_damaged_file(ending, tmp_path, capsys):
         is_refused(capsys, checkpoint, folder / "ntm.keras", checkpoint.name)
 
 
-def test_command_on_what_is_no_state_dict(tmp_path, capsys):
+def test_the_command_refuses_anything_but_a_state_dict(tmp_path, capsys):
     weights = tensors(state_dict(pytorch_weights("RW")))
     folder = tmp_path / "out"
     folder.mkdir()
@@ -689,7 +689,7 @@ def test_command_on_what_is_no_state_dict(tmp_path, capsys):
         is_refused(capsys, checkpoint, folder / "ntm.keras", message)
 
 
-def test_command_on_files_it_cannot_read_or_write(
+def test_the_command_reports_unreadable_and_unwritable_files(
     tmp_path, capsys, monkeypatch
 ):
     checkpoint = tmp_path / "weights.npz"

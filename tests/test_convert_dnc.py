@@ -1,7 +1,7 @@
-"""Converted weights of the two other DNCs: against their stored results, and
-against oracles of them (`reference_dnc.py`) where nothing is stored.
+"""Compares converted weights of two other DNCs with their stored results, or
+with oracles of them (`reference_dnc.py`) where no results are stored.
 
-`test_convert_errors.py` has what is refused.
+`test_convert_errors.py` tests the errors.
 """
 
 import keras
@@ -247,13 +247,13 @@ def expected_of(name, arrays):
 
 
 def stepped(cell, x, states, feedback=True):
-    """What a cell does, step by step.
+    """Runs a cell step by step.
 
-    feedback: False, as the other implementation does within one call: each
-        step sees the reads that came in front of the call.
+    feedback: False: as in the other implementation within one call, each step
+        sees the reads from before the call.
 
-    Returns the outputs (B, T, units), the controllers' states, list over time
-    of a flat list, and a dict of what happened inside.
+    Returns the outputs (B, T, units), the controllers' states as a list over
+    time of flat lists, and a dict of the other values.
     """
     records = cell.layout.unflatten(states)
     first = [record.reads for record in records]
@@ -286,11 +286,11 @@ def computes(layer, x, states, expected, controllers, tolerance, feedback=True):
             close(state, of_theirs[t], tolerance)
 
 
-# Against stored results.
+# Stored results.
 
 
 @pytest.mark.parametrize("name", DEEPMIND)
-def test_the_oracle_computes_what_deepmind_did(name):
+def test_the_oracle_equals_the_results_of_deepmind(name):
     arrays, weights, meta = golden(name)
     weights = {n.removeprefix("dnc/"): w for n, w in weights.items()}
     values = reference_dnc.deepmind_dnc(
@@ -305,7 +305,7 @@ def test_the_oracle_computes_what_deepmind_did(name):
 
 
 @pytest.mark.parametrize("name", ACCESS)
-def test_the_oracle_accesses_as_deepmind_did(name):
+def test_the_access_of_the_oracle_equals_that_of_deepmind(name):
     arrays, weights, _ = golden(name)
     for b in range(arrays["x"].shape[1]):
         state = {n[5:]: v[b] for n, v in started(arrays).items()}
@@ -318,7 +318,7 @@ def test_the_oracle_accesses_as_deepmind_did(name):
 
 
 @pytest.mark.parametrize("name", STEPWISE + IN_ONE_CALL)
-def test_the_oracle_computes_what_pytorch_did(name):
+def test_the_oracle_equals_the_results_of_pytorch(name):
     arrays, weights, meta = golden(name)
     values = reference_dnc.pytorch_dnc(
         weights,
@@ -336,7 +336,7 @@ def test_the_oracle_computes_what_pytorch_did(name):
 
 @pytest.mark.parametrize("name", DEEPMIND + STEPWISE + IN_ONE_CALL)
 @needs_tensorflow
-def test_computes_what_the_reference_did(name):
+def test_a_converted_layer_equals_the_reference(name):
     arrays, weights, meta = golden(name)
     layer, states = layer_and_state(
         name, weights, meta, started(arrays), dtype="float64"
@@ -349,7 +349,7 @@ def test_computes_what_the_reference_did(name):
 
 
 @pytest.mark.parametrize("name", [*DEEPMIND[:2], *STEPWISE])
-def test_computes_it_in_float32(name):
+def test_a_converted_layer_equals_the_reference_in_float32(name):
     arrays, weights, meta = golden(name)
     layer, states = layer_and_state(name, weights, meta, started(arrays))
     x, expected, _ = expected_of(name, arrays)
@@ -358,10 +358,10 @@ def test_computes_it_in_float32(name):
 
 
 @needs_tensorflow
-def test_interface_where_the_order_of_slots_is_undefined():
-    """`topk` puts slots of equal usage in no defined order, so that memory,
-    reads and outputs of this file are of no use. Within one call they do not
-    reach the controller, whose interface is compared at all steps."""
+def test_the_interface_is_equal_where_slot_order_is_undefined():
+    """`topk` leaves the order of equally used slots undefined, so that memory,
+    reads and outputs of this file cannot be compared. Within one call they do
+    not reach the controller, whose interface is compared at all steps."""
     arrays, weights, meta = golden(TIED)
     layer, states = layer_and_state(
         TIED, weights, meta, started(arrays), dtype="float64"
@@ -378,8 +378,8 @@ def test_interface_where_the_order_of_slots_is_undefined():
             close(state, of_theirs[t], 1e-9)
 
 
-# Gradients. Keras's weights are permutations and sums of theirs, so that the
-# gradients of theirs are read off those of Keras's.
+# Gradients. Keras's weights are permutations and sums of the reference's, so
+# the gradients of the reference's weights follow from Keras's.
 
 
 def gates(array, order):
@@ -396,7 +396,7 @@ def interface_parts(array, sizes):
 
 
 def access_gradients(kernel, bias, reads, writes, width):
-    """Under the names of DeepMind's linear layers."""
+    """Gradients under the names of DeepMind's linear layers."""
     sizes = {
         "read_keys": reads * width,
         "read_strengths": reads,
@@ -445,7 +445,7 @@ def pytorch_gradients(gradients, meta):
         order = [0, 1, 2, 3] if kind == "lstm" else [1, 0, 2]
         for hidden in range(meta["num_hidden_layers"]):
             of_x, of_h, of_bias = arrays[3 * hidden : 3 * hidden + 3]
-            if kind == "lstm":  # each of the two has the gradient of the sum
+            if kind == "lstm":  # both biases have the gradient of their sum
                 of_bias = [of_bias, of_bias]
             values = {
                 "weight_ih": gates(of_x, order).T,
@@ -456,7 +456,7 @@ def pytorch_gradients(gradients, meta):
             for name, value in values.items():
                 theirs[f"{kind}_layer_{block}.{name}_l{hidden}"] = value
     memories = range(len(interfaces))
-    if meta["share_memory"]:  # there one interface, here one for each layer
+    if meta["share_memory"]:  # its layers share one interface; ours do not
         interfaces = [[sum(of) for of in zip(*interfaces, strict=True)]]
         memories = ["shared"]
     sizes = {
@@ -489,7 +489,7 @@ def pytorch_gradients(gradients, meta):
 
 @pytest.mark.parametrize("name", DEEPMIND + STEPWISE + IN_ONE_CALL)
 @needs_tensorflow
-def test_has_the_gradients_of_the_reference(name):
+def test_a_converted_layer_has_the_gradients_of_the_reference(name):
     import tensorflow as tf
 
     arrays, weights, meta = golden(name)
@@ -531,7 +531,7 @@ def test_has_the_gradients_of_the_reference(name):
         close(gradient, arrays[f"grad.{part}"], 1e-7)
 
 
-# Parts of DeepMind's, one by one.
+# Single parts of DeepMind's DNC.
 
 
 def drawn(shapes, scale=0.7):
@@ -567,7 +567,7 @@ def deepmind_weights(
 
 
 def cell_of(meta, of_access=None):
-    """The cell of a converted DNC that accesses its memory as `meta` says."""
+    """The cell of a converted DNC with the access options of `meta`."""
     weights = deepmind_weights(
         meta["num_reads"],
         meta["num_writes"],
@@ -600,7 +600,7 @@ def taped(arrays, names):
 
 @pytest.mark.parametrize("size", "ab")
 @needs_tensorflow
-def test_content_weighting_of_deepmind(size):
+def test_content_weighting_equals_that_of_deepmind(size):
     arrays, _, meta = golden(f"dm_dnc__content_{size}")
     access = cell_of(meta).accesses[0]
     names = ["memory", "keys", "strengths"]
@@ -617,7 +617,7 @@ def test_content_weighting_of_deepmind(size):
 
 @pytest.mark.parametrize("size", "ab")
 @needs_tensorflow
-def test_linkage_of_deepmind(size):
+def test_linkage_equals_that_of_deepmind(size):
     arrays, _, _ = golden(f"dm_dnc__linkage_{size}")
     names = ["write_weights", "read_weights", "prev_link", "prev_precedence"]
     tape, given = taped(arrays, names)
@@ -650,7 +650,7 @@ def test_linkage_of_deepmind(size):
 
 @pytest.mark.parametrize("size", "ab")
 @needs_tensorflow
-def test_usage_and_allocation_of_deepmind(size):
+def test_usage_and_allocation_equal_those_of_deepmind(size):
     arrays, _, meta = golden(f"dm_dnc__freeness_{size}")
     access = cell_of(meta).accesses[0]
     assert not access.usage_gradient
@@ -683,7 +683,7 @@ def test_usage_and_allocation_of_deepmind(size):
 
 @pytest.mark.parametrize("name", ACCESS)
 @needs_tensorflow
-def test_access_of_deepmind(name):
+def test_the_access_equals_that_of_deepmind(name):
     """Without its controller: the interface is a projection of the inputs."""
     import tensorflow as tf
 
@@ -721,12 +721,12 @@ def test_access_of_deepmind(name):
         meta["word_size"],
     )
     assert set(theirs) == set(weights)
-    assert not np.any(of_initial["init.write_weights"])  # stopped at usage
+    assert not np.any(of_initial["init.write_weights"])  # usage stops it
     for part, gradient in {"x": of_x, **of_initial, **theirs}.items():
         close(gradient, arrays[f"grad.{part}"], 1e-7)
 
 
-# Against the oracles, in sizes and options that are not stored.
+# Oracles, for sizes and options without stored results.
 
 
 def inputs_of(batch=2, steps=4, width=3):
@@ -734,8 +734,8 @@ def inputs_of(batch=2, steps=4, width=3):
 
 
 def somewhere(start):
-    """States as they are in the middle of a sequence, like `start` in names
-    and shapes. None of the slots are equally used."""
+    """States like those in the middle of a sequence, with the names and shapes
+    of `start`. No two slots are equally used."""
     rng = np.random.default_rng(17)
 
     def weighting(shape, total=0.9):
@@ -787,7 +787,7 @@ DEEPMIND_CASES = {
 
 @pytest.mark.parametrize("case", DEEPMIND_CASES)
 @needs_tensorflow
-def test_deepmind_dnc_in_other_sizes(case):
+def test_deepmind_dnc_converts_in_other_sizes(case):
     sizes, slots, clip, shape = DEEPMIND_CASES[case]
     weights, x = deepmind_weights(**sizes), inputs_of(**shape)
     layer = convert.from_deepmind_dnc(weights, slots, clip, dtype="float64")
@@ -915,7 +915,7 @@ PYTORCH_CASES = {
 
 @pytest.mark.parametrize("case", PYTORCH_CASES)
 @needs_tensorflow
-def test_pytorch_dnc_in_other_sizes(case):
+def test_pytorch_dnc_converts_in_other_sizes(case):
     sizes, slots, options, shape = PYTORCH_CASES[case]
     weights, x = pytorch_weights(**sizes), inputs_of(**shape)
     reads = sizes.get("reads", 2)
@@ -941,9 +941,9 @@ def test_pytorch_dnc_in_other_sizes(case):
 
 
 @needs_tensorflow
-def test_they_start_from_zero():
-    """Of three unused slots, unlike of more, no two are so alike after the
-    first step that rounding decides which is used next."""
+def test_converted_layers_start_from_zero():
+    """Three slots: with more unused slots, usages after the first step are so
+    close that rounding decides which slot is used next."""
     slots, x = 3, inputs_of()
     weights = deepmind_weights(writes=2)
     layer = convert.from_deepmind_dnc(weights, slots, dtype="float64")
@@ -965,7 +965,7 @@ def same_weights(layer, other):
 
 
 @pytest.mark.parametrize("scopes", ["dnc/", "root/rnn/dnc/", ""])
-def test_names_of_a_checkpoint(scopes):
+def test_names_of_a_checkpoint_are_recognized(scopes):
     weights = deepmind_weights()
     named = {f"{scopes}{name}:0": value for name, value in weights.items()}
     same_weights(
@@ -974,7 +974,7 @@ def test_names_of_a_checkpoint(scopes):
     )
 
 
-def test_names_of_a_model_that_was_trained_in_parallel():
+def test_names_of_a_data_parallel_model_are_recognized():
     weights = pytorch_weights(layers=2, shared=False)
     named = {f"module.{name}": value for name, value in weights.items()}
     same_weights(
@@ -983,8 +983,8 @@ def test_names_of_a_model_that_was_trained_in_parallel():
     )
 
 
-def test_layers_come_in_the_order_of_their_numbers():
-    """10 is not between 1 and 2."""
+def test_layers_are_ordered_by_number():
+    """10 must not sort between 1 and 2."""
     weights = pytorch_weights(kind="rnn", layers=11, shared=False, units=2)
     layer = convert.from_pytorch_dnc(dict(sorted(weights.items())), 3, 2)
     for k, (_, bias) in enumerate(layer.cell.interfaces):
@@ -992,7 +992,7 @@ def test_layers_come_in_the_order_of_their_numbers():
         close(bias[:-6], weights[name][:-6], 1e-6)
 
 
-# The layer that comes out.
+# The converted layer.
 
 
 def from_deepmind(weights=None, memory_slots=7, **kwargs):
@@ -1017,7 +1017,7 @@ each_converter = pytest.mark.parametrize(
 
 
 @each_converter
-def test_arguments_of_the_layer(converter):
+def test_converters_pass_arguments_to_the_layer(converter):
     layer = converter()
     assert isinstance(layer, keras_memory.DNCLayer) and layer.built
     assert layer.return_sequences and not layer.stateful
@@ -1038,7 +1038,7 @@ def test_arguments_of_the_layer(converter):
 
 
 @each_converter
-def test_learned_starts_begin_as_the_reference_does(converter):
+def test_learned_starts_begin_like_the_reference(converter):
     x = inputs_of().astype("float32")
     layer = converter(
         initial_memory="learned", initial_controller_state="learned"
@@ -1061,7 +1061,7 @@ def test_dropout_reaches_each_layer_of_a_controller(bias):
 
 
 @each_converter
-def test_stateful_layer_goes_on(converter):
+def test_a_stateful_layer_continues_from_its_state(converter):
     x = inputs_of().astype("float32")
     whole = converter()(x)
     layer = converter(stateful=True)
@@ -1085,7 +1085,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trains_saves_and_loads(kind, tmp_path):
+def test_a_converted_layer_trains_and_is_saved(kind, tmp_path):
     model = keras.Sequential([keras.Input((None, 3)), KINDS[kind]()])
     x = inputs_of(steps=2).astype("float32")
     if TRAINS:
@@ -1127,7 +1127,7 @@ def command(name, folder, converter, *options):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_converts(name, tmp_path, capsys):
+def test_the_command_converts(name, tmp_path, capsys):
     converter, options, kwargs = COMMANDS[name]
     slots = "--memory-slots=7"
     assert command(name, tmp_path, converter, slots, *options) == 0
@@ -1160,7 +1160,9 @@ def test_command_converts(name, tmp_path, capsys):
         ),
     ],
 )
-def test_command_is_refused(name, options, message, tmp_path, capsys):
+def test_the_command_refuses_wrong_arguments(
+    name, options, message, tmp_path, capsys
+):
     converter, _, _ = COMMANDS[name]
     assert command(name, tmp_path, converter, *options) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""What converters refuse, and that their errors name it."""
+"""Converters refuse wrong weights and arguments, and their errors name them."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ SHAPES = {
         "rnn_layer_memory_shared.interface_weights.bias": (38,),
     },
 }
-EXTRA = {  # weights of no model
+EXTRA = {  # weights that no model has
     "pytorch-ntm": ["beta1_power"],
     "collier-ntm": ["beta1_power"],
     "deepmind-dnc": ["beta1_power", "memory_access/more/w", "lstm/w_gates_1"],
@@ -63,7 +63,7 @@ EXTRA = {  # weights of no model
 
 
 def wrong_weights():
-    """Names, converters, weights, and what the errors must name."""
+    """Names, converters, weights, and the words of the errors."""
     for converter, weights in WEIGHTS.items():
         for name, value in weights.items():
             rest = {n: weights[n] for n in weights if n != name}
@@ -134,7 +134,7 @@ REFUSED = {
     "pytorch-dnc": {
         "memory_slots": SLOTS,
         "read_heads": [0, -1, 2.0, True, None],
-        "nonlinearity": ["sigmoid", None, 1, "relu"],  # relu: of an LSTM
+        "nonlinearity": ["sigmoid", None, 1, "relu"],  # relu: for an LSTM
         "clip": [-1.0, NAN, "20", False, True],
     },
 }
@@ -182,7 +182,7 @@ OF_DNCS = {
     "product_epsilon": 0.0,
     "usage_epsilon": 1e-5,
 }
-DETERMINED = {  # by the weights
+DETERMINED = {  # arguments fixed by the weights
     "pytorch-ntm": {
         **OF_NTMS,
         "read_heads": 1,
@@ -200,7 +200,7 @@ DETERMINED = {  # by the weights
 
 
 def wrong_arguments():
-    """Names, converters, arguments, and what the errors must name."""
+    """Names, converters, arguments, and the words of the errors."""
     for converter in CONVERTERS:
         for name, values in REFUSED[converter].items():
             for value in values:
@@ -263,10 +263,10 @@ def check_refused(told, converter, *arguments, **named):
 
 
 @each(wrong_weights())
-def test_weights_that_are_refused(converter, given, told):
+def test_wrong_weights_are_refused(converter, given, told):
     check_refused(told, converter, given)
 
 
 @each(wrong_arguments())
-def test_arguments_that_are_refused(converter, given, told):
+def test_wrong_arguments_are_refused(converter, given, told):
     check_refused(told, converter, **given)

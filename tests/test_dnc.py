@@ -1,5 +1,5 @@
-"""The Differentiable Neural Computer against its oracle and cases solved by
-hand: `access_harness.py` has what it shares with others."""
+"""The Differentiable Neural Computer, compared with its oracle and with values
+computed by hand. `test_accesses.py` has the checks of all accesses."""
 
 import concurrent.futures
 import threading
@@ -37,7 +37,7 @@ dnc, built, randomised, like = DNC.make, DNC.built, DNC.randomised, DNC.like
 
 
 def with_dense_links(inside):
-    """What happened, or a state as a dict, with N x N links."""
+    """A trace, or a state as a dict, with N x N links."""
     inside = dict(inside)
     for name in [name for name in inside if name.endswith("link_columns")]:
         columns = inside.pop(name)
@@ -58,7 +58,7 @@ BY_NAME = {
 
 
 def oracle(layer, x, states=None, use_memory=True):
-    """What `reference.dnc_sequence` says that the layer does."""
+    """The results of `reference.dnc_sequence` for the layer's weights."""
     cell, config = layer.cell, layer.cell.get_config()
     weights = []
     for block, controller in enumerate(cell.block_controllers):
@@ -148,7 +148,7 @@ def equals_the_oracle(layer, x, states=None, tolerance=1e-11, **kwargs):
     [
         ("lstm", 1),
         ("lstm", 3),
-        # What heads do is the same with each controller.
+        # Heads act the same with each controller.
         *(("gru", 1), ("rnn", 3), ("dense", 1)),
         *(
             slow_unless(False, controller, heads)
@@ -170,7 +170,7 @@ def test_equals_the_oracle(controller, write_heads):
     equals_the_oracle(layer, x, dnc_states(layer))
 
 
-# What the option is, and whether the weights without it are others.
+# The option, and whether the layer has other weights without it.
 OPTIONS = {
     "key_activation": "tanh",
     "add_activation": "tanh",
@@ -191,14 +191,14 @@ WITH_OTHER_WEIGHTS = {
     "content_masks",
     "link_sharpening",
     "linkage",
-    "sparse_links",  # other states, rather
+    "sparse_links",  # has other states
     "interface_layer_norm",
 }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @needs_tensorflow
-def test_each_option_equals_the_oracle_and_does_something(option):
+def test_each_option_equals_the_oracle_and_has_an_effect(option):
     fixed = {"write_heads": 2, "dtype": "float64"}
     layer = randomised(**fixed, **{option: OPTIONS[option]})
     x, states = few(), dnc_states(layer)
@@ -254,7 +254,7 @@ def test_initial_memories_equal_the_oracle(start):
     x = numbers()
     if start == "learned":
         equals_the_oracle(layer, x)
-    # Rounding decides which of equal slots is used first, and nothing else.
+    # Rounding decides only which of equal slots is used first.
     close(layer(x), oracle(layer, x)["output"], 1e-11)
     memory = layer.cell.unpack_state(layer.cell.get_initial_state(1)).memory
     if start == "learned":
@@ -290,7 +290,7 @@ def test_float32_equals_the_oracle():
     equals_the_oracle(layer, x, dnc_states(layer), tolerance=2e-5)
 
 
-def test_all_starts_at_zero():
+def test_all_states_start_at_zero():
     layer = built(write_heads=2, num_layers=2, share_memory=False)
     first, second = layer.cell.unpack_state(layer.cell.get_initial_state(3))
     shapes = {
@@ -308,14 +308,14 @@ def test_all_starts_at_zero():
             close(getattr(record, name), np.zeros(shape), 0)
 
 
-def test_interface_size_is_that_of_the_paper():
+def test_interface_size_equals_the_paper():
     layer = built(write_heads=1, read_heads=3)
     width, heads = 5, 3
     expected = width * heads + 3 * width + 5 * heads + 3
     assert layer.cell.interfaces[0][0].shape == (7, expected)
 
 
-# One step of the memory, driven by hand.
+# Single steps of the memory, with an interface set by hand.
 
 
 def a_step(access, state, **values):
@@ -324,7 +324,7 @@ def a_step(access, state, **values):
 
 
 def by_hand(**options):
-    """An access and the state it starts with, for one batch item."""
+    """An access and its initial state, for one batch item."""
     layer = built(controller="dense", read_heads=1, **options)
     cell = layer.cell
     state = cell.unpack_state(cell.get_initial_state(1))
@@ -343,14 +343,14 @@ ON, OFF = 100.0, -100.0
 
 
 def free_only(state, slot):
-    """All slots are used but one, and the last step did nothing."""
+    """The state with a single unused slot, after a step without writes."""
     return state._replace(
         usage=tensor(1.0 - one_hot(slot))[None],
         write_weighting=ops.zeros_like(state.write_weighting),
     )
 
 
-def test_links_hold_the_order_of_writing():
+def test_links_record_the_order_of_writing():
     access, state = by_hand()
     for slot in (0, 3, 1):
         state, inside = a_step(
@@ -367,7 +367,7 @@ def test_links_hold_the_order_of_writing():
     links = np.zeros((11, 11))
     links[3, 0] = links[1, 3] = 1.0
     close(state.linkage, [[links]], 1e-4)
-    # Backward, by content, forward.
+    # The read modes: backward, content, forward.
     for start, mode, end in (
         (0, (0, 0, ON), 3),
         (3, (0, 0, ON), 1),
@@ -385,7 +385,7 @@ def test_links_hold_the_order_of_writing():
         close(after.linkage, state.linkage, 1e-4)
 
 
-def test_each_write_head_has_links_of_its_own():
+def test_each_write_head_has_its_own_links():
     orders = ((0, 3, 1), (5, 1, 2))
     linkage, precedence = np.zeros((1, 2, 11, 11)), np.zeros((1, 2, 11))
     linkage, precedence = tensor(linkage), tensor(precedence)
@@ -413,7 +413,7 @@ def test_each_write_head_has_links_of_its_own():
     )
 
 
-def test_writing_a_slot_anew_forgets_its_links():
+def test_rewriting_a_slot_removes_its_links():
     access, state = by_hand()
     for slot in (0, 3, 1, 0):
         gates = {"write_gate": ON, "allocation_gate": ON}
@@ -424,7 +424,7 @@ def test_writing_a_slot_anew_forgets_its_links():
 
 
 @pytest.mark.parametrize("deallocation", [False, True])
-def test_what_is_freed_is_allocated_next(deallocation):
+def test_freed_slots_are_allocated_next(deallocation):
     access, state = by_hand(deallocation=deallocation)
     full = state._replace(
         usage=ops.ones((1, 11)),
@@ -443,7 +443,7 @@ def test_what_is_freed_is_allocated_next(deallocation):
         close(after.usage, [1.0 - free])
         close(inside["allocation_weighting"], [[free]], 1e-5)
         close(after.write_weighting, [[free]], 1e-5)
-    # What is freed is erased with deallocation only; no write hides that.
+    # Freed slots are erased only with deallocation; the write adds zeros.
     after, _ = a_step(access, full, free_gate=ON, write_gate=OFF)
     erased = one_hot(7) if deallocation else np.zeros(11)
     close(after.memory, np.ones((1, 11, 5)) * (1.0 - erased)[:, None])
@@ -463,7 +463,7 @@ def test_a_second_write_head_takes_another_slot():
         assert int(np.argmax(first)) == 2
         assert int(np.argmax(second_found)) == int(np.argmax(second))
         close(second_found[2], 1.0 if gate == OFF else 0.0, 1e-4)
-    # 0.6 of slot 6 is free; what the first head took is 1e-6.
+    # Slot 6 is 0.6 free; the first head has taken 1e-6 of it.
     close(inside["allocation_weighting"][0, 0, 6], 0.0, 1e-5)
 
 
@@ -473,12 +473,12 @@ def test_reads_see_the_write_of_their_own_step():
         access, state, write_gate=ON, allocation_gate=OFF, add_vector=3.0
     )
     close(after.memory, np.full((1, 1, 5), 3.0))
-    # No links yet: a third of the read is by content.
+    # Without links, only content addressing reads, at a third of the weight.
     close(after.read_weighting, [[[1 / 3]]])
     close(after.reads, np.full((1, 1, 5), 1.0))
 
 
-def test_sharpened_links_are_uniform_where_there_are_none():
+def test_sharpened_links_are_uniform_where_links_are_absent():
     access, state = by_hand(link_sharpening=True)
     _, inside = a_step(access, state, forward_sharpening=3.0)
     for name in ("forward_weighting", "backward_weighting"):
@@ -489,8 +489,8 @@ def test_sharpened_links_are_uniform_where_there_are_none():
 
 
 def gradients_of(layer, x, states, jit_compile=False, eagerly=False):
-    """Of inputs, weights and states, of a loss of outputs and all states but
-    the links."""
+    """Gradients of inputs, weights and states; the loss is of outputs and all
+    states but the links."""
     import tensorflow as tf
 
     x, states = tf.constant(x), [tf.constant(state) for state in states]
@@ -507,7 +507,7 @@ def gradients_of(layer, x, states, jit_compile=False, eagerly=False):
                 loss += tf.reduce_sum(tf.sin(2 * state)) if counts else 0.0
         return output, tape.gradient(loss, variables)
 
-    if not eagerly:  # where tracing takes longest
+    if not eagerly:  # tracing takes longest
         gradients = tf.function(gradients, jit_compile=jit_compile)
     output, found = gradients()
     states = layer.cell.unpack_state(found[-len(states) :])
@@ -522,7 +522,7 @@ SLOWER = ("auto", True), ("portable", False)
     [("auto", False), *(slow_unless(False, *way) for way in SLOWER)],
 )
 @needs_tensorflow
-def test_as_many_sparse_links_as_slots_are_all_links(loop, jit_compile):
+def test_as_many_sparse_links_as_slots_equal_dense_links(loop, jit_compile):
     fixed = {
         "write_heads": 2,
         "controller": "dense",
@@ -559,8 +559,8 @@ def test_as_many_sparse_links_as_slots_are_all_links(loop, jit_compile):
 
 @pytest.mark.parametrize(("heads", "entries"), [(1, 1), (2, 1), (2, 3)])
 def test_single_links_are_kept_exactly(heads, entries):
-    """One slot written after the other: one link a row is all that there is,
-    also where a state of zeros has columns that are all the same."""
+    """With one slot written per step, each row has only one link. The initial
+    state of zeros has equal columns, which must not matter."""
     rng = np.random.default_rng(3)
     linkage = tensor(np.zeros((BATCH, heads, 11, 11)))
     precedence = tensor(np.zeros((BATCH, heads, 11)))
@@ -584,7 +584,7 @@ def test_single_links_are_kept_exactly(heads, entries):
 
 
 def as_matrix(linkage, columns):
-    """Links as a step has them, slots last, as N x N links."""
+    """The links of a step, slots last, as an N x N matrix."""
     linkage, columns = map(ops.convert_to_numpy, (linkage, columns))
     return dense_linkage(linkage.swapaxes(-1, -2), columns.swapaxes(-1, -2))
 
@@ -598,7 +598,7 @@ def test_rows_of_sparse_links_have_each_column_once():
     assert (columns == np.round(columns)).all()
     assert columns.min() == 0 and columns.max() == 10
     assert (np.diff(np.sort(columns, axis=-1), axis=-1) > 0).all()
-    # New columns have come, and only those of links.
+    # Columns have changed, and the diagonal has no link.
     assert (columns[:, -1] != np.arange(4)).any()
     links = with_dense_links(inside)["linkage"]
     assert (np.diagonal(links, axis1=-2, axis2=-1) == 0).all()
@@ -606,7 +606,7 @@ def test_rows_of_sparse_links_have_each_column_once():
 
 
 @needs_tensorflow
-def test_few_links_in_graphs_of_any_batch_size():
+def test_sparse_links_train_with_any_batch_size():
     import tensorflow as tf
 
     layer = randomised(sparse_links=3, controller="dense")
@@ -648,7 +648,7 @@ def permuted(name, value, order):
     ids=["default", "heads", "all options"],
 )
 @needs_tensorflow
-def test_slots_have_no_order(options):
+def test_permuting_the_slots_does_not_change_the_output(options):
     layer = randomised(scale=0.6, dtype="float64", **options)
     x, states = numbers(), dnc_states(layer)
     before = keras_memory.trace(layer, x, initial_state=states)
@@ -657,7 +657,7 @@ def test_slots_have_no_order(options):
     fields = {
         name: permuted(name, ops.convert_to_numpy(value), order)
         for name, value in record._asdict().items()
-        if not isinstance(value, tuple)  # the controller's, or none
+        if not isinstance(value, tuple)  # of the controller, or empty
     }
     states = layer.cell.pack_state(record._replace(**fields))
     after = keras_memory.trace(layer, x, initial_state=states)
@@ -699,7 +699,7 @@ USAGES = {
     ("dtype", "tolerance"),
     [("float32", 1e-6), pytest.param("float64", 1e-12, marks=needs_tensorflow)],
 )
-def test_both_forms_of_the_allocation_equal_the_oracle(name, dtype, tolerance):
+def test_both_forms_of_allocation_equal_the_oracle(name, dtype, tolerance):
     usage = USAGES[name].astype(dtype)
     expected = [reference.allocation(one, 1e-6) for one in usage]
     found = []
@@ -712,7 +712,7 @@ def test_both_forms_of_the_allocation_equal_the_oracle(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("sort", [True, False])
-def test_allocation_by_hand(sort):
+def test_allocation_matches_values_computed_by_hand(sort):
     usage = [[0.5, 0.25, 0.75], [0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]
     expected = [
         [0.5 * 0.25, 0.75, 0.25 * 0.25 * 0.5],
@@ -726,7 +726,7 @@ def test_allocation_by_hand(sort):
 
 
 @pytest.mark.parametrize("sort", [True, False])
-def test_of_slots_as_used_as_each_other_the_first_is_taken(sort):
+def test_the_first_of_equally_used_slots_is_allocated(sort):
     for value in (0.0, 0.3, 0.9):
         usage = np.full((1, 13), value)
         usage[0, 2] = 0.95
@@ -740,7 +740,7 @@ def test_of_slots_as_used_as_each_other_the_first_is_taken(sort):
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("slots", [1, 2, 7])
 @needs_tensorflow
-def test_gradients_of_the_allocation_equal_finite_differences(slots, sort):
+def test_gradients_of_allocation_equal_finite_differences(slots, sort):
     import tensorflow as tf
 
     rng = np.random.default_rng(4)
@@ -767,7 +767,7 @@ def test_gradients_of_the_allocation_equal_finite_differences(slots, sort):
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @needs_tensorflow
-def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
+def test_gradients_of_allocation_are_finite_at_0_and_1(dtype, sort):
     import tensorflow as tf
 
     for values in (
@@ -784,7 +784,7 @@ def test_gradients_of_the_allocation_are_finite_at_0_and_1(dtype, sort):
         jacobian = tape.jacobian(found, usage, experimental_use_pfor=False)
         jacobian = jacobian.numpy()
         assert np.isfinite(jacobian).all()
-        # No allocation depends on a usage more than as one to one.
+        # No derivative of the allocation exceeds 1.
         assert 0.5 < np.abs(jacobian).max() < 1.001
 
 
@@ -800,8 +800,8 @@ def test_without_usage_gradient_the_output_is_the_same():
 
 
 @needs_tensorflow
-def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
-    """The same gradients as if usage were told of a constant writing."""
+def test_usage_gradient_only_stops_gradients_to_write_weightings():
+    """Gradients equal those with constant write weightings in the usage."""
     import tensorflow as tf
 
     fixed = {"write_heads": 2, "dtype": "float64"}
@@ -847,14 +847,14 @@ def test_usage_gradient_stops_what_usage_tells_of_the_writing_only():
     assert np.abs(whole[0] - stopped[0]).max() > 1e-3
 
 
-# Where mathematics is singular.
+# Singular points.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
 @pytest.mark.parametrize("used", [0.0, 1.0])
 @needs_tensorflow
-def test_usage_and_weightings_of_exactly_0_and_1(used, dtype):
-    """All slots used, or none, after reads and writes at a single slot."""
+def test_usage_and_weightings_of_0_and_1_have_finite_gradients(used, dtype):
+    """All slots are used, or none; reads and writes were at a single slot."""
     import tensorflow as tf
 
     layer = built(dtype=dtype, initial_memory="random", return_state=True)
@@ -877,11 +877,11 @@ def test_usage_and_weightings_of_exactly_0_and_1(used, dtype):
         assert np.isfinite(value).all() and np.abs(value).max() < 1e4
 
 
-# Without the memory; resets.
+# Without memory, and resets.
 
 
 def copies(states):
-    """NumPy copies, which nothing can change."""
+    """NumPy copies, which later calls cannot change."""
     return [np.array(ops.convert_to_numpy(state)) for state in states]
 
 
@@ -898,7 +898,7 @@ TWO_MEMORIES = {"num_layers": 2, "share_memory": False}
 @pytest.mark.parametrize(
     "options", [{}, TWO_MEMORIES, {"num_layers": 2}], ids=str
 )
-def test_without_its_memory_only_the_controller_goes_on(options):
+def test_without_memory_only_the_controller_states_change(options):
     layer = randomised(return_state=True, units=None, **options)
     x = numbers().astype("float32")
     states = dnc_states(layer)
@@ -908,7 +908,7 @@ def test_without_its_memory_only_the_controller_goes_on(options):
     for before, now, moves in zip(copies(states), copies(after), of_controller):
         assert (before != now).any() == moves
     assert (ops.convert_to_numpy(output)[:, :, 7:] == 0).all()
-    # What is in the memory does not matter.
+    # The contents of the memory do not matter.
     others = [
         a if moves else b
         for a, b, moves in zip(states, dnc_states(layer, 4), of_controller)
@@ -918,7 +918,7 @@ def test_without_its_memory_only_the_controller_goes_on(options):
 
 
 @pytest.mark.parametrize("value", [None, 1, 0, "yes"])
-def test_use_memory_is_true_or_false(value):
+def test_use_memory_must_be_true_or_false(value):
     layer, x = randomised(), numbers().astype("float32")
     for call in (
         lambda: layer(x, use_memory=value),
@@ -932,7 +932,7 @@ def test_use_memory_is_true_or_false(value):
 @pytest.mark.parametrize("options", [{}, TWO_MEMORIES], ids=str)
 @pytest.mark.parametrize("part", ["memory", "controller"])
 @pytest.mark.parametrize("rows", [None, [True, False, True], [False] * 3])
-def test_resets(rows, part, options):
+def test_resets_change_only_the_given_part_and_rows(rows, part, options):
     layer = randomised(
         initial_memory="random", initial_controller_state="random", **options
     )
@@ -952,11 +952,11 @@ def test_resets(rows, part, options):
         np.testing.assert_array_equal(now[changed], start[changed])
         np.testing.assert_array_equal(now[~changed], before[~changed])
         assert (before != start).any()
-    equal(states, kept)  # those given stay as they are
+    equal(states, kept)  # given states are not modified
 
 
 @needs_tensorflow
-def test_resets_within_a_graph_of_any_batch_size():
+def test_resets_work_in_a_graph_of_any_batch_size():
     import tensorflow as tf
 
     layer = randomised()
@@ -973,8 +973,8 @@ def test_resets_within_a_graph_of_any_batch_size():
         close(value, expected, 0)
 
 
-def test_what_a_reset_of_a_stateful_layer_gives_stays():
-    """On PyTorch it must not be a view of the layer's states."""
+def test_reset_states_of_a_stateful_layer_are_copies():
+    """On PyTorch they must not be views of the layer's states."""
     layer = built(stateful=True)
     x = numbers().astype("float32")
     layer(x)
@@ -986,7 +986,7 @@ def test_what_a_reset_of_a_stateful_layer_gives_stays():
             np.testing.assert_array_equal(value, kept)
 
 
-def test_after_a_reset_the_memory_is_as_good_as_new():
+def test_a_reset_memory_acts_like_a_new_one():
     layer = randomised(controller="dense", return_state=True)
     x = numbers().astype("float32")
     fresh = layer(x)[0]
@@ -997,20 +997,20 @@ def test_after_a_reset_the_memory_is_as_good_as_new():
 
 
 @pytest.mark.parametrize("part", ["memory", "controller"])
-def test_resets_of_a_stateful_layer(part):
+def test_resets_change_a_stateful_layer_unless_states_are_given(part):
     layer = randomised(stateful=True)
     x = numbers().astype("float32")
     layer(x)
     before = copies(layer.states)
     reset = getattr(layer, f"reset_{part}")
     expected = copies(reset(before, rows=[False, True]))
-    equal(layer.states, before)  # states were given
+    equal(layer.states, before)  # given states: the layer keeps its own
     equal(reset(rows=[False, True]), expected)
     equal(layer.states, expected)
     reset()
     equal(layer.states, reset(before))
     assert any((a != b).any() for a, b in zip(before, expected))
-    # And the layer goes on from there.
+    # The layer continues from the reset states.
     going_on = like(layer, return_state=True)
     follows = going_on(x, initial_state=copies(layer.states))[0]
     close(layer(x), follows)
@@ -1031,7 +1031,7 @@ def test_resets_of_a_stateful_layer(part):
     ],
     ids=str,
 )
-def test_rows_that_are_refused(rows, part):
+def test_wrong_rows_are_refused(rows, part):
     layer = randomised()
     with pytest.raises(
         ValueError, match="`rows` must be an array .B,. of bool"
@@ -1039,7 +1039,7 @@ def test_rows_that_are_refused(rows, part):
         getattr(layer, f"reset_{part}")(dnc_states(layer), rows=rows)
 
 
-def test_resets_of_states_that_are_not_there():
+def test_resets_of_missing_states_are_refused():
     layer = randomised()
     for reset in (layer.reset_memory, layer.reset_controller):
         with pytest.raises(ValueError, match="`states`.*stateful=False"):
@@ -1062,7 +1062,7 @@ def test_resets_of_states_that_are_not_there():
         not_called.reset_memory()
 
 
-def test_threads_use_the_memory_each_as_it_asks(monkeypatch):
+def test_use_memory_is_separate_in_each_thread(monkeypatch):
     layer = randomised()
     x = numbers().astype("float32")
     expected = [layer(x, use_memory=asked) for asked in (True, False)]
@@ -1085,7 +1085,7 @@ def test_threads_use_the_memory_each_as_it_asks(monkeypatch):
 # Bypass dropout.
 
 
-def test_bypass_dropout_drops_of_the_controller_output_only():
+def test_bypass_dropout_drops_only_the_controller_output():
     shape = (13, TIME, WIDTH)
     fixed = {"units": None, "controller_units": 29, "seed": 3}
     layer = built(shape, bypass_dropout=0.4, **fixed)
@@ -1103,7 +1103,7 @@ def test_bypass_dropout_drops_of_the_controller_output_only():
     share = (ratio[:, 0] == 0).mean()
     assert 0.3 < share < 0.5
     assert (ratio[0, 0] != ratio[1, 0]).any()
-    # The next batch loses other units, and a layer of the same seed the same.
+    # The next batch drops other units; a layer of the same seed, the same.
     again = ops.convert_to_numpy(layer(x, training=True))
     assert ((again == 0) != (dropped == 0)).any()
     same = built(shape, bypass_dropout=0.4, **fixed)
@@ -1112,7 +1112,7 @@ def test_bypass_dropout_drops_of_the_controller_output_only():
     close(same(x, training=True), dropped, 0)
 
 
-def test_bypass_dropout_is_in_front_of_the_projection():
+def test_bypass_dropout_comes_before_the_projection():
     layer = built(bypass_dropout=0.5, seed=3)
     features = built(bypass_dropout=0.5, seed=3, units=None)
     for mine, other in zip(
@@ -1139,7 +1139,7 @@ def bidirectional(**kwargs):
     return layer
 
 
-def test_bidirectional_is_one_layer_each_way():
+def test_bidirectional_equals_one_layer_in_each_direction():
     both = bidirectional()
     ahead, back = built(), built()
     ahead.cell.set_weights(both.forward_layer.cell.get_weights())
@@ -1151,7 +1151,7 @@ def test_bidirectional_is_one_layer_each_way():
     of_back = ops.convert_to_numpy(back(x[:, ::-1]))[:, ::-1]
     close(found[:, :, UNITS:], of_back, 1e-5)
     assert np.abs(found[:, :, :UNITS] - found[:, :, UNITS:]).max() > 0.1
-    # A masked end is as if it were cut off.
+    # A masked end acts like a shorter sequence.
     length = 4
     mask = np.arange(TIME)[None].repeat(BATCH, 0) < length
     masked = ops.convert_to_numpy(both(x, mask=ops.convert_to_tensor(mask)))
@@ -1160,7 +1160,7 @@ def test_bidirectional_is_one_layer_each_way():
     assert np.abs(cut[:, :, UNITS:] - found[:, :length, UNITS:]).max() > 1e-3
 
 
-def test_bidirectional_fits_and_comes_back_from_a_file(tmp_path):
+def test_bidirectional_trains_and_is_restored_from_a_file(tmp_path):
     model = keras.Sequential(
         [
             keras.Input((None, WIDTH)),
@@ -1179,7 +1179,7 @@ def test_bidirectional_fits_and_comes_back_from_a_file(tmp_path):
     close(loaded(x), model(x), 0)
 
 
-# What is refused.
+# Errors.
 
 
 STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
@@ -1218,7 +1218,7 @@ SWITCH = [None, 1, 0, "yes"]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_arguments_that_are_refused(name, values):
+def test_wrong_arguments_are_refused(name, values):
     for value in values:
         with pytest.raises(ValueError) as error:
             dnc(**{name: value})
@@ -1237,7 +1237,7 @@ def test_sparse_links_need_links_and_slots():
     ("dtype", "slots"),
     [("bfloat16", 257), ("mixed_bfloat16", 257), ("mixed_float16", 2049)],
 )
-def test_columns_that_a_dtype_does_not_have(dtype, slots):
+def test_sparse_links_need_a_dtype_that_holds_every_column(dtype, slots):
     fixed = {"dtype": dtype, "controller": "dense"}
     message = f"`sparse_links`.*below `memory_slots`.*memory_slots={slots}"
     with pytest.raises(ValueError, match=message):
@@ -1251,7 +1251,7 @@ def test_sharpened_links_need_links():
         dnc(linkage=False, link_sharpening=True)
 
 
-def test_a_missing_field_of_the_state_is_named():
+def test_a_wrong_field_of_the_state_is_named():
     layer = built()
     state = layer.cell.unpack_state(dnc_states(layer))
     with pytest.raises(ValueError, match="`linkage` must be an array .batch,"):

@@ -23,7 +23,7 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings_run(name):
     harness.skip_on(*harness.OTHERS, because="shapes print as TensorFlow's do")
     if name.endswith("scann_index") and tuning.import_error() is not None:
         pytest.skip(f"needs ScaNN: {tuning.import_error()}")
@@ -36,7 +36,7 @@ def test_examples_in_docstrings(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_what_is_public_is_documented(name):
+def test_public_names_have_docstrings(name):
     module = importlib.import_module(f"keras_memory.{name}")
     assert module.__doc__
     for key, value in vars(module).items():

@@ -1,5 +1,5 @@
-"""Every public callable that takes arrays refuses what is none of the right
-kind by an error that names the argument, what was wanted and what arrived."""
+"""Every public callable that takes arrays refuses wrong ones, with an error
+that names the argument, the expected and the received value."""
 
 import inspect
 
@@ -114,8 +114,8 @@ def mapped(**arrays):
     return layer(inputs)
 
 
-# Function, and its array arguments with what they may be. Of each are tried:
-# text, bools, complex numbers, None, no axis, and a last axis of another size.
+# Functions, and valid array arguments. For each argument the test tries text,
+# bools, complex numbers, None, no axis, and a last axis of another size.
 CALLS = {
     "NTMLayer": (
         recurrent(keras_memory.NTMLayer),
@@ -274,7 +274,7 @@ CALLS = {
     ),
 }
 
-# Where the last axis may have any size, nothing disagrees with another one.
+# Arguments whose last axis may have any size.
 ANY_SIZE = {
     ("NTMLayer", "sequences"),
     ("DNCLayer", "sequences"),
@@ -287,11 +287,11 @@ ANY_SIZE = {
 
 OPTIONAL = {("KNNMemoryLayer", "keys"), ("KNNMemoryLayer", "values")}
 
-# Bools and whole numbers that are as good.
+# Arguments that may be bools or integers.
 ALSO_BOOL = {"mask", "y"}
 
-# Functions that take sizes, names, lists of arrays (`test_geometry.py`) or what
-# is checked in front of them.
+# Functions that take sizes, names, lists of arrays (`test_geometry.py`) or
+# values checked before.
 TAKE_NONE = {
     "geometry.agent_axes",
     "geometry.at_least",
@@ -309,7 +309,7 @@ TAKE_NONE = {
 
 
 def wrong(name, array):
-    """Pairs of what is wrong, and an array or what is none."""
+    """Pairs of a description and a wrong value."""
     array = np.asarray(array)
     yield "text", np.full(array.shape, "a")
     if name not in ALSO_BOOL:
@@ -321,7 +321,7 @@ def wrong(name, array):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_is_no_array_for_it_is_refused_by_name(name):
+def test_errors_name_the_wrong_array(name):
     call, arrays = CALLS[name]
     call(**arrays)
     for argument, array in arrays.items():
@@ -339,13 +339,13 @@ def test_what_is_no_array_for_it_is_refused_by_name(name):
                 text = str(error)
             else:
                 pytest.fail(f"{where} is taken")
-            # The other one of two that disagree may be named.
+            # If two arguments disagree, the error may name either.
             names = arrays if kind == "another size" else [argument]
             assert any(one in text for one in names), f"{where}: {text}"
             assert "Received: " in text, f"{where}: {text}"
 
 
-def test_whole_numbers_are_taken_where_real_ones_are():
+def test_integers_are_accepted_for_real_numbers():
     for name in ("geometry.to_sphere", "retrieval.nearest", "RingMemory.add"):
         call, arrays = CALLS[name]
         call(**{key: np.ones(x.shape, "int32") for key, x in arrays.items()})
@@ -363,9 +363,9 @@ def public_callables():
             yield name
 
 
-def test_nothing_public_is_missing():
+def test_every_public_callable_is_tested():
     told = {name for name in CALLS} | TAKE_NONE
-    same = {  # whose calls go through those of others
+    same = {  # callables tested through others
         "DNCCell": "NTMCell",
         "ESMCell": "ESMLayer",
         "MemoryCell": "NTMCell",

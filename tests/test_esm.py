@@ -1,4 +1,4 @@
-"""Egospheric Spatial Memory: next to the reference, and to a room."""
+"""Egospheric Spatial Memory, compared with the reference and with a room."""
 
 import functools
 import itertools
@@ -84,7 +84,7 @@ def layer_of(**options):
 
 
 def at(inputs, time):
-    """One step, or some, of inputs."""
+    """Inputs of one step, or of a slice of steps."""
     return keras.tree.map_structure(lambda x: x[:, time], inputs)
 
 
@@ -106,14 +106,14 @@ def of_golden(d, number=2):
 
 
 def own_of(found):
-    """What pixels have points of their own for, as in the reference."""
+    """The pixels that contain a point, as the reference counts them."""
     mean, variance, own = map(array, found)
     return esm.ESMMap(mean, np.where(own, variance, np.inf))
 
 
 def is_clear(pixels, depth, valid, height, width, share=0.02):
-    """Where the reference's depth buffer is right: one point, or the nearest
-    well before the others; away from its poles and seam.
+    """Where the reference's depth buffer is right: a single point, or a nearest
+    point well in front of the others; away from poles and seam.
 
     Returns:
         (B, H, W) bool.
@@ -138,12 +138,12 @@ def is_clear(pixels, depth, valid, height, width, share=0.02):
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_projection_is_the_references(name):
-    """What two cameras measure, and the memory after the motion, at each step.
+def test_projection_equals_the_reference(name):
+    """Measurements of two cameras, and the memory after each motion.
 
-    The reference rounds all cameras together with the depth buffer, as one
-    camera with both images does here. Compared are pixels where its depth
-    buffer is right (`is_clear`)."""
+    With the depth buffer, the reference quantizes all cameras together, like a
+    single camera with both images here. Only pixels where its depth buffer is
+    right are compared (`is_clear`)."""
     d = np.load(GOLDENS / f"{name}.npz")
     height, width = d["empty_memory.mean"].shape[2:4]
     cell = keras_memory.ESMCell(
@@ -195,7 +195,7 @@ def test_projection_is_the_references(name):
             (of_it[1][..., 0] < 1e11) == np.isfinite(found.variance[..., 0])
         )[:, 1:-1, 1:-1].mean() > 0.999
         close(found.mean[hit], of_it[0][hit], 1e-4)
-        # The reference's depth buffer adds depth to them, and rounds.
+        # The reference's depth buffer adds depth and so rounds.
         error = np.abs(found.variance[hit] - of_it[1][hit])
         assert error.max() < 0.01
         compared += hit.sum()
@@ -203,7 +203,7 @@ def test_projection_is_the_references(name):
 
 
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_reprojection_is_the_references(name):
+def test_reprojection_equals_the_reference(name):
     """The memory after each motion, from the reference's memory before it."""
     d = np.load(GOLDENS / f"{name}.npz")
     shape = d["empty_memory.mean"].shape
@@ -249,8 +249,8 @@ def test_reprojection_is_the_references(name):
     assert compared > 200
 
 
-def test_a_step_is_the_references():
-    """Holes, their variance, and smoothing, with features that are positive."""
+def test_a_step_equals_the_reference():
+    """Holes, their variance and smoothing; all features are positive."""
     d = np.load(GOLDENS / "esm__b.npz")
     shape = d["empty_memory.mean"].shape
     cell = keras_memory.ESMCell(
@@ -270,7 +270,7 @@ def test_a_step_is_the_references():
         )
         hole = (state.variance >= 0.99 * cell._prior.variance[0, 0]).any(-1)
         assert 0.1 < hole.mean() < 0.95
-        # The reference's denominator has a hundredth of the kernel's sum more.
+        # The reference adds a hundredth of the kernel's sum to the denominator.
         expected = d["step.fused_mean"][time].astype("float32")
         theirs = shown.mean[..., 2:] * around / (around + 0.01)
         theirs = np.where(hole[..., None], theirs, shown.mean[..., 2:])
@@ -281,8 +281,8 @@ def test_a_step_is_the_references():
 
 @pytest.mark.every_backend
 @pytest.mark.skipif(not RECORDED.exists(), reason="no recorded data here")
-def test_recorded_data():
-    """A frame that the reference's authors recorded, outside of row 0."""
+def test_recorded_data_gives_the_map_of_the_reference():
+    """A frame recorded by the reference's authors; row 0 is excluded."""
     d = np.load(RECORDED)
     cell = keras_memory.ESMCell()
     inputs = at(of_golden(d, number=1), 0)
@@ -306,7 +306,7 @@ def test_recorded_data():
 # State, time, and batches.
 
 
-def test_steps_are_a_sequence():
+def test_single_steps_equal_a_sequence():
     inputs = seen(cameras=2)
     whole, last = layer_of(return_state=True)(inputs)
     cell = keras_memory.ESMCell(**SIZES)
@@ -326,7 +326,7 @@ def test_steps_are_a_sequence():
     close(np.concatenate(parts, axis=1), whole.mean)
 
 
-def test_the_last_map():
+def test_without_return_sequences_the_last_map_is_returned():
     inputs = seen()
     whole = layer_of()(inputs)
     last = layer_of(return_sequences=False)(inputs)
@@ -345,7 +345,7 @@ def test_rows_of_a_batch_do_not_mix():
 
 
 @pytest.mark.every_backend
-def test_a_stateful_layer_goes_on():
+def test_a_stateful_layer_continues_from_its_state():
     inputs = seen(times=4)
     whole = layer_of()(inputs)
     layer = layer_of(stateful=True)
@@ -354,7 +354,7 @@ def test_a_stateful_layer_goes_on():
             close(layer(at(inputs, part)).mean, whole.mean[:, part])
         layer.reset_state()
     assert len(layer.non_trainable_variables) == 2
-    assert not layer.weights  # of another batch size, they would not fit
+    assert not layer.weights  # as weights, states would fix the batch size
     entry = keras.tree.map_structure(
         lambda x: keras.Input(x.shape[1:], dtype=x.dtype.name), inputs
     )
@@ -389,7 +389,7 @@ def test_a_stateful_model_refuses_a_smaller_last_batch():
 
 
 @harness.needs_tensorflow
-def test_a_stateful_model_is_served_as_one_without_state(tmp_path):
+def test_a_stateful_model_is_served_as_a_stateless_one(tmp_path):
     import tensorflow as tf
 
     from keras_memory.serving import export
@@ -403,7 +403,7 @@ def test_a_stateful_model_is_served_as_one_without_state(tmp_path):
     expected = arrays(plain(inputs))
     stateful(inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of signatures that it cannot have
+        warnings.simplefilter("ignore")  # warns of missing signatures
         export.export_for_serving(stateful, tmp_path, warm_up=((2, 3),))
     served = tf.saved_model.load(tmp_path / "1").signatures["serving_default"]
     names = sorted(served.structured_input_signature[1])
@@ -415,7 +415,7 @@ def test_a_stateful_model_is_served_as_one_without_state(tmp_path):
             close(found[f"outputs_{index}"], wanted, 1e-5)
 
 
-def test_a_map_without_features():
+def test_a_map_needs_no_features():
     inputs = seen(times=3)
     expected = arrays(layer_of()(inputs))
     for camera in inputs["cameras"]:
@@ -427,7 +427,7 @@ def test_a_map_without_features():
         close(part, other[..., :3], 1e-5)
 
 
-def test_a_camera_s_pose_is_as_uncertain_as_is_said():
+def test_pose_covariance_becomes_the_variance_of_the_map():
     point = np.array([[0.5, 1.0, 2.0]], "float32")
     inputs = {
         "cameras": {
@@ -453,7 +453,7 @@ def test_a_camera_s_pose_is_as_uncertain_as_is_said():
         np.maximum(array(wanted)[0, 0], layer.variance_limits[0]),
         1e-4,
     )
-    inputs["cameras"]["pose_covariance"] *= -1  # takes nothing away
+    inputs["cameras"]["pose_covariance"] *= -1  # subtracts nothing
     found = arrays(layer(inputs)[1])
     close(found.variance[0, row, column, :3], layer.variance_limits[0], 1e-6)
 
@@ -476,18 +476,18 @@ def test_masked_steps_change_nothing():
     close(found.mean[1, 0], empty.mean[0])
 
 
-def test_constant_cameras_need_no_time():
+def test_constant_cameras_need_no_time_axis():
     inputs = seen()
     camera = inputs["cameras"][0]
     camera["pose"] = np.repeat(camera["pose"][:, :1], 3, axis=1)
     whole = layer_of()(inputs)
     inputs["cameras"][0] = {**camera, "pose": camera["pose"][:, 0]}
     close(layer_of()(inputs).mean, whole.mean)
-    inputs["cameras"] = inputs["cameras"][0]  # one alone
+    inputs["cameras"] = inputs["cameras"][0]  # a single camera
     close(layer_of()(inputs).mean, whole.mean)
 
 
-def test_depth_is_points_along_the_axis():
+def test_depth_equals_points_along_the_optical_axis():
     inverse = geometry.inverse_intrinsics((4.0, 4.0), (3.0, 2.0))
     rng = np.random.default_rng(0)
     depth = rng.uniform(1, 3, size=(2, 3, 5, 7)).astype("float32")
@@ -514,13 +514,13 @@ def test_depth_is_points_along_the_axis():
 
 
 def points_of(found, time):
-    """Columns and rows of all points that a map has, in order."""
+    """Sorted columns and rows of all points of a map."""
     known = found.variance[0, time, ..., 2] < 1
     return np.unique(found.mean[0, time, known, :2].round(4), axis=0).tolist()
 
 
-def test_a_point_by_hand():
-    """Seen ahead at 2 m; the agent walks 1 m on and turns left."""
+def test_a_point_lands_where_computed_by_hand():
+    """A point 2 m ahead; the agent walks 1 m ahead and turns left."""
     quarter = geometry.pose_matrix([0.0, 0, 0, 0, -np.pi / 2, 0])
     ahead = geometry.pose_matrix([0.0, 0, -1.0, 0, 0, 0])
     motion = np.stack([np.eye(3, 4), geometry.compose(quarter, ahead)])[None]
@@ -541,14 +541,14 @@ def test_a_point_by_hand():
         )
     )
     close(found.mean[0, 0, 3, 6], [6, 3, 2, 7])
-    # It is to the right now, a quarter of twelve columns from the middle.
+    # Now the point is on the right, a quarter of twelve columns off center.
     close(found.mean[0, 1, 3, 9], [9, 3, 1, 7])
     assert points_of(found, 1) == [[9, 3]]
 
 
-# Conventions: a pixel to the right of the middle, and above it.
+# Conventions: a pixel right of the center and above it.
 
-BY_HAND = {  # motion: a metre ahead, then a quarter to the left; pose: 0.3 m up
+BY_HAND = {  # motion: a meter ahead, then a quarter turn left; pose: 0.3 m up
     # in the agent, looking to its right
     "esm": (
         [[0, 0, -1, 1], [0, 1, 0, 0], [1, 0, 0, 0]],
@@ -575,7 +575,7 @@ K = np.array([[4.0, 0, 3], [0, 5, 2], [0, 0, 1]])
 
 
 def one_pixel(convention, depth=2.0, dtype="float32"):
-    """Inputs: what is seen at first, two metres ahead, then a motion."""
+    """Inputs: a pixel seen two meters ahead at first, then a motion."""
     image = np.zeros((1, 2, 3, 5), dtype)
     image[0, 0, 0, 4] = depth
     inverse = geometry.inverse_intrinsics((4, 5), (3, 2))
@@ -600,7 +600,7 @@ def place(right, up, ahead, height=60, width=120):
 
 
 def places(found):
-    """(T, 3) of the one point in each map."""
+    """(T, 3): column, row and distance of the only point in each map."""
     rows = []
     for mean, variance in zip(found.mean[0], found.variance[0]):
         (row,) = np.unique(mean[variance[..., 2] < 1].round(3), axis=0)
@@ -622,7 +622,7 @@ def sphere_of(convention, **options):
 
 @pytest.mark.parametrize("given", ["depth", "points"])
 @pytest.mark.parametrize("convention", BY_HAND)
-def test_conventions_by_hand(convention, given):
+def test_conventions_match_places_computed_by_hand(convention, given):
     inputs = one_pixel(convention)
     if given == "points":
         camera = inputs["cameras"]
@@ -641,8 +641,8 @@ def test_conventions_by_hand(convention, given):
     close(found, [place(2, 1.1, -0.5)] * 2, 2e-3)
 
 
-def test_covariances_have_the_axes_of_the_convention():
-    """Ahead and back, and about what is up."""
+def test_covariances_follow_the_axes_of_the_convention():
+    """The motion is uncertain along the forward axis and about the up axis."""
     found = []
     for convention in BY_HAND:
         inputs = one_pixel(convention)
@@ -659,7 +659,7 @@ def test_covariances_have_the_axes_of_the_convention():
         close(other.mean, found[0].mean, 1e-4)
 
 
-def test_cells_have_conventions():
+def test_cells_follow_conventions():
     cell = keras_memory.ESMCell(
         60, 120, 1, smooth_kernel_size=None, convention="ros"
     )
@@ -683,7 +683,7 @@ def test_cells_have_conventions():
         (geometry.inverse_intrinsics((4, 5), (3, 2)), "ros", 'of "esm"'),
     ],
 )
-def test_other_intrinsics_are_refused(matrix, convention, told):
+def test_intrinsics_of_another_convention_are_refused(matrix, convention, told):
     inputs = one_pixel(convention)
     camera = inputs["cameras"]
     camera["inverse_intrinsics"] = matrix[None]
@@ -697,8 +697,8 @@ def test_other_intrinsics_are_refused(matrix, convention, told):
             sphere_of(convention)(given)
 
 
-def test_a_camera_of_another_convention_is_left_out_of_a_model():
-    """Where values are not known when it is built."""
+def test_a_model_ignores_a_camera_of_another_convention():
+    """Inside a model, the values are unknown when it is built."""
     inputs = one_pixel("opencv")
     entry = entry_of(inputs, times=2)
     entry["cameras"]["inverse_intrinsics"] = keras.Input((3, 3))
@@ -725,7 +725,7 @@ def test_integer_depth_is_refused_without_its_scale(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
-def test_depth_has_a_scale(dtype):
+def test_depth_is_multiplied_by_its_scale(dtype):
     inputs = one_pixel("opencv", 2000, dtype)
     expected = arrays(sphere_of("opencv")(one_pixel("opencv")))
     layer = sphere_of("opencv", depth_scale=0.001)
@@ -742,7 +742,7 @@ def test_depth_has_a_scale(dtype):
             close(one, other)
 
 
-def test_float64_layers_have_no_constants_of_float32():
+def test_float64_layers_have_float64_constants():
     harness.skip_on(*harness.OTHERS, because="needs float64 in all of Keras")
     inputs = one_pixel("opencv", dtype="float64")
     inputs["cameras"]["inverse_intrinsics"] = geometry.inverse_intrinsics(
@@ -759,7 +759,7 @@ def test_float64_layers_have_no_constants_of_float32():
         state.mean[0, known, 2], moved, rtol=1e-14, atol=0
     )
     assert radius > moved
-    # Smoothed as by loops, with the kernel in float64.
+    # Equals smoothing by loops, with the kernel in float64.
     kernel = 1 / (1 + np.hypot(*np.mgrid[-6:7, -6:7]))
     mean, variance = (
         array(fusion.pad_sphere(part[..., 2:], 6)) for part in state
@@ -806,7 +806,7 @@ def test_the_order_of_cameras_does_not_matter():
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_batch_of_no_rows(times):
+def test_an_empty_batch_gives_empty_maps(times):
     inputs = at(seen(), slice(0, times))
     none = keras.tree.map_structure(lambda x: x[:0], inputs)
     for found in (
@@ -819,7 +819,7 @@ def test_a_batch_of_no_rows(times):
         assert tuple(found.variance.shape) == tuple(found.mean.shape)
 
 
-def test_cameras_of_different_sizes():
+def test_cameras_may_have_different_sizes():
     inputs, other = seen(), seen(seed=1, height=3, width=11)
     inputs["cameras"] += other["cameras"]
     assert layer_of()(inputs).mean.shape == (2, 3, 8, 12, 6)
@@ -837,7 +837,7 @@ def test_uncertain_motion_widens_the_map_until_it_is_forgotten():
     wider = (
         unsure.variance[:, 2][known[:, 2]] - sure.variance[:, 2][known[:, 2]]
     )
-    assert (wider[:, 2] > 1e-4).mean() > 0.9  # of depth, from two translations
+    assert (wider[:, 2] > 1e-4).mean() > 0.9  # from two translations
     assert (wider[:, 3:] == 0).all()
     inputs["motion_covariance"] = 1e8 * covariance
     lost = arrays(layer_of()(inputs))
@@ -863,11 +863,11 @@ def test_without_a_depth_buffer_points_are_fused():
         close(found.variance[0, 3, 6], [variance] * 4)
 
 
-# What is bad.
+# Invalid inputs.
 
 
 @pytest.mark.every_backend
-def test_bad_pixels_are_left_out():
+def test_bad_pixels_are_ignored():
     inputs = seen(batch=1, times=1, height=4, width=5)
     camera = inputs["cameras"][0]
     camera["mask"][:] = True
@@ -880,7 +880,7 @@ def test_bad_pixels_are_left_out():
 
     spoil("points", (0, 0, 1), np.nan)
     spoil("points", (0, 1, 0), np.inf)
-    spoil("points", (0, 2), 0.0)  # at the origin, once the pose is nothing
+    spoil("points", (0, 2), 0.0)  # at the origin, as the pose is the identity
     spoil("points", (0, 3), 1e-4)
     spoil("points", (1, 0), 100.0)
     spoil("features", (1, 1, 2), np.nan)
@@ -899,7 +899,7 @@ def test_bad_pixels_are_left_out():
         close(one, other)
 
 
-def test_depth_that_is_none_is_left_out():
+def test_invalid_depth_is_ignored():
     depth = np.full((1, 1, 2, 4), 2.0, "float32")
     depth[0, 0, 0] = 0.0, -1.0, np.nan, np.inf
     depth[0, 0, 1, 0] = -np.inf
@@ -933,7 +933,7 @@ def no_poses():
     yield far
 
 
-def test_a_camera_without_a_pose_is_left_out():
+def test_a_camera_with_an_invalid_pose_is_ignored():
     for pose in no_poses():
         inputs = seen(cameras=2)
         expected = layer_of()({**inputs, "cameras": inputs["cameras"][:1]})
@@ -943,7 +943,7 @@ def test_a_camera_without_a_pose_is_left_out():
         close(found.variance, expected.variance)
 
 
-def test_a_motion_that_is_none_leaves_nothing_of_the_map():
+def test_an_invalid_motion_resets_the_map():
     for motion in no_poses():
         inputs = seen(times=2)
         inputs["motion"][0, 1] = motion
@@ -954,7 +954,7 @@ def test_a_motion_that_is_none_leaves_nothing_of_the_map():
         assert all(np.isfinite(array(part)).all() for part in found)
 
 
-def test_frames_without_a_pixel_keep_the_map():
+def test_frames_without_a_valid_pixel_keep_the_map():
     inputs = seen(times=3)
     inputs["motion"] = still(2, 3)
     inputs["cameras"][0]["mask"][:, 1:] = False
@@ -968,7 +968,7 @@ def test_frames_without_a_pixel_keep_the_map():
 
 
 def gradients(layer, inputs, weights):
-    """Of a weighted sum of the map, by all that is real in the inputs."""
+    """Gradients of a weighted sum of the map by all floating-point inputs."""
     flat = keras.tree.flatten(inputs)
     real = [i for i, x in enumerate(flat) if x.dtype != bool]
 
@@ -1014,14 +1014,14 @@ def weights_of(layer, inputs):
     rng = np.random.default_rng(5)
     maps = layer(inputs)
     parts = [rng.normal(size=part.shape) for part in maps]
-    # Away from the prior's large variances.
+    # Exclude the large variances of the prior.
     parts[1] = parts[1] * (array(maps.variance) < 100)
     parts[0][..., :2] *= 0.1
     return [part.astype(ops.dtype(maps.mean)) for part in parts]
 
 
 @pytest.mark.parametrize("depth_buffer", [True, slow_unless(False, False)])
-def test_gradients_are_those_of_finite_differences(depth_buffer):
+def test_gradients_equal_finite_differences(depth_buffer):
     harness.skip_on(*harness.OTHERS, because="needs float64 in all of Keras")
     layer = layer_of(
         dtype="float64",
@@ -1058,7 +1058,7 @@ def test_gradients_are_those_of_finite_differences(depth_buffer):
                 moved[number][place] += sign * small
                 ends.append(total(*map(ops.convert_to_tensor, moved)))
             difference = (ends[0] - ends[1]) / (2 * small)
-            # Where a point changes its pixel there is no slope.
+            # The gradient is undefined where a point changes its pixel.
             if abs(difference) < 1e4:
                 np.testing.assert_allclose(
                     slopes[place], difference, rtol=1e-4, atol=1e-4
@@ -1247,7 +1247,7 @@ def test_arguments_out_of_range_are_refused(name, value):
         layer_of(**{name: value})
 
 
-# The door.
+# Checks of arguments.
 
 UNFIT_BOOL = np.ones((2, 3), bool)
 UNFIT = (
@@ -1282,7 +1282,7 @@ def fields():
 
 
 @pytest.mark.parametrize(("camera", "name"), list(fields()))
-def test_what_does_not_fit_is_named(camera, name):
+def test_errors_name_the_wrong_field(camera, name):
     path, unfit = f"`{name}`", list(UNFIT)
     if camera is not None:
         path = rf"`cameras\[{camera}\]\['{name}'\]`"
@@ -1296,7 +1296,7 @@ def test_what_does_not_fit_is_named(camera, name):
             layer_of()(inputs)
 
 
-def test_states_and_masks_that_do_not_fit_are_named():
+def test_errors_name_wrong_states_and_masks():
     inputs, layer = seen(), layer_of()
     cell, state = keras_memory.ESMCell(**SIZES), layer.get_initial_state(2)
     motion = inputs["motion"][:, 0]
@@ -1325,7 +1325,7 @@ def test_states_and_masks_that_do_not_fit_are_named():
             layer.get_initial_state(wrong)
 
 
-def test_lists_and_whole_numbers_are_taken():
+def test_lists_and_integers_are_accepted():
     inputs = seen(batch=1, times=1, height=2, width=3)
     for name in ("points", "features"):
         camera = inputs["cameras"][0]
@@ -1381,7 +1381,7 @@ def test_a_cnn_is_trained_through_the_map(jit_compile):
         assert np.isfinite(other).all() and (one != other).any()
 
 
-def test_free_batch_and_time():
+def test_batch_and_time_may_be_unknown():
     inputs = seen()
     entry = entry_of(inputs)
     model = keras.Model(
@@ -1396,7 +1396,7 @@ def test_free_batch_and_time():
         close(found.mean, layer_of()(some).mean)
 
 
-def test_config_and_file_round_trip(tmp_path):
+def test_configs_and_files_restore_the_layer(tmp_path):
     options = {
         "height": 10,
         "width": 14,
@@ -1439,7 +1439,7 @@ def test_mixed_precision_computes_in_float32(policy):
     close(found.mean, layer_of()(inputs).mean)
 
 
-def test_one_pixel_one_step():
+def test_one_pixel_and_one_step_give_finite_maps():
     inputs = seen(batch=1, times=1, height=1, width=1)
     inputs["cameras"][0]["mask"][:] = True
     found = arrays(keras_memory.ESMLayer(1, 2, smooth_kernel_size=1)(inputs))
@@ -1461,12 +1461,12 @@ ROOM = rooms.Room()
         ((0, 0, 0), [(0, np.inf, 1)]),
     ],
 )
-def test_rays_that_go_nowhere_are_refused(origin, directions):
+def test_invalid_rays_are_refused(origin, directions):
     with pytest.raises(ValueError, match="`(origin|directions)`.* must be"):
         ROOM.cast(origin, directions)
 
 
-def test_sizes_of_maps_and_pictures_are_looked_at_first():
+def test_too_large_maps_and_images_are_refused_at_once():
     cell = keras_memory.ESMCell(height=10, width=20)
     with pytest.raises(ValueError, match="A state would take .*batch size="):
         cell.get_initial_state(10**9)
@@ -1485,7 +1485,7 @@ MAP = {"height": 90, "width": 180}
 
 
 def turned(angles, positions=None):
-    """Poses of an agent that looks in directions, counted to the left."""
+    """Poses of an agent that looks at these angles, counted to the left."""
     vectors = np.zeros((len(angles), 6), "float32")
     vectors[:, 4] = angles
     if positions is not None:
@@ -1514,7 +1514,7 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
     inputs = {"cameras": camera, "motion": array(motion)[None]}
     if depth_noise:
         variance = np.full((1, *depth.shape, 6), 1e-3, "float32")
-        # Of the distance, which is longer than what is along the axis.
+        # The variance is that of the distance, which exceeds the depth.
         ones = np.ones((1, size, size), "float32")
         points = geometry.pixels_to_camera(ones, inverse)
         longer = np.linalg.norm(array(points), axis=-1)
@@ -1527,7 +1527,7 @@ def filmed(poses, size=96, depth_noise=0.0, motion_noise=0.0, seed=0):
 
 
 def errors(pose, mean, variance):
-    """Relative errors of depth, those of colors, and where it was seen."""
+    """Relative errors of depth, errors of colors, and the seen pixels."""
     seen_there = variance[..., 2] < 9000
     distance, color = ROOM.render_sphere(
         pose, mean[..., :2], MAP["height"], MAP["width"]
@@ -1571,7 +1571,7 @@ def walked(poses, depth_buffer=True, **options):
     return [part[0] for part in arrays(mapper(depth_buffer)(inputs))]
 
 
-def test_the_map_is_the_room():
+def test_the_map_equals_the_room():
     angles = np.linspace(0, 2 * np.pi, 25)
     positions = np.stack(
         [0.4 * np.sin(angles), 0.1 * np.sin(2 * angles), 0.3 * np.cos(angles)],
@@ -1588,7 +1588,7 @@ def test_the_map_is_the_room():
 
 
 def reachable(poses):
-    """(H, W) bool, what of the last pose's map the camera has had in view."""
+    """(H, W) bool: pixels of the last map that the camera has had in view."""
     sizes = MAP["height"], MAP["width"]
     grid = geometry.pixel_grid(*sizes)
     distance, _ = ROOM.render_sphere(poses[-1], grid, *sizes)
@@ -1605,7 +1605,7 @@ def reachable(poses):
     return seen_once.reshape(sizes)
 
 
-def test_there_and_back():
+def test_the_map_survives_a_walk_there_and_back():
     steps = np.arange(201)
     angles = 0.8 * np.sin(2 * np.pi * steps / 50)
     forth = 1 - np.abs(steps - 100) / 100
@@ -1621,7 +1621,7 @@ def test_there_and_back():
 
     first, last = medians(depth_noise=0.01)
     assert 1e-3 < first and last < 1.5 * first
-    # Without noise the first is exact, but for rounding.
+    # Without noise the first map is exact up to rounding.
     first, last = medians(depth_noise=0.0)
     assert first < 1e-6 and last < 2e-4
 
@@ -1643,10 +1643,10 @@ def test_noise_degrades_the_map_smoothly():
     ("depth_noise", "motion_noise"),
     [(0.05, 0.0), (0.1, 0.0), (0.1, 0.005), (0.1, 0.01)],
 )
-def test_the_variance_says_how_far_off_the_map_is(depth_noise, motion_noise):
-    """About 68 % of the errors are within a standard deviation: of depth, and
-    of what it changes within that of the direction. Points are fused, as the
-    nearest of several with noise is too near."""
+def test_the_variance_predicts_the_error_of_the_map(depth_noise, motion_noise):
+    """About 68 % of the errors are within one standard deviation. The direction
+    contributes by how much depth changes within its standard deviation. Points
+    are fused: with noise, the nearest of several points is too near."""
     poses = turned(np.linspace(0, np.pi / 2, 9))
 
     def distance(pixels, *shift):
@@ -1675,7 +1675,7 @@ def test_the_variance_says_how_far_off_the_map_is(depth_noise, motion_noise):
     assert abs(np.mean(within) - 0.68) < 0.1
 
 
-def test_the_room_by_hand():
+def test_the_room_matches_distances_computed_by_hand():
     room = rooms.Room(size=(4, 2, 6), boxes=[((-0.5, -0.5, 1), (0.5, 0.5, 2))])
     ways = np.array([[0, 0, 1], [0, 0, -1], [1, 0, 0], [0, -2, 0], [1, 0, 1.0]])
     distance, color = room.cast([0, 0, 0], ways)
@@ -1710,7 +1710,7 @@ def test_impossible_rooms_are_refused(arguments):
         rooms.Room(**arguments)
 
 
-def test_views_that_do_not_fit_are_named():
+def test_errors_name_wrong_views():
     sound = {
         "cast": {"origin": np.zeros(3), "directions": np.ones((2, 3))},
         "render": {

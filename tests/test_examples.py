@@ -1,4 +1,4 @@
-"""Each example runs, for two steps."""
+"""Runs each example for two steps."""
 
 import pathlib
 import runpy
@@ -29,7 +29,7 @@ def test_a_missing_package_is_named(example, arguments, package, monkeypatch):
 @pytest.mark.parametrize(
     "path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem
 )
-def test_example(path, capsys, tmp_path, monkeypatch):
+def test_examples_run(path, capsys, tmp_path, monkeypatch):
     if path.stem == "memory_wrap_digits":
         pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)

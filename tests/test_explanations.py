@@ -1,4 +1,5 @@
-"""Which examples a Memory Wrap used, and which parts of them."""
+"""Tests of explanations: the examples that Memory Wrap used, and
+attributions."""
 
 import io
 
@@ -46,7 +47,7 @@ def untrained(**kwargs):
 
 @pytest.fixture(scope="module")
 def trained(images):
-    """For tests that leave it as it is."""
+    """A trained model, for tests that do not change it."""
     keras.utils.set_random_seed(1)
     model = untrained()
     model.fit(*images, epochs=15, verbose=0)
@@ -54,15 +55,15 @@ def trained(images):
 
 
 def answers(model, x, memory, **kwargs):
-    """Predictions, and weights where asked for, as arrays."""
+    """Predictions, and weights on request, as arrays."""
     inputs = [model.encode(x), model.encode(memory)]
     found = model.memory_layer(inputs, **kwargs)
     return keras.tree.map_structure(ops.convert_to_numpy, found)
 
 
-def test_explanations_of_a_fixed_memory(images):
+def test_explanations_of_a_fixed_memory_list_the_used_examples(images):
     x, y = images
-    x = 2 * x  # less alike
+    x = 2 * x  # makes images differ more
     model = untrained(similarity="l2")
     model.set_memory(x[:13], y[:13])
     outputs, weights = answers(model, x[13:36], x[:13], return_weights=True)
@@ -85,7 +86,7 @@ def test_explanations_of_a_fixed_memory(images):
             close(why.weights.sum(), np.float64(1.0), 1e-5)
             assert (why.labels == y[why.indices]).all()
             assert (why.inputs == x[why.indices]).all()
-            # Each of them is classified by the others.
+            # Each example is classified by the others.
             for place, index in enumerate(why.indices):
                 others = np.arange(13) != index
                 alone = answers(model, x[index : index + 1], x[:13][others])
@@ -95,7 +96,7 @@ def test_explanations_of_a_fixed_memory(images):
             assert (why.classes == why.predicted).all()
 
 
-def test_examples_that_are_not_known(images, tmp_path):
+def test_a_loaded_memory_explains_without_its_inputs(images, tmp_path):
     x, y = images
     model = untrained()
     model.set_memory(x[:13], y[:13])
@@ -119,7 +120,9 @@ def test_examples_that_are_not_known(images, tmp_path):
 
 
 @trains
-def test_explanations_of_a_memory_that_is_drawn(trained, images, monkeypatch):
+def test_explanations_of_a_drawn_memory_list_the_used_examples(
+    trained, images, monkeypatch
+):
     x, y = images
     memories = [(x[:11], y[:11]), (x[11:22], y[11:22])]
     drawn = iter(memories)
@@ -135,11 +138,11 @@ def test_explanations_of_a_memory_that_is_drawn(trained, images, monkeypatch):
 
 
 @trains
-def test_explanation_accuracy_is_that_of_the_papers_code(
+def test_explanation_accuracy_equals_the_code_of_the_paper(
     trained, images, monkeypatch
 ):
     x, y = images
-    y = np.where(np.arange(60) % 5, y, (y + 1) % 3)  # some wrong labels
+    y = np.where(np.arange(60) % 5, y, (y + 1) % 3)  # wrong labels
     rng = np.random.default_rng(7)
     x = x + rng.normal(size=x.shape, scale=0.5)
     memories = []
@@ -171,7 +174,7 @@ def test_explanation_accuracy_is_that_of_the_papers_code(
     }
 
 
-def test_accuracy_without_counterfactuals(images):
+def test_accuracy_by_counterfactual_is_none_without_any(images):
     x, y = images
     model = untrained()
     model.set_memory(x[:1], y[:1])
@@ -214,8 +217,8 @@ def test_attributions_sum_to_the_difference(trained, images):
 
 
 @trains
-def test_attributions_of_a_linear_model():
-    """One example has weight 1: the output is linear in both images."""
+def test_attributions_of_a_linear_model_are_exact():
+    """A single example has weight 1, so the output is linear in both images."""
     model = MemoryWrapClassifier(
         keras.layers.Flatten(),
         2,
@@ -242,7 +245,7 @@ def test_attributions_of_a_linear_model():
 # Pictures.
 
 
-def test_tiles():
+def test_tiles_are_drawn_with_frames_words_and_heat():
     image = np.full((5, 7), 0.5)
     heat = np.zeros((5, 7, 1))
     heat[1, 2] = 3.0
@@ -274,7 +277,7 @@ def test_tiles():
             visualization.plot_tiles([[visualization.Tile(wrong)]])
 
 
-def test_tiles_are_no_formulas_and_may_repeat():
+def test_tile_texts_are_not_parsed_as_formulas():
     tile = visualization.Tile(np.ones((5, 5)), "$a_b$", "$\\wrong$ \\$")
     figure = visualization.plot_tiles([[tile, tile, tile]])
     visualization.to_image(figure)
@@ -288,7 +291,7 @@ def words_of(figure):
 
 
 @trains
-def test_picture(trained, images):
+def test_pictures_follow_max_examples_and_to_image(trained, images):
     x, y = images
     model = untrained()
     model((x, x))
@@ -310,8 +313,8 @@ def test_picture(trained, images):
         close(one.get_array(), 1 - other.get_array())
 
 
-def test_a_picture_marks_what_is_wrong(images):
-    """The example of class 1 is taken for class 2."""
+def test_a_picture_marks_wrong_answers(images):
+    """The second example has class 1 but is predicted as class 2."""
     x, _ = images
     why = explanations.Explanation(
         prediction=1,
@@ -344,7 +347,7 @@ def test_a_picture_marks_what_is_wrong(images):
 @pytest.mark.parametrize(
     "name", ["golden retriever", "Pneumonoultramicroscopicsilicosis", "i" * 99]
 )
-def test_words_stay_above_their_image(images, name):
+def test_words_do_not_overlap(images, name):
     x, _ = images
     why = explanations.Explanation(
         *(1, np.arange(3), np.array([0.5, 0.3, 0.2]), np.array([1, 0, 1])),
@@ -365,7 +368,7 @@ def test_words_stay_above_their_image(images, name):
     assert "…" in "".join(words_of(figure))
 
 
-def test_labels_that_are_one_hot_or_not_known(images):
+def test_labels_may_be_one_hot_or_unknown(images):
     x, _ = images
     why = explanations.Explanation(
         *(1, np.arange(1), np.ones(1), np.ones(1, int), np.ones(1, int)),
@@ -391,7 +394,7 @@ def test_a_notebook_shows_explanations_of_images(images):
 
 
 @harness.needs_tensorflow
-def test_in_tensorboard(images, tmp_path):
+def test_tensorboard_gets_explanations(images, tmp_path):
     import tensorflow as tf
 
     x, y = images
@@ -424,7 +427,7 @@ def test_in_tensorboard(images, tmp_path):
 
 
 @harness.needs_tensorflow
-def test_labels_are_checked_before_the_training(images, tmp_path):
+def test_labels_are_checked_before_training(images, tmp_path):
     x, y = images
     for labels in (
         [0, 1, 2],
@@ -455,7 +458,7 @@ def test_labels_are_checked_before_the_training(images, tmp_path):
 # Bad input.
 
 
-def test_refusals(images):
+def test_wrong_arguments_are_refused(images):
     x, y = images
     model = untrained()
     with pytest.raises(ValueError, match="set_memory"):
@@ -523,7 +526,7 @@ def test_refusals(images):
         ),
     ):
         if words == "has a gradient" and harness.BACKEND == "jax":
-            continue  # where it is zero
+            continue  # its gradient is 0 instead
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match="MemoryWrapClassifier"):

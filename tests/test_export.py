@@ -1,4 +1,4 @@
-"""What is served is the model: whole, step by step, and without Python."""
+"""Exports serve the model: whole, step by step, and without Python."""
 
 import os
 import pathlib
@@ -44,7 +44,7 @@ def run(signature, **inputs):
 
 
 def stream(signatures, x, name="inputs"):
-    """Outputs of the steps, and the states at the end."""
+    """Outputs of the steps, and the final states."""
     states = run(signatures["initial_state"], **{name: x[:, 0]})
     outputs = []
     for time in range(x.shape[1]):
@@ -76,7 +76,7 @@ def sequential(*layers, shape=(None, 5), **kwargs):
 
 
 def tiny():
-    """The quickest model that can be streamed."""
+    """The fastest model that can be streamed."""
     return sequential(keras.layers.SimpleRNN(2, return_sequences=True))
 
 
@@ -104,7 +104,7 @@ def test_every_case_is_served(exported):
         close(served["outputs"], whole, tolerance=1e-5)
     outputs, states = stream(signatures, x)
     close(np.stack(outputs, axis=1), whole, tolerance=1e-6)
-    # The states are those of `return_state`, in its order.
+    # The states are those of `return_state`, in the same order.
     stateful = harness.like(exported.layer, exported.case, return_state=True)
     _, *expected = stateful(x)
     names = exported.layer.cell.state_names
@@ -117,11 +117,11 @@ def test_every_case_is_served(exported):
         close(initial[name], state, tolerance=0)
 
 
-def test_only_stock_operations(exported):
+def test_exports_have_only_stock_operations(exported):
     ops = operations(exported.path)
     assert {op for op in ops if not hasattr(tf.raw_ops, op)} == set()
     assert not {op for op in ops if "PyFunc" in op or "Random" in op}
-    # What `tf.custom_gradient` leaves, of which TensorFlow warns at loading.
+    # `tf.custom_gradient` leaves it, and TensorFlow warns of it at loading.
     assert "IdentityN" not in ops
 
 
@@ -142,7 +142,7 @@ def operations(path):
     return {node.op for node in nodes} - functions
 
 
-# A trained model of several layers.
+# A trained model with several layers.
 
 STATE_SIZES = {
     "head_reads": 5,
@@ -157,7 +157,7 @@ STATE_SIZES = {
 
 
 class Compiled(keras.layers.Layer):
-    """Asks for XLA, which a server may not have."""
+    """Requests XLA, which a server may lack."""
 
     def build(self, input_shape):
         self.function = tf.function(tf.tanh, jit_compile=True)
@@ -187,7 +187,7 @@ def trained(tmp_path_factory):
     return types.SimpleNamespace(model=model, path=path)
 
 
-def test_names_and_shapes(trained):
+def test_signatures_have_the_documented_names_and_shapes(trained):
     assert trained.path.name == "1" and isinstance(trained.path, pathlib.Path)
     signatures = load(trained.path)
     states = {name: (None, size) for name, size in STATE_SIZES.items()}
@@ -228,7 +228,7 @@ def test_a_server_needs_neither_xla_nor_random_numbers(trained):
     assert not {op for op in operations(trained.path) if "Random" in op}
 
 
-def test_c_api_without_python_code(trained, tmp_path):
+def test_the_c_api_serves_a_model_without_python(trained, tmp_path):
     """All signatures, and a stream, in a process without Keras."""
     x = random(3, 5, 5)
     np.savez(tmp_path / "x.npz", inputs=x)
@@ -261,7 +261,7 @@ def test_c_api_without_python_code(trained, tmp_path):
         close(results["s5"][name], state, tolerance=1e-6)
 
 
-def test_the_model_stays_as_it_was(tmp_path):
+def test_exporting_does_not_change_the_model(tmp_path):
     model = tiny()
     before = [dict(vars(layer)) for layer in (model, *model.layers)]
     export_for_serving(model, tmp_path / "model", warm_up=())
@@ -271,7 +271,7 @@ def test_the_model_stays_as_it_was(tmp_path):
             assert vars(layer)[name] is value, name
 
 
-def test_warm_up_requests_run(trained):
+def test_warm_up_requests_match_the_signatures(trained):
     prediction_log = pytest.importorskip(
         "tensorflow_serving.apis.prediction_log_pb2"
     )
@@ -303,7 +303,7 @@ def test_warm_up_requests_run(trained):
     )
 
 
-def test_models_config(trained):
+def test_models_config_names_the_model_and_its_folder(trained):
     text_format = pytest.importorskip("google.protobuf.text_format")
     config = pytest.importorskip(
         "tensorflow_serving.config.model_server_config_pb2"
@@ -315,11 +315,11 @@ def test_models_config(trained):
     assert model.model_platform == "tensorflow"
 
 
-# What can be streamed.
+# Streams.
 
 
 def check(model, path, x):
-    """Served and streamed outputs are the model's."""
+    """Served and streamed outputs equal the model's."""
     signatures = load(path)
     whole = run(signatures["serving_default"], inputs=x)["outputs"]
     close(whole, model(x, training=False), tolerance=1e-5)
@@ -328,7 +328,7 @@ def check(model, path, x):
     close(joined, whole, tolerance=1e-6)
 
 
-def test_only_the_last_output(tmp_path):
+def test_layers_that_return_the_last_output_are_streamed(tmp_path):
     model = sequential(
         ntm(),
         keras.layers.GRU(2, return_sequences=True),
@@ -339,7 +339,7 @@ def test_only_the_last_output(tmp_path):
     check(model, path, random(2, 3, 5))
 
 
-def test_a_functional_model_with_a_branch_and_a_model_inside(tmp_path):
+def test_a_functional_model_with_branches_and_submodels_is_streamed(tmp_path):
     inside = sequential(
         keras.layers.RNN(
             [keras.layers.LSTMCell(2), keras.layers.GRUCell(3)],
@@ -355,12 +355,12 @@ def test_a_functional_model_with_a_branch_and_a_model_inside(tmp_path):
     model = keras.Model(inputs, outputs)
     path = export_for_serving(model, tmp_path / "model", warm_up=())
     check(model, path, random(2, 4, 5))
-    # Other numbers of time steps than the model declares.
+    # The served model accepts other numbers of time steps.
     served = run(load(path)["serving_default"], inputs=random(3, 7, 5))
     assert served["outputs"].shape == (3, 7, 3)
 
 
-def test_a_subclassed_model(tmp_path):
+def test_a_subclassed_model_is_served(tmp_path):
     class Own(keras.Model):
         def __init__(self):
             super().__init__()
@@ -376,7 +376,7 @@ def test_a_subclassed_model(tmp_path):
     check(model, export_for_serving(model, tmp_path / "own"), x)
 
 
-def test_tokens(tmp_path):
+def test_token_models_are_streamed(tmp_path):
     model = sequential(
         keras.layers.Embedding(7, 3),
         keras.layers.SimpleRNN(2, return_sequences=True),
@@ -404,7 +404,7 @@ def test_a_stateful_layer_is_served_without_its_state(tmp_path):
     close(np.stack(stream(signatures, more)[0], 1), whole, tolerance=1e-6)
 
 
-def test_kernels_that_only_a_gpu_has_are_avoided(tmp_path, monkeypatch):
+def test_gpu_only_kernels_are_avoided(tmp_path, monkeypatch):
     def cudnn(*args, **kwargs):
         raise RuntimeError("a cuDNN kernel was asked for")
 
@@ -415,7 +415,7 @@ def test_kernels_that_only_a_gpu_has_are_avoided(tmp_path, monkeypatch):
     export_for_serving(model, tmp_path / "model", warm_up=())
 
 
-def test_mixed_precision(tmp_path):
+def test_mixed_precision_states_are_float16(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     model = sequential(ntm(), keras.layers.Dense(2, dtype="float32"))
     signatures = load(export_for_serving(model, tmp_path / "half"))
@@ -456,7 +456,9 @@ def attention(inputs):
         "pooling",
     ],
 )
-def test_what_cannot_be_streamed(name, layers, tmp_path):
+def test_models_that_cannot_be_streamed_are_served_with_a_warning(
+    name, layers, tmp_path
+):
     inputs = keras.Input((None, 5))
     layer = layers()
     memory = keras.layers.SimpleRNN(3, return_sequences=True)
@@ -474,7 +476,7 @@ def test_what_cannot_be_streamed(name, layers, tmp_path):
 
 
 def gappy(*shape, value=0.0):
-    """Rows that begin, stop and end with masked steps."""
+    """Rows with masked steps at the start, in the middle and at the end."""
     x = random(*shape)
     x[0, -2:] = x[1, 0] = x[2, 1] = x[2, 3] = value
     return x
@@ -495,7 +497,7 @@ class OwnCell(keras.layers.Layer):
         return [keras.ops.ones((batch_size, 2))] * 2
 
 
-MASKED = {  # layers, and how many of them hold an output
+MASKED = {  # layers, and the number of them that hold an output
     "ours": (lambda: [keras.layers.Masking(), ntm(), keras.layers.GRU(2)], 2),
     "value": (
         lambda: [keras.layers.Masking(-2.0), rnn(keras.layers.SimpleRNN)],
@@ -543,7 +545,7 @@ MASKED = {  # layers, and how many of them hold an output
 
 
 @pytest.mark.parametrize("case", MASKED)
-def test_masked_steps_are_held_in_a_stream(case, tmp_path, recwarn):
+def test_masked_steps_hold_outputs_in_a_stream(case, tmp_path, recwarn):
     layers, count = MASKED[case]
     model = sequential(*layers())
     path = export_for_serving(model, tmp_path / "model", warm_up=())
@@ -553,7 +555,7 @@ def test_masked_steps_are_held_in_a_stream(case, tmp_path, recwarn):
     assert sum("held_output" in name for name in states) == count
 
 
-def test_masked_tokens_are_held_in_a_stream(tmp_path):
+def test_masked_tokens_hold_outputs_in_a_stream(tmp_path):
     model = sequential(
         keras.layers.Embedding(7, 3, mask_zero=True),
         rnn(keras.layers.LSTM, name="first"),
@@ -570,8 +572,8 @@ def test_masked_tokens_are_held_in_a_stream(tmp_path):
     }
 
 
-def test_rows_without_news_stay_as_they_are(tmp_path):
-    """Several clients in one batch, of which one has nothing at a step."""
+def test_rows_with_a_masked_step_keep_their_states(tmp_path):
+    """Several clients share a batch, and one has no input at a step."""
     model = sequential(keras.layers.Masking(), rnn(keras.layers.LSTM))
     path = export_for_serving(model, tmp_path / "model", warm_up=())
     signatures = load(path)
@@ -599,7 +601,7 @@ def names_of(model, tmp_path):
     assert takes(signatures["step"]) == {name, *states}
     outputs = gives(signatures["serving_default"])
     assert gives(signatures["step"]) == {*outputs, *states}
-    # What the names stand for.
+    # The names belong to the right arrays.
     x = random(2, 3, 5)
     whole = run(signatures["serving_default"], **{name: x})
     given = run(signatures["initial_state"], **{name: x[:, 0]})
@@ -615,7 +617,7 @@ def names_of(model, tmp_path):
     "given, served",
     [("sensor", "sensor"), (None, "inputs"), ("1st", "arg_1st")],
 )
-def test_an_input_has_its_own_name(given, served, tmp_path):
+def test_a_named_input_keeps_its_name(given, served, tmp_path):
     model = sequential(rnn(keras.layers.SimpleRNN), name=given)
     assert names_of(model, tmp_path) == (served, {"outputs"}, {"h"})
 
@@ -624,7 +626,7 @@ def test_an_input_has_its_own_name(given, served, tmp_path):
     "given, served",
     [
         ("inputs", "inputs"),
-        ("input_layer_3", "inputs"),  # what Keras calls it after loading
+        ("input_layer_3", "inputs"),  # Keras's name after loading
         ("my-input", "my_input"),
         ("_x", "arg__x"),
         ("größe 2", "gr__e_2"),
@@ -632,7 +634,7 @@ def test_an_input_has_its_own_name(given, served, tmp_path):
         ("self", "arg_self"),
     ],
 )
-def test_names_are_those_that_tensorflow_takes(given, served):
+def test_names_become_valid_for_tensorflow(given, served):
     assert streaming._names("inputs", keras.Input((5,), name=given)) == [served]
 
     def function(**inputs):
@@ -643,7 +645,7 @@ def test_names_are_those_that_tensorflow_takes(given, served):
     signature(**{served: tf.ones(3)})
 
 
-def test_outputs_have_their_keys_and_states_get_out_of_the_way(tmp_path):
+def test_outputs_keep_their_keys_and_clashing_states_are_renamed(tmp_path):
     inputs = keras.Input((None, 5), name="h")
     first = rnn(keras.layers.LSTM, name="my-lstm")(inputs)
     model = keras.Model(inputs, {"go": first, "my-lstm_c": first + 1.0})
@@ -654,7 +656,7 @@ def test_outputs_have_their_keys_and_states_get_out_of_the_way(tmp_path):
     )
 
 
-def test_a_layer_that_is_called_again_has_a_number(tmp_path):
+def test_a_layer_called_again_gets_a_number(tmp_path):
     inputs = keras.Input((None, 5))
     shared = rnn(keras.layers.GRU, name="shared")
     masked = shared(keras.layers.Masking()(inputs))
@@ -663,7 +665,7 @@ def test_a_layer_that_is_called_again_has_a_number(tmp_path):
     assert states == {"shared_h", "shared_held_output", "shared_1_h"}
 
 
-def test_states_of_several_memories_and_controllers():
+def test_states_of_several_memories_are_named_by_block():
     def names(**kwargs):
         sizes = {"memory_slots": 3, "slot_size": 2, "linkage": False}
         return keras_memory.DNCCell(3, **sizes, **kwargs).state_names
@@ -697,7 +699,7 @@ def test_cells_name_their_states(tmp_path):
     }
 
 
-def test_unnamed_inputs_are_numbered_and_keys_win(tmp_path):
+def test_unnamed_inputs_are_numbered_and_dict_keys_are_kept(tmp_path):
     first, second = keras.Input((2,)), keras.Input((2,), name="second")
     model = keras.Model([first, second], [first + second, first - second])
     path = export_for_serving(model, tmp_path / "list")
@@ -717,7 +719,7 @@ def test_unnamed_inputs_are_numbered_and_keys_win(tmp_path):
     assert gives(signature) == {"of_all", "of_none"}
 
 
-def test_several_inputs_and_outputs(tmp_path):
+def test_several_inputs_and_outputs_are_served_but_not_streamed(tmp_path):
     first, second = (
         keras.Input((None, 5), name="a"),
         keras.Input((3,), name="b"),
@@ -751,7 +753,7 @@ def test_several_inputs_and_outputs(tmp_path):
     ],
     ids=["one-step", "flattened"],
 )
-def test_what_has_no_steps(model, reason, tmp_path):
+def test_models_without_a_time_axis_are_only_served(model, reason, tmp_path):
     model = model()
     with pytest.warns(UserWarning, match=reason):
         path = export_for_serving(model, tmp_path / "model")
@@ -762,7 +764,7 @@ def test_what_has_no_steps(model, reason, tmp_path):
     close(served, model(x), tolerance=1e-5)
 
 
-def test_without_recurrent_layers_there_are_no_steps_nor_warnings(
+def test_models_without_recurrent_layers_are_served_without_warnings(
     tmp_path, recwarn
 ):
     model = sequential(keras.layers.Dense(2))
@@ -773,7 +775,7 @@ def test_without_recurrent_layers_there_are_no_steps_nor_warnings(
 
 @pytest.mark.parametrize("time", [4, None], ids=["fixed", "free"])
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
-def test_layers_that_are_time_distributed(time, streams, tmp_path):
+def test_time_distributed_layers_are_served(time, streams, tmp_path):
     layers = keras.layers
     model = sequential(
         *[rnn(layers.SimpleRNN)] * streams,
@@ -792,7 +794,7 @@ def test_layers_that_are_time_distributed(time, streams, tmp_path):
 
 
 class Looped(keras.layers.Layer):
-    """Acts on each step, and must know how many there are."""
+    """Acts on each step, and needs a known number of steps."""
 
     def call(self, inputs):
         steps = [inputs[:, time] * 2.0 for time in range(inputs.shape[1])]
@@ -802,7 +804,7 @@ class Looped(keras.layers.Layer):
         return input_shape
 
 
-def test_a_layer_that_must_know_the_number_of_steps(tmp_path):
+def test_a_layer_may_require_a_known_number_of_steps(tmp_path):
     model = sequential(rnn(keras.layers.SimpleRNN), Looped(), shape=(4, 5))
     path = export_for_serving(model, tmp_path / "model", warm_up=())
     check(model, path, random(2, 4, 5))
@@ -813,7 +815,7 @@ def test_a_layer_that_must_know_the_number_of_steps(tmp_path):
 # Files.
 
 
-def test_versions_live_side_by_side(tmp_path):
+def test_versions_are_written_side_by_side(tmp_path):
     folder = tmp_path / "new" / "model"
     first = export_for_serving(tiny(), folder)
     before = {path: path.stat() for path in first.rglob("*")}
@@ -828,12 +830,12 @@ def test_versions_live_side_by_side(tmp_path):
     }
     assert 'name: "other"' in (folder / "models.config").read_text()
     assert {path: path.stat() for path in first.rglob("*")} == before
-    # A server under another user may read it.
+    # A server of another user may read it.
     (tmp_path / "usual").mkdir()
     assert second.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_without_tensorflow_serving(tmp_path, monkeypatch):
+def test_without_tensorflow_serving_warm_up_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_serving", None)
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
     with pytest.warns(UserWarning, match="pip install.*2.20.0") as caught:
@@ -874,10 +876,10 @@ def interrupted(*args, **kwargs):
     ],
     ids="save mismatch interrupt check warm-up fsync rename".split(),
 )
-def test_a_failure_leaves_nothing(
+def test_a_failed_export_leaves_no_files(
     place, name, replacement, error, tmp_path, monkeypatch
 ):
-    # Not in the parameters: `model.export` puts another module in its place.
+    # Looked up here, since `model.export` replaces the module.
     place = place or tf.saved_model
     monkeypatch.setattr(place, name, replacement(getattr(place, name)))
     with pytest.raises(error):
@@ -900,7 +902,9 @@ def test_a_failure_leaves_nothing(
     ],
     ids="save config flush warm-up".split(),
 )
-def test_a_full_disk_is_told(place, name, error, tmp_path, monkeypatch):
+def test_a_full_disk_raises_an_os_error(
+    place, name, error, tmp_path, monkeypatch
+):
     def full(*args, **kwargs):
         raise error
 
@@ -920,11 +924,11 @@ def test_a_full_disk_is_told(place, name, error, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a writer")
-def test_what_killed_exports_left_is_removed(tmp_path):
+def test_files_of_killed_exports_are_removed(tmp_path):
     folder = tmp_path / "model"
     with saved_model.appearing_folder(
         folder / "3"
-    ) as running:  # another, at work
+    ) as running:  # another export, still running
         (running / "part").write_text("half")
         reads, writes = os.pipe()
         killed = os.fork()
@@ -935,12 +939,13 @@ def test_what_killed_exports_left_is_removed(tmp_path):
                 signal.pause()
         assert os.read(reads, 1) == b"!"
         hidden = {path.name for path in folder.iterdir()}
-        with saved_model.appearing_folder(folder / "2"):  # while that one lives
+        with saved_model.appearing_folder(folder / "2"):  # while the other runs
             assert hidden < {path.name for path in folder.iterdir()}
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
         os.close(reads), os.close(writes)
-        # An older version had no locks, and a user has folders of his own.
+        # A folder of an older version, without a lock, is removed; a folder
+        # of a user is kept.
         (folder / ".7.0123abcd").mkdir()
         (folder / ".7.mine").mkdir()
         with saved_model.appearing_folder(folder / "4"):
@@ -953,7 +958,7 @@ def test_what_killed_exports_left_is_removed(tmp_path):
     assert (folder / "3" / "part").read_text() == "half"
 
 
-def test_a_difference_in_streaming_is_found(tmp_path, monkeypatch):
+def test_a_wrong_stream_is_refused(tmp_path, monkeypatch):
     initial = streaming._initial_states
 
     def shifted(calls, batch):
@@ -967,8 +972,8 @@ def test_a_difference_in_streaming_is_found(tmp_path, monkeypatch):
     assert not list((tmp_path / "model").iterdir())
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "take_apart", failing)  # no work before
+def test_an_unwritable_folder_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "take_apart", failing)  # fails if work starts
     file = tmp_path / "file"
     file.write_text("in the way")
     for folder in (file, file / "below"):
@@ -990,7 +995,7 @@ def test_versions_are_positive_integers(version, tmp_path):
         export_for_serving(tiny(), tmp_path, version=version)
 
 
-def test_no_rows_are_served(tmp_path):
+def test_empty_batches_are_served(tmp_path):
     model = sequential(keras.layers.Masking(), rnn(keras.layers.LSTM))
     path = export_for_serving(model, tmp_path / "model", warm_up=())
     signatures, none = load(path), np.zeros((0, 3, 5), "float32")
@@ -1001,7 +1006,7 @@ def test_no_rows_are_served(tmp_path):
     assert {state.shape for state in states.values()} == {(0, 3)}
 
 
-def test_versions_may_be_times(tmp_path):
+def test_versions_may_be_timestamps(tmp_path):
     version = 20261129150725000
     path = export_for_serving(tiny(), tmp_path, version=version, name="a")
     assert path.name == str(version) and set(load(path)) == SIGNATURES
@@ -1036,7 +1041,7 @@ def test_arguments_are_checked_before_any_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_of_unknown_input_shape(tmp_path):
+def test_a_model_of_unknown_input_shape_is_refused(tmp_path):
     class Two(keras.Model):
         def build(self, shapes):
             self.out = keras.layers.Dense(2)

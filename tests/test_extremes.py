@@ -1,5 +1,5 @@
-"""Inputs and states up to the bounds that `MemoryCell` documents: outputs,
-states and gradients are finite."""
+"""Outputs, states and gradients are finite for inputs and states up to the
+bounds that `MemoryCell` documents."""
 
 import harness
 import keras
@@ -22,7 +22,7 @@ BOUNDS = {
     "float64": 1e150,
     "float16": 1e2,
 }
-# Its state is its output, so that interfaces are as large.
+# Its state is its output, so interfaces become as large.
 BOUND_OF_GRU = 1e9
 
 OF_CONTROLLERS = [
@@ -37,7 +37,7 @@ FEW = [
 
 
 def extreme_states(cell, bound, rng):
-    """All of the size of the bound: weightings and usages, too."""
+    """States of the size of the bound, including weightings and usages."""
     records = cell.unpack_state(cell.get_initial_state(2))
     columns = [
         record.link_columns
@@ -106,14 +106,14 @@ def cases(few):
 
 
 @pytest.mark.parametrize(("case", "loop"), cases(FEW))
-def test_inputs_and_states_up_to_the_bound(case, loop):
+def test_inputs_and_states_up_to_the_bound_stay_finite(case, loop):
     holds(case, loop, bound=bound_of(case))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16", "float64"])
 @pytest.mark.parametrize(("case", "loop"), cases([]))
-def test_bounds_of_other_dtypes(case, loop, dtype):
+def test_bounds_hold_in_other_dtypes(case, loop, dtype):
     holds(case, loop, dtype, bound_of(case, dtype))
 
 
@@ -121,7 +121,7 @@ def test_bounds_of_other_dtypes(case, loop, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_layer_norms_have_no_scale(dtype):
+def test_layer_norms_do_not_depend_on_scale(dtype):
     import tensorflow as tf
 
     norm = cells.LayerNormalization(dtype=dtype)
@@ -143,7 +143,7 @@ def test_layer_norms_have_no_scale(dtype):
     assert is_finite([same])
 
 
-def test_layer_norms_of_ordinary_numbers_are_those_of_keras():
+def test_layer_norms_of_ordinary_numbers_equal_keras():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(3, 7), scale=1e6).astype("float32")
     found = cells.LayerNormalization(epsilon=1e-3)(x)
@@ -159,10 +159,10 @@ def test_scales_of_ordinary_numbers_are_exactly_1():
     np.testing.assert_array_equal(scale, [[1.0]])
 
 
-# States from outside that no step makes.
+# Given states that no step produces.
 
 
-def test_a_dnc_holds_weightings_and_usage_in_their_ranges():
+def test_a_dnc_clips_given_weightings_and_usage_to_their_ranges():
     layer = harness.built(dnc("two-writers", write_heads=2))
     cell, x = layer.cell, np.ones((2, 3, 5), "float32")
     record = cell.unpack_state(cell.get_initial_state(2))

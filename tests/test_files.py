@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on every system."""
+"""Files are written whole or not at all, on every system."""
 
 import errno
 import os
@@ -14,8 +14,8 @@ fcntl = pytest.importorskip("fcntl", reason="asks how files are open")
 
 
 class Windows:
-    """`os`, as Windows has it: folders cannot be opened, only what is open
-    for writing can be flushed, and an open file not be replaced or removed."""
+    """Imitates `os` on Windows: folders cannot be opened, only files open for
+    writing can be flushed, and open files cannot be replaced or removed."""
 
     name = "nt"
     O_RDONLY, O_RDWR = os.O_RDONLY, os.O_RDWR
@@ -63,21 +63,21 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-def test_a_file_is_written_on_windows(windows, tmp_path):
+def test_files_are_written_on_windows(windows, tmp_path):
     path = tmp_path / "file.txt"
     for text in ("old", "new"):
         with files.atomic_write(path) as aside:
             aside.write_text(text)
         assert path.read_text() == text
     assert windows.flushed == [str(tmp_path / ".file.writing.txt")] * 2
-    files.fsync(tmp_path)  # folders are left out
+    files.fsync(tmp_path)  # skips folders
     files.fsync(path)
     assert windows.flushed[2:] == [str(path)]
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
 @needs_proc
-def test_a_store_is_written_on_windows(windows, tmp_path):
+def test_stores_are_written_on_windows(windows, tmp_path):
     keys, values = np.ones((2, 3), "f4"), np.ones((2, 0), "f4")
     operation = store.Operation(0, keys, values)
     one = store.Store(tmp_path / "new" / "store", "a", {}, [operation])
@@ -89,7 +89,7 @@ def test_a_store_is_written_on_windows(windows, tmp_path):
 
 
 @needs_proc
-def test_a_reader_on_windows_is_waited_for(windows, tmp_path):
+def test_a_write_on_windows_waits_for_readers(windows, tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     windows.kept_open[path] = 3
@@ -104,7 +104,7 @@ def test_a_reader_on_windows_is_waited_for(windows, tmp_path):
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
-def test_no_file_is_waited_for_elsewhere(monkeypatch, tmp_path):
+def test_a_write_elsewhere_does_not_wait(monkeypatch, tmp_path):
     asked = []
 
     def refused(*paths):
@@ -119,8 +119,8 @@ def test_no_file_is_waited_for_elsewhere(monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_error_of_the_writer_is_the_one_that_is_told(monkeypatch, tmp_path):
-    """Also where what it has left cannot be removed."""
+def test_the_error_of_the_writer_is_raised(monkeypatch, tmp_path):
+    """Even if its temporary file cannot be removed."""
 
     def refused(*arguments, **options):
         raise PermissionError("it is open")
@@ -131,9 +131,9 @@ def test_the_error_of_the_writer_is_the_one_that_is_told(monkeypatch, tmp_path):
             aside.write_text(str(1 / 0))
 
 
-def test_files_that_must_not_be_written_are_flushed_too(monkeypatch, tmp_path):
+def test_read_only_files_are_flushed_too(monkeypatch, tmp_path):
     path = tmp_path / "asset.txt"
     path.write_text("words")
     path.chmod(stat.S_IRUSR)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # or for root
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root
     files.fsync(path)

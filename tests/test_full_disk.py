@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors that say which."""
+"""Files are written whole or not at all, and errors say which."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ resource = pytest.importorskip("resource")
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """A disk that is full after `size` bytes of a file."""
+    """Imitates a disk that is full after `size` bytes of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -26,7 +26,7 @@ def files_of_at_most(size):
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_full_disk_is_told_and_leaves_the_old_file(old, tmp_path):
+def test_a_full_disk_is_reported_and_keeps_the_old_file(old, tmp_path):
     path = tmp_path / "a.bin"
     if old:
         path.write_bytes(old)
@@ -41,7 +41,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(old, tmp_path):
     assert not old or path.read_bytes() == old
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path):
+def test_a_missing_folder_is_reported(tmp_path):
     path = tmp_path / "none" / "a.bin"
     with pytest.raises(FileNotFoundError, match=f"Could not write {path}: No"):
         with atomic_write(path) as aside:
@@ -53,7 +53,7 @@ def test_a_folder_that_is_not_there_is_told(tmp_path):
             aside.write_bytes(b"new")
 
 
-def test_errors_are_explained_and_keep_their_kind():
+def test_errors_are_explained_and_keep_their_type():
     with pytest.raises(PermissionError, match="write it: Permission denied. N"):
         with explain_os_errors("it"):
             raise OSError(errno.EACCES, "Permission denied", "a file")
@@ -76,8 +76,10 @@ def test_errors_are_explained_and_keep_their_kind():
 
 
 @pytest.mark.parametrize("moved", [0, 1])
-def test_a_disk_that_ends_while_files_are_moved(moved, tmp_path, monkeypatch):
-    """Not all is then as it was, and it is not said to be."""
+def test_a_disk_full_during_moves_reports_partly_new_files(
+    moved, tmp_path, monkeypatch
+):
+    """Some files are new then, and the error must say so."""
     (tmp_path / "0.txt").write_text("old")
     replace, calls = files._replace, []
 

@@ -1,4 +1,5 @@
-"""Geometry, by hand, and next to the reference where that is right."""
+"""Geometry, compared with values computed by hand, and with the reference where
+the reference is right."""
 
 import pathlib
 
@@ -38,7 +39,7 @@ def golden(name):
 
 def test_inverse_intrinsics_undo_a_pinhole():
     inverse = geometry.inverse_intrinsics((3.0, 5.0), (2.0, 1.0))
-    # Two columns right of the middle and one row up: x is to the left.
+    # Two columns right of the center and one row up; x points left.
     close(inverse @ [4.0, 0.0, 1.0], [-2 / 3, 1 / 5, 1.0])
 
 
@@ -61,7 +62,7 @@ def test_impossible_cameras_are_refused(arguments):
         geometry.inverse_intrinsics(*arguments)
 
 
-def test_pixels_to_camera():
+def test_pixels_to_camera_scales_rays_by_depth():
     depth = np.zeros((2, 3, 5), "float32") + 2
     depth[1, 2, 4] = 7
     inverse = geometry.inverse_intrinsics((2.0, 2.0), (2.0, 1.0))
@@ -72,7 +73,7 @@ def test_pixels_to_camera():
     close(points[1, 2, 4], [-7, -3.5, 7])
 
 
-def test_rotations_by_hand():
+def test_rotations_match_matrices_computed_by_hand():
     quarter = np.pi / 2
     close(
         geometry.rotation_matrix([quarter, 0.0, 0.0]),
@@ -99,14 +100,14 @@ def test_small_and_large_turns_are_rotations():
         matrix = array(geometry.rotation_matrix(vector.astype("float32")))
         close(matrix @ matrix.swapaxes(1, 2), [np.eye(3)] * 5, 1e-5)
         close(np.linalg.det(matrix), np.ones(5), 1e-5)
-        # The axis stays.
+        # The axis is unchanged.
         close((matrix @ vector[..., None])[..., 0] / size, vector / size, 1e-5)
 
 
 def test_a_pose_turns_and_then_moves():
     pose = geometry.pose_matrix([1.0, 2.0, 3.0, 0.0, np.pi / 2, 0.0])
     points = np.array([[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]], "float32")
-    # What is forward comes to the left, what is left behind.
+    # Forward turns to the left, and left to the back.
     close(
         geometry.transform(points, ops.cast(pose, "float32")[None]),
         [[[2, 2, 3], [1, 2, 2]]],
@@ -119,7 +120,7 @@ def poses(seed, *shape, scale=1.0):
     return geometry.pose_matrix(vectors)
 
 
-def test_composition_and_inverse():
+def test_compositions_and_inverses_of_poses_agree():
     first, second = poses(0, 3), poses(1, 3)
     points = np.random.default_rng(2).normal(size=(3, 7, 3)).astype("float32")
     close(
@@ -131,7 +132,7 @@ def test_composition_and_inverse():
     close(nothing, [np.eye(3, 4)] * 3, 1e-5)
 
 
-def test_motions_lead_from_frame_to_frame():
+def test_motions_lead_from_each_pose_to_the_next():
     of_steps = poses(0, 2, 5)
     moves = array(geometry.motions(of_steps))
     close(moves[:, 0], [np.eye(3, 4)] * 2, 1e-5)
@@ -144,13 +145,13 @@ def test_motions_lead_from_frame_to_frame():
         close(before, after, 1e-5)
 
 
-def test_what_is_a_pose():
+def test_is_pose_accepts_only_rotations_with_translations():
     right = array(poses(0, 3))
     wrong = np.stack([right[0]] * 9)
     wrong[0, 1, 1] = np.nan
     wrong[1, 0, 3] = np.inf
     wrong[2, :, :3] *= 1.01
-    wrong[3, :, 0] *= -1  # a mirror
+    wrong[3, :, 0] *= -1  # a reflection
     wrong[4] = 0
     wrong[5, 0, :3] = wrong[5, 1, :3]
     wrong[6, 2, 2] += 0.1
@@ -162,7 +163,7 @@ def test_what_is_a_pose():
 
 # The sphere.
 
-PLACES = [  # metres: x, y, z; azimuth, polar angle, radius
+PLACES = [  # meters: x, y, z; azimuth, polar angle, radius
     ([0, 0, 2], [0, np.pi / 2, 2]),
     ([3, 0, 0], [np.pi / 2, np.pi / 2, 3]),
     ([-3, 0, 0], [-np.pi / 2, np.pi / 2, 3]),
@@ -174,13 +175,13 @@ PLACES = [  # metres: x, y, z; azimuth, polar angle, radius
 ]
 
 
-def test_the_sphere_by_hand():
+def test_sphere_coordinates_match_values_computed_by_hand():
     points, sphere = np.array(list(zip(*PLACES)), "float32")
     close(geometry.to_sphere(points), sphere)
     close(geometry.from_sphere(sphere), points, 2e-6)
 
 
-def test_pixels_by_hand():
+def test_pixels_match_values_computed_by_hand():
     _, sphere = np.array(list(zip(*PLACES)), "float32")
     pixels = geometry.to_pixels(sphere, 180, 360)
     expected = [
@@ -200,8 +201,8 @@ def test_pixels_by_hand():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_angles_are_the_references(name):
-    """All of its conversions of angles, which it has right."""
+def test_angles_equal_the_reference(name):
+    """All of the reference's conversions of angles are right."""
     d = golden(name)
     height, width = 180, 360
     per_degree = float(
@@ -223,7 +224,7 @@ def test_angles_are_the_references(name):
 
 
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_poses_are_the_references(name):
+def test_poses_equal_the_reference(name):
     d = golden(name)
     for pose, matrix in (
         ("control_mean", "agent_rel_mat"),
@@ -246,11 +247,11 @@ def test_gradients_are_finite_at_axes_and_the_origin():
     slopes = gradient(
         lambda x: ops.sum(geometry.rotation_matrix(x)[..., 0, 1]), turns
     )
-    close(slopes, [[0, 0, -1]] * 3, 1e-3)  # of minus the turn about z
+    close(slopes, [[0, 0, -1]] * 3, 1e-3)  # of minus the angle about z
 
 
 @pytest.mark.parametrize("size", [(180, 360), (90, 400)])
-def test_pixel_variance_is_that_of_many_draws(size):
+def test_pixel_variance_equals_that_of_many_draws(size):
     rng = np.random.default_rng(0)
     points = np.array(
         [[[0.2, -0.3, 2.0], [1.0, 1.5, -1.0], [-3.0, 0.2, 0.1]]], "float32"
@@ -282,8 +283,8 @@ def test_pixel_variance_is_finite_everywhere():
 # Fusion.
 
 
-def test_fusion_of_three_is_the_product_of_gaussians():
-    """Also where the reference, which is right for two only, is not."""
+def test_fusion_of_three_equals_the_product_of_gaussians():
+    """The reference is right for two only."""
     x = np.linspace(-20, 20, 200001)
     means, variances = [1.0, -2.0, 4.0], [0.5, 2.0, 3.0]
     product = np.exp(
@@ -299,7 +300,7 @@ def test_fusion_of_three_is_the_product_of_gaussians():
     close(found[1], [variance], 1e-5)
 
 
-def test_fusion_with_what_was_not_measured():
+def test_fusion_ignores_infinite_variance():
     ones, inf = np.ones(2, "float32"), np.array([np.inf, 3.0], "float32")
     mean, variance = fusion.fuse([5 * ones, ones], [inf, inf])
     close(mean, [0, 3])
@@ -309,7 +310,7 @@ def test_fusion_with_what_was_not_measured():
     close(variance, [2, 1.2], 1e-5)
 
 
-def test_fusion_of_one_and_of_zero_variance():
+def test_fusion_of_one_or_of_zero_variance_is_exact():
     mean, variance = fusion.fuse([np.array([3.0])], [np.array([2.0])])
     close([mean[0], variance[0]], [3, 2])
     zero = np.zeros(1, "float32")
@@ -323,7 +324,7 @@ def test_fusion_of_one_and_of_zero_variance():
 
 
 @pytest.mark.parametrize("name", ["esm__a", "esm__b"])
-def test_fusion_of_two_is_the_references(name):
+def test_fusion_of_two_equals_the_reference(name):
     d = golden(name)
     for time in range(3):
         mean, variance = fusion.fuse(
@@ -335,7 +336,7 @@ def test_fusion_of_two_is_the_references(name):
         close(variance, of_it[1].reshape(variance.shape), 1e-5)
 
 
-# Quantisation.
+# Quantization.
 
 
 def some_points(depth=(3.0, 2.0, 5.0)):
@@ -351,7 +352,7 @@ def some_points(depth=(3.0, 2.0, 5.0)):
 
 
 def quantized(*arguments):
-    """Mean and variance, of pixels that have points of their own."""
+    """Mean and variance of the pixels that contain a point."""
     mean, variance, own = fusion.quantize(*arguments)
     return ops.where(own, mean, 0.0), ops.where(own, variance, np.inf)
 
@@ -381,7 +382,7 @@ def test_points_are_fused_without_a_depth_buffer():
 
 
 @pytest.mark.parametrize("depth_buffer", [True, False])
-def test_points_that_are_left_out(depth_buffer):
+def test_invalid_points_are_ignored(depth_buffer):
     mean, variance = some_points()
     image, spread = map(
         array,
@@ -393,7 +394,7 @@ def test_points_that_are_left_out(depth_buffer):
     assert (array(nothing[0]) == 0).all() and np.isinf(array(nothing[1])).all()
 
 
-def test_the_first_of_points_at_the_same_depth_or_another_is_whole():
+def test_points_at_the_same_depth_are_not_mixed():
     mean, variance = some_points(depth=(2.0, 2.0, 5.0))
     image = array(quantized(mean, variance, [[True] * 3], 4, 6)[0])
     assert image[0, 2, 1].tolist() in mean[0, :2].tolist()
@@ -436,10 +437,11 @@ def test_rows_of_a_batch_do_not_mix():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_quantisation_is_the_references(name):
-    """By variance, the mean; the reference's variance is that of one point, the
-    harmonic mean, where the product of Gaussians has an nth of it. With the
-    depth buffer, pixels where its blend of nearly equal depths has no part."""
+def test_quantization_equals_the_reference(name):
+    """Without the depth buffer, means are equal. The reference's variance is
+    the harmonic mean; the product of n Gaussians has an nth of it. With the
+    depth buffer, pixels where the reference blends nearly equal depths are
+    excluded."""
     d = golden(name)
     height, width = d["quant.feat_prior"].shape[1:3]
     mean = np.concatenate([d["quant.pixel_coords"], d["quant.feat"]], -1)
@@ -448,10 +450,10 @@ def test_quantisation_is_the_references(name):
     )
     least, most = d["quant.var_threshold"][0, 0]
     rounded = np.round(mean[..., :2])
-    # Ours goes on around, and below the last row.
+    # We wrap columns and extend the last row; the reference drops such points.
     valid = ((rounded >= 0) & (rounded < [width, height])).all(-1)
     valid &= ((variance > least) & (variance < most)).all(-1)
-    depths = np.full((len(mean), height, width, 2), 9e9)  # the nearest two
+    depths = np.full((len(mean), height, width, 2), 9e9)  # the two nearest
     for row, point in np.argwhere(valid):
         x, y = rounded[row, point].astype(int)
         two = [*depths[row, y, x], mean[row, point, 2]]
@@ -473,7 +475,7 @@ def test_quantisation_is_the_references(name):
     close(spread[clear], d["quant.db.var"][clear], 1e-5)
 
 
-def test_gradients_of_kept_points():
+def test_only_kept_points_have_gradients():
     mean, variance = some_points()
     weights = np.random.default_rng(0).normal(size=(1, 4, 6, 5))
     weights = ops.convert_to_tensor(weights.astype("float32"))
@@ -488,14 +490,14 @@ def test_gradients_of_kept_points():
     assert (slopes[0, 0] == 0).all()
 
 
-def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
+def test_an_empty_pixel_shows_the_nearest_point_beside_it():
     mean, variance = some_points()  # at (1.4, 1.9), (0.6, 2.3), (5.2, 3.4)
     valid = [[True] * 3]
     image, spread, own = map(
         array, fusion.quantize(mean, variance, valid, 4, 6)
     )
     assert np.argwhere(own[0, ..., 0]).tolist() == [[2, 1], [3, 5]]
-    # One reaches (1, 1) to (2, 2), the other (2, 0) to (3, 1).
+    # The first reaches (1, 1) to (2, 2), the second (2, 0) to (3, 1).
     for row, column, point in (
         (1, 1, 0),
         (1, 2, 0),
@@ -508,10 +510,10 @@ def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
         close(image[0, row, column], mean[0, point])
         close(spread[0, row, column], variance[0, point])
     assert np.isfinite(spread[0, ..., 0]).sum() == 8
-    mean[0, 1, 2] = 20.0  # farther than the first
+    mean[0, 1, 2] = 20.0  # now farther than the first point
     image = array(fusion.quantize(mean, variance, valid, 4, 6)[0])
     close(image[0, 2, 1], mean[0, 0])
-    # The last, in column 5.2, is beside the first column.
+    # The last point, in column 5.2, is next to column 0.
     close(image[0, 3, 0], mean[0, 2] - [6, 0, 0, 0, 0])
 
 
@@ -519,18 +521,18 @@ def test_a_pixel_without_a_point_shows_the_nearest_beside_it():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_padding_is_the_references(name):
+def test_padding_equals_the_reference(name):
     d = golden(name)
     size = (d["pad.out"].shape[1] - d["pad.image"].shape[1]) // 2
     close(fusion.pad_sphere(d["pad.image"], size), d["pad.out"])
 
 
-def test_padding_by_nothing():
+def test_padding_by_0_changes_nothing():
     image = np.arange(24.0).reshape(1, 2, 4, 3)
     close(fusion.pad_sphere(image, 0), image)
 
 
-def test_the_kernel_by_hand():
+def test_the_kernel_matches_values_computed_by_hand():
     root = 1 / (1 + np.sqrt(2))
     close(
         fusion.smoothing_kernel(3),
@@ -540,7 +542,7 @@ def test_the_kernel_by_hand():
 
 
 def smoothed(mean, variance, kernel):
-    """As `geometry.smooth`, by loops."""
+    """`fusion.smooth` as plain loops."""
     size = len(kernel) // 2
     mean, variance = (
         array(fusion.pad_sphere(one, size)).astype("float64")
@@ -557,7 +559,7 @@ def smoothed(mean, variance, kernel):
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 11])
-def test_smoothing_by_loops(size):
+def test_smoothing_equals_plain_loops(size):
     rng = np.random.default_rng(0)
     mean = rng.normal(size=(2, 8, 10, 3)).astype("float32")
     variance = 10 ** rng.uniform(-3, 4, size=mean.shape).astype("float32")
@@ -569,8 +571,8 @@ def test_smoothing_by_loops(size):
     )
 
 
-def test_smoothing_far_from_what_is_certain():
-    """Certain pixels elsewhere do not drown what is here in rounding."""
+def test_smoothing_stays_accurate_far_from_certain_pixels():
+    """Rounding errors of certain pixels elsewhere do not dominate."""
     mean = np.full((1, 40, 80, 1), 0.7, "float32")
     variance = np.full_like(mean, 1e4)
     variance[:, :3] = 1e-3
@@ -582,8 +584,9 @@ def test_smoothing_far_from_what_is_certain():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_smoothing_is_the_references(name):
-    """But for its denominator's hundredth of the kernel's sum, and the sign."""
+def test_smoothing_equals_the_reference(name):
+    """Equal but for the sign, and a hundredth of the kernel's sum that the
+    reference adds to the denominator."""
     d = golden(name)
     mean, variance = d["smooth.mean"], d["smooth.var"]
     size = mean.shape[1] - d["smooth.new_mean"].shape[1] + 1
@@ -615,7 +618,7 @@ def test_smoothing_keeps_signs_and_has_gradients():
 
 
 def results(points, pose):
-    """Of functions of two arrays, points (1, 3, 3) and a pose (1, 3, 4)."""
+    """Results of functions of points (1, 3, 3) and a pose (1, 3, 4)."""
     turn = pose[..., :3]
     image, spread = (
         np.tile(part[:, None], (1, 2, 2, 1)) for part in (points, turn + 1)
@@ -634,7 +637,7 @@ def results(points, pose):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("other", ["float32", "float64"])
-def test_the_wider_dtype_is_the_results(dtype, other):
+def test_results_have_the_wider_dtype(dtype, other):
     if keras.backend.backend() == "jax" and "float64" in (dtype, other):
         pytest.skip("has no float64 unless it is told")
     points = np.random.default_rng(0).uniform(0, 1, size=(1, 3, 3))
@@ -680,7 +683,7 @@ def test_constants_are_as_exact_as_float64():
     )
 
 
-def test_the_nearest_point_is_told_as_exactly_as_its_dtype():
+def test_the_nearest_point_is_found_in_full_precision():
     if keras.backend.backend() != "tensorflow":
         pytest.skip("needs float64 in all of Keras")
     mean = np.array([[[1.0, 1.0, 9.0], [1.0, 1.0, 9.0 + 1e-8]]])
@@ -691,7 +694,7 @@ def test_the_nearest_point_is_told_as_exactly_as_its_dtype():
 
 # Conventions.
 
-AXES = {  # of cameras and of agents: x, y, z as left, up, forward
+AXES = {  # of cameras and agents: x, y, z in terms of left, up, forward
     "esm": (np.eye(3), np.eye(3)),
     "opencv": (np.diag([-1, -1, 1]), np.diag([-1, -1, 1])),
     "opengl": (np.diag([-1, 1, -1]), np.diag([-1, 1, -1])),
@@ -700,7 +703,7 @@ AXES = {  # of cameras and of agents: x, y, z as left, up, forward
 
 
 @pytest.mark.parametrize("convention", AXES)
-def test_axes_of_conventions(convention):
+def test_conventions_have_the_documented_axes(convention):
     for axes, wanted in zip(
         (geometry.camera_axes, geometry.agent_axes), AXES[convention]
     ):
@@ -723,8 +726,8 @@ K = np.array([[4.0, 0, 3], [0, 5, 2], [0, 0, 1]])
         ("ros", [0.5, -0.8, 2]),
     ],
 )
-def test_pixels_to_camera_by_convention(convention, wanted):
-    """Pixel (4, 0) is right of the middle and above it."""
+def test_pixels_to_camera_follows_the_convention(convention, wanted):
+    """Pixel (4, 0) is right of the center and above it."""
     inverse = geometry.inverse_intrinsics((4, 5), (3, 2), convention)
     if convention != "esm":
         close(inverse, np.linalg.inv(K), 1e-12)
@@ -738,7 +741,7 @@ def test_pixels_to_camera_by_convention(convention, wanted):
         close(array(points)[0, 4], wanted)
 
 
-def test_integer_depth_has_a_scale():
+def test_integer_depth_needs_a_scale():
     inverse = geometry.inverse_intrinsics((4, 5), (3, 2))
     for dtype in ("uint16", "int32", "int64"):
         depth = np.full((3, 5), 2000, dtype)
@@ -764,7 +767,7 @@ def test_integer_depth_has_a_scale():
         (np.zeros((3, 3)), "opencv", "focal lengths positive"),
     ],
 )
-def test_other_intrinsics_are_told(matrix, convention, told):
+def test_intrinsics_of_another_convention_are_refused(matrix, convention, told):
     assert not array(geometry.is_camera(matrix, convention))
     right = geometry.inverse_intrinsics((4, 5), (3, 2), convention)
     assert array(geometry.is_camera([right, right], convention)).all()
@@ -775,7 +778,7 @@ def test_other_intrinsics_are_told(matrix, convention, told):
             geometry.pixels_to_camera(np.ones((2, 3)), given, convention)
 
 
-# The door.
+# Checks of arguments.
 
 POSE, POINTS = np.eye(3, 4)[None], np.ones((1, 2, 3))
 ANY = np.ones(2)
@@ -828,7 +831,7 @@ SOUND = {
 
 
 def unfit(value):
-    """What an argument cannot be."""
+    """Invalid values of an argument."""
     yield from (None, "text", [["a"]], np.ones(3, complex), np.ones(3, bool))
     yield from ([[1.0], [1.0, 2.0]], object())
     if isinstance(value, np.ndarray) and value is not ANY:
@@ -836,7 +839,7 @@ def unfit(value):
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_does_not_fit_is_named(name):
+def test_errors_name_the_wrong_argument(name):
     module = geometry if hasattr(geometry, name) else fusion
     function, sound = getattr(module, name), SOUND[name]
     function(**sound)
@@ -848,7 +851,7 @@ def test_what_does_not_fit_is_named(name):
                 function(**{**sound, argument: wrong})
 
 
-def test_all_functions_have_a_door():
+def test_every_function_is_tested_with_wrong_arguments():
     known = {"check_camera", "check_depth", "check_depth_scale", *SOUND}
     known |= {"check_leads", "float_tensors", "matrix_product", "turned"}
     own = {
@@ -884,7 +887,7 @@ def test_all_functions_have_a_door():
         ("camera_axes", {"convention": "cv2"}),
     ],
 )
-def test_sizes_that_disagree_are_told(name, change):
+def test_disagreeing_sizes_are_refused(name, change):
     sound = SOUND[name]
     if name == "compose":
         sound = {**sound, "second": np.concatenate([POSE] * 2)}
@@ -895,7 +898,7 @@ def test_sizes_that_disagree_are_told(name, change):
         getattr(module, name)(**{**sound, **change})
 
 
-def test_accelerators_round_no_factor(monkeypatch):
+def test_accelerators_do_not_round_factors(monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("accelerators round factors of matrix products")
 

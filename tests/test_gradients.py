@@ -1,5 +1,5 @@
-"""Each function with a custom gradient has the right one: that of the backend
-for the plain function, in float64."""
+"""Each custom gradient equals the backend's gradient of the plain function, in
+float64."""
 
 import importlib
 import inspect
@@ -19,7 +19,7 @@ BATCH, HEADS, WIDTH, SLOTS = 2, 3, 5, 7
 
 
 def decorated():
-    """Functions with a custom gradient, by their modules and names."""
+    """Functions with a custom gradient, by module and name."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         if "custom_gradient" in path.read_text():
@@ -144,7 +144,7 @@ ARGUMENTS = {
 }
 
 
-def test_each_function_with_a_custom_gradient_has_arguments_here():
+def test_each_custom_gradient_is_tested():
     assert {*decorated()} == {*ARGUMENTS}
 
 
@@ -157,7 +157,7 @@ def test_each_function_with_a_custom_gradient_has_arguments_here():
     ],
 )
 @needs_tensorflow
-def test_custom_gradients_are_those_of_the_backend(name, arrays, options):
+def test_custom_gradients_equal_those_of_the_backend(name, arrays, options):
     import tensorflow as tf
 
     function = decorated()[name]

@@ -1,4 +1,4 @@
-"""The package's shape: who imports whom, and what an import costs."""
+"""Tests of the package's structure: the order of imports, and their cost."""
 
 import ast
 import importlib.util
@@ -15,7 +15,7 @@ from keras_memory import api
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 
 # Each module may import modules of the lines above its own. A folder's
-# `__init__` stands behind its last module.
+# `__init__` comes after its last module.
 LAYERS = [
     ["checks", "files"],
     ["arguments"],
@@ -114,7 +114,7 @@ def imported_by(source):
 
 
 def misplaced(module, source):
-    """What `module` imports although it stands above it or beside it."""
+    """Modules that `module` imports from its own line or from lines below."""
     return [
         name
         for name in imported_by(source)
@@ -128,12 +128,12 @@ def test_imports_point_downward(name):
     assert misplaced(name, MODULES[name].read_text()) == []
 
 
-def test_modules_of_folders_are_seen():
+def test_modules_in_folders_are_checked():
     assert "recurrent.cell" in MODULES and "recurrent" in MODULES
     assert len(MODULES) > 30
 
 
-def test_the_check_sees_upward_and_sideways_imports():
+def test_the_check_finds_upward_and_sideways_imports():
     assert misplaced("ntm", "from keras_memory import cli") == ["cli"]
     assert misplaced("ntm", "from keras_memory.dnc import DNCCell") == ["dnc"]
     assert misplaced("ntm", "import keras_memory.training as t") == ["training"]
@@ -158,7 +158,7 @@ def run_python(code, cwd=None, **environment):
     ).stdout
 
 
-def test_all_public_names_are_written_out():
+def test_all_lists_every_public_name():
     names = [name for name in vars(api) if not name.startswith("_")]
     assert sorted([*names, "visualization"]) == sorted(keras_memory.__all__)
     for name in keras_memory.__all__:
@@ -166,8 +166,8 @@ def test_all_public_names_are_written_out():
 
 
 def test_import_is_light():
-    """Beyond what `import keras` brings: nothing but our own modules, and
-    nothing of the system but what Windows has too."""
+    """Beyond the modules of `import keras`, only our own modules are imported,
+    and no system module that Windows lacks."""
     new = run_python(
         "import os, sys, keras; before = set(sys.modules)\n"
         "del os.fork, os.register_at_fork; sys.modules['fcntl'] = None\n"
@@ -197,7 +197,7 @@ def test_training_an_ntm_imports_no_other_memory(tmp_path):
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_one_backend_is_enough(backend):
-    """Without TensorFlow, and without what only some functions need."""
+    """Works without TensorFlow and without optional packages."""
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     absent = {"tensorflow", "jax", "torch"} - {backend}

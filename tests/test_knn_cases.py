@@ -1,7 +1,7 @@
-"""What is odd, and what is wrong, for a memory of nearest neighbours.
+"""Edge cases and wrong calls of a memory of nearest neighbours.
 
-ScaNN may bring its process down, so it has one of its own: run as a program,
-this file tells of each case what became of it with ScaNN.
+ScaNN may crash its process, so it runs in a separate one: as a program, this
+file prints the outcome of each case with ScaNN.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def case(function):
 
 
 def filled(store, **options):
-    """Two rows of two entries, and the model."""
+    """A memory with two rows of two entries, and its model."""
     memory, model = pair(store, 3, 5, num_rows=2, value_dim=2, **options)
     keys, values = random(2, 2, 3), random(2, 2, 2, seed=1)
     check_add(memory, model, keys, values)
@@ -79,7 +79,7 @@ def dashed(shape):
 
 
 def wrong_arguments():
-    """Names, calls on a memory, and what the errors say."""
+    """Names, calls on a memory, and the words of the errors."""
     keys, values = np.ones((2, 3, 3), "f4"), np.ones((2, 3, 2), "f4")
     queries = keys
 
@@ -195,7 +195,7 @@ def check_refused(memory, model, call, wanted, received):
 
 
 def check_goes_on(memory, model):
-    """What comes next is as if nothing had been."""
+    """Later calls act as if the refused call had not happened."""
     queries = random(2, 3, 3)
     check_search(memory, model, queries, 9)
     check_add(memory, model, random(2, 4, 3), random(2, 4, 2))
@@ -231,7 +231,7 @@ ALONE = frozenset(name for name, *_ in wrong_arguments())
 
 @contextlib.contextmanager
 def with_trees(flat, hashed=1 << 30):
-    """Builds trees beyond so many entries, come what may."""
+    """Always builds trees beyond this number of entries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "FLAT", flat)
         patch.setattr(tuning, "HASHED", hashed)
@@ -319,7 +319,7 @@ MAGNITUDES["least"] = (3e-38, 1e-14)
 
 
 def check_cosines(found, queries, is_exact):
-    """They are right, and none is beyond 1."""
+    """Cosines are right, and none exceeds 1."""
     scores, mask = found.scores[0], found.mask[0]
     assert (np.abs(scores[mask]) <= 1).all()
     keys, queries = found.keys[0].astype("float64"), queries.astype("float64")
@@ -328,7 +328,7 @@ def check_cosines(found, queries, is_exact):
     exact = np.einsum("qkd,qd->qk", keys, queries)
     exact /= np.where(lengths > 0, lengths, 1)
     np.testing.assert_allclose(scores[mask], exact[mask], atol=1e-6)
-    near = is_exact & (lengths[:, 0] > 0)  # of which an equal key is found
+    near = is_exact & (lengths[:, 0] > 0)  # an equal key is found
     np.testing.assert_allclose(scores[near, 0], 1, atol=1e-6)
 
 
@@ -374,7 +374,7 @@ for _name, _numbers in MAGNITUDES.items():
 
 
 def check_tree(store, keys, similarities):
-    """A tree of any keys at all, which are then written once more."""
+    """Builds a tree of the keys, then writes the keys once more."""
     n = keys.shape[1]
     for similarity in similarities:
         dim = keys.shape[2]
@@ -421,7 +421,7 @@ for _name, _keys in TREES.items():
 
 @case
 def one_at_a_time_over_all_borders(store):
-    """From nothing over `FLAT` and around the end, again and again."""
+    """Adds entries one by one, past `FLAT` and around the end several times."""
     with with_trees(20):
         for similarity in SIMILARITIES:
             memory, model = pair(store, 2, 50, similarity=similarity)
@@ -451,7 +451,7 @@ OF_TREES = re.compile("^tree-(?!constant)|^compressed|-in-a-tree")
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """What the process said of each case with ScaNN."""
+    """The printed outcome of each case with ScaNN."""
     need_scann()
     done = run_program(__file__)
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
@@ -462,19 +462,19 @@ def outcomes():
     "name",
     [name for name in CASES if name not in ALONE and not OF_TREES.search(name)],
 )
-def test_odd_and_wrong_with_the_ring(name):
+def test_odd_and_wrong_calls_work_with_the_ring(name):
     CASES[name]("ring")
 
 
 @pytest.mark.scann
 @pytest.mark.parametrize("name", CASES)
-def test_odd_and_wrong_with_scann(name, outcomes):
+def test_odd_and_wrong_calls_work_with_scann(name, outcomes):
     done, said = outcomes
     assert said.get(name) == "ok", (done.returncode, done.stderr[-2000:])
 
 
 @pytest.mark.scann
-def test_no_crash(outcomes):
+def test_scann_does_not_crash(outcomes):
     done, said = outcomes
     assert done.returncode == 0 and set(said) == set(CASES), done.stderr[-2000:]
 

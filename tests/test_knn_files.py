@@ -1,6 +1,6 @@
-"""A memory of nearest neighbours on a disk.
+"""Memories of nearest neighbours on disk.
 
-`test_store.py` has what disks, damage and kills do to its file.
+`test_store.py` tests full disks, damage and kills.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from keras_memory.retrieval.store import Store
 
 
 def files(folder):
-    """All but what SQLite keeps while a memory is open."""
+    """Files of a folder, except those that SQLite keeps while it is open."""
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -49,14 +49,16 @@ def fill(memory, *others, n=5, seed=0):
 
 
 @pytest.mark.parametrize("similarity, value_dim", [("dot", 0), ("l2", 2)])
-def test_what_is_saved_is_loaded(store, similarity, value_dim, tmp_path):
+def test_a_loaded_memory_equals_the_saved_one(
+    store, similarity, value_dim, tmp_path
+):
     sizes = 3, 7, 3, value_dim
     memory, model = pair(store, *sizes, similarity=similarity)
     other = "ring" if tuning.import_error() else "scann"
     other = {"ring": other, "scann": "ring"}[store]
     folder = tmp_path / "new" / "memory"
     queries = random(3, 2, 3)
-    for step in range(4):  # nothing; some; around the end; cleared rows
+    for step in range(4):  # no entries; some; around the end; cleared rows
         if step:
             fill(memory, model, n=4, seed=step)
         if step == 3:
@@ -73,7 +75,7 @@ def test_what_is_saved_is_loaded(store, similarity, value_dim, tmp_path):
             and copy.search_method == SEARCH[other]
         )
         check_entries(copy, model)
-        # It is not connected with the file, and goes on.
+        # The memory is not connected to the file and continues.
         _, of_copy = pair("ring", *sizes, similarity=similarity)
         of_copy.rows = list(model.rows)
         of_copy.load()
@@ -85,7 +87,7 @@ def test_what_is_saved_is_loaded(store, similarity, value_dim, tmp_path):
     assert sorted(files(folder)) == ["lock", "memory.sqlite"]
 
 
-def test_what_is_saved_takes_the_place_of_what_was_there(tmp_path):
+def test_saving_replaces_an_older_memory(tmp_path):
     old = KNNMemory(2, 500, num_rows=5, similarity="l2", search_method="exact")
     old.add(random(5, 400, 2), random(5, 400, 2))
     old.save(tmp_path)
@@ -95,14 +97,14 @@ def test_what_is_saved_takes_the_place_of_what_was_there(tmp_path):
     memory.save(str(tmp_path))
     check_entries(loaded(tmp_path), model)
     assert len(files(tmp_path)["memory.sqlite"]) == 4 * 4096
-    # Who had the old one open has it still.
+    # Readers of the old memory keep it.
     for _ in range(2):
         with pytest.raises(ValueError, match='"key_dim": 2'):
             reader.refresh()
         assert contents(reader) == contents(old)
 
 
-def test_statistics_begin_with_a_file(tmp_path):
+def test_statistics_start_at_loading(tmp_path):
     memory, model = pair("ring", **SIZES_OF_FILE)
     fill(memory, model)
     memory.save(tmp_path)
@@ -113,7 +115,7 @@ def test_statistics_begin_with_a_file(tmp_path):
     check_statistics(copy, model)
 
 
-def test_no_memory_to_load(tmp_path):
+def test_missing_memories_and_wrong_modes_are_refused(tmp_path):
     (tmp_path / "file").write_text("no folder")
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         for call in (KNNMemory.load, stored, KNNMemory.open):
@@ -162,7 +164,7 @@ OF_OTHERS = {
 
 
 @pytest.mark.parametrize("name", OF_OTHERS)
-def test_a_store_of_something_else_is_refused(name, tmp_path):
+def test_a_foreign_store_is_refused(name, tmp_path):
     config, operations = OF_OTHERS[name]
     operations = [
         Operation(
@@ -177,14 +179,14 @@ def test_a_store_of_something_else_is_refused(name, tmp_path):
         loaded(tmp_path)
 
 
-def test_sizes_of_numpy_are_saved(tmp_path):
+def test_numpy_sizes_are_saved(tmp_path):
     memory = KNNMemory(np.int64(3), np.int32(7), search_method="exact")
     memory.add(random(1, 2, 3), random(1, 2, 3))
     memory.save(tmp_path)
     assert contents(loaded(tmp_path)) == contents(memory)
 
 
-def test_a_memory_is_made_and_opened_again(tmp_path):
+def test_a_memory_is_created_and_reopened(tmp_path):
     folder = tmp_path / "of" / "it"
     model = Model(**SIZES_OF_FILE)
     with stored(folder, **SIZES_OF_FILE) as memory:
@@ -217,11 +219,11 @@ def test_a_memory_is_made_and_opened_again(tmp_path):
             with pytest.raises(ValueError, match=told):
                 stored(folder, mode, **{**SIZES_OF_FILE, name: value})
         assert files(folder) == before
-    with stored(folder) as memory:  # it was let go each time
+    with stored(folder) as memory:  # each failure has unlocked it
         check_entries(memory, model)
 
 
-def test_one_writer_and_readers(tmp_path):
+def test_readers_follow_the_only_writer(tmp_path):
     model, seen = Model(**SIZES_OF_FILE), Model(**SIZES_OF_FILE)
     queries = random(3, 2, 3)
     memory = stored(tmp_path, **SIZES_OF_FILE)
@@ -251,7 +253,7 @@ def test_one_writer_and_readers(tmp_path):
     refuses(reader.flush, "open for appending", "mode='r'")
     refuses(memory.refresh, "open for reading", "mode='a'")
     check_entries(reader, seen)
-    # Kept elsewhere, it is a memory of its own.
+    # A copy in another folder is independent.
     reader.save(tmp_path / "copy")
     check_entries(loaded(tmp_path / "copy"), seen)
     memory.close()
@@ -261,7 +263,7 @@ def test_one_writer_and_readers(tmp_path):
     reader.close()
 
 
-def test_a_memory_without_a_folder():
+def test_a_memory_without_a_folder_can_be_closed():
     memory, model = pair("ring", **SIZES_OF_FILE)
     refuses(memory.flush, "`flush` needs", "mode=None")
     refuses(memory.refresh, "`refresh` needs", "mode=None")
@@ -273,7 +275,7 @@ def test_a_memory_without_a_folder():
     check_entries(memory, model)
 
 
-def test_a_memory_that_is_closed(tmp_path):
+def test_a_closed_memory_refuses_calls(tmp_path):
     model = Model(**SIZES_OF_FILE)
     memory = stored(tmp_path / "a", **SIZES_OF_FILE)
     fill(memory, model)
@@ -287,7 +289,7 @@ def test_a_memory_that_is_closed(tmp_path):
     refuses(memory.refresh, "`refresh` needs", "mode='closed'")
     memory.save(tmp_path / "b")
     check_entries(loaded(tmp_path / "b"), model)
-    # What an error ends is kept.
+    # An error inside `with` loses no entries.
     with pytest.raises(ZeroDivisionError), stored(tmp_path / "a") as memory:
         fill(memory, model, seed=5)
         raise ZeroDivisionError
@@ -298,7 +300,9 @@ def test_a_memory_that_is_closed(tmp_path):
 
 
 @pytest.mark.parametrize("is_rewritten", [False, True])
-def test_a_full_disk(is_rewritten, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_flushed_entries(
+    is_rewritten, tmp_path, monkeypatch
+):
     sizes = {**SIZES_OF_FILE, "memory_size": 4000}
     model = Model(**sizes)
     memory = stored(tmp_path, **sizes)
@@ -333,7 +337,7 @@ def file_size(folder):
 
 
 def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
-    least = 1 << 22  # as much as SQLite keeps beside the file
+    least = 1 << 22  # the size of SQLite's log beside the file
     monkeypatch.setattr(durable, "FILE_LEAST", least)
     sizes = {
         "key_dim": 600,
@@ -344,7 +348,7 @@ def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
     of_entries = 4 * (600 + 400) * 400 * 2
     with stored(tmp_path, **sizes) as memory, stored(tmp_path, "r") as reader:
         numbers = [0]
-        for step in range(50):  # 20 times what there is room for
+        for step in range(50):  # 20 times the memory's size
             memory.add(random(2, 160, 600, seed=step), random(2, 160, 400))
             memory.flush()
             assert reader.refresh()
@@ -360,8 +364,8 @@ def test_a_file_does_not_grow_without_bound(tmp_path, monkeypatch):
     assert contents(loaded(tmp_path)) == contents(memory)
 
 
-def test_only_what_is_new_is_written(tmp_path):
-    """What was overwritten or cleared before it was flushed is not."""
+def test_only_new_entries_are_written(tmp_path):
+    """Entries overwritten or cleared before a flush are not written."""
     model = Model(**SIZES_OF_FILE)
     with stored(tmp_path, **SIZES_OF_FILE) as memory:
         for step in range(100):
@@ -389,13 +393,13 @@ def test_large_rows_are_stored_in_blocks(tmp_path, monkeypatch):
     check_entries(loaded(tmp_path), model)
 
 
-def test_a_file_that_is_written_anew_beside_a_reader(tmp_path, monkeypatch):
+def test_readers_follow_a_rewritten_file(tmp_path, monkeypatch):
     monkeypatch.setattr(durable, "FILE_LEAST", 0)
     monkeypatch.setattr(durable, "FILE_FACTOR", 0)
     model = Model(**SIZES_OF_FILE)
     memory = stored(tmp_path, **SIZES_OF_FILE)
     with memory, stored(tmp_path, "r") as reader:
-        for step in range(4):  # not full at any time
+        for step in range(4):  # never full
             fill(memory, model, n=2, seed=step)
             memory.flush()
             assert reader.refresh()
@@ -406,7 +410,7 @@ def test_a_file_that_is_written_anew_beside_a_reader(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("is_rewritten", [False, True])
-def test_a_reader_that_finds_damage(is_rewritten, tmp_path, monkeypatch):
+def test_a_reader_recovers_from_damage(is_rewritten, tmp_path, monkeypatch):
     model = Model(**SIZES_OF_FILE)
     with stored(tmp_path, **SIZES_OF_FILE) as memory:
         fill(memory, model)
@@ -428,7 +432,7 @@ def test_a_reader_that_finds_damage(is_rewritten, tmp_path, monkeypatch):
     assert contents(reader) == contents(memory)
 
 
-def test_threads_that_add_and_flush(tmp_path, monkeypatch):
+def test_threads_can_add_and_flush_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(durable, "FILE_LEAST", 20_000)
     sizes = {"key_dim": 3, "memory_size": 40, "num_rows": 3, "value_dim": 2}
     memory = stored(tmp_path, **sizes)

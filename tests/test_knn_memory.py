@@ -1,4 +1,4 @@
-"""A memory of nearest neighbours: it loses nothing, and nothing breaks it."""
+"""A memory of nearest neighbours equals a list of entries in every call."""
 
 import collections
 import contextlib
@@ -37,7 +37,7 @@ from keras_memory.retrieval import ring as ring_module
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.knn_memory import KNNMemory
 
-# As the model.
+# The memory equals the model.
 
 SIZES = {  # dim, memory_size, num_rows, value_dim
     "all-differ": (5, 11, 3, 2),
@@ -51,7 +51,7 @@ CASES_OF_SIZES += [("all-differ", "cosine"), ("all-differ", "l2")]
 
 
 @pytest.mark.parametrize("sizes, similarity", CASES_OF_SIZES)
-def test_all_is_as_in_a_list(store, sizes, similarity):
+def test_the_memory_equals_a_list_of_entries(store, sizes, similarity):
     memory, model = pair(store, *SIZES[sizes], similarity=similarity)
     dim, width, size = memory.key_dim, memory.value_dim, memory.memory_size
     rng = np.random.default_rng(3)
@@ -71,7 +71,7 @@ def test_all_is_as_in_a_list(store, sizes, similarity):
     look((3, 2), 2)
     check_add(memory, model, *entries(3, 4))
     look((3, 2), 3)
-    # With some axes, or without, and more asked for than there is.
+    # Queries with and without axes; `top_k` beyond the number of entries.
     look((3, 2, 1, 2), 2)
     look((3,), size + 2)
     # Some entries, some rows, in their own order.
@@ -81,13 +81,13 @@ def test_all_is_as_in_a_list(store, sizes, similarity):
     mask = np.array([[False] * 3, [True, False, True]])
     check_add(memory, model, *entries(2, 3), mask, np.array([1, 1, 0]) > 0)
     look((1, 2), 3, rows=[False, True, False])
-    # Nothing.
+    # No entries, no queries, no rows.
     check_add(memory, model, *entries(3, 0))
     check_add(memory, model, *entries(3, 2), mask=np.zeros((3, 2), bool))
     check_add(memory, model, *entries(0, 2), rows=[])
     look((3, 0), 2)
     look((3, 1, 0, 2), 2)
-    # More than there is room for, and around the end.
+    # More entries than the memory holds, and around the end.
     check_add(memory, model, *entries(3, 2 * size + 3))
     look((3, 1), size)
     for _ in range(3):
@@ -101,14 +101,14 @@ def test_all_is_as_in_a_list(store, sizes, similarity):
         look((3, 1), 3)
 
 
-def test_no_rows(store):
+def test_searching_no_rows_is_empty(store):
     memory, model = pair(store, 3, 5, num_rows=2)
     check_search(memory, model, random(0, 4, 3), 3, rows=[])
     check_search(memory, model, random(0, 3), 3, rows=np.zeros(2, bool))
     assert memory.recall(random(0, 4, 3), rows=[]) == 1.0
 
 
-def test_one_row(store):
+def test_a_memory_of_one_row_works_with_a_row_axis(store):
     memory, model = pair(store, 3, 5)
     for n in (2, 4, 1):
         check_add(memory, model, random(1, n, 3, seed=n), random(1, n, 3))
@@ -116,7 +116,7 @@ def test_one_row(store):
     check_entries(memory, model)
 
 
-def test_one_row_without_its_axis(store):
+def test_a_memory_of_one_row_works_without_a_row_axis(store):
     memory, other = (
         KNNMemory(3, 5, search_method=SEARCH[store], value_dim=2) for _ in "12"
     )
@@ -153,7 +153,7 @@ def test_one_row_without_its_axis(store):
 
 
 @pytest.mark.parametrize("name", ["return_keys", "return_values"])
-def test_entries_are_not_handed_to_a_search(store, name):
+def test_return_keys_and_return_values_must_be_bools(store, name):
     memory = KNNMemory(3, 5, search_method=SEARCH[store])
     told = f"`{name}` must be True or False.*Received"
     with pytest.raises(ValueError, match=told):
@@ -162,7 +162,7 @@ def test_entries_are_not_handed_to_a_search(store, name):
 
 # Values of other dtypes.
 
-ID = (1 << 24) + 1  # the first that float32 does not keep
+ID = (1 << 24) + 1  # the first integer that float32 rounds
 VALUES = {
     "int32": [ID, -(1 << 31), (1 << 31) - 1],
     "int64": [ID, -(1 << 63), (1 << 63) - 1],
@@ -245,8 +245,8 @@ def test_keys_that_would_be_rounded_are_refused(store):
 # Numbers of queries.
 
 
-def test_few_shapes_are_searched(monkeypatch):
-    """As each is compiled on some backends, and its code is kept."""
+def test_searches_are_padded_to_a_few_shapes(monkeypatch):
+    """Some backends compile each shape, and keep the code."""
     asked, search = set(), retrieval.RingMemory.search
 
     def noted(ring, state, queries, top_k):
@@ -264,7 +264,7 @@ def test_few_shapes_are_searched(monkeypatch):
     assert {top_k for *_, top_k in asked} == {1, 2, 4, 8, 16}
 
 
-def test_slots_are_where_searches_find_entries(store):
+def test_add_returns_the_slots_that_searches_report(store):
     memory = KNNMemory(3, 7, similarity="l2", search_method=SEARCH[store])
     keys = random(1, 17, 3)
     for begin, end in ((0, 2), (2, 8), (8, 17)):
@@ -276,7 +276,7 @@ def test_slots_are_where_searches_find_entries(store):
     assert slots.tolist() == [[-1, -1, 3, 4, 5, 6, 0, 1, 2]]
 
 
-def test_rows_do_not_touch_each_other(store):
+def test_rows_do_not_affect_each_other(store):
     memory = KNNMemory(3, 7, num_rows=3, search_method=SEARCH[store])
     memory.add(random(3, 9, 3), random(3, 9, 3))
     before, queries = contents(memory), random(3, 2, 3, seed=5)
@@ -297,7 +297,7 @@ def test_rows_do_not_touch_each_other(store):
     assert moved[1] != before[1]
 
 
-def test_what_is_not_asked_for_is_not_given(store):
+def test_searches_return_only_the_requested_parts(store):
     memory = KNNMemory(3, 7, value_dim=2, search_method=SEARCH[store])
     memory.add(random(1, 4, 3), random(1, 4, 2))
     queries = random(1, 2, 1, 3)
@@ -318,7 +318,7 @@ def test_what_is_not_asked_for_is_not_given(store):
     ["float16", "float64", ml_dtypes.bfloat16, "int8", "uint16", "int64", list],
     ids=str,
 )
-def test_numbers_of_any_kind(store, dtype):
+def test_numbers_of_any_dtype_are_accepted(store, dtype):
     whole = np.arange(12.0).reshape(1, 4, 3)
     given = whole.tolist() if dtype is list else whole.astype(dtype)
     memory = KNNMemory(3, 7, search_method=SEARCH[store])
@@ -329,7 +329,7 @@ def test_numbers_of_any_kind(store, dtype):
     assert (found.scores[0, :, 0] == whole[0] @ whole[0, 3]).all()
 
 
-def test_tensors(store):
+def test_tensors_are_accepted(store):
     memory, model = pair(store, 3, 7, num_rows=2)
     arrays = random(2, 4, 3), random(2, 4, 3, seed=1)
     mask = np.array([[True, False, True, True]] * 2)
@@ -349,7 +349,7 @@ def test_tensors(store):
     assert (memory.entries(1)[0][-4:] == rounded[1]).all()
 
 
-def test_what_is_given_may_change_later(store):
+def test_later_changes_of_given_arrays_have_no_effect(store):
     memory, model = pair(store, 3, 7)
     keys = random(1, 4, 3)
     check_add(memory, model, keys.copy(), keys.copy())
@@ -369,7 +369,7 @@ def test_what_is_given_may_change_later(store):
 # Statistics.
 
 
-def test_statistics_are_those_of_a_loop(store):
+def test_statistics_equal_those_of_a_loop(store):
     kept = {"keep_statistics": True}
     memory, model = pair(store, 2, 5, num_rows=3, of_memory=kept)
     rng, most = np.random.default_rng(2), 0
@@ -397,7 +397,7 @@ def test_statistics_must_be_asked_for(store):
         memory.statistics()
 
 
-def test_statistics_beside_recall(monkeypatch):
+def test_recall_does_not_change_the_statistics(monkeypatch):
     memory = KNNMemory(2, 5, search_method="exact", keep_statistics=True)
     memory.add(random(1, 3, 2), random(1, 3, 2))
     got, real = [], knn_memory.recall
@@ -443,16 +443,16 @@ class InGraph:
 
 @pytest.mark.parametrize("name", ["a", "b"])
 @pytest.mark.parametrize("kind", ["ring", "scann", "exact", "auto"])
-def test_what_the_reference_should_find(kind, name):
-    """Operations as memorizing-transformers-pytorch 0.4.1 did them.
+def test_searches_equal_the_exact_search_of_the_reference(kind, name):
+    """Repeats recorded operations of memorizing-transformers-pytorch 0.4.1.
 
-    `ideal_*` is an exact search of the newest `memory_size` entries. What the
-    reference found differs once there are more: one entry too many empties its
-    index, so that searches find nothing until the next `add`, with which its
-    ids begin at 0 while the slots go on, so that keys and values of others are
-    returned; also the count begins without the batch that was too much; `add`
-    moves rows on that it does not write. Where it differs (MANIFEST.md of the
-    goldens), ours is right.
+    `ideal_*` is an exact search of the newest `memory_size` entries. Results of
+    the reference differ once there are more entries. One entry too many empties
+    its index, and searches find nothing until the next `add`. Then its ids
+    start at 0 while the slots continue, so that it returns keys and values of
+    other entries. Its count omits the batch that did not fit. Its `add` also
+    advances rows that it does not write. Wherever results differ (MANIFEST.md
+    of the goldens), ours are right.
     """
     arrays, _, meta = golden(f"mt__knn_memory_{name}")
     sizes = meta["dim"], meta["max_memories"], meta["batch"]
@@ -487,15 +487,16 @@ def test_what_the_reference_should_find(kind, name):
     assert differs == 4
 
 
-def test_no_pickles_and_copies(store):
+def test_pickles_and_copies_are_refused(store):
     memory = KNNMemory(3, 5, search_method=SEARCH[store])
     for how in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="`save` and `load`.*Received"):
             how(memory)
 
 
-def test_many_threads(store, monkeypatch):
-    """All add, search and clear at once; a value is twice its key."""
+def test_many_threads_keep_the_memory_consistent(store, monkeypatch):
+    """All threads add, search and clear at once; values are twice their
+    keys."""
     monkeypatch.setattr(tuning, "FLAT", 200)
     memory = KNNMemory(
         4, 600, num_rows=2, search_method=SEARCH[store], keep_statistics=True
@@ -547,13 +548,13 @@ def test_many_threads(store, monkeypatch):
     assert memory.recall(top_k=7) > 0.9
 
 
-def test_l2_far_from_zero(store):
+def test_l2_is_accurate_far_from_zero(store):
     memory, model = pair(store, 5, 90, similarity="l2")
     keys, queries = random(1, 70, 5) + 1e4, random(1, 11, 5, seed=1) + 1e4
     check_far(memory, model, keys, queries)
 
 
-def test_l2_beside_one_key_far_away(store):
+def test_l2_is_accurate_beside_a_key_far_away(store):
     memory, model = pair(store, 5, 90, similarity="l2")
     keys, queries = random(1, 70, 5), random(1, 11, 5, seed=1)
     keys[0, 7] = 1e6
@@ -561,7 +562,7 @@ def test_l2_beside_one_key_far_away(store):
 
 
 @pytest.mark.scann
-def test_l2_where_the_first_keys_are_far_away():
+def test_l2_is_accurate_after_first_keys_near_zero():
     need_scann()
     memory, model = pair("scann", 5, 90, similarity="l2")
     check_add(memory, model, random(1, 4, 5), random(1, 4, 5))
@@ -571,7 +572,7 @@ def test_l2_where_the_first_keys_are_far_away():
 
 
 def check_far(memory, model, keys, queries):
-    """Rounding is small beside the distances of near neighbours."""
+    """Rounding errors are small compared with distances of near neighbours."""
     keys, queries = keys.astype("float32"), queries.astype("float32")
     check_add(memory, model, keys, keys)
     found = memory.search(queries, 7)
@@ -594,7 +595,7 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize("name, values", OUT_OF_RANGE)
-def test_arguments_out_of_range(name, values):
+def test_arguments_out_of_range_are_refused(name, values):
     for value in values:
         options = {"key_dim": 3, "memory_size": 5, "search_method": "exact"}
         options[name] = value
@@ -604,19 +605,19 @@ def test_arguments_out_of_range(name, values):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_target_of_nothing_or_all(value):
+def test_target_recall_of_0_or_1_is_refused(value):
     with pytest.raises(ValueError, match="`target_recall`"):
         KNNMemory(3, 5, search_method="exact", target_recall=value)
 
 
 @pytest.mark.parametrize("row", [True, False])
-def test_a_bool_is_no_row(row):
+def test_a_bool_is_refused_as_a_row(row):
     memory = KNNMemory(3, 5, search_method="exact", keep_statistics=True)
     for call in (memory.entries, memory.statistics):
         refuses(functools.partial(call, row), "`row", repr(row))
 
 
-def test_a_memory_says_what_it_is(store):
+def test_the_repr_lists_the_arguments(store):
     memory = KNNMemory(
         3, 5, value_dim=0, similarity="l2", search_method=SEARCH[store]
     )
@@ -626,12 +627,12 @@ def test_a_memory_says_what_it_is(store):
     )
 
 
-# Which store.
+# The choice of a store.
 
 
 @pytest.mark.scann
 @pytest.mark.parametrize("has, chosen", [(True, "ring"), (False, "scann")])
-def test_the_store_that_is_chosen(has, chosen, monkeypatch):
+def test_the_store_depends_on_the_installed_scann(has, chosen, monkeypatch):
     need_scann()
     monkeypatch.setattr(knn_memory, "has_accelerator", lambda: has)
     assert KNNMemory(3, 5).search_method == SEARCH[chosen]
@@ -650,8 +651,8 @@ def test_a_store_is_chosen_on_any_backend():
 @pytest.mark.parametrize(
     "reason", ["halted; None in sys.modules", "RuntimeError: no such CPU"]
 )
-def test_where_scann_is_not_there(reason, tmp_path, monkeypatch):
-    """Or there, and does not work."""
+def test_without_scann_the_search_is_exact(reason, tmp_path, monkeypatch):
+    """Includes a ScaNN that is installed but broken."""
     if reason.startswith("halted"):
         monkeypatch.setitem(sys.modules, "scann", None)
     else:

@@ -1,4 +1,4 @@
-"""Any operations on a memory of nearest neighbours, in any order."""
+"""Random operations on a memory of nearest neighbours, in random order."""
 
 import tempfile
 
@@ -44,7 +44,7 @@ def sizes(most, least=1, rows=3):
 
 
 def anywhere(rng, shape):
-    """Some are the same, and some 0."""
+    """Random vectors, some of them equal and some 0."""
     vectors = rng.normal(size=shape)
     alike = rng.integers(-1, 2, size=shape) * (rng.random(shape[-1]) < 0.5)
     same = rng.random((*shape[:-1], 1)) < 0.2
@@ -52,8 +52,8 @@ def anywhere(rng, shape):
 
 
 def play(store, options, operations, draw, most, tally):
-    """Operations on a memory and on a model. The tally counts the searches of
-    trees, what they found, and what there was."""
+    """Applies operations to a memory and its model. The tally counts searches
+    of trees, the neighbours they found, and the neighbours there were."""
     kept = {"keep_statistics": True}
     memory, model = pair(store, **options, of_memory=kept)
     dim, width, size = model.key_dim, model.value_dim, model.memory_size
@@ -99,7 +99,7 @@ def play(store, options, operations, draw, most, tally):
 
 
 def play_many(number, store, options, draw, most=None):
-    """So many sequences of operations, the same ones if they are few."""
+    """Plays this number of sequences of operations; few ones are fixed."""
     done, tally = [], np.zeros(3)
 
     @hypothesis.settings(
@@ -128,13 +128,15 @@ FEW_OR_MANY = pytest.mark.parametrize(
 
 
 @FEW_OR_MANY
-def test_any_operations(store, number):
+def test_any_operations_equal_those_on_lists(store, number):
     assert play_many(number, store, sizes(12), anywhere) == (0, 1.0)
 
 
 @pytest.mark.scann
 @FEW_OR_MANY
-def test_any_operations_on_trees(number, trees, monkeypatch):
+def test_any_operations_on_trees_find_near_neighbours(
+    number, trees, monkeypatch
+):
     monkeypatch.setattr(tuning, "FLAT", 30)
     centers = 3.0 * random(9, 4, seed=1)
 
@@ -145,5 +147,5 @@ def test_any_operations_on_trees(number, trees, monkeypatch):
     options = sizes(160, least=60, rows=2)
     searches, found = play_many(number, "scann", options, around, 8)
     assert searches > number / 5
-    # Some sixty neighbours, of trees that chance plants, or thousands.
+    # Few runs search some sixty neighbours in random trees, others thousands.
     assert found >= (0.6 if number < 100 else 0.9)

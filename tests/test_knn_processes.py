@@ -1,6 +1,6 @@
-"""Processes with a memory of nearest neighbours, that fork or are killed.
+"""Processes with a memory of nearest neighbours that fork or are killed.
 
-Run as a program, with a folder and a number, this file kills so many writers.
+As a program, with a folder and a number, this file kills that many writers.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ for store in stores:
 
 @functools.cache
 def printed(script, *arguments):
-    """Of each store that is there the lines that a program printed."""
+    """For each installed store, the lines that a program printed."""
     stores = ["ring"] if tuning.import_error() else ["ring", "scann"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments, *stores],
@@ -82,8 +82,8 @@ def printed(script, *arguments):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 @pytest.mark.parametrize("is_used", ["used", slow_unless(False, "new")])
-def test_a_search_in_a_fork(store, is_used):
-    """Of a process that used the backend, whose threads are not there."""
+def test_a_search_in_a_fork_works_or_says_to_spawn(store, is_used):
+    """A fork lacks the threads of the backend that its parent has used."""
     backend = keras.backend.backend()
     searched, *others = printed(FORKS_THAT_SEARCH, is_used)[store]
     refused = 'get_context("spawn")'
@@ -136,8 +136,8 @@ for store in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_forks_of_many_threads_wait_for_no_lock(store):
-    """Another thread has the lock at the time, and threads fork at once."""
+def test_forks_of_many_threads_do_not_wait_for_locks(store):
+    """Threads fork at once while another thread holds the lock."""
     (statuses,) = printed(FORKS_OF_MANY_THREADS)[store]
     assert statuses == "[2, 2, 2, 2, 2, 2, 2, 2]"
 
@@ -177,7 +177,7 @@ print("over")
 
 @pytest.mark.scann
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_a_fork_builds_trees_of_its_own():
+def test_a_fork_builds_its_own_trees():
     need_scann()
     done = subprocess.run(
         [sys.executable, "-c", FORKED],
@@ -195,7 +195,7 @@ SIZES_OF_KILLED = {**SIZES_OF_FILE, "memory_size": 20}
 
 
 def act(memory, number):
-    """The operation of that number, on a memory or a model."""
+    """Applies the operation with this number to a memory or a model."""
     rng = np.random.default_rng(number)
     if rng.random() < 0.15:
         memory.clear(rng.permutation(3)[: rng.integers(0, 3)])
@@ -208,7 +208,7 @@ def act(memory, number):
 
 
 def act_until_same(memory, model, number, most):
-    """Steps the model on until it is as the memory; gives the number."""
+    """Advances the model until it equals the memory; returns the number."""
     wanted = contents(memory)
     for count in range(number, number + most):
         if contents(model) == wanted:
@@ -251,7 +251,7 @@ def read_on(folder, told):
 
 
 def in_a_child(function, *arguments):
-    """A process that does it, and the end of a pipe that it tells through."""
+    """A process that runs the function, and a pipe with its reports."""
     heard, told = os.pipe()
     child = os.fork()
     if child:
@@ -266,7 +266,7 @@ def in_a_child(function, *arguments):
 
 
 def kill(child, heard):
-    """Gives what it told."""
+    """Kills the child and returns its reports."""
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "it had ended by itself"
@@ -275,7 +275,7 @@ def kill(child, heard):
 
 
 def run_kills(folder, number):
-    durable.FILE_LEAST = 17_000  # four pages, and little more
+    durable.FILE_LEAST = 17_000  # slightly more than four pages
     rng = np.random.default_rng(int(number))
     model, known, first = Model(**SIZES_OF_KILLED), 0, set()
     reader = in_a_child(read_on, folder)
@@ -296,7 +296,7 @@ def run_kills(folder, number):
 
 
 def kill_writers(folder, number):
-    """Operations, times that the file was written anew, and refreshes."""
+    """Returns the numbers of operations, file rewrites and refreshes."""
     one = {"KERAS_BACKEND": "numpy", "OPENBLAS_NUM_THREADS": "1"}
     done = run_program(__file__, folder, number, **one)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -304,7 +304,7 @@ def kill_writers(folder, number):
     return map(int, done.stdout.split())
 
 
-def test_writers_that_are_killed(tmp_path):
+def test_killed_writers_lose_no_flushed_entries(tmp_path):
     operations, rewrites, news = kill_writers(tmp_path / "memory", 3)
     assert operations > 5 and rewrites and news
 

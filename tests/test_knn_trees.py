@@ -1,4 +1,4 @@
-"""Trees of a memory of nearest neighbours, which ScaNN builds and searches."""
+"""ScaNN's trees in a memory of nearest neighbours."""
 
 import contextlib
 import gc
@@ -24,7 +24,7 @@ from keras_memory.retrieval.similarities import SIMILARITIES
 @pytest.mark.scann
 @pytest.mark.parametrize("target", [0.8, 0.95])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_a_tree_finds_what_it_should(trees, similarity, target):
+def test_a_tree_reaches_the_target_recall(trees, similarity, target):
     memory, model = pair(
         "scann",
         8,
@@ -35,7 +35,7 @@ def test_a_tree_finds_what_it_should(trees, similarity, target):
     keys = clustered(1, 1500, 8)
     queries = clustered(1, 256, 8, seed=5)
     check_add(memory, model, keys[:, :400], keys[:, :400])
-    assert memory.recall(queries) == 1.0  # tells what is asked for
+    assert memory.recall(queries) == 1.0  # announces its top_k
     check_add(memory, model, keys[:, 400:], keys[:, 400:])
     index = index_of(memory)
     memory.search(queries, 32)
@@ -53,8 +53,8 @@ def test_a_tree_finds_what_it_should(trees, similarity, target):
 @pytest.mark.scann
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("first", [1, 3])
-def test_one_small_search_does_not_decide(trees, background, first):
-    """A tree that is tried with few queries, or for fewer neighbours."""
+def test_one_small_search_does_not_tune_a_tree(trees, background, first):
+    """A tree tuned with few queries, or for fewer neighbours, is retuned."""
     memory, _ = beside("l2", background)
     keys, queries = clustered(1, 1000, 8), clustered(1, 400, 8, seed=5)
     memory.add(keys, keys)
@@ -75,7 +75,7 @@ def test_one_small_search_does_not_decide(trees, background, first):
 
 
 @pytest.mark.scann
-def test_all_that_is_asked_for_is_found(trees):
+def test_a_search_finds_as_many_as_requested(trees):
     memory, model = pair("scann", 8, 1000, similarity="l2")
     keys, queries = clustered(1, 1000, 8), clustered(1, 50, 8, seed=5)
     check_add(memory, model, keys, keys)
@@ -89,7 +89,7 @@ def test_all_that_is_asked_for_is_found(trees):
 
 
 @pytest.mark.scann
-def test_equal_keys_count_alike(trees):
+def test_equal_keys_count_equally_in_recall(trees):
     memory = KNNMemory(8, 1000, search_method="approximate", background=False)
     few = random(1, 20, 8)
     keys = np.tile(few, (1, 50, 1))
@@ -103,7 +103,7 @@ def test_equal_keys_count_alike(trees):
 
 
 @pytest.mark.scann
-def test_a_tree_follows_what_is_written(trees, monkeypatch):
+def test_a_tree_follows_written_entries(trees, monkeypatch):
     built, best = [], scann_row.ScannRow._best_tree
 
     def counted(index, *arguments):
@@ -117,13 +117,13 @@ def test_a_tree_follows_what_is_written(trees, monkeypatch):
     queries = clustered(1, 256, 8, seed=5)
     memory.search(queries, 10)
     assert len(built) == 1 and memory.recall(queries, top_k=10) >= 0.92
-    # All are overwritten, by others that lie elsewhere.
+    # All entries are overwritten by entries in other places.
     moved = clustered(1, 1000, 8, centers=2)
     queries = clustered(1, 256, 8, seed=5, centers=2)
     for begin in range(0, 1000, 40):
         some = moved[:, begin : begin + 40]
         check_add(memory, model, some, some)
-        # What was just written is found, though no tree was built of it.
+        # New entries are found before a tree contains them.
         found = memory.search(some, 10)
         assert (found.scores[..., 0] > -1e-3).mean() > 0.9
         memory.search(queries, 10)
@@ -135,7 +135,7 @@ def test_a_tree_follows_what_is_written(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_where_no_tree_helps_all_are_compared(trees, monkeypatch):
+def test_all_entries_are_compared_where_no_tree_helps(trees, monkeypatch):
     monkeypatch.setattr(tuning, "WORTH", 0.25)
     memory, model = pair("scann", 32, 900, similarity="l2")
     keys = random(1, 900, 32)
@@ -145,7 +145,7 @@ def test_where_no_tree_helps_all_are_compared(trees, monkeypatch):
     queries = random(1, 50, 32, seed=8)
     assert memory.recall(queries) == 1.0
     check_search(memory, model, queries, 9)
-    # Nor when a tree was there before.
+    # The same holds after there has been a tree.
     for seed, helps in ((1, True), (2, False), (3, True)):
         share = 0.5 if helps else 0.25
         monkeypatch.setattr(tuning, "WORTH", share)
@@ -160,14 +160,14 @@ def test_where_no_tree_helps_all_are_compared(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_writes_after_a_tree_was_given_up(trees, monkeypatch):
+def test_writes_continue_after_a_tree_is_given_up(trees, monkeypatch):
     memory, model = pair("scann", 8, 900)
     keys, queries = clustered(1, 2000, 8), random(1, 50, 8)
     check_add(memory, model, keys[:, :900], keys[:, :900])
     memory.search(queries, 9)
     assert index_of(memory).leaves is not None
     monkeypatch.setattr(scann_row.ScannRow, "_best_tree", no_tree)
-    for begin in range(900, 2000, 90):  # without a search between
+    for begin in range(900, 2000, 90):  # without searches
         some = keys[:, begin : begin + 90]
         check_add(memory, model, some, some)
     check_search(memory, model, queries, 9)
@@ -176,7 +176,7 @@ def test_writes_after_a_tree_was_given_up(trees, monkeypatch):
 
 @pytest.mark.scann
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_compressed_vectors_follow_what_is_written(compressed, similarity):
+def test_compressed_vectors_follow_written_entries(compressed, similarity):
     memory, model, queries = compressed(similarity)
     index = index_of(memory)
     for begin in (1200, 1300, 1400):
@@ -193,14 +193,14 @@ def test_compressed_vectors_have_exact_scores(compressed, similarity):
     memory, model, queries = compressed(similarity)
     right, wanted = check_search(memory, model, queries, 10, is_exact=False)
     assert right / wanted > 0.67
-    # More than the leaves hold.
+    # More neighbours than the searched leaves hold.
     right, wanted = check_search(memory, model, queries, 1200, is_exact=False)
     assert right == wanted
 
 
 @pytest.fixture
 def compressed(trees, monkeypatch):
-    """Makes a memory of 1,200 entries that are compressed."""
+    """Makes a memory of 1,200 compressed entries."""
     monkeypatch.setattr(tuning, "HASHED", 600)
 
     def make(similarity):
@@ -223,7 +223,7 @@ def compressed(trees, monkeypatch):
 
 
 def beside(similarity, background=True):
-    """A memory whose trees are built beside the searches."""
+    """A memory, its model, and trees built in the background."""
     options = {
         "similarity": similarity,
         "of_memory": {"background": background},
@@ -233,7 +233,7 @@ def beside(similarity, background=True):
 
 @pytest.fixture
 def held(trees, monkeypatch):
-    """Events: a tree has begun to be built; it may go on."""
+    """Two events: a build has started; the build may continue."""
     began, go = threading.Event(), threading.Event()
     best = scann_row.ScannRow._best_tree
 
@@ -248,7 +248,7 @@ def held(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_searches_and_adds_go_on_while_a_tree_is_built(held):
+def test_searches_and_adds_continue_during_a_build(held):
     began, go = held
     memory, model = beside("l2")
     keys, queries = clustered(1, 1100, 8), clustered(1, 50, 8, seed=5)
@@ -256,7 +256,7 @@ def test_searches_and_adds_go_on_while_a_tree_is_built(held):
     check_add(memory, model, keys[:, :700], keys[:, :700])
     assert began.wait(60)
     check_search(memory, model, queries, 9)
-    # New ones, and around the end: old ones are overwritten.
+    # New entries wrap around the end and overwrite old ones.
     for begin, end in ((700, 703), (703, 1000), (1000, 1100)):
         some = keys[:, begin:end]
         check_add(memory, model, some, some)
@@ -272,14 +272,14 @@ def test_searches_and_adds_go_on_while_a_tree_is_built(held):
     check_entries(memory, model)
     right, wanted = check_search(memory, model, queries, 9, is_exact=False)
     assert right / wanted >= 0.92
-    # What they overwrote is nowhere.
+    # Overwritten entries are gone.
     gone = memory.search(keys[:, :100], 9).keys[0].reshape(-1, 8)
     assert not (gone[:, None] == keys[0, :100]).all(-1).any()
 
 
 @pytest.mark.scann
 @pytest.mark.parametrize("n", [0, 50, 600])
-def test_a_memory_that_is_cleared_while_a_tree_is_built(held, n):
+def test_a_memory_may_be_cleared_during_a_build(held, n):
     began, go = held
     memory, model = beside("l2")
     old, new = clustered(1, 700, 8), clustered(1, n, 8, centers=2)
@@ -303,7 +303,7 @@ def test_a_memory_that_is_cleared_while_a_tree_is_built(held, n):
 
 
 @pytest.mark.scann
-def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
+def test_outdated_trees_are_not_built(trees, monkeypatch):
     asked, best = [], scann_row.ScannRow._best_tree
 
     def noted(index, vectors, *arguments):
@@ -321,7 +321,7 @@ def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
 
     keep_busy()
     keys = clustered(1, 700, 8)
-    for i in range(4):  # three of them are forgotten before it is their turn
+    for i in range(4):  # three builds are outdated before their turn
         memory.clear()
         keys[0, 0, 0] = i
         memory.add(keys, keys)
@@ -340,7 +340,7 @@ def test_trees_that_nobody_wants_are_not_built(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_memory_that_is_cleared_before_a_tree_is_tried(trees):
+def test_a_memory_may_be_cleared_before_a_tree_is_tuned(trees):
     memory, model = beside("l2")
     keys, queries = clustered(1, 1200, 8), clustered(1, 50, 8, seed=5)
     check_add(memory, model, keys[:, :1000], keys[:, :1000])
@@ -363,7 +363,9 @@ def test_a_memory_that_is_cleared_before_a_tree_is_tried(trees):
 
 @pytest.mark.scann
 @pytest.mark.parametrize("background", [True, False])
-def test_a_tree_that_cannot_be_built(trees, background, monkeypatch):
+def test_a_failed_build_warns_and_searches_exactly(
+    trees, background, monkeypatch
+):
     memory, model = beside("l2", background)
     keys, queries = clustered(1, 1000, 8), clustered(1, 50, 8, seed=5)
 
@@ -387,7 +389,7 @@ def test_a_tree_that_cannot_be_built(trees, background, monkeypatch):
 
 
 def no_tree(*arguments):
-    """As `ScannRow._best_tree`, where none helps."""
+    """`ScannRow._best_tree` if no tree helps."""
 
 
 def fail_in_the_midst(patch):
@@ -403,7 +405,7 @@ def fail_in_the_midst(patch):
 
 @pytest.mark.scann
 @pytest.mark.parametrize("has_tree", [False, True])
-def test_a_write_that_fails_in_the_midst(trees, has_tree, monkeypatch):
+def test_a_half_failed_write_drops_the_tree(trees, has_tree, monkeypatch):
     memory, model = pair("scann", 8, 1000)
     n = 800 if has_tree else 300
     keys, queries = clustered(1, 1200, 8), clustered(1, 50, 8, seed=5)
@@ -426,7 +428,7 @@ def test_a_write_that_fails_in_the_midst(trees, has_tree, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_write_that_fails_has_its_tree_built_anew(trees, monkeypatch):
+def test_a_failed_write_rebuilds_the_tree(trees, monkeypatch):
     memory, model = pair("scann", 8, 1000)
     keys, queries = clustered(1, 900, 8), clustered(1, 50, 8, seed=5)
     check_add(memory, model, keys[:, :800], keys[:, :800])
@@ -441,7 +443,7 @@ def test_a_write_that_fails_has_its_tree_built_anew(trees, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_new_tree_that_what_came_meanwhile_breaks(held, monkeypatch):
+def test_entries_added_during_a_build_survive_it(held, monkeypatch):
     began, go = held
     memory, model = beside("dot")
     keys, queries = clustered(1, 900, 8), clustered(1, 50, 8, seed=5)
@@ -459,7 +461,9 @@ def test_a_new_tree_that_what_came_meanwhile_breaks(held, monkeypatch):
 
 
 @pytest.mark.scann
-def test_a_write_that_fails_where_warnings_are_errors(held, monkeypatch):
+def test_a_failed_write_with_warnings_as_errors_keeps_entries(
+    held, monkeypatch
+):
     began, go = held
     memory, model = beside("l2")
     keys = clustered(1, 700, 8)

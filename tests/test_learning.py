@@ -1,4 +1,4 @@
-"""It learns: run with `pytest -m slow tests/test_learning.py` (40 minutes)."""
+"""Models learn: run `pytest -m slow tests/test_learning.py` (40 minutes)."""
 
 import pathlib
 import runpy
@@ -20,7 +20,7 @@ def train(start, folder, *settings):
 
 
 @pytest.mark.parametrize("seed", [1, 10, 100])
-def test_copy(seed, tmp_path):
+def test_an_ntm_learns_to_copy(seed, tmp_path):
     start = presets.PRESETS["copy"]["default"]
     results = train(start, tmp_path / "run", f"seed={seed}")
     assert results["steps"] < start.steps
@@ -28,14 +28,14 @@ def test_copy(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [1, 10, 100])
-def test_copy_with_a_dnc(seed, tmp_path):
+def test_a_dnc_learns_to_copy(seed, tmp_path):
     start = presets.PRESETS["copy"]["dnc"]
     all_steps = ("steps=1500", "stop_error=0")  # as in docs/results.md
     results = train(start, tmp_path / "run", f"seed={seed}", *all_steps)
     assert results["wrong_bits_per_sequence_up_to_20"] < 0.1
 
 
-def test_copy_as_pytorch_ntm_trains_it(tmp_path):
+def test_the_preset_of_pytorch_ntm_learns_to_copy(tmp_path):
     start = presets.PRESETS["copy"]["pytorch-ntm"]
     train(start, tmp_path / "run", "steps=12000")
     history = runs.read_history(tmp_path / "run", start)
@@ -53,7 +53,7 @@ def test_copy_as_pytorch_ntm_trains_it(tmp_path):
         ("argmax", "error_rate_up_to_10", 0.02),
     ],
 )
-def test_task(task, error, most, tmp_path):
+def test_each_task_is_learned(task, error, most, tmp_path):
     results = train(presets.PRESETS[task]["default"], tmp_path / "run")
     assert results[error] < most
 
@@ -68,7 +68,7 @@ def test_a_dnc_never_gets_a_nan():
 
 
 def test_copy_without_a_memory_fails(tmp_path):
-    """The control: one slot holds one vector, and no more is learned."""
+    """The control: one slot holds only one vector, so longer copies fail."""
     start = presets.PRESETS["copy"]["default"]
     settings = ["memory_slots=1", "shift_range=0", "steps=1000"]
     settings += ["initialization=keras", "controller=dense"]

@@ -1,4 +1,4 @@
-"""Every layer lowers for TPU and CUDA, on the JAX backend, on any machine."""
+"""Every layer lowers for TPU and CUDA with the JAX backend on any machine."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def lowered(request):
 
 
 @pytest.mark.parametrize("case", [*of_layers, *of_wraps], ids=name_of)
-def test_forward_and_training_step(case, lowered):
+def test_forward_and_training_steps_lower_for_all_devices(case, lowered):
     line = lowered[case.name]
     assert line["forward"] == line["train"] == ["tpu", "cuda", "cpu"]
     assert line["backward"] == line["forward"]
@@ -42,5 +42,5 @@ def test_forward_and_training_step(case, lowered):
 
 
 @pytest.mark.parametrize("name", ["callback", "eigenvalues"])
-def test_what_cannot_lower_is_noticed(name, lowered):
+def test_functions_that_cannot_lower_are_noticed(name, lowered):
     assert lowered[f"control-{name}"]["error"]

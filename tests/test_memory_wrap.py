@@ -1,4 +1,4 @@
-"""Memory Wrap: its layers, and the classifier around them."""
+"""Tests of the layers of Memory Wrap and of their classifier."""
 
 import harness
 import keras
@@ -59,23 +59,23 @@ def content_weights(encoding, memory, distance):
     )
 
 
-# What every layer must do.
+# Checks of every layer.
 
 
 @each_wrap
-def test_config_round_trip(case):
+def test_a_config_restores_the_layer(case):
     harness.config_round_trip(case)
 
 
 @pytest.mark.few_backends
 @each_wrap
-def test_file_round_trip(case, tmp_path):
+def test_a_file_restores_the_layer(case, tmp_path):
     harness.file_round_trip(case, tmp_path)
 
 
 @pytest.mark.few_backends
 @each_wrap
-def test_clone(case):
+def test_a_clone_equals_its_original(case):
     harness.clone(case)
 
 
@@ -84,12 +84,12 @@ def test_clone(case):
 @pytest.mark.parametrize(
     "policy", ["mixed_float16", "mixed_bfloat16", "float16"]
 )
-def test_mixed_precision(policy, case):
+def test_mixed_precision_is_close_to_float32(policy, case):
     harness.mixed_precision(case, policy)
 
 
 @each_wrap
-def test_shapes(case):
+def test_shapes_are_those_declared(case):
     x = harness.inputs_of(case)
     layer = harness.built(case)
     for more in ({}, {"return_weights": True}):
@@ -106,7 +106,7 @@ def test_shapes(case):
     weights = ops.convert_to_numpy(eager[1])
     assert (weights >= 0).all()
     close(weights.sum(axis=1), np.ones(3, weights.dtype))
-    assert 0 < np.count_nonzero(weights == 0)  # sparse
+    assert 0 < np.count_nonzero(weights == 0)  # the weights are sparse
 
 
 @trains
@@ -119,7 +119,7 @@ def test_shapes(case):
     ],
     ids=name_of,
 )
-def test_training_step(jit_compile, case):
+def test_a_training_step_changes_all_trainable_weights(jit_compile, case):
     if harness.BACKEND == "torch" and jit_compile:
         pytest.skip("not run: torch.compile takes half a minute")
     layer = harness.built(case)
@@ -135,7 +135,7 @@ def test_training_step(jit_compile, case):
         assert moved == weight.trainable, weight.path
 
 
-# The truth: the reference implementation, and the paper in NumPy.
+# The reference implementation, and the paper in NumPy.
 
 
 def gradients(function, *arrays):
@@ -153,7 +153,9 @@ def gradients(function, *arrays):
 @pytest.mark.parametrize("name", ["a", "b_linear_classifier"])
 @both_layers
 @each_distance
-def test_memorywrap(distance, layer_class, name, training):
+def test_outputs_and_gradients_equal_memorywrap(
+    distance, layer_class, name, training
+):
     import tensorflow as tf
 
     golden, arrays, _ = harness.golden(f"memorywrap__{name}")
@@ -198,13 +200,13 @@ def test_memorywrap(distance, layer_class, name, training):
     for one, slope in zip(names, slopes):
         slope = tf.transpose(slope) if one.endswith(".weight") else slope
         close(slope, expected[f"grad.{one}"], 1e-9)
-    for index, row in enumerate(encodings):  # our own oracle agrees
+    for index, row in enumerate(encodings):  # checks our oracle, too
         close(found[index], content_weights(row, memory, distance), 1e-9)
 
 
 @each_distance
 @pytest.mark.parametrize("head", [None, "dense", keras.layers.Dense])
-def test_layer_is_the_paper(head, distance):
+def test_the_layer_equals_the_paper(head, distance):
     rng = np.random.default_rng(7)
     make = head if head in (None, "dense") else head(2, "tanh")
     layer = MemoryWrapLayer(3, head=make, similarity=distance)
@@ -233,7 +235,7 @@ def test_layer_is_the_paper(head, distance):
         close(outputs[row], (hidden @ last + last_bias).astype("float32"), 1e-4)
 
 
-def test_default_classifiers_are_the_papers():
+def test_default_classifiers_have_the_sizes_of_the_paper():
     shapes = {
         MemoryWrapLayer: [(14, 28), (28, 3)],
         BaselineMemory: [(7, 14), (14, 3)],
@@ -246,7 +248,7 @@ def test_default_classifiers_are_the_papers():
 
 
 @each_wrap
-def test_keyword_form_and_memory_for_each_input(case):
+def test_keywords_and_a_memory_for_each_input_give_the_same(case):
     encodings, memory = harness.inputs_of(case)
     layer = harness.built(case)
     if isinstance(layer, keras.Model):
@@ -275,7 +277,7 @@ def test_keyword_form_and_memory_for_each_input(case):
 
 @both_layers
 @each_distance
-def test_mask_is_removal(layer_class, distance):
+def test_masking_equals_removing(layer_class, distance):
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 5)), rng.normal(size=(7, 5))
     counts = np.array([True, False, True, True, False, False, True])
@@ -287,7 +289,7 @@ def test_mask_is_removal(layer_class, distance):
             close(layer([encodings, poisoned], memory_mask=mask), expected)
         layer.set_memory(poisoned)
         close(layer(encodings, memory_mask=counts), expected)
-        # Each row has a mask of its own; one has no example left.
+        # Each row has its own mask; one row masks all examples.
         masks = np.stack([counts, np.zeros(7, bool)])
         mixed, weights = layer(
             [encodings, memory], memory_mask=masks, return_weights=True
@@ -300,7 +302,7 @@ def test_mask_is_removal(layer_class, distance):
 
 @each_distance
 @pytest.mark.parametrize("block", [4, 100])
-def test_nearest_are_exact_where_the_support_is_among_them(
+def test_top_k_is_exact_where_it_covers_the_support(
     block, distance, monkeypatch
 ):
     monkeypatch.setattr(exact, "BLOCK", block)
@@ -323,7 +325,7 @@ def test_nearest_are_exact_where_the_support_is_among_them(
         every = np.zeros_like(weights)
         np.put_along_axis(every, indices, some, axis=1)
         close(every[inside], weights[inside])
-        # A least weight of 0 tells that the row is exact.
+        # Rows whose smallest weight is 0 are exact.
         assert (inside >= (some.min(axis=1) == 0)).all()
         assert np.abs(every - weights)[~inside].max() > 1e-3
     layer.top_k = 1000
@@ -333,8 +335,8 @@ def test_nearest_are_exact_where_the_support_is_among_them(
 @pytest.mark.parametrize(
     "size", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
 )
-def test_candidates_of_a_knn_memory(size):
-    """Exact wherever the support is among the candidates that it finds."""
+def test_knn_candidates_are_exact_where_they_cover_the_support(size):
+    """Rows are exact if the candidates found contain the support."""
     rng = np.random.default_rng(7)
     centers = rng.normal(size=(500, 16))
     memory, encodings = (
@@ -369,7 +371,7 @@ def test_candidates_of_a_knn_memory(size):
 
 
 @pytest.mark.parametrize("block", [4, 100])
-def test_fewer_that_count_than_top_k(block, monkeypatch):
+def test_top_k_may_exceed_the_unmasked_examples(block, monkeypatch):
     monkeypatch.setattr(exact, "BLOCK", block)
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(3, 5)), rng.normal(size=(11, 5))
@@ -383,7 +385,7 @@ def test_fewer_that_count_than_top_k(block, monkeypatch):
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_top_k_of_a_memory_of_unknown_size(jit_compile):
+def test_top_k_works_with_a_memory_of_unknown_size(jit_compile):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)
@@ -399,7 +401,7 @@ def test_top_k_of_a_memory_of_unknown_size(jit_compile):
     close(call(encodings, memory), expected)
 
 
-def test_l2_far_from_zero():
+def test_l2_is_accurate_far_from_zero():
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 3, 64), scale=0.2)
     layer = MemoryWrapLayer(3, similarity="l2")
@@ -407,7 +409,7 @@ def test_l2_far_from_zero():
     moved = [x + 1024.0 for x in (encodings, memory)]
     moved = [x.astype("float32") for x in moved]
     _, weights = layer(moved, return_weights=True)
-    close(weights, expected, 1e-2)  # what is left of the encodings themselves
+    close(weights, expected, 1e-2)  # encodings are rounded
     layer.set_memory(moved[1])
     _, fixed = layer(moved[0], return_weights=True)
     close(fixed, weights)
@@ -415,7 +417,7 @@ def test_l2_far_from_zero():
 
 @harness.needs_tensorflow
 @each_distance
-def test_gradients_of_the_nearest_are_those_of_all(distance):
+def test_gradients_with_top_k_equal_those_without(distance):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)
@@ -432,7 +434,7 @@ def test_gradients_of_the_nearest_are_those_of_all(distance):
 
 
 @each_wrap
-def test_fixed_memory_is_the_same_memory(case, tmp_path):
+def test_a_fixed_memory_equals_the_same_memory_as_input(case, tmp_path):
     encodings, memory = harness.inputs_of(case)
     layer = harness.built(case)
     expected = keras.tree.flatten(
@@ -441,7 +443,7 @@ def test_fixed_memory_is_the_same_memory(case, tmp_path):
     layer.set_memory(memory)
     for one, other in zip(layer(encodings, return_weights=True), expected):
         close(one, other)
-    # The memory is part of what is saved and cloned.
+    # Files and clones contain the memory.
     entry = keras.Input(encodings.shape[1:])
     model = keras.Model(entry, layer(entry))
     model.save(tmp_path / "model.keras")
@@ -450,7 +452,7 @@ def test_fixed_memory_is_the_same_memory(case, tmp_path):
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     close(copy(encodings), expected[0])
-    # Another one of that size takes its place, in compiled functions too.
+    # Another memory of that size replaces it, also in compiled functions.
     model.predict(encodings, verbose=0)
     layer.set_memory(memory[::-1] / 2)
     changed = layer([encodings, memory[::-1] / 2])
@@ -458,7 +460,7 @@ def test_fixed_memory_is_the_same_memory(case, tmp_path):
 
 
 def changed(layer):
-    """Gives all that is trained other values, as loading and training do."""
+    """Changes all trainable weights, as loading and training do."""
     rng = np.random.default_rng(11)
     for weight in layer.trainable_weights:
         weight.assign(rng.normal(size=weight.shape, scale=0.5))
@@ -496,7 +498,7 @@ def test_compiled_answers_follow_weights_and_memory(clusters, jit_compile):
         answer(x[:7]),
         model.memory_layer([model.encoder(x[:7]), model.encoder(x[:13])]),
     )
-    model.set_memory(x[20:33])  # as many
+    model.set_memory(x[20:33])  # same size
     close(answer(x[:7]), model(x[:7]))
     model.set_memory(x[:20])
     if jit_compile:  # XLA has no errors
@@ -509,7 +511,7 @@ def test_compiled_answers_follow_weights_and_memory(clusters, jit_compile):
 
 @harness.needs_tensorflow
 @each_wrap
-def test_export(case, tmp_path, recwarn):
+def test_exports_equal_the_layer(case, tmp_path, recwarn):
     import tensorflow as tf
 
     encodings, memory = harness.inputs_of(case)
@@ -521,11 +523,11 @@ def test_export(case, tmp_path, recwarn):
     assert [w for w in recwarn.list if "export" in str(w.message)] == []
 
 
-# Where numbers are at their limits.
+# Extreme numbers.
 
 
 def reference_weights(encodings, memory, distance):
-    """In float64, of the float32 numbers."""
+    """Weights of the float32 numbers, computed in float64."""
     encodings, memory = (
         np.asarray(one, "float32").astype("float64")
         for one in (encodings, memory)
@@ -538,7 +540,7 @@ def reference_weights(encodings, memory, distance):
 @pytest.mark.parametrize("far", [1e5, 1e18, 1e30])
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_far_example_has_no_part_in_other_distances(masked, top_k, far):
+def test_a_far_example_does_not_change_other_distances(masked, top_k, far):
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(17, 5)), rng.normal(size=(23, 5))
     layer = MemoryWrapLayer(3, similarity="l2")
@@ -563,7 +565,7 @@ def test_a_far_example_has_no_part_in_other_distances(masked, top_k, far):
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
-def test_two_groups_far_apart(top_k):
+def test_weights_are_accurate_in_two_groups_far_apart(top_k):
     rng = np.random.default_rng(7)
     groups = 1e5 * (np.arange(24) % 2)[:, None]
     memory = (rng.normal(size=(24, 5)) + groups).astype("float32")
@@ -583,8 +585,8 @@ def test_two_groups_far_apart(top_k):
 
 @pytest.mark.parametrize("share", [0.0, 0.9])
 @pytest.mark.parametrize("top_k", [None, 9])
-def test_far_examples_of_a_large_memory(top_k, share, monkeypatch):
-    """Products about a middle: of those that count, however far some are."""
+def test_far_examples_leave_a_large_memory_accurate(top_k, share, monkeypatch):
+    """Products are centered on unmasked examples, however far some are."""
     monkeypatch.setattr(examples, "FEW", 10)
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 150, 5)) + 300
@@ -613,7 +615,7 @@ def test_far_examples_of_a_large_memory(top_k, share, monkeypatch):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("each", [False, True])
 @each_distance
-def test_what_is_masked_reaches_no_gradient(distance, each, bad):
+def test_masked_examples_reach_no_gradient(distance, each, bad):
     import tensorflow as tf
 
     rng = np.random.default_rng(7)
@@ -644,8 +646,7 @@ def test_what_is_masked_reaches_no_gradient(distance, each, bad):
             found = look(np.broadcast_to(shown, shape), mask)
             for one, other in zip(found, expected):
                 close(tf.convert_to_tensor(one), tf.convert_to_tensor(other))
-        # An input for which it counts does not spoil those for which it does
-        # not.
+        # The example affects only the inputs that it is not masked for.
         mixed = look(shown, np.stack([counts, counts | True]))
         close(mixed[0][:1], expected[0][:1])
         if not np.isfinite(bad):
@@ -657,7 +658,7 @@ def test_what_is_masked_reaches_no_gradient(distance, each, bad):
         assert np.isfinite(slope).all()
 
 
-def test_a_nan_that_counts_is_shown():
+def test_unmasked_nan_reaches_the_output():
     rng = np.random.default_rng(7)
     encodings, memory = rng.normal(size=(2, 3, 5))
     encodings[1] = np.nan
@@ -670,7 +671,7 @@ def test_a_nan_that_counts_is_shown():
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-11, 1e-3, 0.1, 3.0, 1e18])
-def test_cosine_has_no_scale(size):
+def test_cosine_does_not_depend_on_scale(size):
     rng = np.random.default_rng(7)
     directions = rng.normal(size=(11, 5))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -690,7 +691,7 @@ def test_cosine_has_no_scale(size):
 
 
 @harness.needs_tensorflow
-def test_cosine_of_nothing_is_zero():
+def test_unit_vectors_of_zeros_are_zero():
     import tensorflow as tf
 
     for size in (0.0, 1e-45, 1e-38):
@@ -707,7 +708,7 @@ def test_cosine_of_nothing_is_zero():
 
 @pytest.mark.parametrize("top_k", [None, 2])
 @each_distance
-def test_no_inputs(distance, top_k):
+def test_an_empty_batch_gives_empty_outputs(distance, top_k):
     layer = MemoryWrapLayer(3, similarity=distance, top_k=top_k)
     memory = np.ones((7, 5), "float32")
     layer([memory[:2], memory])
@@ -731,7 +732,7 @@ def test_no_inputs(distance, top_k):
 @pytest.mark.parametrize(
     "dtype", ["float32", "mixed_float16", slow_unless(False, "float16")]
 )
-def test_singular_inputs(layer_class, distance, dtype):
+def test_singular_inputs_have_finite_gradients(layer_class, distance, dtype):
     import tensorflow as tf
 
     layer = layer_class(3, similarity=distance, dtype=dtype)
@@ -752,7 +753,7 @@ def test_singular_inputs(layer_class, distance, dtype):
             close(weights, np.full((1, len(memory)), 1 / len(memory)), 1e-3)
 
 
-# Bad input.
+# Errors.
 
 
 def refuses(call, *words):
@@ -763,7 +764,7 @@ def refuses(call, *words):
 
 
 @both_layers
-def test_bad_arguments(layer_class):
+def test_bad_arguments_are_refused(layer_class):
     for name, value in {
         "similarity": "euclidean",
         "head": "linear",
@@ -775,7 +776,7 @@ def test_bad_arguments(layer_class):
     refuses(lambda: layer_class(0), "units")
 
 
-def test_bad_shapes():
+def test_bad_shapes_are_refused():
     layer = MemoryWrapLayer(3)
     e, m = np.ones((2, 5)), np.ones((7, 5))
     layer([e, m])
@@ -799,7 +800,7 @@ def test_bad_shapes():
     refuses(lambda: wrong([e, m]), "`head`")
 
 
-def test_arrays_that_cannot_be_encodings():
+def test_wrong_encodings_are_refused():
     layer = MemoryWrapLayer(3)
     e, m = np.ones((2, 5), "float32"), np.ones((7, 5), "float32")
     layer([e, m])
@@ -819,7 +820,7 @@ def test_arrays_that_cannot_be_encodings():
     close(layer([e.astype("int32"), m.astype("int64")]), layer([e, m]))
 
 
-def test_bad_memories():
+def test_bad_memories_are_refused():
     layer = MemoryWrapLayer(3)
     memory = np.ones((7, 5), "float32")
     layer.build([(2, 5), (7, 5)])
@@ -832,7 +833,7 @@ def test_bad_memories():
     refuses(lambda: layer(memory, training=True), "training=True")
 
 
-def test_converter_refuses():
+def test_the_converter_refuses_wrong_weights():
     golden, _, _ = harness.golden("memorywrap__a")
     start = "MemoryWrapLayer.w."
     weights = {
@@ -861,7 +862,7 @@ def test_converter_refuses():
 
 @pytest.fixture
 def clusters():
-    """Points of three classes, apart."""
+    """Well separated points of three classes."""
     rng = np.random.default_rng(7)
     y = np.arange(60) % 3
     x = rng.normal(size=(60, 5), scale=0.3) + 2 * np.eye(3, 5)[y]
@@ -879,7 +880,9 @@ def classifier(**kwargs):
 
 @trains
 @pytest.mark.parametrize("baseline", [False, True])
-def test_classifier_learns_predicts_and_is_saved(baseline, clusters, tmp_path):
+def test_the_classifier_learns_predicts_and_is_saved(
+    baseline, clusters, tmp_path
+):
     x, y = clusters
     model = classifier(baseline=baseline)
     history = model.fit(x, y, 16, epochs=8, validation_split=0.2, verbose=0)
@@ -887,7 +890,7 @@ def test_classifier_learns_predicts_and_is_saved(baseline, clusters, tmp_path):
     assert model.evaluate(x, y, verbose=0, return_dict=True)["accuracy"] > 0.9
     several = model.predict(x, draws=4, verbose=0)
     assert (several.argmax(axis=1) == y).mean() > 0.9
-    model.set_memory(x[:13], y[:13])  # another size than it trained with
+    model.set_memory(x[:13], y[:13])  # not the size of training
     fixed = model.predict(x, verbose=0)
     close(model((x, x[:13])), fixed, 1e-5)
     model.save(tmp_path / "model.keras")
@@ -897,13 +900,13 @@ def test_classifier_learns_predicts_and_is_saved(baseline, clusters, tmp_path):
     model.set_memory(x)
     assert model.memory_labels.shape == (60,)
     close(model.predict(x, verbose=0), model((x, x)), 1e-5)
-    model.fit(x, y, verbose=0)  # forgets it
+    model.fit(x, y, verbose=0)  # drops the fixed memory
     refuses(lambda: model(x), "set_memory")
     model.predict(x, verbose=0)
 
 
 @trains
-def test_each_step_has_a_memory_of_its_own(clusters, monkeypatch):
+def test_each_step_draws_its_own_memory(clusters, monkeypatch):
     x, y = clusters
     drawn = []
     draw = MemoryWrapClassifier._draw
@@ -925,10 +928,10 @@ def test_each_step_has_a_memory_of_its_own(clusters, monkeypatch):
         model = classifier(seed=seed)
         history = model.fit(x, y, 20, epochs=2, verbose=0, **extra).history
         histories.append(history["loss"])
-    # Whoever looks at it in between does not change it.
+    # Draws between the steps do not change training.
     assert histories[0] == histories[1] != histories[2]
     several = {memory.tobytes() for memory in drawn}
-    assert len(several) >= 14  # of two seeds, six steps, and two epochs
+    assert len(several) >= 14  # two seeds, six steps, two epochs
 
 
 @trains
@@ -949,7 +952,7 @@ def test_predictions_are_the_mean_over_draws(clusters):
 
 
 @trains
-def test_sample_weights_and_examples_from_elsewhere(clusters):
+def test_fit_uses_sample_weights_and_memory_data(clusters):
     x, y = clusters
     model = classifier()
     model.build(x.shape)
@@ -964,7 +967,7 @@ def test_sample_weights_and_examples_from_elsewhere(clusters):
     assert all((memory == row).all(axis=1).any() for row in inputs)
 
 
-def test_layers_of_ones_own_come_back():
+def test_custom_layers_are_restored():
     class Mine(keras.layers.Dense):
         pass
 
@@ -977,7 +980,7 @@ def test_layers_of_ones_own_come_back():
     assert type(copy.encoder) is Mine
 
 
-def test_a_refused_memory_leaves_the_old_one(clusters):
+def test_a_refused_memory_keeps_the_old_one(clusters):
     x, y = clusters
     model = classifier()
     model.set_memory(x[:13], y[:13])
@@ -994,30 +997,30 @@ def test_a_refused_memory_leaves_the_old_one(clusters):
 
 
 @trains
-def test_ways_to_begin(clusters):
+def test_fit_accepts_keras_arguments_and_validation_data(clusters):
     x, y = clusters
-    model = classifier(fixed_memory_size=5, top_k=32)  # more than there are
+    model = classifier(fixed_memory_size=5, top_k=32)  # more than examples
     model.fit(x, y, 20, 2, 0)  # batch_size, epochs, verbose
     model.set_memory(x[:30], y[:30])
     copy = MemoryWrapClassifier.from_config(model.get_config())
     copy.compile("sgd", model.loss)
     history = copy.fit(x, y, validation_split=0.5, verbose=0)
     assert np.isfinite(history.history["val_loss"]).all()
-    # What diverges is shown as Keras shows it.
+    # Divergence shows as NaN, like in Keras.
     copy.compile(keras.optimizers.SGD(1e30), model.loss)
     history = copy.fit(x, y, validation_data=(x, y), epochs=2, verbose=0)
     assert np.isnan(history.history["val_loss"][-1])
 
 
 @harness.needs_tensorflow
-def test_batches_that_bring_their_memory(clusters):
+def test_batches_can_bring_their_own_memory(clusters):
     import tensorflow as tf
 
     x, y = clusters
-    memory = x[:7]  # not as many as inputs in a batch
+    memory = x[:7]  # another size than the batch
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
     pairs = data.map(lambda inputs, targets: ((inputs, memory), targets))
-    model = classifier()  # without a memory of its own
+    model = classifier()  # without a fixed memory
     expected = ops.convert_to_numpy(model((x, memory)))
     close(model.predict(pairs, verbose=0), expected)
     accuracy = model.evaluate(pairs, verbose=0)[1]
@@ -1026,19 +1029,19 @@ def test_batches_that_bring_their_memory(clusters):
         model.predict(data, verbose=0)
 
 
-def test_what_set_memory_refuses_leaves_the_memory(clusters):
+def test_set_memory_with_wrong_inputs_keeps_the_old_memory(clusters):
     x, y = clusters
     encoder = keras.Sequential([keras.layers.Flatten()])
     model = MemoryWrapClassifier(encoder, 3, memory_size=5)
     model.set_memory(x[:13], y[:13])
     before = model(x[:4])
-    for some in (x[:13, 1:], x[:7, 1:]):  # as many, and another number
+    for some in (x[:13, 1:], x[:7, 1:]):  # same size, and another size
         with pytest.raises(ValueError, match="`x` must be inputs like those"):
             model.set_memory(some)
         close(model(x[:4]), before, 0)
 
 
-def test_weights_of_a_memory_of_another_size_are_loaded(clusters, tmp_path):
+def test_weights_with_a_memory_of_another_size_are_loaded(clusters, tmp_path):
     x, y = clusters
     model = classifier()
     model.set_memory(x[:13], y[:13])
@@ -1052,7 +1055,7 @@ def test_weights_of_a_memory_of_another_size_are_loaded(clusters, tmp_path):
 
 
 @harness.needs_tensorflow
-def test_fit_on_a_tf_dataset(clusters, recwarn):
+def test_fit_accepts_a_tf_dataset(clusters, recwarn):
     import tensorflow as tf
 
     x, y = clusters
@@ -1068,7 +1071,7 @@ def test_fit_on_a_tf_dataset(clusters, recwarn):
 
 
 @trains
-def test_classifier_refuses(clusters):
+def test_the_classifier_refuses_wrong_input(clusters):
     x, y = clusters
     refuses(lambda: MemoryWrapClassifier("resnet", 3), "encoder")
     refuses(lambda: classifier(memory_size=0), "memory_size")
@@ -1092,7 +1095,7 @@ def test_classifier_refuses(clusters):
     refuses(lambda: model.set_memory(x, np.ones((60, 4))), "(60, 3)")
     wide = np.ones((60, 6))
     refuses(lambda: model.fit(x, y, memory_data=wide), "memory_data", "(60, 6)")
-    pair = (x, x[:20])  # which Keras would cut into batches
+    pair = (x, x[:20])  # Keras would split it into batches
     refuses(lambda: model.evaluate(pair, y), "tuple of 2")
     refuses(lambda: model.fit(x, y, validation_data=(pair, y)), "tuple of 2")
     refuses(lambda: model.set_memory(x[:0]), "one at least")
@@ -1134,7 +1137,7 @@ def test_classifier_refuses(clusters):
 
 
 @trains
-def test_predict_of_no_rows(clusters):
+def test_predict_of_no_rows_is_empty(clusters):
     x, y = clusters
     model = classifier(top_k=3)
     refuses(lambda: model.predict(x[:0]), "set_memory")
@@ -1148,7 +1151,7 @@ def test_predict_of_no_rows(clusters):
 
 
 @trains
-def test_answers_of_a_drawn_memory_are_told_once(clusters, recwarn):
+def test_predicting_with_a_drawn_memory_warns_once(clusters, recwarn):
     x, y = clusters
 
     def told():

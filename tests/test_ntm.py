@@ -1,5 +1,5 @@
-"""The Neural Turing Machine against its oracle and cases solved by hand:
-`access_harness.py` has what it shares with others."""
+"""The Neural Turing Machine, compared with its oracle and with values computed
+by hand. `test_accesses.py` has the checks of all accesses."""
 
 import itertools
 
@@ -45,7 +45,7 @@ BY_NAME = {
 
 
 def oracle(layer, x):
-    """What `reference.ntm_sequence` says that the layer does."""
+    """The results of `reference.ntm_sequence` for the layer's weights."""
     cell, config = layer.cell, layer.cell.get_config()
     controller = cell.block_controllers[0]
     weights = {
@@ -112,7 +112,7 @@ ADDRESSINGS = ["content_and_location", "content"]
             ["lstm"],
         ),
         *(
-            # What heads do is the same with each controller.
+            # Heads act the same with each controller.
             slow_unless(
                 others == (IN_TURN, "content_and_location", True),
                 *others,
@@ -144,7 +144,7 @@ def test_equals_the_oracle(head_order, addressing, erase, controller):
     equals_the_oracle(layer, numbers())
 
 
-# With what the option is compared, to see that it does something.
+# The option to compare with, to see that this one has an effect.
 OPTIONS = {
     "interface_clip": 0.4,
     "clip_value": 0.3,
@@ -164,7 +164,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @needs_tensorflow
-def test_each_option_equals_the_oracle_and_does_something(option):
+def test_each_option_equals_the_oracle_and_has_an_effect(option):
     fixed = {
         "read_heads": 2,
         "write_heads": 2,
@@ -175,7 +175,7 @@ def test_each_option_equals_the_oracle_and_does_something(option):
     layer = randomised(**{**fixed, option: OPTIONS[option]})
     x = few()
     output = equals_the_oracle(layer, x)["output"]
-    if option != "shift_range":  # which has other weights
+    if option != "shift_range":  # changes the weights
         without = ops.convert_to_numpy(like(layer, **fixed)(x))
         assert np.abs(output - without).max() > 1e-3
     if option == "clip_value":
@@ -183,7 +183,7 @@ def test_each_option_equals_the_oracle_and_does_something(option):
 
 
 @needs_tensorflow
-def test_clip_value_acts_in_front_of_the_activation():
+def test_clip_value_acts_before_the_activation():
     layer = randomised(clip_value=0.3, activation="sigmoid", dtype="float64")
     output = equals_the_oracle(layer, numbers())["output"]
     edge = reference.sigmoid(np.array([-0.3, 0.3]))
@@ -211,7 +211,7 @@ def test_one_item_and_one_step_equal_the_oracle(shape, writing):
 
 
 def written(**kwargs):
-    """A layer that overwrites: it has fewer slots than a sequence steps."""
+    """A layer with fewer slots than time steps, so that it overwrites slots."""
     fixed = {
         "writing": "sequential",
         "memory_slots": 5,
@@ -232,7 +232,7 @@ WRITE_FIRST = ("write", "read", "read")
 @pytest.mark.parametrize(
     ("head_order", "discount", "erase"),
     [
-        # By default all pairs.
+        # All pairs with the default head order.
         slow_unless(
             (discount is None) == (erase != (head_order == WRITE_FIRST)),
             head_order,
@@ -295,7 +295,7 @@ def test_sequential_writing_does_not_count_masked_steps():
         (False, [[1, 0, 0, 0], [1, 1, 2, 0], [1, 2, 6, 2], [1, 3, 14, 8]]),
     ],
 )
-def test_sequential_writing_by_hand(erase, memory):
+def test_sequential_writing_matches_values_computed_by_hand(erase, memory):
     """Two slots, read evenly, take 1, 2, 4 and 8 in their first half."""
     layer = ntm(
         memory_slots=2,
@@ -338,8 +338,8 @@ def test_sequential_writing_by_hand(erase, memory):
     ],
 )
 @needs_tensorflow
-def test_sequential_writing_in_16_bits(slots, dtype):
-    """Every slot is written before any is again, and then the least used."""
+def test_sequential_writing_fills_every_slot_in_16_bits(slots, dtype):
+    """Every slot is written once; then the least used slots are overwritten."""
     layer = randomised(
         memory_slots=slots,
         slot_size=2,
@@ -360,7 +360,7 @@ def test_sequential_writing_in_16_bits(slots, dtype):
         assert usage[step, written[step]] == usage[step].min()
 
 
-def test_writes_in_turn_by_hand():
+def test_writes_in_turn_match_values_computed_by_hand():
     """Two heads write 2 and 3 to the only slot and erase what is in it."""
     for head_order, expected in (("parallel", 5), ("writes_in_turn", 3)):
         layer = ntm(
@@ -381,10 +381,10 @@ def test_writes_in_turn_by_hand():
         close(inside["reads"], np.full((1, 1, 1, 5), 0.5))
 
 
-# What the layer starts with.
+# Initial states.
 
 
-def test_constant_initial_values():
+def test_constant_initial_values_are_not_weights():
     layer = ntm(read_heads=2, initial_weighting="constant", controller="gru")
     layer.build((BATCH, TIME, WIDTH))
     assert not initial_weights(layer)
@@ -399,7 +399,7 @@ def test_constant_initial_values():
 
 
 @pytest.mark.parametrize("start", ["learned", "random"])
-def test_initial_values_that_are_weights(start):
+def test_learned_and_random_initial_values_are_weights(start):
     layer = ntm(
         read_heads=2,
         initial_memory=start,
@@ -438,19 +438,19 @@ def test_initial_values_that_are_weights(start):
         close(cell[item], values["initial_controller_1"])
 
 
-def test_by_content_there_is_no_initial_weighting_to_learn():
+def test_content_addressing_has_no_initial_weighting_to_learn():
     layer = ntm(addressing="content", initial_weighting="learned")
     layer.build((BATCH, TIME, WIDTH))
     assert not initial_weights(layer)
 
 
-# Invariants of the whole.
+# Invariants of the layer.
 
 
 @pytest.mark.parametrize("addressing", ["content", "content_and_location"])
-def test_slots_have_no_order_but_that_of_the_shifts(addressing):
-    """Permuting the slots permutes memory and weightings and leaves the
-    output as it is; with shifts, turning them does."""
+def test_permuting_the_slots_does_not_change_the_output(addressing):
+    """Memory and weightings are permuted alike. With shifts, only rotations of
+    the slots keep the output."""
     layer = randomised(
         initial_memory="random",
         initial_weighting="random",
@@ -475,8 +475,8 @@ def test_slots_have_no_order_but_that_of_the_shifts(addressing):
 
 
 def test_parallel_heads_see_the_memory_of_the_step_before():
-    """In parallel a read head never sees the write of its own step; in turn
-    it does if it comes after it."""
+    """In parallel, a read head never sees the write of its own step. In turn,
+    it does if it comes after the write head."""
     shape = (BATCH, 1, WIDTH)
     x = numbers(shape=shape)
     outputs = {}
@@ -488,7 +488,7 @@ def test_parallel_heads_see_the_memory_of_the_step_before():
     assert np.abs(outputs[("write", "read")]["reads"]).min() > 1e-4
 
 
-# What is refused.
+# Errors.
 
 
 STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
@@ -522,7 +522,7 @@ STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
                 ("read", "wirte"),
             ],
         ),
-        # Neither a bool is a number nor a text.
+        # Bools and texts are no numbers.
         ("memory_slots", [True]),
         ("slot_size", [True]),
         ("read_heads", [True]),
@@ -534,7 +534,7 @@ STARTS = ["zeros", None, True, NAN, float("inf"), [0.0]]
     ],
     ids=str,
 )
-def test_arguments_that_are_refused(name, values):
+def test_wrong_arguments_are_refused(name, values):
     for value in values:
         with pytest.raises(ValueError) as error:
             ntm(**{name: value})
@@ -543,7 +543,7 @@ def test_arguments_that_are_refused(name, values):
 
 
 @pytest.mark.parametrize("value", ["serial", 5, None])
-def test_head_orders_that_are_no_list(value):
+def test_wrong_head_orders_are_refused(value):
     with pytest.raises(ValueError, match="`head_order`.*once") as error:
         ntm(head_order=value)
     assert f"Received: head_order={value!r}" in str(error.value)
@@ -564,12 +564,12 @@ def test_head_orders_that_are_no_list(value):
         ),
     ],
 )
-def test_what_sequential_writing_needs(options, received):
+def test_sequential_writing_refuses_conflicting_options(options, received):
     with pytest.raises(ValueError, match=f"sequential.*{received}"):
         ntm(**{"writing": "sequential", **options})
 
 
-def test_a_negative_weighting_is_none():
+def test_a_negative_initial_weighting_is_refused():
     with pytest.raises(ValueError, match="`initial_weighting`.*-0.5"):
         ntm(initial_weighting=-0.5)
 
@@ -577,14 +577,14 @@ def test_a_negative_weighting_is_none():
 @pytest.mark.parametrize(
     ("shift_range", "memory_slots"), [(1, 2), (3, 6), (1, 1)]
 )
-def test_shifts_that_overlap(shift_range, memory_slots):
+def test_overlapping_shifts_are_refused(shift_range, memory_slots):
     sizes = {"shift_range": shift_range, "memory_slots": memory_slots}
     message = f"shift_range={shift_range}, memory_slots={memory_slots}"
     with pytest.raises(ValueError, match="2 \\* shift_range.*" + message):
         ntm(**sizes)
-    # By content there are no shifts.
+    # Content addressing has no shifts.
     assert ntm(addressing="content", **sizes)(numbers()).shape[-1] == UNITS
 
 
-def test_as_many_shifts_as_slots():
+def test_as_many_shifts_as_slots_are_accepted():
     assert ntm(shift_range=5)(numbers()).shape[-1] == UNITS

@@ -1,9 +1,8 @@
-"""What all recurrent memories share: `recurrent`.
+"""Tests of `recurrent`, the part that all recurrent memories share.
 
-`test_catalogue.py` runs every layer through what Keras asks of it. Here: that
-each thing that `MemoryRNN` does differently from `keras.layers.RNN` is needed
-and works, what is refused, and that Keras still has the private hooks that
-all of this hangs on.
+`test_catalogue.py` checks every layer against the demands of Keras. This file
+checks where `MemoryRNN` differs from `keras.layers.RNN`, which errors are
+raised, and that Keras still has the private hooks that the layers depend on.
 """
 
 import concurrent.futures
@@ -56,7 +55,7 @@ def skip_where_the_dtype_is_missing(dtype):
     if dtype == "float16":
         harness.skip_on(
             *harness.OTHERS,
-            because="test_canary_orthogonal_weights_in_float16",
+            because="test_canary_no_orthogonal_weights_in_float16",
         )
 
 
@@ -96,8 +95,8 @@ def holes():
 
 
 class Silent:
-    """An access that reads zeros whatever happens: with constant inputs, a
-    feed-forward controller sees the same thing at every step."""
+    """An access that always reads zeros: with constant inputs, a feed-forward
+    controller gets the same input at every step."""
 
     interface_size = 1
     read_size = 2
@@ -122,7 +121,7 @@ def test_reset_state_restores_the_initial_state_instead_of_zeros(x):
     assert all(not ops.convert_to_numpy(state).any() for state in plain.states)
     ours = keras_memory.MemoryRNN(cell, stateful=True)
     ours(x)
-    # Also after training has changed it.
+    # The reset must use the trained weight, not its first value.
     (memory,) = (w for w in cell.weights if w.name == "initial_memory")
     memory.assign(ops.convert_to_numpy(memory) + 2.0)
     ours.reset_state()
@@ -143,7 +142,7 @@ def test_reset_state_before_the_first_call_does_nothing():
 
 
 def test_states_are_variables_of_the_layer_and_not_weights(x):
-    """As variables only, JAX trains with them and PyTorch moves them."""
+    """JAX trains with tracked variables only, and PyTorch moves only those."""
     plain = keras.layers.RNN(ntm_cell(), stateful=True)
     plain(x)
     ours = ntm(stateful=True)
@@ -165,7 +164,7 @@ def test_states_are_variables_of_the_layer_and_not_weights(x):
     ]
 
 
-def test_weights_go_between_stateless_and_stateful_layers(x, tmp_path):
+def test_weights_transfer_between_stateless_and_stateful_layers(x, tmp_path):
     """Train in batches, deploy as a stream."""
 
     def model_of(batch, **more):
@@ -180,14 +179,14 @@ def test_weights_go_between_stateless_and_stateful_layers(x, tmp_path):
     expected = trained(x)
     wide = model_of(BATCH, stateful=True)
     wide.set_weights(trained.get_weights())
-    # It starts at the memory that was learned, which came after it was built.
+    # It starts at the learned memory, though the weights were set after build.
     close(wide(x), expected)
     stream = model_of(1, stateful=True)
     trained.save_weights(tmp_path / "model.weights.h5")
     stream.load_weights(tmp_path / "model.weights.h5")
     steps = [stream(x[:1, t : t + 1]) for t in range(TIME)]
     close(ops.concatenate(steps, axis=1), expected[:1])
-    # What has begun goes on, and what a user puts into the states stays.
+    # A started sequence continues, and states set by a user are kept.
     (layer,) = wide.layers
     before = [ops.convert_to_numpy(state) for state in layer.states]
     wide.set_weights(stream.get_weights())
@@ -197,7 +196,7 @@ def test_weights_go_between_stateless_and_stateful_layers(x, tmp_path):
     for state, value in zip(layer.states, before):
         state.assign(value)
     close(wide(x), goes_on)
-    # And back, from a file that a stateful one has written.
+    # Back again, from a file written by a stateful layer.
     wide.save_weights(tmp_path / "wide.weights.h5")
     again = model_of(None)
     again.load_weights(tmp_path / "wide.weights.h5")
@@ -218,8 +217,10 @@ def test_a_loaded_stateful_layer_begins_at_its_initial_state(x, tmp_path):
 @harness.needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("rows", [3, 5])
-def test_fit_of_a_stateful_layer_names_other_batches(x, rows, jit_compile):
-    """Before anything else finds that shapes do not agree, as a mask's."""
+def test_fit_of_a_stateful_layer_refuses_other_batch_sizes(
+    x, rows, jit_compile
+):
+    """This check comes before any other shape error, such as the mask's."""
     model = keras.Sequential(
         [
             keras.Input(batch_shape=(4, TIME, WIDTH)),
@@ -236,7 +237,7 @@ def test_fit_of_a_stateful_layer_names_other_batches(x, rows, jit_compile):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_stateful_layer_in_a_subclassed_model(x, jit_compile):
+def test_a_stateful_layer_works_in_a_subclassed_model(x, jit_compile):
     """Built within `predict`, where the initial state is symbolic."""
 
     class Own(keras.Model):
@@ -258,8 +259,8 @@ def test_a_stateful_layer_in_a_subclassed_model(x, jit_compile):
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("batch", [1, BATCH])
-def test_a_stateful_layer_trains_and_leaves_its_initial_state_alone(x, batch):
-    """On PyTorch, views and saved gradients would see the new state."""
+def test_training_a_stateful_layer_keeps_its_initial_state(x, batch):
+    """On PyTorch, views and saved tensors would change with the state."""
     harness.skip_on("numpy", because="Keras does not train on NumPy")
     layer = ntm(stateful=True, initial_memory="learned")
     model = keras.Sequential(
@@ -280,7 +281,7 @@ def test_a_stateful_layer_trains_and_leaves_its_initial_state_alone(x, batch):
     assert history["loss"][0] != history["loss"][1]
 
 
-def test_given_initial_states_go_into_a_stateful_layer(x):
+def test_a_stateful_layer_continues_from_given_initial_states(x):
     layer = ntm(stateful=True)
     states = [
         np.full((BATCH, size), 0.3, "float32")
@@ -293,7 +294,7 @@ def test_given_initial_states_go_into_a_stateful_layer(x):
     close(layer(x[:, 4:]), given[:, 4:])
 
 
-# One projection, outside of the loop, with the cell's own numbers.
+# One projection outside of the loop gives the same numbers as the cell.
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,9 @@ def test_given_initial_states_go_into_a_stateful_layer(x):
     ],
 )
 @pytest.mark.parametrize("return_sequences", [False, True])
-def test_a_cell_in_keras_own_rnn_gives_the_same(x, options, return_sequences):
+def test_a_cell_in_keras_rnn_gives_the_same_results(
+    x, options, return_sequences
+):
     layer = ntm(return_sequences=return_sequences, return_state=True, **options)
     output, *states = layer(x)
     plain = keras.layers.RNN(
@@ -326,7 +329,7 @@ def test_a_cell_in_keras_own_rnn_gives_the_same(x, options, return_sequences):
         close(state, expected)
 
 
-def test_stacked_cells_in_keras_own_rnn_are_stacked_layers(x):
+def test_stacked_cells_in_keras_rnn_equal_stacked_layers(x):
     first, second = ntm(), ntm()
     expected = second(first(x))
     stack = keras.layers.RNN(
@@ -377,7 +380,7 @@ def test_unroll_leaves_no_loop(x):
 @pytest.mark.parametrize("go_backwards", [False, True])
 @pytest.mark.parametrize("return_sequences", [False, True])
 @needs_tensorflow  # where Keras's own masking is right
-def test_masking_is_that_of_keras_own_rnn(
+def test_masking_equals_that_of_keras_rnn(
     x, zero_output_for_mask, go_backwards, return_sequences
 ):
     arguments = {
@@ -397,7 +400,7 @@ def test_masking_is_that_of_keras_own_rnn(
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
-def test_masks_in_an_unrolled_loop(x, go_backwards):
+def test_unrolling_does_not_change_masked_outputs(x, go_backwards):
     cell = ntm_cell()
     expected, output = (
         keras_memory.MemoryRNN(
@@ -428,7 +431,7 @@ def test_a_row_without_any_valid_step_keeps_its_initial_state(x):
     close(last(x, mask=mask)[1], np.zeros(2), 0)
 
 
-def test_masks_of_other_types_and_shapes(x):
+def test_masks_of_other_types_and_shapes_are_accepted(x):
     layer = ntm()
     expected = layer(x, mask=holes())
     assert differ(expected, layer(x))
@@ -453,7 +456,7 @@ def test_masks_of_other_types_and_shapes(x):
         )
     ],
 )
-def test_what_is_masked_reaches_no_gradient(x, make, loop):
+def test_masked_inputs_reach_no_gradient(x, make, loop):
     harness.skip_on("numpy", because="not applicable: no gradients here")
     if loop == "fast":
         harness.skip_on("torch", because="no: the fast loop is not run here")
@@ -477,8 +480,8 @@ def test_what_is_masked_reaches_no_gradient(x, make, loop):
             assert np.isfinite(gradient).all()
 
 
-def test_a_mask_goes_with_an_initial_state_in_a_model(x):
-    """Keras hands masks on by itself to layers of one tensor only."""
+def test_a_model_passes_masks_on_beside_initial_states(x):
+    """Keras itself passes masks only to layers with one input tensor."""
     layer = ntm(return_sequences=False)
     entry = keras.Input((TIME, WIDTH))
     layer.build((None, TIME, WIDTH))
@@ -488,7 +491,7 @@ def test_a_mask_goes_with_an_initial_state_in_a_model(x):
     states = layer.cell.get_initial_state(BATCH)
     x[:, 4:] = 0
     close(model([ops.convert_to_tensor(x), *states]), layer(x[:, :4]))
-    # Also where whole numbers become floats on the way.
+    # The mask must survive the cast from integers to floats.
     whole = ops.convert_to_tensor(np.round(3 * x).astype("int32"))
     backend.set_keras_mask(whole, ops.any(whole != 0, axis=-1))
     close(
@@ -517,7 +520,7 @@ def test_no_gradient_flows_into_masked_steps(x):
 # Nested controllers.
 
 
-def test_a_controller_that_was_built_before_keeps_its_weights(x):
+def test_a_prebuilt_controller_keeps_its_weights(x):
     controller = keras.layers.LSTMCell(13)
     controller.build((None, WIDTH + 3))
     before = list(controller.weights)
@@ -543,7 +546,7 @@ def test_a_controller_that_was_built_before_keeps_its_weights(x):
     ],
     ids=["cell", "stack", "memory"],
 )
-def test_a_file_with_a_given_controller(make, x, tmp_path):
+def test_a_given_controller_survives_saving(make, x, tmp_path):
     model = keras.Sequential(
         [keras.Input((None, WIDTH)), ntm(controller=make())]
     )
@@ -554,7 +557,7 @@ def test_a_file_with_a_given_controller(make, x, tmp_path):
     close(loaded(x), model(x), 0)
 
 
-def test_constant_controller_states_are_what_the_controller_says(x):
+def test_constant_start_uses_the_initial_state_of_the_controller(x):
     class Warm(toy.PlainCell):
         def get_initial_state(self, batch_size=None):
             return ops.full((batch_size, self.units), 0.75)
@@ -573,7 +576,7 @@ def test_constant_controller_states_are_what_the_controller_says(x):
     close(states[-2], np.zeros((BATCH, 3)), 0)
 
 
-def test_clips_of_the_controller(x):
+def test_controller_outputs_and_states_are_clipped(x):
     options = {"controller": "lstm", "return_state": True}
     free = ntm(**options)
     one = x[:, :1]
@@ -592,7 +595,7 @@ def test_clips_of_the_controller(x):
     close(clipped_c, ops.clip(c, -state_bound, state_bound))
 
 
-# What is refused, and what is empty.
+# Errors and empty batches.
 
 
 def dnc(**kwargs):
@@ -607,7 +610,7 @@ def dnc(**kwargs):
     ("make", "unroll"),
     [(ntm, False), (ntm, True), (dnc, True), slow_unless(False, dnc, False)],
 )
-def test_a_batch_of_no_rows(make, unroll):
+def test_an_empty_batch_gives_empty_outputs(make, unroll):
     import tensorflow as tf
 
     layer = make(unroll=unroll, return_state=True)
@@ -645,8 +648,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_sequences_of_no_real_numbers_are_refused(kind, x):
-    """In XLA they would end the process."""
+def test_sequences_other_than_real_numbers_are_refused(kind, x):
+    """Under XLA they would crash the process."""
     if kind == "text":
         harness.skip_on("jax", "torch", "numpy", because="no text here")
     for layer in (ntm(), dnc()):
@@ -664,13 +667,13 @@ def test_sequences_of_no_real_numbers_are_refused(kind, x):
             tf.function(lambda x: layer(x), jit_compile=True)(wrong)
 
 
-def test_whole_numbers_are_taken_as_real_ones(x):
+def test_integer_sequences_are_cast_to_floats(x):
     layer = ntm()
     whole = np.round(3 * x)
     close(layer(whole.astype("int32")), layer(whole))
 
 
-def test_wrong_initial_states_are_refused_where_a_model_is_made(x):
+def test_wrong_initial_states_are_refused_when_a_model_is_made(x):
     layer, other = ntm(return_state=True), ntm(memory_slots=13)
     entry = keras.Input((TIME, WIDTH))
     output, *states = layer(entry)
@@ -691,7 +694,7 @@ def test_wrong_initial_states_are_refused_where_a_model_is_made(x):
     keras.Model(entry, layer(entry, initial_state=states)[0])
 
 
-def test_a_cell_refuses_what_is_no_step(x):
+def test_a_cell_refuses_wrong_inputs_and_states(x):
     cell = ntm_cell()
     cell.build((BATCH, WIDTH))
     states = cell.get_initial_state(BATCH)
@@ -712,7 +715,7 @@ def test_a_cell_refuses_what_is_no_step(x):
         cell.pack_state(record._replace(memory=None))
 
 
-def test_trace_of_a_stateful_layer_refuses_another_batch(x):
+def test_trace_of_a_stateful_layer_refuses_another_batch_size(x):
     layer = ntm(stateful=True)
     layer(x)
     with pytest.raises(ValueError, match="`initial_state` must .*batch of 1"):
@@ -735,7 +738,7 @@ def test_wrong_masks_are_refused(x, mask):
 
 
 @needs_tensorflow
-def test_time_loop_tells_of_training_after_a_validation(x):
+def test_time_loop_reports_training_after_a_validation(x):
     layer = ntm()
     model = keras.Sequential([keras.Input((TIME, WIDTH)), layer])
     model(x)
@@ -746,7 +749,7 @@ def test_time_loop_tells_of_training_after_a_validation(x):
     assert layer.time_loop == "fast"
 
 
-# Dropout: one mask a sequence.
+# Dropout: one mask per sequence.
 
 
 def silent_cell(**kwargs):
@@ -791,7 +794,8 @@ def in_a_controller():
     ("how", "make"),
     [
         slow_unless(
-            # XLA compiles the graph; Keras's own loop it compiles as ours.
+            # XLA compiles the same graph, and Keras's loop like ours: the
+            # combinations without a case here are slow and teach little.
             how == "eager"
             or (how == "jit" and make in (in_memory_rnn, in_a_controller))
             or (how == "graph" and make in (in_keras_rnn, in_a_stack)),
@@ -802,7 +806,7 @@ def in_a_controller():
         for make in (in_memory_rnn, in_keras_rnn, in_a_stack, in_a_controller)
     ],
 )
-def test_one_dropout_mask_for_all_steps(make, how):
+def test_all_steps_share_one_dropout_mask(make, how):
     if how != "eager":
         harness.skip_on(*harness.OTHERS, because="uses tf.function")
     layer = make()
@@ -830,7 +834,7 @@ def test_one_dropout_mask_for_all_steps(make, how):
 
 
 @pytest.mark.parametrize("implementation", [1, 2])
-def test_dropout_is_that_of_a_loop_over_the_cell(x, implementation):
+def test_dropout_equals_that_of_a_loop_over_the_cell(x, implementation):
     def make():
         controller = keras.layers.LSTMCell(
             13,
@@ -855,7 +859,7 @@ def test_dropout_is_that_of_a_loop_over_the_cell(x, implementation):
     assert differ(output, make()(x))
 
 
-def test_a_cell_makes_the_masks_of_all_its_controllers(x):
+def test_a_cell_draws_and_resets_masks_of_all_its_controllers(x):
     both = keras.layers.SimpleRNNCell(7, dropout=0.5, recurrent_dropout=0.25)
     dense = cells.DenseCell(11, dropout=0.5)
     last = keras.layers.SimpleRNNCell(13, recurrent_dropout=0.25)
@@ -878,7 +882,7 @@ def test_a_cell_makes_the_masks_of_all_its_controllers(x):
     assert last._recurrent_dropout_mask is None
 
 
-def test_two_blocks_have_masks_of_their_own(x):
+def test_each_block_has_its_own_dropout_mask(x):
     layer = toy.ToyLayer(3, controller_units=7, controller_dropout=0.5)
     layer.build(x.shape)
     layer.cell.get_dropout_mask(x[:, 0])
@@ -887,7 +891,7 @@ def test_two_blocks_have_masks_of_their_own(x):
     assert second._dropout_mask.shape == (BATCH, 7 + 3)
 
 
-def test_masks_do_not_outlive_the_sequence(x):
+def test_dropout_masks_do_not_outlive_the_sequence(x):
     layer = ntm(controller_dropout=0.5, controller_layers=2)
     layer(x, training=True)
     for cell in layer.cell.block_controllers[0].cells:
@@ -896,12 +900,12 @@ def test_masks_do_not_outlive_the_sequence(x):
     assert layer(other_batch, training=True).shape == (6, TIME, 2)
 
 
-def test_trace_draws_masks_of_its_own(x):
+def test_trace_draws_its_own_dropout_masks(x):
     layer = ntm(controller_dropout=0.5)
     first = keras_memory.trace(layer, x, training=True)
     second = keras_memory.trace(layer, x, training=True)
     assert differ(first["output"], second["output"])
-    # And leaves none behind.
+    # The trace leaves no mask in the layer.
     other_batch = np.concatenate([x, x, x])
     assert layer(other_batch, training=True).shape == (6, TIME, 2)
 
@@ -909,7 +913,7 @@ def test_trace_draws_masks_of_its_own(x):
 # Steps without side effects: TensorFlow runs the first one twice.
 
 
-def test_a_call_changes_nothing(x):
+def test_a_call_does_not_change_the_layer(x):
     layer = ntm(controller_layers=2, read_heads=2)
     layer.build(x.shape)
     access = layer.cell.accesses[0]
@@ -930,7 +934,7 @@ def test_a_call_changes_nothing(x):
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16", "float64"])
-def test_sublayers_and_states_have_the_policy(x, policy):
+def test_sublayers_and_states_follow_the_dtype_policy(x, policy):
     skip_where_the_dtype_is_missing(policy)
     layer = ntm(
         controller="gru",
@@ -979,7 +983,7 @@ def test_the_access_never_computes_in_16_bits(x, policy, wide):
     assert seen == {wide}
 
 
-def test_numbers_have_the_precision_of_the_dtype(x):
+def test_initial_values_have_the_precision_of_the_dtype(x):
     skip_where_the_dtype_is_missing("float64")
     layer = ntm(
         dtype="float64",
@@ -999,7 +1003,7 @@ def test_numbers_have_the_precision_of_the_dtype(x):
 # States: flat outside, named inside.
 
 
-def test_pack_state_is_the_reverse_of_unpack_state(x):
+def test_pack_state_inverts_unpack_state(x):
     layer = ntm(read_heads=2, return_state=True)
     _, *states = layer(x)
     record = layer.cell.unpack_state(states)
@@ -1028,7 +1032,7 @@ def test_pack_state_is_the_reverse_of_unpack_state(x):
     close(record.memory[:, 1], states[1][:, 1::11], 0)
 
 
-def test_states_that_do_not_fit(x):
+def test_wrong_numbers_or_orders_of_states_are_refused(x):
     layer = ntm(return_state=True)
     _, *states = layer(x)
     sizes = r"6 states.*\[3, 33, 11, 11, 13, 13\]"
@@ -1057,7 +1061,7 @@ def test_states_that_do_not_fit(x):
     ],
     ids=["no batch axis", "one axis more", "batch too small", "too large"],
 )
-def test_initial_states_of_another_batch_or_rank(x, bend):
+def test_initial_states_of_another_batch_or_rank_are_refused(x, bend):
     layer = ntm(return_state=True)
     _, *states = layer(x)
     bad = [bend(ops.convert_to_numpy(state)) for state in states]
@@ -1065,7 +1069,7 @@ def test_initial_states_of_another_batch_or_rank(x, bend):
         layer(x, initial_state=bad)
 
 
-def test_records_that_do_not_fit(x):
+def test_state_records_of_wrong_shape_are_refused(x):
     layer = ntm(return_state=True)
     _, *states = layer(x)
     cell = layer.cell
@@ -1091,7 +1095,7 @@ WHAT_SEQUENCES_ARE = r"\(batch, time, width\).*reshape.*Received"
 
 
 @NOT_SEQUENCES
-def test_inputs_that_are_not_sequences(shape):
+def test_inputs_that_are_not_sequences_are_refused(shape):
     with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
         ntm()(np.zeros(shape, "float32"))
     layer = ntm()
@@ -1101,7 +1105,7 @@ def test_inputs_that_are_not_sequences(shape):
 
 
 @NOT_SEQUENCES
-def test_trace_of_inputs_that_are_not_sequences(shape):
+def test_trace_refuses_inputs_that_are_not_sequences(shape):
     layer = ntm()
     layer(np.zeros((2, 3, 5), "float32"))
     with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
@@ -1109,24 +1113,24 @@ def test_trace_of_inputs_that_are_not_sequences(shape):
 
 
 @NOT_SEQUENCES
-def test_symbolic_inputs_that_are_not_sequences(shape):
+def test_symbolic_inputs_that_are_not_sequences_are_refused(shape):
     with pytest.raises(ValueError, match=WHAT_SEQUENCES_ARE):
         ntm()(keras.Input(shape[1:]))
 
 
-def test_unknown_width():
+def test_an_unknown_input_width_is_refused():
     with pytest.raises(ValueError, match=r"width.*known.*\(None, None\)"):
         ntm()(keras.Input((None, None)))
 
 
-def test_initial_state_of_a_cell_that_is_not_built():
+def test_an_unbuilt_cell_has_no_initial_state():
     cell = ntm_cell(name="bare")
     with pytest.raises(ValueError, match="NTMCell 'bare' must be built"):
         cell.get_initial_state(batch_size=BATCH)
 
 
 @pytest.mark.parametrize("cell", [keras.layers.LSTMCell(3), "lstm"])
-def test_memory_rnn_of_something_else(cell, x):
+def test_memory_rnn_refuses_other_cells(cell, x):
     with pytest.raises((TypeError, ValueError), match="`?cell`? .*Received"):
         keras_memory.MemoryRNN(cell)
 
@@ -1150,7 +1154,7 @@ def test_memory_rnn_of_something_else(cell, x):
     ],
     ids=str,
 )
-def test_arguments_of_a_memory_cell_that_are_refused(name, values):
+def test_wrong_arguments_of_a_memory_cell_are_refused(name, values):
     for value in values:
         arguments = {"units": 3, "accesses": [Silent()], name: value}
         with pytest.raises(ValueError) as error:
@@ -1159,14 +1163,14 @@ def test_arguments_of_a_memory_cell_that_are_refused(name, values):
         assert f"Received: {name}={value!r}" in str(error.value)
 
 
-def test_a_keyword_that_nobody_knows():
+def test_unknown_keywords_are_refused():
     with pytest.raises(TypeError, match="NTMLayer has no argument `read_head`"):
         ntm(read_head=2)
     with pytest.raises(TypeError, match="memory_slots"):
         keras_memory.MemoryRNN(ntm_cell(), memory_slots=3)
 
 
-def test_numbers_of_numpy_are_numbers(x):
+def test_numpy_numbers_are_accepted_as_arguments(x):
     arguments = {
         "clip_value": np.float32(0.5),
         "norm_epsilon": np.float64(0.25),
@@ -1184,13 +1188,13 @@ def test_numbers_of_numpy_are_numbers(x):
 # trace
 
 
-def test_trace_of_a_layer_that_is_not_built(x):
+def test_trace_builds_an_unbuilt_layer(x):
     inside = keras_memory.trace(ntm(), x)
     assert inside["output"].shape == (BATCH, TIME, 2)
     assert all(type(value) is np.ndarray for value in inside.values())
 
 
-def test_trace_takes_states_and_leaves_those_of_the_layer_alone(x):
+def test_trace_takes_states_and_keeps_those_of_the_layer(x):
     layer = ntm(stateful=True, return_state=True)
     _, *states = layer(x[:, :4])
     rest = keras_memory.trace(layer, x[:, 4:])
@@ -1211,7 +1215,7 @@ def test_trace_goes_backwards_and_holds_masked_steps(x):
     close(keras_memory.trace(layer, x)["output"], layer(x))
     inside = keras_memory.trace(layer, x, mask=holes())
     close(inside["output"], layer(x, mask=holes()))
-    # Row 0 from its end: steps 6, 3 and 4 of it are masked.
+    # Row 0 runs from its end: its steps 6, 4 and 3 are masked.
     memory = inside["memory"][0]
     start = layer.cell.get_initial_state(batch_size=len(x))
     close(memory[0], layer.cell.unpack_state(start).memory[0], 0)
@@ -1228,7 +1232,7 @@ def test_trace_zeroes_masked_outputs_where_the_layer_does(x):
     assert inside["memory"][~holes()].any()
 
 
-def test_trace_of_something_else(x):
+def test_trace_refuses_other_layers_cells_and_models(x):
     for layer in (keras.layers.LSTM(3), ntm_cell(), keras.Sequential([ntm()])):
         with pytest.raises(
             TypeError, match="there is `trace_model`. Received: <"
@@ -1239,7 +1243,7 @@ def test_trace_of_something_else(x):
 # Further batch axes.
 
 
-def test_further_batch_axes_by_the_documented_reshape():
+def test_the_documented_reshape_handles_further_batch_axes():
     rng = np.random.default_rng(7)
     x = rng.normal(size=(1, 2, 3, 32)).astype("float32")
     layer = ntm()
@@ -1255,9 +1259,9 @@ def test_further_batch_axes_by_the_documented_reshape():
 
 
 @pytest.mark.parametrize("share_memory", [False, True])
-def test_two_blocks_by_hand(share_memory):
-    """The controllers add up what they see, the interface is that times
-    (1, 2, 3), and an access adds the interface to its total and reads it."""
+def test_two_blocks_match_values_computed_by_hand(share_memory):
+    """Each controller sums its inputs. The interface is that sum times
+    (1, 2, 3). The access adds the interface to its total and reads it."""
     layer = toy.ToyLayer(
         None,
         share_memory=share_memory,
@@ -1286,12 +1290,12 @@ def test_two_blocks_by_hand(share_memory):
     seen = 1
     close(controller_output(0, 0), [1.0])
     total = start[0] + seen * key  # 6 2 3
-    # The second sees the first's output and its reads of this step.
+    # The second block sees the first block's output and reads of this step.
     seen = 1 + 6 + 2 + 3
     close(controller_output(1, 0), [12.0])
     other = (total if share_memory else start[1]) + seen * key
     close(features[0], [seen, *other])
-    # Second step. The first block sees 2 and the second's reads of before.
+    # Second step. The first block sees 2 and the second block's last reads.
     seen = 2 + other.sum()
     close(controller_output(0, 1), [seen])
     total = (other if share_memory else total) + seen * key
@@ -1299,12 +1303,12 @@ def test_two_blocks_by_hand(share_memory):
     close(controller_output(1, 1), [seen])
     other = (total if share_memory else other) + seen * key
     close(features[1], [seen, *other])
-    # Written twice a step where there is one memory.
+    # A shared memory is written twice a step.
     assert len(layer.cell.state_size) == (2 if share_memory else 4)
 
 
 @pytest.mark.parametrize("share_memory", [False, True])
-def test_each_block_has_controller_states_of_its_own(share_memory, x):
+def test_each_block_has_its_own_controller_states(share_memory, x):
     layer = toy.ToyLayer(
         3,
         share_memory=share_memory,
@@ -1323,7 +1327,7 @@ def test_each_block_has_controller_states_of_its_own(share_memory, x):
 
 
 @pytest.mark.parametrize("share_memory", [False, True])
-def test_trace_shows_what_each_block_read(share_memory, x):
+def test_trace_shows_the_reads_of_each_block(share_memory, x):
     layer = toy.ToyLayer(3, share_memory=share_memory, controller_units=7)
     inside = keras_memory.trace(layer, x)
     start = ops.convert_to_numpy(layer.cell.get_initial_state(BATCH)[1])
@@ -1337,7 +1341,7 @@ def test_trace_shows_what_each_block_read(share_memory, x):
 
 
 @pytest.mark.parametrize("axes", [2, 3])
-def test_a_mask_of_numbers_is_one_of_bools(x, axes):
+def test_a_numeric_mask_acts_like_a_boolean_mask(x, axes):
     layer = ntm(return_sequences=True, return_state=True)
     mask = np.ones((BATCH, TIME), bool)
     mask[0, 2:4] = mask[1, 5:] = False
@@ -1365,7 +1369,7 @@ def test_a_mask_of_numbers_is_one_of_bools(x, axes):
     ],
     ids=str,
 )
-def test_masks_of_other_shapes_are_refused(shape, x):
+def test_masks_of_wrong_shape_are_refused(shape, x):
     layer = ntm()
     layer.build(x.shape)
     for call in (layer, functools.partial(keras_memory.trace, layer)):
@@ -1373,7 +1377,7 @@ def test_masks_of_other_shapes_are_refused(shape, x):
             call(x, mask=np.ones(shape, bool))
 
 
-def test_inputs_of_another_width_than_before_are_refused(x):
+def test_a_built_layer_refuses_inputs_of_another_width(x):
     layer = ntm()
     layer(x)
     for call in (layer, functools.partial(keras_memory.trace, layer)):
@@ -1384,7 +1388,7 @@ def test_inputs_of_another_width_than_before_are_refused(x):
 
 
 @pytest.mark.parametrize("widths", [(3, 5), (5, 3)])
-def test_blocks_with_reads_of_other_widths(widths, x):
+def test_blocks_may_have_reads_of_different_widths(widths, x):
     class Cell(keras_memory.MemoryCell):
         def __init__(self):
             accesses = [toy.ToyAccess(width) for width in widths]
@@ -1396,7 +1400,7 @@ def test_blocks_with_reads_of_other_widths(widths, x):
     assert (without[:, :7] != 0).all() and (without[:, 7:] == 0).all()
 
 
-def test_blocks_start_with_weights_of_their_own():
+def test_blocks_start_with_different_weights():
     layer = toy.ToyLayer(3, controller_units=7)
     layer.build((BATCH, TIME, WIDTH))
     first, second = (kernel for kernel, _ in layer.cell.interfaces)
@@ -1404,7 +1408,7 @@ def test_blocks_start_with_weights_of_their_own():
     assert differ(first, second), "two blocks drew the same kernel"
 
 
-def test_blocks_with_a_seed_drop_different_units():
+def test_blocks_of_one_seed_drop_different_units():
     layer = toy.ToyLayer(3, controller_units=97, controller_dropout=0.5, seed=3)
     layer.build((BATCH, TIME, 97))
     layer.cell.get_dropout_mask(np.ones((BATCH, 97), "float32"))
@@ -1412,7 +1416,7 @@ def test_blocks_with_a_seed_drop_different_units():
     assert differ(first._dropout_mask, second._dropout_mask)
 
 
-def test_an_initializer_that_has_no_config(x):
+def test_an_initializer_without_a_config_is_accepted(x):
     class Constant(keras.initializers.Initializer):
         def __init__(self, value):
             self.value = value
@@ -1426,11 +1430,11 @@ def test_an_initializer_that_has_no_config(x):
     close(kernel, np.full(kernel.shape, 0.25), 0)
 
 
-# What an access must have.
+# Requirements of an access.
 
 
 def access_with(**attributes):
-    """A class of accesses that differs from `ToyAccess` in some attributes."""
+    """A subclass of `ToyAccess` with some attributes replaced."""
     return type("Mine", (toy.ToyAccess,), attributes)
 
 
@@ -1458,13 +1462,13 @@ class OnlyReads(NamedTuple):
         ),
     ],
 )
-def test_an_access_that_does_not_fit_is_refused(attributes, error, message):
+def test_an_invalid_access_is_refused(attributes, error, message):
     with pytest.raises(error, match=message):
         keras_memory.MemoryCell(2, [access_with(**attributes)()])
 
 
 @pytest.mark.parametrize("result", [None, (1, 2), "text"])
-def test_a_step_without_a_dict_is_refused(result):
+def test_a_step_must_return_a_state_and_a_dict(result):
     access = access_with(step=lambda self, interface, state: result)()
     layer = keras_memory.MemoryRNN(keras_memory.MemoryCell(2, [access]))
     with pytest.raises(TypeError, match="`Mine.step` must return"):
@@ -1472,7 +1476,7 @@ def test_a_step_without_a_dict_is_refused(result):
 
 
 def fields(**values):
-    """A dataclass of accesses with further fields."""
+    """An access dataclass with further fields."""
     kinds = [(name, Any, value) for name, value in values.items()]
     return dataclasses.make_dataclass(
         "Mine", kinds, bases=(toy.ToyAccess,), frozen=True
@@ -1482,7 +1486,7 @@ def fields(**values):
 @pytest.mark.parametrize(
     "name", ["activation", "step", "layout", "interfaces", "num_layers"]
 )
-def test_a_field_with_the_name_of_an_attribute_is_refused(name):
+def test_a_field_named_like_an_attribute_is_refused(name):
     with pytest.raises(TypeError, match=f"Mine must not have a field `{name}`"):
 
         class Cell(keras_memory.MemoryCell, access=fields(**{name: 3})):
@@ -1491,7 +1495,7 @@ def test_a_field_with_the_name_of_an_attribute_is_refused(name):
         Cell(2)
 
 
-def test_fields_need_plain_defaults_or_none():
+def test_fields_need_plain_defaults_or_no_default():
     factory = dataclasses.field(default_factory=list)
     with pytest.raises(TypeError, match="Received: `sizes` with a"):
 
@@ -1513,7 +1517,7 @@ def test_fields_need_plain_defaults_or_none():
     assert parameters["depth"].annotation is int
 
 
-# The signature is spelled out for people and tools.
+# Signatures list every argument, for readers and editors.
 
 
 def test_the_signature_lists_the_arguments_of_cell_and_layer():
@@ -1540,7 +1544,7 @@ def test_the_signature_lists_the_arguments_of_cell_and_layer():
     "layer", [keras_memory.NTMLayer, keras_memory.DNCLayer]
 )
 def test_layer_and_cell_have_the_same_arguments(layer):
-    """A layer writes them out for editors, its cell takes them together."""
+    """The layer lists them for editors; the cell takes them as a dataclass."""
     found = {**inspect.signature(layer).parameters}
     of_cell = serialization.init_parameters(layer.cell_class)
     of_rnn = serialization.init_parameters(keras_memory.MemoryRNN)
@@ -1566,8 +1570,8 @@ def test_the_help_documents_each_argument(layer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["NTMLayer", "DNCLayer", "MemoryWrapLayer"])
-def test_an_editor_completes_the_arguments(layer):
-    """Jedi reads the source and runs nothing."""
+def test_editors_complete_the_arguments(layer):
+    """Jedi reads the source without running it."""
     jedi = pytest.importorskip("jedi")
     root = pathlib.Path(keras_memory.__file__).parents[1]
     project = jedi.Project(root, environment_path=sys.prefix)
@@ -1578,7 +1582,7 @@ def test_an_editor_completes_the_arguments(layer):
     assert {f"{name}=" for name in expected - {"kwargs"}} <= completed
 
 
-def test_positional_arguments():
+def test_the_first_arguments_may_be_positional():
     layer = keras_memory.NTMLayer(3, 11, 5)
     cell = layer.cell
     assert (cell.units, cell.memory_slots, cell.slot_size) == (3, 11, 5)
@@ -1589,10 +1593,10 @@ def test_positional_arguments():
         keras_memory.NTMLayer(3, 11, 5, 2, 4, "gru")
 
 
-# Regularizers, constraints and custom objects, as Keras's layers have them.
+# Regularizers, constraints and custom objects work as in Keras's layers.
 
 
-def test_regularizer_and_constraint_are_those_of_the_kernels(x, tmp_path):
+def test_regularizer_and_constraint_apply_to_the_kernels(x, tmp_path):
     layer = ntm(
         kernel_regularizer=keras.regularizers.L2(0.25),
         kernel_constraint="non_neg",
@@ -1618,7 +1622,7 @@ def test_regularizer_and_constraint_are_those_of_the_kernels(x, tmp_path):
     assert isinstance(again.kernel_constraint, keras.constraints.NonNeg)
 
 
-def test_a_layer_comes_back_with_objects_of_ones_own():
+def test_a_layer_is_restored_with_custom_objects():
     class Shifted(keras.initializers.Zeros):
         def __call__(self, shape, dtype=None):
             return 1.0 + super().__call__(shape, dtype)
@@ -1632,11 +1636,11 @@ def test_a_layer_comes_back_with_objects_of_ones_own():
     assert type(copy.controller) is toy.PlainCell
 
 
-# Canaries: the private hooks of Keras that this library hangs on.
+# Canaries: private hooks of Keras that this library depends on.
 
 
 class Recorder(DropoutRNNCell, keras.layers.Layer):
-    """Writes down what `keras.layers.RNN` calls on a cell with dropout."""
+    """Logs the calls of `keras.layers.RNN` on a cell with dropout."""
 
     state_size = 3
     output_size = 3
@@ -1663,7 +1667,7 @@ class Recorder(DropoutRNNCell, keras.layers.Layer):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_canary_dropout_masks(x, stacked):
+def test_canary_keras_rnn_makes_and_resets_dropout_masks(x, stacked):
     log = []
     cell = Recorder(log)
     if stacked:
@@ -1713,7 +1717,7 @@ def test_canary_a_dropout_cell_caches_its_mask():
         )
 
 
-def test_canary_inner_loop(x):
+def test_canary_keras_rnn_calls_inner_loop(x):
     seen = []
 
     class Probe(keras.layers.RNN):
@@ -1749,7 +1753,7 @@ def test_canary_inner_loop(x):
     close(last, x[:, 0, :1].repeat(3, axis=-1) + 1, 0)
 
 
-def test_canary_state_variables(x):
+def test_canary_keras_rnn_creates_state_variables(x):
     batches = []
 
     class Probe(keras.layers.RNN):
@@ -1774,7 +1778,7 @@ def test_canary_state_variables(x):
         stateful(x[:1])
 
 
-def test_canary_backend_rnn(x):
+def test_canary_backend_rnn_has_the_arguments_in_use(x):
     message = (
         "`keras.src.backend.rnn`, the private time loop of Keras, no longer "
         "has the arguments or the results that `scan.run` uses."
@@ -1806,7 +1810,7 @@ def test_canary_backend_rnn(x):
         close(last, totals[:, -1], 1e-5)
         if all_outputs:
             close(outputs, totals, 1e-5)
-        # States of more than two axes come through as they are.
+        # States with more than two axes keep their shape.
         close(states[0], totals[:, -1], 1e-5)
         close(states[1], np.full((BATCH, 2, 3), TIME), 0)
     _, outputs, _ = backend.rnn(
@@ -1816,15 +1820,15 @@ def test_canary_backend_rnn(x):
 
 
 @pytest.mark.every_backend
-def test_canary_orthogonal_weights_in_float16():
+def test_canary_no_orthogonal_weights_in_float16():
     harness.skip_on("tensorflow", because="draws them")
     draw = keras.initializers.Orthogonal()
     with pytest.raises((NotImplementedError, TypeError)):
-        # Drawn now? Then drop what the harness skips for this.
+        # If this passes without an error, drop the skips that name this test.
         draw((3, 3), dtype="float16")
 
 
-def test_canary_call_has_training_arg():
+def test_canary_layers_tell_whether_call_takes_training():
     assert keras.layers.Dropout(0.5)._call_has_training_arg is True
     assert keras.layers.LSTMCell(3)._call_has_training_arg is True
     assert toy.PlainCell(3)._call_has_training_arg is False, (
@@ -1835,7 +1839,7 @@ def test_canary_call_has_training_arg():
 
 @needs_tensorflow
 @pytest.mark.parametrize("make", [ntm, dnc])
-def test_a_layer_itself_is_a_function_of_tensorflow(make, x):
+def test_a_layer_can_be_passed_to_tf_function(make, x):
     import tensorflow as tf
 
     layer = make()
@@ -1844,7 +1848,7 @@ def test_a_layer_itself_is_a_function_of_tensorflow(make, x):
 
 @needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_width_that_a_graph_does_not_know_is_checked(x, jit_compile):
+def test_widths_unknown_to_a_graph_are_checked_when_it_runs(x, jit_compile):
     model = keras.Sequential([keras.Input((None, WIDTH)), ntm()])
     model.compile(jit_compile=jit_compile)
     model.predict(x, verbose=0)
@@ -1862,7 +1866,7 @@ def test_sequences_of_objects_are_refused_by_name(x):
         ntm()(x.astype(object))
 
 
-def test_a_trace_is_a_dict_with_a_short_text(x):
+def test_a_trace_is_a_dict_with_a_short_repr(x):
     inside = keras_memory.trace(ntm(), x)
     shapes = keras.tree.map_structure(np.shape, dict(inside))
     assert list(shapes) == list(inside)
@@ -1877,7 +1881,7 @@ def test_states_are_returned_in_a_tuple(stateful, x):
     assert type(layer(x)) is tuple
 
 
-def test_a_layer_that_a_model_makes_when_it_is_called_is_traced(x):
+def test_layers_that_a_model_creates_in_build_are_traced(x):
     class Late(keras.Model):
         def build(self, shape):
             self.memory = ntm()
@@ -1891,11 +1895,11 @@ def test_a_layer_that_a_model_makes_when_it_is_called_is_traced(x):
 
 
 @harness.needs_tensorflow
-def test_two_threads_trace_the_same_model(x):
+def test_two_threads_can_trace_the_same_model(x):
     meet = threading.Barrier(2)
 
     class Meet(keras.layers.Layer):
-        """Goes on once both threads are here."""
+        """Waits until both threads have arrived."""
 
         def compute_output_spec(self, x):
             return keras.KerasTensor(x.shape, x.dtype)
@@ -1911,7 +1915,7 @@ def test_two_threads_trace_the_same_model(x):
         assert [len(call.result()[1]) for call in calls] == [1, 1]
 
 
-def test_a_whole_model_is_needed_to_trace_one(x):
+def test_trace_model_refuses_anything_but_a_model(x):
     for wrong in (None, ntm()):
         with pytest.raises(TypeError, match="`model` must be a Keras model"):
             keras_memory.recurrent.trace_model(wrong, x)

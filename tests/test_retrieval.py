@@ -1,6 +1,6 @@
-"""Nearest neighbours, and a memory of entries in the graph.
+"""Nearest neighbours, and the memory of entries in the graph.
 
-Run as a program on the JAX backend, lowers the memory for other devices.
+As a program on the JAX backend, this file lowers the memory for other devices.
 """
 
 import inspect
@@ -35,7 +35,7 @@ def brute_force(queries, keys, top_k, bias):
 
 @pytest.mark.parametrize("block", [3, 4, 11, 16, 100])
 @pytest.mark.parametrize("top_k", [1, 5, 11])
-def test_nearest_is_brute_force(block, top_k, monkeypatch):
+def test_nearest_equals_brute_force(block, top_k, monkeypatch):
     monkeypatch.setattr(exact_module, "BLOCK", block)
     rng = np.random.default_rng(7)
     queries, keys = rng.normal(size=(5, 2)), rng.normal(size=(11, 2))
@@ -65,7 +65,7 @@ def test_keys_with_minus_infinity_come_last(monkeypatch):
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
-def test_another_top_k_is_refused(top_k):
+def test_top_k_out_of_range_is_refused(top_k):
     keys = ops.ones((5, 2))
     with pytest.raises(ValueError, match=r"top_k=.*keys of shape \(5, 2\)"):
         retrieval.nearest(keys, keys, top_k)
@@ -112,7 +112,7 @@ def tensors(*arrays):
 
 
 def arrays_of(record):
-    """A state, or what was found, in NumPy; 16 bits as float32."""
+    """A state or a search result as NumPy arrays; 16 bits become float32."""
     parts = [
         ops.cast(part, "float32") if "float" in ops.dtype(part) else part
         for part in record
@@ -122,7 +122,7 @@ def arrays_of(record):
 
 
 class Model:
-    """A memory as lists of (slot, key, value), the oldest first."""
+    """The expected memory: lists of (slot, key, value), oldest first."""
 
     def __init__(self, ring, batch):
         self.ring = ring
@@ -157,7 +157,7 @@ def similarities(query, keys, similarity):
 
 
 def check_found(found, model, queries, top_k, tolerance=1e-5):
-    """The nearest entries, as they were added."""
+    """The result must hold the nearest entries of the model."""
     found = arrays_of(found)
     shape = (*queries.shape[:-1], top_k)
     widths = (), (), (), (model.ring.key_dim,), (model.ring.value_dim,)
@@ -197,7 +197,7 @@ def check_state(state, model):
 
 
 class Pair:
-    """A state and its model, of which each does what the other does."""
+    """A state and its model; every operation is applied to both."""
 
     def __init__(self, ring, batch, dtype="float32"):
         self.ring, self.model = ring, Model(ring, batch)
@@ -228,7 +228,7 @@ class Pair:
 
 @METHOD
 @SIMILARITY
-def test_the_ring_is_a_list(similarity, method):
+def test_the_ring_equals_a_list_of_entries(similarity, method):
     ring = retrieval.RingMemory(5, 40, 2, similarity, method)
     both, queries = Pair(ring, 3), random(3, 2, 5)
     both.search(queries, 3)
@@ -238,9 +238,9 @@ def test_the_ring_is_a_list(similarity, method):
     both.fill(7, seed=2, mask=np.zeros((3, 7), bool))
     both.fill(29, seed=3)  # not full
     both.search(queries, 3)
-    both.fill(7, seed=4)  # around the end
+    both.fill(7, seed=4)  # wraps around
     both.search(queries, 3)
-    both.fill(93, seed=5)  # more than there is room for
+    both.fill(93, seed=5)  # more than the memory holds
     both.search(queries, 40)
     both.search(random(3, 2, 1, 5, seed=3), 3)
     both.search(random(3, 5, seed=3), 3)
@@ -253,8 +253,8 @@ def test_the_ring_is_a_list(similarity, method):
 @pytest.mark.few_backends
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("size", [9, 17, 31])
-def test_groups_that_are_not_full(size, top_k):
-    """As `GROUP` does not divide the number of slots."""
+def test_partly_filled_groups_are_searched_correctly(size, top_k):
+    """`GROUP` does not divide these numbers of slots."""
     ring = retrieval.RingMemory(2, size, search_method="auto")
     both = Pair(ring, 2)
     for n in (0, 1, 1, size - 2):
@@ -268,7 +268,7 @@ def test_groups_that_are_not_full(size, top_k):
     "dim, size, value_dim, batch",
     [(1, 5, 2, 2), (3, 1, 2, 2), (3, 5, 0, 2), (3, 5, None, 1), (1, 1, 1, 1)],
 )
-def test_the_smallest_sizes(dim, size, value_dim, batch):
+def test_the_smallest_sizes_are_searched_correctly(dim, size, value_dim, batch):
     ring = retrieval.RingMemory(dim, size, value_dim)
     both = Pair(ring, batch)
     for n in (1, 3, 2 * size + 1):
@@ -288,13 +288,13 @@ def test_values_may_be_left_out():
         assert (ops.convert_to_numpy(one) == ops.convert_to_numpy(other)).all()
 
 
-def test_no_entries_are_added():
+def test_adding_no_entries_changes_nothing():
     both = Pair(retrieval.RingMemory(3, 5), 2)
     both.fill(0)
 
 
 def test_no_slot_is_written_with_two_contents(monkeypatch):
-    """Which of both stays would be up to the device."""
+    """Otherwise the device would decide which write wins."""
     written = []
 
     def noted(entries, slots, new):
@@ -314,7 +314,7 @@ def test_no_slot_is_written_with_two_contents(monkeypatch):
             assert len(pairs) == len(set(row))
 
 
-def test_counts_stay_small():
+def test_counts_stay_small_after_many_entries():
     both = Pair(retrieval.RingMemory(1, 3), 2)
     rng = np.random.default_rng(0)
     for step in range(20):
@@ -324,7 +324,7 @@ def test_counts_stay_small():
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1.1e15])
-def test_what_cannot_be_compared_is_not_kept(number):
+def test_entries_that_cannot_be_compared_are_not_stored(number):
     ring = retrieval.RingMemory(3, 7, 2, "l2")
     both, queries = Pair(ring, 2), random(2, 3, 3)
     keys, values = random(2, 5, 3), random(2, 5, 2)
@@ -336,7 +336,7 @@ def test_what_cannot_be_compared_is_not_kept(number):
     both.model.add(keys, values, kept)
     check_state(both.state, both.model)
     found = both.search(queries, 4)
-    # A query with it finds nothing, and the others what they did.
+    # A query with the number finds nothing; other queries are unaffected.
     broken = queries.copy()
     broken[1, 1, 0] = number
     after = ring.search(both.state, *tensors(broken), 4)
@@ -349,7 +349,7 @@ def test_what_cannot_be_compared_is_not_kept(number):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_state_in_16_bits(dtype):
+def test_a_state_in_16_bits_returns_its_dtype(dtype):
     ring = retrieval.RingMemory(3, 5, 2)
     both = Pair(ring, 2, dtype)
     keys, values = (
@@ -360,14 +360,14 @@ def test_a_state_in_16_bits(dtype):
     found = both.search(random(2, 2, 3), 5)
     assert ops.dtype(found.keys) == ops.dtype(found.values) == dtype
     assert ops.dtype(both.state.keys) == dtype
-    # What is too large for it is not kept.
+    # Entries too large for the dtype are not stored.
     large = np.full((2, 1, 3), 1e5, "float32")
     state = ring.add(both.state, *tensors(large, values[:, :1]))
     expected = 3 if dtype == "float16" else 4
     assert ops.convert_to_numpy(state.count).tolist() == [expected] * 2
 
 
-def test_inputs_of_other_dtypes():
+def test_inputs_of_other_dtypes_are_cast():
     ring = retrieval.RingMemory(2, 5)
     state = ring.initial_state(1)
     keys = np.arange(6).reshape(1, 3, 2)
@@ -382,7 +382,7 @@ def test_inputs_of_other_dtypes():
         assert (found.keys == [4.0, 5.0]).all()
 
 
-def test_zeros_have_no_direction():
+def test_zero_vectors_have_cosine_0():
     ring = retrieval.RingMemory(2, 5, similarity="cosine")
     both = Pair(ring, 1)
     keys = np.array([[[0.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]], "float32")
@@ -393,7 +393,7 @@ def test_zeros_have_no_direction():
 
 
 @METHOD
-def test_cosines_have_no_scale(method):
+def test_cosines_do_not_depend_on_scale(method):
     ring = retrieval.RingMemory(7, 90, 0, "cosine", method)
     directions = random(1, 80, 7)
     largest = np.abs(directions).max(axis=-1, keepdims=True)
@@ -402,7 +402,7 @@ def test_cosines_have_no_scale(method):
     keys = directions / largest * scales[np.arange(80) % 6, None]
     queries = directions / largest * scales[np.arange(80) // 6 % 6, None]
     keys, queries = keys.astype("float32"), queries.astype("float32")
-    for array in (keys, queries):  # what a device may take for zero
+    for array in (keys, queries):  # a device may flush these to zero
         array[np.abs(array) < tiny] = 0
     found = arrays_of(
         ring.search(ring.add(ring.initial_state(1), keys), queries, 3)
@@ -418,7 +418,7 @@ def test_cosines_have_no_scale(method):
     np.testing.assert_allclose(found.scores[0], exact[:, :3], atol=5e-7)
 
 
-def test_equal_vectors_have_no_cosine_beyond_1():
+def test_cosines_of_equal_vectors_are_at_most_1():
     vectors = ops.convert_to_tensor(random(4000, 11))
     found = similarities_module.similarity_of(vectors, vectors, "cosine")
     found = ops.convert_to_numpy(found)
@@ -426,8 +426,8 @@ def test_equal_vectors_have_no_cosine_beyond_1():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-11, 1e-30, 1e15])
-def test_gradients_of_cosines(scale):
-    """Also beside a key in the same direction, and of one component alone."""
+def test_gradients_of_cosines_are_exact_at_every_scale(scale):
+    """Includes a key in the same direction, and keys of one component."""
     harness.skip_on("numpy", because="not applicable: no gradients here")
     directions = random(3, 5)
     directions[0] = [0, 2, 0, 0, 0]
@@ -457,7 +457,7 @@ def test_gradients_of_cosines(scale):
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 34_636_834, 1 << 30])
-def test_places_of_a_sample(size):
+def test_a_sample_has_evenly_spaced_slots(size):
     expected = [step * (size - 1) // 62 for step in range(63)]
     assert similarities_module.places_of_sample(size).tolist() == expected
     sizes = ops.convert_to_tensor(np.array([[size], [1]], "int32"))
@@ -468,7 +468,7 @@ def test_places_of_a_sample(size):
     assert places.tolist() == [expected, [0] * 63]
 
 
-def test_counts_of_the_largest_memory():
+def test_counts_are_exact_in_the_largest_memory():
     size, longest = 1 << 30, (1 << 31) - 1
     pairs = [
         (count, added)
@@ -487,8 +487,8 @@ def test_counts_of_the_largest_memory():
 
 
 @harness.needs_tensorflow
-def test_no_place_is_beyond_32_bits():
-    """Traced only, as such a memory needs some 50 GB."""
+def test_no_index_overflows_32_bits():
+    """Only traced: such a memory would need some 50 GB."""
     import tensorflow as tf
 
     ring = retrieval.RingMemory(1, 1 << 30, 1, search_method="auto")
@@ -518,12 +518,12 @@ def test_no_place_is_beyond_32_bits():
     assert gathers and all(op.inputs[1].dtype == "int64" for op in gathers)
 
 
-# No queries, and no rows.
+# Empty queries and batches.
 
 
 @METHOD
 @SIMILARITY
-def test_no_queries_and_no_rows(method, similarity):
+def test_empty_queries_and_batches_give_empty_results(method, similarity):
     ring = retrieval.RingMemory(3, 40, 2, similarity, method)
     both = Pair(ring, 2)
     both.fill(30)
@@ -538,7 +538,7 @@ def test_no_queries_and_no_rows(method, similarity):
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_no_queries_and_no_rows_in_graphs(jit_compile):
+def test_empty_queries_and_batches_give_empty_results_in_graphs(jit_compile):
     import tensorflow as tf
 
     ring = retrieval.RingMemory(3, 40, 2, "cosine", "auto")
@@ -572,7 +572,7 @@ def test_no_queries_and_no_rows_in_graphs(jit_compile):
 
 
 @harness.needs_tensorflow
-def test_no_entries_of_a_number_that_a_graph_does_not_know():
+def test_a_graph_adds_an_unknown_number_of_no_entries():
     import tensorflow as tf
 
     ring = retrieval.RingMemory(3, 7, 2)
@@ -593,7 +593,7 @@ def test_no_entries_of_a_number_that_a_graph_does_not_know():
         check_state(both.state, both.model)
 
 
-def test_nearest_takes_arrays_of_other_dtypes():
+def test_nearest_takes_biases_of_other_dtypes():
     keys = random(5, 3)
     expected = brute_force(keys, keys, 2, np.arange(5))
     for given in (np.arange(5), np.arange(5.0), np.arange(5, dtype="float16")):
@@ -603,14 +603,14 @@ def test_nearest_takes_arrays_of_other_dtypes():
 
 
 @pytest.mark.parametrize("number", [5, 30])
-def test_nearest_of_no_queries(number, monkeypatch):
+def test_nearest_of_no_queries_is_empty(number, monkeypatch):
     monkeypatch.setattr(exact_module, "BLOCK", 10)
     keys = ops.convert_to_tensor(random(number, 3))
     found, places = retrieval.nearest(ops.zeros((0, 3)), keys, 2)
     assert tuple(found.shape) == tuple(places.shape) == (0, 2)
 
 
-# The door for arrays.
+# Checks of array arguments.
 
 WRONG_ARRAYS = {
     "text": "text",
@@ -743,7 +743,7 @@ def test_l2_is_exact_beside_a_key_far_away(method):
 
 @METHOD
 @pytest.mark.parametrize("number", [4, 8, 11])
-def test_more_queries_than_are_compared_at_a_time(method, number, monkeypatch):
+def test_many_queries_are_searched_in_parts(method, number, monkeypatch):
     monkeypatch.setattr(ring_module, "QUERIES", 4)
     both = Pair(retrieval.RingMemory(3, 40, search_method=method), 2)
     both.fill(30)
@@ -760,7 +760,7 @@ def test_more_queries_than_are_compared_at_a_time(method, number, monkeypatch):
 @METHOD
 @SIMILARITY
 def test_gradients_equal_finite_differences(similarity, method):
-    """From scores to queries, and none to what is remembered."""
+    """Gradients flow from scores to queries, and none to stored entries."""
     harness.skip_on("numpy", because="not applicable: no gradients here")
     ring = retrieval.RingMemory(3, 40, 2, similarity, method)
     keys, values = random(2, 4, 3), random(2, 4, 2)
@@ -801,7 +801,7 @@ def test_gradients_equal_finite_differences(similarity, method):
         return total(*tensors(queries), state._replace(keys=keys))
 
     assert (gradient(through_state, arrays_of(state).keys) == 0).all()
-    # Where vectors are zeros, it is finite.
+    # Gradients of zero vectors are finite.
     zeros = gradient(total, np.zeros_like(queries))
     assert np.isfinite(zeros).all()
 
@@ -885,7 +885,7 @@ def test_wrong_shapes_are_refused(name):
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 6, 1.0, True, None, "1"])
-def test_another_top_k_of_the_ring_is_refused(top_k):
+def test_top_k_of_the_ring_out_of_range_is_refused(top_k):
     ring = retrieval.RingMemory(3, 5)
     with pytest.raises(ValueError, match="`top_k` must .*Received: top_k="):
         ring.search(ring.initial_state(2), random(2, 1, 3), top_k)
@@ -895,7 +895,7 @@ def test_another_top_k_of_the_ring_is_refused(top_k):
 
 
 @pytest.mark.parametrize("rows", [[[True], [False]], [True], [0], [0, 1], True])
-def test_wrong_rows_are_not_cleared(rows):
+def test_clear_refuses_wrong_rows(rows):
     ring = retrieval.RingMemory(3, 5)
     state = ring.initial_state(2)
     state = ring.add(state, *tensors(random(2, 2, 3), random(2, 2, 3)))
@@ -914,7 +914,7 @@ def test_wrong_rows_are_not_cleared(rows):
         ("target_recall", [-0.1, 1.1, np.nan, None]),
     ],
 )
-def test_arguments_of_the_ring_out_of_range(name, values):
+def test_arguments_of_the_ring_out_of_range_are_refused(name, values):
     for value in values:
         options = {"key_dim": 3, "memory_size": 5, name: value}
         told = f"`{name}` must be .*Received: {name}={value!r}"
@@ -933,7 +933,7 @@ def test_arguments_of_the_ring_out_of_range(name, values):
         retrieval.KNNMemoryLayer(5, top_k=1, write="sometimes")
 
 
-def test_a_target_of_nothing():
+def test_a_target_recall_of_0_is_refused():
     with pytest.raises(ValueError, match="`target_recall`"):
         retrieval.RingMemory(3, 5, target_recall=0.0)
 
@@ -995,13 +995,13 @@ def same(one, other):
     return all((a == b).all() for a, b in zip(one, other))
 
 
-def test_a_query_finds_what_earlier_calls_have_written():
+def test_a_query_finds_entries_of_earlier_calls_only():
     layer = layer_of()
     model = Model(retrieval.RingMemory(5, 11, 2), 3)
     for seed in range(4):
         keys, values = random(3, 4, 5, seed=seed), random(3, 4, 2, seed=seed)
         found = layer(*tensors(keys, keys, values), training=True)
-        check_found(found, model, keys, 3)  # without what comes with it
+        check_found(found, model, keys, 3)  # without the keys of this call
         model.add(keys, values)
         check_state(layer.state, model)
         check_found(layer(*tensors(keys)), model, keys, 3)
@@ -1016,7 +1016,7 @@ def test_a_query_finds_what_earlier_calls_have_written():
 
 @pytest.mark.parametrize("write", knn_layer.WRITES)
 @pytest.mark.parametrize("training", [True, False])
-def test_when_it_writes(write, training):
+def test_the_layer_writes_when_the_write_argument_says(write, training):
     layer = layer_of(write=write)
     keys = random(2, 4, 3)
     found = layer(*tensors(keys, keys, keys), training=training)
@@ -1028,7 +1028,7 @@ def test_when_it_writes(write, training):
     assert arrays_of(found).mask.any((1, 2)).tolist() == [False, writes]
     expected = [0, 4] if writes else [0, 0]
     assert contents(layer).count.tolist() == expected
-    # What is cleared in passing comes back.
+    # With write="never", `clear` applies to this call only.
     layer.write = "always"
     layer(*tensors(keys, keys, keys))
     layer.write = "never"
@@ -1046,7 +1046,7 @@ def test_masked_keys_are_not_written():
     layer(*tensors(keys, keys, keys), keys_mask=kept)
     model.add(keys, keys, kept)
     check_state(layer.state, model)
-    # One that comes with the keys, in a Functional model.
+    # The mask of the keys is used, too, in a Functional model.
     queries = keras.Input(batch_shape=(2, 5, 3))
     entry = keras.Input(batch_shape=(2, 4, 3))
     masked = keras.layers.Masking()(entry)
@@ -1057,7 +1057,7 @@ def test_masked_keys_are_not_written():
     check_state(other.state, model)
 
 
-def test_keys_or_values_alone():
+def test_keys_alone_are_stored_and_values_alone_are_refused():
     layer = layer_of(write="always")
     keys = random(2, 4, 3)
     assert not arrays_of(layer(*tensors(keys))).mask.any()
@@ -1078,7 +1078,7 @@ def test_an_unknown_batch_size_is_refused():
         layer_of()(entry, entry, entry)
 
 
-def test_config_round_trip():
+def test_a_config_restores_the_layer():
     layer = layer_of(
         similarity="l2",
         search_method="auto",
@@ -1103,7 +1103,7 @@ def test_config_round_trip():
 
 @pytest.mark.few_backends
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(policy):
+def test_mixed_precision_returns_the_compute_dtype(policy):
     layer = layer_of(write="always", dtype=policy, similarity="cosine")
     keys = random(2, 4, 3)
     for _ in range(2):
@@ -1119,7 +1119,7 @@ def test_mixed_precision(policy):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_memory_in_16_bits(dtype):
+def test_a_memory_stored_in_16_bits_returns_the_compute_dtype(dtype):
     layer = layer_of(write="always", memory_dtype=dtype)
     keys = random(2, 4, 3)
     layer(*tensors(keys, keys, keys))
@@ -1140,9 +1140,9 @@ def test_a_memory_of_integers_is_refused(dtype):
         layer_of(memory_dtype=dtype)
 
 
-# Whole numbers as values.
+# Integer values.
 
-ID = (1 << 24) + 1  # the first that float32 does not keep
+ID = (1 << 24) + 1  # the first integer that float32 rounds
 VALUE_DTYPES = ["int32", "int64", "float64", "float16", "bfloat16"]
 
 
@@ -1172,7 +1172,7 @@ def test_values_come_back_in_their_dtype(dtype):
 @pytest.mark.parametrize(
     "dtype, policy", [("int32", "mixed_float16"), ("int64", "float32")]
 )
-def test_a_layer_keeps_ids(dtype, policy, tmp_path):
+def test_a_layer_returns_ids_exactly(dtype, policy, tmp_path):
     skip_without(dtype)
 
     def made():
@@ -1193,8 +1193,8 @@ def test_a_layer_keeps_ids(dtype, policy, tmp_path):
         assert found[0, :, 0, 0].tolist() == [ID, ID + 2]
 
 
-def test_a_layer_looks_at_the_numbers_of_arrays():
-    """Which JAX would cut to 32 bits."""
+def test_a_layer_checks_arrays_before_the_backend_casts_them():
+    """JAX would cut them to 32 bits."""
     layer, keys = layer_of(5, 1, value_dtype="int32"), np.ones((1, 1, 2))
     layer(keys, keys, np.array([[[ID]]]), training=True)
     assert contents(layer).values[0, 0] == ID
@@ -1205,13 +1205,13 @@ def test_a_layer_looks_at_the_numbers_of_arrays():
 
 
 @pytest.mark.parametrize("values", [np.array([[[2049]]]), [[[2049]]]])
-def test_a_layer_refuses_what_it_would_round_when_found(values):
+def test_a_layer_refuses_values_that_its_outputs_would_round(values):
     layer, keys = layer_of(5, 1, dtype="mixed_float16"), np.ones((1, 1, 2))
     with pytest.raises(ValueError, match="`values` .*float16 keeps.*2049"):
         layer(keys, keys, values, training=True)
 
 
-def test_a_layer_does_not_round_what_it_keeps():
+def test_a_layer_stores_keys_and_values_unrounded():
     layer = layer_of(5, 1, write="always", dtype="mixed_float16")
     keys = np.array([[[1.0, 1 / 3]]], "float32")
     layer(*tensors(keys, keys, keys))
@@ -1250,7 +1250,7 @@ def test_keys_that_would_be_rounded_are_refused():
         ring.initial_state(1, "int32")
 
 
-def test_a_layer_refuses_what_a_graph_might_round():
+def test_a_layer_refuses_dtypes_that_a_graph_might_round():
     entry = keras.Input(batch_shape=(1, 2, 2))
     ids = keras.Input(batch_shape=(1, 2, 1), dtype="int32")
     with pytest.raises(ValueError, match='`values`.*value_dtype="int32"'):
@@ -1268,7 +1268,7 @@ def test_other_dtypes_of_values_are_refused(dtype):
 
 
 @pytest.mark.skipif(harness.BACKEND != "jax", reason="of JAX")
-def test_64_bits_must_be_enabled():
+def test_64_bits_must_be_enabled_in_jax():
     with pytest.raises(ValueError, match="`value_dtype`.*jax_enable_x64"):
         retrieval.RingMemory(2, 5, value_dtype="int64")
     with pytest.raises(ValueError, match="`dtype`.*jax_enable_x64"):
@@ -1279,7 +1279,7 @@ BATCH, TIME = 3, 4
 
 
 def remembering(has_clear=False, **options):
-    """A model that answers with what it remembers; its layer."""
+    """A model that answers from its memory, and its memory layer."""
     layer = layer_of(17, name="memory", **options)
     x = keras.Input(batch_shape=(BATCH, TIME, 5))
     y = keras.Input(batch_shape=(BATCH, TIME, 2))
@@ -1316,7 +1316,7 @@ HOW = {
         pytest.param("never", "xla", marks=pytest.mark.slow),
     ],
 )
-def test_fit_fills_it_and_evaluation_leaves_it_alone(write, how):
+def test_fit_fills_the_memory_and_evaluation_does_not(write, how):
     harness.skip_on(
         "numpy", because="not applicable: Keras does not train here"
     )
@@ -1348,7 +1348,7 @@ def test_fit_fills_it_and_evaluation_leaves_it_alone(write, how):
         assert moved.any() and np.isfinite(ops.convert_to_numpy(weight)).all()
 
 
-def test_a_model_with_clear_as_an_input():
+def test_clear_can_be_an_input_of_a_model():
     model, layer = remembering(has_clear=True, write="always")
     x, y = fed(steps=1)
     none, some = np.zeros(BATCH, bool), np.array([True, False, False])
@@ -1361,7 +1361,7 @@ def test_a_model_with_clear_as_an_input():
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("how", ["graph", "xla"])
-def test_a_last_batch_that_is_smaller_is_refused(how):
+def test_a_smaller_last_batch_is_refused(how):
     model, layer = remembering(write="always")
     model.compile("sgd", "mse", **HOW[how])
     x, y = (part[:-1] for part in fed(steps=2))
@@ -1371,10 +1371,10 @@ def test_a_last_batch_that_is_smaller_is_refused(how):
     assert np.isfinite(contents(layer).keys).all()
 
 
-def test_a_file_keeps_what_is_remembered(tmp_path):
+def test_saved_files_keep_the_entries(tmp_path):
     model, layer = remembering(write="always")
     x, y = fed(steps=1)
-    for seed in range(5):  # around the end
+    for seed in range(5):  # wraps around
         model.predict(list(fed(steps=1, seed=seed)), verbose=0)
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
@@ -1391,7 +1391,7 @@ def test_a_file_keeps_what_is_remembered(tmp_path):
     assert not arrays_of(layer.state).count.any()
 
 
-def test_a_clone_begins_empty():
+def test_a_clone_starts_empty():
     model, layer = remembering(write="always")
     model.predict(list(fed(steps=1)), verbose=0)
     copy = keras.models.clone_model(model)
@@ -1410,7 +1410,7 @@ def test_a_clone_begins_empty():
         ),
     ],
 )
-def test_an_export_gives_the_same(method, tmp_path):
+def test_an_export_gives_the_same_results(method, tmp_path):
     import tensorflow as tf
 
     model, layer = remembering(search_method=method)
@@ -1431,7 +1431,7 @@ def test_an_export_gives_the_same(method, tmp_path):
 
 @harness.needs_tensorflow
 def test_the_ring_lowers_for_other_devices():
-    """By JAX, which needs no such device for it."""
+    """JAX lowers for a device without having one."""
     pytest.importorskip("jax")
     result = subprocess.run(
         [sys.executable, __file__],
@@ -1447,7 +1447,7 @@ def test_the_ring_lowers_for_other_devices():
 
 
 def lower():
-    """Prints a line for each ring that could be lowered."""
+    """Prints a line for each ring that lowers."""
     import jax
     from jax import export
 
@@ -1478,7 +1478,7 @@ def lower():
 
 
 def rounding_matmul(one, other):
-    """As a GPU multiplies where it may round factors to 11 bits."""
+    """Multiplies like a GPU that rounds factors to 11 bits."""
     halves = []
     for x in map(ops.convert_to_numpy, (one, other)):
         bits = np.ascontiguousarray(x, "float32").view("uint32")
@@ -1488,7 +1488,7 @@ def rounding_matmul(one, other):
 
 
 @harness.needs_tensorflow
-def test_products_where_factors_are_rounded(monkeypatch):
+def test_products_stay_exact_where_factors_are_rounded(monkeypatch):
     rng = np.random.default_rng(0)
     vectors, columns = rng.normal(size=(2, 64, 64)).astype("float32")
     exact = vectors.astype("float64") @ columns.astype("float64")
@@ -1501,8 +1501,8 @@ def test_products_where_factors_are_rounded(monkeypatch):
         )
         errors.append(np.abs(ops.convert_to_numpy(found) - exact).max())
     assert errors[0] > 1e-3
-    # Of each product what is left of both (2^-20) is missing, and each of the
-    # two small ones is rounded (2^-22).
+    # Each product lacks the term of both remainders (2^-20), and the two small
+    # terms are rounded (2^-22).
     assert errors[1] < (np.abs(vectors) @ np.abs(columns)).max() * 2**-19
 
 
@@ -1517,7 +1517,7 @@ def test_products_ask_for_full_precision():
 
 @pytest.mark.parametrize("number", [1, 5, 64, 257, 4096])
 @pytest.mark.parametrize("top_k", [1, 3, 8])
-def test_the_largest_are_those_of_top_k(number, top_k):
+def test_largest_equals_top_k(number, top_k):
     if top_k > number:
         pytest.skip("fewer than K")
     values = np.random.default_rng(number).normal(size=(2, 3, number))
@@ -1534,7 +1534,7 @@ def test_the_largest_are_those_of_top_k(number, top_k):
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("search", ["nearest", "exact", "auto"])
-def test_neighbours_where_factors_are_rounded(search, monkeypatch):
+def test_neighbours_stay_exact_where_factors_are_rounded(search, monkeypatch):
     rng = np.random.default_rng(0)
     keys = rng.normal(size=(1, 2000, 16)).astype("float32")
     queries = rng.normal(size=(1, 300, 16)).astype("float32")
@@ -1558,7 +1558,7 @@ def test_neighbours_where_factors_are_rounded(search, monkeypatch):
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_products_of_other_dtypes(dtype, monkeypatch):
+def test_products_keep_other_dtypes(dtype, monkeypatch):
     monkeypatch.setattr(exact_module, "_rounds", lambda: True)
     ones = ops.ones((2, 2), dtype)
     found = exact_module.inner_products(ones, ones)
@@ -1567,7 +1567,7 @@ def test_products_of_other_dtypes(dtype, monkeypatch):
 
 
 @harness.needs_tensorflow
-def test_factors_are_rounded_on_gpus_that_may(monkeypatch):
+def test_rounding_is_expected_on_gpus_with_tensor_float_32(monkeypatch):
     import tensorflow as tf
 
     assert not exact_module._rounds() or tf.config.list_physical_devices("GPU")

@@ -1,4 +1,4 @@
-"""Folders of frames, and files of points."""
+"""Tests of folders of frames and of point files."""
 
 import json
 
@@ -39,8 +39,8 @@ def test_frames_are_read_as_written(tmp_path):
     assert np.allclose(camera["principal_point"], [3.2, 2.1])
 
 
-def test_poses_far_away_are_exact(tmp_path):
-    """As of a world of UTM coordinates."""
+def test_poses_far_from_the_origin_are_exact(tmp_path):
+    """For example, in UTM coordinates."""
     some = frames()
     poses = some.poses.astype("float64")
     poses[:, 0, 3] += 5e5 + 1e-3 * np.arange(3)
@@ -50,13 +50,13 @@ def test_poses_far_away_are_exact(tmp_path):
     )
 
 
-def test_frames_have_conventions(tmp_path):
-    """Each way is read in the axes of any other."""
+def test_frames_are_converted_between_conventions(tmp_path):
+    """Frames of each convention are read in each other convention."""
     some = frames()
     turned = some.poses.copy()
-    turned[:, :, :2] *= -1  # x right and y down
+    turned[:, :, :2] *= -1  # x points right, y down
     flipped = some.poses.copy()
-    flipped[:, :, [0, 2]] *= -1  # x right and z back
+    flipped[:, :, [0, 2]] *= -1  # x points right, z back
     inverse = np.linalg.inv([[6, 0, 3.2], [0, 5, 2.1], [0, 0, 1]])
     cases = {
         "esm": some,
@@ -85,7 +85,7 @@ def test_frames_have_conventions(tmp_path):
         rgbd.write_frames(tmp_path / "a", cases["opencv"])
 
 
-def test_a_full_disk_leaves_the_frames_that_were_there(tmp_path):
+def test_a_full_disk_keeps_the_old_frames(tmp_path):
     some, folder = frames(), tmp_path / "a" / "b"
 
     def content():
@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_the_frames_that_were_there(tmp_path):
             rgbd.write_frames(folder, some._replace(depth=some.depth + 1))
             (folder / "notes").write_text("mine")
         old = content()
-        for size in (30, 150, 400):  # camera.json, the images, poses.txt
+        for size in (30, 150, 400):  # in camera.json, images, poses.txt
             with pytest.raises(
                 OSError, match=f"write {folder}: File too.*Nothing was changed"
             ):
@@ -216,7 +216,7 @@ def unlike(frames):
     yield {"poses": frames.poses * 2}, "a rotation beside"
 
 
-def test_other_frames_are_refused_and_nothing_is_written(tmp_path):
+def test_wrong_frames_are_refused_and_not_written(tmp_path):
     some = frames()
     for change, told in unlike(some):
         with pytest.raises(ValueError, match=f"{told}.*Received"):
@@ -232,7 +232,7 @@ def test_other_frames_are_refused_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_more_frames_is_left_alone(tmp_path):
+def test_a_folder_of_more_frames_is_not_overwritten(tmp_path):
     some = frames()
     rgbd.write_frames(tmp_path, some)
     less = rgbd.Frames(
@@ -244,7 +244,7 @@ def test_a_folder_of_more_frames_is_left_alone(tmp_path):
     assert len(rgbd.read_frames(tmp_path).poses) == 3
 
 
-def test_points_are_a_ply_file(tmp_path):
+def test_points_are_written_as_a_ply_file(tmp_path):
     points = np.array([[1.5, -2, 3], [0, 0, 1]])
     rgbd.write_points(tmp_path / "a.ply", points, [[0, 0.5, 1], [1, 0, 0.2]])
     header, _, data = (
@@ -291,7 +291,7 @@ def test_wrong_points_leave_no_file(points, colors, tmp_path):
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_full_disk_leaves_the_points_that_were_there(old, tmp_path):
+def test_a_full_disk_keeps_the_old_points(old, tmp_path):
     path = tmp_path / "a.ply"
     if old:
         path.write_bytes(old)

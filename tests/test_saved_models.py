@@ -1,4 +1,4 @@
-"""The committed models still do what they were trained for."""
+"""The committed models still solve their tasks."""
 
 import pathlib
 import runpy
@@ -22,14 +22,14 @@ def copier():
 
 @pytest.mark.parametrize("name", ["ntm_copy", "dnc_copy"])
 def test_configurations_can_be_read(name):
-    """As `keras-memory train --resume` and `compare` read them."""
+    """`keras-memory train --resume` and `compare` read them."""
     config = runs.read_config(SAVED / name)
     assert config.task == tasks.Copy()
     assert type(config.model) is MODELS[name.removesuffix("_copy")]
 
 
 @pytest.mark.parametrize("length", [1, 5, 20, 80])
-def test_ntm_copy_copies(copier, length):
+def test_ntm_copy_copies_every_length(copier, length):
     rng = np.random.default_rng(3)
     batch = tasks.Copy().sample(rng, 17, length=length)
     outputs = copier["serving_default"](inputs=tf.constant(batch.inputs))
@@ -40,7 +40,7 @@ def test_ntm_copy_copies(copier, length):
 
 
 @pytest.mark.parametrize("length", [1, 5, 20, 40])
-def test_dnc_copy_copies(length):
+def test_dnc_copy_copies_every_length(length):
     dnc = tf.saved_model.load(str(SAVED / "dnc_copy" / "1")).signatures
     batch = tasks.Copy().sample(np.random.default_rng(3), 17, length=length)
     outputs = dnc["serving_default"](inputs=tf.constant(batch.inputs))
@@ -50,7 +50,7 @@ def test_dnc_copy_copies(length):
     assert float(tf.reduce_mean(wrong)) < 0.1
 
 
-def test_ntm_copy_streams(copier):
+def test_ntm_copy_streams_the_same_outputs(copier):
     batch = tasks.Copy().sample(np.random.default_rng(3), 5, length=7)
     inputs = tf.constant(batch.inputs)
     whole = copier["serving_default"](inputs=inputs)["outputs"]
@@ -62,10 +62,10 @@ def test_ntm_copy_streams(copier):
         )
 
 
-def test_memory_wrap_reads_digits_and_says_why():
+def test_memory_wrap_reads_and_explains_digits():
     digits = pytest.importorskip("sklearn.datasets")
     x, y = digits.load_digits(return_X_y=True)
-    # As the example shuffles them with its first seed.
+    # The example shuffles like this with its first seed.
     order = np.random.default_rng(1).permutation(len(x))
     x = (x[order] / 16).reshape(-1, 8, 8, 1).astype("float32")
     y = y[order]
@@ -77,7 +77,7 @@ def test_memory_wrap_reads_digits_and_says_why():
     weights = found["outputs_1"].numpy()
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
     assert (weights > 0).sum(axis=1).mean() < 20  # of 100
-    # The memory holds training images in the order of another shuffling.
+    # The memory holds training images in another random order.
     order = np.random.default_rng(1)
     order.permutation(len(x))
     labels = y[:1200][order.permutation(1200)][:100]
@@ -85,7 +85,7 @@ def test_memory_wrap_reads_digits_and_says_why():
     assert (top == answers).mean() > 0.9
 
 
-def test_esm_policy_knows_where_the_middle_is():
+def test_esm_policy_finds_the_middle_by_its_memory():
     example = runpy.run_path(SAVED.parent / "examples/esm_in_a_model.py")
     inputs, targets = example["sequences"](32, seed=2000)
     path = str(SAVED / "esm_policy" / "1")
@@ -93,7 +93,7 @@ def test_esm_policy_knows_where_the_middle_is():
     found = served(**{k: tf.constant(v) for k, v in inputs.items()})
     (outputs,) = found.values()
     assert example["degrees"](targets, outputs.numpy()) < 15
-    # It remembers: of the last step alone it cannot tell as well.
+    # The policy uses its memory: the last step alone gives a larger error.
     inputs["depth"][:, :-1] = 0.0
     found = served(**{k: tf.constant(v) for k, v in inputs.items()})
     (outputs,) = found.values()

@@ -1,4 +1,4 @@
-"""ScaNN's ops in a model and in a SavedModel, and the exact search instead."""
+"""ScaNN's ops, or the exact search instead, in models and SavedModels."""
 
 import gc
 import os
@@ -72,7 +72,7 @@ def brute_force(queries, keys, top_k, similarity):
 
 @variants
 @similarities
-def test_it_finds_what_is_nearest(exact, similarity):
+def test_the_index_finds_the_nearest_neighbours(exact, similarity):
     index, keys, values = filled(101, exact, similarity=similarity, top_k=5)
     queries = clustered(22, seed=5)
     found = index(queries.reshape(2, 11, 7))
@@ -111,7 +111,7 @@ def test_a_tree_finds_most_and_scores_exactly(exact, similarity, monkeypatch):
 
 
 @variants
-def test_in_models_and_files(exact, tmp_path):
+def test_the_index_works_in_models_and_files(exact, tmp_path):
     index, keys, _ = filled(101, exact, top_k=5)
     model = model_of(index)
     queries = clustered(22, seed=5)
@@ -141,7 +141,7 @@ def test_weights_of_another_index_are_searched(exact):
     other.set_weights(index.get_weights())
     for one, wanted in zip(other(keys[:9]), expected):
         close(one, wanted, 1e-6)
-    if not exact:  # what was traced before does not answer
+    if not exact:  # functions traced before refuse
         with pytest.raises(Exception, match="trace it anew"):
             model.predict(keys[:9], verbose=0)
         model.make_predict_function(force=True)
@@ -192,7 +192,7 @@ def test_other_keys_of_the_same_version_are_found(exact, change):
     index, keys, _ = filled(101, exact, top_k=1, similarity="l2")
     model = model_of(index)
     model.predict(keys[:9], verbose=0)
-    change(index, keys)  # with the same ones, all goes on
+    change(index, keys)  # with the same keys, functions continue to work
     model.predict(keys[:9], verbose=0)
     others = np.ascontiguousarray(keys[::-1])
     change(index, others)
@@ -215,7 +215,7 @@ def test_other_keys_within_a_graph_are_refused(exact):
 
 
 @variants
-def test_ids_of_entries(exact):
+def test_ids_of_entries_are_returned_exactly(exact):
     ids = np.array([[(1 << 24) + 1], [-(1 << 31)], [7]])
     index = ScannIndex(3, 2, 1, exact=exact, value_dtype="int32")
     index.set_memory(np.eye(3), ids)
@@ -239,7 +239,7 @@ def test_ids_of_entries(exact):
 
 
 @variants
-def test_models_with_it_do_without_xla(exact):
+def test_models_with_scann_ops_turn_xla_off(exact):
     model = model_of(filled(101, exact, top_k=5)[0])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -249,7 +249,7 @@ def test_models_with_it_do_without_xla(exact):
 
 
 @variants
-def test_what_no_number_is_finds_nothing(exact):
+def test_nan_and_infinite_queries_find_nothing(exact):
     index, keys, _ = filled(101, exact, top_k=5)
     queries = clustered(3)
     expected = index(queries)
@@ -286,7 +286,7 @@ def test_gradients_of_scores_reach_the_queries(exact):
 
 
 @pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
-def test_new_content_is_found_and_old_functions_refuse(exact):
+def test_new_entries_are_found_and_old_functions_refuse(exact):
     index, _, _ = filled(101, exact, top_k=5)
     model = model_of(index)
     queries = clustered(22, seed=5)
@@ -298,7 +298,7 @@ def test_new_content_is_found_and_old_functions_refuse(exact):
     after = model.predict(queries, verbose=0)[0]
     close(after, index(queries).scores, 1e-5)
     assert np.abs(after - before).max() > 0.1
-    # Two indexes in one graph do not answer for each other.
+    # Two indexes in one graph do not mix.
     other, _, _ = filled(101, exact, top_k=5)
     entry = keras.Input((7,))
     both = keras.Model(entry, [index(entry).scores, other(entry).scores])
@@ -306,7 +306,7 @@ def test_new_content_is_found_and_old_functions_refuse(exact):
         close(one, alone(queries).scores, 1e-5)
 
 
-def test_new_content_of_the_exact_search_needs_nothing():
+def test_the_exact_search_finds_new_entries_without_retracing():
     index, _, _ = filled(101, True, top_k=5)
     model = model_of(index)
     queries = clustered(22, seed=5)
@@ -329,7 +329,9 @@ np.savez(sys.argv[4], **{name: x.numpy() for name, x in found.items()})
 
 
 @pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
-def test_serving_with_ops_or_exactly(exact, tmp_path, monkeypatch):
+def test_saved_models_search_with_scann_ops_or_exactly(
+    exact, tmp_path, monkeypatch
+):
     import scann
 
     monkeypatch.setattr(tuning, "FLAT", 1000)
@@ -366,7 +368,7 @@ def test_serving_with_ops_or_exactly(exact, tmp_path, monkeypatch):
 
 
 @variants
-def test_what_is_refused(exact):
+def test_wrong_arguments_are_refused(exact):
     index = ScannIndex(11, top_k=3, value_dim=2, exact=exact)
     keys, values = clustered(11), np.zeros((11, 2))
     with pytest.raises(ValueError, match="call `set_memory`"):
@@ -422,7 +424,7 @@ def test_what_is_refused(exact):
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_without_scann(backend):
+def test_without_scann_only_the_exact_search_works(backend):
     pytest.importorskip(backend)
     code = (
         "import sys; sys.modules['scann'] = None\n"
@@ -447,7 +449,7 @@ def test_without_scann(backend):
 
 @variants
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(exact, policy):
+def test_mixed_precision_scores_are_float32(exact, policy):
     index, keys, _ = filled(101, exact, top_k=5, dtype=policy)
     found = index(keys[:3])
     assert ops.dtype(found.values) == index.compute_dtype
@@ -466,7 +468,7 @@ def test_the_exact_search_compiles():
 
 
 def memory_in_use():
-    """Bytes of this process that are in RAM."""
+    """Resident size of this process in bytes."""
     gc.collect()
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -476,7 +478,7 @@ def memory_in_use():
 @pytest.mark.parametrize(
     "is_compiled", [pytest.param(one, marks=needs_scann) for one in (0, 1)]
 )
-def test_entries_that_are_set_again_and_again_leave_nothing_behind(is_compiled):
+def test_setting_entries_repeatedly_leaks_no_memory(is_compiled):
     import tensorflow as tf
 
     keys = np.random.default_rng(0).normal(size=(3000, 400))  # 4.8 MB

@@ -1,4 +1,4 @@
-"""What is read and written: the functions of `addressing/slots.py`."""
+"""Tests of `addressing/slots.py`, which reads and writes slots."""
 
 import itertools
 
@@ -49,7 +49,7 @@ def parts():
     )
 
 
-def test_what_is_put_can_be_taken():
+def test_gather_returns_scattered_vectors():
     vectors = np.arange(12, dtype="float32").reshape(2, 3, 2)
     places = np.array([[4, 0, 4], [1, 2, 3]], "float32")
     found = access.scatter_add(vectors, places, size=SLOTS)
@@ -84,7 +84,7 @@ def test_erase_and_add_equals_the_oracle(parts, heads):
     close(erase_and_add(memory, *of_heads), expected, 1e-12)
 
 
-def test_two_slots_by_hand():
+def test_two_slots_match_values_computed_by_hand():
     memory = np.array([[[1.0, 2.0], [3.0, 4.0]]], "float32")
     weighting = np.array([[[1 / 4, 3 / 4]]], "float32")
     # 1/4 (1, 2) + 3/4 (3, 4).
@@ -109,7 +109,7 @@ def test_all_heads_erase_before_any_adds():
     weighting = np.ones((1, 2, 1), "float32")
     erase = np.array([[[0.0], [1.0]]], "float32")
     add = np.array([[[2.0], [0.0]]], "float32")
-    # One after the other, the second head would erase what the first added.
+    # In turn, the second head would erase the first head's addition.
     close(erase_and_add(memory, weighting, erase, add), [[[2.0]]])
 
 
@@ -132,7 +132,7 @@ def test_erase_1_at_weighting_1_replaces_the_slot(parts):
     close(written[:, others], memory[:, others])
 
 
-def test_none_erases_nothing(parts):
+def test_erase_of_none_erases_nothing(parts):
     memory, weighting, erase, add = parts
     close(
         erase_and_add(memory, weighting, None, add),
@@ -140,14 +140,14 @@ def test_none_erases_nothing(parts):
     )
 
 
-def test_weighting_0_leaves_the_memory_alone(parts):
+def test_weighting_0_does_not_change_the_memory(parts):
     memory, weighting, erase, add = parts
     close(erase_and_add(memory, 0 * weighting, erase, add), memory)
     close(read(memory, 0 * weighting), np.zeros((BATCH, HEADS, WIDTH)), 0)
 
 
 @harness.needs_tensorflow
-def test_canary_tensorflow_tells_what_xla_compiles():
+def test_canary_tensorflow_tells_whether_xla_compiles():
     import tensorflow as tf
 
     found = []

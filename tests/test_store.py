@@ -1,4 +1,4 @@
-"""Operations on a disk: what goes in comes out, or an error does."""
+"""A store on disk returns the committed operations or raises an error."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ CONFIG = {"key_dim": 2, "name": "é", "clip": None}
 CLEARED = (-1, (0, 2), b"", b"")
 PACKAGE = pathlib.Path(module.__file__).parents[1]
 
-# Begins a script that has the module, without Keras and what it brings.
+# The start of scripts that import the module without Keras.
 ALONE = f"""
 import contextlib, os, random, signal, sys, time, types
 for name, path in ("", ""), (".retrieval", "/retrieval"):
@@ -38,7 +38,7 @@ from keras_memory.retrieval.store import Operation, Store, exists
 
 
 def made(*numbers):
-    """Operations that are all different: each third one clears."""
+    """Distinct operations; every third one clears."""
     for i in numbers:
         rng = np.random.default_rng(i)
         shape = i % 3, 2
@@ -50,7 +50,7 @@ def made(*numbers):
 
 
 def bits(operations):
-    """What can be compared of operations."""
+    """Operations as comparable values."""
     return [
         (row, keys.shape, keys.tobytes(), values.tobytes())
         for row, keys, values in operations
@@ -92,10 +92,10 @@ def folder(tmp_path):
 FIVE = [CLEARED, *bits(made(*range(5)))]
 
 
-# What is written is read.
+# Reading committed operations.
 
 
-def test_what_is_committed_is_read(tmp_path):
+def test_committed_operations_are_read(tmp_path):
     folder = tmp_path / "with" / "parents of 100%?#"
     assert not exists(folder)
     with contextlib.closing(Store(folder, "a", CONFIG)) as store:
@@ -110,7 +110,7 @@ def test_what_is_committed_is_read(tmp_path):
         assert rest(store) == bits(made(4))
     reader = Store(folder, "r")
     assert reader.config == CONFIG
-    next(reader.operations(2, 5, "f4"))  # and no further
+    next(reader.operations(2, 5, "f4"))  # stops after the first
     assert rest(reader) == FIVE
     assert rest(reader) == []
     reader.close()
@@ -134,7 +134,7 @@ def test_arrays_come_back_in_their_dtype(widths, dtype, tmp_path):
         assert x.dtype == y.dtype and (x == y).all() and x.shape == y.shape
 
 
-def test_what_is_not_there(tmp_path):
+def test_a_missing_store_is_refused(tmp_path):
     for absent in (tmp_path, tmp_path / "absent"):
         with pytest.raises(FileNotFoundError, match="memory.sqlite"):
             Store(absent, "r")
@@ -147,7 +147,7 @@ def test_what_is_not_there(tmp_path):
 # One writer, any number of readers.
 
 
-def test_readers_see_what_is_committed(folder):
+def test_readers_see_committed_operations(folder):
     store, early, late = (Store(folder, mode) for mode in "arr")
     assert rest(early) == FIVE
     interrupted = early.operations(2, 5, "f4")
@@ -177,14 +177,14 @@ def test_readers_see_a_replacement(folder):
     first = next(going)
     store.commit(made(5))
     store.commit(made(10, 11), replace=True)
-    assert bits([first, *going]) == FIVE  # as when it began
+    assert bits([first, *going]) == FIVE  # the state at its start
     assert rest(reader) == rest(late) == [CLEARED, *bits(made(10, 11))]
     store.commit(made(12))
     assert rest(reader) == bits(made(12))
     store.commit([], replace=True)
     assert rest(reader) == [CLEARED]
     store.close()
-    # The same when the whole store is another one.
+    # The same holds if a new store replaces the whole file.
     Store(folder, "a", CONFIG, made(20, 21)).close()
     assert rest(reader) == [CLEARED, *bits(made(20, 21))]
     for path in folder.iterdir():
@@ -200,7 +200,7 @@ def test_readers_see_a_replacement(folder):
     assert read(folder) == [CLEARED, *bits(made(23))]
 
 
-def test_one_writer_in_a_process(folder):
+def test_a_process_has_only_one_writer(folder):
     store = Store(folder, "a")
     for arguments in (), (CONFIG, made(1)):
         with pytest.raises(ValueError, match="Only one.*Received: .*store"):
@@ -211,7 +211,7 @@ def test_one_writer_in_a_process(folder):
     assert read(folder, "a") == [*FIVE, *bits(made(5))]
 
 
-def test_one_writer_among_processes_until_its_death(folder):
+def test_other_processes_are_refused_until_a_writer_dies(folder):
     code = ALONE + "x = Store(sys.argv[1], 'a'); print(1, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code, folder],
@@ -269,7 +269,7 @@ os.close(stop)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_forks_write_nothing(tmp_path):
+def test_forks_must_open_a_store_to_write(tmp_path):
     told = run_script(FORKED, tmp_path / "memory", KERAS_BACKEND="numpy")
     refused = ["A fork must open", "A fork must open", "Only one process"]
     assert told.split("\n")[:3] == refused
@@ -297,7 +297,7 @@ def test_a_fork_does_not_keep_the_lock_of_a_parent_that_is_killed(folder):
 
 @pytest.mark.parametrize("is_connected", [False, True])
 @pytest.mark.parametrize("is_new", [False, True])
-def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
+def test_a_store_does_not_overwrite_another(is_new, is_connected, tmp_path):
     folder = tmp_path / "store"
     store = Store(folder, "a", CONFIG)
     if is_connected:
@@ -316,13 +316,13 @@ def test_another_store_is_not_written_over(is_new, is_connected, tmp_path):
     assert read(tmp_path / "moved") == expected
 
 
-# What is damaged, or another's.
+# Damaged and foreign files.
 
 
 def refused(folder, match="memory.sqlite must be as.*Received: "):
-    """No mode gives operations, and the file stays as it is."""
+    """No mode opens the file, and the file is not changed."""
     before = content(folder)
-    assert exists(folder)  # nobody makes another
+    assert exists(folder)  # so that no mode creates a new one
     for mode in "rar":
         with pytest.raises(ValueError, match=match):
             read(folder, mode)
@@ -330,8 +330,8 @@ def refused(folder, match="memory.sqlite must be as.*Received: "):
 
 
 def flip(folder, numbers, monkeypatch):
-    """Flips bits, one at a time: an error, or nothing is lost, also when more
-    is written."""
+    """Flips bits, one at a time: either an error is raised, or nothing is lost,
+    even after further writes."""
     monkeypatch.setattr(files, "fsync", lambda path: None)  # too slow
     whole, path, refusals = content(folder), folder / "memory.sqlite", 0
     for number in numbers:
@@ -358,11 +358,11 @@ def flip(folder, numbers, monkeypatch):
     return refusals / len(numbers)
 
 
-def test_no_bit_can_flip(folder, monkeypatch):
+def test_a_flipped_bit_is_detected_or_harmless(folder, monkeypatch):
     size = len(content(folder))
     assert size == 4 * 4096
     places = [*range(0, size, 211)]
-    for page in range(0, size, 4096):  # which begins and ends with content
+    for page in range(0, size, 4096):  # content is at both ends of a page
         places += range(page, page + 100, 3)
         places += range(page + 3900, page + 4096, 2)
     rng = np.random.default_rng(1)
@@ -371,13 +371,13 @@ def test_no_bit_can_flip(folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_bit_of_any_byte_can_flip(folder, monkeypatch):
+def test_a_flipped_bit_of_any_byte_is_detected_or_harmless(folder, monkeypatch):
     rng = np.random.default_rng(2)
     numbers = 8 * np.arange(4 * 4096) + rng.integers(8, size=4 * 4096)
     flip(folder, numbers, monkeypatch)
 
 
-def test_a_file_that_is_cut_is_refused(folder):
+def test_a_truncated_file_is_refused(folder):
     whole = content(folder)
     for size in [*range(0, len(whole), 511), *range(len(whole))[-3:]]:
         (folder / "memory.sqlite").write_bytes(whole[:size])
@@ -389,8 +389,8 @@ def test_a_file_that_is_cut_is_refused(folder):
     assert read(folder) == FIVE
 
 
-def test_a_cut_log_of_sqlite_gives_earlier_commits(folder, tmp_path):
-    """Which a kill may leave too, where a reader kept it from the file."""
+def test_a_truncated_sqlite_log_gives_earlier_commits(folder, tmp_path):
+    """A kill may leave such a log if a reader has delayed its merge."""
     store, reader = Store(folder, "a"), Store(folder, "r")
     reading = reader.operations(2, 5, "f4")
     next(reading)
@@ -409,8 +409,8 @@ def test_a_cut_log_of_sqlite_gives_earlier_commits(folder, tmp_path):
     assert lengths >= {6, 7, 8, 9}
 
 
-def test_a_commit_does_not_stay_in_the_log_of_sqlite(folder):
-    """Whose damage would not be seen, and which may be left out of a copy."""
+def test_a_commit_does_not_stay_in_the_sqlite_log(folder):
+    """Damage of the log would go unnoticed, and copies may omit it."""
     with contextlib.closing(Store(folder, "a")) as store:
         store.commit(made(5))
         for name in "-wal", "-shm":
@@ -420,14 +420,14 @@ def test_a_commit_does_not_stay_in_the_log_of_sqlite(folder):
 
 
 def test_files_of_a_reader_can_be_written_by_a_writer(folder):
-    """Another user's, in a folder that both may write to."""
+    """The writer may be another user, in a folder that both can write to."""
     folder.chmod(0o777)
     reader = Store(folder, "r")
     reading = reader.operations(2, 5, "f4")
     next(reading)
     assert (folder / "memory.sqlite-shm").stat().st_mode & 0o777 == 0o666
     reading.close()
-    (folder / "memory.sqlite").chmod(0o600)  # nobody else's
+    (folder / "memory.sqlite").chmod(0o600)  # private
     next(Store(folder, "r").operations(2, 5, "f4"))
     assert (folder / "memory.sqlite-shm").stat().st_mode & 0o777 == 0o600
 
@@ -466,7 +466,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_of_others_is_refused(name, folder):
+def test_a_foreign_file_is_refused(name, folder):
     connection = sqlite3.connect(folder / "memory.sqlite")
     connection.executescript(HOSTILE[name])
     connection.close()
@@ -474,13 +474,13 @@ def test_a_file_of_others_is_refused(name, folder):
 
 
 @pytest.mark.parametrize("count", [1, 2, 1 << 40, -1])
-def test_sizes_are_checked_though_checksums_are_right(count, tmp_path):
+def test_wrong_sizes_are_refused_despite_right_checksums(count, tmp_path):
     Store(tmp_path, "a", CONFIG, made(1)).close()
     connection = sqlite3.connect(tmp_path / "memory.sqlite")
     (number,) = connection.execute("SELECT last FROM meta").fetchone()
     for blobs in (bytes(16), bytes(1 << 20)), (b"", b""), (bytes(8), bytes(20)):
         if count == 1 and blobs[1] == bytes(20):
-            continue  # which is right
+            continue  # the right size
         crc = module._checksum((number, 1, count), *blobs)
         new = 1, count, crc, *blobs
         text = "UPDATE operations SET row=?, count=?, crc=?, keys=?, vals=?"
@@ -490,7 +490,7 @@ def test_sizes_are_checked_though_checksums_are_right(count, tmp_path):
     connection.close()
 
 
-def test_a_config_of_others_is_refused(folder):
+def test_a_foreign_config_is_refused(folder):
     connection = sqlite3.connect(folder / "memory.sqlite")
     for config in "{", "[" * 100_000, "9" * 10_000, "[]":
         _, first, last, _ = connection.execute("SELECT * FROM meta").fetchone()
@@ -505,7 +505,7 @@ def test_a_config_of_others_is_refused(folder):
 
 
 @pytest.mark.parametrize("program", ["", "PRAGMA journal_mode=WAL;"])
-def test_a_database_of_another_program_stays(program, tmp_path):
+def test_a_database_of_another_program_is_kept(program, tmp_path):
     path = tmp_path / "memory.sqlite"
     connection = sqlite3.connect(path)
     connection.executescript(program + "CREATE TABLE theirs (a)")
@@ -517,23 +517,25 @@ def test_a_database_of_another_program_stays(program, tmp_path):
         assert connection.execute("SELECT * FROM theirs").fetchall() == []
 
 
-def test_a_store_of_the_format_of_before(tmp_path):
+def test_a_store_of_the_old_format_is_refused(tmp_path):
     (tmp_path / "log-1.bin").write_bytes(b"kerasmem")
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1}))
     for mode in "ra":
         with pytest.raises(ValueError, match="must be of format 2.*format 1"):
             Store(tmp_path, mode, CONFIG)
     assert not (tmp_path / "memory.sqlite").exists()
-    (tmp_path / "log-1.bin").unlink()  # a manifest of something else
+    (tmp_path / "log-1.bin").unlink()  # a manifest of another program
     Store(tmp_path, "a", CONFIG).close()
 
 
-# A disk that is full, read-only, or of another kind.
+# Full and read-only disks, and disks without shared memory.
 
 
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("is_connected", [False, True])
-def test_a_full_disk(replace, is_connected, folder):
+def test_a_full_disk_keeps_the_committed_operations(
+    replace, is_connected, folder
+):
     big = Operation(1, np.ones((9000, 2), "f4"), np.ones((9000, 5), "f4"))
     expected = FIVE
     with contextlib.closing(Store(folder, "a")) as store:
@@ -550,8 +552,8 @@ def test_a_full_disk(replace, is_connected, folder):
     assert read(folder) == [*([CLEARED] if replace else expected), *new]
 
 
-def test_a_full_disk_of_sqlite(folder):
-    """Which fails elsewhere than a limit of the system."""
+def test_a_full_sqlite_database_keeps_the_committed_operations(folder):
+    """SQLite's limit fails in another place than the system's."""
     with contextlib.closing(Store(folder, "a")) as store:
         store.commit([])
         store._connection.execute("PRAGMA max_page_count=5")
@@ -564,7 +566,7 @@ def test_a_full_disk_of_sqlite(folder):
     assert read(folder) == [*FIVE, *bits([big])]
 
 
-def test_a_disk_that_is_full_at_the_first_write(tmp_path):
+def test_a_disk_full_at_the_first_write_leaves_no_store(tmp_path):
     for size in (0, 100, 5000, 12_000):
         with files_of_at_most(size), pytest.raises(OSError, match="sqlite"):
             Store(tmp_path, "a", CONFIG, made(*range(50)))
@@ -575,7 +577,7 @@ def test_a_disk_that_is_full_at_the_first_write(tmp_path):
     assert ".memory.writing.sqlite" not in os.listdir(tmp_path)
 
 
-def test_no_shared_memory(folder, tmp_path, monkeypatch):
+def test_a_disk_without_shared_memory_is_refused(folder, tmp_path, monkeypatch):
     connect = sqlite3.connect
 
     def elsewhere(path, **options):
@@ -590,8 +592,8 @@ def test_no_shared_memory(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_a_folder_that_is_read_only(folder):
-    """Opened without `memory.sqlite-shm`, which SQLite could not make."""
+def test_a_read_only_folder_can_be_read(folder):
+    """SQLite cannot create `memory.sqlite-shm` there."""
     code = ALONE + (
         "os.geteuid() or os.setuid(65534)\n"
         "assert not os.access(sys.argv[1], os.W_OK)\n"
@@ -620,7 +622,7 @@ def test_a_folder_that_is_read_only(folder):
     store.close()
 
 
-def test_ctrl_c(folder):
+def test_ctrl_c_keeps_the_committed_operations(folder):
     def interrupted():
         yield from made(5, 6)
         raise KeyboardInterrupt
@@ -703,17 +705,17 @@ print(known)
 )
 
 
-def test_writers_that_are_killed(tmp_path):
+def test_killed_writers_lose_no_commit(tmp_path):
     assert int(run_script(KILLS, tmp_path / "store", 40)) > 100
 
 
 @pytest.mark.slow
-def test_many_writers_that_are_killed(tmp_path):
+def test_many_killed_writers_lose_no_commit(tmp_path):
     assert int(run_script(KILLS, tmp_path / "store", 1000)) > 1000
 
 
-def test_a_maker_that_is_killed(tmp_path, monkeypatch):
-    """Before the file has its name, or just after."""
+def test_a_store_killed_at_creation_can_be_opened(tmp_path, monkeypatch):
+    """Killed before the file gets its name, or just after."""
 
     def killed(*paths):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,5 @@
-"""Tasks and losses. What a task asks is read off its inputs by plain loops."""
+"""Tests of tasks and losses. Plain loops compute the targets from the
+inputs."""
 
 import collections
 import dataclasses
@@ -53,7 +54,7 @@ def without_padding(batch):
 
 
 def marked(row, channel):
-    """The steps with a mark in this channel, and nothing beside it."""
+    """The steps with a mark in this channel and no other input."""
     steps = [time for time, step in enumerate(row) if step[channel]]
     for time in steps:
         assert row[time] == one_hot(channel, len(row[time]))
@@ -68,8 +69,8 @@ def blank(rows):
     return not any(any(row) for row in rows)
 
 
-# From a row of inputs: its length, and a dictionary with what the targets
-# must be at each of the steps that count (None: `inputs` do not tell).
+# Each function returns, for a row of inputs, its length and a dict of the
+# expected targets at unmasked steps (None: the inputs do not determine them).
 
 
 def answer_of_copy(task, row):
@@ -102,7 +103,7 @@ def answer_of_repeat_copy(task, row):
 
 
 def items_and_place(task, row):
-    """All items, which of them is asked for, and the last delimiter."""
+    """All items, the place of the requested one, and the last delimiter."""
     delimiters = marked(row, task.bits)
     start, end = marked(row, task.bits + 1)
     size = task.vectors + 1
@@ -179,11 +180,11 @@ def check_answers(task, batch):
             assert counts == float(time in answer)
             if answer.get(time) is not None:
                 assert targets[time].tolist() == answer[time]
-    if task.name != "n-grams":  # which predicts from the first step on
+    if task.name != "n-grams":  # it predicts from the first step on
         assert not batch.targets[batch.mask == 0].any()
 
 
-def test_all_tasks_are_in_the_table():
+def test_every_task_is_in_the_table():
     assert {name: type(task) for name, task in SMALL.items()} == tasks.TASKS
     assert all(name == task.name for name, task in SMALL.items())
 
@@ -200,13 +201,13 @@ def test_all_tasks_are_in_the_table():
         "argmax": (11, 6, 10),
     }.items(),
 )
-def test_by_default_a_task_has_the_sizes_of_its_source(name, sizes):
+def test_tasks_have_the_sizes_of_their_source_by_default(name, sizes):
     task = tasks.TASKS[name]()
     assert (task.time_steps, task.input_size, task.output_size) == sizes
 
 
 @each_task
-def test_targets_are_what_the_inputs_ask_for(task):
+def test_targets_follow_from_the_inputs(task):
     for batch in draws(task)[::3]:
         check_answers(task, batch)
 
@@ -263,7 +264,7 @@ def test_a_curriculum_bounds_the_lengths(task):
     assert lengths == {task.min_length, longest}
     if task.name == "repeat-copy":
         assert repeats_in(task, batches) == {2, 3}
-        # Never fewer than the task has, whatever the curriculum says.
+        # The curriculum never goes below the task's minimum.
         often = dataclasses.replace(task, min_repeats=5, max_repeats=7)
         assert repeats_in(often, draws(often, longest)[:50]) == {5}
 
@@ -299,7 +300,7 @@ def test_a_seed_determines_a_batch(task):
 
 
 @each_task
-def test_a_task_is_its_ranges(task):
+def test_tasks_with_equal_ranges_are_equal(task):
     copy = type(task)(**dataclasses.asdict(task))
     assert copy == task == dataclasses.replace(task)
     assert hash(copy) == hash(task)
@@ -379,7 +380,7 @@ def test_copy_pads_to_its_buckets():
 @pytest.mark.parametrize(
     "name", ["copy", "repeat-copy", "associative-recall", "priority-sort"]
 )
-def test_every_bit_of_the_answer_is_a_coin(name):
+def test_answer_bits_are_fair_and_independent(name):
     task = SMALL[name]
     rng = np.random.default_rng(3)
     _, targets, mask = task.sample(rng, 2000, length=5)
@@ -387,14 +388,14 @@ def test_every_bit_of_the_answer_is_a_coin(name):
     bits = bits[:, :-1] if name == "repeat-copy" else bits
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.06  # 5 deviations
     flat = bits.reshape(len(bits), -1)
-    flat = flat[:, : 5 * task.bits]  # of which no copy is among them
+    flat = flat[:, : 5 * task.bits]  # contains no copies of bits
     apart = np.corrcoef(flat.T) - np.eye(flat.shape[1])
     assert np.abs(apart).max() < 0.12
 
 
-def test_repeat_copy_says_when_it_is_done():
+def test_repeat_copy_ends_with_a_marker():
     task = SMALL["repeat-copy"]
-    for repeats in (1, 2, 5, 8):  # 1 and 8 are out of its range
+    for repeats in (1, 2, 5, 8):  # 1 and 8 are out of the task's range
         inputs, targets, mask = draw(task, length=3, repeats=repeats)
         end = 3 + 2 + 3 * repeats
         assert mask.shape[1] == end + 1
@@ -420,7 +421,7 @@ def test_the_number_of_repeats_has_mean_0_and_variance_1(least, most):
     assert np.isfinite(beyond) and beyond > scalars[-1]
 
 
-def test_all_numbers_of_repeats_are_drawn_with_all_lengths():
+def test_every_number_of_repeats_is_drawn_with_every_length():
     task = SMALL["repeat-copy"]
     pairs = {
         (length_of(task, batch), *repeats_in(task, [batch]))
@@ -441,7 +442,7 @@ def test_every_item_but_the_last_is_asked_for(length):
 
 
 def contexts(task, batch):
-    """(row, step, context, next bit) of every step that counts, in order."""
+    """(row, step, context, next bit) of every unmasked step, in order."""
     for n, (row, targets, mask) in enumerate(zip(*batch)):
         bits = [int(bit) for bit in row[:, 0]]
         for time in np.flatnonzero(mask):
@@ -461,7 +462,7 @@ def contexts(task, batch):
     ],
     ids=["default", "padded", "longer"],
 )
-def test_the_optimal_predictor_counts_what_followed_each_context(batch_of):
+def test_the_optimal_predictor_counts_the_bits_after_each_context(batch_of):
     task, batch = batch_of()
     outputs = task.optimal_outputs(batch)
     assert outputs.shape == batch.targets.shape
@@ -477,7 +478,7 @@ def test_the_optimal_predictor_counts_what_followed_each_context(batch_of):
     assert (outputs[:, : task.context - 1] == 0.5).all()
 
 
-def test_n_grams_targets_are_the_inputs_one_step_on():
+def test_n_grams_targets_are_the_next_inputs():
     for batch in draws(SMALL["n-grams"]):
         inputs, targets, mask = without_padding(batch)
         np.testing.assert_array_equal(targets[:, :-1], inputs[:, 1:])
@@ -486,7 +487,7 @@ def test_n_grams_targets_are_the_inputs_one_step_on():
         np.testing.assert_array_equal(mask, expected)
 
 
-def test_n_grams_follow_a_table_that_is_new_in_each_sequence():
+def test_n_grams_draw_a_new_table_for_each_sequence():
     task = tasks.NGrams(2001, 2001, context=2)
     seen = collections.defaultdict(list)
     for row, _, context, bit in contexts(task, draw(task, rows=7)):
@@ -504,8 +505,8 @@ def test_n_grams_follow_a_table_that_is_new_in_each_sequence():
         assert np.ptp(frequencies) > 0.2
 
 
-def test_n_grams_draw_their_tables_as_the_optimal_predictor_thinks():
-    """Of the steps at which it says p, a share p has a one."""
+def test_n_grams_draw_tables_from_the_prior_of_the_optimal_predictor():
+    """Among steps with prediction p, the share of ones is p."""
     task = tasks.NGrams(60, 60, context=2)
     batch = draw(task, rows=1500)
     outputs = task.optimal_outputs(batch)[batch.mask == 1, 0]
@@ -515,7 +516,7 @@ def test_n_grams_draw_their_tables_as_the_optimal_predictor_thinks():
         assert len(chosen) > 500
         spread = math.sqrt(said * (1 - said) / len(chosen))
         assert abs(chosen.mean() - said) < 4 * spread
-    # The bits in front of a whole context are coins.
+    # The bits before the first whole context are fair coins.
     assert np.abs(batch.inputs[:, :2].mean(axis=0) - 0.5).max() < 0.06
 
 
@@ -619,12 +620,12 @@ TARGETS = np.array([[[1, 0], [1, 1], [0, 0]], [[0, 1], [1, 0], [1, 1]]], "f4")
 MASK = np.array([[0, 1, 1], [0, 1, 0]], "f4")
 
 
-def test_bits_per_sequence_of_a_coin_is_the_number_of_bits():
+def test_bits_per_sequence_of_coin_flips_is_the_number_of_bits():
     coin = np.full_like(TARGETS, 0.5)
     harness.close(losses.bits_per_sequence(TARGETS, coin, MASK), [4.0, 2.0])
 
 
-def test_bits_per_sequence_by_hand():
+def test_bits_per_sequence_matches_values_computed_by_hand():
     outputs = np.where(TARGETS > 0, 0.25, 0.125).astype("f4")
     # -log2(1/4) = 2 for a one, -log2(7/8) for a zero
     zero = -np.log2(0.875)
@@ -632,9 +633,9 @@ def test_bits_per_sequence_by_hand():
     harness.close(losses.bits_per_sequence(TARGETS, outputs, MASK), expected)
 
 
-def test_wrong_bits_are_counted_where_the_mask_says():
+def test_wrong_bits_are_counted_only_under_the_mask():
     outputs = TARGETS.copy()
-    outputs[0, 0] = 1 - outputs[0, 0]  # does not count
+    outputs[0, 0] = 1 - outputs[0, 0]  # masked
     outputs[0, 2, 1] = 0.6
     outputs[1, 1] = 1 - outputs[1, 1]
     wrong = losses.wrong_bits_per_sequence(TARGETS, outputs, MASK)
@@ -663,8 +664,8 @@ def test_metrics_are_means_over_sequences(metric, function):
     assert type(keras.metrics.deserialize(config)) is type(metric)
 
 
-def test_the_loss_is_the_mean_over_the_bits_that_count():
-    """What `losses.py` says of Keras's own loss."""
+def test_the_loss_is_the_mean_over_unmasked_bits():
+    """Checks the statement in `losses.py` about Keras's own loss."""
     outputs = np.random.default_rng(3).uniform(size=TARGETS.shape).astype("f4")
     loss = keras.losses.BinaryCrossentropy(reduction="mean_with_sample_weight")
     bits = losses.bits_per_sequence(TARGETS, outputs, MASK)
@@ -673,7 +674,7 @@ def test_the_loss_is_the_mean_over_the_bits_that_count():
 
 
 @pytest.mark.parametrize("longest, most", [(None, 7), (2, 2), (3, 7)])
-def test_all_repeats_come_once_a_curriculum_is_at_its_end(longest, most):
+def test_a_finished_curriculum_draws_every_number_of_repeats(longest, most):
     task = tasks.RepeatCopy(max_length=3, max_repeats=7, buckets=1)
     rng = np.random.default_rng(3)
     seen = {
@@ -684,7 +685,7 @@ def test_all_repeats_come_once_a_curriculum_is_at_its_end(longest, most):
 
 
 def test_the_pipeline_draws_no_batch_ahead():
-    """A curriculum changes the task between two batches."""
+    """Otherwise a curriculum would change the task too late."""
     drawn = []
 
     class Task(tasks.Copy):
@@ -699,7 +700,7 @@ def test_the_pipeline_draws_no_batch_ahead():
         assert len(drawn) == count
 
 
-def test_error_rate_by_hand():
+def test_error_rate_matches_values_computed_by_hand():
     outputs = np.array(
         [[[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], [[1, 0], [0.3, 0.7], [0, 1]]],
         "f4",
@@ -710,7 +711,7 @@ def test_error_rate_by_hand():
     harness.close(losses.error_rate(targets, outputs, MASK), [0.5, 0.0])
 
 
-def test_errors_of_sums_by_hand():
+def test_errors_of_sums_match_values_computed_by_hand():
     outputs = TARGETS + np.array([9.0, 0.5, -2.0], "f4")[:, None]
     errors = losses.absolute_error_of_sum(TARGETS, outputs, MASK)
     harness.close(errors, [3.0, 1.0])
@@ -722,7 +723,7 @@ def test_errors_of_sums_by_hand():
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_outputs_that_are_no_numbers_are_no_success(kind):
+def test_nan_outputs_give_nan_metrics(kind):
     targets = np.zeros((1, 2, 3), "f4")
     outputs = targets.copy()
     outputs[0, 1, 2] = np.nan
@@ -737,14 +738,14 @@ def losses_and_metrics(kind):
 
 
 def value_of(one, *batch):
-    """Of a loss, or of a metric that has seen nothing else."""
+    """The value of a loss, or of a metric after this batch only."""
     return float(keras.ops.convert_to_numpy(one(*batch)))
 
 
 @pytest.mark.parametrize("weight", [None, np.nan, np.inf, -1e30])
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_what_does_not_count_is_not_looked_at(kind, weight):
-    """One sequence has no step that counts."""
+def test_masked_steps_do_not_change_losses_and_metrics(kind, weight):
+    """One sequence has only masked steps."""
     rng = np.random.default_rng(3)
     targets = np.eye(3, dtype="f4")[rng.integers(3, size=(3, 5))]
     outputs = rng.uniform(0.1, 1, targets.shape).astype("f4")
@@ -761,17 +762,17 @@ def test_what_does_not_count_is_not_looked_at(kind, weight):
                 one.reset_state()
             found = value_of(one, targets, outputs, counts)
             harness.close(found, expected, 1e-6)
-            # Nor does a batch in which nothing counts.
+            # A fully masked batch has no effect either.
             nothing = value_of(one, targets, outputs, 0 * mask)
             is_metric = isinstance(one, keras.metrics.Metric)
             harness.close(nothing, expected if is_metric else 0.0, 1e-6)
-        outputs[0, 1, 1], before = np.nan, outputs[0, 1, 1]  # which counts
+        outputs[0, 1, 1], before = np.nan, outputs[0, 1, 1]  # unmasked
         assert np.isnan(value_of(one, targets, outputs, mask))
         outputs[0, 1, 1] = before
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_gradients_of_what_does_not_count_are_zero(kind):
+def test_gradients_of_masked_steps_are_zero(kind):
     targets = np.eye(3, dtype="f4")[[[0, 2, 1, 1], [1, 2, 0, 0]]]
     outputs = np.full_like(targets, 0.3)
     mask = np.array([[0, 1, 1, 0], [0, 0, 0, 0]], "f4")
@@ -787,7 +788,7 @@ def test_gradients_of_what_does_not_count_are_zero(kind):
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_a_mask_that_comes_with_the_outputs_leaves_steps_out(kind):
+def test_a_mask_on_the_outputs_excludes_steps(kind):
     targets = np.eye(3, dtype="f4")[[[0, 2, 1, 1], [1, 2, 0, 0]]]
     mask = np.array([[0, 1, 1, 0], [1, 1, 0, 1]], "bool")
     layers = [keras.layers.Masking(), keras.layers.ReLU()]
@@ -801,7 +802,7 @@ def test_a_mask_that_comes_with_the_outputs_leaves_steps_out(kind):
         harness.close(value_of(one, targets, outputs, some), expected, 1e-6)
 
 
-def test_losses_and_metrics_of_float64_are_in_float64():
+def test_losses_and_metrics_keep_float64():
     rng = np.random.default_rng(3)
     outputs = rng.uniform(size=TARGETS.shape)
     for function in (losses.bits_per_sequence, losses.absolute_error_of_sum):
@@ -816,7 +817,7 @@ def test_losses_and_metrics_of_float64_are_in_float64():
 @pytest.mark.parametrize(
     "name", [*(kind for kind in losses.KINDS), "functions"]
 )
-def test_arrays_that_are_no_sequences_are_refused(name):
+def test_arrays_other_than_sequences_are_refused(name):
     if name == "functions":
         calls = [
             losses.bits_per_sequence,

@@ -1,4 +1,4 @@
-"""The two time loops give the same numbers."""
+"""Both time loops give the same numbers."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ def differentiate(
 ):
     """Results of a layer, and the gradients of inputs, states and weights.
 
-    `eagerly`, on TensorFlow: without a graph, whose tracing takes longest.
+    `eagerly`, on TensorFlow: without a graph, since tracing takes longest.
     """
     call = {k: way.pop(k) for k in ("mask", "use_memory") if k in way}
     layer = make(case, loop=loop, return_state=True, dtype=dtype, **way)
@@ -117,7 +117,7 @@ def differentiate(
 
 
 def differentiate_portably(case, **arguments):
-    """By Keras's loop, step by step: what the fast loop is compared with."""
+    """The expected values: computed by Keras's loop, step by step."""
     _, *found = differentiate(case, "portable", eagerly=True, **arguments)
     return found
 
@@ -140,7 +140,7 @@ def loops_agree(case, way, jit_compile, dtype):
     assert fast.time_loop == "fast"
     if {weight.dtype for weight in fast.weights} == {"float64"}:
         of_results, of_gradients = 1e-12, 1e-10
-    else:  # a cell that was given has a dtype of its own
+    else:  # a given cell has its own dtype
         of_results, of_gradients = 1e-6, 2e-5
     same(results, portable, of_results)
     same(gradients, expected, of_gradients)
@@ -158,7 +158,7 @@ def each_way(way, case):
     [each_way(way, case) for way in WAYS for case in CASES],
     ids=name_of,
 )
-def test_loops_agree(way, case):
+def test_both_loops_give_the_same_numbers(way, case):
     wide = harness.BACKEND == "tensorflow"
     loops_agree(case, way, False, "float64" if wide else "float32")
 
@@ -167,7 +167,7 @@ def test_loops_agree(way, case):
     "case", [slow_unless(case in PLAIN, case) for case in CASES], ids=name_of
 )
 @harness.needs_tensorflow
-def test_loops_agree_under_xla(case):
+def test_both_loops_give_the_same_numbers_under_xla(case):
     loops_agree(case, "holes", True, "float32")
 
 
@@ -179,7 +179,7 @@ class Unhashable:
 
 
 @pytest.mark.few_backends
-def test_loops_agree_where_no_gradient_of_an_activation_is_known():
+def test_both_loops_agree_with_unknown_activations():
     dtype = "float64" if harness.BACKEND == "tensorflow" else "float32"
     for case in PLAIN:
         kwargs = {
@@ -199,7 +199,7 @@ def test_loops_agree_where_no_gradient_of_an_activation_is_known():
 @pytest.mark.few_backends
 @pytest.mark.parametrize("steps", [1, 2])
 @harness.needs_tensorflow
-def test_loops_agree_at_the_smallest_sizes(steps):
+def test_both_loops_agree_at_the_smallest_sizes(steps):
     small = {"memory_slots": 1, "slot_size": 1, "read_heads": 1}
     for case in PLAIN:
         sizes = {**case.kwargs, **small, "controller_units": 1}
@@ -210,14 +210,14 @@ def test_loops_agree_at_the_smallest_sizes(steps):
         loops_agree(case, "whole", False, "float64")
 
 
-# Fewer states kept.
+# Recomputation.
 
 
 @pytest.mark.few_backends
 @pytest.mark.parametrize(
     ("way", "recompute"), [("holes", 3), ("backwards", 1), ("last", "sqrt")]
 )
-def test_steps_computed_again_give_the_same_numbers(way, recompute):
+def test_recomputed_steps_give_the_same_numbers(way, recompute):
     wide = harness.BACKEND == "tensorflow"
     arguments = {"dtype": "float64" if wide else "float32", **WAYS[way]}
     portable, expected = differentiate_portably(CASES[0], **arguments)
@@ -230,7 +230,7 @@ def test_steps_computed_again_give_the_same_numbers(way, recompute):
 
 
 def plain(**kwargs):
-    """The least memory, of which XLA compiles the loop soonest."""
+    """The smallest memory, whose loop XLA compiles fastest."""
     cell = keras_memory.MemoryCell(
         3, accesses=[toy.ToyAccess()], controller="dense", controller_units=7
     )
@@ -239,7 +239,7 @@ def plain(**kwargs):
 
 @pytest.mark.parametrize("make", [plain, slow_unless(False, small)])
 @harness.needs_tensorflow
-def test_steps_are_computed_again_under_xla_and_of_any_number(make):
+def test_any_number_of_steps_is_recomputed_under_xla(make):
     import tensorflow as tf
 
     keras.config.set_dtype_policy("float64")
@@ -293,8 +293,8 @@ def test_gradients_of_many_segments_add_up_in_32_bits():
     same(slopes[1], slopes[0], 0.03)
 
 
-def test_fewer_states_are_kept():
-    """Of 9 steps those of every third, by the arrays that are kept."""
+def test_recomputing_saves_fewer_states():
+    """Saves every third of 9 states, as the saved arrays show."""
     x = np.ones((2, 9, 5), "float32")
     saved = {}
     real = fast_loop.scan
@@ -316,7 +316,7 @@ def test_fewer_states_are_kept():
 
 
 @harness.needs_tensorflow
-def test_windows_of_a_stream_have_gradients_of_their_own():
+def test_each_window_of_a_stream_has_its_own_gradients():
     import tensorflow as tf
 
     x = np.random.default_rng(3).normal(size=(2, 8, 5)).astype("float32")
@@ -344,7 +344,7 @@ def test_windows_of_a_stream_have_gradients_of_their_own():
     same(second, expected, 1e-5)
 
 
-def test_unknown_ways_to_compute_again_are_refused():
+def test_unknown_values_of_recompute_are_refused():
     for recompute in (0, 2.5, "all", True):
         with pytest.raises(ValueError, match="`recompute` must be"):
             small(recompute=recompute)
@@ -362,7 +362,7 @@ def test_allocation_by_sorting_has_the_same_gradient(monkeypatch):
     same(gradients, portable, 2e-5)
 
 
-# Which loop.
+# The choice of the loop.
 
 
 def in_training(layer, **call):
@@ -375,7 +375,7 @@ def test_the_fast_loop_is_for_training():
     assert layer.time_loop is None
     assert in_training(layer) == "fast"
     layer(np.ones((2, 3, 5), "float32"))
-    assert layer.time_loop == "fast"  # it tells of training
+    assert layer.time_loop == "fast"  # it reports training
     layer = small()
     layer(np.ones((2, 3, 5), "float32"))
     assert layer.time_loop.startswith("portable: not called")
@@ -384,7 +384,7 @@ def test_the_fast_loop_is_for_training():
     assert layer.time_loop == "fast"
 
 
-def test_the_portable_loop_where_it_is_asked_for():
+def test_the_portable_loop_runs_on_request():
     assert in_training(small(loop="portable")) == 'portable: loop="portable"'
     assert in_training(small(unroll=True)) == "portable: unroll=True"
 
@@ -406,7 +406,7 @@ def test_unknown_loops_are_refused():
         small(loop="quick")
 
 
-def test_the_loop_is_in_the_configuration():
+def test_the_config_has_loop_and_recompute():
     assert small(loop="portable").get_config()["loop"] == "portable"
     assert small().get_config()["loop"] == "auto"
     assert small(recompute="sqrt").get_config()["recompute"] == "sqrt"
@@ -414,7 +414,7 @@ def test_the_loop_is_in_the_configuration():
 
 @keras.saving.register_keras_serializable(package="tests")
 class Scaled(toy.ToyCell):
-    """A cell of a user whose step has a weight of its own."""
+    """A custom cell whose step has its own weight."""
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -425,7 +425,7 @@ class Scaled(toy.ToyCell):
         return super().step(scaled, records, training, use_memory)
 
 
-def test_weights_of_a_users_own_step_get_their_gradients():
+def test_weights_of_a_custom_step_get_gradients():
     case = dataclasses.replace(
         CASES[0],
         layer=keras_memory.MemoryRNN,
@@ -441,7 +441,7 @@ def test_weights_of_a_users_own_step_get_their_gradients():
 
 
 def nested():
-    """A memory whose controller is one, with dropout in all its places."""
+    """A memory whose controller is a memory, with every kind of dropout."""
     return keras_memory.DNCCell(
         7,
         memory_slots=5,
@@ -452,7 +452,7 @@ def nested():
     )
 
 
-def test_dropout_of_a_memory_inside_is_the_same_in_both_runs():
+def test_nested_dropout_is_the_same_in_the_forward_and_backward_pass():
     kwargs = {**CASES[0].kwargs, "controller": nested}
     case = dataclasses.replace(CASES[0], kwargs=kwargs)
     layer, _, gradients = differentiate(case, "auto")
@@ -461,7 +461,7 @@ def test_dropout_of_a_memory_inside_is_the_same_in_both_runs():
     same(gradients, expected, 2e-5)
 
 
-def test_losses_of_a_step_are_not_lost():
+def test_steps_that_add_losses_run_in_the_portable_loop():
     regular = keras.layers.Dense(3, activity_regularizer="l2")
     way = in_training(small(controller=regular))
     assert way == "portable: each step adds a loss"
@@ -477,7 +477,7 @@ def wide():
 @pytest.mark.few_backends
 @pytest.mark.parametrize("controller", ["gru", wide], ids=["gru", "wide"])
 @harness.needs_tensorflow
-def test_loops_agree_in_16_bits(controller):
+def test_both_loops_agree_in_16_bits(controller):
     kwargs = {**CASES[0].kwargs, "controller": controller}
     case = dataclasses.replace(CASES[0], kwargs=kwargs)
     arguments = {"dtype": "mixed_bfloat16"}
@@ -518,8 +518,7 @@ def test_second_derivatives_are_refused_or_right():
 
 @harness.needs_tensorflow
 def test_products_have_derivatives_of_any_order():
-    """Those of `addressing` that have a gradient of their
-    own, by finite differences of their gradients."""
+    """Checks products with a custom gradient by finite differences of it."""
     import tensorflow as tf
 
     from keras_memory import addressing
@@ -576,7 +575,7 @@ def test_products_have_derivatives_of_any_order():
 
 
 @pytest.mark.skipif(harness.BACKEND != "jax", reason="JAX has forward mode")
-def test_forward_mode_where_nothing_is_trained():
+def test_forward_mode_works_outside_of_training():
     import jax
 
     layer = small()
@@ -589,10 +588,10 @@ def test_forward_mode_where_nothing_is_trained():
     harness.close(ops.sum(forward), ops.sum(back * along), 1e-5)
 
 
-# What a step remembers.
+# Results that a step saves.
 
 
-def test_linear_and_kept_just_compute_outside_of_the_loop():
+def test_linear_and_kept_only_compute_outside_of_the_loop():
     x = np.ones((2, 3), "float32")
     kernel = np.full((3, 5), 2.0, "float32")
     result = linear([x, x], [kernel, kernel], np.ones(5, "float32"))
@@ -605,8 +604,8 @@ def test_linear_and_kept_just_compute_outside_of_the_loop():
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("loop", ["fast", "portable"])
-def test_calls_of_a_training_loop_leave_nothing_behind(loop):
-    """A graph in which a custom gradient was defined would stay for ever."""
+def test_training_calls_leave_no_graphs_behind(loop):
+    """A graph that defines a custom gradient would never be freed."""
     import gc
 
     import tensorflow as tf

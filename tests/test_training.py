@@ -1,4 +1,4 @@
-"""Configurations, training and the command line, on a small task."""
+"""Tests of configurations, training and the command, on a small task."""
 
 import dataclasses
 import json
@@ -58,15 +58,15 @@ def small(*settings):
 
 
 def plain(*settings):
-    """Of an LSTM, which is traced soonest: where only the run matters."""
+    """Settings of an LSTM, the fastest to trace, if only the run matters."""
     fit = [one for one in SMALL if not one.startswith(OF_A_MEMORY)]
     return config.override(
         presets.PRESETS["copy"]["lstm"], [*fit, "units=13", *settings]
     )
 
 
-# Of runs that are broken and resumed, and of others that they are compared
-# with.
+# Settings of runs that are broken and resumed, and of the runs that they must
+# equal.
 RESUMED = [
     "steps=50",
     "checkpoint_every=10",
@@ -79,7 +79,7 @@ RESUMED = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run: its folder, what was shown, and what was returned."""
+    """A finished run: its folder, its printed lines, and its results."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     shown = []
     results = training.train(small(*RESUMED), folder, shown.append)
@@ -94,7 +94,7 @@ def plain_run(tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_everything(run):
+def test_a_run_writes_all_its_files(run):
     folder, shown, results = run
     assert runs.read_config(folder) == small(*RESUMED)
     assert json.loads((folder / "results.json").read_text()) == results
@@ -161,12 +161,12 @@ def without_seconds(folder):
     ]
 
 
-def test_same_seed_same_run(plain_run, tmp_path):
+def test_runs_of_one_seed_are_equal(plain_run, tmp_path):
     training.train(plain(*RESUMED), tmp_path / "two", lambda line: None)
     assert without_seconds(tmp_path / "two") == without_seconds(plain_run)
 
 
-def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
+def test_steps_limit_the_run_and_pictures_can_be_off(tmp_path):
     settings = plain("steps=7", "picture_every=0", "checkpoint_every=0")
     results = training.train(settings, tmp_path / "run", lambda line: None)
     assert results["steps"] == 7
@@ -175,7 +175,7 @@ def test_steps_are_the_most_steps_and_pictures_can_be_off(tmp_path):
 
 
 def summaries(folder):
-    """Tag -> steps of what was written for TensorBoard."""
+    """Dict from each TensorBoard tag to its steps."""
     found = {}
     for path in sorted(folder.glob("events*")):
         for record in tf.data.TFRecordDataset(str(path)):
@@ -185,8 +185,8 @@ def summaries(folder):
     return found
 
 
-def test_everything_counts_steps(run, monkeypatch, tmp_path):
-    """Console and history are in `test_a_run_leaves_everything`."""
+def test_histories_and_summaries_count_steps(run, monkeypatch, tmp_path):
+    """`test_a_run_writes_all_its_files` checks console and history."""
     folder, _, _ = run
     written = summaries(folder / "logs" / "train")
     assert written["epoch_loss"] == list(range(5, 51, 5))
@@ -224,7 +224,7 @@ def test_everything_counts_steps(run, monkeypatch, tmp_path):
         assert ax.get_xlabel() == "steps of 2 sequences"
 
 
-def test_an_animation_has_room_for_pictures_of_other_sizes(tmp_path):
+def test_an_animation_fits_its_largest_picture(tmp_path):
     for number, width in enumerate((30, 47)):
         frame = np.full((20, width, 3), 50 * number, "uint8")
         path = tmp_path / f"{number:08}.png"
@@ -235,7 +235,7 @@ def test_an_animation_has_room_for_pictures_of_other_sizes(tmp_path):
 
 
 def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
-    """Its history has neither steps nor sequences."""
+    """Its history has no columns for steps and sequences."""
     folder = tmp_path / "old"
     folder.mkdir()
     rows = runs.read_history(run[0], small(*RESUMED))
@@ -250,8 +250,8 @@ def test_a_run_of_an_older_version_can_be_read(run, tmp_path):
     assert {row["longest"] for row in old} == {4}
 
 
-def test_time_left_is_without_compilation(monkeypatch):
-    """The first steps take a minute, the others a tenth of a second."""
+def test_time_left_excludes_compilation(monkeypatch):
+    """The first steps take a minute, later ones a tenth of a second."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     config, shown = small("steps=100", "report_every=10"), []
@@ -273,7 +273,7 @@ def test_time_left_is_without_compilation(monkeypatch):
 
 
 @pytest.mark.parametrize("report_every", [1, 3])
-def test_time_left_of_one_step_is_not_known(report_every, monkeypatch):
+def test_time_left_is_unknown_after_one_step(report_every, monkeypatch):
     config, shown = small(f"report_every={report_every}", "steps=1"), []
     curriculum = Curriculum(config)
     progress = Progress(config, curriculum, 0.0, shown.append)
@@ -318,7 +318,7 @@ def test_the_curriculum_grows_with_success_and_ends_at_the_goal():
     assert reached(curriculum) == 2
     curriculum.on_epoch_end(2, report(loss=0.1))
     assert reached(curriculum) == 4
-    assert not curriculum.model.stop_training  # full length only counts
+    assert not curriculum.model.stop_training  # only the full length counts
     curriculum.on_epoch_end(3, report(error=0.7))
     assert not curriculum.model.stop_training
     curriculum.on_epoch_end(4, report(error=0.4))
@@ -335,7 +335,7 @@ def test_the_curriculum_grows_with_steps():
 
 
 @pytest.mark.parametrize("preset", ["default", "dnc"])
-def test_a_preset_can_drop_of_its_controllers_inputs(preset):
+def test_presets_take_controller_dropout(preset):
     settings = ["controller_dropout=0.25", "controller_layers=2"]
     model = training.build(
         config.override(presets.PRESETS["copy"][preset], settings)
@@ -371,15 +371,15 @@ def same_run(folder, other):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(  # before, after a checkpoint; last
+@pytest.mark.parametrize(  # before and after a checkpoint, and last
     "line", [1, slow_unless(False, 4), slow_unless(False, 10)]
 )
-def test_a_broken_run_goes_on_as_if_unbroken(line, run, tmp_path):
+def test_a_resumed_run_equals_an_unbroken_one(line, run, tmp_path):
     folder, shown = tmp_path / "run", []
 
     def show(text):
         shown.append(text)
-        if len(shown) == line + 1:  # the first is the headline
+        if len(shown) == line + 1:  # the first line is the headline
             raise Killed
 
     with pytest.raises(Killed):
@@ -390,7 +390,7 @@ def test_a_broken_run_goes_on_as_if_unbroken(line, run, tmp_path):
         training.resume(folder)
 
 
-def test_ctrl_c_saves_and_leaves(plain_run, tmp_path):
+def test_ctrl_c_saves_and_exits(plain_run, tmp_path):
     folder, shown = tmp_path / "run", []
 
     def show(text):
@@ -409,7 +409,7 @@ def test_ctrl_c_saves_and_leaves(plain_run, tmp_path):
     same_run(folder, plain_run)
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+def test_a_second_ctrl_c_exits_at_once(tmp_path):
     folder = tmp_path / "run"
 
     def show(text):
@@ -422,11 +422,11 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     assert int(saved.optimizer.iterations) == 10
 
 
-def test_a_training_that_diverges_ends_and_keeps_what_was_good(
+def test_a_diverging_run_stops_and_keeps_the_last_good_weights(
     tmp_path, monkeypatch
 ):
     class Broken(tasks.Copy):
-        """From the eighth step on, inputs are no numbers."""
+        """Inputs are NaN from the eighth step on."""
 
         drawn = 0
 
@@ -453,7 +453,7 @@ def test_a_training_that_diverges_ends_and_keeps_what_was_good(
     assert len(runs.read_history(folder, start)) == 1
 
 
-def test_one_run_is_trained_by_one_process(plain_run, tmp_path):
+def test_only_one_process_can_train_a_run(plain_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(plain_run, folder)
     (folder / "results.json").unlink()
@@ -492,7 +492,7 @@ def test_ctrl_c_at_the_very_end_saves(tmp_path, monkeypatch):
     assert int(saved.optimizer.iterations) == 10
 
 
-def test_fresh_sequences_are_not_those_of_the_training(monkeypatch):
+def test_evaluation_draws_sequences_not_seen_in_training(monkeypatch):
     class Model:
         def __call__(self, inputs, training):
             return inputs[..., :8]
@@ -520,8 +520,8 @@ def test_fresh_sequences_are_not_those_of_the_training(monkeypatch):
     assert not fresh & seen
 
 
-def test_evaluation_has_all_lengths_alike():
-    """A model that knows nothing costs a bit for each bit."""
+def test_evaluation_has_every_length_equally_often():
+    """An ignorant model costs one bit for each bit."""
 
     class Model:
         def __call__(self, inputs, training):
@@ -533,7 +533,7 @@ def test_evaluation_has_all_lengths_alike():
     assert results["bits_per_sequence_at_7"] == 8 * 7
 
 
-def test_what_cannot_be_resumed(run, tmp_path, capsys):
+def test_invalid_resumes_are_refused(run, tmp_path, capsys):
     assert cli.main(["train"]) == 2
     assert "the task must be one of: copy" in capsys.readouterr().err
     for folder, reason in (
@@ -562,8 +562,8 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_can_always_go_on(tmp_path):
-    """kill -9 at 25 random moments, of which many are in a checkpoint."""
+def test_a_killed_run_can_always_be_resumed(tmp_path):
+    """kill -9 at 25 random moments, many of them during a checkpoint."""
     settings = [*SMALL, *RESUMED, "steps=300", "checkpoint_every=5"]
     unbroken = tmp_path / "unbroken"
     training.train(small(*settings), unbroken, lambda line: None)
@@ -583,7 +583,7 @@ def test_a_killed_run_can_always_go_on(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        first = process.stdout.readline()  # it has begun
+        first = process.stdout.readline()  # the run has started
         wait = rng.uniform(0.0, 15.0) if kills < 25 else None
         try:
             rest, _ = process.communicate(timeout=wait)
@@ -608,7 +608,7 @@ raise SystemExit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
-def test_config_goes_through_json():
+def test_config_survives_json():
     made = small("head_order=('read', 'write')", "initial_memory=0.5")
     assert config.from_json(config.to_json(made)) == made
     assert made.model.head_order == ("read", "write")
@@ -633,7 +633,7 @@ PRESETS = [
 
 
 @pytest.mark.parametrize(("task", "name"), PRESETS)
-def test_presets_are_of_known_parts(task, name):
+def test_presets_survive_json_and_keep_their_task(task, name):
     made = presets.PRESETS[task][name]
     assert config.from_json(config.to_json(made)) == made
     assert made.task.name == task
@@ -643,7 +643,7 @@ def test_presets_are_of_known_parts(task, name):
 @pytest.mark.parametrize(
     "task",
     [
-        # One in numbers, `run` is one in bits, and the others with `-m slow`.
+        # A task of numbers; `run` is a task of bits. The others are slow.
         slow_unless(task == "adding", task)
         for task in tasks.TASKS
     ],
@@ -662,7 +662,7 @@ def test_each_task_trains(task, tmp_path):
     results = training.train(small, tmp_path / "run", lambda line: None)
     assert all(np.isfinite(value) for value in results.values())
     if task == "n-grams":
-        # Tests of other models are on the same sequences.
+        # Other models are tested on the same sequences.
         again = runs.evaluate(training.build(small), small.task, length=10)
         optimal = results["optimal_bits_per_sequence_at_10"]
         assert again["optimal_bits_per_sequence_at_10"] == optimal
@@ -685,13 +685,13 @@ def test_each_task_trains(task, tmp_path):
         ["train", "copy", "--set", "memory_slots=3.5"],
         ["train", "copy", "--set", "memory_slots=many"],
         ["train", "copy", "--set", "controller=ltsm"],
-        ["train", "copy", "--set", "controller=gru"],  # with this start
+        ["train", "copy", "--set", "controller=gru"],  # not in this preset
         ["train", "copy", "--set", "optimizer=adamm"],
         ["train", "copy", "--set", "optimizer_options={'beta': 0.5}"],
         ["train", "copy", "--set", "optimizer_options=3"],
         ["train", "copy", "--set", "test_lengths=(0,)"],
         ["train", "argmax", "--set", "test_lengths=(99,)"],
-        ["train", "copy", "--set", "clipvalue=1.0"],  # beside clipnorm
+        ["train", "copy", "--set", "clipvalue=1.0"],  # conflicts with clipnorm
         ["train", "copy", "--set", "curriculum_loss=0"],
         ["train", "copy", "--preset", "mine"],
         ["train", "copy", "--set", "controller_dropout=1.5"],
@@ -715,7 +715,9 @@ def test_each_task_trains(task, tmp_path):
     ],
     ids=lambda arguments: " ".join(arguments[1:]),
 )
-def test_bad_input_is_one_line_and_nothing_is_left(arguments, tmp_path, capsys):
+def test_bad_input_prints_one_line_and_leaves_no_files(
+    arguments, tmp_path, capsys
+):
     out = tmp_path / "run"
     assert cli.main([*arguments, "--out", str(out)]) == 2
     text = capsys.readouterr()
@@ -734,25 +736,27 @@ def test_usage_errors_exit_with_2(arguments, capsys):
     assert "keras-memory" in capsys.readouterr().err
 
 
-def test_a_folder_with_files_is_left_alone(tmp_path, capsys):
+def test_a_folder_with_files_is_refused(tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     assert cli.main(["train", "copy", "--out", str(tmp_path)]) == 2
     assert "folder of its own" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["mine"]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+def test_an_impossible_folder_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run"
     assert cli.main(["train", "copy", "--out", str(out)]) == 2
     assert "keras-memory: error:" in capsys.readouterr().err
 
 
-def test_the_command_trains_and_says_where(tmp_path, capsys, monkeypatch):
+def test_the_command_trains_and_prints_the_folder(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     settings = [part for setting in SMALL for part in ("--set", setting)]
     command = ["train", "copy", "--steps", "5", "--seed", "3", *settings]
-    (tmp_path / "runs" / "copy-1").mkdir(parents=True)  # of an earlier run
+    (tmp_path / "runs" / "copy-1").mkdir(parents=True)  # an earlier run
     assert cli.main(command) == 0
     assert "runs/copy-2/export/1" in capsys.readouterr().out
     run = tmp_path / "runs" / "copy-2"
@@ -760,10 +764,10 @@ def test_the_command_trains_and_says_where(tmp_path, capsys, monkeypatch):
     assert (run / "pictures" / "length-4.png").exists()
 
 
-# What else the command does with runs.
+# Other commands on runs.
 
 
-def test_evaluate_tells_the_errors(plain_run, capsys):
+def test_evaluate_prints_the_errors(plain_run, capsys):
     folder = plain_run
     results = json.loads((folder / "results.json").read_text())
     assert cli.main(["evaluate", str(folder), "--length", "7", "3"]) == 0
@@ -777,7 +781,7 @@ def test_evaluate_tells_the_errors(plain_run, capsys):
     assert "up to 4" in capsys.readouterr().out
 
 
-def test_plot_draws(plain_run, tmp_path, capsys):
+def test_plot_writes_pictures(plain_run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(plain_run, folder)
     shutil.rmtree(folder / "pictures")
@@ -796,7 +800,9 @@ def test_plot_draws(plain_run, tmp_path, capsys):
             image.verify()
 
 
-def test_compare_draws_seeds_as_one_and_tells_when(plain_run, tmp_path, capsys):
+def test_compare_joins_seeds_and_reports_when_they_learned(
+    plain_run, tmp_path, capsys
+):
     other = tmp_path / "other"
     training.train(plain("steps=30", "seed=7"), other, lambda line: None)
     out = tmp_path / "out.png"
@@ -827,7 +833,9 @@ def test_compare_draws_seeds_as_one_and_tells_when(plain_run, tmp_path, capsys):
         ),
     ],
 )
-def test_the_legend_of_a_comparison(run, changes, label, tmp_path, monkeypatch):
+def test_the_legend_names_the_settings_that_differ(
+    run, changes, label, tmp_path, monkeypatch
+):
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(run[0] / "history.csv", other)
@@ -842,7 +850,7 @@ def test_the_legend_of_a_comparison(run, changes, label, tmp_path, monkeypatch):
     assert labels[-1] == label.replace("FOLDER", str(tmp_path))
 
 
-def test_the_mean_of_seeds_goes_on_level_after_an_end():
+def test_finished_seeds_keep_their_last_error_in_the_mean():
     class Run:
         def __init__(self, steps, errors):
             self.steps, self.errors = np.array(steps), np.array(errors)
@@ -854,12 +862,12 @@ def test_the_mean_of_seeds_goes_on_level_after_an_end():
     np.testing.assert_array_equal(errors, [[3, 1, 1], [4, 2, 0]])
 
 
-def test_export_of_a_run(run, tmp_path, capsys):
+def test_export_writes_a_run_once_per_version(run, tmp_path, capsys):
     out = tmp_path / "served"
     command = ["export", str(run[0]), str(out), "--version", "3"]
     assert cli.main(command) == 0
     assert (out / "3" / "saved_model.pb").exists()
-    assert cli.main(command) == 2  # it is there
+    assert cli.main(command) == 2  # this version exists
     assert "keras-memory: error:" in capsys.readouterr().err
 
 
@@ -878,7 +886,7 @@ def test_export_of_a_run(run, tmp_path, capsys):
     ],
     ids=" ".join,
 )
-def test_bad_input_about_runs_is_one_line(arguments, run, tmp_path, capsys):
+def test_bad_input_about_runs_prints_one_line(arguments, run, tmp_path, capsys):
     places = {"RUN": str(run[0]), "OUT": str(tmp_path / "out")}
     assert cli.main([places.get(part, part) for part in arguments]) == 2
     text = capsys.readouterr().err
@@ -887,7 +895,7 @@ def test_bad_input_about_runs_is_one_line(arguments, run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_show_prints_what_can_be_set(capsys):
+def test_print_config_shows_the_settings(capsys):
     command = ["train", "copy", "--preset", "pytorch-ntm", "--print-config"]
     assert cli.main([*command, "--set", "memory_slots=7"]) == 0
     shown = config.from_json(capsys.readouterr().out)
@@ -895,20 +903,20 @@ def test_show_prints_what_can_be_set(capsys):
     assert shown == config.override(preset, ["memory_slots=7"])
 
 
-# Architectures and tasks of one's own.
+# Custom architectures and tasks.
 
 
 @dataclasses.dataclass
 class GRU:
-    """As a user writes it: not frozen, with types of several kinds."""
+    """A user's architecture: not frozen, with fields of several types."""
 
     units: int = 7
     rate: float = 0.0
     sizes: "tuple[int, ...]" = ()
     names: list = dataclasses.field(default_factory=list)
-    bits: int | None = None  # a task has them, too
+    bits: int | None = None  # tasks have this name, too
     kind: typing.Literal["one", "two"] = "one"
-    seed: int = 0  # and a training
+    seed: int = 0  # trainings have this name, too
 
     def build(self, inputs, units, activation):
         x = keras.layers.GRU(self.units, return_sequences=True)(inputs)
@@ -917,7 +925,7 @@ class GRU:
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(tasks.Copy):
-    """A task with a value that is no size."""
+    """A task with a field that is not a size."""
 
     noise: float = 0.5
 
@@ -926,7 +934,7 @@ class Shifted(tasks.Copy):
 
 @pytest.fixture
 def own(monkeypatch):
-    """A training of an architecture and a task of the user's own."""
+    """A training with a custom architecture and task."""
     monkeypatch.setitem(config.MODELS, "gru", GRU)
     monkeypatch.setitem(tasks.TASKS, "shifted", Shifted)
     return dataclasses.replace(
@@ -936,11 +944,11 @@ def own(monkeypatch):
     )
 
 
-def test_a_model_of_ones_own_goes_through_json(own):
+def test_a_custom_model_survives_json(own):
     assert config.from_json(config.to_json(own)) == own
 
 
-def test_settings_reach_a_model_of_ones_own(own):
+def test_settings_reach_a_custom_model(own):
     made = config.override(
         own,
         ["units=9", "rate=1", "sizes=[[4], 5]", "names=['c']", "noise=1"],
@@ -956,7 +964,7 @@ def test_settings_reach_a_model_of_ones_own(own):
             config.override(own, [setting])
 
 
-def test_a_model_of_ones_own_is_trained_and_goes_on(own, tmp_path):
+def test_a_custom_model_is_trained_and_resumed(own, tmp_path):
     settings = ["steps=10", "checkpoint_every=5", "picture_every=0"]
 
     def show(text):
@@ -971,7 +979,7 @@ def test_a_model_of_ones_own_is_trained_and_goes_on(own, tmp_path):
     assert runs.read_config(folder).model == own.model
 
 
-def test_parts_that_could_not_be_read_again_are_refused(own, monkeypatch):
+def test_parts_that_could_not_be_restored_are_refused(own, monkeypatch):
     @dataclasses.dataclass
     class Mine(GRU):
         other: object = None
@@ -987,7 +995,7 @@ def test_parts_that_could_not_be_read_again_are_refused(own, monkeypatch):
             config.to_json(dataclasses.replace(own, model=model))
 
 
-def test_numbers_of_numpy_are_taken(own):
+def test_numpy_numbers_are_accepted(own):
     made = dataclasses.replace(
         own,
         steps=np.int64(7),
@@ -1007,7 +1015,7 @@ def test_numbers_of_numpy_are_taken(own):
     json.dumps(dataclasses.asdict(made.task))
 
 
-def test_lengths_go_with_the_longest(capsys):
+def test_test_and_probe_lengths_follow_the_longest(capsys):
     assert (
         cli.main(["train", "copy", "--set", "max_length=5", "--print-config"])
         == 0
@@ -1023,7 +1031,7 @@ def test_lengths_go_with_the_longest(capsys):
     assert config.override(start, ["bits=5"]).test_lengths == (40, 80, 120)
 
 
-# Files that were damaged.
+# Damaged files.
 
 GOOD = config.to_json(presets.PRESETS["copy"]["default"])
 DAMAGED = {
@@ -1056,7 +1064,9 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_configuration_is_named(content, tmp_path, capsys):
+def test_a_damaged_configuration_is_refused_with_its_path(
+    content, tmp_path, capsys
+):
     assert content != GOOD.encode()
     path = tmp_path / "config.json"
     path.write_bytes(content)
@@ -1082,7 +1092,7 @@ def test_a_damaged_configuration_is_named(content, tmp_path, capsys):
         b"loss,seconds,wrong_bits_per_sequence\n1.0,2.0," + b"1" * 200_000,
     ],
 )
-def test_a_damaged_history_is_named(content, tmp_path):
+def test_a_damaged_history_is_refused_with_its_path(content, tmp_path):
     path = tmp_path / "history.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="^" + re.escape(str(path))):
@@ -1090,7 +1100,7 @@ def test_a_damaged_history_is_named(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", bytes(9), b"[]", b"\xff\xfe"])
-def test_damaged_results_are_named(content, tmp_path):
+def test_damaged_results_are_refused_with_their_path(content, tmp_path):
     (tmp_path / "config.json").write_text(GOOD)
     path = tmp_path / "results.json"
     path.write_bytes(content)
@@ -1099,14 +1109,14 @@ def test_damaged_results_are_named(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04half", bytes(99)])
-def test_a_damaged_model_is_named(content, tmp_path):
+def test_a_damaged_model_is_refused_with_its_name(content, tmp_path):
     for name in ("model.keras", "checkpoint.keras"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} must be a model"):
             runs.load(str(tmp_path / name))
 
 
-def test_a_damaged_picture_is_named(run, tmp_path):
+def test_a_damaged_picture_is_refused_with_its_path(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
     frames = folder / "pictures" / "length-4"
@@ -1117,7 +1127,7 @@ def test_a_damaged_picture_is_named(run, tmp_path):
         runs.draw(small(*RESUMED), model, folder)
 
 
-# Runs of several kinds, and unfinished ones.
+# Runs of different tasks, and unfinished runs.
 
 
 def test_runs_of_different_tasks_are_not_compared(run, tmp_path, capsys):
@@ -1134,7 +1144,7 @@ def test_runs_of_different_tasks_are_not_compared(run, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_of_an_unfinished_run_the_checkpoint_is_taken(
+def test_commands_use_the_checkpoint_of_an_unfinished_run(
     plain_run, tmp_path, capsys
 ):
     folder = tmp_path / "run"
@@ -1154,7 +1164,7 @@ def test_of_an_unfinished_run_the_checkpoint_is_taken(
     assert "not finished" not in capsys.readouterr().err
 
 
-# What is no argument of that kind.
+# Wrong arguments.
 
 START = presets.PRESETS["copy"]["default"]
 RNG = np.random.default_rng(1)
@@ -1228,7 +1238,9 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("name", "wrong", "call"), CALLS)
-def test_wrong_arguments_are_named(name, wrong, call, tmp_path, monkeypatch):
+def test_errors_name_the_wrong_argument(
+    name, wrong, call, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for value in wrong:
         with pytest.raises(ValueError, match=rf"\b{re.escape(name)}\b"):

@@ -1,4 +1,4 @@
-"""Pictures are looked at as Matplotlib has them: arrays, labels, limits."""
+"""Figures are checked in Matplotlib: their arrays, labels and limits."""
 
 import io
 import subprocess
@@ -45,13 +45,13 @@ def texts(labels):
 
 
 def check_alike(image, other):
-    """But for ticks, which lie under the frame where only parts are redrawn."""
+    """Equal except for ticks: after a partial redraw, frames lie over them."""
     assert (image != other).any(axis=2).mean() < 0.002
 
 
 @pytest.fixture
 def trace():
-    """Of two sequences of 11 steps: 13 slots of 3, two read heads."""
+    """A trace of two sequences of 11 steps: 13 slots of 3, two read heads."""
     written = one_hot([0, 1, 2, 3, 4] + [5] * 6, 13)[:, None]
     read = one_hot([7] * 6 + [0, 1, 2, 3, 4], 13)[:, None].repeat(2, axis=1)
     memory = np.cumsum(written[:, 0, :, None] * [1.0, -1.0, 0.5], axis=0)
@@ -72,7 +72,7 @@ def trace():
 # Figures, images and files.
 
 
-def test_a_figure_shows_in_a_notebook_and_makes_an_image():
+def test_a_figure_renders_in_a_notebook_and_as_an_array():
     figure = visualization.plot_weighting(one_hot([2, 3], 5))
     image = visualization.to_image(figure)
     assert image.dtype == np.uint8
@@ -83,14 +83,14 @@ def test_a_figure_shows_in_a_notebook_and_makes_an_image():
         np.testing.assert_array_equal(np.asarray(png), image)
 
 
-def test_the_image_of_a_part_of_a_figure_is_that_of_the_figure():
+def test_the_image_of_a_subfigure_is_that_of_its_figure():
     part = Figure((2, 3), dpi=50).subfigures(2)[0]
     ax = part.subplots()
     assert visualization.plot_weighting(one_hot([2], 5), [ax]) is part
     assert visualization.to_image(part).shape == (150, 100, 3)
 
 
-def test_a_figure_of_a_user_stays_as_it_is():
+def test_a_figure_of_a_user_keeps_its_canvas():
     figure = Figure((2, 3), dpi=50)
     before = figure.canvas
     ax = figure.subplots()
@@ -105,7 +105,7 @@ def test_pyplot_is_not_imported():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_png_is_lossless_and_tells_its_software():
+def test_a_png_is_lossless_and_names_its_software():
     image = RNG.integers(0, 256, (7, 11, 3), "uint8")
     with Image.open(io.BytesIO(visualization.to_png(image, "mine"))) as png:
         np.testing.assert_array_equal(np.asarray(png), image)
@@ -135,7 +135,9 @@ def test_a_gif_has_every_frame_and_repeats():
         ([(2, 3, 3)], 9, "`milliseconds` must be at least 10.*Received"),
     ],
 )
-def test_gifs_that_cannot_be(shapes, milliseconds, message):
+def test_gifs_of_wrong_frames_or_durations_are_refused(
+    shapes, milliseconds, message
+):
     images = [np.zeros(shape, "uint8") for shape in shapes]
     with pytest.raises(ValueError, match=message):
         visualization.to_gif(images, milliseconds)
@@ -145,7 +147,7 @@ def test_gifs_that_cannot_be(shapes, milliseconds, message):
 
 
 @pytest.mark.parametrize("heads", [None, 1, 3])
-def test_a_weighting_is_the_array_of_its_image(heads):
+def test_a_weighting_is_drawn_as_the_array_of_its_image(heads):
     weighting = RNG.uniform(0.5, 1, size=(11, heads or 1, 7))
     given = weighting if heads else weighting[:, 0]
     figure = visualization.plot_weighting(given, slots="all")
@@ -161,7 +163,7 @@ def test_a_weighting_is_the_array_of_its_image(heads):
     assert not drawn[0].get_xlabel() or len(drawn) == 1
 
 
-def test_weights_that_are_spread_have_a_scale_that_shows_them():
+def test_small_weights_get_a_narrower_color_scale():
     for largest, end in ((0.25, 0.25), (0.5, 1.0), (0.0, 1.0)):
         weighting = np.full((3, 5), largest)
         for slots, high in (("used", end), ([1, 2], end), ("all", 1.0)):
@@ -180,7 +182,9 @@ def test_weights_that_are_spread_have_a_scale_that_shows_them():
         ([5], [7, 3], [7, 3]),
     ],
 )
-def test_slots_in_use_are_shown_and_the_label_says_so(used, slots, shown):
+def test_only_used_slots_are_shown_and_the_label_counts_them(
+    used, slots, shown
+):
     weighting = one_hot(used, 31).clip(0.01)
     ax = visualization.plot_weighting(weighting, slots=slots).axes[0]
     np.testing.assert_array_equal(arrays(ax)[0], weighting[:, list(shown)].T)
@@ -192,7 +196,7 @@ def test_slots_in_use_are_shown_and_the_label_says_so(used, slots, shown):
 
 
 @pytest.mark.parametrize("function", ["weighting", "linkage", "memory", "task"])
-def test_slots_in_use_are_found_beside_nan(function):
+def test_used_slots_are_found_beside_nan(function):
     values = np.zeros((1, 3, 1, 31))
     values[..., 7], values[0, 1, 0, 7] = 0.5, np.nan
     if function == "linkage":
@@ -210,7 +214,7 @@ def test_slots_in_use_are_found_beside_nan(function):
     assert visualization.plot_weighting(values).axes[0].get_ylabel() == "slot"
 
 
-def test_slots_beside_all_ticks_have_labels():
+def test_every_slot_tick_has_the_label_of_its_slot():
     slots = list(range(1, 19, 2))
     ax = visualization.plot_weighting(one_hot([1], 31), slots=slots).axes[0]
     assert len(texts(ax.get_yticklabels())) > 2
@@ -221,20 +225,20 @@ def test_slots_beside_all_ticks_have_labels():
 @pytest.mark.parametrize(
     "heads, shown", [(1, ["hello"]), (2, ["hello, head 0", "head 1"])]
 )
-def test_a_title_over_axes_of_a_user(heads, shown):
+def test_a_title_is_put_over_axes_of_a_user(heads, shown):
     mine = Figure().subplots(heads)
     weighting = RNG.uniform(size=(3, heads, 5))
     figure = visualization.plot_weighting(weighting, mine, title="hello")
     assert titles(figure) == shown
 
 
-def test_slots_that_are_not_there():
+def test_missing_slots_are_refused():
     for slots in ([31], [-1], [0.5], "some", []):
         with pytest.raises(ValueError, match="`slots` must be.*Received"):
             visualization.plot_weighting(one_hot([1], 31), slots=slots)
 
 
-def test_axes_of_a_user_are_drawn_into():
+def test_plots_are_drawn_into_axes_of_a_user():
     mine = Figure().subplots(2)
     weighting = RNG.uniform(size=(11, 2, 7))
     visualization.plot_weighting(weighting, mine, names=["one", "other"])
@@ -252,7 +256,7 @@ def test_axes_of_a_user_are_drawn_into():
 # Memory, links and gates.
 
 
-def test_memory_is_shown_at_moments_on_one_symmetric_scale():
+def test_memory_is_shown_at_some_steps_on_one_symmetric_scale():
     memory = RNG.normal(size=(11, 7, 5))
     memory[3, 2, 1], memory[4, 0, 0] = -9.0, np.nan
     figure = visualization.plot_memory(memory, frames=3)
@@ -266,7 +270,7 @@ def test_memory_is_shown_at_moments_on_one_symmetric_scale():
     np.testing.assert_array_equal(arrays(single.axes[0])[0], memory[10])
 
 
-def test_only_slots_of_the_memory_that_differ_are_shown():
+def test_only_slots_with_changing_content_are_shown():
     memory = np.full((3, 31, 5), 0.5)
     memory[2, 7] = 2.0
     ax = visualization.plot_memory(memory).axes[0]
@@ -283,7 +287,7 @@ def test_nan_has_a_color_that_no_number_has():
     assert np.abs(numbers - bad).max(axis=1).min() > 0.2
 
 
-def test_links_are_cropped_both_ways():
+def test_links_are_cropped_in_rows_and_columns():
     linkage = np.zeros((3, 31, 31))
     linkage[2, 7, 6] = 1.0
     figure = visualization.plot_linkage(linkage)
@@ -292,7 +296,7 @@ def test_links_are_cropped_both_ways():
     assert ax.get_ylabel() == "slot (4 of 31)"
 
 
-def test_links_that_were_kept_in_their_places():
+def test_sparse_links_are_put_back_in_their_columns():
     linkage = np.array([[0.5, 0.25], [0.0, 1.0], [0.125, 0.0]])
     columns = np.array([[2, 1], [0, 2], [1, 0]], "float32")
     expected = [[0, 0.25, 0.5], [0, 0, 1], [0, 0.125, 0]]
@@ -303,7 +307,7 @@ def test_links_that_were_kept_in_their_places():
             dense_linkage(linkage, wrong)
 
 
-def test_gates_and_modes_are_rows_with_the_names_of_heads(trace):
+def test_gates_and_modes_are_rows_named_by_head(trace):
     one = {name: values[0] for name, values in trace.items()}
     ax = axes(visualization.plot_gates(one), "gates")
     rows = dict(zip(texts(ax.get_yticklabels()), arrays(ax)[0]))
@@ -318,7 +322,7 @@ def test_gates_and_modes_are_rows_with_the_names_of_heads(trace):
         visualization.plot_gates({})
 
 
-def test_links_of_several_write_heads_are_a_panel_each():
+def test_each_write_head_has_a_panel_of_links():
     linkage = RNG.uniform(size=(3, 2, 5, 5))
     figure = visualization.plot_linkage(linkage, frames=3)
     for head in (0, 1):
@@ -337,7 +341,7 @@ def test_infinities_of_a_memory_have_the_color_of_nan():
     weighting = [[0.25, np.nan], [0.25, 0.25]]
     (array,) = arrays(visualization.plot_weighting(weighting).axes[0])
     np.testing.assert_array_equal(array.mask, [[False, False], [True, False]])
-    rounded = np.array([[1.004, -0.004]])  # as 16 bits have it
+    rounded = np.array([[1.004, -0.004]])  # rounded as in 16 bits
     visualization.plot_weighting(rounded)
 
 
@@ -367,10 +371,10 @@ def test_a_task_has_everything_on_one_time_axis(trace):
         ends = [tuple(back.transform(b)[:, 0].round(6)) for b in bounds]
         assert ends == grayed
     labels = {axes(figure, t).get_ylabel() for t in shown[5:]}
-    assert labels == {"slot (10 of 13)"}  # 0 to 7, and one at each end
+    assert labels == {"slot (10 of 13)"}  # 0 to 7 and their neighbours
 
 
-def test_a_row_of_the_batch_is_drawn(trace):
+def test_a_chosen_row_of_the_batch_is_drawn(trace):
     figure = visualization.plot_task(trace, row=1)
     assert not arrays(axes(figure, "output"))[0].any()
     for row in (2, -1, 0.5):
@@ -378,8 +382,8 @@ def test_a_row_of_the_batch_is_drawn(trace):
             visualization.plot_task(trace, row=row)
 
 
-def test_a_figure_takes_other_numbers_of_the_same_shapes(trace):
-    """As fast as a training wants it."""
+def test_a_figure_is_redrawn_with_other_numbers_of_the_same_shapes(trace):
+    """A redraw is faster, which matters during training."""
     other = {name: values[::-1] / 2 for name, values in trace.items()}
     mask = np.ones((2, 11)) * (np.arange(11) > 5)
     options = {"slots": "all", "mask": mask, "memory": False}
@@ -394,7 +398,7 @@ def test_a_figure_takes_other_numbers_of_the_same_shapes(trace):
             for one, array in zip(arrays(ax), arrays(same), strict=True):
                 np.testing.assert_array_equal(one, array)
         check_alike(redrawn.image(), visualization.to_image(figure))
-    more = {**trace, "output": 3 * trace["output"]}  # on another scale
+    more = {**trace, "output": 3 * trace["output"]}  # needs another color scale
     options["figure"] = figure
     assert visualization.plot_task(more, **options) is not figure
 
@@ -410,7 +414,7 @@ def test_a_figure_takes_other_numbers_of_the_same_shapes(trace):
         {"cleared": True},
     ],
 )
-def test_a_figure_is_redrawn_only_if_the_rest_is_the_same(trace, change):
+def test_a_figure_is_reused_only_if_all_else_is_the_same(trace, change):
     mask, change = np.ones((2, 11)) * (np.arange(11) > 5), {**change}
     options = {"slots": [*range(13)], "mask": mask, "targets": trace["output"]}
     figure = visualization.plot_task(trace, **options)
@@ -424,7 +428,7 @@ def test_a_figure_is_redrawn_only_if_the_rest_is_the_same(trace, change):
     assert again is not figure and len(again.axes) == 8
 
 
-def test_a_figure_that_cannot_be_drawn_stays_as_it_was(trace):
+def test_a_figure_that_cannot_be_drawn_is_unchanged(trace):
     figure = visualization.plot_task(trace)
     before, artist = figure.canvas, figure.axes[0].images[0]
     figure.axes[0].set_xlabel("$\\wrong$")
@@ -440,7 +444,7 @@ def test_targets_and_outputs_have_one_scale():
     assert limits == [(-2, 2), (-2, 2), (0, 3.5)]
 
 
-def test_heads_of_several_axes_have_their_indices_as_names():
+def test_heads_on_several_axes_are_named_by_their_indices():
     weighting = RNG.uniform(size=(1, 3, 2, 1, 2, 5))
     figure = visualization.plot_task({"read_weighting": weighting})
     shown = ["read 0, 0, 0", "read 0, 0, 1", "read 1, 0, 0", "read 1, 0, 1"]
@@ -449,7 +453,7 @@ def test_heads_of_several_axes_have_their_indices_as_names():
     np.testing.assert_array_equal(array, weighting[0, :, 1, 0, 0].T)
 
 
-def test_blocks_are_told_apart_and_without_memory_the_rest_stays(trace):
+def test_blocks_are_named_and_memory_can_be_left_out(trace):
     blocks = {f"block{b}/{name}": trace[name] for b in "01" for name in trace}
     figure = visualization.plot_task(blocks, trace["output"], memory=False)
     shown = titles(figure)
@@ -459,7 +463,7 @@ def test_blocks_are_told_apart_and_without_memory_the_rest_stays(trace):
     assert titles(figure) == ["input", "target"]
 
 
-def test_scales_reach_to_all_numbers(trace):
+def test_color_scales_cover_all_numbers(trace):
     inputs = RNG.normal(size=(2, 11, 5))
     targets = 4.0 * trace["output"]
     figure = visualization.plot_task({}, inputs, targets)
@@ -481,7 +485,7 @@ def test_scales_reach_to_all_numbers(trace):
         ({"trace": {}}, "`trace` must have outputs.*alone. Rec"),
     ],
 )
-def test_sequences_that_do_not_fit(trace, arguments, message):
+def test_sequences_of_wrong_shape_are_refused(trace, arguments, message):
     with pytest.raises(ValueError, match=message):
         visualization.plot_task(**{"trace": trace, **arguments})
 
@@ -489,7 +493,7 @@ def test_sequences_that_do_not_fit(trace, arguments, message):
 # Curves.
 
 
-def test_runs_are_their_mean_in_a_band():
+def test_several_runs_are_drawn_as_their_mean_in_a_band():
     y = np.array([[1.0, 3.0, np.nan], [3.0, 5.0, 2.0]])
     series = {"ntm": ([1, 2, 5], y), "lstm": ([1, 4], [7, 8])}
     ax = visualization.plot_curves(series, marks={"here": 3}, goal=2).axes[0]
@@ -499,13 +503,13 @@ def test_runs_are_their_mean_in_a_band():
     np.testing.assert_array_equal(handles[1].get_xdata(), [1, 4])
     assert handles[0].get_color() != handles[1].get_color()
     assert handles[0].get_linestyle() != handles[1].get_linestyle()
-    assert len(ax.collections) == 1  # of several runs only
+    assert len(ax.collections) == 1  # a band only for several runs
     band = ax.collections[0].get_paths()[0].vertices
     assert {tuple(point) for point in band} >= {(1, 1), (1, 3), (2, 5)}
     assert texts(ax.texts) == [" here"] and ax.get_ylim()[0] == 0
 
 
-def test_zeros_are_at_the_bottom_of_a_scale_by_factors():
+def test_zeros_are_at_the_bottom_of_a_log_scale():
     series = {"one": ([1, 10, 100], [100.0, 0.01, 0.0])}
     ax = visualization.plot_curves(series, log_y=True, log_x=True).axes[0]
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "symlog")
@@ -524,13 +528,13 @@ def test_zeros_are_at_the_bottom_of_a_scale_by_factors():
         ({"one": ([0, 2], [1, 2])}, {"log_x": True}, "logarithmic"),
     ],
 )
-def test_curves_that_cannot_be_drawn(series, options, message):
+def test_wrong_curves_are_refused(series, options, message):
     with pytest.raises(ValueError, match=message):
         visualization.plot_curves(series, **options)
 
 
 @pytest.mark.parametrize("goal", [None, 20.0])
-def test_positive_numbers_fill_a_scale_by_factors(goal):
+def test_positive_numbers_fill_a_log_scale(goal):
     series = {"one": ([1, 2, 3], [100.0, np.nan, 1000.0])}
     ax = visualization.plot_curves(series, log_y=True, goal=goal).axes[0]
     assert ax.get_yscale() == "log"
@@ -547,7 +551,7 @@ def rows(steps, longest=20):
     ]
 
 
-def test_learning_shows_curriculum_and_goal_and_goes_on_level():
+def test_learning_shows_curriculum_and_goal_and_extends_ended_runs():
     run = rows([10, 20], 5) + rows([30, 40])
     figure = visualization.plot_learning(
         {"seeds": [run, rows([10, 20])]}, goals={"wrong": 0.5}
@@ -562,7 +566,7 @@ def test_learning_shows_curriculum_and_goal_and_goes_on_level():
     np.testing.assert_allclose(handles[0].get_ydata()[2:], level)
 
 
-def test_a_run_that_begins_late_is_a_hole_before():
+def test_the_mean_is_missing_until_every_run_has_started():
     runs = [rows([90, 95]), rows([10, 20, 90, 100])]
     ax = visualization.plot_learning({"one": runs}, names=["loss"]).axes[0]
     (line, *_), _ = ax.get_legend_handles_labels()
@@ -577,25 +581,25 @@ def test_a_run_that_begins_late_is_a_hole_before():
         ([1, 1_000_001, 1_000_002], [" up to 1000001", " up to 1000002"]),
     ],
 )
-def test_marks_are_where_a_curriculum_grows(longest, marks):
+def test_marks_show_where_a_curriculum_grows(longest, marks):
     run = [{"step": s, "loss": 1, "longest": n} for s, n in enumerate(longest)]
     figure = visualization.plot_learning({"one": run})
     assert texts(figure.axes[0].texts) == marks
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_validation_at_epochs_that_are_not_known_is_left_out(count):
+def test_validation_at_unknown_epochs_is_left_out(count):
     history = {"loss": [3, 2, 1], "val_loss": [1, 2][:count]}
     assert len(visualization.plot_learning({"one": history}).axes) == 1
     with pytest.raises(ValueError, match="`runs`.*without .'val_loss'"):
         visualization.plot_learning({"one": history}, names=["val_loss"])
 
 
-def test_curves_of_large_numbers():
+def test_curves_of_large_numbers_are_drawn():
     visualization.plot_curves({"one": ([1e17], [1.0])})
 
 
-def test_learning_takes_what_fit_returns():
+def test_learning_accepts_keras_histories():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", metrics=["mae"])
     x = np.ones((4, 3), "float32")
@@ -617,8 +621,8 @@ def points(ax, label):
     return np.transpose(lines[label].get_data()).tolist()
 
 
-def test_learning_shows_what_is_there():
-    """Validation at every second epoch, and rows that have other numbers."""
+def test_learning_shows_only_the_available_metrics():
+    """Includes validation at every second epoch, and rows of other metrics."""
     history = {"loss": [6, 5, 4, 3, 2, 1], "val_loss": [5, 3, 1]}
     more = [{"loss": 2.0, "val_loss": None}, {"loss": 1.0, "longest": 5}]
     more += [{"loss": 1.0, "val_loss": 7, "longest": 9}]
@@ -632,7 +636,7 @@ def test_learning_shows_what_is_there():
     np.testing.assert_array_equal(ticks, ticks.round())
 
 
-def test_learning_with_validation_at_every_second_epoch():
+def test_validation_at_every_second_epoch_is_put_at_its_epochs():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     x = np.ones((4, 3), "float32")
@@ -655,7 +659,7 @@ def sphere():
     return mean, variance
 
 
-def test_what_was_not_seen_is_gray(sphere):
+def test_unseen_parts_of_a_map_are_gray(sphere):
     figure = visualization.plot_sphere(*sphere)
     shown, depth, deviation = (
         arrays(axes(figure, title))[0]
@@ -668,12 +672,12 @@ def test_what_was_not_seen_is_gray(sphere):
     gray = axes(figure, "depth, m").images[0].get_cmap().get_bad()
     np.testing.assert_allclose(gray, (0.75, 0.75, 0.75, 1))
     image = axes(figure, "standard deviation of depth, m").images[0]
-    low, high = image.get_clim()  # those that are there
+    low, high = image.get_clim()  # only seen pixels count
     assert 0.1 <= low < high <= 0.02**0.5
     assert axes(figure, "depth, m").images[0].get_clim() == (0, 3)
 
 
-def test_maps_with_less(sphere):
+def test_maps_without_colors_or_variance_are_drawn(sphere):
     mean, variance = sphere
     assert titles(visualization.plot_sphere(mean[..., :3])) == ["depth, m"]
     figure = visualization.plot_sphere(mean[..., :4], farthest=7.0, title="x")
@@ -689,7 +693,7 @@ def test_maps_with_less(sphere):
 
 
 @pytest.mark.parametrize("shape", [(2000, 2, 6), (2, 2000, 6)])
-def test_a_map_of_any_shape_has_a_size_that_can_be_seen(shape):
+def test_a_map_of_any_shape_is_large_enough_to_see(shape):
     figure = visualization.plot_sphere(np.ones(shape), np.ones(shape))
     height, _, _ = visualization.to_image(figure).shape
     assert 200 < height < 2200
@@ -697,7 +701,7 @@ def test_a_map_of_any_shape_has_a_size_that_can_be_seen(shape):
         assert ax.get_window_extent().height > 30
 
 
-def test_what_is_no_number_of_a_map_is_not_seen(sphere):
+def test_nan_and_infinity_in_a_map_count_as_unseen(sphere):
     mean, variance = sphere[0].copy(), sphere[1].copy()
     mean[3, 1, 2], mean[3, 2, 4], variance[3, 3, 2] = np.nan, np.inf, np.nan
     figure = visualization.plot_sphere(mean, variance)
@@ -710,7 +714,7 @@ def test_what_is_no_number_of_a_map_is_not_seen(sphere):
 # Animations.
 
 
-def test_an_animation_shows_contents_beside_heads(trace):
+def test_an_animation_shows_memory_beside_heads(trace):
     animation = visualization.animate(trace, title="copy", max_steps=5)
     frames = animation.images()
     assert len(frames) == 5
@@ -726,7 +730,7 @@ def test_an_animation_shows_contents_beside_heads(trace):
     check_alike(frames[-1], visualization.to_image(figure))
 
 
-def test_images_of_an_animation_leave_no_warning(trace):
+def test_a_rendered_animation_does_not_warn_when_deleted(trace):
     animation = visualization.animate(trace, max_steps=3)
     animation.images()
     with warnings.catch_warnings():
@@ -735,7 +739,7 @@ def test_images_of_an_animation_leave_no_warning(trace):
 
 
 @pytest.mark.parametrize("slots, end", [("used", 0.25), ("all", 1.0)])
-def test_weights_of_an_animation_have_the_scale_of_a_picture(slots, end):
+def test_an_animation_scales_weights_like_a_picture(slots, end):
     spread = np.full((1, 3, 1, 5), 0.25)
     trace = {"memory": np.ones((1, 3, 5, 2)), "read_weighting": spread}
     animation = visualization.animate(trace, slots=slots)
@@ -743,7 +747,7 @@ def test_weights_of_an_animation_have_the_scale_of_a_picture(slots, end):
     assert animation._fig.axes[1].images[0].get_clim() == (0, end)
 
 
-def test_an_animation_is_saved_and_shown(trace, tmp_path):
+def test_an_animation_is_saved_and_shown_in_a_notebook(trace, tmp_path):
     animation = visualization.animate(trace, max_steps=3)
     animation.save(tmp_path / "memory.gif", writer="pillow")
     with Image.open(tmp_path / "memory.gif") as gif:
@@ -803,14 +807,14 @@ class Subclassed(keras.Model):
         return self.dense(self.memory(inputs))
 
 
-def test_plot_draws_a_model_that_was_not_built(x):
+def test_plot_draws_an_unbuilt_model(x):
     figure = keras_memory.plot(Subclassed(), x)
     assert titles(figure)[:3] == ["input", "output", "gates"]
     outputs, traces = keras_memory.recurrent.trace_model(Subclassed(), x)
     assert len(traces) == 1 and outputs.shape == (2, 12, 2)
 
 
-def test_plot_has_one_order_of_time(x):
+def test_plot_shows_all_sequences_in_one_time_order(x):
     layer = ntm(go_backwards=True)
     trace = keras_memory.trace(layer, x)
     figure = keras_memory.plot(layer, x, title="one")
@@ -829,7 +833,7 @@ def test_plot_has_one_order_of_time(x):
 
 
 @pytest.mark.parametrize("is_model", [False, True])
-def test_all_is_in_the_order_of_steps_that_go_backwards(x, is_model):
+def test_plot_follows_the_order_of_a_backward_layer(x, is_model):
     layer = ntm(go_backwards=True)
     outputs = np.asarray(layer(x))
     mask = np.ones((2, 12)) * (np.arange(12) > 3)
@@ -852,7 +856,7 @@ def test_all_is_in_the_order_of_steps_that_go_backwards(x, is_model):
         ([keras.layers.Reshape((2, 6, 4)), "each"], []),
     ],
 )
-def test_plot_leaves_out_what_has_another_length(x, layers, shown):
+def test_plot_leaves_out_sequences_of_another_length(x, layers, shown):
     if layers[1] == "each":
         layers[1] = keras.layers.TimeDistributed(ntm(return_sequences=False))
     figure = keras_memory.plot(keras.Sequential(layers), x)
@@ -860,7 +864,7 @@ def test_plot_leaves_out_what_has_another_length(x, layers, shown):
     assert shown or "input" not in titles(figure)
 
 
-def test_plot_of_memories_of_two_lengths(x):
+def test_plot_refuses_memories_of_two_lengths(x):
     layers = [ntm(), keras.layers.AveragePooling1D(2), ntm()]
     with pytest.raises(ValueError, match="`layer` must have.*one length.*Rec"):
         keras_memory.plot(keras.Sequential(layers), x)
@@ -874,7 +878,7 @@ def test_plot_takes_nested_lists(x):
         np.testing.assert_array_equal(array, x[0].T)
 
 
-def test_plot_names_its_arguments(x):
+def test_plot_errors_name_the_argument(x):
     cell = keras_memory.NTMCell(3, memory_slots=7, slot_size=5)
     index = keras_memory.KNNMemory(3, 4)
     for layer in (cell, index, None, keras.layers.Dense(1), Subclassed):
@@ -931,7 +935,7 @@ def test_entropy_is_in_bits(weighting, bits):
     np.testing.assert_allclose(entropy(weighting), bits, atol=1e-12)
 
 
-def test_what_is_no_weighting_has_no_entropy():
+def test_entropy_of_a_wrong_weighting_is_nan_or_refused():
     assert np.isnan(entropy([np.nan, 1.0]))
     for wrong in (1.0, np.ones((3, 0)), [-0.5, 1.5]):
         with pytest.raises(ValueError, match="`weighting`.*Received"):
@@ -974,7 +978,7 @@ CURVES = {"one": ([1, 2], [3, 4])}
 RUNS = {"one": {"loss": [1, 2, 3]}}
 NO_RUNS = (
     *(None, 3, "a", [], [1]),
-    {"loss": [1, 2, 3], "mae": [1]},  # of which epoch?
+    {"loss": [1, 2, 3], "mae": [1]},  # the epoch of `mae` is unknown
     *({"loss": wrong} for wrong in ("abc", 3, [1, None], [], RAGGED)),
     *([{"step": at, "loss": 1}, {"step": 1, "loss": 1}] for at in (2, NAN)),
     [{"loss": "x"}],

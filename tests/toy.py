@@ -1,4 +1,4 @@
-"""A user's own memory on the public contract: two blocks a step."""
+"""A custom memory, written with the public interface: two blocks a step."""
 
 import dataclasses
 from typing import Any
@@ -19,8 +19,8 @@ class ToyState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ToyAccess:
-    """Adds the interface to a running total and reads it: linear, so that a
-    test can follow it by hand."""
+    """Adds the interface to a running total and reads the total. It is linear,
+    so that a test can compute it by hand."""
 
     width: int = 3
 
@@ -52,7 +52,7 @@ class ToyCell(
     num_layers=2,
     share_memory=False,
 ):
-    """Two blocks, on one memory or on one each."""
+    """Two blocks that share a memory or have one each."""
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -71,8 +71,8 @@ def feed_forward(units):
 
 @keras.saving.register_keras_serializable(package="tests")
 class PlainCell(keras.layers.Layer):
-    """The least that Keras asks of an RNN cell: no `output_size`, no
-    `get_initial_state`, an int for `state_size`, a tensor for the state."""
+    """A minimal Keras RNN cell: no `output_size`, no `get_initial_state`, an
+    int for `state_size`, a tensor for the state."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
