@@ -6,7 +6,6 @@ which does not number them.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
@@ -38,6 +37,8 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
+from keras_memory.hints import Activation
+from keras_memory.hints import Shape
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_bytes_of_state
@@ -130,9 +131,9 @@ class DNCAccess:
     deallocation: bool = False
     link_sharpening: bool = False
     usage_gradient: bool = True
-    key_activation: str | Callable = "linear"
-    add_activation: str | Callable = "linear"
-    strength_activation: str | Callable = "oneplus"
+    key_activation: Activation = "linear"
+    add_activation: Activation = "linear"
+    strength_activation: Activation = "oneplus"
     initial_memory: str | float = "constant"
     norm_epsilon: float | None = None
     product_epsilon: float = 0.0
@@ -459,7 +460,7 @@ class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
     TensorShape([2, 7, 3])
     """
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         largest = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
         if self.sparse_links and largest and self.memory_slots > largest:
             raise ValueError(
@@ -589,9 +590,9 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         deallocation: bool = False,
         link_sharpening: bool = False,
         usage_gradient: bool = True,
-        key_activation: str | Callable = "linear",
-        add_activation: str | Callable = "linear",
-        strength_activation: str | Callable = "oneplus",
+        key_activation: Activation = "linear",
+        add_activation: Activation = "linear",
+        strength_activation: Activation = "oneplus",
         initial_memory: str | float = "constant",
         norm_epsilon: float | None = None,
         product_epsilon: float = 0.0,
@@ -605,7 +606,7 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         controller_clip: float | None = None,
         controller_state_clip: float | None = None,
         initial_controller_state: str | float = "constant",
-        activation: str | Callable | None = None,
+        activation: Activation | None = None,
         clip_value: float | None = None,
         interface_layer_norm: bool = False,
         bypass_dropout: float = 0.0,

@@ -7,7 +7,6 @@ Equation numbers are those of section 3 of the first paper.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
@@ -38,6 +37,7 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
+from keras_memory.hints import Activation
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_sizes_of_memory
@@ -119,16 +119,16 @@ class NTMAccess:
     read_heads: int = 1
     write_heads: int = 1
     _: dataclasses.KW_ONLY
-    head_order: str | tuple = "parallel"
+    head_order: str | list[str] | tuple[str, ...] = "parallel"
     addressing: str = "content_and_location"
     shift_range: int = 1
     erase: bool = True
     writing: str = "addressed"
     retroactive_discount: float | None = None
     interface_clip: float | None = None
-    key_activation: str | Callable = "tanh"
-    add_activation: str | Callable = "tanh"
-    strength_activation: str | Callable = "softplus"
+    key_activation: Activation = "tanh"
+    add_activation: Activation = "tanh"
+    strength_activation: Activation = "softplus"
     initial_memory: str | float = "constant"
     initial_reads: str | float = "constant"
     initial_weighting: str | float = "constant"
@@ -581,16 +581,16 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
         read_heads: int = 1,
         write_heads: int = 1,
         *,
-        head_order: str | tuple = "parallel",
+        head_order: str | list[str] | tuple[str, ...] = "parallel",
         addressing: str = "content_and_location",
         shift_range: int = 1,
         erase: bool = True,
         writing: str = "addressed",
         retroactive_discount: float | None = None,
         interface_clip: float | None = None,
-        key_activation: str | Callable = "tanh",
-        add_activation: str | Callable = "tanh",
-        strength_activation: str | Callable = "softplus",
+        key_activation: Activation = "tanh",
+        add_activation: Activation = "tanh",
+        strength_activation: Activation = "softplus",
         initial_memory: str | float = "constant",
         initial_reads: str | float = "constant",
         initial_weighting: str | float = "constant",
@@ -605,7 +605,7 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
         controller_clip: float | None = None,
         controller_state_clip: float | None = None,
         initial_controller_state: str | float = "constant",
-        activation: str | Callable | None = None,
+        activation: Activation | None = None,
         clip_value: float | None = None,
         interface_layer_norm: bool = False,
         bypass_dropout: float = 0.0,

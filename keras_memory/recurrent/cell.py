@@ -15,6 +15,11 @@ output is a projection of the last block's features, outside the time loop.
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+from typing import Unpack
 
 import keras
 import numpy as np
@@ -26,6 +31,7 @@ from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import KEYWORD
 from keras_memory.arguments import POSITIONAL
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import checked
 from keras_memory.checks import MOST_LAYERS
 from keras_memory.checks import check_array
@@ -36,11 +42,16 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
+from keras_memory.hints import Activation
+from keras_memory.hints import Array
+from keras_memory.hints import Config
+from keras_memory.hints import Shape
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.cell_states import CellStates
 from keras_memory.recurrent.cells import LayerNormalization
 from keras_memory.recurrent.dropout import SequenceDropout
+from keras_memory.recurrent.interface import Access
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.serialization import init_parameters
 from keras_memory.recurrent.serialization import serialize
@@ -137,7 +148,9 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             argument that the class does not have or lacks.
     """
 
-    def __init_subclass__(cls, access=None, **defaults):
+    def __init_subclass__(
+        cls, access: Callable[..., Access] | None = None, **defaults: Any
+    ) -> None:
         super().__init_subclass__()
         if access is not None:
             init = _init_with(cls, access, defaults)
@@ -145,25 +158,25 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
 
     def __init__(
         self,
-        units,
-        accesses,
-        controller="lstm",
-        controller_units=100,
-        controller_layers=1,
-        controller_dropout=0.0,
-        controller_clip=None,
-        controller_state_clip=None,
-        initial_controller_state="constant",
-        activation=None,
-        clip_value=None,
-        interface_layer_norm=False,
-        bypass_dropout=0.0,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        kernel_constraint=None,
-        seed=None,
-        **kwargs,
+        units: int | None,
+        accesses: Iterable[Access],
+        controller: str | keras.layers.Layer | Config = "lstm",
+        controller_units: int = 100,
+        controller_layers: int = 1,
+        controller_dropout: float = 0.0,
+        controller_clip: float | None = None,
+        controller_state_clip: float | None = None,
+        initial_controller_state: str | float = "constant",
+        activation: Activation | None = None,
+        clip_value: float | None = None,
+        interface_layer_norm: bool = False,
+        bypass_dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        seed: int | None = None,
+        **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**kwargs)
         if units is not None:
@@ -286,7 +299,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         )
 
     @property
-    def features_size(self):
+    def features_size(self) -> int:
         """Width of concat(controller output, reads) of the last block."""
         size = controllers.output_size(
             self.block_controllers[-1],
@@ -295,10 +308,10 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         return size + self.accesses[-1].read_size
 
     @property
-    def output_size(self):
+    def output_size(self) -> int:
         return self.features_size if self.units is None else self.units
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         if input_shape[-1] is None:
             raise ValueError(
                 "The width of the inputs (their last axis) must be known to "
@@ -360,7 +373,13 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
 
     # One step.
 
-    def step(self, inputs, records, training=False, use_memory=True):
+    def step(
+        self,
+        inputs: Array,
+        records: tuple[Any, ...],
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> tuple[Array, tuple[Any, ...], list[tuple[Any, dict[str, Array]]]]:
         """One step, up to the output projection.
 
         Args:
@@ -452,7 +471,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             for name, value in inside.items()
         }
 
-    def project(self, features, training=False):
+    def project(self, features: Array, training: bool | None = False) -> Array:
         """Makes the output of the features: (B, F) or (B, T, F), with the
         last axis of size `units`."""
         if training and self.bypass_dropout:
@@ -461,7 +480,13 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             features = _project(features, *self.output_projection)
         return self.activation(_clip(features, self.clip_value))
 
-    def call(self, inputs, states=None, training=False, use_memory=True):
+    def call(
+        self,
+        inputs: Array,
+        states: Sequence[Array] | None = None,
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> tuple[Array, list[Array]]:
         check_bool("use_memory", use_memory)
         inputs = check_array("inputs", inputs, ("batch", self.input_size))
         states = self._check_states(states, inputs.shape[0])
@@ -470,7 +495,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         )
         return self.project(features, training), self.layout.flatten(records)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """Every argument of `__init__`, under its own name."""
         if "accesses" in inspect.signature(type(self).__init__).parameters:
             raise NotImplementedError(
