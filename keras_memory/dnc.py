@@ -6,6 +6,7 @@ which does not number them.
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
@@ -39,6 +40,7 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.hints import Activation
 from keras_memory.hints import Shape
+from keras_memory.recurrent.cell import CellArguments
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_bytes_of_state
@@ -444,8 +446,37 @@ def _sharpen(weighting, sharpening):
     return ops.reshape(sharpened, (-1, *weighting.shape[1:]))
 
 
+if TYPE_CHECKING:
+
+    class DNCArguments(CellArguments):
+        """What can be read of `DNCCell`, and of `DNCLayer`."""
+
+        memory_slots: int
+        slot_size: int
+        read_heads: int
+        write_heads: int
+        linkage: bool
+        sparse_links: int | None
+        content_masks: bool
+        deallocation: bool
+        link_sharpening: bool
+        usage_gradient: bool
+        key_activation: Activation
+        add_activation: Activation
+        strength_activation: Activation
+        initial_memory: str | float
+        norm_epsilon: float | None
+        product_epsilon: float
+        usage_epsilon: float | None
+        num_layers: int
+        share_memory: bool
+
+else:
+    DNCArguments = object
+
+
 @keras.saving.register_keras_serializable(package="keras_memory")
-class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
+class DNCCell(MemoryCell, DNCArguments, access=DNCAccess, controller_units=64):
     """One step of a Differentiable Neural Computer, for `DNCLayer` or Keras's
     `RNN`.
 
@@ -460,6 +491,50 @@ class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
     TensorShape([2, 7, 3])
     """
 
+    if TYPE_CHECKING:  # made of the access, by `MemoryCell`
+
+        def __init__(
+            self,
+            units: int | None,
+            memory_slots: int = 64,
+            slot_size: int = 16,
+            read_heads: int = 4,
+            write_heads: int = 1,
+            *,
+            linkage: bool = True,
+            sparse_links: int | None = None,
+            content_masks: bool = False,
+            deallocation: bool = False,
+            link_sharpening: bool = False,
+            usage_gradient: bool = True,
+            key_activation: Activation = "linear",
+            add_activation: Activation = "linear",
+            strength_activation: Activation = "oneplus",
+            initial_memory: str | float = "constant",
+            norm_epsilon: float | None = None,
+            product_epsilon: float = 0.0,
+            usage_epsilon: float | None = None,
+            num_layers: int = 1,
+            share_memory: bool = True,
+            controller: str | keras.layers.Layer = "lstm",
+            controller_units: int = 64,
+            controller_layers: int = 1,
+            controller_dropout: float = 0.0,
+            controller_clip: float | None = None,
+            controller_state_clip: float | None = None,
+            initial_controller_state: str | float = "constant",
+            activation: Activation | None = None,
+            clip_value: float | None = None,
+            interface_layer_norm: bool = False,
+            bypass_dropout: float = 0.0,
+            kernel_initializer: Any = "glorot_uniform",
+            bias_initializer: Any = "zeros",
+            kernel_regularizer: Any = None,
+            kernel_constraint: Any = None,
+            seed: int | None = None,
+            **kwargs: Unpack[KerasArguments],
+        ): ...
+
     def build(self, input_shape: Shape) -> None:
         largest = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
         if self.sparse_links and largest and self.memory_slots > largest:
@@ -473,7 +548,7 @@ class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class DNCLayer(MemoryRNN, cell=DNCCell):
+class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
     """A Differentiable Neural Computer over sequences.
 
     A controller looks at the input and at what was read before, and tells the
@@ -626,3 +701,4 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**given(locals()))
+        self.cell: DNCCell

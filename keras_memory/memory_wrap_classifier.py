@@ -149,7 +149,8 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         # The layer always has place for a memory, the one that is fixed or
         # one that is drawn; None here says that none is fixed.
         self.fixed_memory_size = fixed_memory_size
-        self.memory_labels = self.memory_inputs = None
+        self.memory_labels: Array | None = None
+        self.memory_inputs: Array | None = None
         self.seed = check_seed("seed", seed)
         start = np.random.randint(2**31) if seed is None else seed
         # Who looks at a model between its steps does not change them.

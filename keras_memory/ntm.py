@@ -7,6 +7,7 @@ Equation numbers are those of section 3 of the first paper.
 import dataclasses
 import functools
 import math
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
@@ -38,6 +39,7 @@ from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
 from keras_memory.hints import Activation
+from keras_memory.recurrent.cell import CellArguments
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_sizes_of_memory
@@ -454,8 +456,39 @@ def _join(heads):
     return heads[0] if len(heads) == 1 else ops.concatenate(heads, axis=1)
 
 
+if TYPE_CHECKING:
+
+    class NTMArguments(CellArguments):
+        """What can be read of `NTMCell`, and of `NTMLayer`."""
+
+        memory_slots: int
+        slot_size: int
+        read_heads: int
+        write_heads: int
+        head_order: str | list[str] | tuple[str, ...]
+        addressing: str
+        shift_range: int
+        erase: bool
+        writing: str
+        retroactive_discount: float | None
+        interface_clip: float | None
+        key_activation: Activation
+        add_activation: Activation
+        strength_activation: Activation
+        initial_memory: str | float
+        initial_reads: str | float
+        initial_weighting: str | float
+        norm_epsilon: float | None
+        product_epsilon: float
+        num_layers: int
+        share_memory: bool
+
+else:
+    NTMArguments = object
+
+
 @keras.saving.register_keras_serializable(package="keras_memory")
-class NTMCell(MemoryCell, access=NTMAccess):
+class NTMCell(MemoryCell, NTMArguments, access=NTMAccess):
     """One step of a Neural Turing Machine, for `NTMLayer` or Keras's `RNN`.
 
     Arguments, equations, state and departures: as `NTMLayer`, which makes its
@@ -469,9 +502,55 @@ class NTMCell(MemoryCell, access=NTMAccess):
     TensorShape([2, 7, 3])
     """
 
+    if TYPE_CHECKING:  # made of the access, by `MemoryCell`
+
+        def __init__(
+            self,
+            units: int | None,
+            memory_slots: int = 128,
+            slot_size: int = 20,
+            read_heads: int = 1,
+            write_heads: int = 1,
+            *,
+            head_order: str | list[str] | tuple[str, ...] = "parallel",
+            addressing: str = "content_and_location",
+            shift_range: int = 1,
+            erase: bool = True,
+            writing: str = "addressed",
+            retroactive_discount: float | None = None,
+            interface_clip: float | None = None,
+            key_activation: Activation = "tanh",
+            add_activation: Activation = "tanh",
+            strength_activation: Activation = "softplus",
+            initial_memory: str | float = "constant",
+            initial_reads: str | float = "constant",
+            initial_weighting: str | float = "constant",
+            norm_epsilon: float | None = None,
+            product_epsilon: float = 0.0,
+            num_layers: int = 1,
+            share_memory: bool = True,
+            controller: str | keras.layers.Layer = "lstm",
+            controller_units: int = 100,
+            controller_layers: int = 1,
+            controller_dropout: float = 0.0,
+            controller_clip: float | None = None,
+            controller_state_clip: float | None = None,
+            initial_controller_state: str | float = "constant",
+            activation: Activation | None = None,
+            clip_value: float | None = None,
+            interface_layer_norm: bool = False,
+            bypass_dropout: float = 0.0,
+            kernel_initializer: Any = "glorot_uniform",
+            bias_initializer: Any = "zeros",
+            kernel_regularizer: Any = None,
+            kernel_constraint: Any = None,
+            seed: int | None = None,
+            **kwargs: Unpack[KerasArguments],
+        ): ...
+
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class NTMLayer(MemoryRNN, cell=NTMCell):
+class NTMLayer(MemoryRNN, NTMArguments, cell=NTMCell):
     """A Neural Turing Machine over sequences.
 
     A controller looks at the input and at what was read before, and tells
@@ -625,3 +704,4 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
         **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**given(locals()))
+        self.cell: NTMCell

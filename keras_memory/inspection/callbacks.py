@@ -404,7 +404,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
 
         super().__init__()
         self.folder = _path("log_dir", log_dir) / "explanations"
-        self.x = check_numbers("x", x, ("B", "H", "W", ...))
+        self.x: np.ndarray = check_numbers("x", x, ("B", "H", "W", ...))
         if labels is not None:
             check_labels(labels, len(self.x), name="labels")
         self.labels = labels

@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import Unpack
 
@@ -58,8 +59,40 @@ from keras_memory.recurrent.serialization import serialize
 from keras_memory.recurrent.state import StateLayout
 from keras_memory.recurrent.state import index_suffix
 
+if TYPE_CHECKING:
 
-class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
+    class CellArguments:
+        """What can be read of a cell, and of a layer that makes its own."""
+
+        units: int | None
+        controller: str | keras.layers.Layer
+        controller_units: int
+        controller_layers: int
+        controller_dropout: float
+        controller_clip: float | None
+        controller_state_clip: float | None
+        initial_controller_state: str | float
+        activation: Callable[..., Any]
+        clip_value: float | None
+        interface_layer_norm: bool
+        bypass_dropout: float
+        kernel_initializer: keras.initializers.Initializer
+        bias_initializer: keras.initializers.Initializer
+        kernel_regularizer: keras.regularizers.Regularizer | None
+        kernel_constraint: keras.constraints.Constraint | None
+        seed: int | None
+
+else:
+    CellArguments = object
+
+
+class MemoryCell(
+    Arguments,
+    CellStates,
+    SequenceDropout,
+    keras.layers.Layer,
+    CellArguments,
+):
     """A recurrent cell with a memory: controller + interface + access.
 
     The base of all recurrent architectures, and of a user's own: give it one
@@ -147,6 +180,20 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         TypeError: a controller that is neither a name nor a layer, or an
             argument that the class does not have or lacks.
     """
+
+    if TYPE_CHECKING:
+        accesses: list[Access]
+        block_controllers: list[keras.layers.Layer]
+        interface_norms: list[keras.layers.Layer]
+        interfaces: list[tuple[keras.Variable, keras.Variable]]
+        output_projection: tuple[keras.Variable, keras.Variable]
+        memory_of_block: list[int]
+        layout: StateLayout
+        access_dtype: str
+        input_size: int
+        state_size: list[int]
+        learned_states: list[int]
+        seed_generator: keras.random.SeedGenerator
 
     def __init_subclass__(
         cls, access: Callable[..., Access] | None = None, **defaults: Any

@@ -27,7 +27,7 @@ from keras_memory.recurrent.cells import _summed_products
 from keras_memory.recurrent.cells import check_units
 from keras_memory.recurrent.cells import seed_of
 
-CELLS = {
+CELLS: dict[str, type[keras.layers.Layer]] = {
     "lstm": keras.layers.LSTMCell,
     "gru": keras.layers.GRUCell,
     "rnn": keras.layers.SimpleRNNCell,

@@ -4,6 +4,7 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import Self
 
@@ -117,7 +118,18 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         NotImplementedError: second derivatives through the fast loop.
     """
 
-    cell_class = None
+    cell_class: type[MemoryCell] | None = None
+
+    if TYPE_CHECKING:
+        return_sequences: bool
+        return_state: bool
+        go_backwards: bool
+        stateful: bool
+        unroll: bool
+        zero_output_for_mask: bool
+        loop: str
+        recompute: int | str | None
+        time_loop: str | None
 
     def __init_subclass__(
         cls, cell: type[MemoryCell] | None = None, **kwargs: Any
@@ -224,6 +236,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             **kwargs,
         )
 
+        self.cell: MemoryCell
         self.loop = loop
         self.recompute = recompute
         self.time_loop = None

@@ -147,10 +147,10 @@ class KNNMemory(Arguments, Durable):
         self.num_rows = check_size("num_rows", num_rows)
         if value_dim is None:
             value_dim = key_dim
-        self.value_dtype = check_value_dtype(value_dtype, False, "float32")
+        self.value_dtype: str = check_value_dtype(value_dtype, False, "float32")
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
-        self.target_recall = check_open("target_recall", target_recall)
+        self.target_recall: float = check_open("target_recall", target_recall)
         self.background = check_bool("background", background)
         self.keep_statistics = check_bool("keep_statistics", keep_statistics)
         check_one_of("search_method", search_method, SEARCH_METHODS)

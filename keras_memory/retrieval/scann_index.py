@@ -138,7 +138,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
         check_open("target_recall", target_recall)
         self.target_recall = target_recall
         self.exact = check_bool("exact", exact)
-        self.value_dtype = check_value_dtype(value_dtype)
+        self.value_dtype: str | None = check_value_dtype(value_dtype)
         self.supports_jit = exact
         if not exact:
             check_scann("`ScannIndex`", "`exact=True` needs none")

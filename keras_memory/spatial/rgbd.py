@@ -37,7 +37,7 @@ from keras_memory.spatial import geometry
 
 KINDS = "depth", "color"
 MILLIMETRES = 1000.0  # in a metre
-AXES = {
+AXES: dict[str, tuple[str | int, ...]] = {
     "depth": ("T", "h", "w"),
     "color": ("T", "h", "w", 3),
     "poses": ("T", 3, 4),

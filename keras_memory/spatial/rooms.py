@@ -66,7 +66,8 @@ class Room:
                 "Each of `boxes` must have a lower and an upper corner. "
                 f"Received: boxes={boxes.tolist()}"
             )
-        self.room, self.boxes = np.stack([-half, half]), boxes
+        self.room: np.ndarray = np.stack([-half, half])
+        self.boxes: np.ndarray = boxes
 
     def cast(
         self, origin: Array, directions: Array
