@@ -12,6 +12,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterable
+from collections.abc import Sequence
 
 import keras
 
@@ -45,7 +46,7 @@ def export_for_serving(
     folder: PathLike,
     version: int = 1,
     name: str | None = None,
-    warm_up: Iterable[tuple[int, int]] = ((1, 1), (8, 32)),
+    warm_up: Iterable[Sequence[int]] = ((1, 1), (8, 32)),
     exact_search: bool = False,
 ) -> pathlib.Path:
     """Writes a SavedModel that TensorFlow Serving runs without this library.

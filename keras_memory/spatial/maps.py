@@ -1,5 +1,6 @@
 """Maps on a sphere: the record, and what layers with one have in common."""
 
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
@@ -63,8 +64,8 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         height: int = 180,
         width: int = 360,
         feature_channels: int = 3,
-        depth_limits: tuple[float, float] = (1e-3, 10.0),
-        variance_limits: tuple[float, float] = (1e-3, 1e4),
+        depth_limits: Sequence[float] = (1e-3, 10.0),
+        variance_limits: Sequence[float] = (1e-3, 1e4),
         depth_prior: float = 0.01,
         feature_prior: float = 0.5,
         smooth_kernel_size: int | None = 25,
