@@ -46,7 +46,7 @@ class _ESM(MapLayer):
         self,
         cameras: Sequence[Mapping[str, Array]],
         motion: Mapping[str, Array],
-        state: ESMMap,
+        state: Sequence[Array],
     ) -> ESMMap:
         """Moves the map with the agent, and fuses it with what is seen.
 
@@ -79,7 +79,7 @@ class _ESM(MapLayer):
 
     def move(
         self,
-        state: ESMMap,
+        state: Sequence[Array],
         motion: Array,
         motion_covariance: Array | None = None,
     ) -> tuple[Array, Array, Array]:
@@ -239,7 +239,7 @@ class _ESM(MapLayer):
             self.depth_buffer,
         )
 
-    def smooth(self, state: ESMMap) -> ESMMap:
+    def smooth(self, state: Sequence[Array]) -> ESMMap:
         """The map, with depth and features of what surrounds them in holes.
 
         Args:
@@ -296,7 +296,7 @@ class ESMCell(_ESM):
     """
 
     def __call__(
-        self, inputs: Mapping[str, Any], state: ESMMap, **kwargs: Any
+        self, inputs: Mapping[str, Any], state: Sequence[Array], **kwargs: Any
     ) -> tuple[ESMMap, ESMMap]:
         # Keras makes tensors of arrays, and its errors name no argument.
         cameras, motion = self._parsed(inputs, ("B",))
@@ -305,7 +305,7 @@ class ESMCell(_ESM):
         return super().__call__(inputs, state, **kwargs)
 
     def call(
-        self, inputs: Mapping[str, Any], state: ESMMap
+        self, inputs: Mapping[str, Any], state: Sequence[Array]
     ) -> tuple[ESMMap, ESMMap]:
         cameras, motion = self._parsed(inputs, ("B",))
         state = self._check_state("state", state, motion["motion"].shape[0])
@@ -313,7 +313,7 @@ class ESMCell(_ESM):
         return self.smooth(state), state
 
     def compute_output_spec(
-        self, inputs: Mapping[str, Any], state: ESMMap
+        self, inputs: Mapping[str, Any], state: Sequence[Array]
     ) -> tuple[ESMMap, ESMMap]:
         cameras, motion = self._parsed(inputs, ("B",))
         shape = (motion["motion"].shape[0], *self._prior.mean.shape)
@@ -536,7 +536,7 @@ class ESMLayer(_ESM):
     def __call__(
         self,
         inputs: Mapping[str, Any],
-        initial_state: ESMMap | None = None,
+        initial_state: Sequence[Array] | None = None,
         mask: Array | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -557,7 +557,7 @@ class ESMLayer(_ESM):
     def call(
         self,
         inputs: Mapping[str, Any],
-        initial_state: ESMMap | None = None,
+        initial_state: Sequence[Array] | None = None,
         mask: Array | None = None,
     ) -> Any:
         cameras, motion = self._parsed(inputs, ("B", "T"))
@@ -616,7 +616,7 @@ class ESMLayer(_ESM):
     def compute_output_spec(
         self,
         inputs: Mapping[str, Any],
-        initial_state: ESMMap | None = None,
+        initial_state: Sequence[Array] | None = None,
         mask: Array | None = None,
     ) -> Any:
         _, motion = self._parsed(inputs, ("B", "T"))

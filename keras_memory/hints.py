@@ -5,6 +5,7 @@ Nothing is checked by them when the program runs, and no backend is imported.
 
 import os
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import TypeAlias
 
@@ -15,4 +16,4 @@ Array: TypeAlias = Any
 Activation: TypeAlias = str | Callable[..., Any]
 Config: TypeAlias = dict[str, Any]
 PathLike: TypeAlias = str | os.PathLike[str]
-Shape: TypeAlias = tuple[int | None, ...]
+Shape: TypeAlias = Sequence[int | None]

@@ -282,7 +282,7 @@ def picture(
     attribution: bool = True,
     baseline: Array = 0.0,
     to_image: Callable[[Array], Array] | None = None,
-    explanations: list[Explanation] | None = None,
+    explanations: Sequence[Explanation] | None = None,
     labels: Array | None = None,
 ) -> "visualization.Figure":
     """Draws inputs beside the examples that decided the answers.

@@ -423,7 +423,7 @@ class MemoryCell(
     def step(
         self,
         inputs: Array,
-        records: tuple[Any, ...],
+        records: Sequence[Any],
         training: bool | None = False,
         use_memory: bool = True,
     ) -> tuple[Array, tuple[Any, ...], list[tuple[Any, dict[str, Array]]]]:

@@ -1,5 +1,6 @@
 """Curves: how runs learned, and one number over another."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +30,8 @@ COUNTS = "epoch", "step", "sequences", "longest", "seconds", "learning_rate"
 
 
 def plot_curves(
-    series: Mapping[Any, tuple[Array, Array]],
-    ax: Axes | Sequence[Axes] | None = None,
+    series: Mapping[Any, Sequence[Array]],
+    ax: Axes | Iterable[Axes] | None = None,
     title: str = "",
     x_label: str = "",
     y_label: str = "",

@@ -1,5 +1,6 @@
 """The pictures of a memory and its heads: see `visualization/__init__.py`."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from itertools import pairwise
@@ -44,7 +45,7 @@ TOP, GAP, LABEL = 0.32, 0.3, 0.34
 
 def plot_weighting(
     weighting: Array,
-    ax: Axes | Sequence[Axes] | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
     names: Sequence[str] | None = None,
     title: str = "",
     slots: str | Sequence[int] = "used",
@@ -81,7 +82,7 @@ def plot_weighting(
 
 def plot_memory(
     memory: Array,
-    ax: Axes | Sequence[Axes] | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
     frames: int = 6,
     title: str = "memory",
     slots: str | Sequence[int] = "used",
@@ -106,7 +107,7 @@ def plot_memory(
 
 def plot_linkage(
     linkage: Array,
-    ax: Axes | Sequence[Axes] | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
     frames: int = 4,
     title: str = "links",
     slots: str | Sequence[int] = "used",
@@ -140,7 +141,7 @@ def plot_linkage(
 
 def plot_gates(
     gates: Mapping[str, Array],
-    ax: Axes | Sequence[Axes] | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
     title: str = "gates",
     width: float = WIDTH,
 ) -> Drawn:
@@ -235,7 +236,7 @@ def plot_task(
 def plot_sphere(
     mean: Array,
     variance: Array | None = None,
-    ax: Axes | Sequence[Axes] | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
     farthest: float | None = None,
     title: str = "map",
     depth_prior: float = 0.01,

@@ -1,5 +1,6 @@
 """Rows of images with words, and the examples behind answers."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -38,15 +39,15 @@ class Tile(NamedTuple):
             part, summed over channels, is drawn below, over the faint image.
     """
 
-    image: np.ndarray
+    image: Array
     caption: str = ""
     text: str = ""
     color: str | None = None
-    heat: np.ndarray | None = None
+    heat: Array | None = None
 
 
 def plot_tiles(
-    rows: Sequence[Sequence[Tile]], ax: Axes | Sequence[Axes] | None = None
+    rows: Sequence[Sequence[Tile]], ax: Axes | Iterable[Axes] | None = None
 ) -> Drawn:
     """Draws rows of images, with texts above and heat maps below.
 
@@ -107,12 +108,12 @@ def _draw(rows, ax):
 
 def plot_explanations(
     explanations: Sequence[Any],
-    inputs: Sequence[Array] | None = None,
+    inputs: Array | None = None,
     labels: Array | None = None,
     class_names: Sequence[str] | None = None,
     max_examples: int = 6,
-    attributions: Sequence[tuple[Array, Array]] | None = None,
-    ax: Axes | Sequence[Axes] | None = None,
+    attributions: Sequence[Sequence[Array]] | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
 ) -> Drawn:
     """Draws inputs beside the examples that decided the answers: a row each,
     the heaviest example first. Wrong answers are marked.

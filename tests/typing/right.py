@@ -145,7 +145,10 @@ camera = {
     "inverse_intrinsics": rooms.right_angle(3, 4)[None],
 }
 motion = np.eye(3, 4, dtype="float32")[None, None]
-seen = esm({"cameras": [camera], "motion": motion})
+state = esm.get_initial_state(1)
+seen = esm(
+    {"cameras": [camera], "motion": motion}, (state.mean, state.variance)
+)
 assert_type(geometry.pixel_grid(4, 8), np.ndarray)
 points = geometry.transform(np.ones((1, 2, 3), "float32"), motion[0])
 
@@ -171,3 +174,6 @@ figure = draw.plot_task(trace, x, figure=draw.plot_task(trace, x))
 assert_type(draw.to_png(draw.to_image(figure)), bytes)
 draw.plot_memory(trace["memory"][0], ax=figure.axes[0], slots=[1, 2])
 draw.plot_learning({"NTM": [{"loss": [1.0, 0.5]}]}, names=["loss"])
+draw.plot_curves({"a run": ([1, 2], [0.5, 0.25])}, ax=np.array(figure.axes[:1]))
+heat = np.zeros((4, 4))
+draw.plot_tiles([[draw.Tile(images[0], "digit", heat=heat)]])
