@@ -59,20 +59,24 @@ def _is_command():
 # Only the command waits until it has parsed its arguments, as TensorFlow takes
 # seconds.
 if TYPE_CHECKING:
+    from keras_memory import addressing as addressing
+    from keras_memory import training as training
     from keras_memory import visualization as visualization
 if TYPE_CHECKING or not _is_command():
     from keras_memory.api import *
 
 
-def __getattr__(name):
-    # `from keras_memory import ...` asks for a module first here.
-    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    if _is_command():
-        api = importlib.import_module("keras_memory.api")
-        globals().update(
-            {key: vars(api)[key] for key in __all__ if key in vars(api)}
-        )
-        if name in __all__:
-            return vars(api)[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # or any name would be one for type checkers
+
+    def __getattr__(name):
+        # `from keras_memory import ...` asks for a module first here.
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        if _is_command():
+            api = importlib.import_module("keras_memory.api")
+            globals().update(
+                {key: vars(api)[key] for key in __all__ if key in vars(api)}
+            )
+            if name in __all__:
+                return vars(api)[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,7 @@ class KerasArguments(typing.TypedDict, total=False):
     trainable: bool
     autocast: bool
     activity_regularizer: typing.Any
-    input_shape: tuple
+    input_shape: tuple[int | None, ...]
     input_dim: int
 
 

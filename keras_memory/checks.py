@@ -29,7 +29,7 @@ KINDS = {
 }
 
 
-def plain(value):
+def plain(value: typing.Any) -> typing.Any:
     """Python's own number, bool or text where `value` is a scalar of NumPy or
     an array without axes, also within lists, tuples and dicts; all else as it
     is. Only Python's own can be written as JSON."""

@@ -6,7 +6,7 @@ which does not number them.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
@@ -38,6 +38,9 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
+from keras_memory.hints import Activation
+from keras_memory.hints import Shape
+from keras_memory.recurrent.cell import CellArguments
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_bytes_of_state
@@ -130,9 +133,9 @@ class DNCAccess:
     deallocation: bool = False
     link_sharpening: bool = False
     usage_gradient: bool = True
-    key_activation: str | Callable = "linear"
-    add_activation: str | Callable = "linear"
-    strength_activation: str | Callable = "oneplus"
+    key_activation: Activation = "linear"
+    add_activation: Activation = "linear"
+    strength_activation: Activation = "oneplus"
     initial_memory: str | float = "constant"
     norm_epsilon: float | None = None
     product_epsilon: float = 0.0
@@ -443,8 +446,17 @@ def _sharpen(weighting, sharpening):
     return ops.reshape(sharpened, (-1, *weighting.shape[1:]))
 
 
+if TYPE_CHECKING:
+
+    class DNCArguments(DNCAccess, CellArguments):
+        """What can be read of `DNCCell`, and of `DNCLayer`."""
+
+else:
+    DNCArguments = object
+
+
 @keras.saving.register_keras_serializable(package="keras_memory")
-class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
+class DNCCell(MemoryCell, DNCArguments, access=DNCAccess, controller_units=64):
     """One step of a Differentiable Neural Computer, for `DNCLayer` or Keras's
     `RNN`.
 
@@ -459,7 +471,11 @@ class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
     TensorShape([2, 7, 3])
     """
 
-    def build(self, input_shape):
+    if TYPE_CHECKING:  # `MemoryCell` takes the fields of the access
+
+        def __init__(self, units: int | None, *args: Any, **kwargs: Any): ...
+
+    def build(self, input_shape: Shape) -> None:
         largest = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
         if self.sparse_links and largest and self.memory_slots > largest:
             raise ValueError(
@@ -472,7 +488,7 @@ class DNCCell(MemoryCell, access=DNCAccess, controller_units=64):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class DNCLayer(MemoryRNN, cell=DNCCell):
+class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
     """A Differentiable Neural Computer over sequences.
 
     A controller looks at the input and at what was read before, and tells the
@@ -589,9 +605,9 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         deallocation: bool = False,
         link_sharpening: bool = False,
         usage_gradient: bool = True,
-        key_activation: str | Callable = "linear",
-        add_activation: str | Callable = "linear",
-        strength_activation: str | Callable = "oneplus",
+        key_activation: Activation = "linear",
+        add_activation: Activation = "linear",
+        strength_activation: Activation = "oneplus",
         initial_memory: str | float = "constant",
         norm_epsilon: float | None = None,
         product_epsilon: float = 0.0,
@@ -605,7 +621,7 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         controller_clip: float | None = None,
         controller_state_clip: float | None = None,
         initial_controller_state: str | float = "constant",
-        activation: str | Callable | None = None,
+        activation: Activation | None = None,
         clip_value: float | None = None,
         interface_layer_norm: bool = False,
         bypass_dropout: float = 0.0,
@@ -625,3 +641,4 @@ class DNCLayer(MemoryRNN, cell=DNCCell):
         **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**given(locals()))
+        self.cell: DNCCell

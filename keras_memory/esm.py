@@ -6,14 +6,21 @@ columns of the map, F features.
 """
 
 import functools
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import Unpack
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.arguments import KerasArguments
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
 from keras_memory.checks import with_rows_of
+from keras_memory.hints import Array
+from keras_memory.hints import Config
 from keras_memory.recurrent.state import LayerState
 from keras_memory.spatial import fusion
 from keras_memory.spatial import geometry
@@ -35,7 +42,12 @@ VAGUE = 1e9  # squared metres, squared radians: a pose of which nothing is known
 class _ESM(MapLayer):
     """The paper's step, which `ESMCell` and `ESMLayer` take."""
 
-    def step(self, cameras, motion, state):
+    def step(
+        self,
+        cameras: Sequence[Mapping[str, Array]],
+        motion: Mapping[str, Array],
+        state: Sequence[Array],
+    ) -> ESMMap:
         """Moves the map with the agent, and fuses it with what is seen.
 
         Args:
@@ -65,7 +77,12 @@ class _ESM(MapLayer):
             ops.where(is_hole, self._prior.variance, variance),
         )
 
-    def move(self, state, motion, motion_covariance=None):
+    def move(
+        self,
+        state: Sequence[Array],
+        motion: Array,
+        motion_covariance: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
         """The map after a motion of the agent, in the frame that it has then.
 
         Args:
@@ -103,15 +120,15 @@ class _ESM(MapLayer):
 
     def observe(
         self,
-        features,
-        points=None,
-        depth=None,
-        inverse_intrinsics=None,
-        variance=None,
-        mask=None,
-        pose=None,
-        pose_covariance=None,
-    ):
+        features: Array,
+        points: Array | None = None,
+        depth: Array | None = None,
+        inverse_intrinsics: Array | None = None,
+        variance: Array | None = None,
+        mask: Array | None = None,
+        pose: Array | None = None,
+        pose_covariance: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
         """What a camera sees, as a map in the agent's frame.
 
         Args:
@@ -222,7 +239,7 @@ class _ESM(MapLayer):
             self.depth_buffer,
         )
 
-    def smooth(self, state):
+    def smooth(self, state: Sequence[Array]) -> ESMMap:
         """The map, with depth and features of what surrounds them in holes.
 
         Args:
@@ -278,20 +295,26 @@ class ESMCell(_ESM):
     array([4., 2., 2., 1.], dtype=float32)
     """
 
-    def __call__(self, inputs, state, **kwargs):
+    def __call__(
+        self, inputs: Mapping[str, Any], state: Sequence[Array], **kwargs: Any
+    ) -> tuple[ESMMap, ESMMap]:
         # Keras makes tensors of arrays, and its errors name no argument.
         cameras, motion = self._parsed(inputs, ("B",))
         state = self._check_state("state", state, motion["motion"].shape[0])
         inputs = {"cameras": cameras, **motion}
         return super().__call__(inputs, state, **kwargs)
 
-    def call(self, inputs, state):
+    def call(
+        self, inputs: Mapping[str, Any], state: Sequence[Array]
+    ) -> tuple[ESMMap, ESMMap]:
         cameras, motion = self._parsed(inputs, ("B",))
         state = self._check_state("state", state, motion["motion"].shape[0])
         state = self.step(cameras, motion, state)
         return self.smooth(state), state
 
-    def compute_output_spec(self, inputs, state):
+    def compute_output_spec(
+        self, inputs: Mapping[str, Any], state: Sequence[Array]
+    ) -> tuple[ESMMap, ESMMap]:
         cameras, motion = self._parsed(inputs, ("B",))
         shape = (motion["motion"].shape[0], *self._prior.mean.shape)
         return tuple(map_spec(shape, self.map_dtype) for _ in range(2))
@@ -439,25 +462,49 @@ class ESMLayer(_ESM):
 
     def __init__(
         self,
-        *args,
-        return_sequences=False,
-        return_state=False,
-        stateful=False,
-        **kwargs,
+        height: int = 180,
+        width: int = 360,
+        feature_channels: int = 3,
+        depth_limits: Sequence[float] = (1e-3, 10.0),
+        variance_limits: Sequence[float] = (1e-3, 1e4),
+        depth_prior: float = 0.01,
+        feature_prior: float = 0.5,
+        smooth_kernel_size: int | None = 25,
+        depth_buffer: bool = True,
+        convention: str = "esm",
+        depth_scale: float | None = None,
+        *,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        stateful: bool = False,
+        **kwargs: Unpack[KerasArguments],
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            height,
+            width,
+            feature_channels,
+            depth_limits,
+            variance_limits,
+            depth_prior,
+            feature_prior,
+            smooth_kernel_size,
+            depth_buffer,
+            convention,
+            depth_scale,
+            **kwargs,
+        )
         self.return_sequences = check_bool("return_sequences", return_sequences)
         self.return_state = check_bool("return_state", return_state)
         self.stateful = check_bool("stateful", stateful)
         self._state = None
 
     @property
-    def states(self):
+    def states(self) -> ESMMap | None:
         """`ESMMap` of the variables of a stateful layer, which are not among
         its weights; None where there are none, or not yet."""
         return self._state and ESMMap(*self._state.variables)
 
-    def build(self, inputs_shape):
+    def build(self, inputs_shape: Any) -> None:
         if self.stateful:
             check_inputs(inputs_shape)
             batch = inputs_shape["motion"][0]
@@ -486,7 +533,13 @@ class ESMLayer(_ESM):
             )
         self.built = True
 
-    def __call__(self, inputs, initial_state=None, mask=None, **kwargs):
+    def __call__(
+        self,
+        inputs: Mapping[str, Any],
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         # Keras makes tensors of arrays, and its errors name no argument.
         cameras, motion = self._parsed(inputs, ("B", "T"))
         batch, times = motion["motion"].shape[:2]
@@ -501,7 +554,12 @@ class ESMLayer(_ESM):
             **kwargs,
         )
 
-    def call(self, inputs, initial_state=None, mask=None):
+    def call(
+        self,
+        inputs: Mapping[str, Any],
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+    ) -> Any:
         cameras, motion = self._parsed(inputs, ("B", "T"))
         unchecked = motion["motion"]
         if self.stateful:
@@ -555,7 +613,12 @@ class ESMLayer(_ESM):
             shown = ESMMap(*(with_rows_of(part, unchecked) for part in shown))
         return (shown, state) if self.return_state else shown
 
-    def compute_output_spec(self, inputs, initial_state=None, mask=None):
+    def compute_output_spec(
+        self,
+        inputs: Mapping[str, Any],
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+    ) -> Any:
         _, motion = self._parsed(inputs, ("B", "T"))
         batch, times = motion["motion"].shape[:2]
         shape = (batch, *self._prior.mean.shape)
@@ -564,12 +627,12 @@ class ESMLayer(_ESM):
         state = map_spec(shape, self.map_dtype)
         return (shown, state) if self.return_state else shown
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Forgets the map of a stateful layer."""
         for variable, prior in zip(self.states or (), self._prior):
             variable.assign(ops.broadcast_to(prior, variable.shape))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         names = "return_sequences", "return_state", "stateful"
         config = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **config}

@@ -8,6 +8,9 @@ Axes: B inputs, M examples in the memory, D width of an encoding.
 """
 
 import inspect
+from typing import Any
+from typing import Self
+from typing import Unpack
 
 import keras
 import numpy as np
@@ -18,12 +21,15 @@ from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.gradients import custom_gradients
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import check_layer
 from keras_memory.arguments import config_with_layers
 from keras_memory.arguments import layers_from_config
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
+from keras_memory.hints import Config
 from keras_memory.retrieval.examples import compare
 from keras_memory.retrieval.examples import nearest_examples
 from keras_memory.retrieval.replaced import is_replaced
@@ -41,13 +47,13 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     def __init__(
         self,
-        units,
-        head=None,
-        classifier=None,
-        similarity="cosine",
-        top_k=None,
-        memory_size=None,
-        **kwargs,
+        units: int,
+        head: str | keras.layers.Layer | None = None,
+        classifier: keras.layers.Layer | None = None,
+        similarity: str = "cosine",
+        top_k: int | None = None,
+        memory_size: int | None = None,
+        **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**kwargs)
         self.units = check_size("units", units)
@@ -70,7 +76,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         self.memory_size = memory_size
         self.memory_keys = self.memory_values = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self._width = width = first_shape(input_shape)[-1]
         if width is None:
             raise ValueError(
@@ -154,8 +160,12 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         self.memory_size = size
 
     def __call__(
-        self, encodings, memory_encodings=None, memory_mask=None, **kwargs
-    ):
+        self,
+        encodings: Array,
+        memory_encodings: Array | None = None,
+        memory_mask: Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         is_pair = isinstance(encodings, (list, tuple))
         if is_pair:
             encodings, memory_encodings = split_pair(
@@ -199,12 +209,12 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     def call(
         self,
-        encodings,
-        memory_encodings=None,
-        memory_mask=None,
-        return_weights=False,
-        training=None,
-    ):
+        encodings: Array,
+        memory_encodings: Array | None = None,
+        memory_mask: Array | None = None,
+        return_weights: bool = False,
+        training: bool | None = None,
+    ) -> Any:
         if isinstance(encodings, (list, tuple)):
             encodings, memory_encodings = encodings
         self._check_readable(memory_encodings, training)
@@ -240,7 +250,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             return outputs, weights
         return outputs, weights, indices
 
-    def set_memory(self, memory_encodings):
+    def set_memory(self, memory_encodings: Array) -> None:
         """Fixes the memory: `layer(x)` is from now on what
         `layer([x, memory_encodings])` is, whatever weights come later. Where
         examples are compared as they are, their lengths are computed once.
@@ -380,20 +390,20 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
                 "Received: training=True and no memory_encodings"
             )
 
-    def get_build_config(self):
+    def get_build_config(self) -> Config | None:
         return {"input_shape": (None, self._width)} if self.built else None
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, int]:
         return (first_shape(input_shape)[0], self.units)
 
     def compute_output_spec(
         self,
-        encodings,
-        memory_encodings=None,
-        memory_mask=None,
-        return_weights=False,
-        training=None,
-    ):
+        encodings: Array,
+        memory_encodings: Array | None = None,
+        memory_mask: Array | None = None,
+        return_weights: bool = False,
+        training: bool | None = None,
+    ) -> Any:
         if isinstance(encodings, (list, tuple)):
             encodings, memory_encodings = encodings
         self._check_readable(memory_encodings, training)
@@ -410,12 +420,14 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             return outputs, weights
         return outputs, weights, keras.KerasTensor((batch, size), "int32")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         names = list(inspect.signature(_MemoryWrap.__init__).parameters)[1:-1]
         return {**super().get_config(), **config_with_layers(self, names)}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Config, custom_objects: Config | None = None
+    ) -> Self:
         return cls(**layers_from_config(config, custom_objects))
 
 

@@ -2,12 +2,16 @@
 
 import contextlib
 import warnings
+from typing import Any
+from typing import Self
+from typing import Unpack
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import config_with_layers
 from keras_memory.arguments import layers_from_config
 from keras_memory.checks import NO_LABEL
@@ -18,6 +22,8 @@ from keras_memory.checks import check_labels
 from keras_memory.checks import check_process
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
+from keras_memory.hints import Config
 from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapLayer
 from keras_memory.memory_wrap import first_shape
@@ -100,17 +106,17 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
     def __init__(
         self,
-        encoder,
-        units,
-        memory_size=100,
-        baseline=False,
-        head=None,
-        classifier=None,
-        similarity="cosine",
-        top_k=None,
-        fixed_memory_size=None,
-        seed=None,
-        **kwargs,
+        encoder: keras.layers.Layer,
+        units: int,
+        memory_size: int = 100,
+        baseline: bool = False,
+        head: str | keras.layers.Layer | None = None,
+        classifier: keras.layers.Layer | None = None,
+        similarity: str = "cosine",
+        top_k: int | None = None,
+        fixed_memory_size: int | None = None,
+        seed: int | None = None,
+        **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**kwargs)
         if not isinstance(encoder, keras.layers.Layer):
@@ -143,7 +149,8 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         # The layer always has place for a memory, the one that is fixed or
         # one that is drawn; None here says that none is fixed.
         self.fixed_memory_size = fixed_memory_size
-        self.memory_labels = self.memory_inputs = None
+        self.memory_labels: Array | None = None
+        self.memory_inputs: Array | None = None
         self.seed = check_seed("seed", seed)
         start = np.random.randint(2**31) if seed is None else seed
         # Who looks at a model between its steps does not change them.
@@ -153,7 +160,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         self._examples = None  # that memories are drawn from, and labels
         self._holds_draw = self._warned = False
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self._input_shape = (None, *first_shape(input_shape)[1:])
         encoded = self.encoder(keras.KerasTensor(self._input_shape))
         if len(encoded.shape) != 2:
@@ -181,7 +188,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         if was_locked:
             self._tracker.lock()
 
-    def __call__(self, inputs, *args, **kwargs):
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, (list, tuple)):
             names = "inputs", "memory_inputs"
             inputs = tuple(map(_inputs, names, split_pair(inputs)))
@@ -189,7 +196,12 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             inputs = _inputs("inputs", inputs)
         return super().__call__(inputs, *args, **kwargs)
 
-    def call(self, inputs, return_weights=False, training=None):
+    def call(
+        self,
+        inputs: Any,
+        return_weights: bool = False,
+        training: bool | None = None,
+    ) -> Any:
         if isinstance(inputs, (list, tuple)):
             inputs, memory = split_pair(inputs)
             encoded = self.encoder(inputs), self.encoder(memory)
@@ -208,13 +220,18 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             training=training,
         )
 
-    def compute_output_spec(self, inputs, return_weights=False, training=None):
+    def compute_output_spec(
+        self,
+        inputs: Any,
+        return_weights: bool = False,
+        training: bool | None = None,
+    ) -> Any:
         encoded = keras.tree.map_structure(self.encoder, inputs)
         return self.memory_layer.compute_output_spec(
             encoded, return_weights=return_weights, training=training
         )
 
-    def encode(self, inputs, batch_size=128):
+    def encode(self, inputs: Array, batch_size: int = 128) -> Array:
         """Encodings, in batches.
 
         Args:
@@ -234,7 +251,9 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             ]
             return ops.concatenate(encodings, axis=0)
 
-    def set_memory(self, x, y=None, batch_size=128):
+    def set_memory(
+        self, x: Array, y: Array | None = None, batch_size: int = 128
+    ) -> None:
         """Fixes the memory: these examples are encoded once, and looked at by
         all calls without a memory until the next `fit`.
 
@@ -301,7 +320,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         # Compiled functions look at the memory before.
         self.predict_function = self.test_function = None
 
-    def check_memory(self):
+    def check_memory(self) -> None:
         """Raises ValueError where a memory is fixed that nothing has filled."""
         if self.fixed_memory_size is None:
             return
@@ -315,7 +334,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             f"fixed_memory_size={self.fixed_memory_size}, and nothing in it"
         )
 
-    def draw(self):
+    def draw(self) -> tuple[Array, Array | None]:
         """Draws a memory set of the training data, without replacement.
 
         Returns:
@@ -357,21 +376,21 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_split=0.0,
-        validation_data=None,
-        shuffle=True,
-        class_weight=None,
-        sample_weight=None,
+        x: Any = None,
+        y: Array | None = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: str | int = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: dict[int, float] | None = None,
+        sample_weight: Array | None = None,
         *,
-        memory_data=None,
-        **kwargs,
-    ):
+        memory_data: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """Trains with a fresh memory at each step, drawn of the training data
         without replacement, as the paper does. A fixed memory is forgotten.
 
@@ -491,7 +510,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             **kwargs,
         )
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`, with the fixed memory, or else with one
         that is drawn of the training data. Of batches `((x, memory), y)` of a
         `tf.data.Dataset` each brings its own."""
@@ -504,7 +523,9 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         with self._drawn(x):
             return super().evaluate(x, *args, **kwargs)
 
-    def predict(self, x, *args, draws=None, **kwargs):
+    def predict(
+        self, x: Any, *args: Any, draws: int | None = None, **kwargs: Any
+    ) -> np.ndarray:
         """As `keras.Model.predict`, with the fixed memory, or else with some
         that are drawn of the training data.
 
@@ -566,7 +587,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             stacklevel=3,
         )
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         if "0" in store.keys():  # labels, maybe of a memory of another size
             size = len(store["0"])
             self._make_place(size)
@@ -575,10 +596,10 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         super().load_own_variables(store)
         self.memory_inputs = None
 
-    def get_build_config(self):
+    def get_build_config(self) -> Config | None:
         return {"input_shape": self._input_shape} if self.built else None
 
-    def get_config(self):
+    def get_config(self) -> Config:
         layer = self.memory_layer
         return {
             **super().get_config(),
@@ -598,7 +619,9 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Config, custom_objects: Config | None = None
+    ) -> Self:
         return cls(**layers_from_config(config, custom_objects))
 
 

@@ -7,7 +7,7 @@ Equation numbers are those of section 3 of the first paper.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
@@ -38,6 +38,8 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
+from keras_memory.hints import Activation
+from keras_memory.recurrent.cell import CellArguments
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_sizes_of_memory
@@ -119,16 +121,16 @@ class NTMAccess:
     read_heads: int = 1
     write_heads: int = 1
     _: dataclasses.KW_ONLY
-    head_order: str | tuple = "parallel"
+    head_order: str | list[str] | tuple[str, ...] = "parallel"
     addressing: str = "content_and_location"
     shift_range: int = 1
     erase: bool = True
     writing: str = "addressed"
     retroactive_discount: float | None = None
     interface_clip: float | None = None
-    key_activation: str | Callable = "tanh"
-    add_activation: str | Callable = "tanh"
-    strength_activation: str | Callable = "softplus"
+    key_activation: Activation = "tanh"
+    add_activation: Activation = "tanh"
+    strength_activation: Activation = "softplus"
     initial_memory: str | float = "constant"
     initial_reads: str | float = "constant"
     initial_weighting: str | float = "constant"
@@ -454,8 +456,17 @@ def _join(heads):
     return heads[0] if len(heads) == 1 else ops.concatenate(heads, axis=1)
 
 
+if TYPE_CHECKING:
+
+    class NTMArguments(NTMAccess, CellArguments):
+        """What can be read of `NTMCell`, and of `NTMLayer`."""
+
+else:
+    NTMArguments = object
+
+
 @keras.saving.register_keras_serializable(package="keras_memory")
-class NTMCell(MemoryCell, access=NTMAccess):
+class NTMCell(MemoryCell, NTMArguments, access=NTMAccess):
     """One step of a Neural Turing Machine, for `NTMLayer` or Keras's `RNN`.
 
     Arguments, equations, state and departures: as `NTMLayer`, which makes its
@@ -469,9 +480,13 @@ class NTMCell(MemoryCell, access=NTMAccess):
     TensorShape([2, 7, 3])
     """
 
+    if TYPE_CHECKING:  # `MemoryCell` takes the fields of the access
+
+        def __init__(self, units: int | None, *args: Any, **kwargs: Any): ...
+
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class NTMLayer(MemoryRNN, cell=NTMCell):
+class NTMLayer(MemoryRNN, NTMArguments, cell=NTMCell):
     """A Neural Turing Machine over sequences.
 
     A controller looks at the input and at what was read before, and tells
@@ -581,16 +596,16 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
         read_heads: int = 1,
         write_heads: int = 1,
         *,
-        head_order: str | tuple = "parallel",
+        head_order: str | list[str] | tuple[str, ...] = "parallel",
         addressing: str = "content_and_location",
         shift_range: int = 1,
         erase: bool = True,
         writing: str = "addressed",
         retroactive_discount: float | None = None,
         interface_clip: float | None = None,
-        key_activation: str | Callable = "tanh",
-        add_activation: str | Callable = "tanh",
-        strength_activation: str | Callable = "softplus",
+        key_activation: Activation = "tanh",
+        add_activation: Activation = "tanh",
+        strength_activation: Activation = "softplus",
         initial_memory: str | float = "constant",
         initial_reads: str | float = "constant",
         initial_weighting: str | float = "constant",
@@ -605,7 +620,7 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
         controller_clip: float | None = None,
         controller_state_clip: float | None = None,
         initial_controller_state: str | float = "constant",
-        activation: str | Callable | None = None,
+        activation: Activation | None = None,
         clip_value: float | None = None,
         interface_layer_norm: bool = False,
         bypass_dropout: float = 0.0,
@@ -625,3 +640,4 @@ class NTMLayer(MemoryRNN, cell=NTMCell):
         **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**given(locals()))
+        self.cell: NTMCell

@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_memory"
 # Each module may import modules of the lines above its own. A folder's
 # `__init__` comes after its last module.
 LAYERS = [
-    ["checks", "files"],
+    ["checks", "files", "hints"],
     ["arguments"],
     ["addressing.gradients", "addressing.scaling"],
     ["addressing.slots"],

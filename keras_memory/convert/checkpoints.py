@@ -5,9 +5,10 @@ import pickle
 import numpy as np
 
 from keras_memory.files import check_path
+from keras_memory.hints import PathLike
 
 
-def read_pytorch_checkpoint(path):
+def read_pytorch_checkpoint(path: PathLike) -> dict[str, np.ndarray]:
     """Reads a state dict from a file, and executes nothing in it.
 
     Args:

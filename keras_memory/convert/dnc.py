@@ -1,6 +1,8 @@
 """Differentiable Neural Computers of DeepMind and of pytorch-dnc."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +26,15 @@ from keras_memory.convert.weights import torch_name
 from keras_memory.convert.weights import torch_shapes
 from keras_memory.dnc import DNCInterface
 from keras_memory.dnc import DNCLayer
+from keras_memory.hints import Array
 
 
-def from_deepmind_dnc(weights, memory_slots, clip_value=None, **layer_kwargs):
+def from_deepmind_dnc(
+    weights: Mapping[str, Array],
+    memory_slots: int,
+    clip_value: float | None = None,
+    **layer_kwargs: Any,
+) -> DNCLayer:
     """Makes a DNC of the weights of google-deepmind/dnc.
 
     The layer computes what the reference's `dnc.DNC` computes, also where
@@ -138,13 +146,13 @@ def from_deepmind_dnc(weights, memory_slots, clip_value=None, **layer_kwargs):
 
 
 def from_pytorch_dnc(
-    weights,
-    memory_slots,
-    read_heads,
-    nonlinearity="tanh",
-    clip=20.0,
-    **layer_kwargs,
-):
+    weights: Mapping[str, Array],
+    memory_slots: int,
+    read_heads: int,
+    nonlinearity: str = "tanh",
+    clip: float | None = 20.0,
+    **layer_kwargs: Any,
+) -> DNCLayer:
     """Makes a DNC of the weights of ixaxaar/pytorch-dnc, 1.1.0 or 2.0.0b1.
 
     The layer computes what the reference's `DNC` computes when it is called

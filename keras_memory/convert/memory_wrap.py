@@ -1,5 +1,8 @@
 """Layers of memorywrap."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import keras
 
 from keras_memory.checks import check_bool
@@ -9,11 +12,14 @@ from keras_memory.convert.weights import check_shapes
 from keras_memory.convert.weights import make_layer
 from keras_memory.convert.weights import torch_linear
 from keras_memory.convert.weights import torch_name
+from keras_memory.hints import Array
 from keras_memory.memory_wrap import BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapLayer
 
 
-def from_memorywrap(weights, baseline=False, **layer_kwargs):
+def from_memorywrap(
+    weights: Mapping[str, Array], baseline: bool = False, **layer_kwargs: Any
+) -> MemoryWrapLayer | BaselineMemory:
     """Makes a Memory Wrap of the weights of KRLGroup's memorywrap 1.1.7.
 
     The layer computes what the reference computes.

@@ -1,6 +1,9 @@
 """Neural Turing Machines of pytorch-ntm and of Collier and Beel."""
 
 import re
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +20,16 @@ from keras_memory.convert.weights import torch_controller
 from keras_memory.convert.weights import torch_layers
 from keras_memory.convert.weights import torch_linear
 from keras_memory.convert.weights import torch_shapes
+from keras_memory.hints import Array
 from keras_memory.ntm import NTMInterface
 from keras_memory.ntm import NTMLayer
 
 
-def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
+def from_pytorch_ntm(
+    weights: Mapping[str, Array],
+    head_order: Sequence[str] | None = None,
+    **layer_kwargs: Any,
+) -> NTMLayer:
     """Makes an NTM of the weights of loudinthecloud/pytorch-ntm.
 
     The layer computes what the reference computes: `NTM.forward`, step by
@@ -177,14 +185,14 @@ def from_pytorch_ntm(weights, head_order=None, **layer_kwargs):
 
 
 def from_collier_ntm(
-    weights,
-    read_heads,
-    write_heads,
-    shift_range=1,
-    init_mode="learned",
-    addressing_mode="content_and_location",
-    **layer_kwargs,
-):
+    weights: Mapping[str, Array],
+    read_heads: int,
+    write_heads: int,
+    shift_range: int = 1,
+    init_mode: str = "learned",
+    addressing_mode: str = "content_and_location",
+    **layer_kwargs: Any,
+) -> NTMLayer:
     """Makes an NTM of the weights of MarkPKCollier/NeuralTuringMachine.
 
     The layer computes what the reference's `NTMCell` computes (Collier & Beel

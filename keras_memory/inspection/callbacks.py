@@ -3,6 +3,9 @@
 import pathlib
 import time
 import warnings
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,6 +15,9 @@ from keras_memory import recurrent
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.files import atomic_write
+from keras_memory.hints import Array
+from keras_memory.hints import Config
+from keras_memory.hints import PathLike
 from keras_memory.inspection.probe import Probe
 from keras_memory.inspection.probe import check_numbers
 from keras_memory.inspection.probe import probe_picture
@@ -42,17 +48,23 @@ class ProbePictures(keras.callbacks.Callback):
             probe or outputs that are no sequences.
     """
 
-    def __init__(self, probe_batch, folder, every=1, title="epoch {}".format):
+    def __init__(
+        self,
+        probe_batch: Any,
+        folder: PathLike,
+        every: int = 1,
+        title: Callable[[int], str] = "epoch {}".format,
+    ):
         super().__init__()
         self.probe = Probe.of(probe_batch)
         self.folder = _path("folder", folder)
         self.every = check_size("every", every, least=0)
         self.title = _function("title", title)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Config | None = None) -> None:
         self._done = self._redrawn = None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         if self._done is None and self.every:
             self._done = epoch
             if epoch == 0:
@@ -62,12 +74,12 @@ class ProbePictures(keras.callbacks.Callback):
                 if number > epoch or number % self.every:
                     path.unlink()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         self._done = epoch + 1
         if self.every and self._done % self.every == 0:
             self._draw()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Config | None = None) -> None:
         if self.every and self._done is not None and self._done % self.every:
             self._draw()
 
@@ -110,13 +122,13 @@ def _is_marked(path):
         return False
 
 
-def pictures(folder):
+def pictures(folder: PathLike) -> list[pathlib.Path]:
     """Paths of what `ProbePictures` left in a folder, from first to last."""
     paths = _path("folder", folder).glob("[0-9]" * 8 + ".png")
     return sorted(path for path in paths if _is_marked(path))
 
 
-def animation(folder, milliseconds=400):
+def animation(folder: PathLike, milliseconds: int = 400) -> bytes:
     """Joins the pictures that `ProbePictures` left in a folder.
 
     Args:
@@ -209,13 +221,15 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     FIRST = 1.0
     unit = "epochs"  # that TensorBoard's axis counts
 
-    def __init__(self, log_dir, probe_batch, every=None):
+    def __init__(
+        self, log_dir: PathLike, probe_batch: Any, every: int | None = None
+    ):
         super().__init__()
         self.folder = _path("log_dir", log_dir) / "memory"
         self.probe = Probe.of(probe_batch)
         self.every = every if every is None else check_size("every", every)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Config | None = None) -> None:
         layers = self.model._flatten_layers()
         if not any(isinstance(layer, recurrent.MemoryRNN) for layer in layers):
             raise TypeError(
@@ -228,7 +242,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         self._started = time.perf_counter()
         self._spent, self._last = 0.0, self.FIRST
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         self._done = epoch + 1
         if self.every is None:
             elapsed = time.perf_counter() - self._started - self._spent
@@ -238,7 +252,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         if due:
             self._write()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Config | None = None) -> None:
         if self._written != self._done:
             self._write()
         if self._writer is not None:
@@ -376,21 +390,21 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
 
     def __init__(
         self,
-        log_dir,
-        x,
-        class_names=None,
-        max_examples=6,
-        attribution=True,
-        to_image=None,
-        every=1,
-        labels=None,
+        log_dir: PathLike,
+        x: Array,
+        class_names: Sequence[str] | None = None,
+        max_examples: int = 6,
+        attribution: bool = True,
+        to_image: Callable[[Array], Array] | None = None,
+        every: int = 1,
+        labels: Array | None = None,
     ):
         from keras_memory.checks import check_labels
         from keras_memory.visualization.tiles import check_shades
 
         super().__init__()
         self.folder = _path("log_dir", log_dir) / "explanations"
-        self.x = check_numbers("x", x, ("B", "H", "W", ...))
+        self.x: np.ndarray = check_numbers("x", x, ("B", "H", "W", ...))
         if labels is not None:
             check_labels(labels, len(self.x), name="labels")
         self.labels = labels
@@ -404,7 +418,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
         for image in self.x:  # an error now, not after the first epoch
             check_shades("x", image if to_image is None else to_image(image))
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Config | None = None) -> None:
         from keras_memory.checks import check_labels
         from keras_memory.inspection import explanations
 
@@ -414,7 +428,7 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             check_labels(self.labels, len(self.x), units, "labels")
         self._writer = None
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         import tensorflow as tf
 
         from keras_memory.inspection.explanations import explain
@@ -443,12 +457,14 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
             tf.summary.scalar("examples_used", np.mean(used))
         self._writer.flush()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Config | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
-def write_images(folder, name, images):
+def write_images(
+    folder: PathLike, name: str, images: Sequence[np.ndarray]
+) -> None:
     """Writes images to TensorBoard, one a step, from step 1.
 
     Args:

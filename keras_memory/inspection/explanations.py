@@ -5,6 +5,10 @@ is predicted as the input's class is an explanation by example, one of another
 class a counterfactual; those with weight 0 had no part in the answer.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
 from typing import NamedTuple
 
 import keras
@@ -17,8 +21,12 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_labels
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 from keras_memory.memory_wrap_classifier import without_gradients
+
+if TYPE_CHECKING:
+    from keras_memory import visualization
 
 
 class Explanation(NamedTuple):
@@ -47,17 +55,17 @@ class Explanation(NamedTuple):
     input: np.ndarray | None = None
 
     @property
-    def classes(self):
+    def classes(self) -> np.ndarray:
         """(n,) int: those predicted, or else the labels."""
         return self.labels if self.predicted is None else self.predicted
 
     @property
-    def is_example(self):
+    def is_example(self) -> np.ndarray:
         """(n,) bool: of the input's predicted class. The others are
         counterfactuals."""
         return self.classes == self.prediction
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Explanation(prediction={self.prediction}, "
             f"{self.is_example.sum()} examples, "
@@ -68,7 +76,7 @@ class Explanation(NamedTuple):
         return Explanations([self])._repr_png_()
 
 
-class Explanations(list):
+class Explanations(list[Explanation]):
     """A list of `Explanation`, which a notebook shows as a picture."""
 
     def _repr_png_(self):
@@ -80,7 +88,9 @@ class Explanations(list):
             return None
 
 
-def explain(model, x, batch_size=128):
+def explain(
+    model: MemoryWrapClassifier, x: Array, batch_size: int = 128
+) -> Explanations:
     """Names the examples behind each answer.
 
     A model without a fixed memory draws one of its training data, and a second
@@ -119,7 +129,9 @@ def explain(model, x, batch_size=128):
     return explanations
 
 
-def explanation_accuracy(model, x, y, batch_size=500):
+def explanation_accuracy(
+    model: MemoryWrapClassifier, x: Array, y: Array, batch_size: int = 500
+) -> dict[str, float | None]:
     """How often the heaviest example is of the predicted class.
 
     Source: `paper/explanation_accuracy.py` of the paper's code: for each input
@@ -180,14 +192,14 @@ def explanation_accuracy(model, x, y, batch_size=500):
 
 
 def integrated_gradients(
-    model,
-    x,
-    memory_inputs,
-    target=None,
-    baseline=0.0,
-    steps=40,
-    batch_size=256,
-):
+    model: MemoryWrapClassifier,
+    x: Array,
+    memory_inputs: Array,
+    target: int | None = None,
+    baseline: Array = 0.0,
+    steps: int = 40,
+    batch_size: int = 256,
+) -> tuple[np.ndarray, np.ndarray]:
     """Which parts of an input, and of the examples it was compared with, speak
     for a class.
 
@@ -263,16 +275,16 @@ def integrated_gradients(
 
 
 def picture(
-    model,
-    x,
-    class_names=None,
-    max_examples=6,
-    attribution=True,
-    baseline=0.0,
-    to_image=None,
-    explanations=None,
-    labels=None,
-):
+    model: MemoryWrapClassifier,
+    x: Array,
+    class_names: Sequence[str] | None = None,
+    max_examples: int = 6,
+    attribution: bool = True,
+    baseline: Array = 0.0,
+    to_image: Callable[[Array], Array] | None = None,
+    explanations: Sequence[Explanation] | None = None,
+    labels: Array | None = None,
+) -> "visualization.Figure":
     """Draws inputs beside the examples that decided the answers.
 
     One row of images for each input: the input, then the examples used, the
@@ -435,7 +447,7 @@ class _Memory:
         ]
 
 
-def check_model(model, class_names=None):
+def check_model(model: Any, class_names: Sequence[str] | None = None) -> None:
     """Raises TypeError unless `model` is a `MemoryWrapClassifier`, and
     ValueError unless it has classes, with as many names."""
     if not isinstance(model, MemoryWrapClassifier):

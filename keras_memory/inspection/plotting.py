@@ -1,5 +1,8 @@
 """Draws what a layer or a model does with its inputs, in one call."""
 
+from typing import TYPE_CHECKING
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -11,8 +14,13 @@ from keras_memory.inspection import explanations
 from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 from keras_memory.recurrent import tracing
 
+if TYPE_CHECKING:
+    from keras_memory import visualization
 
-def plot(layer, x, **options):
+
+def plot(
+    layer: keras.layers.Layer, x: Any, **options: Any
+) -> "visualization.Figure":
     """Draws what a layer or a model of this library does with inputs.
 
     Args:

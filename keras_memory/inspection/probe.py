@@ -1,5 +1,6 @@
 """One example that is looked at again and again while a model trains."""
 
+from typing import Any
 from typing import NamedTuple
 
 import keras
@@ -22,13 +23,13 @@ class Seen(NamedTuple):
         traces: dict from layer names to what `trace` gives.
     """
 
-    inputs: np.ndarray | dict | list
-    targets: np.ndarray | dict | list | None
-    outputs: np.ndarray | dict | list
+    inputs: Any
+    targets: Any
+    outputs: Any
     mask: np.ndarray | None
-    traces: dict
+    traces: dict[str, Any]
 
-    def has_sequences(self):
+    def has_sequences(self) -> bool:
         """True for inputs (B, T, D), targets and outputs (B, T, units)."""
         parts = self.inputs, self.targets, self.outputs
         return (
@@ -53,7 +54,7 @@ class Probe:
             batch sizes.
     """
 
-    def __init__(self, batch):
+    def __init__(self, batch: Any):
         parts = batch if isinstance(batch, tuple) else (batch,)
         if not 1 <= len(parts) <= 3:
             raise ValueError(
@@ -76,11 +77,11 @@ class Probe:
         self._model = self._run = None
 
     @classmethod
-    def of(cls, batch):
+    def of(cls, batch: Any) -> "Probe":
         """The probe of a batch, or the probe itself."""
         return batch if isinstance(batch, cls) else cls(batch)
 
-    def look(self, model):
+    def look(self, model: keras.Model) -> Seen:
         """Shows the batch to a model, whose states stay as they are: what a
         call assigns to variables is forgotten, and nothing is copied.
 

@@ -13,9 +13,14 @@ each further block sees the features of the block in front of it. The layer's
 output is a projection of the last block's features, outside the time loop.
 """
 
-import dataclasses
 import inspect
 import math
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import Unpack
 
 import keras
 import numpy as np
@@ -24,9 +29,8 @@ from keras import ops
 from keras_memory.addressing.gradients import custom_gradients
 from keras_memory.addressing.gradients import linear
 from keras_memory.addressing.scaling import at_least_float32
-from keras_memory.arguments import KEYWORD
-from keras_memory.arguments import POSITIONAL
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import checked
 from keras_memory.checks import MOST_LAYERS
 from keras_memory.checks import check_array
@@ -37,22 +41,59 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
+from keras_memory.hints import Activation
+from keras_memory.hints import Array
+from keras_memory.hints import Config
+from keras_memory.hints import Shape
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.cell_states import CellStates
 from keras_memory.recurrent.cells import LayerNormalization
 from keras_memory.recurrent.dropout import SequenceDropout
+from keras_memory.recurrent.interface import Access
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.serialization import init_parameters
+from keras_memory.recurrent.serialization import init_with_access
 from keras_memory.recurrent.serialization import serialize
 from keras_memory.recurrent.state import StateLayout
 from keras_memory.recurrent.state import index_suffix
 
-# Attributes that `build` sets.
-OF_BUILD = ("input_size", "interfaces", "output_projection", "start_weights")
+if TYPE_CHECKING:
+
+    class CellArguments:
+        """What can be read of a cell, and of a layer that makes its own."""
+
+        units: int | None
+        controller: str | keras.layers.Layer
+        controller_units: int
+        controller_layers: int
+        controller_dropout: float
+        controller_clip: float | None
+        controller_state_clip: float | None
+        initial_controller_state: str | float
+        activation: Callable[..., Any]
+        clip_value: float | None
+        interface_layer_norm: bool
+        bypass_dropout: float
+        kernel_initializer: keras.initializers.Initializer
+        bias_initializer: keras.initializers.Initializer
+        kernel_regularizer: keras.regularizers.Regularizer | None
+        kernel_constraint: keras.constraints.Constraint | None
+        seed: int | None
+        num_layers: int
+        share_memory: bool
+
+else:
+    CellArguments = object
 
 
-class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
+class MemoryCell(
+    Arguments,
+    CellStates,
+    SequenceDropout,
+    keras.layers.Layer,
+    CellArguments,
+):
     """A recurrent cell with a memory: controller + interface + access.
 
     The base of all recurrent architectures, and of a user's own: give it one
@@ -142,33 +183,49 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             argument that the class does not have or lacks.
     """
 
-    def __init_subclass__(cls, access=None, **defaults):
+    if TYPE_CHECKING:
+        accesses: list[Access]
+        block_controllers: list[keras.layers.Layer]
+        interface_norms: list[keras.layers.Layer]
+        interfaces: list[tuple[keras.Variable, keras.Variable]]
+        output_projection: tuple[keras.Variable, keras.Variable]
+        memory_of_block: list[int]
+        layout: StateLayout
+        access_dtype: str
+        input_size: int
+        state_size: list[int]
+        weight_states: list[int]
+        seed_generator: keras.random.SeedGenerator
+
+    def __init_subclass__(
+        cls, access: Callable[..., Access] | None = None, **defaults: Any
+    ) -> None:
         super().__init_subclass__()
         if access is not None:
-            init = _init_with(cls, access, defaults)
+            init = init_with_access(cls, MemoryCell, access, defaults)
             type.__setattr__(cls, "__init__", checked(cls, init))
 
     def __init__(
         self,
-        units,
-        accesses,
-        controller="lstm",
-        controller_units=100,
-        controller_layers=1,
-        controller_dropout=0.0,
-        controller_clip=None,
-        controller_state_clip=None,
-        initial_controller_state="constant",
-        activation=None,
-        clip_value=None,
-        interface_layer_norm=False,
-        bypass_dropout=0.0,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        kernel_constraint=None,
-        seed=None,
-        **kwargs,
+        units: int | None,
+        accesses: Iterable[Access],
+        controller: str | keras.layers.Layer | Config = "lstm",
+        controller_units: int = 100,
+        controller_layers: int = 1,
+        controller_dropout: float = 0.0,
+        controller_clip: float | None = None,
+        controller_state_clip: float | None = None,
+        initial_controller_state: str | float = "constant",
+        activation: Activation | None = None,
+        clip_value: float | None = None,
+        interface_layer_norm: bool = False,
+        bypass_dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        seed: int | None = None,
+        **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**kwargs)
         if units is not None:
@@ -294,7 +351,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         )
 
     @property
-    def features_size(self):
+    def features_size(self) -> int:
         """Width of concat(controller output, reads) of the last block."""
         size = controllers.output_size(
             self.block_controllers[-1],
@@ -303,10 +360,10 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         return size + self.accesses[-1].read_size
 
     @property
-    def output_size(self):
+    def output_size(self) -> int:
         return self.features_size if self.units is None else self.units
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         if input_shape[-1] is None:
             raise ValueError(
                 "The width of the inputs (their last axis) must be known to "
@@ -368,7 +425,13 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
 
     # One step.
 
-    def step(self, inputs, records, training=False, use_memory=True):
+    def step(
+        self,
+        inputs: Array,
+        records: Sequence[Any],
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> tuple[Array, tuple[Any, ...], list[tuple[Any, dict[str, Array]]]]:
         """One step, up to the output projection.
 
         Args:
@@ -462,7 +525,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             for name, value in inside.items()
         }
 
-    def project(self, features, training=False):
+    def project(self, features: Array, training: bool | None = False) -> Array:
         """Makes the output of the features: (B, F) or (B, T, F), with the
         last axis of size `units`."""
         if training and self.bypass_dropout:
@@ -471,7 +534,13 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
             features = _project(features, *self.output_projection)
         return self.activation(_clip(features, self.clip_value))
 
-    def call(self, inputs, states=None, training=False, use_memory=True):
+    def call(
+        self,
+        inputs: Array,
+        states: Sequence[Array] | None = None,
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> tuple[Array, list[Array]]:
         check_bool("use_memory", use_memory)
         inputs = check_array("inputs", inputs, ("batch", self.input_size))
         states = self._check_states(states, inputs.shape[0])
@@ -480,7 +549,7 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         )
         return self.project(features, training), self.layout.flatten(records)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """Every argument of `__init__`, under its own name."""
         if "accesses" in inspect.signature(type(self).__init__).parameters:
             raise NotImplementedError(
@@ -497,90 +566,6 @@ class MemoryCell(Arguments, CellStates, SequenceDropout, keras.layers.Layer):
         ]
         own = {name: serialize(getattr(self, name)) for name in arguments}
         return {**super().get_config(), **own}
-
-
-def _init_with(cell, access, defaults):
-    """Makes the `__init__` of a cell that makes its own accesses.
-
-    Args:
-        cell: the class.
-        access: the access class, a dataclass.
-        defaults: dict of new defaults by name. Without it `num_layers` is 1,
-            `share_memory` True, and the others are those of `MemoryCell`.
-    """
-    fields = {field.name: field for field in dataclasses.fields(access)}
-    _check_fields(cell, access, fields)
-    of_blocks = {"num_layers": 1, "share_memory": True}
-    signature = inspect.Signature(
-        [
-            inspect.Parameter("self", POSITIONAL),
-            inspect.Parameter("units", POSITIONAL),
-            *map(_parameter_of, fields.values()),
-            *(
-                inspect.Parameter(name, KEYWORD, default=default)
-                for name, default in {**of_blocks, **defaults}.items()
-            ),
-            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-        ]
-    )
-
-    def __init__(self, *args, **kwargs):
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        given = given.arguments
-        of_access = {name: given[name] for name in fields}
-        blocks = check_layers("num_layers", given["num_layers"])
-        if check_bool("share_memory", given["share_memory"]):
-            accesses = [access(**of_access)] * blocks
-        else:
-            accesses = [access(**of_access) for _ in range(blocks)]
-        of_base = {name: given[name] for name in {*defaults} - {*of_blocks}}
-        super(cell, self).__init__(
-            given["units"], accesses=accesses, **of_base, **given["kwargs"]
-        )
-        self.num_layers = blocks
-        self.share_memory = given["share_memory"]
-        for name in fields:
-            if hasattr(self, name):
-                _refuse_field(cell, access, name)
-            setattr(self, name, getattr(accesses[0], name))
-
-    __init__.__signature__ = signature
-    return __init__
-
-
-def _parameter_of(field):
-    """The parameter of `__init__` for a field of a dataclass."""
-    default = field.default
-    if default is dataclasses.MISSING:
-        default = inspect.Parameter.empty
-    kind = KEYWORD if field.kw_only else POSITIONAL
-    annotation = field.type
-    return inspect.Parameter(
-        field.name, kind, default=default, annotation=annotation
-    )
-
-
-def _check_fields(cell, access, fields):
-    """Raises TypeError unless the fields can be arguments of the cell."""
-    of_base = {*init_parameters(MemoryCell), *OF_BUILD}
-    of_base |= {"num_layers", "share_memory"}
-    for name, field in fields.items():
-        if name in of_base or hasattr(cell, name):
-            _refuse_field(cell, access, name)
-        if field.default_factory is not dataclasses.MISSING:
-            raise TypeError(
-                f"{access.__name__} must have plain defaults, as its fields "
-                f"are arguments of {cell.__name__}. Received: `{name}` with a "
-                "`default_factory`"
-            )
-
-
-def _refuse_field(cell, access, name):
-    raise TypeError(
-        f"{access.__name__} must not have a field `{name}`: {cell.__name__} "
-        "has an attribute of that name. Rename the field."
-    )
 
 
 def _check_access(access):

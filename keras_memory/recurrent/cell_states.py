@@ -1,11 +1,15 @@
 """The states of a memory cell: their names, starts, records and resets."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
+from keras_memory.hints import Array
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.state import index_suffix
 from keras_memory.recurrent.state import select
@@ -18,7 +22,7 @@ class CellStates:
     cell's `layout` (`StateLayout`) has them.
     """
 
-    def build_states(self):
+    def build_states(self) -> None:
         """Adds a weight for each learned or random initial state."""
         self.start_weights = [
             self.add_weight(
@@ -33,7 +37,7 @@ class CellStates:
         ]
 
     @property
-    def state_names(self):
+    def state_names(self) -> list[str]:
         """A name for each state, in order, as served models have them."""
         names = []
         for memory, record in enumerate(self.layout.records):
@@ -58,7 +62,7 @@ class CellStates:
             for name in controllers.state_names(self.block_controllers[block])
         ]
 
-    def get_initial_state(self, batch_size=None):
+    def get_initial_state(self, batch_size: Array | None = None) -> list[Array]:
         """The states before the first step: a list of (B, size)."""
         if not self.built:
             raise ValueError(
@@ -116,7 +120,7 @@ class CellStates:
     def _blocks_of_memory(self, memory):
         return [b for b, m in enumerate(self.memory_of_block) if m == memory]
 
-    def unpack_state(self, states):
+    def unpack_state(self, states: Sequence[Array]) -> Any:
         """Names and shapes the flat states.
 
         Args:
@@ -156,7 +160,7 @@ class CellStates:
             for index, state in enumerate(states)
         ]
 
-    def pack_state(self, record):
+    def pack_state(self, record: Any) -> list[Array]:
         """Makes flat states of what `unpack_state` returns.
 
         Args:
@@ -192,7 +196,9 @@ class CellStates:
         states = self.layout.flatten(self.layout.transpose(records))
         return [ops.cast(state, self.compute_dtype) for state in states]
 
-    def reset_memory(self, states, rows=None):
+    def reset_memory(
+        self, states: Sequence[Array], rows: Array | None = None
+    ) -> list[Array]:
         """Puts the memory back to its start while the controller goes on.
 
         Args:
@@ -208,7 +214,9 @@ class CellStates:
         """
         return self._reset(states, rows, "memory")
 
-    def reset_controller(self, states, rows=None):
+    def reset_controller(
+        self, states: Sequence[Array], rows: Array | None = None
+    ) -> list[Array]:
         """Puts the controller back to its start while the memory, with what
         was read from it, stays. Arguments and errors: `reset_memory`."""
         return self._reset(states, rows, "controller")

@@ -4,6 +4,9 @@ A controller is a Keras RNN cell (`LSTMCell`, `StackedRNNCells`, one of your
 own, ...) or a feed-forward layer such as `Dense`.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import keras
 from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
@@ -13,6 +16,7 @@ from keras_memory.addressing.gradients import activate_each
 from keras_memory.addressing.gradients import linear
 from keras_memory.checks import check_layers
 from keras_memory.checks import check_rate
+from keras_memory.hints import Array
 from keras_memory.recurrent.cells import DenseCell
 from keras_memory.recurrent.cells import LayerNormLSTMCell
 from keras_memory.recurrent.cells import LayerNormSimpleRNNCell
@@ -23,7 +27,7 @@ from keras_memory.recurrent.cells import _summed_products
 from keras_memory.recurrent.cells import check_units
 from keras_memory.recurrent.cells import seed_of
 
-CELLS = {
+CELLS: dict[str, type[keras.layers.Layer]] = {
     "lstm": keras.layers.LSTMCell,
     "gru": keras.layers.GRUCell,
     "rnn": keras.layers.SimpleRNNCell,
@@ -36,8 +40,14 @@ CELLS = {
 
 
 def get(
-    controller, units, layers, dropout=0.0, seed=None, dtype=None, **options
-):
+    controller: str | keras.layers.Layer,
+    units: int,
+    layers: int,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dtype: Any = None,
+    **options: Any,
+) -> keras.layers.Layer:
     """Makes a controller from its name, or checks one that was given.
 
     Args:
@@ -97,12 +107,12 @@ def get(
     return keras.layers.StackedRNNCells(cells, dtype=dtype)
 
 
-def state_structure(controller):
+def state_structure(controller: keras.layers.Layer) -> Any:
     """Sizes of a controller's states: nested lists of ints, or []."""
     return getattr(controller, "state_size", [])
 
 
-def state_names(cell):
+def state_names(cell: keras.layers.Layer) -> list[str]:
     """A name for each state of a cell, flat, as served models have them."""
     if isinstance(cell, keras.layers.StackedRNNCells):
         names = list(map(state_names, cell.cells))
@@ -125,7 +135,7 @@ _CELLS_WITH_H = (
 )
 
 
-def output_size(controller, input_size):
+def output_size(controller: keras.layers.Layer, input_size: int | None) -> int:
     """Width of a controller's output. Only a feed-forward layer needs
     `input_size` to tell."""
     if not hasattr(controller, "state_size"):
@@ -134,7 +144,12 @@ def output_size(controller, input_size):
     return size or keras.tree.flatten(controller.state_size)[0]
 
 
-def step(controller, inputs, states, training):
+def step(
+    controller: keras.layers.Layer,
+    inputs: Array,
+    states: Any,
+    training: bool | None,
+) -> tuple[Array, Any]:
     """Runs a controller for one step.
 
     Args:
@@ -232,7 +247,9 @@ _STEPS = {
 }
 
 
-def dropout_cells(controller, input_size):
+def dropout_cells(
+    controller: keras.layers.Layer, input_size: int
+) -> Iterator[tuple[keras.layers.Layer, int]]:
     """Yields (cell, input width) for each cell whose dropout needs masks."""
     if isinstance(controller, keras.layers.StackedRNNCells):
         for cell in controller.cells:

@@ -1,11 +1,15 @@
 """Dropout: one mask for all steps of a sequence."""
 
 import contextlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory.hints import Array
 from keras_memory.recurrent import controllers
 
 
@@ -19,7 +23,7 @@ class SequenceDropout(DropoutRNNCell):
 
     _bypass_mask = None
 
-    def build_dropout(self, widths):
+    def build_dropout(self, widths: Sequence[int]) -> None:
         """Finds the controllers' cells that drop something.
 
         Args:
@@ -33,27 +37,27 @@ class SequenceDropout(DropoutRNNCell):
             or getattr(cell, "recurrent_dropout", 0)
         ]
 
-    def get_dropout_mask(self, step_input):
+    def get_dropout_mask(self, step_input: Array) -> None:
         if self.bypass_dropout:
             self.bypass_mask(step_input)
         for cell, width in self._dropout_cells:
             cell.get_dropout_mask(self._ones(step_input, width))
 
-    def get_recurrent_dropout_mask(self, state):
+    def get_recurrent_dropout_mask(self, state: Array) -> None:
         for cell, _ in self._dropout_cells:
             width = (keras.tree.flatten(cell.state_size) or [1])[0]
             cell.get_recurrent_dropout_mask(self._ones(state, width))
 
-    def reset_dropout_mask(self):
+    def reset_dropout_mask(self) -> None:
         self._bypass_mask = None
         for cell, _ in self._dropout_cells:
             cell.reset_dropout_mask()
 
-    def reset_recurrent_dropout_mask(self):
+    def reset_recurrent_dropout_mask(self) -> None:
         for cell, _ in self._dropout_cells:
             cell.reset_recurrent_dropout_mask()
 
-    def dropout_masks(self):
+    def dropout_masks(self) -> list[tuple[Any, str, Array]]:
         """The masks drawn at this moment, as (cell, attribute, mask)."""
         masks = [(self, "_bypass_mask", self._bypass_mask)]
         for cell, _ in self._dropout_cells:
@@ -65,7 +69,7 @@ class SequenceDropout(DropoutRNNCell):
         return [entry for entry in masks if entry[2] is not None]
 
     @contextlib.contextmanager
-    def dropping(self, masks):
+    def dropping(self, masks: list[tuple[Any, str, Array]]) -> Iterator[None]:
         """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
         now = [(cell, name, getattr(cell, name)) for cell, name, _ in masks]
         try:
@@ -76,7 +80,7 @@ class SequenceDropout(DropoutRNNCell):
             for cell, name, mask in now:
                 setattr(cell, name, mask)
 
-    def bypass_mask(self, like):
+    def bypass_mask(self, like: Array) -> Array:
         """(B, F), or (B, 1, F) for features of a sequence; 1 at the reads."""
         if self._bypass_mask is None:
             reads = self._ones(like, self.accesses[-1].read_size)

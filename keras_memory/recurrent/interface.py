@@ -10,6 +10,7 @@ from keras_memory.addressing.gradients import activate_each
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.hints import Array
 
 
 class Access(typing.Protocol):
@@ -29,7 +30,20 @@ class Access(typing.Protocol):
     """A record whose fields are `StateSpec`. One is `reads`, and one is
     `controller`, which is () here: the cell fills it in."""
 
-    def step(self, interface, state):
+    if typing.TYPE_CHECKING:  # nobody sets them: properties will do
+
+        @property
+        def interface_size(self) -> int: ...
+
+        @property
+        def read_size(self) -> int: ...
+
+        @property
+        def initial_state(self) -> typing.Any: ...
+
+    def step(
+        self, interface: Array, state: typing.Any
+    ) -> tuple[typing.Any, dict[str, Array]]:
         """Acts once on the memory.
 
         Args:
@@ -64,31 +78,31 @@ class StateSpec:
             into the range that steps keep it in; None where that is any.
     """
 
-    shape: tuple
+    shape: tuple[int, ...]
     initial: str | float = "constant"
     constant: typing.Any = 0.0
     initializer: typing.Any = "zeros"
-    activation: typing.Callable = keras.activations.linear
+    activation: typing.Callable[..., typing.Any] = keras.activations.linear
     transposed: bool = False
-    held: typing.Callable | None = None
+    held: typing.Callable[..., typing.Any] | None = None
 
     @property
-    def shape_in_step(self):
+    def shape_in_step(self) -> tuple[int, ...]:
         if not self.transposed:
             return self.shape
         *leading, a, b = self.shape
         return (*leading, b, a)
 
     @property
-    def is_weight(self):
+    def is_weight(self) -> bool:
         return self.initial in ("learned", "random")
 
     @property
-    def fill(self):
+    def fill(self) -> typing.Any:
         return self.constant if self.initial == "constant" else self.initial
 
     @classmethod
-    def check(cls, name, value):
+    def check(cls, name: str, value: typing.Any) -> typing.Any:
         """Returns `value` if it is a valid one, or raises ValueError."""
         by_name = isinstance(value, str) and value in (
             "learned",

@@ -3,6 +3,10 @@
 import contextvars
 import functools
 import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import Self
 
 import keras
 import numpy as np
@@ -17,6 +21,8 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.checks import with_rows_of
 from keras_memory.checks import with_size
+from keras_memory.hints import Array
+from keras_memory.hints import Config
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.loop import LOOPS
 from keras_memory.recurrent.loop import run
@@ -112,9 +118,22 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         NotImplementedError: second derivatives through the fast loop.
     """
 
-    cell_class = None
+    cell_class: type[MemoryCell] | None = None
 
-    def __init_subclass__(cls, cell=None, **kwargs):
+    if TYPE_CHECKING:
+        return_sequences: bool
+        return_state: bool
+        go_backwards: bool
+        stateful: bool
+        unroll: bool
+        zero_output_for_mask: bool
+        loop: str
+        recompute: int | str | None
+        time_loop: str | None
+
+    def __init_subclass__(
+        cls, cell: type[MemoryCell] | None = None, **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
         if cell is not None:
             cls.cell_class = cell
@@ -155,16 +174,16 @@ class MemoryRNN(Arguments, keras.layers.RNN):
 
     def __init__(
         self,
-        *args,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        unroll=False,
-        zero_output_for_mask=False,
-        loop="auto",
-        recompute=None,
-        **kwargs,
+        *args: Any,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        zero_output_for_mask: bool = False,
+        loop: str = "auto",
+        recompute: int | str | None = None,
+        **kwargs: Any,
     ):
         of_layer = {
             key: kwargs.pop(key)
@@ -217,30 +236,33 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             **kwargs,
         )
 
+        self.cell: MemoryCell
         self.loop = loop
         self.recompute = recompute
         self.time_loop = None
         self._was_trained = False  # by a call that `time_loop` tells of
 
-    def build(self, sequences_shape=None, initial_state_shape=None):
+    def build(
+        self, sequences_shape: Any = None, initial_state_shape: Any = None
+    ) -> None:
         if sequences_shape is None:  # the layer was called on None
             check_array("sequences", None)
         self._check_sequences(sequences_shape)
         super().build(sequences_shape, initial_state_shape)
 
-    def __call__(self, sequences, *args, **kwargs):
+    def __call__(self, sequences: Array, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sequences, np.ndarray):  # Keras's error names no argument
             check_array("sequences", sequences, result="given")
         return super().__call__(sequences, *args, **kwargs)
 
     def call(
         self,
-        sequences,
-        initial_state=None,
-        mask=None,
-        training=False,
-        use_memory=True,
-    ):
+        sequences: Array,
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> Any:
         sequences, initial_state, mask = self._check_arguments(
             sequences, initial_state, mask
         )
@@ -282,8 +304,12 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return (outputs, *states) if self.return_state else outputs
 
     def compute_output_spec(
-        self, sequences, initial_state=None, mask=None, **kwargs
-    ):
+        self,
+        sequences: Array,
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         # Here too, as what is wrong in a Functional model is told where it is
         # made, and not where it is first called.
         self._check_arguments(sequences, initial_state, mask)
@@ -338,8 +364,13 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             )
 
     def inner_loop(
-        self, sequences, initial_state, mask, training=False, use_memory=True
-    ):
+        self,
+        sequences: Array,
+        initial_state: Sequence[Array],
+        mask: Array | None,
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> tuple[Array, Array, list[Array]]:
         """The call without its surroundings: last output, all outputs, and
         states, of what `call` has checked."""
         if (record := recorder.get()) is not None:
@@ -410,7 +441,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         )
 
     @property
-    def states(self):
+    def states(self) -> Any:
         """Variables (B, size) of a stateful layer; None where there are none,
         or not yet."""
         if self._state is None:
@@ -418,7 +449,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return self._state.variables[: len(self.cell.state_size)]
 
     @states.setter
-    def states(self, value):
+    def states(self, value: Array) -> Any:
         self._state = value  # None, which Keras's RNN begins with
 
     @property
@@ -443,7 +474,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             states[index] = ops.where(begun, states[index], starts[-1])
         return states, starts
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Puts the states of a stateful layer back to the initial state."""
         if self.states is not None:
             batch_size = self.states[0].shape[0]
@@ -454,7 +485,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             ):
                 variable.assign(ops.cast(value, variable.dtype))
 
-    def reset_memory(self, states=None, rows=None):
+    def reset_memory(
+        self, states: Sequence[Array] | None = None, rows: Array | None = None
+    ) -> list[Array]:
         """Puts the memory back to its start while the controller goes on.
 
         Args:
@@ -471,7 +504,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         """
         return self._reset(self.cell.reset_memory, states, rows)
 
-    def reset_controller(self, states=None, rows=None):
+    def reset_controller(
+        self, states: Sequence[Array] | None = None, rows: Array | None = None
+    ) -> list[Array]:
         """Puts the controller back to its start while the memory, with what
         was read from it, stays. Arguments and errors: `reset_memory`."""
         return self._reset(self.cell.reset_controller, states, rows)
@@ -494,7 +529,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             variable.assign(value)
         return after
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = {
             **super().get_config(),
             "loop": self.loop,
@@ -506,7 +541,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return config
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Config, custom_objects: Config | None = None
+    ) -> Self:
         if cls.cell_class is None:
             return super().from_config(config, custom_objects)
         with keras.saving.custom_object_scope(custom_objects or {}):

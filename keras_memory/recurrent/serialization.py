@@ -1,12 +1,18 @@
 """Arguments of cells and layers: their signatures, and how they are saved."""
 
+import dataclasses
+import inspect
 import itertools
 import re
 
 import keras
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
+from keras_memory.arguments import KEYWORD
+from keras_memory.arguments import POSITIONAL
 from keras_memory.arguments import parameters
+from keras_memory.checks import check_bool
+from keras_memory.checks import check_layers
 from keras_memory.checks import plain
 
 OBJECTS = (
@@ -16,6 +22,8 @@ OBJECTS = (
     keras.layers.Layer,
 )
 BACKENDS = ("tensorflow", "jax", "torch")
+# Attributes that `build` sets.
+OF_BUILD = ("input_size", "interfaces", "output_projection", "start_weights")
 
 
 class ClassAttribute:
@@ -37,6 +45,91 @@ def init_parameters(cls):
     end = DropoutRNNCell, keras.layers.RNN
     bases = itertools.takewhile(lambda base: base not in end, cls.__mro__)
     return parameters(bases)
+
+
+def init_with_access(cell, base, access, defaults):
+    """Makes the `__init__` of a cell that makes its own accesses.
+
+    Args:
+        cell: the class.
+        base: `MemoryCell`.
+        access: the access class, a dataclass.
+        defaults: dict of new defaults by name. Without it `num_layers` is 1,
+            `share_memory` True, and the others are those of `MemoryCell`.
+    """
+    fields = {field.name: field for field in dataclasses.fields(access)}
+    _check_fields(cell, base, access, fields)
+    of_blocks = {"num_layers": 1, "share_memory": True}
+    signature = inspect.Signature(
+        [
+            inspect.Parameter("self", POSITIONAL),
+            inspect.Parameter("units", POSITIONAL),
+            *map(_parameter_of, fields.values()),
+            *(
+                inspect.Parameter(name, KEYWORD, default=default)
+                for name, default in {**of_blocks, **defaults}.items()
+            ),
+            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+        ]
+    )
+
+    def __init__(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        given = given.arguments
+        of_access = {name: given[name] for name in fields}
+        blocks = check_layers("num_layers", given["num_layers"])
+        if check_bool("share_memory", given["share_memory"]):
+            accesses = [access(**of_access)] * blocks
+        else:
+            accesses = [access(**of_access) for _ in range(blocks)]
+        of_base = {name: given[name] for name in {*defaults} - {*of_blocks}}
+        super(cell, self).__init__(
+            given["units"], accesses=accesses, **of_base, **given["kwargs"]
+        )
+        self.num_layers = blocks
+        self.share_memory = given["share_memory"]
+        for name in fields:
+            if hasattr(self, name):
+                _refuse_field(cell, access, name)
+            setattr(self, name, getattr(accesses[0], name))
+
+    __init__.__signature__ = signature
+    return __init__
+
+
+def _parameter_of(field):
+    """The parameter of `__init__` for a field of a dataclass."""
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty
+    kind = KEYWORD if field.kw_only else POSITIONAL
+    annotation = field.type
+    return inspect.Parameter(
+        field.name, kind, default=default, annotation=annotation
+    )
+
+
+def _check_fields(cell, base, access, fields):
+    """Raises TypeError unless the fields can be arguments of the cell."""
+    of_base = {*init_parameters(base), *OF_BUILD}
+    of_base |= {"num_layers", "share_memory"}
+    for name, field in fields.items():
+        if name in of_base or hasattr(cell, name):
+            _refuse_field(cell, access, name)
+        if field.default_factory is not dataclasses.MISSING:
+            raise TypeError(
+                f"{access.__name__} must have plain defaults, as its fields "
+                f"are arguments of {cell.__name__}. Received: `{name}` with a "
+                "`default_factory`"
+            )
+
+
+def _refuse_field(cell, access, name):
+    raise TypeError(
+        f"{access.__name__} must not have a field `{name}`: {cell.__name__} "
+        "has an attribute of that name. Rename the field."
+    )
 
 
 def cell_property(name):

@@ -1,6 +1,8 @@
 """What happens inside a recurrent memory, step by step."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,16 +12,17 @@ from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
+from keras_memory.hints import Array
 from keras_memory.recurrent.layer import MemoryRNN
 from keras_memory.recurrent.layer import recorder
 from keras_memory.recurrent.state import select
 
 
-class Trace(dict):
+class Trace(dict[str, np.ndarray]):
     """What `trace` returns: a dict of arrays that a notebook shows as a
     picture. `keras.tree` treats it as one leaf: pass it `dict(trace)`."""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shapes = [
             f"{name}: {np.shape(values)}" for name, values in self.items()
         ]
@@ -46,13 +49,13 @@ def joined(traces):
 
 
 def trace(
-    layer,
-    inputs,
-    initial_state=None,
-    mask=None,
-    training=False,
-    use_memory=True,
-):
+    layer: MemoryRNN,
+    inputs: Array,
+    initial_state: Sequence[Array] | None = None,
+    mask: Array | None = None,
+    training: bool = False,
+    use_memory: bool = True,
+) -> Trace:
     """Records what happens inside a recurrent layer of this library.
 
     Runs the layer's cell over the sequences once more.
@@ -101,7 +104,9 @@ def trace(
     return Trace(keras.tree.map_structure(ops.convert_to_numpy, inside))
 
 
-def trace_model(model, inputs, training=False):
+def trace_model(
+    model: keras.Model, inputs: Any, training: bool = False
+) -> tuple[Any, dict[str, dict[str, Array]]]:
     """Records what happens inside each recurrent memory of a model.
 
     The states of stateful layers advance, as in any call of the model.

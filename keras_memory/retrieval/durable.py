@@ -2,11 +2,14 @@
 
 import itertools
 import os
+from typing import Any
+from typing import Self
 
 import numpy as np
 
 from keras_memory.checks import check_one_of
 from keras_memory.files import check_path
+from keras_memory.hints import PathLike
 from keras_memory.retrieval.entries import are_sound
 from keras_memory.retrieval.entries import check_value_dtype
 from keras_memory.retrieval.store import Operation
@@ -24,7 +27,7 @@ FILE_LEAST = 1 << 24  # bytes of a file that is never rewritten
 class Durable:
     """The part of `KNNMemory` that reads and writes folders."""
 
-    def save(self, folder):
+    def save(self, folder: PathLike) -> None:
         """Writes all entries to a folder, in the place of a memory there.
 
         Whoever reads the folder finds the memory before or this one, whole,
@@ -43,7 +46,7 @@ class Durable:
             Store(folder, "a", self._config(), operations).close()
 
     @classmethod
-    def load(cls, folder, **options):
+    def load(cls, folder: PathLike, **options: Any) -> Self:
         """The memory that `save` wrote, or that is written by `open`.
 
         Args:
@@ -64,7 +67,7 @@ class Durable:
         return memory
 
     @classmethod
-    def open(cls, folder, mode="r", **options):
+    def open(cls, folder: PathLike, mode: str = "r", **options: Any) -> Self:
         """A memory whose entries are on a disk.
 
         With `mode="a"`, `flush` writes what was added and cleared to a file in
@@ -137,7 +140,7 @@ class Durable:
             raise
         return memory
 
-    def flush(self):
+    def flush(self) -> None:
         """Writes what was added and cleared since, and waits for the disk.
 
         Raises:
@@ -173,7 +176,7 @@ class Durable:
         self._stored_count[:] = self._count
         self._is_cleared[:] = False
 
-    def refresh(self):
+    def refresh(self) -> bool:
         """Brings what another process has flushed since.
 
         Returns:
@@ -195,7 +198,7 @@ class Durable:
                 self._do(*operation)
             return bool(operations)
 
-    def close(self):
+    def close(self) -> None:
         """Flushes, and lets other processes write. Searches still work."""
         with self._lock:
             if self._file is not None:
@@ -204,10 +207,10 @@ class Durable:
                 self._file.close()
                 self._file, self._mode = None, "closed"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         self.close()
 
     def _config(self):

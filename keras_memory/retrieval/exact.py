@@ -14,12 +14,15 @@ from keras import ops
 from keras_memory.checks import check_array
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
 
 BLOCK = 16384  # keys that are compared at a time
 GROUP = 8  # values whose largest is looked at first, if there are many
 
 
-def nearest(queries, keys, top_k, bias=None):
+def nearest(
+    queries: Array, keys: Array, top_k: Array, bias: Array | None = None
+) -> tuple[Array, Array]:
     """Finds the keys with the largest products with each query.
 
     Keys are compared a block at a time, so that memory does not grow with

@@ -1,9 +1,13 @@
 """`KNNMemoryLayer`: a ring memory in the weights of a layer."""
 
+from typing import Any
+from typing import Unpack
+
 import keras
 from keras import ops
 
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_exact
@@ -11,6 +15,9 @@ from keras_memory.checks import check_one_of
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import with_rows_of
+from keras_memory.hints import Array
+from keras_memory.hints import Config
+from keras_memory.hints import Shape
 from keras_memory.retrieval.entries import FLOATS
 from keras_memory.retrieval.entries import KEY_REMEDY
 from keras_memory.retrieval.entries import OF_INTEGERS
@@ -89,15 +96,15 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
 
     def __init__(
         self,
-        memory_size,
-        top_k=32,
-        similarity="dot",
-        search_method="exact",
-        target_recall=0.95,
-        write="training",
-        memory_dtype="float32",
-        value_dtype=None,
-        **kwargs,
+        memory_size: int,
+        top_k: int = 32,
+        similarity: str = "dot",
+        search_method: str = "exact",
+        target_recall: float = 0.95,
+        write: str = "training",
+        memory_dtype: str = "float32",
+        value_dtype: str | None = None,
+        **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**kwargs)
         self.autocast = False  # what is kept is not rounded to compute with
@@ -126,7 +133,12 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         )
         self.value_dtype = ring.value_dtype
 
-    def build(self, queries_shape, keys_shape=None, values_shape=None):
+    def build(
+        self,
+        queries_shape: Shape,
+        keys_shape: Shape | None = None,
+        values_shape: Shape | None = None,
+    ) -> None:
         batch, key_dim = ([None, *queries_shape][place] for place in (1, -1))
         if batch is None or key_dim is None or len(queries_shape) < 2:
             raise ValueError(
@@ -166,16 +178,23 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         self.built = True
 
     @property
-    def state(self):
+    def state(self) -> RingState:
         """`RingState` of the weights."""
         weights = self.memory_keys, self.memory_values, self.memory_count
         return RingState(*map(ops.convert_to_tensor, weights))
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Forgets all entries."""
         self.memory_count.assign(ops.zeros_like(self.state.count))
 
-    def __call__(self, queries, keys=None, values=None, *args, **named):
+    def __call__(
+        self,
+        queries: Array,
+        keys: Array | None = None,
+        values: Array | None = None,
+        *args: Any,
+        **named: Any,
+    ) -> Neighbours:
         check_process("KNNMemoryLayer")
         queries = let_in("queries", queries, (None, ..., None))
         any_entries = (None, None, None)
@@ -196,13 +215,13 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
 
     def call(
         self,
-        queries,
-        keys=None,
-        values=None,
-        keys_mask=None,
-        clear=None,
-        training=False,
-    ):
+        queries: Array,
+        keys: Array | None = None,
+        values: Array | None = None,
+        keys_mask: Array | None = None,
+        clear: Array | None = None,
+        training: bool | None = False,
+    ) -> Neighbours:
         before = state = self.state
         given = check_array("queries", queries, (None, ..., self.ring.key_dim))
         rows = self.memory_keys.shape[0]
@@ -230,7 +249,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         )
         return Neighbours(*(with_rows_of(part, given) for part in result))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         names = ("memory_size", "top_k", "similarity", "search_method")
         names += ("target_recall", "write", "memory_dtype", "value_dtype")
         config = {name: getattr(self, name) for name in names}

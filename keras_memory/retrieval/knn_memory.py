@@ -22,6 +22,7 @@ from keras_memory.checks import check_one_of
 from keras_memory.checks import check_open
 from keras_memory.checks import check_size
 from keras_memory.checks import has_accelerator
+from keras_memory.hints import Array
 from keras_memory.retrieval.durable import STORED
 from keras_memory.retrieval.durable import Durable
 from keras_memory.retrieval.entries import KEY_REMEDY
@@ -130,26 +131,26 @@ class KNNMemory(Arguments, Durable):
 
     def __init__(
         self,
-        key_dim,
-        memory_size,
-        num_rows=1,
-        value_dim=None,
-        similarity="dot",
-        search_method="auto",
-        target_recall=0.95,
-        background=True,
-        keep_statistics=False,
-        value_dtype=None,
+        key_dim: int,
+        memory_size: int,
+        num_rows: int = 1,
+        value_dim: int | None = None,
+        similarity: str = "dot",
+        search_method: str = "auto",
+        target_recall: float = 0.95,
+        background: bool = True,
+        keep_statistics: bool = False,
+        value_dtype: str | None = None,
     ):
         self.key_dim = check_size("key_dim", key_dim)
         self.memory_size = check_size("memory_size", memory_size)
         self.num_rows = check_size("num_rows", num_rows)
         if value_dim is None:
             value_dim = key_dim
-        self.value_dtype = check_value_dtype(value_dtype, False, "float32")
+        self.value_dtype: str = check_value_dtype(value_dtype, False, "float32")
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
-        self.target_recall = check_open("target_recall", target_recall)
+        self.target_recall: float = check_open("target_recall", target_recall)
         self.background = check_bool("background", background)
         self.keep_statistics = check_bool("keep_statistics", keep_statistics)
         check_one_of("search_method", search_method, SEARCH_METHODS)
@@ -203,7 +204,13 @@ class KNNMemory(Arguments, Durable):
             self._builder,
         )
 
-    def add(self, keys, values=None, mask=None, rows=None):
+    def add(
+        self,
+        keys: Array,
+        values: Array | None = None,
+        mask: Array | None = None,
+        rows: Array | None = None,
+    ) -> np.ndarray:
         """Appends entries to rows, in the place of their oldest ones.
 
         Args:
@@ -284,8 +291,13 @@ class KNNMemory(Arguments, Durable):
         return np.concatenate([np.full(first, -1), slots])
 
     def search(
-        self, queries, top_k, rows=None, return_keys=True, return_values=True
-    ):
+        self,
+        queries: Array,
+        top_k: int,
+        rows: Array | None = None,
+        return_keys: bool = True,
+        return_values: bool = True,
+    ) -> Neighbours:
         """Finds the nearest entries of each query, in its row.
 
         Args:
@@ -392,7 +404,7 @@ class KNNMemory(Arguments, Durable):
             self._hits[row] += hits
             self._hit_at[row, hits > 0] = self._searches[row]
 
-    def clear(self, rows=None):
+    def clear(self, rows: Array | None = None) -> None:
         """Forgets all entries of rows, and of no other.
 
         Args:
@@ -411,11 +423,11 @@ class KNNMemory(Arguments, Durable):
         self._is_cleared[row] = True
         self._indexes[row].clear()
 
-    def size(self):
+    def size(self) -> np.ndarray:
         """(num_rows,) int32, how many entries each row has."""
         return np.minimum(self._count, self.memory_size).astype("int32")
 
-    def entries(self, row=0):
+    def entries(self, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The entries of a row, the oldest first.
 
         Args:
@@ -428,7 +440,7 @@ class KNNMemory(Arguments, Durable):
             slots = self._slots(row)
             return self._keys[row, slots], self._values[row, slots]
 
-    def statistics(self, row=0):
+    def statistics(self, row: int = 0) -> Statistics:
         """How the entries of a row have been used.
 
         Args:
@@ -463,7 +475,13 @@ class KNNMemory(Arguments, Durable):
         first = max(0, count - self.memory_size)
         return np.arange(first, count) % self.memory_size
 
-    def recall(self, queries=None, top_k=32, rows=None, sample=1000):
+    def recall(
+        self,
+        queries: Array | None = None,
+        top_k: int = 32,
+        rows: Array | None = None,
+        sample: int = 1000,
+    ) -> float:
         """The share of the nearest, or as near, entries that searches find.
 
         Args:
@@ -521,20 +539,20 @@ class KNNMemory(Arguments, Durable):
         finally:
             self._is_counted = True
 
-    def wait(self):
+    def wait(self) -> None:
         """Waits until trees that are being built are in use."""
         for index in self._indexes:
             index.wait()
 
     # Files.
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise TypeError(
             "A `KNNMemory` must go through `save` and `load`, as there are no "
             f"pickles and copies of it. Received: {self!r}"
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         names = [*STORED[:-1], "search_method", "target_recall"]
         if self.value_dtype != "float32":
             names.insert(-2, "value_dtype")

@@ -16,6 +16,7 @@ from keras_memory.checks import check_open
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.checks import make_plain
+from keras_memory.hints import Array
 from keras_memory.retrieval.entries import FLOATS
 from keras_memory.retrieval.entries import KEY_REMEDY
 from keras_memory.retrieval.entries import OF_INTEGERS
@@ -111,7 +112,7 @@ class RingMemory:
     target_recall: float = 0.95
     value_dtype: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         make_plain(self)
         width = self.key_dim if self.value_dim is None else self.value_dim
         for name, size in (
@@ -132,7 +133,9 @@ class RingMemory:
         dtype = check_value_dtype(self.value_dtype)
         object.__setattr__(self, "value_dtype", dtype)
 
-    def initial_state(self, batch_size, dtype="float32"):
+    def initial_state(
+        self, batch_size: Array, dtype: str = "float32"
+    ) -> RingState:
         """An empty memory for each row.
 
         Args:
@@ -164,12 +167,12 @@ class RingMemory:
             slots, self.key_dim, self.value_dim, dtype, self.value_dtype
         )
 
-    def size(self, state):
+    def size(self, state: RingState) -> Array:
         """(B,) int32, how many entries each row has."""
         state, _ = self._checked(state)
         return ops.minimum(state.count, self.memory_size)
 
-    def clear(self, state, rows):
+    def clear(self, state: RingState, rows: Array) -> RingState:
         """Forgets all entries of some rows, and nobody else's.
 
         Args:
@@ -183,7 +186,13 @@ class RingMemory:
         rows = check_array("rows", rows, ("B",), sizes, "bool")
         return state._replace(count=ops.where(rows, 0, state.count))
 
-    def add(self, state, keys, values=None, mask=None):
+    def add(
+        self,
+        state: RingState,
+        keys: Array,
+        values: Array | None = None,
+        mask: Array | None = None,
+    ) -> RingState:
         """Appends entries to each row, in the place of the oldest ones.
 
         Args:
@@ -243,7 +252,9 @@ class RingMemory:
             _after(state.count, added[:, 0], size),
         )
 
-    def search(self, state, queries, top_k):
+    def search(
+        self, state: RingState, queries: Array, top_k: int
+    ) -> Neighbours:
         """Finds the nearest entries of each query in its row's memory.
 
         Args:

@@ -12,12 +12,15 @@ import os
 import uuid
 import weakref
 import zlib
+from typing import Any
+from typing import Unpack
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_exact
@@ -25,6 +28,9 @@ from keras_memory.checks import check_one_of
 from keras_memory.checks import check_open
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
+from keras_memory.hints import Config
+from keras_memory.hints import Shape
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.entries import KEY_REMEDY
 from keras_memory.retrieval.entries import VALUE_REMEDY
@@ -110,14 +116,14 @@ class ScannIndex(Arguments, keras.layers.Layer):
 
     def __init__(
         self,
-        memory_size,
-        top_k=10,
-        value_dim=0,
-        similarity="dot",
-        target_recall=0.95,
-        exact=False,
-        value_dtype=None,
-        **kwargs,
+        memory_size: int,
+        top_k: int = 10,
+        value_dim: int = 0,
+        similarity: str = "dot",
+        target_recall: float = 0.95,
+        exact: bool = False,
+        value_dtype: str | None = None,
+        **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**kwargs)
         self.memory_size = check_size("memory_size", memory_size)
@@ -132,7 +138,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
         check_open("target_recall", target_recall)
         self.target_recall = target_recall
         self.exact = check_bool("exact", exact)
-        self.value_dtype = check_value_dtype(value_dtype)
+        self.value_dtype: str | None = check_value_dtype(value_dtype)
         self.supports_jit = exact
         if not exact:
             check_scann("`ScannIndex`", "`exact=True` needs none")
@@ -145,7 +151,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
         self._index = None  # of the graph, of this version of the memory
         self._version = 0
 
-    def build(self, queries_shape):
+    def build(self, queries_shape: Shape) -> None:
         key_dim = queries_shape[-1] if len(queries_shape) > 1 else None
         if key_dim is None:
             raise ValueError(
@@ -180,7 +186,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
         self.memory_version = weight("memory_version", (), "int32", watched)
         self.built = True
 
-    def set_memory(self, keys, values=None):
+    def set_memory(self, keys: Array, values: Array | None = None) -> None:
         """Fixes the entries, and builds the index, which takes seconds for
         100,000 of them.
 
@@ -276,16 +282,16 @@ class ScannIndex(Arguments, keras.layers.Layer):
         return version != 0
 
     @property
-    def is_by_scann(self):
+    def is_by_scann(self) -> bool:
         """Whether ScaNN finds the entries, now."""
         return self._index is not None
 
-    def __call__(self, queries, **named):
+    def __call__(self, queries: Array, **named: Any) -> Neighbours:
         check_process("ScannIndex")
         queries = let_in("queries", queries, (None, ..., None))
         return super().__call__(queries, **named)
 
-    def call(self, queries):
+    def call(self, queries: Array) -> Neighbours:
         queries = self._checked(queries)
         if not self._renew():
             raise ValueError(
@@ -367,7 +373,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
         key_dim = self.memory_keys.shape[-1]
         return check_array("queries", queries, (None, ..., key_dim))
 
-    def compute_output_spec(self, queries):
+    def compute_output_spec(self, queries: Array) -> Neighbours:
         self._checked(queries)
         shape = (*queries.shape[:-1], self.top_k)
         dtype = self.compute_dtype
@@ -381,19 +387,19 @@ class ScannIndex(Arguments, keras.layers.Layer):
             ),
         )
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)
         self._renew()
 
-    def get_build_config(self):
+    def get_build_config(self) -> Config | None:
         if not self.built:
             return None
         return {"input_shape": (None, self.memory_keys.shape[-1])}
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: Config) -> None:
         self.build(config["input_shape"])
 
-    def get_config(self):
+    def get_config(self) -> Config:
         names = ("memory_size", "top_k", "value_dim", "similarity")
         names += ("target_recall", "exact", "value_dtype")
         config = {name: getattr(self, name) for name in names}

@@ -8,8 +8,11 @@ where a layer looks at other time steps, is found by trying.
 """
 
 import contextlib
+import pathlib
 import re
 import warnings
+from collections.abc import Iterable
+from collections.abc import Sequence
 
 import keras
 
@@ -17,6 +20,7 @@ from keras_memory import files
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
+from keras_memory.hints import PathLike
 from keras_memory.serving.saved_model import MOST_WARM_UP_RECORDS
 from keras_memory.serving.saved_model import appearing_folder
 from keras_memory.serving.saved_model import check_signatures
@@ -38,13 +42,13 @@ model_config_list {{
 
 
 def export_for_serving(
-    model,
-    folder,
-    version=1,
-    name=None,
-    warm_up=((1, 1), (8, 32)),
-    exact_search=False,
-):
+    model: keras.layers.Layer,
+    folder: PathLike,
+    version: int = 1,
+    name: str | None = None,
+    warm_up: Iterable[Sequence[int]] = ((1, 1), (8, 32)),
+    exact_search: bool = False,
+) -> pathlib.Path:
     """Writes a SavedModel that TensorFlow Serving runs without this library.
 
     Signatures, for any batch size B and number of time steps T:

@@ -24,6 +24,7 @@ from keras import ops
 from keras_memory.checks import check_array
 from keras_memory.checks import check_one_of
 from keras_memory.checks import is_number
+from keras_memory.hints import Array
 from keras_memory.spatial.tensors import check_leads
 from keras_memory.spatial.tensors import float_tensors
 from keras_memory.spatial.tensors import matrix_product
@@ -49,7 +50,7 @@ ROW_TOLERANCE = 1e-3  # of the last row of inverse intrinsics, (0, 0, 1)
 # Conventions.
 
 
-def camera_axes(convention):
+def camera_axes(convention: Array) -> np.ndarray:
     """The pose from a camera's frame to the same with axes as here.
 
     Args:
@@ -67,7 +68,7 @@ def camera_axes(convention):
     return _axes(convention, 0)
 
 
-def agent_axes(convention):
+def agent_axes(convention: Array) -> np.ndarray:
     """As `camera_axes`, of an agent's frame."""
     return _axes(convention, 1)
 
@@ -89,7 +90,9 @@ def _optical_axes(convention):
 # Cameras.
 
 
-def inverse_intrinsics(focal_lengths, principal_point, convention="esm"):
+def inverse_intrinsics(
+    focal_lengths: Array, principal_point: Array, convention: str = "esm"
+) -> np.ndarray:
     """What maps pixels of a pinhole camera to directions in its frame.
 
     Args:
@@ -147,7 +150,7 @@ def _sign(convention):
     return -1 if convention == "esm" else 1
 
 
-def is_camera(inverse_intrinsics, convention="esm"):
+def is_camera(inverse_intrinsics: Array, convention: str = "esm") -> Array:
     """Which matrices are the inverse intrinsics of a pinhole camera.
 
     Args:
@@ -243,8 +246,11 @@ def check_depth_scale(depth_scale):
 
 
 def pixels_to_camera(
-    depth, inverse_intrinsics, convention="esm", depth_scale=None
-):
+    depth: Array,
+    inverse_intrinsics: Array,
+    convention: str = "esm",
+    depth_scale: float | None = None,
+) -> Array:
     """Coordinates of what a pinhole camera sees.
 
     Args:

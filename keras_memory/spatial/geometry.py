@@ -26,6 +26,7 @@ from keras import ops
 
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
 from keras_memory.spatial.cameras import CONVENTIONS as CONVENTIONS
 from keras_memory.spatial.cameras import agent_axes as agent_axes
 from keras_memory.spatial.cameras import camera_axes as camera_axes
@@ -49,7 +50,7 @@ ROTATION_TOLERANCE = 1e-3  # of what a rotation times its transpose is
 # Poses.
 
 
-def transform(points, pose):
+def transform(points: Array, pose: Array) -> Array:
     """Coordinates of points in another frame.
 
     Args:
@@ -65,7 +66,7 @@ def transform(points, pose):
     return turned(points, pose[..., None, :, :3]) + pose[..., None, :, 3]
 
 
-def rotation_matrix(rotation_vector):
+def rotation_matrix(rotation_vector: Array) -> Array:
     """The rotation about an axis, by Rodrigues' formula.
 
     Args:
@@ -101,7 +102,7 @@ def rotation_matrix(rotation_vector):
     return identity + by_sine * cross + by_cosine * matrix_product(cross, cross)
 
 
-def pose_matrix(pose_vector):
+def pose_matrix(pose_vector: Array) -> Array:
     """A pose of a translation and a rotation vector.
 
     Args:
@@ -116,7 +117,7 @@ def pose_matrix(pose_vector):
     return ops.concatenate([rotation, pose_vector[..., :3, None]], axis=-1)
 
 
-def compose(second, first):
+def compose(second: Array, first: Array) -> Array:
     """The pose that does what `first` does, then what `second` does.
 
     Args:
@@ -134,7 +135,7 @@ def compose(second, first):
     return matrix_product(rotation, first) + translation * last
 
 
-def invert(pose):
+def invert(pose: Array) -> Array:
     """The pose that undoes another, (..., 3, 4)."""
     (pose,) = float_tensors(pose=(pose, (..., 3, 4)))
     back = ops.swapaxes(pose[..., :3], -1, -2)
@@ -143,7 +144,7 @@ def invert(pose):
     )
 
 
-def motions(poses):
+def motions(poses: Array) -> Array:
     """How an agent moved from step to step.
 
     Args:
@@ -159,7 +160,7 @@ def motions(poses):
     return compose(invert(poses), before)
 
 
-def is_pose(pose):
+def is_pose(pose: Array) -> Array:
     """Which matrices are poses: a rotation beside a finite translation.
 
     Args:
@@ -186,7 +187,7 @@ def is_pose(pose):
 # The sphere, and its image.
 
 
-def to_sphere(points):
+def to_sphere(points: Array) -> Array:
     """Where points are on the sphere around their frame's origin.
 
     Args:
@@ -213,7 +214,7 @@ def to_sphere(points):
     return ops.stack([azimuth, polar, radius], axis=-1)
 
 
-def from_sphere(sphere):
+def from_sphere(sphere: Array) -> Array:
     """Coordinates, in metres, of what `to_sphere` gave: (..., 3)."""
     (sphere,) = float_tensors(sphere=(sphere, (..., 3)))
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
@@ -228,7 +229,7 @@ def from_sphere(sphere):
     )
 
 
-def to_pixels(sphere, height, width):
+def to_pixels(sphere: Array, height: int, width: int) -> Array:
     """Where points are in the image of the sphere.
 
     Args:
@@ -246,7 +247,7 @@ def to_pixels(sphere, height, width):
     return ops.stack([column, row, radius], axis=-1)
 
 
-def from_pixels(pixels, height, width):
+def from_pixels(pixels: Array, height: int, width: int) -> Array:
     """Azimuth, polar angle and radius of what `to_pixels` gave: (..., 3)."""
     height, width = check_size("height", height), check_size("width", width)
     (pixels,) = float_tensors(pixels=(pixels, (..., 3)))
@@ -255,7 +256,7 @@ def from_pixels(pixels, height, width):
     return ops.stack([azimuth, row * (math.pi / height), depth], axis=-1)
 
 
-def pixel_grid(height, width):
+def pixel_grid(height: int, width: int) -> np.ndarray:
     """(H, W, 2) float32 array: column and row of each pixel's middle."""
     height, width = check_size("height", height), check_size("width", width)
     sizes = [("height", height), ("width", width), ("", 4)]  # and as integers
@@ -269,7 +270,9 @@ def _grid(height, width):
     return np.stack([columns, rows], axis=-1)
 
 
-def pixel_variance(points, covariance, height, width):
+def pixel_variance(
+    points: Array, covariance: Array, height: int, width: int
+) -> Array:
     """How much an uncertain pose of points moves them in the sphere's image.
 
     To first order: what a small translation, and a small rotation about the
@@ -319,7 +322,7 @@ def pixel_variance(points, covariance, height, width):
     return ops.where(is_there, variance, 0.0)
 
 
-def turn_covariance(covariance, rotation):
+def turn_covariance(covariance: Array, rotation: Array) -> Array:
     """The covariance of a small motion, in a frame with other axes.
 
     Args:

@@ -1,7 +1,9 @@
 """Maps on a sphere: the record, and what layers with one have in common."""
 
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
+from typing import Unpack
 
 import keras
 import numpy as np
@@ -9,12 +11,15 @@ from keras import ops
 
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
+from keras_memory.hints import Config
 from keras_memory.spatial.cameras import CONVENTIONS
 from keras_memory.spatial.cameras import agent_axes
 from keras_memory.spatial.cameras import check_depth_scale
@@ -56,18 +61,18 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
 
     def __init__(
         self,
-        height=180,
-        width=360,
-        feature_channels=3,
-        depth_limits=(1e-3, 10.0),
-        variance_limits=(1e-3, 1e4),
-        depth_prior=0.01,
-        feature_prior=0.5,
-        smooth_kernel_size=25,
-        depth_buffer=True,
-        convention="esm",
-        depth_scale=None,
-        **kwargs,
+        height: int = 180,
+        width: int = 360,
+        feature_channels: int = 3,
+        depth_limits: Sequence[float] = (1e-3, 10.0),
+        variance_limits: Sequence[float] = (1e-3, 1e4),
+        depth_prior: float = 0.01,
+        feature_prior: float = 0.5,
+        smooth_kernel_size: int | None = 25,
+        depth_buffer: bool = True,
+        convention: str = "esm",
+        depth_scale: float | None = None,
+        **kwargs: Unpack[KerasArguments],
     ):
         # Coordinates in half precision would be pixels off.
         super().__init__(autocast=False, **kwargs)
@@ -120,7 +125,7 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         self._prior = ESMMap(*map(self._array, self._prior_of_pixels()))
 
     @property
-    def map_dtype(self):
+    def map_dtype(self) -> str:
         """Of all that is computed: float64 if that is the layer's, else
         float32, under any policy."""
         return at_least_float32(self.compute_dtype)
@@ -139,7 +144,7 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         variance = [self.height] * 2 + [self.variance_limits[1]] * len(rest)
         return mean, np.broadcast_to(variance, mean.shape)
 
-    def get_initial_state(self, batch_size):
+    def get_initial_state(self, batch_size: Array) -> ESMMap:
         """A map of which nothing was seen.
 
         Args:
@@ -192,10 +197,10 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
             )
         )
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None  # a map has no steps, or one for each
 
-    def get_config(self):
+    def get_config(self) -> Config:
         names = ("height", "width", "feature_channels", "depth_limits")
         names += ("variance_limits", "depth_prior", "feature_prior")
         names += ("smooth_kernel_size", "depth_buffer", "convention")

@@ -30,12 +30,14 @@ from keras_memory.checks import check_one_of
 from keras_memory.files import atomic_write
 from keras_memory.files import atomic_write_all
 from keras_memory.files import check_path
+from keras_memory.hints import Array
+from keras_memory.hints import PathLike
 from keras_memory.spatial import cameras
 from keras_memory.spatial import geometry
 
 KINDS = "depth", "color"
 MILLIMETRES = 1000.0  # in a metre
-AXES = {
+AXES: dict[str, tuple[str | int, ...]] = {
     "depth": ("T", "h", "w"),
     "color": ("T", "h", "w", 3),
     "poses": ("T", 3, 4),
@@ -61,7 +63,7 @@ class Frames(NamedTuple):
     inverse_intrinsics: Any
 
 
-def read_frames(folder, convention="esm"):
+def read_frames(folder: PathLike, convention: str = "esm") -> Frames:
     """Reads a folder of frames.
 
     Args:
@@ -160,7 +162,9 @@ def _read_images(folder, names, modes):
     return np.stack(images)
 
 
-def write_frames(folder, frames, convention="esm"):
+def write_frames(
+    folder: PathLike, frames: Frames, convention: str = "esm"
+) -> None:
     """Writes a folder of frames, as `read_frames` reads it.
 
     Args:
@@ -265,7 +269,7 @@ def _eight_bits(name, colors):
     return np.round(np.clip(colors, 0, 1) * 255).astype("uint8")
 
 
-def write_points(path, points, colors):
+def write_points(path: PathLike, points: Array, colors: Array) -> None:
     """Writes colored points to a PLY file, which viewers of meshes open.
 
     Args:

@@ -9,6 +9,7 @@ import numpy as np
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
 from keras_memory.spatial import cameras
 
 COLORS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
@@ -43,8 +44,8 @@ class Room:
 
     def __init__(
         self,
-        size=(6.0, 3.0, 5.0),
-        boxes=(
+        size: Array = (6.0, 3.0, 5.0),
+        boxes: Array = (
             ((-2.6, -1.5, 1.0), (-1.6, -0.4, 2.0)),
             ((1.0, -1.5, 1.2), (1.8, 0.4, 1.9)),
             ((-1.2, -1.5, -2.3), (0.4, -0.7, -1.5)),
@@ -65,9 +66,12 @@ class Room:
                 "Each of `boxes` must have a lower and an upper corner. "
                 f"Received: boxes={boxes.tolist()}"
             )
-        self.room, self.boxes = np.stack([-half, half]), boxes
+        self.room: np.ndarray = np.stack([-half, half])
+        self.boxes: np.ndarray = boxes
 
-    def cast(self, origin, directions):
+    def cast(
+        self, origin: Array, directions: Array
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Follows rays to what they hit first.
 
         Args:
@@ -116,7 +120,13 @@ class Room:
         pattern = np.sin(5 * x + 2 * y) * np.sin(6 * y - z) * np.sin(5 * z + x)
         return distance, color * (0.75 + 0.25 * pattern[..., None])
 
-    def render(self, pose, height, width, inverse_intrinsics=None):
+    def render(
+        self,
+        pose: Array,
+        height: int,
+        width: int,
+        inverse_intrinsics: Array | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What a pinhole camera sees.
 
         Args:
@@ -144,7 +154,9 @@ class Room:
         depth, color = self.cast(pose[:, 3], directions)
         return depth.astype("float32"), color.astype("float32")
 
-    def render_sphere(self, pose, pixels, height, width):
+    def render_sphere(
+        self, pose: Array, pixels: Array, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What is around a place, in pixels of a map.
 
         Args:
@@ -172,7 +184,7 @@ class Room:
         return distance.astype("float32"), color.astype("float32")
 
 
-def right_angle(height, width):
+def right_angle(height: int, width: int) -> np.ndarray:
     """(3, 3) inverse intrinsics of a camera that sees 90 degrees across."""
     height, width = check_size("height", height), check_size("width", width)
     middle = (width - 1) / 2, (height - 1) / 2

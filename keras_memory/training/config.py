@@ -234,6 +234,7 @@ def _config_of(name, layer):
     for parameter in inspect.signature(layer).parameters.values():
         kind = parameter.annotation
         kinds = typing.get_args(kind) or (kind,)
+        kinds = [typing.get_origin(member) or member for member in kinds]
         kinds = [member for member in kinds if member in plain_types]
         of_rnn = parameter.name in SET_BY_TRAINING
         is_keyword = parameter.kind is not parameter.VAR_KEYWORD

@@ -7,6 +7,7 @@ out of every mean. NaN at a step that counts is shown.
 
 import math
 from collections.abc import Callable
+from typing import Any
 from typing import NamedTuple
 
 import keras
@@ -15,9 +16,11 @@ from keras.src import backend
 
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.checks import check_array
+from keras_memory.hints import Array
+from keras_memory.hints import Config
 
 
-def bits_per_sequence(targets, outputs, mask):
+def bits_per_sequence(targets: Array, outputs: Array, mask: Array) -> Array:
     """Cross-entropy of each sequence in bits, as the NTM paper reports it.
 
     Source: Graves et al. 2014, section 4 ("cost per sequence (bits)").
@@ -38,7 +41,9 @@ def bits_per_sequence(targets, outputs, mask):
     return ops.sum(entropy * mask[:, :, None], axis=(1, 2)) / math.log(2.0)
 
 
-def wrong_bits_per_sequence(targets, outputs, mask):
+def wrong_bits_per_sequence(
+    targets: Array, outputs: Array, mask: Array
+) -> Array:
     """Number of wrong bits of each sequence, after rounding the outputs.
 
     Args:
@@ -58,7 +63,7 @@ def wrong_bits_per_sequence(targets, outputs, mask):
     return ops.sum(wrong * mask[:, :, None], axis=(1, 2))
 
 
-def error_rate(targets, outputs, mask):
+def error_rate(targets: Array, outputs: Array, mask: Array) -> Array:
     """Share of the steps of each sequence at which another class is likelier.
 
     Args:
@@ -81,7 +86,7 @@ def error_rate(targets, outputs, mask):
     return ops.divide_no_nan(wrong, ops.sum(mask, axis=1))
 
 
-def absolute_error_of_sum(targets, outputs, mask):
+def absolute_error_of_sum(targets: Array, outputs: Array, mask: Array) -> Array:
     """How far the sum of a sequence's outputs is from that of its targets.
 
     Source: pytorch-dnc's adding task.
@@ -147,10 +152,14 @@ class _Counted:
     """A loss of Keras's, of what counts alone: the mean over what the mask
     that comes as `sample_weight` leaves."""
 
-    def __init__(self, reduction="mean_with_sample_weight", **kwargs):
+    def __init__(
+        self, reduction: str = "mean_with_sample_weight", **kwargs: Any
+    ):
         super().__init__(reduction=reduction, **kwargs)
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(
+        self, y_true: Array, y_pred: Array, sample_weight: Array | None = None
+    ) -> Array:
         return super().__call__(
             *_of_keras(y_true, y_pred, sample_weight, self.dtype)
         )
@@ -198,20 +207,22 @@ class SquaredErrorOfSum(keras.losses.Loss):
         sample_weight: (B, T) mask, 1 where they count, else 0; None counts all.
     """
 
-    def __init__(self, name="squared_error_of_sum"):
+    def __init__(self, name: str = "squared_error_of_sum"):
         super().__init__(name=name)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"name": self.name}
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(
+        self, y_true: Array, y_pred: Array, sample_weight: Array | None = None
+    ) -> Array:
         # The mask goes in before the sum, so not where Keras would weigh.
         parts = _of_keras(y_true, y_pred, sample_weight, self.dtype)
         squares = ops.square(absolute_error_of_sum(*parts))
         number = ops.sum(ops.cast(_some_count(parts[-1]), self.dtype))
         return ops.divide_no_nan(ops.sum(squares), number)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Array, y_pred: Array) -> Array:
         return self(y_true, y_pred)
 
 
@@ -223,10 +234,12 @@ def _some_count(mask):
 class _MeanOverSequences(keras.metrics.Mean):
     """Mean over the sequences with a step that counts, since the last reset."""
 
-    def __init__(self, name=None, **kwargs):
+    def __init__(self, name: str | None = None, **kwargs: Any):
         super().__init__(name=name or self.function.__name__, **kwargs)
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Array, y_pred: Array, sample_weight: Array | None = None
+    ) -> None:
         parts = _of_keras(y_true, y_pred, sample_weight, self.dtype)
         values = type(self).function(*parts)
         super().update_state(values, _some_count(parts[-1]))
@@ -290,14 +303,14 @@ class Kind(NamedTuple):
     """
 
     activation: str
-    loss: Callable
-    metrics: list
+    loss: Callable[[], keras.losses.Loss]
+    metrics: list[type[keras.metrics.Metric]]
 
-    def make_metrics(self):
+    def make_metrics(self) -> list[keras.metrics.Metric]:
         return [metric() for metric in self.metrics]
 
     @property
-    def error(self):
+    def error(self) -> str:
         """Name of the metric that counts the errors."""
         return self.metrics[0].function.__name__
 

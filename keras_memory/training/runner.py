@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -14,6 +16,7 @@ from keras_memory.files import atomic_write
 from keras_memory.files import check_new_folder
 from keras_memory.files import check_run_folder
 from keras_memory.files import locked
+from keras_memory.hints import PathLike
 from keras_memory.inspection.callbacks import ProbePictures
 from keras_memory.serving.export import export_for_serving
 from keras_memory.training import losses
@@ -27,11 +30,12 @@ from keras_memory.training.callbacks import StepsBoard
 from keras_memory.training.callbacks import StepsMemoryBoard
 from keras_memory.training.callbacks import in_reports
 from keras_memory.training.config import LSTMConfig
+from keras_memory.training.config import Training
 from keras_memory.training.config import check_training
 from keras_memory.training.config import to_json
 
 
-def build(config):
+def build(config: Training) -> keras.Model:
     """Makes the compiled Keras model of a configuration.
 
     Args:
@@ -78,7 +82,9 @@ def build(config):
     return model
 
 
-def train(config, folder, show=print):
+def train(
+    config: Training, folder: PathLike, show: Callable[[str], object] = print
+) -> dict[str, Any]:
     """Trains a model and leaves everything about it in a run folder.
 
     The folder gets `config.json`, `checkpoint.keras` (every
@@ -119,7 +125,9 @@ def train(config, folder, show=print):
         return _run(config, model, folder, show)
 
 
-def resume(folder, show=print):
+def resume(
+    folder: PathLike, show: Callable[[str], object] = print
+) -> dict[str, Any]:
     """Goes on with a training that was interrupted or killed.
 
     From the last checkpoint on, everything is as if it had never ended, but

@@ -1,6 +1,7 @@
 """What a task is: batches of sequences, made on the fly, and what counts."""
 
 import dataclasses
+from typing import Any
 from typing import ClassVar
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class Task:
     unit: ClassVar[str] = "steps"
     kind: ClassVar[str] = "bits"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         make_plain(self)
         for field in dataclasses.fields(self):
             if field.type in (int, "int"):
@@ -73,7 +74,7 @@ class Task:
                 f"{high}={getattr(self, high)}"
             )
 
-    def check_bytes(self, batch_size, time=None):
+    def check_bytes(self, batch_size: int, time: int | None = None) -> None:
         """Raises ValueError unless a batch fits into the machine.
 
         Args:
@@ -89,7 +90,14 @@ class Task:
             on_host=True,
         )
 
-    def sample(self, rng, batch_size, longest=None, length=None, **ranges):
+    def sample(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        longest: int | None = None,
+        length: int | None = None,
+        **ranges: Any,
+    ) -> Batch:
         """Draws a batch.
 
         Args:

@@ -8,6 +8,7 @@ is given, so that a seed and a step number determine a batch.
 import dataclasses
 import itertools
 import math
+from typing import Any
 from typing import ClassVar
 
 import numpy as np
@@ -30,11 +31,11 @@ class _Bits(Task):
     signals: ClassVar[int]
 
     @property
-    def input_size(self):
+    def input_size(self) -> int:
         return self.bits + self.signals
 
     @property
-    def output_size(self):
+    def output_size(self) -> int:
         return self.bits
 
 
@@ -67,10 +68,16 @@ class Copy(_Bits):
     signals: ClassVar[int] = 1
 
     @property
-    def time_steps(self):
+    def time_steps(self) -> int:
         return 2 * self.max_length + 1
 
-    def sequences(self, rng, batch_size, length, longest=None):
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+    ) -> Batch:
         """A `Batch` with T = 2 length + 1."""
         inputs, targets, mask = self._blank(batch_size, 2 * length + 1)
         sequence = rng.integers(0, 2, (batch_size, length, self.bits))
@@ -120,19 +127,26 @@ class RepeatCopy(_Bits):
     unit: ClassVar[str] = "vectors"
     signals: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_order("min_repeats", "max_repeats")
 
     @property
-    def output_size(self):
+    def output_size(self) -> int:
         return self.bits + 1
 
     @property
-    def time_steps(self):
+    def time_steps(self) -> int:
         return self.max_length * (self.max_repeats + 1) + 3
 
-    def sequences(self, rng, batch_size, length, longest=None, repeats=None):
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+        repeats: int | None = None,
+    ) -> Batch:
         """A `Batch` with T = length + 2 + length * repeats + 1.
 
         A curriculum's `longest` bounds the number of repeats, too, until it
@@ -194,15 +208,21 @@ class AssociativeRecall(_Bits):
     unit: ClassVar[str] = "items"
     signals: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_size("min_length", self.min_length, least=2)
 
     @property
-    def time_steps(self):
+    def time_steps(self) -> int:
         return self.max_length * (self.vectors + 1) + 2 * self.vectors + 2
 
-    def sequences(self, rng, batch_size, length, longest=None):
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+    ) -> Batch:
         """A `Batch` with T = length (vectors + 1) + 2 vectors + 2."""
         check_size("length", length, least=2)
         vectors = self.vectors
@@ -263,7 +283,7 @@ class NGrams(Task):
     input_size: ClassVar[int] = 1
     output_size: ClassVar[int] = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_size("min_length", self.min_length, least=self.context + 1)
         self._check_bytes_of_table(1)
@@ -276,10 +296,16 @@ class NGrams(Task):
         check_bytes(f"A table of {self}", sizes, "float64", on_host=True)
 
     @property
-    def time_steps(self):
+    def time_steps(self) -> int:
         return self.max_length - 1
 
-    def sequences(self, rng, batch_size, length, longest=None):
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+    ) -> Batch:
         """A `Batch` with T = length - 1."""
         check_size("length", length, least=self.context + 1)
         self._check_bytes_of_table(batch_size)
@@ -296,7 +322,7 @@ class NGrams(Task):
         mask[:, self.context - 1 :] = 1.0
         return Batch(inputs, targets, mask)
 
-    def optimal_outputs(self, batch):
+    def optimal_outputs(self, batch: Batch) -> np.ndarray:
         """What the best predictor says, which knows how tables are drawn.
 
         Source: Graves et al. 2014, section 4.4: P(B = 1 | N1, N0, c) =
@@ -386,15 +412,21 @@ class PrioritySort(_Bits):
     unit: ClassVar[str] = "vectors"
     signals: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_order("sorted_vectors", "max_length")
 
     @property
-    def time_steps(self):
+    def time_steps(self) -> int:
         return self.max_length + 1 + self.sorted_vectors
 
-    def sequences(self, rng, batch_size, length, longest=None):
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+    ) -> Batch:
         """A `Batch` with T = length + 1 + the number of sorted vectors."""
         asked = math.ceil(length * self.sorted_vectors / self.max_length)
         inputs, targets, mask = self._blank(batch_size, length + 1 + asked)
@@ -416,11 +448,11 @@ class _Digits(Task):
     digits: int = 5
 
     @property
-    def input_size(self):
+    def input_size(self) -> int:
         return self.digits + 1
 
     @property
-    def time_steps(self):
+    def time_steps(self) -> int:
         return self.max_length + 1
 
     def _draw(self, rng, batch_size, length):
@@ -469,7 +501,13 @@ class Adding(_Digits):
     kind: ClassVar[str] = "sum"
     output_size: ClassVar[int] = 1
 
-    def sequences(self, rng, batch_size, length, longest=None):
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+    ) -> Batch:
         """A `Batch` with T = length + 1, whose targets add up to the sum."""
         values, (inputs, targets, mask) = self._draw(rng, batch_size, length)
         targets[:, :length, 0] = values
@@ -512,10 +550,16 @@ class Argmax(_Digits):
     kind: ClassVar[str] = "class"
 
     @property
-    def output_size(self):
+    def output_size(self) -> int:
         return self.max_length
 
-    def sequences(self, rng, batch_size, length, longest=None):
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+    ) -> Batch:
         """A `Batch` with T = length + 1, of which the last step counts."""
         if length > self.max_length:
             raise ValueError(
@@ -543,7 +587,9 @@ TASKS = {
 }
 
 
-def dataset(task, batch_size, seed=1, first_step=0):
+def dataset(
+    task: Task, batch_size: int, seed: int = 1, first_step: int = 0
+) -> Any:
     """An endless `tf.data.Dataset` of batches for Keras's `fit`.
 
     Args:

@@ -1,13 +1,21 @@
 """Curves: how runs learned, and one number over another."""
 
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from keras_memory.checks import check_bool
 from keras_memory.checks import is_number
+from keras_memory.hints import Array
 from keras_memory.visualization.images import HUGE
 from keras_memory.visualization.images import LINES
 from keras_memory.visualization.images import WIDTH
+from keras_memory.visualization.images import Drawn
 from keras_memory.visualization.images import Figure
 from keras_memory.visualization.images import check_axes
 from keras_memory.visualization.images import check_dict
@@ -22,16 +30,16 @@ COUNTS = "epoch", "step", "sequences", "longest", "seconds", "learning_rate"
 
 
 def plot_curves(
-    series,
-    ax=None,
-    title="",
-    x_label="",
-    y_label="",
-    log_x=False,
-    log_y=False,
-    marks=None,
-    goal=None,
-):
+    series: Mapping[Any, Sequence[Array]],
+    ax: Axes | Iterable[Axes] | None = None,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    marks: Mapping[str, float] | None = None,
+    goal: float | None = None,
+) -> Drawn:
     """Draws lines; several runs are drawn as their mean and min-max band.
 
     Args:
@@ -105,7 +113,14 @@ def plot_curves(
     return ax.figure
 
 
-def plot_learning(runs, names=None, x=None, goals=None, title="", x_label=None):
+def plot_learning(
+    runs: Mapping[Any, Any],
+    names: Sequence[str] | None = None,
+    x: str | None = None,
+    goals: Mapping[str, float] | None = None,
+    title: str = "",
+    x_label: str | None = None,
+) -> Figure:
     """Draws how runs learned: axes for the loss and for each error. Runs under
     one label, such as seeds, are drawn as their mean and min-max band; a run
     that ends early keeps its last value. Vertical lines mark where the

@@ -2,6 +2,11 @@
 
 import base64
 import io
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+from typing import TypeAlias
 
 import matplotlib as mpl
 import matplotlib.animation
@@ -12,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_closed
+from keras_memory.hints import Array
 
 LINES = (  # Okabe and Ito: color-blind readers tell them apart
     "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #882255".split()
@@ -26,14 +32,18 @@ HUGE = 1e300  # of larger numbers a scale cannot be computed
 class Figure(mpl.figure.Figure):
     """A Matplotlib figure that a notebook shows without pyplot."""
 
-    def __init__(self, size, **options):
+    def __init__(self, size: tuple[float, float], **options: Any):
         super().__init__(size, DPI, facecolor="white", **options)
 
     def _repr_png_(self):
         return to_png(to_image(self))
 
 
-def to_image(figure):
+# Of axes that are given, the figure is theirs.
+Drawn: TypeAlias = Figure | Any
+
+
+def to_image(figure: mpl.figure.FigureBase) -> np.ndarray:
     """The picture of a figure: (H, W, 3) uint8, at the figure's `dpi`; of a
     `SubFigure`, of all of its figure."""
     is_figure = isinstance(figure, mpl.figure.FigureBase)
@@ -48,7 +58,7 @@ def to_image(figure):
         figure.set_canvas(before)
 
 
-def to_png(image, software="keras_memory"):
+def to_png(image: np.ndarray, software: str = "keras_memory") -> bytes:
     """The bytes of a PNG file of an image, (H, W, 3) uint8; `software` is
     stored under the key "Software"."""
     from PIL import Image
@@ -60,7 +70,7 @@ def to_png(image, software="keras_memory"):
     return stream.getvalue()
 
 
-def to_gif(images, milliseconds=200):
+def to_gif(images: Sequence[np.ndarray], milliseconds: int = 200) -> bytes:
     """The bytes of a GIF file that shows images again and again.
 
     Args:
@@ -126,11 +136,17 @@ class Animation(mpl.animation.FuncAnimation):
     time, as only what changes is drawn.
     """
 
-    def __init__(self, figure, update, steps, milliseconds):
+    def __init__(
+        self,
+        figure: Figure,
+        update: Callable[[Any], Any],
+        steps: Iterable[Any],
+        milliseconds: Array,
+    ):
         self._given = figure, update, list(steps), milliseconds
         super().__init__(figure, update, list(steps), interval=milliseconds)
 
-    def images(self):
+    def images(self) -> list[np.ndarray]:
         """The frames: list of (H, W, 3) uint8."""
         figure, update, steps, _ = self._given
         redrawn, images = Redrawn(figure), []

@@ -1,10 +1,14 @@
 """The pictures of a memory and its heads: see `visualization/__init__.py`."""
 
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
@@ -13,6 +17,7 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
+from keras_memory.hints import Array
 from keras_memory.recurrent.heads import by_place
 from keras_memory.recurrent.heads import head_names
 from keras_memory.recurrent.heads import head_weightings
@@ -22,6 +27,7 @@ from keras_memory.visualization.images import SEQUENTIAL
 from keras_memory.visualization.images import WIDTH
 from keras_memory.visualization.images import WIDTHS
 from keras_memory.visualization.images import Animation
+from keras_memory.visualization.images import Drawn
 from keras_memory.visualization.images import Figure
 from keras_memory.visualization.images import check_axes
 from keras_memory.visualization.images import check_dict
@@ -38,8 +44,13 @@ TOP, GAP, LABEL = 0.32, 0.3, 0.34
 
 
 def plot_weighting(
-    weighting, ax=None, names=None, title="", slots="used", width=WIDTH
-):
+    weighting: Array,
+    ax: Axes | Iterable[Axes] | None = None,
+    names: Sequence[str] | None = None,
+    title: str = "",
+    slots: str | Sequence[int] = "used",
+    width: float = WIDTH,
+) -> Drawn:
     """Draws the weights of heads on slots over time.
 
     The scale ends at 1, or at the largest weight if that is below 0.5, as in
@@ -70,8 +81,13 @@ def plot_weighting(
 
 
 def plot_memory(
-    memory, ax=None, frames=6, title="memory", slots="used", width=WIDTH
-):
+    memory: Array,
+    ax: Axes | Iterable[Axes] | None = None,
+    frames: int = 6,
+    title: str = "memory",
+    slots: str | Sequence[int] = "used",
+    width: float = WIDTH,
+) -> Drawn:
     """Draws the memory at a few moments, side by side, on one scale that is
     symmetric about zero.
 
@@ -90,8 +106,13 @@ def plot_memory(
 
 
 def plot_linkage(
-    linkage, ax=None, frames=4, title="links", slots="used", width=WIDTH
-):
+    linkage: Array,
+    ax: Axes | Iterable[Axes] | None = None,
+    frames: int = 4,
+    title: str = "links",
+    slots: str | Sequence[int] = "used",
+    width: float = WIDTH,
+) -> Drawn:
     """Draws temporal links at a few moments, side by side: row i, column j
     is the degree to which slot i was written right after slot j.
 
@@ -118,7 +139,12 @@ def plot_linkage(
     return _drawn(panels, ax, "", width)
 
 
-def plot_gates(gates, ax=None, title="gates", width=WIDTH):
+def plot_gates(
+    gates: Mapping[str, Array],
+    ax: Axes | Iterable[Axes] | None = None,
+    title: str = "gates",
+    width: float = WIDTH,
+) -> Drawn:
     """Draws gates and read modes over time, a row each, on the scale 0 to 1.
 
     Args:
@@ -134,18 +160,18 @@ def plot_gates(gates, ax=None, title="gates", width=WIDTH):
 
 
 def plot_task(
-    trace,
-    inputs=None,
-    targets=None,
-    outputs=None,
-    mask=None,
-    row=0,
-    title="",
-    slots="used",
-    memory=True,
-    width=WIDTH,
-    figure=None,
-):
+    trace: Mapping[str, Array],
+    inputs: Array | None = None,
+    targets: Array | None = None,
+    outputs: Array | None = None,
+    mask: Array | None = None,
+    row: int = 0,
+    title: str = "",
+    slots: str | Sequence[int] = "used",
+    memory: bool = True,
+    width: float = WIDTH,
+    figure: Figure | None = None,
+) -> Figure:
     """Draws one sequence: inputs, targets, outputs, gates and read modes, the
     weighting of each head, the memory. A column is a time step.
 
@@ -208,14 +234,14 @@ def plot_task(
 
 
 def plot_sphere(
-    mean,
-    variance=None,
-    ax=None,
-    farthest=None,
-    title="map",
-    depth_prior=0.01,
-    variance_prior=1e4,
-):
+    mean: Array,
+    variance: Array | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
+    farthest: float | None = None,
+    title: str = "map",
+    depth_prior: float = 0.01,
+    variance_prior: float = 1e4,
+) -> Drawn:
     """Draws the map of an egospheric memory: color, depth and its standard
     deviation. Pixels that were not seen, or are NaN, are gray; smoothing fills
     some of them, which then have a depth and no deviation.
@@ -276,7 +302,14 @@ def plot_sphere(
     return axes[0].figure
 
 
-def animate(trace, row=0, max_steps=64, slots="used", title="", width=WIDTH):
+def animate(
+    trace: Mapping[str, Array],
+    row: int = 0,
+    max_steps: int = 64,
+    slots: str | Sequence[int] = "used",
+    title: str = "",
+    width: float = WIDTH,
+) -> Animation:
     """An `Animation` of the memory, 0.2 seconds a step, and beside it of the
     weights of each head on the same slots.
 

@@ -1,17 +1,23 @@
 """Rows of images with words, and the examples behind answers."""
 
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
 from keras_memory.checks import NO_LABEL
 from keras_memory.checks import check_labels
 from keras_memory.checks import check_size
+from keras_memory.hints import Array
 from keras_memory.visualization.images import LINES
 from keras_memory.visualization.images import SEQUENTIAL
+from keras_memory.visualization.images import Drawn
 from keras_memory.visualization.images import Figure
 from keras_memory.visualization.images import check_axes
 from keras_memory.visualization.images import check_list
@@ -33,14 +39,16 @@ class Tile(NamedTuple):
             part, summed over channels, is drawn below, over the faint image.
     """
 
-    image: np.ndarray
+    image: Array
     caption: str = ""
     text: str = ""
     color: str | None = None
-    heat: np.ndarray | None = None
+    heat: Array | None = None
 
 
-def plot_tiles(rows, ax=None):
+def plot_tiles(
+    rows: Sequence[Sequence[Tile]], ax: Axes | Iterable[Axes] | None = None
+) -> Drawn:
     """Draws rows of images, with texts above and heat maps below.
 
     Args:
@@ -99,14 +107,14 @@ def _draw(rows, ax):
 
 
 def plot_explanations(
-    explanations,
-    inputs=None,
-    labels=None,
-    class_names=None,
-    max_examples=6,
-    attributions=None,
-    ax=None,
-):
+    explanations: Sequence[Any],
+    inputs: Array | None = None,
+    labels: Array | None = None,
+    class_names: Sequence[str] | None = None,
+    max_examples: int = 6,
+    attributions: Sequence[Sequence[Array]] | None = None,
+    ax: Axes | Iterable[Axes] | None = None,
+) -> Drawn:
     """Draws inputs beside the examples that decided the answers: a row each,
     the heaviest example first. Wrong answers are marked.
 
