@@ -237,8 +237,6 @@ class MemoryCell(
                 "`accesses` must have one access for each block, at least "
                 f"one. Received: accesses={accesses!r}"
             )
-        for access in self.accesses:
-            _check_access(access)
         if isinstance(controller, dict):
             controller = keras.saving.deserialize_keras_object(controller)
         self.controller = controller
@@ -287,7 +285,7 @@ class MemoryCell(
         self.memory_of_block = [memories.index(a) for a in self.accesses]
         self.layout = StateLayout(
             tuple(
-                access.initial_state._replace(
+                _initial_state(access)._replace(
                     controller=self._controller_specs(memory)
                 )
                 for memory, access in enumerate(memories)
@@ -568,8 +566,8 @@ class MemoryCell(
         return {**super().get_config(), **own}
 
 
-def _check_access(access):
-    """Raises TypeError unless an access has the record that a cell needs."""
+def _initial_state(access):
+    """The state record of an access, or TypeError if a cell cannot use it."""
     name, record = type(access).__name__, access.initial_state
     present = getattr(record, "_fields", ())
     missing = [
@@ -588,6 +586,7 @@ def _check_access(access):
             f"{size} for the shape {record.reads.shape}. "
             f"Received: read_size={access.read_size!r}"
         )
+    return record
 
 
 def _check_step(access, result):
