@@ -55,9 +55,9 @@ def _is_command():
     return pathlib.Path(script).stem in ("keras-memory", "keras_memory")
 
 
-# Keras loads a layer only if it is registered, so all modules are imported.
-# Only the command waits until it has parsed its arguments, as TensorFlow takes
-# seconds.
+# All modules are imported, which registers their layers: Keras loads only
+# registered ones. The command delays this until it has parsed its arguments, as
+# importing TensorFlow takes seconds.
 if TYPE_CHECKING:
     from keras_memory import addressing as addressing
     from keras_memory import training as training
@@ -66,10 +66,10 @@ if TYPE_CHECKING or not _is_command():
     from keras_memory.api import *
 
 
-if not TYPE_CHECKING:  # or any name would be one for type checkers
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name):
-        # `from keras_memory import ...` asks for a module first here.
+        # `from keras_memory import ...` asks here first, also for modules.
         if importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f"{__name__}.{name}")
         if _is_command():

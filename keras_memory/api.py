@@ -1,4 +1,4 @@
-"""The public names of the package, which `__init__` hands on."""
+"""The public names of the package, which `__init__` exports."""
 
 from keras_memory import convert as convert
 from keras_memory import retrieval as retrieval

@@ -1,9 +1,9 @@
-"""Arguments of constructors: checks, and layers among them.
+"""Checks of constructor arguments, and serialization of layers among them.
 
-A class that has `Arguments` as its first base, and each subclass of it, gets
-plain values of Python: NumPy's scalars become Python's own before its
-`__init__` runs, so that `get_config` can be written as JSON. An error about an
-argument that it does not have, or lacks, names the class that the user wrote.
+A class with `Arguments` as its first base, and each of its subclasses, gets
+plain Python values: NumPy scalars are converted before `__init__` runs, so that
+`get_config` can be written as JSON. Errors about unknown or missing arguments
+name the class that the user wrote.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from keras_memory.checks import plain
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
-# What Keras's layers and cells take in `**kwargs` only.
+# Arguments that Keras's layers and cells take in `**kwargs` only.
 UNNAMED = ("input_dim", "input_shape", "implementation")
 
 # (class that is being made, class that the user wrote, which errors name), such
@@ -30,7 +30,7 @@ _written = contextvars.ContextVar("written", default=None)
 
 
 class KerasArguments(typing.TypedDict, total=False):
-    """What a layer hands on to `keras.layers.Layer`."""
+    """Arguments that a layer passes on to `keras.layers.Layer`."""
 
     name: str | None
     dtype: typing.Any
@@ -42,11 +42,12 @@ class KerasArguments(typing.TypedDict, total=False):
 
 
 class Arguments:
-    """Must be the first base, so that it wraps each `__init__`.
+    """A base, which must be the first one, that checks arguments.
 
-    The wrapper checks the arguments that its `__init__` names, and leaves those
-    that go on in `**kwargs` to the wrapper of the next `__init__`. The last one
-    comes before Keras's, and checks the rest by what that takes.
+    It wraps each `__init__`. The wrapper checks the arguments that its
+    `__init__` names, and leaves `**kwargs` to the wrapper of the next
+    `__init__`. The last wrapper, before Keras's `__init__`, checks the rest
+    against Keras's arguments.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -57,8 +58,8 @@ class Arguments:
 
     @classmethod
     def _accepted_behind(cls, owner):
-        """Names of the arguments that the bases behind `owner` take; None
-        where the next one has a wrapper that checks them itself."""
+        """Names of the arguments that the bases after `owner` take; None if
+        the next one has a wrapper, which checks them itself."""
         bases = cls.__mro__[cls.__mro__.index(owner) + 1 :]
         first = next(base for base in bases if "__init__" in vars(base))
         if issubclass(first, Arguments):
@@ -67,8 +68,8 @@ class Arguments:
 
 
 def parameters(bases):
-    """Parameters of the `__init__` of the first of some classes, by name, with
-    those of the next ones that its `*args` and `**kwargs` go on to.
+    """Parameters, by name, of the `__init__` of the first of some classes, and
+    of the next ones to which `*args` and `**kwargs` are passed on.
 
     For `class A(B)` with `A.__init__(self, x, **kwargs)` and
     `B.__init__(self, y=1, name=None)` they are x, y and name, the last two by
@@ -91,10 +92,10 @@ def parameters(bases):
             for parameter in by_name.values()
         )
         if base is keras.layers.Layer:
-            break  # behind it come the backend's, which take none
+            break  # the backend's classes after it take no arguments
         is_last = inspect.Parameter.VAR_KEYWORD not in kinds
         if is_last and issubclass(base, Arguments):
-            break  # `keras.Model.__init__` calls none behind it
+            break  # `keras.Model.__init__` calls no further `__init__`
     return by_name
 
 
@@ -102,7 +103,7 @@ def given(arguments):
     """All arguments of an `__init__` by name.
 
     Args:
-        arguments: dict, what `locals()` is at the start of the `__init__`.
+        arguments: dict, the `locals()` at the start of the `__init__`.
     """
     kwargs = arguments.get("kwargs", {})
     own = ("self", "kwargs", "__class__")
@@ -113,7 +114,7 @@ def given(arguments):
 @contextlib.contextmanager
 def written_as(made, written):
     """A context in which errors about arguments of the class `made` name the
-    class `written`, which hands them on."""
+    class `written`, which passes them on."""
     token = _written.set((made, written))
     try:
         yield
@@ -147,17 +148,17 @@ def checked(owner, init):
                 f"{written.__name__}: {error}. It is called as "
                 f"{written.__name__}{inspect.Signature(named)}"
             ) from None
-        for name in ("trainable", "autocast"):  # which Keras takes as they are
+        for name in ("trainable", "autocast"):  # which Keras does not check
             if name in more:
                 check_bool(name, kwargs[name])
         init(self, *plain(args), **plain(kwargs))
 
-    # Keras asks for it without looking behind a wrapper.
+    # Keras reads the signature of the wrapper itself.
     init_checked.__signature__ = signature
     return init_checked
 
 
-# Names of before, which files and programs may have.
+# Former names, which old files and programs may use.
 RENAMED = {
     "dim": "key_dim",
     "distance": "similarity",
@@ -196,7 +197,7 @@ def _refuse(written, name, value):
 
 
 def check_layer(name, value, wanted="a layer or None"):
-    """A layer, or what else `wanted` allows; ValueError for others."""
+    """Returns `value`; ValueError unless it is a layer or else in `wanted`."""
     by_name = value == "dense" if isinstance(value, str) else value is None
     if isinstance(value, keras.layers.Layer) or (
         by_name and (value is None or "dense" in wanted)
@@ -206,7 +207,7 @@ def check_layer(name, value, wanted="a layer or None"):
 
 
 def config_with_layers(owner, names):
-    """Attributes for `get_config`, layers among them serialized."""
+    """Attributes for `get_config`, with layers serialized."""
     values = {name: getattr(owner, name) for name in names}
     for name, value in values.items():
         if isinstance(value, keras.layers.Layer):
@@ -215,7 +216,7 @@ def config_with_layers(owner, names):
 
 
 def layers_from_config(config, custom_objects=None):
-    """A configuration with its layers deserialized."""
+    """Deserializes the layers in a configuration."""
     return {
         name: keras.saving.deserialize_keras_object(value, custom_objects)
         if name in ("encoder", "head", "classifier") and isinstance(value, dict)

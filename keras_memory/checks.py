@@ -1,4 +1,4 @@
-"""Checks of arguments: what was wanted, why, what arrived."""
+"""Checks of arguments. Errors say what was wanted, why, and what arrived."""
 
 import dataclasses
 import functools
@@ -12,13 +12,14 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
-LONGEST_AXIS = 2**31 - 1  # an index of an axis is an int32
-MOST_LAYERS = 1024  # each is an object, and is traced by itself
-MOST_SEED = 2**32 - 1  # of `keras.utils.set_random_seed`
+LONGEST_AXIS = 2**31 - 1  # indices of an axis are int32
+MOST_LAYERS = 1024  # each is an object, and is traced separately
+MOST_SEED = 2**32 - 1  # the limit of `keras.utils.set_random_seed`
 ADDRESS_SPACE = 2**47  # bytes that a process can address
-NO_LABEL = -1  # of an example whose class is not known
+NO_LABEL = -1  # label of an example of unknown class
 
-# Kinds of numbers by NumPy's letters: what `check_array` takes as which.
+# Kinds of arrays for `check_array`: NumPy's letters of the dtypes that it
+# accepts, and the words for errors.
 KINDS = {
     "real": ("fiu", "real numbers"),
     "integer": ("iu", "integers"),
@@ -30,9 +31,11 @@ KINDS = {
 
 
 def plain(value: typing.Any) -> typing.Any:
-    """Python's own number, bool or text where `value` is a scalar of NumPy or
-    an array without axes, also within lists, tuples and dicts; all else as it
-    is. Only Python's own can be written as JSON."""
+    """Converts NumPy scalars and arrays without axes to Python's own types,
+    which JSON needs.
+
+    Also within lists, tuples and dicts. Other values stay as they are.
+    """
     if isinstance(value, np.generic) or (
         isinstance(value, np.ndarray) and value.ndim == 0
     ):
@@ -46,14 +49,17 @@ def plain(value: typing.Any) -> typing.Any:
 
 
 def plain_tuple(value):
-    """A plain tuple of a list, a tuple or an array; all else plain."""
+    """Makes a value plain, and a tuple of a list, a tuple or an array."""
     value = value.tolist() if isinstance(value, np.ndarray) else plain(value)
     return tuple(value) if isinstance(value, list) else value
 
 
 def plain_field(value, wanted):
-    """A value of a dataclass's field of type `wanted` as a reader of JSON
-    makes it: plain, a tuple for a list, a float for a whole number."""
+    """Makes the value of a dataclass field of type `wanted` plain.
+
+    The result is the same after a round trip through JSON: lists become
+    tuples, and whole numbers in a float field become floats.
+    """
     value = plain_tuple(value)
     is_float = float in (wanted, *typing.get_args(wanted))
     if type(value) is int and is_float and abs(value) < 1e300:
@@ -62,16 +68,16 @@ def plain_field(value, wanted):
 
 
 def make_plain(instance):
-    """Makes all fields of a dataclass plain, which may be frozen: to be called
-    first in its `__post_init__`."""
+    """Makes all fields of a dataclass plain, even of a frozen one. Call it
+    first in `__post_init__`."""
     for field in dataclasses.fields(instance):
         value = plain_field(getattr(instance, field.name), field.type)
         object.__setattr__(instance, field.name, value)
 
 
 def check_whole(name, value, least=1, largest=None, alternatives=""):
-    """An int, or ValueError unless `value` is an integer from `least` to
-    `largest`; `alternatives` says what else it may be."""
+    """Returns an int; ValueError unless `value` is an integer from `least` to
+    `largest`. `alternatives` names other allowed values in the error."""
     value = plain(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (largest is not None and value > largest):
@@ -86,8 +92,8 @@ def check_whole(name, value, least=1, largest=None, alternatives=""):
 
 
 def check_size(name, value, least=1, alternatives=""):
-    """An int, or ValueError unless `value` is an integer of at least `least`
-    that an axis can have; `alternatives` says what else it may be."""
+    """Returns an int; ValueError unless `value` is an integer from `least` to
+    the longest axis. `alternatives` names other allowed values in the error."""
     value = check_whole(name, value, least, alternatives=alternatives)
     if value > LONGEST_AXIS:
         raise ValueError(
@@ -98,36 +104,38 @@ def check_size(name, value, least=1, alternatives=""):
 
 
 def check_layers(name, value):
-    """An int, or ValueError unless `value` is a number of layers, of which
-    each takes time to make, or of what else is traced one by one."""
+    """Returns an int; ValueError unless `value` is a number of layers, or of
+    other parts that are traced one by one."""
     value = check_whole(name, value)
     if value > MOST_LAYERS:
         raise ValueError(
-            f"`{name}` must be at most {MOST_LAYERS}, as each of them is made "
-            f"and traced by itself. Received: {name}={value!r}"
+            f"`{name}` must be at most {MOST_LAYERS}, since each one is made "
+            f"and traced separately. Received: {name}={value!r}"
         )
     return value
 
 
 def check_seed(name, value):
-    """An int or None, or ValueError unless `value` is a seed."""
+    """Returns an int or None; ValueError unless `value` is a seed or None."""
     if value is None:
         return None
     return check_whole(name, value, 0, MOST_SEED, alternatives=", or None")
 
 
 def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):
-    """Raises ValueError unless an array fits into the machine, before there
-    is one: to be called where arrays are made whose size an argument says.
+    """Raises ValueError unless an array fits into the machine's memory.
+
+    Call it before making an array whose size depends on an argument.
 
     Args:
-        what: str, of the array, for the error.
-        sizes: list of a pair for each axis: the name of the argument that
-            says its size, and the size. None is taken for 1.
-        dtype: str, of its numbers.
-        instead: str, a sentence on what else can be done.
-        on_host: bool. False: an accelerator may hold it, whose memory Keras
-            cannot tell; then only what no process can address is refused.
+        what: str, name of the array, for the error.
+        sizes: list with a pair for each axis: the name of the argument that
+            sets its size, and the size. None counts as 1.
+        dtype: str, dtype of the array.
+        instead: str, a sentence with an alternative, for the error.
+        on_host: bool. False: the array may be on an accelerator, whose memory
+            size Keras does not know. If there is one, only sizes that no
+            process can address are rejected.
     """
     shape = [1 if size is None else int(size) for _, size in sizes]
     name = keras.backend.standardize_dtype(dtype)
@@ -141,12 +149,12 @@ def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):
         and wanted > limit
         and (on_host or not has_accelerator())
     ):
-        size = "" if limit is None else f" of {_in_words(limit)}"
+        size = " of less" if limit is None else f" of {_in_words(limit)}"
         reason = f"this machine has a memory{size}"
     if reason:
         product = " x ".join(f"{name}={size}" for name, size in sizes)
         raise ValueError(
-            f"{what} would take {_in_words(wanted)}, and {reason}. "
+            f"{what} would take {_in_words(wanted)}, but {reason}. "
             f"{instead}{' ' if instead else ''}Received: {product}, {dtype}"
         )
 
@@ -160,8 +168,7 @@ def _in_words(size):
 
 @functools.cache
 def machine_bytes():
-    """Bytes of memory that this process may have; None where that is not
-    known."""
+    """Bytes of memory that this process may use; None if unknown."""
     limits = []
     try:
         pages = os.sysconf("SC_PHYS_PAGES")
@@ -172,11 +179,11 @@ def machine_bytes():
         import resource
 
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        limits.append(soft)  # below 0 where there is none
+        limits.append(soft)  # negative if there is no limit
     except (ImportError, AttributeError):  # Windows
         pass
     for path in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:  # of the container, if this is in one
+        try:  # the limit of the container, if there is one
             limits.append(int(pathlib.Path("/sys/fs/cgroup", path).read_text()))
         except (OSError, ValueError):
             pass
@@ -184,7 +191,7 @@ def machine_bytes():
 
 
 def has_accelerator():
-    """Whether the backend sees one."""
+    """Whether the backend sees an accelerator."""
     backend = keras.backend.backend()
     if backend == "torch":
         import torch
@@ -206,37 +213,39 @@ def check_array(
     remedy=None,
     result="tensor",
 ):
-    """A tensor of what a user gave, or an error: for all arguments that are
-    arrays, but those of `KNNMemory` and pictures, which are NumPy's only.
+    """Converts an argument to a tensor, or raises an error.
+
+    All array arguments use it, except those of `KNNMemory` and images, which
+    are NumPy arrays only.
 
     Args:
-        name: str, of the argument, for the error.
+        name: str, name of the argument, for the error.
         value: array, tensor, variable, `keras.KerasTensor` (returned as it
             is), or nested lists of numbers.
         axes: what each axis must be: an int, a name such as `"B"`, which
             stands for one size in all arguments that share `sizes`, or None
             for any size; `...` stands for any number of axes. None: any axes.
-        sizes: dict from names to sizes. It is filled in here: hand the same
-            one to the checks of all arguments of a call. A size that a graph
-            does not know fits any.
+        sizes: dict from names to sizes. This function adds to it: pass the
+            same dict to the checks of all arguments of a call. Sizes that are
+            unknown in a graph fit any size.
         kind: `"real"` (integers become floats), `"integer"`, `"bool"`,
-            `"mask"`, `"whole"` or `"any"`: which dtypes it may have, and the
-            words of the error. Values are never looked at.
-        dtype: what the result is cast to; None keeps the dtype of an array,
-            and makes Keras's `floatx` of integers and of lists of numbers.
-        remedy: str, a sentence for the error that refuses integers which
-            `dtype` would not keep exactly; None lets them be rounded.
+            `"mask"`, `"whole"` or `"any"`: the dtypes that are allowed, and
+            the words of the error. Values are not checked.
+        dtype: dtype of the result. None keeps the dtype of an array; integers
+            and lists of numbers become Keras's `floatx`.
+        remedy: str, a sentence for the error about integers that `dtype`
+            cannot represent exactly; None allows rounding.
         result: `"tensor"`; `"numpy"`, which keeps float64 on JAX too; or
-            `"given"`, the array or tensor as it came, and of lists a NumPy
-            array.
+            `"given"`, the array or tensor as it came, or a NumPy array for
+            lists.
 
     Returns:
         Tensor, or array; see `result`.
 
     Raises:
-        ValueError: None, text, bools, complex numbers, ragged lists, another
-            number of axes, sizes that disagree. It names the argument, what
-            was wanted and what arrived.
+        ValueError: the value is None, text, bools, complex numbers or a ragged
+            list, or has a wrong number of axes or wrong sizes. The error names
+            the argument, what was wanted and what arrived.
 
     Example:
 
@@ -283,15 +292,15 @@ def check_array(
 
 
 def check_exact(name, array, dtype, remedy):
-    """Raises ValueError where a dtype would not keep integers exactly.
+    """Raises ValueError if a dtype cannot represent integers exactly.
 
-    Of an array of NumPy's the numbers are looked at; of a tensor, whose numbers
-    a graph does not know, the largest ones of its dtype.
+    For NumPy arrays the numbers are checked; for tensors, whose numbers are
+    unknown in a graph, the limits of their dtype.
 
     Args:
-        name: str, of the argument, for the error.
-        array: array, tensor or lists; floats are rounded, as ever.
-        dtype: str, what it is to be cast to.
+        name: str, name of the argument, for the error.
+        array: array, tensor or lists; floats may be rounded.
+        dtype: str, dtype of the cast.
         remedy: str, a sentence for the error.
     """
     array = array if hasattr(array, "dtype") else np.asarray(array)
@@ -305,7 +314,7 @@ def check_exact(name, array, dtype, remedy):
     if is_integer:
         limits = np.iinfo(dtype)
         least, largest = limits.min, limits.max
-    else:  # up to so many all are exact
+    else:  # all integers up to this are exact
         largest = 1 << (ml_dtypes.finfo(dtype).nmant + 1)
         least = -largest
     beyond = numbers[(numbers < least) | (numbers > largest)]
@@ -326,7 +335,7 @@ def check_exact(name, array, dtype, remedy):
 def _as_numpy(name, value, axes, sizes, kind):
     try:
         array = np.asarray(value)
-    except Exception as error:  # a ragged list, or what refuses to be one
+    except Exception as error:  # a ragged list, or no array at all
         raise ValueError(
             f"{_wanted(name, axes, sizes, kind)} "
             f"Received: {type(value).__name__} ({error})"
@@ -360,7 +369,7 @@ def _dtype_name(array):
 
 
 def _fitting(shape, axes, sizes):
-    """The named sizes of a shape, or None where it does not fit."""
+    """The named sizes of a shape, or None if it does not fit `axes`."""
     if axes is None:
         return {}
     axes, known = list(axes), {}
@@ -405,16 +414,16 @@ def _described(array):
     return f"shape {tuple(array.shape)}, dtype {_dtype_name(array)}"
 
 
-# A fork has none of the threads that a backend computes with, and would wait
-# for them for ever.
+# A fork lacks the threads with which a backend computes, and would wait for
+# them forever.
 
-_forked_from = None  # a process that had such threads
+_forked_from = None  # id of the parent process, if it had such threads
 
 
 def _backend_has_threads():
-    """Whether the backend may have been computing in this process."""
+    """Whether the backend may have computed in this process."""
     if keras.backend.backend() == "torch":
-        return True  # nobody can tell
+        return True  # PyTorch does not tell
     try:
         if keras.backend.backend() == "tensorflow":
             from tensorflow.python.eager import context
@@ -425,7 +434,7 @@ def _backend_has_threads():
             from jax._src import xla_bridge
 
             return xla_bridge.backends_are_initialized()
-    except (ImportError, AttributeError):  # of another version: it may have
+    except (ImportError, AttributeError):  # another version: it may have
         return True
     return False
 
@@ -444,7 +453,7 @@ def check_process(name):
     """Raises RuntimeError in a fork of a process that used the backend.
 
     Args:
-        name: str, what is to compute, for the error.
+        name: str, name of the computation, for the error.
     """
     backend = keras.backend.backend()
     if _forked_from is None:
@@ -456,22 +465,22 @@ def check_process(name):
             return
     raise RuntimeError(
         f"`{name}` must not be used in a fork of a process that used "
-        f"{backend}, as it would wait for threads that are not there: start "
-        'the process by `multiprocessing.get_context("spawn")`. '
+        f"{backend}: the fork would wait forever for missing threads. Start "
+        'the process with `multiprocessing.get_context("spawn")`. '
         f"Received: a fork of process {_forked_from}"
     )
 
 
 def with_size(tensor, axis, size, what):
-    """A tensor whose size along an axis a graph of TensorFlow may not know:
-    then it is checked when the graph runs.
+    """Checks the size of an axis when a TensorFlow graph runs, if the size is
+    unknown before.
 
     Args:
         tensor: tensor.
         axis: int.
         size: int that the axis must have, or None for any.
-        what: str, for the error, which shows the names of operations, in XLA
-            too, which leaves out messages.
+        what: str, becomes the name of the operation. Errors show this name
+            even in XLA, which leaves out messages.
     """
     is_symbolic = isinstance(tensor, keras.KerasTensor)
     if is_symbolic or size is None or tensor.shape[axis] is not None:
@@ -484,26 +493,26 @@ def with_size(tensor, axis, size, what):
 
 
 def check_batch(name, tensor, size):
-    """A tensor, or ValueError unless it has as many rows as a layer that keeps
-    a state for each."""
+    """Returns a tensor; ValueError unless it has the batch size of a layer that
+    keeps a state for each row."""
     rows = tensor.shape[0]
-    if rows is None:  # in a graph of TensorFlow: when one of them arrives
+    if rows is None:  # in a TensorFlow graph: checked when it runs
         what = "rows_of_every_batch_of_a_layer_with_state"
         return with_size(tensor, 0, size, what)
     if rows != size:
         raise ValueError(
             f"`{name}` must have the batch size that the layer was built for, "
-            f"{size}, as it keeps a state for each row. Received: shape "
+            f"{size}, since it keeps a state for each row. Received: shape "
             f"{tuple(tensor.shape)}"
         )
     return tensor
 
 
 def with_rows_of(tensor, batch):
-    """`tensor`, with as many rows as `batch`, which `check_batch` has checked.
+    """Gives `tensor` the batch size of `batch`, which `check_batch` checked.
 
-    In a graph TensorFlow would know how many there are, and might find that
-    they are not those of the targets before the check has told of it.
+    Otherwise a TensorFlow graph knows the number of rows, and may report a
+    mismatch with the targets before `check_batch` reports the batch size.
     """
     if batch.shape[0] is not None:
         return tensor
@@ -513,7 +522,7 @@ def with_rows_of(tensor, batch):
 
 
 def is_number(value):
-    """True for finite numbers; False for bools, texts and all else."""
+    """True for finite numbers; False for bools, text and all else."""
     number = isinstance(value, (int, float, np.integer, np.floating))
     return number and type(value) is not bool and bool(np.isfinite(value))
 
@@ -523,15 +532,15 @@ def check_clip(name, value):
     value = plain(value)
     if value is not None and not (is_number(value) and value > 0):
         raise ValueError(
-            f"`{name}` is the bound of +-{name} and must be positive, or None "
-            f"for no clipping. Received: {name}={value!r}"
+            f"`{name}` must be positive, the bound of +-{name}, or None for no "
+            f"clipping. Received: {name}={value!r}"
         )
     return value
 
 
 def check_bool(name, value, alternatives=""):
-    """A bool, or ValueError unless `value` is one, of Python or NumPy;
-    `alternatives` says what else it may be."""
+    """Returns a bool; ValueError unless `value` is a bool of Python or NumPy.
+    `alternatives` names other allowed values in the error."""
     value = plain(value)
     if not isinstance(value, bool):
         raise ValueError(
@@ -554,7 +563,7 @@ def check_one_of(name, value, choices):
 
 def check_closed(name, value, least, largest=np.inf, or_none=False):
     """Raises ValueError unless `value` is a number from `least` to `largest`,
-    or None where that has a meaning."""
+    or None with `or_none`."""
     value = plain(value)
     if value is None and or_none:
         return value
@@ -586,25 +595,26 @@ def check_rate(name, value):
     value = plain(value)
     if not is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError(
-            f"`{name}` is a dropped share and must be in [0, 1), since "
-            f"nothing is left of all. Received: {name}={value!r}"
+            f"`{name}` must be in [0, 1): a rate of 1 drops every unit. "
+            f"Received: {name}={value!r}"
         )
     return value
 
 
 def check_labels(y, number, units=None, name="y"):
-    """Labels as int32 (number,).
+    """Converts labels to int32 (number,).
 
     Args:
-        y: (number,) or (number, 1) whole numbers, from -1, which is none, to
-            `units` - 1; or (number, units) one-hot. Bools are 0 and 1.
-        number: int, how many there must be.
-        units: int, how many outputs a model has; with one the classes may be
-            any. None where the model is not known yet: any number of them.
-        name: str, of the argument, for the error.
+        y: (number,) or (number, 1) whole numbers, from -1 (no label) to
+            `units` - 1; or (number, units) one-hot. Bools count as 0 and 1.
+        number: int, number of labels.
+        units: int, number of outputs of the model. With one output, labels may
+            be any whole numbers. None: the model is not known yet, and labels
+            may have any number of classes.
+        name: str, name of the argument, for the error.
 
     Raises:
-        ValueError: another shape, or what is no class.
+        ValueError: the shape is wrong, or a label is not a class.
     """
     labels = np.asarray(check_array(name, y, kind="whole", result="given"))
     if labels.ndim == 2:
@@ -622,7 +632,7 @@ def check_labels(y, number, units=None, name="y"):
         )
     if labels.dtype.kind == "f" and (labels % 1 != 0).any():
         raise ValueError(
-            f"`{name}` must be whole numbers, classes. "
+            f"`{name}` must be classes, which are whole numbers. "
             f"Received: {labels.dtype} such as {labels[:3]}"
         )
     if units != 1 and number:

@@ -1,7 +1,7 @@
 """The Differentiable Neural Computer (Graves et al. 2016, Nature 538, 471-476).
 
-The names in front of the equations are those of the paper's Methods section,
-which does not number them.
+Equations have the names of the paper's Methods section, which does not number
+them.
 """
 
 import dataclasses
@@ -51,20 +51,20 @@ from keras_memory.recurrent.layer import MemoryRNN
 
 
 class DNCState(NamedTuple):
-    """What a DNC carries from step to step, with batch axis B in front.
+    """The state of a DNC between steps. The first axis is the batch, B.
 
     Args:
         reads: (B, R, W) read vectors of the last step.
         memory: (B, N, W) slot contents.
         usage: (B, N) in [0, 1], how much each slot is in use.
         linkage: (B, H, N, N) in [0, 1]; entry i, j: slot i was written right
-            after slot j. With `sparse_links` (B, H, N, K), the K entries that
-            are kept of each row i. () without linkage.
+            after slot j. With `sparse_links` (B, H, N, K), the K entries kept
+            per row i. () without linkage.
         precedence: (B, H, N) in [0, 1], how much each slot was the last one
             written. () without linkage.
         read_weighting: (B, R, N), over the slots.
         write_weighting: (B, H, N), over the slots.
-        controller: tuple with the controllers' states, as they nest them.
+        controller: tuple with the controllers' states, in their own nesting.
         link_columns: (B, H, N, K) whole numbers in [0, N), the slots j of the
             entries of `linkage`. () without `sparse_links`.
     """
@@ -81,7 +81,7 @@ class DNCState(NamedTuple):
 
 
 class DNCInterface(NamedTuple):
-    """What the controller tells the heads. Absent parts are None.
+    """The controller's parameters for the heads. Unused parts are None.
 
     Args:
         read_key: (B, R, W) look-up vectors, k^r.
@@ -90,7 +90,7 @@ class DNCInterface(NamedTuple):
         write_strength: (B, H), beta^w.
         erase_vector: (B, H, W) in (0, 1), e.
         add_vector: (B, H, W), v.
-        free_gate: (B, R) in (0, 1), f: frees what was read the step before.
+        free_gate: (B, R) in (0, 1), f: frees the slots read the step before.
         allocation_gate: (B, H) in (0, 1), g_a: free slots (1) or content (0).
         write_gate: (B, H) in (0, 1), g_w: whether to write at all.
         read_mode: (B, R, 2 H + 1), pi, a distribution over the backward
@@ -120,7 +120,7 @@ class DNCInterface(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DNCAccess:
-    """Addressing, reading and writing; `DNCLayer` documents the arguments."""
+    """Addressing, reading and writing. `DNCLayer` documents the arguments."""
 
     memory_slots: int = 64
     slot_size: int = 16
@@ -169,7 +169,7 @@ class DNCAccess:
         return after, {**reading, **writing, "retention": psi, **inside}
 
     def _usage(self, state, psi):
-        """u_t, of what the heads did in the step before."""
+        """u_t, from the reads and writes of the step before."""
         written = state.write_weighting  # w^w_{t-1}
         if not self.usage_gradient:
             written = ops.stop_gradient(written)
@@ -208,8 +208,7 @@ class DNCAccess:
         )
 
     def _link(self, state, write_weighting):
-        """L_t, its columns where links are sparse, and p_t; () for what is
-        left out."""
+        """L_t, its columns if links are sparse, and p_t; () for unused ones."""
         if not self.linkage:
             return (), (), ()
         before = state.precedence, write_weighting
@@ -263,8 +262,8 @@ class DNCAccess:
         )
 
     def allocate(self, usage, gate):
-        """Allocation weighting of each write head (B, H, N). A head sees the
-        usage raised by what those before it will take."""
+        """Allocation weighting of each write head (B, H, N). The usage that a
+        head sees includes the allocations of the heads before it."""
         weightings = []
         for head in range(self.write_heads):
             weightings.append(allocation(usage, self.usage_epsilon))
@@ -299,34 +298,34 @@ class DNCAccess:
             )
             if not self.linkage or self.sparse_links > self.memory_slots:
                 raise ValueError(
-                    "`sparse_links` is how many links of each slot are kept, "
-                    "which needs `linkage=True` and is at most `memory_slots`, "
-                    f"or None. Received: sparse_links={self.sparse_links}, "
+                    "`sparse_links` must be at most `memory_slots`, and needs "
+                    "`linkage=True`: it is the number of links kept per slot. "
+                    f"Received: sparse_links={self.sparse_links}, "
                     f"linkage={self.linkage}, memory_slots={self.memory_slots}"
                 )
         if self.linkage:
             self._check_bytes_of_links()
         if self.link_sharpening and not self.linkage:
             raise ValueError(
-                "`link_sharpening` sharpens the weightings that follow the "
-                "links and needs `linkage=True`. Received: linkage=False, "
+                "`link_sharpening` needs `linkage=True`: it sharpens the "
+                "weightings that follow the links. Received: linkage=False, "
                 "link_sharpening=True"
             )
-        self.activations  # noqa: B018, raises if there is no such one
+        self.activations  # noqa: B018, raises if one is unknown
 
     def _check_bytes_of_links(self):
         names, instead = ["write_heads", "memory_slots", "sparse_links"], ""
         if self.sparse_links is None:
             names[2] = "memory_slots"
             instead = (
-                "Set `sparse_links`, the number of links that are kept of each "
-                "slot, or `linkage=False`."
+                "Set `sparse_links`, the number of links kept per slot, or "
+                "`linkage=False`."
             )
         check_bytes_of_state(self, "The linkage", names, instead)
 
     @functools.cached_property
     def parts(self):
-        """Shape of each part of the interface; None where it is not used."""
+        """Shape of each part of the interface; None for unused parts."""
         of_reads = (self.read_heads, self.slot_size)
         of_writes = (self.write_heads, self.slot_size)
         of_links = (self.read_heads, self.write_heads)
@@ -350,7 +349,7 @@ class DNCAccess:
 
     @functools.cached_property
     def activations(self):
-        """The function of each part of the interface."""
+        """Activation of each part of the interface."""
         return DNCInterface(
             read_key=activation_by_name(self.key_activation),
             read_strength=activation_by_name(self.strength_activation),
@@ -406,12 +405,13 @@ class DNCAccess:
         )
 
 
-# States from outside, in the ranges that steps keep them in: beyond these
+# These bring states from outside into the ranges that steps keep: beyond them
 # usage and links would grow with each step.
 
 
 def _held(x, sums=None):
-    """Shares in [0, 1], with sums of at most 1. The slope within is 1."""
+    """Brings entries into [0, 1], or, with `sums`, sums to at most 1. Within
+    this range the gradient is 1."""
     x = not_negative(x)
     if sums is None:
         return ops.where(x > 1, ops.ones_like(x), x)
@@ -436,7 +436,7 @@ def _links_held(x):
 
 
 def _sharpen(weighting, sharpening):
-    """Sharpens (B, R, H, N), one weighting for each pair of heads."""
+    """Sharpens (B, R, H, N): one weighting per pair of heads."""
     slots = weighting.shape[-1]
     pairs = weighting.shape[1] * weighting.shape[2]
     sharpened = sharpen(
@@ -449,7 +449,7 @@ def _sharpen(weighting, sharpening):
 if TYPE_CHECKING:
 
     class DNCArguments(DNCAccess, CellArguments):
-        """What can be read of `DNCCell`, and of `DNCLayer`."""
+        """Attributes of `DNCCell` and of `DNCLayer`."""
 
 else:
     DNCArguments = object
@@ -460,8 +460,8 @@ class DNCCell(MemoryCell, DNCArguments, access=DNCAccess, controller_units=64):
     """One step of a Differentiable Neural Computer, for `DNCLayer` or Keras's
     `RNN`.
 
-    Arguments, equations, state and departures: as `DNCLayer`, which makes its
-    cell of its own arguments.
+    For arguments, equations, state and departures see `DNCLayer`, which passes
+    its arguments on to its cell.
 
     Example:
 
@@ -479,9 +479,9 @@ class DNCCell(MemoryCell, DNCArguments, access=DNCAccess, controller_units=64):
         largest = {"float16": 2048, "bfloat16": 256}.get(self.compute_dtype)
         if self.sparse_links and largest and self.memory_slots > largest:
             raise ValueError(
-                "With `sparse_links` the state has columns of links, whole "
-                f"numbers below `memory_slots`, which {self.compute_dtype} has "
-                f"exactly up to {largest} only. Received: "
+                f"`memory_slots` must be at most {largest} with `sparse_links` "
+                f"in {self.compute_dtype}, which cannot hold the numbers of "
+                "more slots exactly. Received: "
                 f"memory_slots={self.memory_slots}"
             )
         super().build(input_shape)
@@ -491,11 +491,11 @@ class DNCCell(MemoryCell, DNCArguments, access=DNCAccess, controller_units=64):
 class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
     """A Differentiable Neural Computer over sequences.
 
-    A controller looks at the input and at what was read before, and tells the
-    heads where to act on a memory of N slots of width W. A write head finds
-    slots by content, or takes free ones; links record the order in which
-    slots were written; read heads find slots by content, or go forward and
-    backward along the links.
+    A controller sees the input and the previous reads. It tells the heads
+    where to act on a memory of N slots of width W. Write heads find slots by
+    content, or allocate free slots. Links record the order in which slots were
+    written. Read heads find slots by content, or follow the links forward and
+    backward.
 
     Equations (Graves et al. 2016, Methods, by their names there), all in
     `DNCAccess.step` and `addressing`: interface parameters
@@ -507,27 +507,27 @@ class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
     Csordas & Schmidhuber 2019. Bypass dropout and layer normalization of the
     interface: Franke et al. 2018.
 
-    State: a `DNCState`, all zeros at first but for the memory, which starts
-    at `initial_memory`, and the columns of sparse links, which start at 0 to
-    K - 1 in each row; the heads update all of it at every step. With
-    `num_layers` and a memory each, a tuple of them. In 16 bits usage and
-    linkage round at every step.
+    State: a `DNCState`, all zeros at first, except the memory, which starts at
+    `initial_memory`, and the columns of sparse links, which start at 0 to
+    K - 1 in each row. The heads update all of it at every step. If several
+    blocks have a memory each, the state is a tuple of `DNCState`s. In 16 bits
+    usage and linkage round at every step.
 
-    Masking and dtype: as `MemoryCell`.
+    Masking and dtype: see `MemoryCell`.
 
     Departures: `norm_epsilon` in the norms and `usage_epsilon` in the
     allocation keep gradients finite where the paper's formulas divide zero by
     zero or sort numbers that are equal (`test_accesses.py`, singular points).
-    The paper has one write head; further ones are those of DeepMind's code:
-    each has links of its own, and its allocation sees the usage raised by the
-    heads before it. Of several `controller_layers` interface and output see
-    the last, as in other implementations; in the paper they see all. Bypass
-    dropout drops the same units at all steps of a sequence, in the paper at
-    each step anew.
+    The paper has one write head; several write heads follow DeepMind's code:
+    each has its own links, and the usage that its allocation sees includes the
+    allocations of the heads before it. With several `controller_layers`,
+    interface and output see only the last layer, as in other implementations;
+    in the paper they see all. Bypass dropout drops the same units at all steps
+    of a sequence; the paper draws new ones at each step.
 
     Args:
-        units: int, at least 1, width of the output; or None for the features
-            concat(controller output, reads) as they are.
+        units: int, at least 1, width of the output. None: the output is the
+            features, concat(controller output, reads), without projection.
         memory_slots: int N, at least 1. Default 64.
         slot_size: int W, at least 1. Default 16.
         read_heads: int R, at least 1. Default 4.
@@ -535,15 +535,15 @@ class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
         linkage: bool. False leaves out links, precedence and read modes: read
             heads find slots by content alone, and a step costs N instead of
             N^2. Default True.
-        sparse_links: int K, at least 1 and at most N: how many links of each
-            slot are kept, the largest, and how many entries of write weighting
-            and precedence make new ones; a step then costs N K instead of N^2.
-            In 16 bits N is at most 256 (bfloat16) or 2048 (float16), so that
-            columns are exact. Default None: all links are kept.
-        content_masks: bool; True: each head has a mask that says which of the
-            W entries count when a key is compared. Default False.
-        deallocation: bool; True: what is freed is also erased from the
-            memory, by the retention vector psi. Default False.
+        sparse_links: int K, at least 1 and at most N: number of links kept per
+            slot, the largest, and number of entries of write weighting and
+            precedence that make new links; a step then costs N K instead of
+            N^2. In 16 bits N is at most 256 (bfloat16) or 2048 (float16), so
+            that columns are exact. Default None: all links are kept.
+        content_masks: bool; True: each head has a mask that weighs the W
+            entries when a key is compared. Default False.
+        deallocation: bool; True: freed slots are also erased from the memory,
+            by the retention vector psi. Default False.
         link_sharpening: bool; True: forward and backward weightings are
             sharpened (raised to a power of at least 1 and normalized; uniform
             where there is no link). Default False.
@@ -555,19 +555,19 @@ class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
             0; or `"oneplus"` (default).
         initial_memory: `"learned"`, `"random"` (drawn once, and kept), a
             number, or `"constant"` (default): 0.
-        norm_epsilon: float, at least 1e-30, in the root of each norm. Default
-            None: 1e-8, in float64 1e-16.
+        norm_epsilon: float, at least 1e-30, added inside the root of each
+            norm. Default None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
             of key and slot. Default 0.
         usage_epsilon: float in [1e-30, 0.1], usage of an unused slot in the
             products of the allocation. Default None: 1e-8, in float64 1e-16.
-            With more, such as the references' 1e-6, a write leaves a trace on
-            the next free slot, which the next write then passes over.
+            With larger values, such as the references' 1e-6, a write leaves a
+            trace on the next free slot, which the next write then skips.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
-    Call arguments and further errors: as `MemoryRNN`.
+    Call arguments and further errors: see `MemoryRNN`.
 
     Example:
 

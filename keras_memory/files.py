@@ -13,11 +13,11 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TRIES, PAUSE = 100, 0.1  # renames on Windows, and the seconds between two
+TRIES, PAUSE = 100, 0.1  # tries to rename on Windows, and seconds in between
 
 
 def check_path(name, value):
-    """A `pathlib.Path`, or ValueError unless `value` is a path."""
+    """Returns a `pathlib.Path`; ValueError unless `value` is a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(
             f"`{name}` must be a path, a str or pathlib.Path. "
@@ -27,25 +27,25 @@ def check_path(name, value):
 
 
 def check_run_folder(folder):
-    """The path of a run folder, or ValueError unless it is one."""
+    """Returns the path of a run folder; ValueError unless it is one."""
     folder = check_path("folder", folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            "A run folder has a config.json, which a training writes. "
+            "A run folder must have a config.json, which training writes. "
             f"Received: {folder}, which has none"
         )
     return folder
 
 
 def check_new_folder(folder):
-    """The path of a folder, or ValueError unless it is absent or empty."""
+    """Returns the path of a folder; ValueError unless it is absent or empty."""
     folder = check_path("folder", folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"A run needs a folder. Received: {folder}, a file")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
-            "A run needs a folder of its own, so that nothing of an earlier "
-            f"run is lost. Received: {folder}, which has files in it"
+            "A run needs a new or empty folder, so that no earlier run is "
+            f"lost. Received: {folder}, which has files in it"
         )
     return folder
 
@@ -53,8 +53,8 @@ def check_new_folder(folder):
 def fsync(path):
     """Flushes a file, or a folder's list of files, to the disk.
 
-    On Windows it does nothing with folders and read-only files, since Windows
-    flushes only what is open for writing.
+    On Windows it skips folders and read-only files, since Windows flushes only
+    files that are open for writing.
 
     Args:
         path: path of the file or folder.
@@ -84,17 +84,17 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def explain_os_errors(what, kept="Nothing was changed.", also=(), verb="write"):
-    """Adds to an OSError, such as of a full disk, what was being written.
+    """Adds the file's name to an OSError, such as that of a full disk.
 
     Args:
-        what: str or path of what is written or read inside of this.
-        kept: str, what is left after an error.
-        also: tuple of further classes of exceptions that tell of the disk,
-            such as `tf.errors.OpError`.
+        what: str or path, name of the file that the block writes or reads.
+        kept: str, a sentence on the state of the files after an error.
+        also: tuple of further exception classes for disk errors, such as
+            `tf.errors.OpError`.
         verb: "write" or "read".
 
     Raises:
-        OSError: of the same `errno`, and so of the same class.
+        OSError: with the same `errno`, and so of the same class.
     """
     try:
         yield
@@ -109,8 +109,8 @@ def explain_os_errors(what, kept="Nothing was changed.", also=(), verb="write"):
 
 
 def os_reason(error):
-    """What the system said, also of an error that `explain_os_errors` has
-    raised."""
+    """The system's reason for an error, also for an error that
+    `explain_os_errors` raised."""
     return getattr(error, "reason", getattr(error, "strerror", None)) or error
 
 
@@ -137,13 +137,14 @@ def atomic_write(path):
             fsync(aside)
             _replace(aside, path)
         finally:
-            # Windows removes no open file; this must not hide the first error.
+            # Windows cannot remove an open file, which must not hide the first
+            # error.
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
 
 
 def _replace(source, target):
-    """Renames a file. Windows refuses while somebody reads the old one."""
+    """Renames a file. Windows needs retries while the old file is open."""
     for _ in range(TRIES - 1 if os.name == "nt" else 0):
         try:
             return os.replace(source, target)
@@ -154,20 +155,20 @@ def _replace(source, target):
 
 @contextlib.contextmanager
 def atomic_write_all(folder):
-    """Gives an empty folder to write files to, and moves them at the end.
+    """Yields an empty folder for new files, and moves them at the end.
 
-    They take the place of files of the same names in `folder`; others stay. An
-    error while they are written, such as that of a full disk, leaves all as it
-    was; one while they are moved may leave some that are new. It says which.
+    They replace files of the same names in `folder`; other files stay. An error
+    while writing, such as that of a full disk, leaves all files as they were.
+    An error while moving may leave some new files. The message says which.
 
     Args:
-        folder: `pathlib.Path`; made where it is absent.
+        folder: `pathlib.Path`; made if absent.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     aside = folder / ".writing"
     try:
         with explain_os_errors(folder):
-            shutil.rmtree(aside, ignore_errors=True)  # of a killed process
+            shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
             aside.mkdir(parents=True)
             yield aside
             written = sorted(aside.rglob("*"))
@@ -182,14 +183,14 @@ def atomic_write_all(folder):
             shutil.rmtree(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # one that is not empty
+        with contextlib.suppress(OSError):  # a folder is not empty
             for path in made:
                 path.rmdir()
         raise
 
 
 def has_locks():
-    """Whether the system has locks, so that `locked` keeps others out."""
+    """Whether the system has locks, so that `locked` excludes others."""
     return fcntl is not None
 
 
@@ -214,18 +215,18 @@ def locked(path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
-                    "Only one process at a time, and only once, can work in a "
-                    f"folder. Received: {path.parent}, where one does already"
+                    "Only one writer at a time can use a folder. Received: "
+                    f"{path.parent}, which is locked by another writer"
                 ) from None
         try:
             yield
         finally:
-            # In a fork the file is closed, and the lock the parent's.
+            # In a fork the file is closed, and the parent has the lock.
             if fcntl is not None and os.getpid() == owner:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-# A fork has the files too: it would keep the locks of a parent that is killed.
+# A fork inherits the open files, and would keep the locks of a killed parent.
 _lock_files = weakref.WeakSet()
 
 

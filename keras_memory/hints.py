@@ -1,6 +1,6 @@
 """Types in the signatures of public functions, for editors and type checkers.
 
-Nothing is checked by them when the program runs, and no backend is imported.
+They check nothing at run time, and import no backend.
 """
 
 import os
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 from typing import TypeAlias
 
-# Of NumPy, or a tensor of any backend, also a symbolic one; as an argument also
-# what these can be made of, such as a list of numbers.
+# A NumPy array, or a tensor of any backend, also a symbolic one. Arguments may
+# also be values that convert to these, such as lists of numbers.
 Array: TypeAlias = Any
 
 Activation: TypeAlias = str | Callable[..., Any]

@@ -1,7 +1,7 @@
 """The Neural Turing Machine (Graves, Wayne, Danihelka 2014, arXiv 1410.5401),
 also with MERLIN's way of writing (Wayne et al. 2018, arXiv 1803.10760).
 
-Equation numbers are those of section 3 of the first paper.
+Equation numbers refer to section 3 of the first paper.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ from keras_memory.recurrent.layer import MemoryRNN
 
 
 class NTMState(NamedTuple):
-    """What an NTM carries from step to step, with batch axis B in front.
+    """The state of an NTM between steps. The first axis is the batch, B.
 
     Args:
         reads: (B, R, W) read vectors of the last step.
         memory: (B, N, W) slot contents.
         read_weighting: (B, R, N), over the slots.
         write_weighting: (B, H, N), over the slots.
-        controller: tuple with the controller's states, as it nests them.
+        controller: tuple with the controllers' states, in their own nesting.
     """
 
     reads: Any
@@ -67,15 +67,15 @@ class NTMState(NamedTuple):
 
 
 class MERLINState(NamedTuple):
-    """What an NTM with sequential writing carries from step to step.
+    """The state of an NTM with sequential writing between steps.
 
     Args:
         reads, memory, read_weighting, controller: as in `NTMState`.
         write_weighting: (B, 1, N), 1 on the slot that was written.
-        retroactive_weighting: (B, 1, N), where the second halves of slots are
-            written; 0 without retroactive writing.
-        usage: (B, N), -1 until a slot is first written, then the sum of the
-            read weightings it had since.
+        retroactive_weighting: (B, 1, N), the write weighting of the second
+            halves of slots; 0 without retroactive writing.
+        usage: (B, N), -1 until a slot is first written, then the sum of its
+            read weightings since.
     """
 
     reads: Any
@@ -88,10 +88,10 @@ class MERLINState(NamedTuple):
 
 
 class NTMInterface(NamedTuple):
-    """What the controller tells the heads.
+    """The controller's parameters for the heads.
 
-    K heads address the memory, read heads first: R + H, or R where writing is
-    sequential. Parts that a layer does without are None.
+    K heads address the memory, read heads first: R + H heads, or R if writing
+    is sequential. Unused parts are None.
 
     Args:
         key: (B, K, W) look-up vectors, k.
@@ -114,7 +114,7 @@ class NTMInterface(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NTMAccess:
-    """Addressing, reading and writing; `NTMLayer` documents the arguments."""
+    """Addressing, reading and writing. `NTMLayer` documents the arguments."""
 
     memory_slots: int = 128
     slot_size: int = 20
@@ -166,7 +166,7 @@ class NTMAccess:
         return content, weighting
 
     def step(self, interface, state):
-        """All heads address the memory, and read it or write to it."""
+        """All heads address the memory and read it or write to it."""
         interface = self.split(interface)
         previous = state.read_weighting
         if not self.sequential:
@@ -180,7 +180,7 @@ class NTMAccess:
                     state.memory, interface, previous, heads
                 )
                 contents[heads.start] = content
-                # `split`, as the gradient of a slice is padded with zeros.
+                # `split`, since the gradient of a slice is padded with zeros.
                 of_readers, of_writers = ops.split(weighting, [readers], axis=1)
             if readers:
                 reading.append(of_readers)
@@ -212,7 +212,7 @@ class NTMAccess:
         return state, inside
 
     def write(self, memory, interface, weighting, heads):
-        """The memory after a slice of the write heads has written to it."""
+        """Writes to the memory with a slice of the write heads."""
         erase = interface.erase_vector
         groups = [slice(None)]  # of the heads in `weighting`
         if self.head_order == "writes_in_turn":
@@ -227,8 +227,8 @@ class NTMAccess:
         return memory
 
     def write_next(self, state, add_vector):
-        """Writes to the first slot that is not written yet, and to the one
-        that was read least when there is none (MERLIN)."""
+        """Writes to the first unwritten slot or, if there is none, to the slot
+        that was read least (MERLIN)."""
         weighting = least_used(state.usage)
         state = state._replace(usage=mark_used(state.usage, weighting))
         discount = self.retroactive_discount
@@ -237,7 +237,7 @@ class NTMAccess:
                 discount * state.retroactive_weighting
                 + (1.0 - discount) * state.write_weighting  # of t - 1
             )
-            if self.erase:  # what is overwritten has no future
+            if self.erase:  # overwritten slots get no retroactive writes
                 later = later * (1.0 - weighting)
             nothing = ops.zeros_like(add_vector)
             memory = erase_and_add(
@@ -266,7 +266,7 @@ class NTMAccess:
         check_closed("product_epsilon", self.product_epsilon, 0)
         if is_number(self.initial_weighting) and self.initial_weighting < 0:
             raise ValueError(
-                "`initial_weighting` must be at least 0, as a weighting is. "
+                "`initial_weighting` must be at least 0, like all weightings. "
                 f"Received: initial_weighting={self.initial_weighting!r}"
             )
         self._check_writing()
@@ -285,8 +285,8 @@ class NTMAccess:
             raise ValueError(
                 '`head_order` must be "parallel", "writes_in_turn", or name '
                 "each head once: "
-                f'{self.read_heads} times "read" and {self.write_heads} times '
-                '"write", as `read_heads` and `write_heads` say. '
+                f'{self.read_heads} times "read" (`read_heads`) and '
+                f'{self.write_heads} times "write" (`write_heads`). '
                 f"Received: head_order={self.head_order!r}"
             )
         if self.addressing not in ("content_and_location", "content"):
@@ -301,7 +301,7 @@ class NTMAccess:
                 f"shift_range={self.shift_range}, "
                 f"memory_slots={self.memory_slots}"
             )
-        self.activations  # noqa: B018, raises if there is no such one
+        self.activations  # noqa: B018, raises if one is unknown
 
     def _check_writing(self):
         if self.writing not in ("addressed", "sequential"):
@@ -311,8 +311,8 @@ class NTMAccess:
             )
         if self.sequential and self.write_heads != 1:
             raise ValueError(
-                'writing="sequential" writes one slot a step and needs '
-                "`write_heads=1`. "
+                '`write_heads` must be 1 with writing="sequential", which '
+                "writes one slot per step. "
                 f"Received: write_heads={self.write_heads!r}"
             )
         discount = self.retroactive_discount
@@ -326,9 +326,9 @@ class NTMAccess:
             )
         if not self.sequential or self.slot_size % 2:
             raise ValueError(
-                "`retroactive_discount` fills the second half of a slot with "
-                'what comes after its first: it needs writing="sequential" '
-                "and an even `slot_size`. Received: "
+                '`retroactive_discount` needs writing="sequential" and an even '
+                "`slot_size`: it writes later vectors to the second half of a "
+                "slot. Received: "
                 f"writing={self.writing!r}, slot_size={self.slot_size!r}"
             )
 
@@ -342,7 +342,7 @@ class NTMAccess:
 
     @functools.cached_property
     def parts(self):
-        """Shape of each part of the interface; None where it is not used."""
+        """Shape of each part of the interface; None for unused parts."""
         heads = self.read_heads + (0 if self.sequential else self.write_heads)
         shifts = 2 * self.shift_range + 1
         halves = 1 if self.retroactive_discount is None else 2
@@ -361,7 +361,7 @@ class NTMAccess:
 
     @functools.cached_property
     def activations(self):
-        """The function of each part of the interface."""
+        """Activation of each part of the interface."""
         return NTMInterface(
             key=activation_by_name(self.key_activation),
             strength=activation_by_name(self.strength_activation),
@@ -388,7 +388,7 @@ class NTMAccess:
         def weighting(heads):
             return StateSpec(
                 (heads, self.memory_slots),
-                # Content alone never looks at it: there is nothing to learn.
+                # Content addressing never uses it: there is nothing to learn.
                 self.initial_weighting if self.by_location else "constant",
                 constant=first_slot,
                 initializer=keras.initializers.RandomNormal(stddev=1.0),
@@ -427,8 +427,8 @@ class NTMAccess:
     def turns(self):
         """Groups of heads that act at once; the groups act one after another.
 
-        Each is (slice of the heads that address, how many of them read, slice
-        of the write heads). Read heads come before write heads.
+        Each is (slice of the addressing heads, number of read heads among
+        them, slice of the write heads). Read heads come before write heads.
         """
         first = {"read": 0, "write": self.read_heads}
         if isinstance(self.head_order, str):
@@ -459,7 +459,7 @@ def _join(heads):
 if TYPE_CHECKING:
 
     class NTMArguments(NTMAccess, CellArguments):
-        """What can be read of `NTMCell`, and of `NTMLayer`."""
+        """Attributes of `NTMCell` and of `NTMLayer`."""
 
 else:
     NTMArguments = object
@@ -469,8 +469,8 @@ else:
 class NTMCell(MemoryCell, NTMArguments, access=NTMAccess):
     """One step of a Neural Turing Machine, for `NTMLayer` or Keras's `RNN`.
 
-    Arguments, equations, state and departures: as `NTMLayer`, which makes its
-    cell of its own arguments.
+    For arguments, equations, state and departures see `NTMLayer`, which passes
+    its arguments on to its cell.
 
     Example:
 
@@ -489,9 +489,10 @@ class NTMCell(MemoryCell, NTMArguments, access=NTMAccess):
 class NTMLayer(MemoryRNN, NTMArguments, cell=NTMCell):
     """A Neural Turing Machine over sequences.
 
-    A controller looks at the input and at what was read before, and tells
-    each head where to focus on a memory of N slots of width W, by content and
-    by location; read heads return what they see, write heads erase and add.
+    A controller sees the input and the previous reads. It tells each head
+    where to focus on a memory of N slots of width W, by content and by
+    location. Read heads return the weighted sum of the slots; write heads
+    erase and add.
 
     Equations: the controller's output is projected to an `NTMInterface`
     (`NTMAccess.split`); content weighting, eqs. 5-6; interpolation, eq. 7;
@@ -504,10 +505,10 @@ class NTMLayer(MemoryRNN, NTMArguments, cell=NTMCell):
     memory at `initial_memory`, weightings at `initial_weighting`; the heads
     update all of them at every step. A `MERLINState` starts with write
     weightings of 0 and usages of -1, which marks a slot never written. In 16
-    bits the order of first writes is exact, and usage rounds: it stops at
-    some 4 to 8 reads, after which the first of several slots is overwritten.
+    bits the order of first writes is exact, but usage rounds: it stops growing
+    at about 4 to 8 reads. Of slots with equal usage the first is overwritten.
 
-    Masking and dtype: as `MemoryCell`.
+    Masking and dtype: see `MemoryCell`.
 
     Departures: `norm_epsilon` in the norms and an epsilon in the sharpening
     keep gradients finite where the paper's formulas divide zero by zero
@@ -516,58 +517,57 @@ class NTMLayer(MemoryRNN, NTMArguments, cell=NTMCell):
     weighting, unless `erase=False` (`test_ntm.py`, sequential writing).
 
     Args:
-        units: int, at least 1, width of the output; or None for the features
-            concat(controller output, reads) as they are.
+        units: int, at least 1, width of the output. None: the output is the
+            features, concat(controller output, reads), without projection.
         memory_slots: int N, at least 1. Default 128.
         slot_size: int W, at least 1. Default 20.
         read_heads: int R, at least 1. Default 1.
         write_heads: int H, at least 1. Default 1.
         head_order: `"parallel"` (default): all heads address and read the
             memory of the step before, then all erase, then all add.
-            `"writes_in_turn"`: likewise, but each write head also erases what
-            those before it have added (Collier & Beel 2018). Or a sequence
-            such as `("read", "write", "read", "write")`: the heads act one
-            after the other and see each other's writes; the i-th `"read"` is
-            read head i. The paper leaves the order open.
+            `"writes_in_turn"`: the same, but each write head also erases the
+            additions of the write heads before it (Collier & Beel 2018). Or a
+            sequence such as `("read", "write", "read", "write")`: the heads
+            act one after the other and see each other's writes; the i-th
+            `"read"` is read head i. The paper leaves the order open.
         addressing: `"content_and_location"` (default), or `"content"`: the
-            content weighting as it is, without eqs. 7-9.
+            content weighting alone, without eqs. 7-9.
         shift_range: int, at least 0, largest shift in slots. Default 1.
         erase: bool. False leaves eq. 3 out: heads only add. Default True.
         writing: `"addressed"` (default): write heads address the memory as
-            read heads do. `"sequential"`: as in MERLIN, the t-th step writes
-            to slot t, and after N steps to the slot that was read least since
-            it was first written, which is often the newest: N should be at
-            least the number of steps. The slot is overwritten whole; with
-            `erase=False` what it held stays and the new is added. Needs
-            `write_heads=1`, which then has no key, strength and so on, and no
-            erase vector.
+            read heads do. `"sequential"`: as in MERLIN, step t writes to slot
+            t; after N steps, to the slot that was read least since its first
+            write, which is often the newest: N should be at least the number
+            of steps. The slot is overwritten; with `erase=False` the new
+            vector is added to its contents. Needs `write_heads=1`; the write
+            head then has no key, strength and so on, and no erase vector.
         retroactive_discount: float in [0, 1) or None (default), gamma of
-            MERLIN's retroactive writing, which needs sequential writing and
-            an even W: add vectors are W / 2 wide, are written to the first
-            half of their slot, and to the second half of the slots written
-            before: to that of n steps ago times (1 - gamma) gamma^(n - 1).
+            MERLIN's retroactive writing. Needs sequential writing and an even
+            W. Add vectors then have width W / 2. Each is written to the first
+            half of its slot, and to the second half of the slots written
+            before: n steps back, times (1 - gamma) gamma^(n - 1).
         interface_clip: positive float or None (default); clips the interface
-            to +- this in front of its activations.
+            to +- this before its activations.
         key_activation: Keras activation of keys. Default `"tanh"`.
         add_activation: Keras activation of add vectors. Default `"tanh"`.
         strength_activation: Keras activation of strengths, with values above
             0; or `"oneplus"`. Default `"softplus"`.
         initial_memory: `"learned"`, `"random"` (drawn once, from +- 1 /
             sqrt(N + W), and kept), a number, or `"constant"` (default): 1e-6.
-        initial_reads: likewise; `"constant"` (default) is 0.
-        initial_weighting: likewise, of all heads; `"constant"` (default) is
+        initial_reads: as `initial_memory`; `"constant"` (default) is 0.
+        initial_weighting: the same, for all heads; `"constant"` (default) is
             1 on the first slot and 0 elsewhere, `"learned"` and `"random"`
-            are a softmax of weights. Not used by content alone, nor by a
-            write head that writes sequentially.
-        norm_epsilon: float, at least 1e-30, in the root of each norm. Default
-            None: 1e-8, in float64 1e-16.
+            are a softmax of weights. Unused with addressing="content", and by
+            a sequential write head.
+        norm_epsilon: float, at least 1e-30, added inside the root of each
+            norm. Default None: 1e-8, in float64 1e-16.
         product_epsilon: float, at least 0, added to the product of the norms
             of key and slot. Default 0.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
-    Call arguments and further errors: as `MemoryRNN`.
+    Call arguments and further errors: see `MemoryRNN`.
 
     Example:
 

@@ -512,7 +512,7 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_a_size_that_does_not_fit_is_refused_at_once(name, small_machine):
     make = SIZES[name]
-    with pytest.raises(ValueError, match="would take .*B, and |at most") as e:
+    with pytest.raises(ValueError, match="would take .*B, but |at most") as e:
         make(HUGE)
     if name.endswith("="):
         assert name.rpartition(": ")[2] in str(e.value)

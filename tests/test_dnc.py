@@ -1239,7 +1239,7 @@ def test_sparse_links_need_links_and_slots():
 )
 def test_sparse_links_need_a_dtype_that_holds_every_column(dtype, slots):
     fixed = {"dtype": dtype, "controller": "dense"}
-    message = f"`sparse_links`.*below `memory_slots`.*memory_slots={slots}"
+    message = f"`memory_slots`.*with `sparse_links`.*memory_slots={slots}"
     with pytest.raises(ValueError, match=message):
         built(memory_slots=slots, sparse_links=3, **fixed)
     built(memory_slots=slots - 1, sparse_links=3, **fixed)

@@ -228,7 +228,7 @@ def test_readers_follow_the_only_writer(tmp_path):
     queries = random(3, 2, 3)
     memory = stored(tmp_path, **SIZES_OF_FILE)
     for call in (stored, memory.save, KNNMemory(**SIZES_OF_FILE).save):
-        with pytest.raises(ValueError, match="Only one process at a time"):
+        with pytest.raises(ValueError, match="Only one writer at a time"):
             call(tmp_path)
     reader = stored(tmp_path, "r")
     assert reader.refresh() is False
@@ -323,7 +323,7 @@ def test_a_full_disk_keeps_the_flushed_entries(
         assert contents(loaded(tmp_path)) == before
         check_entries(memory, model)
         check_search(memory, model, random(3, 2, 3), 3)
-        with pytest.raises(ValueError, match="Only one process"):
+        with pytest.raises(ValueError, match="Only one writer"):
             stored(tmp_path)
         memory.flush()
         before = contents(memory)

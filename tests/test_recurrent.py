@@ -1235,7 +1235,7 @@ def test_trace_zeroes_masked_outputs_where_the_layer_does(x):
 def test_trace_refuses_other_layers_cells_and_models(x):
     for layer in (keras.layers.LSTM(3), ntm_cell(), keras.Sequential([ntm()])):
         with pytest.raises(
-            TypeError, match="there is `trace_model`. Received: <"
+            TypeError, match="model use `trace_model`. Received: <"
         ):
             keras_memory.trace(layer, x)
 

@@ -271,7 +271,7 @@ os.close(stop)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 def test_forks_must_open_a_store_to_write(tmp_path):
     told = run_script(FORKED, tmp_path / "memory", KERAS_BACKEND="numpy")
-    refused = ["A fork must open", "A fork must open", "Only one process"]
+    refused = ["A fork must open", "A fork must open", "Only one writer "]
     assert told.split("\n")[:3] == refused
 
 

@@ -348,7 +348,7 @@ def test_unknown_values_of_recompute_are_refused():
     for recompute in (0, 2.5, "all", True):
         with pytest.raises(ValueError, match="`recompute` must be"):
             small(recompute=recompute)
-    with pytest.raises(ValueError, match="`recompute` is a way of the fast"):
+    with pytest.raises(ValueError, match="`recompute` needs the fast"):
         small(recompute=3, loop="portable")
 
 

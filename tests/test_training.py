@@ -470,7 +470,7 @@ def test_only_one_process_can_train_a_run(plain_run, tmp_path):
     )
     try:
         other.stdout.readline()
-        with pytest.raises(ValueError, match="Only one process"):
+        with pytest.raises(ValueError, match="Only one writer"):
             training.resume(folder, lambda line: None)
     finally:
         other.kill()
@@ -739,7 +739,7 @@ def test_usage_errors_exit_with_2(arguments, capsys):
 def test_a_folder_with_files_is_refused(tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     assert cli.main(["train", "copy", "--out", str(tmp_path)]) == 2
-    assert "folder of its own" in capsys.readouterr().err
+    assert "a new or empty folder" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["mine"]
 
 

@@ -1,6 +1,6 @@
-"""Where a memory is read and written, and how: functions of arrays.
+"""Addressing, reading and writing of a memory, as pure functions of arrays.
 
-They have no weights and no state. `ntm.py` and `dnc.py` put them together.
+They have no weights and no state. `ntm.py` and `dnc.py` combine them.
 """
 
 from keras_memory.addressing.activations import (

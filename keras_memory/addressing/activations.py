@@ -1,4 +1,4 @@
-"""Activations that Keras lacks, or has with a warning."""
+"""Activations that Keras lacks, or that raise warnings in Keras."""
 
 import keras
 import numpy as np
@@ -10,13 +10,16 @@ from keras_memory.addressing.slots import row_sum
 
 
 def not_negative(x):
-    """0 instead of what is below; the slope of 0 itself is 1."""
+    """Replaces negative entries by 0. The gradient at 0 itself is 1."""
     return ops.where(x < 0, ops.zeros_like(x), x)
 
 
 def softmax(logits):
-    """Softmax over the last axis, without Keras's warning where that has one
-    entry: there may be one slot, or one shift."""
+    """Softmax over the last axis.
+
+    Keras warns about an axis of one entry, which is valid here: there may be
+    one slot, or one shift.
+    """
     return (
         ops.softmax(logits) if logits.shape[-1] > 1 else ops.ones_like(logits)
     )
@@ -25,13 +28,13 @@ def softmax(logits):
 def oneplus(x):
     """1 + log(1 + exp(x)), at least 1.
 
-    Source: Graves et al. 2016 (Nature 538), Methods, of the key strengths.
+    Source: Graves et al. 2016 (Nature 538), Methods, key strengths.
     """
     return 1.0 + ops.softplus(x)
 
 
 def grad_softmax(dy, y, x=None):
-    """The gradient of `softmax` where it gave `y`, from that of `y`."""
+    """Gradient of the logits of `softmax`, from its result `y`."""
     dy = dy * y
     return dy - y * row_sum(dy)
 
@@ -41,20 +44,20 @@ DERIVATIVES[oneplus] = DERIVATIVES[keras.activations.softplus]
 
 
 def activation_by_name(name):
-    """A Keras activation, or `"oneplus"`."""
+    """Returns a Keras activation, or `oneplus`, which Keras lacks."""
     return oneplus if name == "oneplus" else keras.activations.get(name)
 
 
-# Registered, or a saved model would come back with Keras's own sparsemax.
+# Without registration, a loaded model would use Keras's own sparsemax.
 @keras.saving.register_keras_serializable(package="keras_memory")
 def sparsemax(logits, axis=-1):
     """Projects logits onto the probability simplex: a softmax with zeros.
 
     Source: Martins & Astudillo 2016 (arXiv 1602.02068), eqs. 2-3.
-    Departure: their Algorithm 1 sorts; here the support shrinks until it stays
-    (Michelot 1986), in a few passes over the logits. The maximum is subtracted
-    first, which changes nothing but the rounding; 16-bit logits are computed
-    in float32.
+    Departure: their Algorithm 1 sorts the logits; here the support shrinks
+    until it no longer changes (Michelot 1986), which takes a few passes. The
+    maximum is subtracted first, which affects only rounding. 16-bit logits are
+    computed in float32.
 
     `keras.ops.sparsemax` of Keras 3.15 does not sum to 1 where more than one
     entry is positive (Keras issue 23425).
@@ -65,14 +68,14 @@ def sparsemax(logits, axis=-1):
         axis: int, the axis to sum to 1 over.
 
     Returns:
-        Array like `logits`: non-negative, sums to 1 over `axis`; all NaN where
-        there is a NaN or +inf, or -inf only, along `axis`.
+        Array like `logits`: non-negative, sums to 1 over `axis`. Vectors along
+        `axis` with a NaN or +inf, or with -inf only, give NaN everywhere.
     """
     logits = ops.convert_to_tensor(logits)
     if "float" not in ops.dtype(logits):
         logits = ops.cast(logits, "float32")
     z = ops.cast(logits, at_least_float32(ops.dtype(logits)))
-    # `initial`, or Keras refuses an array of no rows.
+    # Without `initial`, Keras rejects an array of no rows.
     largest = ops.max(z, axis=axis, keepdims=True, initial=-np.inf)
     z = z - ops.stop_gradient(largest)
 
@@ -92,10 +95,10 @@ def sparsemax(logits, axis=-1):
     def shrink(support, smaller):
         return smaller, smaller & (fixed > threshold_of(fixed, smaller))
 
-    # What is 1 below the maximum or lower is outside.
+    # Logits at least 1 below the maximum are outside of the support.
     none, first = ops.zeros_like(z, dtype="bool"), fixed > -1.0
     _, support = ops.while_loop(shrinks, shrink, (none, first))
     threshold = threshold_of(z, support)
-    # XLA's maximum passes over NaN, but the sum does not.
+    # XLA's maximum ignores NaN; the sum does not.
     threshold = ops.where(ops.isnan(row_sum(z)), row_sum(z), threshold)
     return ops.cast(ops.relu(z - threshold), logits.dtype)

@@ -1,4 +1,4 @@
-"""Addressing by content: which slots are like a key.
+"""Addressing by content: weighs slots by their similarity to a key.
 
 Pure functions without weights or state. Axes are always batch B, head H,
 width W, slot N. A weighting is non-negative and sums to at most one over N.
@@ -17,7 +17,7 @@ from keras_memory.addressing.slots import outer_write
 from keras_memory.addressing.slots import read
 from keras_memory.addressing.slots import row_sum
 
-# Norms below the root of this are those of an empty slot.
+# Added to squared norms: a slot with a norm far below its root counts as empty.
 NORM_EPSILON = {
     "float16": 1e-4,
     "bfloat16": 1e-8,
@@ -33,18 +33,18 @@ def cosine_similarity(
 
     Source: Graves et al. 2014, eq. 6; with masks Csordas & Schmidhuber 2019
     (arXiv 1904.10278), masked content addressing.
-    Departure: `norm_epsilon` stands inside the root of each norm, so that an
+    Departure: `norm_epsilon` is added inside the root of each norm, so that an
     all-zero slot or key has similarity 0 and finite gradients. Vectors may be
-    as large as their dtype allows; 16 bits are compared in float32.
+    as large as their dtype allows; 16-bit vectors are compared in float32.
 
     Args:
         memory: (B, W, N) slot contents; any real value.
         keys: (B, H, W) look-up vectors, one per head; any real value.
-        norm_epsilon: float above 0, added to each squared norm; None for
-            that of `NORM_EPSILON`.
+        norm_epsilon: float above 0, added to each squared norm; None for the
+            default in `NORM_EPSILON`.
         product_epsilon: float, at least 0, added to the product of norms.
-        masks: (B, H, W) in [0, 1] or None: how much each entry counts, of the
-            key and of every slot.
+        masks: (B, H, W) in [0, 1] or None: the weight of each of the W entries
+            of the key and of every slot.
 
     Returns:
         (B, H, N) similarities in [-1, 1].
@@ -62,8 +62,11 @@ def cosine_similarity(
 
 
 def _to_compare(memory, keys, masks):
-    """Memory and keys in the dtype to compare in. With masks each head sees
-    what its own leaves of the memory: (B H, W, N) and (B H, 1, W)."""
+    """Casts memory and keys to the dtype of the comparison, and masks them.
+
+    With masks each head has a masked memory of its own: the results are
+    (B H, W, N) and (B H, 1, W).
+    """
     if memory.shape[1] != keys.shape[2]:
         raise ValueError(
             "`memory` (B, W, N) and `keys` (B, H, W) must have the same width "
@@ -85,8 +88,11 @@ def _to_compare(memory, keys, masks):
 
 
 def _compare(memory, keys, norm_epsilon, product_epsilon):
-    """Similarities (B, H, N); and, of keys (B, H, 1) and of slots (B, 1, N),
-    the scales to compare them at and their norms at these scales."""
+    """Compares keys with slots, which are first scaled to avoid overflow.
+
+    Returns similarities (B, H, N), the scales of keys (B, H, 1) and slots
+    (B, 1, N), and the norms of the scaled keys and slots.
+    """
     memory, slot_scale = in_range(memory, axis=1)
     keys, key_scale = in_range(keys, axis=-1)
     slot_norms = ops.sum(memory * memory, axis=1, keepdims=True)
@@ -97,7 +103,7 @@ def _compare(memory, keys, norm_epsilon, product_epsilon):
     if product_epsilon:
         product = product + product_epsilon * key_scale * slot_scale
     similarity = inner_products(keys, memory) / product
-    # Only rounding leaves [-1, 1]: the slope is that of what was rounded.
+    # Only rounding errors leave [-1, 1]: clip the value, but not the gradient.
     outside = ops.clip(similarity, -1.0, 1.0) - similarity
     similarity = similarity + ops.stop_gradient(outside)
     return similarity, key_scale, slot_scale, key_norms, slot_norms
@@ -131,7 +137,7 @@ def _grad_weigh(
 
 @custom_gradient(_grad_weigh, saves=True)
 def _weigh(memory, keys, strengths, *, norm_epsilon, product_epsilon):
-    """Content weighting of what `_to_compare` gives."""
+    """Content weighting of memory and keys that `_to_compare` returned."""
     compared = _compare(memory, keys, norm_epsilon, product_epsilon)
     return [softmax(strengths * compared[0]), *compared]
 
@@ -176,8 +182,9 @@ def content_weighting(
 def entropy(weighting):
     """How widely a weighting is spread, in bits: the sum of -w log2 w.
 
-    0 where one slot has all, log2(N) where all share alike. A weighting that
-    sums to less than 1 is not rescaled: a head that looks nowhere has 0.
+    0 if one slot has all the weight, log2(N) if all slots have the same. A
+    weighting that sums to less than 1 is not rescaled: a head that reads
+    nothing has 0.
 
     Args:
         weighting: (..., N), not negative.
@@ -186,7 +193,7 @@ def entropy(weighting):
         (...) float64.
 
     Raises:
-        ValueError: `weighting` has no slots, or is negative somewhere.
+        ValueError: `weighting` has no slots, or negative entries.
 
     >>> print(entropy([[1.0, 0.0], [0.5, 0.5], [0.5, 0.0]]))
     [0.  1.  0.5]
@@ -194,13 +201,13 @@ def entropy(weighting):
     weighting = np.asarray(weighting, "float64")
     if not weighting.ndim or not weighting.shape[-1]:
         raise ValueError(
-            "`weighting` must have the shape (..., N), of N slots. "
+            "`weighting` must have the shape (..., N) with at least one slot. "
             f"Received: shape {weighting.shape}"
         )
-    if np.any(weighting < -1e-6):  # less is rounding
+    if np.any(weighting < -1e-6):  # beyond rounding errors
         raise ValueError(
             "`weighting` must not be negative. "
-            f"Received: a smallest of {np.nanmin(weighting)}"
+            f"Received: a minimum of {np.nanmin(weighting)}"
         )
     bits = np.log2(np.where(weighting <= 0, 1.0, weighting))
     return 0.0 - (weighting * bits).sum(axis=-1)

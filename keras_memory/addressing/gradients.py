@@ -1,17 +1,17 @@
-"""What a step is written with, so that its gradient is cheap.
+"""The functions that a step is built of, so that its gradient is cheap.
 
-The time loop of `recurrent/fast_loop.py` runs each step twice: forward, and
-once more when gradients flow back. `linear`, and functions decorated with
-`custom_gradient(..., saves=True)`, return in the second run what they returned
-in the first. The gradients of all `linear` weights are taken after the loop, in
-one matrix product each. Outside of that loop they just compute.
+The fast time loop (`recurrent/fast_loop.py`) runs each step twice: in the
+forward pass, and again in the backward pass. In the second run, `linear` and
+functions decorated with `custom_gradient(..., saves=True)` return their saved
+results. The gradient of each `linear` weight is one matrix product after the
+loop. Outside of the fast loop these functions just compute.
 
 A function decorated with `custom_gradient` is differentiated
 
                                   saves=False          saves=True
     inference                     by the backend       by the backend
     training, portable loop       by our gradient      by the backend
-    training, fast loop           by our gradient      by our gradient, of
+    training, fast loop           by our gradient      by our gradient, from
                                                        saved results
 """
 
@@ -25,7 +25,7 @@ import math
 import keras
 from keras import ops
 
-# The pass over a step under way in this thread: one of `replay.py`, None
+# The pass over a step that runs in this thread: one of `replay.py`, None
 # outside of the fast loop, or `PLAIN`, which leaves gradients to the backend.
 current_pass = contextvars.ContextVar("current_pass", default=None)
 PLAIN = object()
@@ -33,11 +33,11 @@ PLAIN = object()
 
 @contextlib.contextmanager
 def custom_gradients(enabled):
-    """Inside, the backend differentiates all operations, unless `enabled`, or
-    inside the fast loop.
+    """Context with our custom gradients, or, if not `enabled`, without them.
 
-    Our own gradients are off for inference: a custom gradient would be baked
-    into exported models, and it breaks forward-mode differentiation.
+    Without them the backend differentiates all operations. They are off for
+    inference: a custom gradient would be baked into exported models, and it
+    breaks forward-mode differentiation. The fast loop always has them.
     """
     if enabled or current_pass.get() is not None:
         yield
@@ -50,17 +50,17 @@ def custom_gradients(enabled):
 
 
 def _fast_pass():
-    """The pass of the fast loop that is under way, or None."""
+    """The current pass of the fast loop, or None outside of it."""
     current = current_pass.get()
     return None if current is PLAIN else current
 
 
 def linear(inputs, kernels, bias=None):
-    """The sum of products of inputs with weights.
+    """Multiplies each input by its kernel, and sums the products and the bias.
 
     Args:
         inputs: list of (B, D_i) arrays of one dtype.
-        kernels: list of as many (D_i, U) weights, `keras.Variable`.
+        kernels: list of (D_i, U) weights, `keras.Variable`, one per input.
         bias: (U,) weight, or None.
 
     Returns:
@@ -81,22 +81,22 @@ def linear(inputs, kernels, bias=None):
 
 
 def custom_gradient(gradient, saves=False):
-    """Decorates a function of arrays with a gradient of its own.
+    """Gives a function of arrays a custom gradient.
 
     Args:
         gradient: (gradient of the result, *arrays, **options) -> gradients of
-            the arrays, as a tuple if there are several. It is written with
-            functions that can be differentiated in turn.
-        saves: bool. True: the decorated function is written to return a list,
-            its result and what makes the gradient cheaper. The fast loop saves
-            this list and does not compute it twice; `gradient` takes it as its
+            the arrays, as a tuple if there are several. It must itself be
+            differentiable.
+        saves: bool. True: the decorated function returns a list: its result,
+            then values that make the gradient cheaper. The fast loop saves
+            this list instead of computing it twice; `gradient` takes it as its
             second argument. Outside of the fast loop the backend
             differentiates. The function must not call `linear`, nor another
-            one that saves.
+            function that saves.
 
     Returns:
-        A decorator for functions (*arrays, **options) -> array, whose options
-        are keyword-only and no arrays.
+        A decorator for functions (*arrays, **options) -> array. The options
+        are keyword-only and not arrays.
 
     >>> def grad_square(grad_y, x):
     ...     return 2.0 * x * grad_y
@@ -132,8 +132,7 @@ def custom_gradient(gradient, saves=False):
 
 
 def _differentiates(current):
-    """Whether our own gradients differentiate what runs now: a pass, or a step
-    outside of one."""
+    """Whether our custom gradients apply in a pass, or outside of one."""
     has_custom_gradients = keras.backend.backend() in ("tensorflow", "jax")
     return has_custom_gradients and (current is None or current.differentiates)
 
@@ -149,8 +148,8 @@ def _differentiated(function, gradient, *arrays):
     return call(*arrays)
 
 
-# Gradients (dy, y, x) -> dx of functions y of x, quicker than the backend's as
-# nothing is computed again.
+# Gradients (dy, y, x) -> dx of functions y = f(x). They reuse the result y, and
+# so are faster than the backend's.
 DERIVATIVES = {
     keras.activations.linear: lambda dy, y, x: dy,
     keras.activations.sigmoid: lambda dy, y, x: dy * y * (1.0 - y),
@@ -176,14 +175,14 @@ def _activate(x, *, function):
 
 
 def activate(function, x):
-    """`function(x)`, saved where `DERIVATIVES` has its gradient."""
+    """Computes `function(x)`; saves it if `DERIVATIVES` has its gradient."""
     if not _has_derivative(function):
         return function(x)
     return _activate(x, function=function)
 
 
 def saved_value(x):
-    """`x`, saved: the backward pass does not compute it again."""
+    """Returns `x`, saved so that the backward pass need not compute it."""
     return activate(keras.activations.linear, x)
 
 
@@ -202,14 +201,15 @@ def _activate_each(x, *, functions, shapes):
 
 
 def activate_each(functions, shapes, x):
-    """Takes vectors apart, and each part by a function of its own.
+    """Splits vectors into parts, and applies a function to each part.
 
     Args:
-        functions: sequence; those that `DERIVATIVES` has, Keras's own
-            activations, not those of `ops`, are saved together.
+        functions: sequence with the function of each part. Results of the
+            functions in `DERIVATIVES` are saved together. It has Keras's
+            activations, not the functions of `ops`.
         shapes: sequence with the shape of each part, without the batch axis,
-            in the order in which they stand in `x`.
-        x: (B, D), D entries of all parts.
+            in the order of the parts in `x`.
+        x: (B, D), where D is the number of entries of all parts.
 
     Returns:
         List of arrays (B, *shape).

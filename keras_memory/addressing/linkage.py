@@ -38,7 +38,7 @@ def _links(linkage, precedence, weighting):
 
 
 def _between_slots(links):
-    """Links without those of a slot to itself."""
+    """Sets the links of slots to themselves to 0."""
     slot = ops.arange(links.shape[-1])
     return ops.where(slot[:, None] != slot, links, 0.0)
 
@@ -55,8 +55,8 @@ def linkage_after_write(linkage, precedence, write_weighting):
     Args:
         linkage: (B, H, N, N); entry i, j says how much slot i was written
             right after slot j. Rows and columns sum to at most 1.
-        precedence: (B, H, N), of the step before: how much each slot was the
-            last one written.
+        precedence: (B, H, N) precedence of the step before: how much each slot
+            was the last one written.
         write_weighting: (B, H, N) weighting of this step.
 
     Returns:
@@ -72,7 +72,7 @@ def linkage_after_write(linkage, precedence, write_weighting):
 
 
 def precedence_after_write(precedence, write_weighting):
-    """How much each slot was the last one written.
+    """Updates the precedence: how much each slot was the last one written.
 
     Source: Graves et al. 2016, Methods, temporal memory linkage.
 
@@ -81,7 +81,7 @@ def precedence_after_write(precedence, write_weighting):
         write_weighting: (B, H, N) weighting of this step.
 
     Returns:
-        (B, H, N), likewise.
+        (B, H, N) precedence, in the same range.
     """
     written = ops.sum(write_weighting, axis=-1, keepdims=True)
     return (1.0 - written) * precedence + write_weighting
@@ -107,12 +107,15 @@ def _forward_and_backward(links, weighting):
 
 
 def follow_links(linkage, read_weighting):
-    """Goes from what was read to what was written after and before it.
+    """Moves read weightings along the links.
+
+    The forward weighting is on the slots written right after the slots that
+    were read, the backward weighting on those written right before.
 
     Source: Graves et al. 2016, Methods, temporal memory linkage.
 
     Args:
-        linkage: (B, H, N, N), one for each write head.
+        linkage: (B, H, N, N) links of each write head.
         read_weighting: (B, R, N) weighting of the step before.
 
     Returns:
@@ -130,23 +133,23 @@ def follow_links(linkage, read_weighting):
 
 
 def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
-    """`linkage_after_write` that keeps K entries of each row, in time N K.
+    """Like `linkage_after_write`, for K entries of each row, in time N K.
 
     Source: Graves et al. 2016, Methods, sparse link matrix. New links come
-    from the K largest entries of write weighting and precedence; a row keeps
-    the K largest of what it had and of what is new. Nothing is normalized when
-    entries are left out, so that with K = N the links are those of
-    `linkage_after_write`. The choice of entries has no gradient, their values
-    have. For small K: merging what is new takes K^3.
+    from the K largest entries of write weighting and precedence; each row
+    keeps the K largest of its old and new entries. Dropped entries are not
+    compensated by normalization, so that with K = N the links are those of
+    `linkage_after_write`. The values of entries have a gradient; their choice
+    has none. For small K: merging new entries takes K^3.
 
     Args:
         linkage: (B, H, K, N); entry k, i says how much slot i was written
             right after slot `columns`[k, i]. At least 0; sums over K to at
             most 1.
-        columns: (B, H, K, N) whole numbers in [0, N), as floats; those of a
-            slot i differ from each other. Their gradient is zero.
-        precedence: (B, H, N), of the step before: how much each slot was the
-            last one written.
+        columns: (B, H, K, N) whole numbers in [0, N), as floats; the K columns
+            of a slot i are distinct. Their gradient is zero.
+        precedence: (B, H, N) precedence of the step before: how much each slot
+            was the last one written.
         write_weighting: (B, H, N) weighting of this step.
 
     Returns:
@@ -161,7 +164,7 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     linkage = (1.0 - write_weighting[:, :, None] - at_columns) * linkage
     slot = ops.arange(slots, dtype=ops.dtype(columns))
     linkage = ops.where(columns != slot, linkage, 0.0)
-    # What is new: (B, H, K rows, K columns).
+    # New links: (B, H, K rows, K columns).
     rows = _largest(write_weighting, entries)
     recent = _largest(precedence, entries)
     new = (
@@ -170,7 +173,7 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     )
     between = rows[:, :, :, None] != recent[:, :, None]
     new = ops.where(between, new, 0.0)
-    # It is added to what its row has in the same column.
+    # A new link is added to the old one in the same row and column.
     each_entry = ops.repeat(rows[:, :, None], entries, axis=2)
     old = ops.swapaxes(_at(linkage, each_entry), 2, 3)
     old_columns = ops.swapaxes(_at(columns, each_entry), 2, 3)
@@ -178,7 +181,8 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     nth = ops.cumsum(ops.cast(same, "int32"), axis=3)
     same = ops.logical_and(same, nth == 1)  # an all-zero state repeats a column
     old = old + ops.sum(ops.where(same, new[:, :, :, None], 0.0), axis=4)
-    # The K largest stay; -1 marks a new link that is in `old` already, or none.
+    # The K largest stay. -1 excludes new links that were added to `old`, and
+    # links of a slot to itself.
     is_new = ops.logical_and(between, ops.logical_not(ops.any(same, axis=3)))
     candidates = ops.concatenate([old, ops.where(is_new, new, -1.0)], axis=3)
     candidate_columns = ops.concatenate(
@@ -196,7 +200,7 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
 
 
 def follow_sparse_links(linkage, columns, read_weighting):
-    """`follow_links` where K entries of each row are kept, in time N K.
+    """Like `follow_links`, for K entries of each row, in time N K.
 
     Args:
         linkage, columns: see `sparse_linkage_after_write`.
@@ -227,12 +231,12 @@ def follow_sparse_links(linkage, columns, read_weighting):
 
 
 def _largest(x, count):
-    """Where the `count` largest entries of the last axis are, as floats; of
-    equal ones the first."""
+    """Indices of the `count` largest entries of the last axis, as floats; ties
+    go to the first entry."""
     x = ops.stop_gradient(x)
     if keras.backend.backend() in ("tensorflow", "jax"):
         return ops.cast(ops.top_k(x, count)[1], ops.dtype(x))
-    # `top_k` takes any of equal ones.
+    # On other backends `top_k` breaks ties arbitrarily.
     indices, place = [], ops.arange(x.shape[-1])
     for _ in range(count):
         indices.append(ops.argmax(x, axis=-1, keepdims=True))
@@ -241,7 +245,7 @@ def _largest(x, count):
 
 
 def _at(x, places):
-    """(..., N) at places (..., P) of the same leading axes: (..., P)."""
+    """Takes the entries of (..., N) at places (..., P): (..., P)."""
     values = gather(
         ops.reshape(x, (-1, x.shape[-1], 1)),
         ops.reshape(places, (-1, places.shape[-1])),
@@ -250,7 +254,7 @@ def _at(x, places):
 
 
 def _put(x, places, size):
-    """(..., P) to places (..., P), added up: (..., size)."""
+    """Adds the entries of (..., P) up at places (..., P): (..., size)."""
     count = x.shape[-1]
     sums = scatter_add(
         ops.reshape(x, (-1, count, 1)),
@@ -261,11 +265,12 @@ def _put(x, places, size):
 
 
 def dense_linkage(linkage, columns):
-    """Makes N x N links of those that a DNC with `sparse_links` keeps.
+    """Converts the links of a DNC with `sparse_links` to N x N links.
 
     Args:
-        linkage: (..., N, K) links, as `trace` or a `DNCState` have them.
-        columns: (..., N, K) whole numbers in [0, N), their `link_columns`.
+        linkage: (..., N, K) links, from `trace` or a `DNCState`.
+        columns: (..., N, K) whole numbers in [0, N), the `link_columns` from
+            there.
 
     Returns:
         (..., N, N) array, 0 where no link is kept, for `plot_linkage`.

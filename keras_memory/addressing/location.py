@@ -1,4 +1,4 @@
-"""Addressing by location: from the weighting of the step before.
+"""Addressing by location: moves the weighting of the step before.
 
 Axes are always batch B, head H, slot N.
 """
@@ -11,8 +11,8 @@ from keras_memory.addressing.activations import grad_softmax
 from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.slots import row_sum
 
-# Keeps log(0) finite in `sharpen`; small enough to leave the numbers alone,
-# large enough that its reciprocal, which the gradient meets, is finite too.
+# Keeps log(0) finite in `sharpen`. Small enough not to change results, but
+# large enough that its reciprocal, which the gradient contains, is finite.
 SHARPENING_EPSILON = {
     "float16": 1e-4,
     "bfloat16": 1e-12,
@@ -56,7 +56,7 @@ def _grad_shift(upstream, weighting, shifts):
 
 @custom_gradient(_grad_shift)
 def shift(weighting, shifts):
-    """Moves the focus along the slots, around the end to the beginning.
+    """Moves the focus along the slots; the last slot wraps to the first.
 
     Source: Graves et al. 2014, eq. 8.
 
@@ -86,7 +86,7 @@ def _rolled(weighting, shift_range):
 
 
 def _grad_sharpen(upstream, saved, _, sharpening):
-    # The weighting is the saved one: the shift need not be done again.
+    # This uses the saved weighting, so that the shift need not run again.
     result, logarithm, weighting = saved
     grad_logits = grad_softmax(upstream, result)
     grad_power = row_sum(grad_logits * logarithm)[:, :, 0]
@@ -111,7 +111,7 @@ def sharpen(weighting, sharpening):
     epsilon = SHARPENING_EPSILON[ops.dtype(weighting)]
     weighting = weighting + epsilon
     logarithm = ops.log(weighting)
-    # The largest is 1, and others may underflow to 0.
+    # The largest power is exactly 1; others may underflow to 0.
     lowest = math.log(epsilon)
     largest = ops.max(logarithm, axis=-1, keepdims=True, initial=lowest)
     logits = logarithm - ops.stop_gradient(largest)

@@ -1,11 +1,11 @@
-"""What is read and written at the weighted slots of a memory.
+"""Reading from and writing to the weighted slots of a memory.
 
 Pure functions without weights or state. Axes are always batch B, head H,
-width W, slot N: inside a step slots come last, where processors are fast.
+width W, slot N: inside a step slots come last, which is fastest.
 
 `read`, `inner_products` and `outer_write` are the products of memory,
-weightings and vectors, and the gradients of each are the other two. `gather`
-and `scatter_add` are each other's gradient.
+weightings and vectors; the gradients of each are the other two. `gather` and
+`scatter_add` are each other's gradient.
 """
 
 import keras
@@ -13,9 +13,9 @@ from keras import ops
 
 from keras_memory.addressing.gradients import custom_gradient
 
-# One product of many small matrices is fast where each operation is a call
-# of its own. XLA is better at sums over any but the last axis, and at one
-# matrix and one vector at a time (`benchmarks/README.md`).
+# Without XLA each operation is a separate call, so that one batched product of
+# small matrices is fastest. XLA is faster with sums over any but the last axis,
+# and with products of one matrix and one vector (`benchmarks/README.md`).
 
 
 def _grad_read(grad_reads, memory, weighting):
@@ -26,7 +26,7 @@ def _grad_read(grad_reads, memory, weighting):
 
 @custom_gradient(_grad_read)
 def read(memory, weighting):
-    """Reads the weighted sum of the slots, one vector a head.
+    """Reads the weighted sum of the slots, one vector per head.
 
     Source: Graves et al. 2014, eq. 2.
 
@@ -64,8 +64,8 @@ def inner_products(vectors, memory):
     if not _compiles():
         return ops.matmul(vectors, memory)
     heads, width = vectors.shape[1:]
-    if width > 32:  # what a sum takes in one pass
-        if heads == 1 and width > 128:  # one vector goes column by column
+    if width > 32:  # more than a sum handles in one pass
+        if heads == 1 and width > 128:  # else XLA goes column by column
             return ops.matmul(ops.repeat(vectors, 2, axis=1), memory)[:, :1]
         return ops.matmul(vectors, memory)
     return ops.sum(vectors[:, :, :, None] * memory[:, None], axis=2)
@@ -77,7 +77,7 @@ def _grad_outer_write(grad_memory, vectors, weighting):
 
 @custom_gradient(_grad_outer_write)
 def outer_write(vectors, weighting):
-    """Puts vectors into slots, as much as the weightings say.
+    """Distributes vectors over the slots by their weightings.
 
     Args:
         vectors: (B, H, W), one for each head.
@@ -129,7 +129,7 @@ def _grad_gather(grad_gathered, vectors, places):
 
 @custom_gradient(_grad_gather)
 def gather(vectors, places):
-    """What is at the given places.
+    """Takes the vectors at the given places.
 
     Args:
         vectors: (B, N, D); any real value.
@@ -150,16 +150,16 @@ def _grad_scatter_add(grad_sums, vectors, places, size):
 
 @custom_gradient(_grad_scatter_add)
 def scatter_add(vectors, places, *, size):
-    """Puts vectors to the given places, added up where these are the same.
+    """Adds vectors up at the given places.
 
     Args:
         vectors: (B, P, D); any real value.
         places: (B, P) whole numbers in [0, N), as floats; their gradient is
             zero.
-        size: int N, how many places there are.
+        size: int N, number of places.
 
     Returns:
-        (B, N, D), 0 where nothing was put.
+        (B, N, D), 0 at places without vectors.
     """
     rows, width = ops.shape(vectors)[0], vectors.shape[2]
     flat = ops.reshape(vectors, (-1, width))
@@ -168,16 +168,16 @@ def scatter_add(vectors, places, *, size):
 
 
 def row_sum(x):
-    """Sums over the last axis, which stays: (B, H, N) -> (B, H, 1)."""
+    """Sums over the last axis and keeps it: (B, H, N) -> (B, H, 1)."""
     devices = keras.distribution.list_devices() if _compiles() else []
     if devices and all("cpu" in device.lower() for device in devices):
         return ops.matmul(x, ops.ones((x.shape[-1], 1), x.dtype))
-    # A GPU or TPU may round the factors of a product to fewer bits.
+    # In matrix products a GPU or TPU may round the factors to fewer bits.
     return ops.sum(x, axis=-1, keepdims=True)
 
 
 def _in_batch(places, size):
-    """(B, P) places of N each -> (B P,) places of all B N."""
+    """(B, P) places among N each -> (B P,) places among all B N."""
     first = size * ops.arange(ops.shape(places)[0], dtype="int32")
     return ops.reshape(ops.cast(places, "int32") + first[:, None], (-1,))
 
@@ -185,7 +185,7 @@ def _in_batch(places, size):
 def _sums(vectors, places, size):
     """(P, D), (P,) -> (size, D)."""
     if keras.backend.backend() == "torch":
-        # Keras's sums are those of float32 here.
+        # Keras's `segment_sum` computes in float32 on PyTorch.
         return ops.zeros((size, vectors.shape[1]), vectors.dtype).index_add(
             0, places, vectors
         )
@@ -193,7 +193,7 @@ def _sums(vectors, places, size):
 
 
 def _compiles():
-    """Whether XLA compiles what is computed here."""
+    """Whether XLA compiles the current computation."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
         from tensorflow.python.ops import control_flow_util

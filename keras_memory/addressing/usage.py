@@ -1,4 +1,4 @@
-"""Usage of slots, and where there is room to write.
+"""Usage of slots, and allocation of free slots.
 
 Axes are always batch B, head H, slot N.
 """
@@ -10,8 +10,8 @@ from keras import ops
 
 from keras_memory.addressing.gradients import custom_gradient
 
-# Usage of an unused slot. One less this is rounded to one, so that unused
-# slots are all as free and taken one after the other.
+# Usage of an unused slot. 1 minus this rounds to 1, so that unused slots are
+# equally free and are allocated one after the other.
 USAGE_EPSILON = {
     "float16": 1e-4,
     "bfloat16": 1e-8,
@@ -19,14 +19,14 @@ USAGE_EPSILON = {
     "float64": 1e-16,
 }
 
-# `allocation` compares so many slots each with each, and sorts more.
+# Up to this many slots `allocation` compares all pairs; above, it sorts.
 MOST_COMPARED_SLOTS = 128
 
 
 def least_used(usage):
-    """Points at the slot of lowest usage, the first of several.
+    """Selects the slot of lowest usage; ties go to the first slot.
 
-    Source: Wayne et al. 2018, of the row that is written.
+    Source: Wayne et al. 2018, choice of the row to write.
 
     Args:
         usage: (B, N); any real value.
@@ -56,10 +56,10 @@ def mark_used(usage, write_weighting):
 
 
 def add_usage(usage, read_weighting):
-    """Usage after a read: a slot's usage is how much it was read so far.
+    """Usage after a read: the sum of a slot's read weightings so far.
 
-    Source: Wayne et al. 2018. Reading a slot that was never written (-1) is
-    no use of it.
+    Source: Wayne et al. 2018. Reading a slot that was never written (-1) does
+    not count.
 
     Args:
         usage: (B, N), -1 or at least 0.
@@ -88,10 +88,10 @@ def retention(free_gate, read_weighting):
 
 
 def usage_after_write(usage, write_weighting):
-    """Usage of each slot after what the write heads have taken.
+    """Usage of each slot after the write heads have written.
 
-    Source: Graves et al. 2016, Methods, usage vector; with several write
-    heads it is written as if they came one after another.
+    Source: Graves et al. 2016, Methods, usage vector; several write heads
+    count as if they wrote one after another.
 
     Args:
         usage: (B, N) in [0, 1].
@@ -106,8 +106,8 @@ def usage_after_write(usage, write_weighting):
 
 
 def _product_of_heads(x):
-    """(B, H, N) -> (B, N). JAX's gradient of `ops.prod` is none of a free
-    batch size, which a model is exported with."""
+    """(B, H, N) -> (B, N). Not `ops.prod`: on JAX its gradient fails with a
+    symbolic batch size, which exported models have."""
     return math.prod(x[:, head] for head in range(x.shape[1]))
 
 
@@ -147,18 +147,19 @@ def allocation(usage, usage_epsilon=None, sort=None):
     """Weighs slots by how free they are: the freest one first.
 
     Source: Graves et al. 2016, Methods, dynamic memory allocation:
-    a[phi(j)] = (1 - u[phi(j)]) prod_{i < j} u[phi(i)], where phi has the
-    slots by ascending usage; of slots of equal usage the lower comes first.
+    a[phi(j)] = (1 - u[phi(j)]) prod_{i < j} u[phi(i)], where phi sorts the
+    slots by ascending usage; ties go to the lower slot.
     Departure: u is `usage_epsilon` + (1 - `usage_epsilon`) usage, and the
     product is a sum of logarithms, so that gradients are finite at usage 0
     and 1.
 
     Args:
         usage: (B, N) in [0, 1].
-        usage_epsilon: float in (0, 1); None for that of `USAGE_EPSILON`.
-        sort: bool, True to sort the slots, in time N log N, False to compare
-            each with each, in time N^2 but faster for few. The numbers are the
-            same. None: by N.
+        usage_epsilon: float in (0, 1); None for the default in
+            `USAGE_EPSILON`.
+        sort: bool. True sorts the slots, in time N log N. False compares all
+            pairs, in time N^2, which is faster for few slots. Both give the
+            same results. None chooses by N.
 
     Returns:
         (B, N) weighting: non-negative, sums to at most 1 over N.
@@ -173,7 +174,7 @@ def allocation(usage, usage_epsilon=None, sort=None):
 
 
 def _is_freer(free, dtype):
-    """(B, N, N), 1 where slot j is freer than slot i, or as free and lower."""
+    """(B, N, N), 1 if slot j is freer than slot i, or as free and lower."""
     free_i, free_j = free[:, :, None], free[:, None, :]
     lower = np.tri(free.shape[-1], k=-1, dtype=bool)
     tied = ops.logical_and(free_j == free_i, lower)
@@ -181,8 +182,11 @@ def _is_freer(free, dtype):
 
 
 def _sum_of_earlier(x, order, place, from_the_end=False):
-    """For each slot the sum of x over those that `order` has before it, where
-    it has the place `place`."""
+    """For each slot, the sum of x over the slots before it in `order`.
+
+    `place` is the position of each slot in `order`. With `from_the_end` the
+    sum is over the slots after it.
+    """
     ranked = ops.take_along_axis(x, order, axis=-1)
     if from_the_end:
         ranked = ops.flip(ranked, axis=-1)

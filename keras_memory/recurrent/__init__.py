@@ -1,6 +1,6 @@
 """How a step runs: controller, interface and access, through time.
 
-The walk of `layer(x)`:
+The call path of `layer(x)`:
 
     layer.py        MemoryRNN.call: checks, states, dropout masks
     loop.py         run: the portable loop, or `fast_loop.py` in training
@@ -10,8 +10,9 @@ The walk of `layer(x)`:
                         (`interface.py`), then `addressing/`
     cell.py         MemoryCell.project: the output, after the loop
 
-`state.py` lays states out: flat tensors outside of a step, named records
-inside, where slots come last. `cell_states.py` has what a cell does with them.
+`state.py` has the layout of states: flat tensors outside of a step, named
+records inside, where slots come last. `cell_states.py` has the methods of a
+cell for its states.
 
 A new architecture is one file at the top of the package: a state record, an
 access (`interface.Access`, a dataclass), `class MyCell(MemoryCell,

@@ -11,11 +11,12 @@ def scan(step, carried, slices, specs, reverse=False):
         step: (carried, slices of one step) -> (carried, results).
         carried: nested arrays.
         slices: nested arrays (T, ...).
-        specs: nested, with shapes and dtypes like the results of `step`.
-        reverse: bool, from the last to the first; results stay in place.
+        specs: nested, with the shapes and dtypes of the results of `step`.
+        reverse: bool, loop from the last to the first; the results are in the
+            order of `slices` all the same.
 
     Returns:
-        What is carried after the last step, and the results (T, ...).
+        `carried` after the last step, and the results (T, ...).
     """
     if backend.backend() == "jax":
         import jax
@@ -51,8 +52,10 @@ def scan(step, carried, slices, specs, reverse=False):
 
 
 def vjp(function, arguments, upstream):
-    """Gradients of a function's arguments from those of its results; all
-    nested."""
+    """Gradients of a function's arguments, from the gradients of its results.
+
+    Arguments, results and gradients are nested arrays.
+    """
     if backend.backend() == "jax":
         import jax
 

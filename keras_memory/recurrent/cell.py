@@ -1,4 +1,4 @@
-"""The shape that all recurrent memories share.
+"""The structure that all recurrent memories share.
 
 A step is a list of blocks, and each block is controller + interface + access:
 
@@ -8,9 +8,9 @@ A step is a list of blocks, and each block is controller + interface + access:
     state          = access.step(interface, state)      no weights inside
     features       = concat(controller_out, reads)
 
-The first block sees the input and the last block's reads of the step before,
-each further block sees the features of the block in front of it. The layer's
-output is a projection of the last block's features, outside the time loop.
+The first block sees the input and the last block's reads of the step before.
+Each further block sees the features of the previous block. The layer's output
+is a projection of the last block's features, outside the time loop.
 """
 
 import inspect
@@ -61,7 +61,7 @@ from keras_memory.recurrent.state import index_suffix
 if TYPE_CHECKING:
 
     class CellArguments:
-        """What can be read of a cell, and of a layer that makes its own."""
+        """Attributes of a cell, and of a layer that makes its own cell."""
 
         units: int | None
         controller: str | keras.layers.Layer
@@ -96,43 +96,43 @@ class MemoryCell(
 ):
     """A recurrent cell with a memory: controller + interface + access.
 
-    The base of all recurrent architectures, and of a user's own: give it one
-    `Access` a block. It works in `MemoryRNN` and in `keras.layers.RNN`.
+    The base of all recurrent architectures here, and of your own: pass one
+    `Access` per block. It works in `MemoryRNN` and in `keras.layers.RNN`.
 
     A subclass `class NTMCell(MemoryCell, access=NTMAccess)` makes its own
     accesses: `NTMAccess` is a dataclass, and the cell takes `units`, the
     fields of that class, and the arguments below except `accesses`. Other class
     keywords change the defaults, as in `controller_units=64`.
 
-    Equations: the head of `recurrent/cell.py`.
+    Equations: see the module docstring of `recurrent/cell.py`.
 
-    State: flat tensors (B, size) outside, so that Keras's RNN machinery can
-    declare, hold and save them; `unpack_state` makes a named record of them.
+    State: flat tensors (B, size) outside of a step, so that Keras's RNN
+    machinery can declare, hold and save them; `unpack_state` converts them to
+    a named record.
 
     Masking and dtype: under 16-bit policies the access, which addresses the
-    memory, computes in float32; states are kept in the compute dtype. Dropout
-    masks of a cell that is called by itself stay until
-    `reset_dropout_mask()` and `reset_recurrent_dropout_mask()`, as those of
-    Keras's cells; a layer draws them anew for each call.
+    memory, computes in float32; states are kept in the compute dtype. If a
+    cell is called without a layer, its dropout masks stay until
+    `reset_dropout_mask()` and `reset_recurrent_dropout_mask()`, as in Keras's
+    cells. A layer draws new masks for each call.
 
-    Range: with inputs, memories, reads and controller states up to 1e18 in
-    float32 and bfloat16, 1e150 in float64 and 100 in float16 (whose largest
-    number is 65504), outputs, states and gradients are finite, for the
+    Range: outputs, states and gradients are finite for inputs, memories, reads
+    and controller states up to 1e18 in float32 and bfloat16, 1e150 in float64
+    and 100 in float16 (whose largest number is 65504). This holds for the
     controllers by name, weights of about 1 and upstream gradients of about 1
     (`test_extremes.py`). A controller whose output grows with its state, such
     as a GRU, produces equally large strengths and powers, which multiply the
     gradients: with it gradients are finite for states up to 1e9, in float16 up
-    to 100.
-    The gradient of a kernel is its input times the gradient of its result,
-    added up over batch and time: it is finite where that product is.
-    An initial state may have any weightings, usages and links: what no step
-    could have made is first brought into its range (`StateSpec.held`).
+    to 100. The gradient of a kernel is its input times the gradient of its
+    result, summed over batch and time: it is finite if that product is.
+    Initial states may have any weightings, usages and links: values that no
+    step can produce are first brought into range (`StateSpec.held`).
 
     Args:
-        units: int, at least 1, width of the output; or None, for the features
-            concat(controller output, reads) as they are.
-        accesses: list with one `Access` a block. The same object twice is one
-            memory that two blocks act on, one after the other.
+        units: int, at least 1, width of the output. None: the output is the
+            features, concat(controller output, reads), without projection.
+        accesses: list with one `Access` per block. Blocks with the same access
+            object share one memory and act on it one after the other.
         controller: `"lstm"`, `"gru"`, `"rnn"`, `"dense"`,
             `"layer_norm_lstm"`, `"layer_norm_rnn"`, `"peephole_lstm"`,
             `"nas"`, any Keras RNN cell (`StackedRNNCells` included), or a
@@ -141,46 +141,49 @@ class MemoryCell(
             all-zero steps: mask zeros at the start of a sequence.
         controller_units: int, at least 1; width of a controller made by name.
             This and the next two are ignored when `controller` is a layer.
-        controller_layers: int from 1 to 1024; its number of layers. At most
-            1024 over all blocks.
-        num_layers: int from 1 to 1024, of a cell with its own accesses: how
-            many blocks (controller, interface, memory) come one after another
-            in a step. Default 1.
-        share_memory: bool, likewise. True (default): all blocks act on one
-            memory; False: each acts on one of its own.
-        controller_dropout: float in [0, 1), dropped share of its inputs.
-        controller_clip: positive float or None; clips its output to +- this.
-        controller_state_clip: positive float or None; clips its states.
+        controller_layers: int from 1 to 1024; number of the controller's
+            layers. At most 1024 over all blocks.
+        num_layers: int from 1 to 1024, number of blocks (controller,
+            interface, memory) that run one after another in a step. Only for
+            cells that make their own accesses. Default 1.
+        share_memory: bool, for the same cells. True (default): all blocks
+            share one memory; False: each block has its own.
+        controller_dropout: float in [0, 1), dropout rate of the controller's
+            inputs.
+        controller_clip: positive float or None; clips the controller's output
+            to +- this.
+        controller_state_clip: positive float or None; clips the controller's
+            states to +- this.
         initial_controller_state: `"learned"`, `"random"` (drawn once), a
-            number, or `"constant"`, the default: what the controller's own
-            `get_initial_state` says, zeros for those made by name.
+            number, or `"constant"` (default): the controller's own
+            `get_initial_state`, which is zeros for controllers by name.
         activation: Keras activation of the output. Default: linear.
-        clip_value: positive float or None; clips the output to +- this, in
-            front of the activation.
+        clip_value: positive float or None; clips the output to +- this before
+            the activation.
         interface_layer_norm: bool; True: the interface is layer-normalized,
             as in Franke et al. 2018 (arXiv 1807.02658). Default False.
-        bypass_dropout: float in [0, 1), dropped share of the controller output
-            on its way to the output, past the memory (same paper; here the
-            same units at all steps of a sequence). Default 0.
+        bypass_dropout: float in [0, 1), dropout rate of the controller output
+            that bypasses the memory on its way to the output (same paper; here
+            the same units are dropped at all steps of a sequence). Default 0.
         kernel_initializer: Keras initializer of interface and output kernels.
         bias_initializer: Keras initializer of interface and output biases.
         kernel_regularizer: Keras regularizer of interface and output kernels.
         kernel_constraint: Keras constraint of interface and output kernels.
-        seed: int from 0 to 2^32 - 1, seed of the dropouts; or None.
+        seed: int from 0 to 2^32 - 1, seed of the dropout; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
         inputs: (B, D).
         states: list of (B, size).
         training: bool.
-        use_memory: bool. False: the controller goes on without its memory,
-            which stays as it is; all reads are 0.
+        use_memory: bool. False: the controller runs without the memory, which
+            stays unchanged; all reads are 0.
 
     Raises:
-        ValueError: a size, clip, share, seed or initial value out of range,
-            or sizes of which the machine cannot hold the states or weights.
-        TypeError: a controller that is neither a name nor a layer, or an
-            argument that the class does not have or lacks.
+        ValueError: a size, clip, rate, seed or initial value is out of range,
+            or the states or weights do not fit into the machine's memory.
+        TypeError: the controller is neither a name nor a layer, or an argument
+            is unknown or missing.
     """
 
     if TYPE_CHECKING:
@@ -274,7 +277,8 @@ class MemoryCell(
             for block in range(len(self.accesses) * interface_layer_norm)
         ]
         if bypass_dropout:
-            after = len(self.accesses) * controller_layers  # the controllers'
+            # The seeds of the controllers come first.
+            after = len(self.accesses) * controller_layers
             self.seed_generator = keras.random.SeedGenerator(
                 cells.seed_of(seed, after)
             )
@@ -291,14 +295,14 @@ class MemoryCell(
                 for memory, access in enumerate(memories)
             )
         )
-        self._controller_index = [  # of each block, among those of its memory
+        self._controller_index = [  # of each block among those of its memory
             self._blocks_of_memory(memory).index(block)
             for block, memory in enumerate(self.memory_of_block)
         ]
-        # What addressing computes in: never 16 bits.
+        # The dtype of addressing: never 16 bits.
         self.access_dtype = at_least_float32(self.compute_dtype)
         self.state_size = self.layout.sizes
-        self.weight_states = [  # indices of those that start from weights
+        self.weight_states = [  # indices of states that start from weights
             index
             for index, spec in enumerate(self.layout.specs)
             if spec.is_weight
@@ -307,7 +311,7 @@ class MemoryCell(
             check_bytes("A state of one row", [("its numbers", size)])
 
     def _controller_specs(self, memory):
-        """`StateSpec`s of the controllers of the blocks of a memory."""
+        """`StateSpec`s of the controllers whose blocks act on a memory."""
 
         def spec(size):
             initializer = keras.initializers.RandomNormal(stddev=0.05)
@@ -327,13 +331,13 @@ class MemoryCell(
         if isinstance(self.controller, str) and blocks * layers > MOST_LAYERS:
             raise ValueError(
                 f"`controller_layers` must be at most {MOST_LAYERS} over all "
-                "blocks of a step, as each of them is made and traced by "
-                f"itself. Received: controller_layers={layers}, {blocks} "
-                "blocks (`num_layers` of a DNC)"
+                "blocks, since each layer is made and traced separately. "
+                f"Received: controller_layers={layers}, {blocks} blocks "
+                "(`num_layers`)"
             )
 
     def _make_controller(self, block):
-        """The controller of a block, a copy where one was given for all."""
+        """Makes the controller of a block, a copy if a layer was given."""
         given = self.controller
         if block and isinstance(given, keras.layers.Layer):
             config = _unbuilt(given.get_config())
@@ -401,8 +405,8 @@ class MemoryCell(
         check_bytes(f"The kernel of the {name}", sizes)
 
         def add(kind, shape, initializer, **options):
-            # An initializer draws the same numbers each time, which two
-            # blocks must not have.
+            # An initializer draws the same numbers each time; a clone draws
+            # other numbers for another block.
             if name.startswith("interface_") and hasattr(initializer, "clone"):
                 initializer = initializer.clone()
             return self.add_weight(
@@ -430,18 +434,18 @@ class MemoryCell(
         training: bool | None = False,
         use_memory: bool = True,
     ) -> tuple[Array, tuple[Any, ...], list[tuple[Any, dict[str, Array]]]]:
-        """One step, up to the output projection.
+        """Runs one step, up to the output projection.
 
         Args:
             inputs: (B, D).
-            records: tuple with one state record a memory.
+            records: tuple with one state record per memory.
             training: bool.
             use_memory: bool.
 
         Returns:
-            Features (B, F); the records after the step; and a list with one
-            pair a block, for `trace`: the records after it, and a dict of what
-            happened inside.
+            Features (B, F); the records after the step; and, for `trace`, a
+            list with one pair per block: the records after the block, and a
+            dict of its inner values.
         """
         records, details = list(records), []
         inputs = ops.cast(inputs, self.compute_dtype)
@@ -499,18 +503,20 @@ class MemoryCell(
         return features, tuple(records), details
 
     def _state_fields(self, records, block):
-        """The record behind a block, as a dict without the controller."""
+        """The state after a block, as a dict without the controller."""
         record = self.layout.transpose(records)[self.memory_of_block[block]]
         return {
             name: value
             for name, value in record._asdict().items()
-            # () where the architecture does without
+            # () stands for an unused field
             if name != "controller" and not isinstance(value, tuple)
         }
 
     def _named(self, details):
-        """One dict for all blocks, with their numbers if there are several:
-        the fields of the state behind each, and what happened inside."""
+        """One dict for all blocks: the state after each and its inner values.
+
+        Names start with the number of the block if there are several.
+        """
         details = [
             {**self._state_fields(records, block), **inside}
             for block, (records, inside) in enumerate(details)
@@ -524,8 +530,8 @@ class MemoryCell(
         }
 
     def project(self, features: Array, training: bool | None = False) -> Array:
-        """Makes the output of the features: (B, F) or (B, T, F), with the
-        last axis of size `units`."""
+        """Projects features (B, F) or (B, T, F) to the output, whose last axis
+        has the size `units`."""
         if training and self.bypass_dropout:
             features = features * self.bypass_mask(features)
         if self.units is not None:
@@ -551,10 +557,11 @@ class MemoryCell(
         """Every argument of `__init__`, under its own name."""
         if "accesses" in inspect.signature(type(self).__init__).parameters:
             raise NotImplementedError(
-                "An access cannot be saved, but a class that makes its own "
-                "can: write `class MyCell(MemoryCell, access=MyAccess)` and "
-                "register it with `keras.saving.register_keras_serializable`, "
-                "as `NTMCell` is. "
+                "A cell with the argument `accesses` cannot be saved. A cell "
+                "that makes its own accesses can: write "
+                "`class MyCell(MemoryCell, access=MyAccess)` and register it "
+                "with `keras.saving.register_keras_serializable`, as for "
+                "`NTMCell`. "
                 f"Received: {type(self).__name__} {self.name!r}"
             )
         arguments = [
@@ -567,7 +574,8 @@ class MemoryCell(
 
 
 def _initial_state(access):
-    """The state record of an access, or TypeError if a cell cannot use it."""
+    """The state record of an access, or an error unless that and the read size
+    are as a cell needs them."""
     name, record = type(access).__name__, access.initial_state
     present = getattr(record, "_fields", ())
     missing = [
@@ -590,7 +598,7 @@ def _initial_state(access):
 
 
 def _check_step(access, result):
-    """The record and the dict that a step gives, or TypeError."""
+    """Returns a step's result; TypeError unless it is a record and a dict."""
     is_pair = isinstance(result, tuple) and len(result) == 2
     if not is_pair or not isinstance(result[1], dict):
         raise TypeError(
@@ -601,8 +609,8 @@ def _check_step(access, result):
 
 
 def _unbuilt(config):
-    """A configuration without the shapes that layers inside were built for,
-    as the cells of a `StackedRNNCells` are."""
+    """Removes the shapes that inner layers were built for, such as the cells
+    of a `StackedRNNCells`, from a configuration."""
     if isinstance(config, dict):
         return {
             key: _unbuilt(value)

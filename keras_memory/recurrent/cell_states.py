@@ -1,4 +1,4 @@
-"""The states of a memory cell: their names, starts, records and resets."""
+"""The states of a memory cell: names, initial values, records and resets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ from keras_memory.recurrent.state import select
 
 
 class CellStates:
-    """What a memory cell does with its states; a base of `MemoryCell`.
+    """The methods of a memory cell for its states; a base of `MemoryCell`.
 
-    Outside of a step they are flat tensors, inside named records, as the
-    cell's `layout` (`StateLayout`) has them.
+    States are flat tensors outside of a step and named records inside. The
+    cell's `layout` (`StateLayout`) converts them.
     """
 
     def build_states(self) -> None:
@@ -38,7 +38,7 @@ class CellStates:
 
     @property
     def state_names(self) -> list[str]:
-        """A name for each state, in order, as served models have them."""
+        """Names of the states, in order, which served models use."""
         names = []
         for memory, record in enumerate(self.layout.records):
             blocks = self._blocks_of_memory(memory)
@@ -66,9 +66,9 @@ class CellStates:
         """The states before the first step: a list of (B, size)."""
         if not self.built:
             raise ValueError(
-                f"{type(self).__name__} {self.name!r} must be built before "
-                "it can give its initial state, which may be learned: call "
-                "it on data or call `build(input_shape)` first."
+                f"{type(self).__name__} {self.name!r} must be built to have an "
+                "initial state, which may be learned: call it on data or call "
+                "`build(input_shape)` first."
             )
         if isinstance(batch_size, int):
             for size in self.state_size:
@@ -87,8 +87,8 @@ class CellStates:
                 value = ops.swapaxes(value, -1, -2)
             value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
             shape = (batch_size, value.shape[-1])
-            # A copy: on PyTorch this is a view, of the weight if there is one,
-            # and a stateful layer would write into it.
+            # A copy: on PyTorch this is a view (of the weight, if there is
+            # one), and a stateful layer would write into the original.
             states.append(ops.copy(ops.broadcast_to(value, shape)))
         if self.initial_controller_state == "constant":
             records = self.layout.unflatten(states)
@@ -97,7 +97,7 @@ class CellStates:
         return states
 
     def _with_controller_states(self, records, batch_size):
-        """Puts in what a given controller itself says it starts with."""
+        """Replaces the controllers' states by their own initial states."""
 
         def initial(controller, zeros):
             if not hasattr(controller, "get_initial_state"):
@@ -121,19 +121,19 @@ class CellStates:
         return [b for b, m in enumerate(self.memory_of_block) if m == memory]
 
     def unpack_state(self, states: Sequence[Array]) -> Any:
-        """Names and shapes the flat states.
+        """Converts flat states to a named record.
 
         Args:
-            states: list of (B, size) tensors, as `get_initial_state`, the
-                layer's `return_state` or a cell's call give them.
+            states: list of (B, size) tensors, from `get_initial_state`, the
+                layer's `return_state` or a cell's call.
 
         Returns:
             The record of the architecture (for the NTM an `NTMState`); a
-            tuple of records where the cell has several memories.
+            tuple of records if the cell has several memories.
 
         Raises:
-            ValueError: the number or the sizes of the states differ from
-                what the cell has, or their batch sizes from one another.
+            ValueError: the number or the sizes of the states do not fit the
+                cell, or their batch sizes differ.
         """
         states = self._check_states(states)
         records = self.layout.transpose(self.layout.unflatten(states))
@@ -150,9 +150,9 @@ class CellStates:
             raise ValueError(
                 f"`{name}` must be {len(self.state_size)} states of "
                 f"{type(self).__name__}, of shape (batch, size), with the "
-                f"batch size of the inputs and the sizes {self.state_size}: as "
-                "`get_initial_state` makes them, `return_state` gives them "
-                "behind the output, and `pack_state` makes them of a record. "
+                f"batch size of the inputs and the sizes {self.state_size}. "
+                "`get_initial_state`, `return_state` and `pack_state` return "
+                "such states. "
                 f"Received: {len(shapes)} states of shapes {shapes}{rows}"
             )
         return [
@@ -161,7 +161,7 @@ class CellStates:
         ]
 
     def pack_state(self, record: Any) -> list[Array]:
-        """Makes flat states of what `unpack_state` returns.
+        """Converts a named record to flat states: undoes `unpack_state`.
 
         Args:
             record: the record, or a tuple of records; its fields may be
@@ -179,7 +179,7 @@ class CellStates:
         names, specs = self.layout.names, self.layout.specs
         if len(given) != len(specs):
             raise ValueError(
-                f"The state has {len(specs)} tensors: {names}. "
+                f"`record` must have {len(specs)} tensors: {names}. "
                 f"Received: {len(given)} tensors"
             )
         sizes = {}
@@ -199,7 +199,7 @@ class CellStates:
     def reset_memory(
         self, states: Sequence[Array], rows: Array | None = None
     ) -> list[Array]:
-        """Puts the memory back to its start while the controller goes on.
+        """Resets the memory to its initial state; the controller's state stays.
 
         Args:
             states: list of (B, size).
@@ -209,24 +209,24 @@ class CellStates:
             List of (B, size).
 
         Raises:
-            ValueError: states that the cell does not have, or rows that are
-                not one bool for each row of the batch.
+            ValueError: the states do not fit the cell, or `rows` is not one
+                bool for each row of the batch.
         """
         return self._reset(states, rows, "memory")
 
     def reset_controller(
         self, states: Sequence[Array], rows: Array | None = None
     ) -> list[Array]:
-        """Puts the controller back to its start while the memory, with what
-        was read from it, stays. Arguments and errors: `reset_memory`."""
+        """Resets the controller to its initial state; the memory and its reads
+        stay. Arguments and errors: see `reset_memory`."""
         return self._reset(states, rows, "controller")
 
     def _reset(self, states, rows, part):
         self.unpack_state(states)  # raises if the sizes do not fit
         if isinstance(states[0], keras.KerasTensor):
             raise ValueError(
-                "`states` must be arrays or tensors; within a functional "
-                "model reset them in a layer of your own. Received: "
+                "`states` must be arrays or tensors. In a functional model "
+                "reset them inside a layer of your own. Received: "
                 f"{states[0]!r}"
             )
         if rows is not None:

@@ -19,24 +19,24 @@ from keras_memory.checks import is_number
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class DenseCell(Arguments, DropoutRNNCell, keras.layers.Layer):
-    """A dense layer in the form of an RNN cell that has no state.
+    """A dense layer in the form of an RNN cell without state.
 
-    It lets a feed-forward controller be stacked, and gives it one dropout
-    mask for all steps of a sequence, as recurrent controllers have. Without a
-    state it is for `MemoryCell` and `StackedRNNCells`, not for
-    `keras.layers.RNN` alone.
+    As a cell, a feed-forward controller can be stacked, and has one dropout
+    mask for all steps of a sequence, as recurrent controllers have. Use it in
+    `MemoryCell` and `StackedRNNCells`; `keras.layers.RNN` alone needs a cell
+    with state.
 
     Args:
         units: int, at least 1; output width.
         activation: Keras activation. Default `"tanh"`.
         kernel_initializer: Keras initializer.
         bias_initializer: Keras initializer.
-        dropout: float in [0, 1), dropped share of the inputs.
+        dropout: float in [0, 1), dropout rate of the inputs.
         seed: int from 0 to 2^32 - 1, seed of the dropout; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Raises:
-        ValueError: a size or share out of range.
+        ValueError: a size or rate is out of range.
 
     Example:
 
@@ -108,8 +108,8 @@ class DenseCell(Arguments, DropoutRNNCell, keras.layers.Layer):
 
 
 class _OneMask(Arguments):
-    """In front of a Keras cell: refuses what that would clamp, and has one
-    dropout mask for all gates."""
+    """A base before a Keras cell: rejects rates that Keras would clamp, and
+    uses one dropout mask for all gates."""
 
     def __init__(
         self,
@@ -137,34 +137,33 @@ class _OneMask(Arguments):
             **kwargs,
         )
         self.seed = seed
-        self.dropout_mask_count = None  # LSTMCell may want one for each gate
+        self.dropout_mask_count = None  # LSTMCell may draw one for each gate
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
-    """LSTM whose products and cell state are layer-normalized.
+    """LSTM with layer-normalized products and cell state.
 
-    Equal in numbers and in the order of its weights to
+    It has the results and the order of weights of
     `tfa.rnn.LayerNormLSTMCell` of tensorflow-addons 0.23.
 
     Equations (Ba et al. 2016, supplementary material): LN subtracts the mean
-    of a vector, divides by its deviation, scales by gamma and adds beta, each
-    LN with a gamma and a beta of its own; s is `recurrent_activation`.
+    of a vector, divides by its standard deviation, scales by gamma and adds
+    beta. Each LN has its own gamma and beta; s is `recurrent_activation`.
 
         i, f, g, o = split(LN(x_t W) + LN(h_{t-1} U) + b)
         c_t = LN(s(f) c_{t-1} + s(i) activation(g))
         h_t = s(o) activation(c_t)
 
-    Departure: c_t itself is carried to the next step, as in
-    tensorflow-addons, whose numbers these are
-    (`test_steps_equal_tensorflow_addons`); the paper carries the sum inside
-    its LN and normalizes for h_t only.
+    Departure: the normalized c_t is carried to the next step, as in
+    tensorflow-addons (`test_steps_equal_tensorflow_addons`). The paper carries
+    the sum inside its LN, and normalizes for h_t only.
 
     State: h, c: (B, units) each, 0 at first.
 
     Masking and dtype: normalizes in float32 at least. While inputs and states
     are exactly 0, each step multiplies gradients by up to 1 / `norm_epsilon`,
-    which overflows within 20 steps: mask padding in front of a sequence.
+    which overflows within 20 steps: mask padding at the start of a sequence.
 
     Args:
         units: int, at least 1; output width.
@@ -173,11 +172,11 @@ class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
         norm_beta_initializer: Keras initializer of the three betas.
         norm_epsilon: positive float, added to each variance.
         **kwargs: of `keras.layers.LSTMCell`, with its defaults. `dropout` and
-            `recurrent_dropout`, in [0, 1), are the dropped shares of x_t and
+            `recurrent_dropout`, in [0, 1), are the dropout rates of x_t and
             h_{t-1}; the same units are dropped for all gates and all steps.
 
     Raises:
-        ValueError: a size, share or epsilon out of range.
+        ValueError: a size, rate or epsilon is out of range.
 
     Example:
 
@@ -245,13 +244,13 @@ class LayerNormLSTMCell(_OneMask, keras.layers.LSTMCell):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
-    """Simple RNN whose summed products are layer-normalized.
+    """Simple RNN with a layer-normalized sum of products.
 
-    Equal in numbers and in the order of its weights to
+    It has the results and the order of weights of
     `tfa.rnn.LayerNormSimpleRNNCell` of tensorflow-addons 0.23.
 
     Equations (Ba et al. 2016, eq. 4): LN subtracts the mean of a vector,
-    divides by its deviation and scales by gamma.
+    divides by its standard deviation and scales by gamma.
 
         h_t = activation(LN(x_t W + h_{t-1} U) + b)
 
@@ -259,8 +258,8 @@ class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
 
     Masking and dtype: normalizes in float32 at least. While inputs and state
     are exactly 0, each step multiplies gradients by up to the root of
-    1 / `layernorm_epsilon`, which overflows within 20 steps: mask padding in
-    front of a sequence.
+    1 / `layernorm_epsilon`, which overflows within 20 steps: mask padding at
+    the start of a sequence.
 
     Args:
         units: int, at least 1; output width.
@@ -270,11 +269,11 @@ class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
         gamma_regularizer: Keras regularizer of gamma.
         gamma_constraint: Keras constraint of gamma.
         **kwargs: of `keras.layers.SimpleRNNCell`, with its defaults.
-            `dropout` and `recurrent_dropout`, in [0, 1), are the dropped
-            shares of x_t and h_{t-1}, the same for all steps.
+            `dropout` and `recurrent_dropout`, in [0, 1), are the dropout rates
+            of x_t and h_{t-1}; the same units are dropped at all steps.
 
     Raises:
-        ValueError: a size, share or epsilon out of range.
+        ValueError: a size, rate or epsilon is out of range.
 
     Example:
 
@@ -340,7 +339,7 @@ class LayerNormSimpleRNNCell(_OneMask, keras.layers.SimpleRNNCell):
 class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
     """LSTM whose gates see the cell state.
 
-    Equal in numbers and in the order of its weights to
+    It has the results and the order of weights of
     `tfa.rnn.PeepholeLSTMCell` of tensorflow-addons 0.23.
 
     Equations (Gers et al. 2002; in this form Sak et al. 2014, eqs. 1-5):
@@ -351,8 +350,8 @@ class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
         c_t = s(f + p_f c_{t-1}) c_{t-1} + s(i + p_i c_{t-1}) activation(g)
         h_t = s(o + p_o c_t) activation(c_t)
 
-    Departure: where h_{t-1} is dropped, the same units are dropped for all
-    gates; tensorflow-addons draws four masks.
+    Departure: dropout of h_{t-1} drops the same units for all gates;
+    tensorflow-addons draws four masks.
 
     State: h, c: (B, units) each, 0 at first.
 
@@ -360,12 +359,12 @@ class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
         units: int, at least 1; output width.
         activation: Keras activation. Default `"tanh"`.
         **kwargs: of `keras.layers.LSTMCell`, with its defaults. `dropout` and
-            `recurrent_dropout`, in [0, 1), are the dropped shares of x_t and
-            h_{t-1}, the same for all steps. `kernel_initializer` also draws
-            the peephole weights.
+            `recurrent_dropout`, in [0, 1), are the dropout rates of x_t and
+            h_{t-1}; the same units are dropped at all steps.
+            `kernel_initializer` also draws the peephole weights.
 
     Raises:
-        ValueError: a size or share out of range.
+        ValueError: a size or rate is out of range.
 
     Example:
 
@@ -409,9 +408,9 @@ class PeepholeLSTMCell(_OneMask, keras.layers.LSTMCell):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class NASCell(Arguments, DropoutRNNCell, keras.layers.Layer):
-    """The recurrent cell that a search over architectures found.
+    """The recurrent cell found by neural architecture search.
 
-    Equal in numbers and in the order of its weights to `tfa.rnn.NASCell` of
+    It has the results and the order of weights of `tfa.rnn.NASCell` of
     tensorflow-addons 0.23.
 
     Equations (Zoph & Le 2017, the cell of section 4.2): s is the sigmoid.
@@ -426,26 +425,26 @@ class NASCell(Arguments, DropoutRNNCell, keras.layers.Layer):
     State: c: (B, units), in [-1, 1]; m, the output: (B, projection), or
     (B, units) without P; 0 at first.
 
-    Masking and dtype: at masked steps `keras.layers.RNN` repeats the first
-    state, which is c here, instead of the output, on the JAX and NumPy
-    backends; this library's layers repeat the output.
+    Masking and dtype: on the JAX and NumPy backends `keras.layers.RNN` repeats
+    the first state, here c, at masked steps instead of the output. This
+    library's layers repeat the output.
 
     Args:
         units: int, at least 1; width of c.
-        projection: int, at least 1, width of the output, which P makes; or
-            None for no P, and the width `units`.
+        projection: int, at least 1, width of the output, which P produces.
+            None: there is no P, and the width is `units`.
         use_bias: bool, adds b.
         kernel_initializer: Keras initializer of W.
         recurrent_initializer: Keras initializer of U.
         projection_initializer: Keras initializer of P.
         bias_initializer: Keras initializer of b.
-        dropout: float in [0, 1), dropped share of x_t, the same for all
-            steps.
+        dropout: float in [0, 1), dropout rate of x_t; the same units are
+            dropped at all steps.
         seed: int from 0 to 2^32 - 1, seed of the dropout; or None.
         **kwargs: of `keras.layers.Layer`.
 
     Raises:
-        ValueError: a size or share out of range.
+        ValueError: a size or rate is out of range.
 
     Example:
 
@@ -573,7 +572,7 @@ class NASCell(Arguments, DropoutRNNCell, keras.layers.Layer):
 
 
 def _drop(cell, inputs, hidden, training):
-    """Inputs and hidden state under the dropout masks of `cell`."""
+    """Applies the dropout masks of `cell` to inputs and hidden state."""
     if training and 0 < cell.dropout < 1:
         inputs = ops.multiply(inputs, cell.get_dropout_mask(inputs))
     if training and 0 < cell.recurrent_dropout < 1:
@@ -582,7 +581,7 @@ def _drop(cell, inputs, hidden, training):
 
 
 def _summed_products(cell, inputs, hidden, training):
-    """x W + h U + b, under the dropout masks of `cell`."""
+    """x W + h U + b, with the dropout masks of `cell` on x and h."""
     return linear(
         _drop(cell, inputs, hidden, training),
         [cell.kernel, cell.recurrent_kernel],
@@ -591,7 +590,7 @@ def _summed_products(cell, inputs, hidden, training):
 
 
 def _fresh(initializer):
-    """A copy, because an initializer draws the same numbers each time."""
+    """Clones an initializer, as one object draws the same numbers each time."""
     initializer = keras.initializers.get(initializer)
     return initializer.clone() if hasattr(initializer, "clone") else initializer
 
@@ -599,13 +598,12 @@ def _fresh(initializer):
 def _check_epsilon(name, value):
     if not is_number(value) or value <= 0:
         raise ValueError(
-            f"`{name}` keeps the normalization of equal numbers from dividing "
-            f"by zero and must be positive. Received: {name}={value!r}"
+            f"`{name}` must be positive, so that the normalization of equal "
+            f"numbers does not divide by zero. Received: {name}={value!r}"
         )
 
 
-# How many products with the last output a cell has; each takes (units, units)
-# weights.
+# Number of recurrent products of a cell; each has (units, units) weights.
 PRODUCTS = {
     keras.layers.LSTMCell: 4,
     keras.layers.GRUCell: 3,
@@ -614,8 +612,8 @@ PRODUCTS = {
 
 
 def check_units(cell, name, units, layers=1):
-    """Raises ValueError unless `units` is a size with which the recurrent
-    weights of so many layers fit into the machine."""
+    """Raises ValueError unless `units` is a size, and the recurrent weights of
+    all layers fit into the machine's memory."""
     check_size(name, units)
     for kind, products in PRODUCTS.items():
         if issubclass(cell, kind):
@@ -625,8 +623,8 @@ def check_units(cell, name, units, layers=1):
 
 
 def check_kernel(controller, width):
-    """Raises ValueError unless the weights by which one of Keras's cells looks
-    at an input of so many numbers fit into the machine."""
+    """Raises ValueError unless the input kernel of one of Keras's cells, for
+    inputs of this width, fits into the machine's memory."""
     cell = getattr(controller, "cells", [controller])[0]
     for kind, products in PRODUCTS.items():
         if isinstance(cell, kind):
@@ -636,15 +634,18 @@ def check_kernel(controller, width):
 
 
 def seed_of(seed, number=0):
-    """The seed of a cell's generator: another for each number, and one that
-    the generators of all backends take; None for None."""
+    """The seed of a cell's generator, or None for None.
+
+    It differs for each `number`, and is in the range of all backends.
+    """
     return None if seed is None else (seed + number) % 2**31
 
 
 class LayerNormalization(keras.layers.LayerNormalization):
-    """Keras's, over the last axis, for all finite numbers."""
+    """Keras's layer normalization of the last axis, for all finite numbers."""
 
     def call(self, inputs):
-        # Where the scale is not 1, the epsilon is less than the rounding.
+        # If the scale is not 1, the epsilon is below the rounding error, so
+        # that it need not be scaled.
         wide = ops.cast(inputs, at_least_float32(ops.dtype(inputs)))
         return super().call(in_range(wide, axis=-1)[0])

@@ -1,4 +1,4 @@
-"""Controllers by name, and what a memory cell asks of any controller.
+"""Controllers by name, and how a memory cell uses a controller.
 
 A controller is a Keras RNN cell (`LSTMCell`, `StackedRNNCells`, one of your
 own, ...) or a feed-forward layer such as `Dense`.
@@ -57,23 +57,24 @@ def get(
             returned as it is.
         units: int, at least 1; width of each layer. By name only.
         layers: int, at least 1; more than one are stacked. By name only.
-        dropout: float in [0, 1), dropped share of each layer's inputs. By
-            name only.
+        dropout: float in [0, 1), dropout rate of each layer's inputs. By name
+            only.
         seed: int or None, seed of the dropout. By name only.
-        dtype: dtype policy of the made cells.
+        dtype: dtype policy of the cells. By name only.
         **options: further arguments of the cells. By name only.
 
     Returns:
         A Keras layer.
 
     Raises:
-        ValueError: an unknown name, or sizes out of range.
-        TypeError: neither a name nor a Keras layer.
+        ValueError: the name is unknown, or a size is out of range.
+        TypeError: `controller` is neither a name nor a Keras layer, or it is a
+            layer that runs over time.
     """
     if isinstance(controller, keras.layers.RNN):
         raise TypeError(
-            "`controller` must be an RNN cell, which makes one step, and not "
-            "a layer that runs over time: `LSTMCell` instead of `LSTM`. "
+            "`controller` must be an RNN cell, which runs one step, not a "
+            "layer that runs over time: `LSTMCell` instead of `LSTM`. "
             f"Received: controller={controller!r}"
         )
     if isinstance(controller, keras.layers.Layer):
@@ -113,7 +114,7 @@ def state_structure(controller: keras.layers.Layer) -> Any:
 
 
 def state_names(cell: keras.layers.Layer) -> list[str]:
-    """A name for each state of a cell, flat, as served models have them."""
+    """Names of a cell's states, as a flat list, which served models use."""
     if isinstance(cell, keras.layers.StackedRNNCells):
         names = list(map(state_names, cell.cells))
         if len(names) == 1:
@@ -136,8 +137,8 @@ _CELLS_WITH_H = (
 
 
 def output_size(controller: keras.layers.Layer, input_size: int | None) -> int:
-    """Width of a controller's output. Only a feed-forward layer needs
-    `input_size` to tell."""
+    """Width of a controller's output. Only feed-forward layers need
+    `input_size`."""
     if not hasattr(controller, "state_size"):
         return controller.compute_output_shape((None, input_size))[-1]
     size = getattr(controller, "output_size", None)
@@ -159,7 +160,7 @@ def step(
         training: bool.
 
     Returns:
-        Output (B, U), and the states, nested as they came.
+        Output (B, U), and the new states, nested as `states`.
     """
     own_step = _STEPS.get(type(controller))
     if own_step is not None and _is_plain(controller, inputs):
@@ -175,18 +176,18 @@ def step(
             return controller(inputs, **arguments), states
         as_list = states if keras.tree.is_nested(states) else [states]
         output, new_states = controller(inputs, as_list, **arguments)
-    # A stack of one cell hands its states back without the outer list.
+    # A stack of one cell returns its states without the outer list.
     return output, keras.tree.pack_sequence_as(
         states, keras.tree.flatten(new_states)
     )
 
 
-# Steps of Keras's own cells, equal in numbers to their `call`, but with
-# `linear` and `saved`.
+# Steps of Keras's own cells: the same results as their `call`, but written with
+# `linear` and `activate`, whose results the fast loop saves.
 
 
 def _is_plain(controller, inputs):
-    """Whether a Keras cell works as the functions below."""
+    """Whether the functions below support the options of a Keras cell."""
     return (
         getattr(controller, "implementation", 2) == 2
         and getattr(controller, "reset_after", True)

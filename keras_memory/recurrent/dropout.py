@@ -14,17 +14,17 @@ from keras_memory.recurrent import controllers
 
 
 class SequenceDropout(DropoutRNNCell):
-    """The dropout masks of a memory cell, as Keras's `RNN` asks for them.
+    """The dropout masks of a memory cell, with the methods of Keras's `RNN`.
 
-    `RNN` asks any `DropoutRNNCell` for its masks in front of the time loop, and
-    resets them behind it. Here they are those of the controllers inside, and
-    the one of the bypass, of the controller output on its way past the memory.
+    `RNN` asks any `DropoutRNNCell` for its masks before the time loop, and
+    resets them after it. A memory cell has the masks of its controllers, and
+    the bypass mask, for the controller output that bypasses the memory.
     """
 
     _bypass_mask = None
 
     def build_dropout(self, widths: Sequence[int]) -> None:
-        """Finds the controllers' cells that drop something.
+        """Finds the controllers' cells that have dropout.
 
         Args:
             widths: list of ints, the input width of each block's controller.
@@ -58,10 +58,10 @@ class SequenceDropout(DropoutRNNCell):
             cell.reset_recurrent_dropout_mask()
 
     def dropout_masks(self) -> list[tuple[Any, str, Array]]:
-        """The masks drawn at this moment, as (cell, attribute, mask)."""
+        """The current masks, as (cell, attribute, mask)."""
         masks = [(self, "_bypass_mask", self._bypass_mask)]
         for cell, _ in self._dropout_cells:
-            if isinstance(cell, SequenceDropout):  # a memory inside
+            if isinstance(cell, SequenceDropout):  # an inner memory cell
                 masks += cell.dropout_masks()
                 continue
             for name in ("_dropout_mask", "_recurrent_dropout_mask"):
@@ -70,7 +70,7 @@ class SequenceDropout(DropoutRNNCell):
 
     @contextlib.contextmanager
     def dropping(self, masks: list[tuple[Any, str, Array]]) -> Iterator[None]:
-        """Steps in here drop what `masks`, earlier `dropout_masks`, say."""
+        """Context whose steps use `masks`, which `dropout_masks` returned."""
         now = [(cell, name, getattr(cell, name)) for cell, name, _ in masks]
         try:
             for cell, name, mask in masks:
@@ -81,7 +81,7 @@ class SequenceDropout(DropoutRNNCell):
                 setattr(cell, name, mask)
 
     def bypass_mask(self, like: Array) -> Array:
-        """(B, F), or (B, 1, F) for features of a sequence; 1 at the reads."""
+        """The bypass mask: (B, F), or (B, 1, F) for sequences; 1 at reads."""
         if self._bypass_mask is None:
             reads = self._ones(like, self.accesses[-1].read_size)
             width = self.features_size - self.accesses[-1].read_size

@@ -10,7 +10,7 @@ product instead of one a step.
 forward, step t :  state[t] --step--> state[t+1]
     saved: state[t]; inputs and results of each `linear`; values of each
     function with `custom_gradient(..., saves=True)`
-backward, step t:  state[t] --step with those results--> vjp
+backward, step t:  state[t] --step with saved results--> vjp
     => gradient of state[t], and of the result of each `linear`
 after the loop  :  grad W = (all inputs)^T @ (all gradients of results)
     one product for each weight
@@ -32,8 +32,8 @@ from keras_memory.recurrent.backend import vjp
 
 
 def shape_pass(step, inputs, states):
-    """A `replay.ShapePass` of a step, and `keras.KerasTensor`s like the results
-    of `_forward`."""
+    """Runs a `replay.ShapePass` of a step. Returns it, and `keras.KerasTensor`s
+    like the results of `_forward`."""
     passes = []
 
     def run(inputs, states):
@@ -49,7 +49,7 @@ def shape_pass(step, inputs, states):
 
 
 def _forward(step, run, inputs, states):
-    """A step, with what its gradient needs."""
+    """Runs a step; returns also the arrays that its gradient needs."""
     with run:
         features, after = step(inputs, states)
     return after, features, (states, run.inputs, run.results, run.values)
@@ -58,7 +58,7 @@ def _forward(step, run, inputs, states):
 def run_fast(
     step, inputs, states, go_backwards, all_outputs, recompute, shapes, specs
 ):
-    """The loop with a gradient of its own, as a whole or in segments."""
+    """Runs the loop with the custom gradient, as a whole or in segments."""
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # time first
     if go_backwards:
         inputs = [ops.flip(x, axis=0) for x in inputs]
@@ -116,9 +116,12 @@ def _square_root(steps):
 
 
 class _Loop:
-    """Steps through inputs (T, B, ...), and keeps what the gradient needs of
-    every step. Features are a list of one array, or of none where only the
-    last ones are wanted."""
+    """Loops over inputs (T, B, ...), and saves the arrays that the gradient
+    needs at every step.
+
+    Features are a list of one array, or an empty list if only the last
+    features are wanted.
+    """
 
     def __init__(self, step, all_outputs, variables, specs):
         self.step = step
@@ -127,14 +130,14 @@ class _Loop:
         _, self.features_spec, self.saved_spec = specs
 
     def run(self, inputs, states, weights):
-        """Features and states, with a gradient."""
+        """Returns features and states, with the custom gradient."""
 
         def call(x, states, linears, values):
             steps = [x, *inputs[1:]], linears, values
             features, after, saved = self.forward(states, *steps)
 
             def gradient(*upstream):
-                upstream = keras.tree.flatten(upstream)  # JAX gives one tuple
+                upstream = keras.tree.flatten(upstream)  # JAX passes one tuple
                 return _first_only(self.backward)(
                     upstream[: self.all_outputs],
                     upstream[self.all_outputs :],
@@ -149,7 +152,7 @@ class _Loop:
         return results[: self.all_outputs], results[self.all_outputs :]
 
     def forward(self, states, inputs, linears, values):
-        """Features, states, and what is to be kept."""
+        """Returns features, states, and the arrays to save."""
 
         def once(states, inputs):
             run = replay.Forward(linears, zip(self.variables, values))
@@ -164,7 +167,8 @@ class _Loop:
         self, grad_features, grad_after, saved, inputs, linears, values
     ):
         """Gradients of x, states, linears and values."""
-        # Here, as in the loop XLA would take the products with swapped axes.
+        # Transposed before the loop: inside, XLA would compute the products
+        # with swapped axes.
         swapped = [ops.transpose(kernel) for kernel, *_ in linears]
 
         def once(carried, slices):
@@ -210,8 +214,8 @@ class _Loop:
 
 
 class _LoopInSegments(_Loop):
-    """Keeps the states in front of each `segment` of steps, of which T is a
-    multiple; the gradient runs its steps once more."""
+    """Saves only the states before each segment; the gradient runs the steps
+    of the segment again. T is a multiple of `segment`, the steps of one."""
 
     def __init__(self, segment, *arguments):
         super().__init__(*arguments)
@@ -258,7 +262,7 @@ class _LoopInSegments(_Loop):
         return self._join(grad_x), grad_states, *grad_weights
 
     def _cut(self, arrays):
-        """(T, ...) -> (segments, steps of one, ...)."""
+        """(T, ...) -> (segments, steps per segment, ...)."""
         return keras.tree.map_structure(
             lambda x: ops.reshape(x, (-1, self.segment, *ops.shape(x)[1:])),
             arrays,
@@ -276,7 +280,7 @@ def _spec(x, *steps):
     return keras.KerasTensor((*steps, *x.shape), ops.dtype(x))
 
 
-# Gradients of weights add up over time: never in 16 bits.
+# Gradients of weights are summed over time, so never in 16 bits.
 
 
 def _zeros(arrays):
@@ -301,7 +305,7 @@ def _cast_like(arrays, references):
 
 
 def _joined(kernels, bias, dtype):
-    """The kernels of a `replay.linear`, one below the other, and its bias."""
+    """The kernels of a `linear`, stacked along the input axis, and its bias."""
     joined = ops.concatenate([ops.cast(kernel, dtype) for kernel in kernels])
     if bias is None:
         return (joined,)
@@ -309,7 +313,7 @@ def _joined(kernels, bias, dtype):
 
 
 def _grad_weights(inputs, grad_results):
-    """Gradients of kernel and bias, of all steps (T, B, ...) at once."""
+    """Gradients of kernel and bias over all steps (T, B, ...) at once."""
     inputs = ops.reshape(inputs, (-1, inputs.shape[-1]))
     grad_results = ops.reshape(grad_results, (-1, grad_results.shape[-1]))
     return (
@@ -319,14 +323,14 @@ def _grad_weights(inputs, grad_results):
 
 
 def _first_only(function):
-    """`function`, with a clear error where it is to be differentiated."""
+    """Wraps `function`: differentiating it raises a clear error."""
 
     @ops.custom_gradient
     def call(*arguments):
         def gradient(*upstream):
             raise NotImplementedError(
-                "The fast time loop gives first derivatives only. For second "
-                'ones take `loop="portable"` as an argument of the layer.'
+                "The fast time loop has first derivatives only. For second "
+                'derivatives pass `loop="portable"` to the layer.'
             )
 
         return function(*arguments), gradient

@@ -45,9 +45,9 @@ def head_names(name, shape, trace):
 
     Args:
         name: str, name of the gate or weighting in the trace.
-        shape: its head axes: (), (heads,), (read heads, write heads), or more,
-            of which names show the indices.
-        trace: dict; the shapes of its weightings tell the number of read and
+        shape: its head axes: (), (heads,), (read heads, write heads), or more
+            axes, whose indices appear in the names.
+        trace: dict; the shapes of its weightings give the number of read and
             write heads.
     """
     word = name.removesuffix("_weighting").removesuffix("_gate")
@@ -55,7 +55,7 @@ def head_names(name, shape, trace):
     if len(shape) == 2:
         pairs = np.ndindex(*shape)
         return [f"{word}, read {read}, write {write}" for read, write in pairs]
-    heads = [  # of a gate that all read and write heads have
+    heads = [  # for gates of all read and write heads
         f"{kind.removesuffix('_weighting')} {head}"
         for kind in sorted(HEADS)
         if kind in trace

@@ -14,10 +14,10 @@ from keras_memory.hints import Array
 
 
 class Access(typing.Protocol):
-    """What a block asks of its memory. An access holds no weights.
+    """Reads and writes the memory of a block. An access has no weights.
 
-    A user's own access is any object with these attributes; `NTMAccess` in
-    `ntm.py` is the one to read.
+    Your own access is any object with these attributes. `NTMAccess` in
+    `ntm.py` is an example.
     """
 
     interface_size: int
@@ -27,10 +27,10 @@ class Access(typing.Protocol):
     """Width of all reads of one step, flattened."""
 
     initial_state: typing.NamedTuple
-    """A record whose fields are `StateSpec`. One is `reads`, and one is
+    """A record of `StateSpec`s. It has a field `reads`, and a field
     `controller`, which is () here: the cell fills it in."""
 
-    if typing.TYPE_CHECKING:  # nobody sets them: properties will do
+    if typing.TYPE_CHECKING:  # they are read-only: properties fit too
 
         @property
         def interface_size(self) -> int: ...
@@ -44,7 +44,7 @@ class Access(typing.Protocol):
     def step(
         self, interface: Array, state: typing.Any
     ) -> tuple[typing.Any, dict[str, Array]]:
-        """Acts once on the memory.
+        """Reads and writes the memory once.
 
         Args:
             interface: (B, interface_size), float32 or float64.
@@ -52,30 +52,30 @@ class Access(typing.Protocol):
                 *`shape_in_step`).
 
         Returns:
-            The record after the step, with what was read in `reads`, and a
-            dict of what else happened (weightings, gates: (B, ...)), for
-            `trace`.
+            The record after the step, with the read vectors in `reads`; and,
+            for `trace`, a dict of other arrays of the step (weightings, gates:
+            (B, ...)).
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """How one state tensor starts.
+    """Shape and initial value of one state tensor.
 
     Args:
         shape: tuple of ints, without the batch axis.
         initial: `"learned"` (a trainable weight), `"random"` (a weight drawn
             once and kept), `"constant"`, or a number, which is then the
             constant.
-        constant: what `"constant"` fills the tensor with: a number, or an
-            array that broadcasts to `shape`.
-        initializer: Keras initializer of the weight, if it is one.
-        activation: function from the weight to the state, such as softmax
-            where the state is a weighting.
-        transposed: bool; True: a step has the last two axes of `shape` the
-            other way round, as a memory has, whose slots come last there.
+        constant: the value for `"constant"`: a number, or an array that
+            broadcasts to `shape`.
+        initializer: Keras initializer of the weight, if there is one.
+        activation: function from the weight to the state, such as softmax for
+            a weighting.
+        transposed: bool; True: inside a step the last two axes of `shape` are
+            swapped, as for a memory, whose slots come last there.
         held: function that brings a state from outside, (B, *`shape_in_step`),
-            into the range that steps keep it in; None where that is any.
+            into the range that steps keep; None if any value is allowed.
     """
 
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ class StateSpec:
 
     @classmethod
     def check(cls, name: str, value: typing.Any) -> typing.Any:
-        """Returns `value` if it is a valid one, or raises ValueError."""
+        """Returns `value`; ValueError unless it is a valid `initial`."""
         by_name = isinstance(value, str) and value in (
             "learned",
             "random",
@@ -119,22 +119,22 @@ class StateSpec:
 
 
 def interface_size(shapes):
-    """Width of an interface whose parts have these shapes; None for none."""
+    """Width of an interface of parts with these shapes; None for no part."""
     return sum(math.prod(shape) for shape in shapes if shape is not None)
 
 
 def split_interface(interface, shapes, activations):
-    """Takes an interface vector apart.
+    """Splits an interface vector into its parts.
 
     Args:
         interface: (B, `interface_size(shapes)`).
         shapes: record with the shape of each part, without the batch axis, in
-            the order in which they stand in the interface; None for parts
-            that a layer does without.
-        activations: a record like it, with the function of each part.
+            the order of the parts in the interface; None for unused parts.
+        activations: record of the same class, with the activation of each
+            part.
 
     Returns:
-        A record like it, with arrays (B, *shape) or None.
+        Record of the same class, with arrays (B, *shape) or None.
     """
     present = [
         (activation, shape)
@@ -160,8 +160,8 @@ def check_sizes_of_memory(access):
 
 
 def check_bytes_of_state(access, what, names, instead=""):
-    """Raises ValueError unless a state fits into the machine, and into the one
-    axis that it has outside of a step."""
+    """Raises ValueError unless a state fits into the machine's memory, and into
+    one axis, which it has outside of a step."""
     sizes = [(name, getattr(access, name)) for name in names]
     what = f"{what} of one row"
     check_bytes(what, sizes, instead=instead)

@@ -35,8 +35,8 @@ from keras_memory.recurrent.state import LayerState
 from keras_memory.recurrent.state import index_suffix
 from keras_memory.recurrent.state import select
 
-# What `trace_model` has called with each layer and the arguments of its
-# `inner_loop`, in this thread, also of layers that a model makes meanwhile.
+# While `trace_model` runs in this thread: a function to call with each layer
+# and the arguments of its `inner_loop`, also for layers that the model makes.
 recorder = contextvars.ContextVar("recorder", default=None)
 
 
@@ -45,76 +45,79 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     """Runs a memory cell over time; the base of all recurrent layers here.
 
     `MemoryRNN(cell, ...)` runs any `MemoryCell`. A subclass
-    `class NTMLayer(MemoryRNN, cell=NTMCell)` makes its own: it takes the
+    `class NTMLayer(MemoryRNN, cell=NTMCell)` makes its own cell: it takes the
     cell's arguments, then those below. The cell's arguments can be read as
     attributes of the layer, such as `layer.memory_slots`.
 
-    It differs from `keras.layers.RNN` where that does not fit a memory:
+    Differences from `keras.layers.RNN`, which does not fit a memory:
     `reset_state` restores the cell's initial state instead of zeros; masked
-    steps hold output and state on every backend, and what they contain is never
-    looked at; the states of a stateful layer are tracked variables on every
-    backend; the output projection happens once, after the time loop.
+    steps keep output and state on every backend, and their inputs are never
+    used, even if NaN; the states of a stateful layer are tracked variables on
+    every backend; the output projection runs once, after the time loop.
 
     Args:
         *args: a `MemoryCell`, or the arguments of the subclass's cell.
-        return_sequences: bool, output of every step or of the last.
+        return_sequences: bool. True: return the output of every step. False:
+            of the last step only.
         return_state: bool, also return the final states, flat: see
             `MemoryCell.unpack_state`.
-        go_backwards: bool, from the last step to the first.
-        stateful: bool, go on from the states of the batch before. Needs a
-            fixed batch size. `states` are variables, but not weights, as in
-            Keras: `get_weights`, `set_weights` and files leave them out, so
-            that weights go from a stateless layer to a stateful one, and from
-            one batch size to another. A loaded layer begins at its initial
-            state. `reset_state()` starts afresh. A row that has made no step
-            since starts from the weights as they are when it makes one.
+        go_backwards: bool, run from the last step to the first.
+        stateful: bool, continue from the final states of the previous batch.
+            Needs a fixed batch size. `states` are variables, but not weights,
+            as in Keras: `get_weights`, `set_weights` and files leave them out,
+            so that weights can be copied between stateless and stateful layers
+            and between batch sizes. A loaded layer begins at its initial
+            state; `reset_state()` returns to it. After either, a row makes its
+            first step from the initial state of the current weights.
         unroll: bool, as in `keras.layers.RNN`.
         zero_output_for_mask: bool, masked steps give 0 instead of the output
             of the step before.
-        loop: `"auto"`, `"fast"` or `"portable"`. The fast loop has a gradient
-            of its own: the same numbers, sooner, but first derivatives only,
-            and none that are vectorized, as `batch_jacobian` in a
-            `tf.function` does: take `"portable"` for these.
-            `"auto"` takes it in training, on TensorFlow and JAX, unless
-            `unroll` is True or a step changes variables, as a controller with
-            `Dropout` layers does, or adds losses; `time_loop` says why.
-            `"fast"` takes it or raises an error. A step of a cell of your own
-            runs twice in it: take `"portable"` if it is random other than by
-            Keras, or computes with tensors from outside that need gradients.
-        recompute: None, an int of at least 1, or `"sqrt"`. In training the
-            fast loop keeps for its gradient the states of every step, or of
-            every so many steps only, and computes those between again: less
-            memory for one more forward run. `"sqrt"`: as many as the square
-            root of the number of steps, the least memory. The steps that are
-            computed again, and a first few, still keep everything while their
-            turn lasts. No effect where the portable loop is taken. Default
-            None: all.
+        loop: `"auto"`, `"fast"` or `"portable"`. The fast loop has a custom
+            gradient: the same results, faster, but first derivatives only, and
+            no vectorized gradients, such as `batch_jacobian` in a
+            `tf.function`; use `"portable"` for these. `"auto"` uses the fast
+            loop in training, on TensorFlow and JAX, unless `unroll` is True or
+            a step adds losses or changes variables, as a controller with
+            `Dropout` layers does; `time_loop` gives the reason. `"fast"` uses
+            it or raises an error. The fast loop runs each step twice: use
+            `"portable"` for a cell of your own that draws random numbers other
+            than by Keras, or uses tensors from outside that need gradients.
+        recompute: None, an int of at least 1, or `"sqrt"`: gradient
+            checkpointing in the fast loop. With an int k it saves the states
+            every k steps only, and recomputes the steps between in the
+            backward pass: less memory for one more forward pass. `"sqrt"`: k
+            is the square root of the number of steps, which needs the least
+            memory. The segment that is being recomputed, and the first 1 to k
+            steps, still save everything. No effect in the portable loop.
+            Default None: every step saves everything.
         **kwargs: of the subclass's cell, and of `keras.layers.Layer`.
 
     Attributes:
-        time_loop: which loop the last call with `training=True` took, or the
-            last call where there was none: "fast", or "portable: " and why.
-            None before the first call. Calls of what is compiled already do
-            not count.
+        time_loop: the loop that the last call with `training=True` used, or,
+            without such a call, the last call: "fast", or "portable: " and the
+            reason. None before the first call. Calls of already compiled
+            functions do not count.
 
     Call arguments:
         sequences: (B, T, D). For further batch axes reshape first:
             `keras.ops.reshape(x, (-1, *x.shape[-2:]))`.
-        initial_state: list of (B, size), as `return_state` gives it. Default:
-            the cell's own. `MemoryCell` says how large its entries may be,
-            and those of the sequences.
-        mask: (B, T), or (B, T, 1), bool; False holds a row at that step.
+        initial_state: list of (B, size), as from `return_state`. Default: the
+            cell's own. `MemoryCell` documents the range of its entries and of
+            the sequences.
+        mask: (B, T), or (B, T, 1), bool; False: the row keeps its output and
+            state at that step.
         training: bool.
-        use_memory: bool. False: the controller goes on without its memory,
-            which stays as it is; all reads are 0. Default True. Not passed on
-            by `Bidirectional`, `Sequential` and other layers around this one.
+        use_memory: bool. False: the controller runs without the memory, which
+            stays unchanged; all reads are 0. Default True. `Bidirectional`,
+            `Sequential` and other layers around this one do not pass it on.
 
     Raises:
-        ValueError: inputs that are not (B, T, D), no time steps, another width
-            than before, initial states that the cell does not have, a mask
-            of another shape, loop="fast" where it cannot be, `recompute` with
-            loop="portable" or `unroll`, or a bool that is something else.
-        TypeError: an argument that the class does not have or lacks.
+        ValueError: the inputs are not (B, T, D), have no time steps, or
+            another width than before; initial states do not fit the cell; a
+            mask has another shape; loop="fast" is not possible; `recompute` is
+            combined with loop="portable" or `unroll`; or a bool argument is
+            not a bool.
+        TypeError: an argument is unknown or missing.
         NotImplementedError: second derivatives through the fast loop.
     """
 
@@ -153,8 +156,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 MemoryCell.__doc__,
                 MemoryRNN.__doc__,
             )
-            # The same attributes on all backends, whose classes have names of
-            # their own: `share_memory` is one of PyTorch's.
+            # The same attributes on all backends: those of the backends' own
+            # classes, such as PyTorch's `share_memory`, are overridden.
             taken = {
                 name
                 for base in cls.__mro__
@@ -164,12 +167,12 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             for name in {*init_parameters(cell)} - {*own, "accesses"} - taken:
                 setattr(cls, name, cell_property(name))
         elif "__init__" in vars(cls):
-            cls.__signature__ = None  # not that of the base
+            cls.__signature__ = None  # not the signature of the base
 
     @classmethod
     def _accepted_behind(cls, owner):
         if owner is MemoryRNN and cls.cell_class is not None:
-            return None  # the rest goes to the cell, which looks at it
+            return None  # the rest goes to the cell, which checks it
         return super()._accepted_behind(owner)
 
     def __init__(
@@ -199,13 +202,13 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             args = (kwargs.pop("cell", None),)
         if not isinstance(args[0], MemoryCell):
             raise TypeError(
-                "`cell` must be a `MemoryCell`; `keras.layers.RNN` runs any "
-                f"other. Received: cell={args[0]!r}"
+                "`cell` must be a `MemoryCell`; `keras.layers.RNN` runs other "
+                f"cells. Received: cell={args[0]!r}"
             )
         if len(args) > 1 or "cell" in kwargs:
             raise TypeError(
-                f"{type(self).__name__} takes one argument without a name, "
-                f"the cell. Received: {args}"
+                f"{type(self).__name__} takes one positional argument, the "
+                f"cell. Received: {args}"
             )
         flags = {
             "return_sequences": return_sequences,
@@ -225,7 +228,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             check_size("recompute", recompute, alternatives=', "sqrt" or None')
         if recompute is not None and (loop == "portable" or unroll):
             raise ValueError(
-                "`recompute` is a way of the fast time loop. Received: "
+                "`recompute` needs the fast time loop. Received: "
                 f"recompute={recompute!r}, loop={loop!r}, unroll={unroll}"
             )
         super().__init__(
@@ -240,7 +243,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         self.loop = loop
         self.recompute = recompute
         self.time_loop = None
-        self._was_trained = False  # by a call that `time_loop` tells of
+        self._was_trained = False  # whether `time_loop` is of a training call
 
     def build(
         self, sequences_shape: Any = None, initial_state_shape: Any = None
@@ -284,7 +287,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         elif states is None:
             states = self.get_initial_state(ops.shape(sequences)[0])
         states = [ops.cast(state, self.cell.compute_dtype) for state in states]
-        # Before the loop, as JAX draws no random numbers within one.
+        # Before the loop, inside of which JAX cannot draw random numbers.
         self.cell.get_dropout_mask(sequences[:, 0])
         self.cell.get_recurrent_dropout_mask(states[0])
         last, outputs, states = self.inner_loop(
@@ -310,18 +313,21 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         mask: Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        # Here too, as what is wrong in a Functional model is told where it is
-        # made, and not where it is first called.
+        # Here too, so that a wrong Functional model raises an error when it is
+        # made, and not at its first call.
         self._check_arguments(sequences, initial_state, mask)
         return super().compute_output_spec(
             sequences, initial_state, mask, **kwargs
         )
 
     def _check_arguments(self, sequences, initial_state, mask):
-        """Sequences, states and a mask of bools (B, T), or None, as tensors."""
+        """Checks the arguments, and returns them as tensors.
+
+        The mask becomes bool, (B, T), or None.
+        """
         if mask is None:
-            # Keras hands it on to layers of one tensor only. Here in front, as
-            # the sequences lose it where integers become floats.
+            # Keras passes it only to layers with one tensor argument. Read it
+            # first: the cast of integers to floats drops it.
             mask = get_keras_mask(sequences)
         width = self.cell.input_size if self.built else None
         sequences = check_array("sequences", sequences)
@@ -371,13 +377,15 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         training: bool | None = False,
         use_memory: bool = True,
     ) -> tuple[Array, Array, list[Array]]:
-        """The call without its surroundings: last output, all outputs, and
-        states, of what `call` has checked."""
+        """Runs the time loop on arguments that `call` has checked.
+
+        Returns the last output, all outputs, and the states.
+        """
         if (record := recorder.get()) is not None:
             record(self, sequences, initial_state, mask, training, use_memory)
         if self.stateful:
-            # PyTorch writes the next states into the memory of these, which
-            # the gradient still needs.
+            # PyTorch writes the next states into the same memory, but the
+            # gradient still needs these.
             initial_state = [ops.copy(state) for state in initial_state]
         features, records, time_loop = run(
             self.cell,
@@ -386,7 +394,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             mask=mask,
             training=training,
             go_backwards=self.go_backwards,
-            # TensorFlow's optimizer of graphs divides by the size of batches.
+            # TensorFlow's graph optimizer divides by the batch size.
             unroll=self.unroll and sequences.shape[0] != 0,
             all_outputs=self.return_sequences,
             use_memory=use_memory,
@@ -403,8 +411,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return last, outputs, self.cell.layout.flatten(records)
 
     def _masked_outputs(self, outputs, mask):
-        """Zeroes masked outputs, or those in front of the first valid step,
-        which have no output to hold."""
+        """Zeroes masked outputs, or only those before the first valid step,
+        which have no earlier output to repeat."""
         mask = ops.cast(mask, "int32")
         if self.go_backwards:
             mask = ops.flip(mask, axis=1)
@@ -415,8 +423,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
 
     def _create_state_variables(self, batch_size):
         def initial(index, shape, dtype):
-            # Here and not around: where the layer is built within a graph,
-            # TensorFlow lifts initializers out of it.
+            # Computed in here: if the layer is built within a graph, TensorFlow
+            # lifts initializers out of the graph.
             return ops.cast(self.get_initial_state(shape[0])[index], dtype)
 
         def variables(name, rows, indices):
@@ -442,27 +450,27 @@ class MemoryRNN(Arguments, keras.layers.RNN):
 
     @property
     def states(self) -> Any:
-        """Variables (B, size) of a stateful layer; None where there are none,
-        or not yet."""
+        """State variables (B, size) of a stateful layer; None if it is not
+        stateful or not built."""
         if self._state is None:
             return None
         return self._state.variables[: len(self.cell.state_size)]
 
     @states.setter
     def states(self, value: Array) -> Any:
-        self._state = value  # None, which Keras's RNN begins with
+        self._state = value  # None, which Keras's RNN sets at first
 
     @property
     def _starts(self):
-        """Variables (1, size): where rows began whose initial state is of
-        weights."""
+        """Variables (1, size): the initial states, of weights, from which the
+        rows started."""
         return self._state.variables[len(self.cell.state_size) :]
 
     def _present_states(self):
-        """What a stateful layer goes on from, and the `_starts` then.
+        """The current states of a stateful layer, and new values of `_starts`.
 
-        A row that has made no step yet starts from the weights as they are
-        now, which may have been loaded since the layer was built.
+        A row without a step yet starts from the current weights, which may
+        have been loaded after the layer was built.
         """
         states = [ops.convert_to_tensor(state) for state in self.states]
         starts = []
@@ -475,7 +483,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         return states, starts
 
     def reset_state(self) -> None:
-        """Puts the states of a stateful layer back to the initial state."""
+        """Resets the states of a stateful layer to the initial state."""
         if self.states is not None:
             batch_size = self.states[0].shape[0]
             initial = self.get_initial_state(batch_size)
@@ -488,27 +496,27 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     def reset_memory(
         self, states: Sequence[Array] | None = None, rows: Array | None = None
     ) -> list[Array]:
-        """Puts the memory back to its start while the controller goes on.
+        """Resets the memory to its initial state; the controller's state stays.
 
         Args:
-            states: list of (B, size), as `return_state` gives it; None for
-                those of a stateful layer, which are set.
+            states: list of (B, size), as from `return_state`; None for the
+                states of a stateful layer, which are then updated.
             rows: (B,) bool, rows of the batch to reset; None for all.
 
         Returns:
             List of (B, size).
 
         Raises:
-            ValueError: states that the layer does not have, no states, or
-                rows that are not one bool for each row of the batch.
+            ValueError: the states do not fit the layer, there are none, or
+                `rows` is not one bool for each row of the batch.
         """
         return self._reset(self.cell.reset_memory, states, rows)
 
     def reset_controller(
         self, states: Sequence[Array] | None = None, rows: Array | None = None
     ) -> list[Array]:
-        """Puts the controller back to its start while the memory, with what
-        was read from it, stays. Arguments and errors: `reset_memory`."""
+        """Resets the controller to its initial state; the memory and its reads
+        stay. Arguments and errors: see `reset_memory`."""
         return self._reset(self.cell.reset_controller, states, rows)
 
     def _reset(self, reset, states, rows):
@@ -516,12 +524,12 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             return reset(states, rows)
         if not self.states:
             raise ValueError(
-                "`states` must be given to a layer that has none of its own: "
-                "only a stateful one does, from its first batch on. Received: "
+                "`states` must be given: the layer has no states of its own. "
+                "Only a stateful layer has, from its first batch on. Received: "
                 f"states=None, stateful={self.stateful}"
             )
         states, starts = self._present_states()
-        # Copies: on PyTorch what is kept is a view of the layer's states.
+        # Copies: on PyTorch unchanged states are views of the layer's states.
         after = [ops.copy(value) for value in reset(states, rows)]
         for variable, value in zip(
             [*self.states, *self._starts], [*after, *starts]

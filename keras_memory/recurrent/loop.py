@@ -1,8 +1,8 @@
 """The time loop of a recurrent memory: which one runs, and the portable one.
 
-The portable loop is Keras's own, on any backend, differentiated by the backend.
-The fast one, with a gradient of its own, is `fast_loop.py`. Both give the same
-numbers.
+The portable loop is Keras's own. It runs on any backend, and the backend
+differentiates it. The fast loop, with a custom gradient, is in `fast_loop.py`.
+Both give the same results.
 """
 
 import keras
@@ -29,45 +29,47 @@ def run(
     loop="auto",
     recompute=None,
 ):
-    """Steps a memory cell through time.
+    """Runs a memory cell over time.
 
     Args:
         cell: a `MemoryCell`.
         sequences: (B, T, D).
-        records: the cell's state records at the beginning.
-        mask: (B, T) bool or None; False holds a row at that step.
+        records: the cell's initial state records.
+        mask: (B, T) bool or None; False: the row keeps its features and state
+            at that step.
         training: bool.
-        go_backwards: bool, from the last step to the first.
+        go_backwards: bool, run from the last step to the first.
         unroll: bool, as in `keras.layers.RNN`.
-        all_outputs: bool, features of every step, or of the last only.
+        all_outputs: bool. True: return the features of every step. False: of
+            the last step only.
         use_memory: bool, as in the cell's call.
-        loop: one of `LOOPS`; `"auto"` is the fast one in training, where the
-            cell fits.
+        loop: one of `LOOPS`; `"auto"` uses the fast loop in training, if the
+            cell allows it.
         recompute: int, "sqrt" or None, see `MemoryRNN`.
 
     Returns:
-        Features (B, T, F), in the order in which the steps were taken, or
-        (B, F) of the last step; the state records at the end; and which loop
-        it was: "fast", or "portable: " and why.
+        Features (B, T, F), in the order in which the steps ran, or (B, F) of
+        the last step; the final state records; and the loop that ran: "fast",
+        or "portable: " and the reason.
 
     Raises:
-        ValueError: loop="fast" where that is not possible.
+        ValueError: loop="fast" is not possible.
     """
     inputs = [ops.cast(sequences, cell.compute_dtype)]
     states = keras.tree.flatten(records)
     why = _why_portable(loop, training, unroll)
-    # Where the loop itself does not give the last features, a state holds them.
+    # If the loop itself does not return the last features, a state holds them.
     holds = mask is not None or not (all_outputs or why)
     if holds:
         rows = ops.shape(sequences)[0]
         held = ops.zeros((rows, cell.features_size), dtype=cell.compute_dtype)
         states = [held, *states]
     if mask is not None:
-        # What is masked never reaches a step: NaN times a gradient of 0 is NaN.
+        # Masked inputs must not reach a step: NaN times a gradient of 0 is NaN.
         inputs[0] = select(mask, inputs[0], ops.zeros_like(inputs[0]))
         inputs.append(mask)
 
-    # Both are gone when the fast loop runs a step again.
+    # Saved here: both are reset before the fast loop runs a step again.
     dropout_masks = cell.dropout_masks()
     autocast = getattr(backend.get_autocast_scope(), "dtype", None)
 
@@ -130,9 +132,11 @@ def _why_portable(loop, training, unroll):
 
 
 def _portable(step, inputs, states, go_backwards, all_outputs, unroll):
-    """Keras's loop. The mask travels as one more input into each step:
-    Keras's own masking takes the first state for the previous output on
-    JAX."""
+    """Runs Keras's loop, with the mask as a further input of each step.
+
+    On JAX, Keras's own masking repeats the first state instead of the previous
+    output.
+    """
     masked = len(inputs) > 1
     if masked:
         mask = ops.cast(inputs[1], inputs[0].dtype)[:, :, None]

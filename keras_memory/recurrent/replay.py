@@ -1,9 +1,9 @@
-"""The passes over a step that the fast time loop makes.
+"""The passes of the fast time loop over a step.
 
-`ShapePass` runs once, without numbers, and finds the products with weights.
+`ShapePass` runs once, on symbolic arrays, and finds the products with weights.
 `Forward` saves the results of these products and the values that custom
-gradients need. `Replay` takes them instead of computing them again. See
-`addressing/gradients.py` for what a step is written with.
+gradients need. `Replay` uses them instead of computing them again.
+`addressing/gradients.py` has the functions that a step is built of.
 """
 
 import keras
@@ -17,8 +17,8 @@ class _Pass:
     their order, which is the same in all runs."""
 
     may_change = False
-    # Whether gradients are taken of this run. In a graph each custom gradient
-    # is registered with TensorFlow for ever, so the others define none.
+    # Whether this run is differentiated. Other runs define no custom gradients,
+    # as TensorFlow registers each one in a graph forever.
     differentiates = False
 
     def __init__(self, scope):
@@ -34,14 +34,14 @@ class _Pass:
         current_pass.reset(self.token)
         if raised[0] is None and self.scope.changed and not self.may_change:
             raise RuntimeError(
-                "A step in the fast time loop changed variables that it did "
-                'not change before; take `loop="portable"`. Changed: '
+                "A step in the fast time loop changed variables that its first "
+                'run did not change: use `loop="portable"`. Received: '
                 f"{[variable.path for variable in self.scope.changed]}"
             )
 
 
 class _Scope(keras.StatelessScope):
-    """Sees which variables are read, and which would be changed."""
+    """Records which variables are read, and which would be changed."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -49,8 +49,8 @@ class _Scope(keras.StatelessScope):
 
     def get_current_value(self, ref):
         self._read.setdefault(id(ref), ref)
-        # Keras asks the innermost scope only, but in its training on JAX the
-        # outermost one alone has the values.
+        # Keras asks only the innermost scope, but in training on JAX only the
+        # outermost scope has the values.
         value, scope = super().get_current_value(ref), self.original_scope
         while value is None and scope is not None:
             value = scope.get_current_value(ref)
@@ -71,17 +71,17 @@ class _Scope(keras.StatelessScope):
 
 
 class Forward(_Pass):
-    """The first run.
+    """The run of the forward pass, which saves values for the gradient.
 
     Args:
-        linears: list of (kernel, bias) or (kernel,) arrays, for each call of
-            `linear`, its kernels one below the other.
+        linears: list of (kernel, bias) or (kernel,) arrays, one for each call
+            of `linear`, with its kernels stacked along the input axis.
         variables: list of (variable, array) pairs to compute with.
 
     Attributes:
-        inputs: list of (B, D), what came to each `linear`.
-        results: list of (B, U), what it gave.
-        values: list of lists of arrays, what each `saved` gave.
+        inputs: list of (B, D), the inputs of each `linear`.
+        results: list of (B, U), the results of each `linear`.
+        values: list of lists of arrays, the results of each `saved`.
     """
 
     def __init__(self, linears, variables, **of_scope):
@@ -101,15 +101,15 @@ class Forward(_Pass):
 
 
 class Replay(_Pass):
-    """The second run, in which gradients are taken.
+    """The run of the backward pass, which is differentiated.
 
     Args:
         kernels: list of (U, D), the kernels of `Forward`'s `linears` with
             their axes swapped.
         variables: as in `Forward`.
-        results, values: lists, those of the first run.
+        results, values: lists, the attributes of `Forward`.
         pre_activations: list of zeros like `results`, added to them: their
-            gradients are those of the results.
+            gradients are the gradients of the results.
     """
 
     differentiates = True
@@ -148,10 +148,10 @@ class Replay(_Pass):
 
 
 class ShapePass(Forward):
-    """A first run on arrays without numbers, to find out what a step asks for.
+    """A run on symbolic arrays, which finds the weights that a step uses.
 
     Attributes:
-        linears: list of (kernels, bias), a call of `linear` each.
+        linears: list of (kernels, bias), one for each call of `linear`.
         variables: list of the other variables that the step reads.
     """
 
@@ -174,7 +174,7 @@ class ShapePass(Forward):
 
     @property
     def why_not(self):
-        """Why the step cannot be run twice, or an empty text."""
+        """The reason why the step cannot run twice, or an empty text."""
         if self.scope.changed:
             paths = ", ".join(variable.path for variable in self.scope.changed)
             return f"each step changes {paths}"

@@ -27,8 +27,11 @@ OF_BUILD = ("input_size", "interfaces", "output_projection", "start_weights")
 
 
 class ClassAttribute:
-    """An attribute of a class that its instances do not have: their signature
-    is that of a call, which `tf.function` asks for."""
+    """An attribute of a class that its instances do not have.
+
+    `__signature__` of a class is that of `__init__`. `tf.function` asks an
+    instance, whose signature is that of its call.
+    """
 
     def __init__(self, value):
         self.value = value
@@ -40,8 +43,8 @@ class ClassAttribute:
 
 
 def init_parameters(cls):
-    """Parameters of a class's `__init__`, by name, with those that its
-    `**kwargs` hands to the base, up to `MemoryCell` or `MemoryRNN`."""
+    """Parameters of a class's `__init__` by name, and those that `**kwargs`
+    passes to its bases, up to `MemoryCell` or `MemoryRNN`."""
     end = DropoutRNNCell, keras.layers.RNN
     bases = itertools.takewhile(lambda base: base not in end, cls.__mro__)
     return parameters(bases)
@@ -119,7 +122,7 @@ def _check_fields(cell, base, access, fields):
             _refuse_field(cell, access, name)
         if field.default_factory is not dataclasses.MISSING:
             raise TypeError(
-                f"{access.__name__} must have plain defaults, as its fields "
+                f"{access.__name__} must have plain defaults, since its fields "
                 f"are arguments of {cell.__name__}. Received: `{name}` with a "
                 "`default_factory`"
             )
@@ -133,9 +136,11 @@ def _refuse_field(cell, access, name):
 
 
 def cell_property(name):
-    """A property of a layer that reads an argument of its cell. Where the
-    layer itself has an attribute of that name, as Keras's `RNN` gives it a
-    `state_size`, this is it."""
+    """A property of a layer that reads an argument of its cell.
+
+    An attribute of the layer itself comes first, such as `state_size`, which
+    Keras's `RNN` sets.
+    """
 
     def read(layer):
         own = vars(layer)
@@ -144,7 +149,7 @@ def cell_property(name):
     def write(layer, value):
         if name not in vars(layer) and hasattr(layer, "time_loop"):
             raise AttributeError(
-                f"`{name}` is an argument of the cell, which is made with it: "
+                f"`{name}` is an argument of the cell and cannot be set later: "
                 "make another layer."
             )
         vars(layer)[name] = value
@@ -153,12 +158,12 @@ def cell_property(name):
 
 
 def with_arguments(docstring, names, *sources):
-    """A docstring with further arguments, documented as elsewhere.
+    """Adds arguments to a docstring, as other docstrings document them.
 
     Args:
         docstring: str with a section "Args:", or None.
         names: the names of all arguments, in order.
-        *sources: docstrings that document those that `docstring` leaves out.
+        *sources: docstrings with the arguments that `docstring` leaves out.
     """
     section = re.compile(r"\n    Args:\n(.*?\n)(?=\n    \S|    $)", re.DOTALL)
     if not docstring or not section.search(docstring):
@@ -177,9 +182,9 @@ def with_arguments(docstring, names, *sources):
 
 
 def serialize(value):
-    """An argument of a cell as `get_config` has it: plain values."""
+    """Converts an argument of a cell to plain values, for `get_config`."""
     if isinstance(value, OBJECTS):
         return keras.saving.serialize_keras_object(value)
     if callable(value):
         return keras.activations.serialize(value)
-    return plain(value)  # Keras's NumPy backend mistakes a NumPy scalar
+    return plain(value)  # Keras's NumPy backend takes NumPy scalars for tensors

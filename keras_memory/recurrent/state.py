@@ -7,17 +7,17 @@ from keras import ops
 
 
 def select(updated, new, old):
-    """Takes `new` where `updated`, of its first axes, is True, else `old`."""
+    """Selects `new` where `updated`, over the first axes, is True, or `old`."""
     more = len(new.shape) - len(updated.shape)
     return ops.where(updated[(..., *[None] * more)], new, old)
 
 
 class StateLayout:
-    """How the state of a cell lies in flat tensors, and in named records.
+    """Converts the state of a cell between flat tensors and named records.
 
-    Outside of a step a state is a list of tensors (B, size), as Keras's RNN
-    machinery declares, holds and saves it. Inside, it is a tuple with one
-    record for each memory, of tensors (B, *`shape_in_step`).
+    Outside of a step a state is a list of tensors (B, size), which Keras's RNN
+    machinery declares, holds and saves. Inside, it is a tuple with one record
+    for each memory, of tensors (B, *`shape_in_step`).
 
     Args:
         records: tuple with one record of `StateSpec`s for each memory.
@@ -41,26 +41,26 @@ class StateLayout:
         ]
 
     def unflatten(self, states):
-        """Records of a flat list."""
+        """Converts a flat list to records."""
         return self._packed(map(ops.reshape, states, self._shapes))
 
     def flatten(self, records):
-        """A flat list of records."""
+        """Converts records to a flat list."""
         return [
             ops.reshape(value, (-1, size))
             for value, size in zip(keras.tree.flatten(records), self.sizes)
         ]
 
     def in_range(self, states):
-        """Records of a flat list from outside, brought into the ranges that
-        steps keep their states in."""
+        """Converts a flat list from outside to records, and brings them into
+        the ranges that steps keep."""
         return self._packed(
             spec.held(value) if spec.held else value
             for value, spec in self._with_specs(self.unflatten(states))
         )
 
     def transpose(self, records):
-        """From how a step has its records to how users see them, and back:
+        """Converts a step's records to the records that users see, and back:
         see `StateSpec.transposed`."""
         return self._packed(
             ops.swapaxes(value, -1, -2) if spec.transposed else value
@@ -75,23 +75,22 @@ class StateLayout:
 
 
 def index_suffix(index):
-    """Ending of a name: none for the first of its kind."""
+    """Suffix of a name: empty for index 0."""
     return f"_{index}" if index else ""
 
 
 class LayerState(keras.layers.Layer):
     """Holds the state of a stateful layer, apart from its weights.
 
-    Its variables are among the `variables` of the layer that it is an attribute
-    of, as those of seeds and metrics are: every backend trains, compiles and
-    exports with them. They are not among the `weights`: a stateful layer has
-    the weights of a stateless one, and of one of another batch size, and no
-    file keeps its state.
+    Its variables are among the `variables` of the layer that owns it, like
+    those of seeds and metrics, so that every backend trains, compiles and
+    exports with them. They are not among the `weights`: these are the same
+    without state and for any batch size, and files do not contain the state.
 
     Args:
         variables: list of (name, shape, initializer), the last a function
             (shape, dtype) -> tensor.
-        variable_dtype: str, of the variables.
+        variable_dtype: str, dtype of the variables.
         **kwargs: of `keras.layers.Layer`.
     """
 

@@ -1,4 +1,4 @@
-"""What happens inside a recurrent memory, step by step."""
+"""Records the inner values of a recurrent memory, step by step."""
 
 import functools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from keras_memory.recurrent.state import select
 
 
 class Trace(dict[str, np.ndarray]):
-    """What `trace` returns: a dict of arrays that a notebook shows as a
+    """The result of `trace`: a dict of arrays that a notebook shows as a
     picture. `keras.tree` treats it as one leaf: pass it `dict(trace)`."""
 
     def __repr__(self) -> str:
@@ -33,13 +33,13 @@ class Trace(dict[str, np.ndarray]):
 
         try:
             return visualization.plot_task(self)._repr_png_()
-        except ValueError:  # nothing that can be drawn: text is shown
+        except ValueError:  # nothing to draw: the notebook shows text
             return None
 
 
 def joined(traces):
-    """Joins the traces of layers, as `trace_model` returns them, into one. If
-    there are several, each name starts with the layer's name."""
+    """Joins the traces of layers, from `trace_model`, into one. If there are
+    several, each name starts with the layer's name."""
     several = len(traces) > 1
     return Trace(
         (f"{layer}/{name}" if several else name, ops.convert_to_numpy(values))
@@ -74,17 +74,17 @@ def trace(
         `"output"`, every field of the state after the step except the
         controller's states (for the NTM `"reads"`, `"memory"`,
         `"read_weighting"`, `"write_weighting"`), `"controller_output"`, and
-        what the architecture adds (keys, gates, ...). If a cell has several
-        blocks, names start with `"block0/"`, `"block1/"`, ...
+        the values of the architecture (keys, gates, ...). If a cell has
+        several blocks, names start with `"block0/"`, `"block1/"`, ...
 
     Raises:
-        TypeError: not a recurrent layer of this library.
-        ValueError: inputs or states that the layer would refuse.
+        TypeError: `layer` is not a recurrent layer of this library.
+        ValueError: the inputs or states do not fit the layer.
     """
     if not isinstance(layer, MemoryRNN):
         raise TypeError(
-            "`trace` takes a recurrent layer of keras_memory, such as "
-            "`NTMLayer`; for a whole model there is `trace_model`. "
+            "`layer` must be a recurrent layer of keras_memory, such as "
+            "`NTMLayer`; for a whole model use `trace_model`. "
             f"Received: {layer!r}"
         )
     check_bool("use_memory", use_memory)
@@ -113,22 +113,22 @@ def trace_model(
 
     Args:
         model: a `keras.Model`, also a subclassed one.
-        inputs: what the model takes.
+        inputs: the model's inputs.
         training: bool.
 
     Returns:
         Tuple of the model's outputs and a dict from layer name, in the order
         of the calls, to a plain dict of tensors with the entries of `trace`,
-        so the call can be compiled. A layer that is called again has a number
-        behind its name.
+        so the call can be compiled. A further call of the same layer has a
+        number after the name.
 
     Raises:
-        TypeError: not a Keras model.
-        ValueError: inputs that the model would refuse.
+        TypeError: `model` is not a Keras model.
+        ValueError: the inputs do not fit the model.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
-            "`model` must be a Keras model; for a layer there is `trace`. "
+            "`model` must be a Keras model; for a layer use `trace`. "
             f"Received: {model!r}"
         )
     outputs, inside = trace_layers(model, inputs, training)
@@ -136,11 +136,11 @@ def trace_model(
 
 
 def trace_layers(model, inputs, training=False):
-    """Like `trace_model`, with pairs of the layer and its trace."""
+    """Like `trace_model`, but each value is a pair (layer, trace)."""
     calls, scope = [], get_symbolic_scope()
 
     def record(*call):
-        # Calls by which Keras builds a model have symbolic tensors.
+        # Leaves out the calls with symbolic tensors that build a model.
         if get_symbolic_scope() is scope:
             calls.append(call)
 
@@ -195,7 +195,7 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
             sequences[0][0], records, training, use_memory
         )
         shapes = {"output": cell.project(features), **cell._named(details)}
-        # In front of the first valid step nothing happened, but a state is.
+        # Before the first valid step all values are 0, except the state.
         held = keras.tree.map_structure(ops.zeros_like, shapes)
         held.update(cell._named([(records, {})] * len(cell.accesses)))
         _, (_, inside) = ops.scan(step, (states, held), tuple(sequences))
