@@ -1,7 +1,7 @@
 """The command `keras-memory`.
 
-What can be wrong with arguments is found before TensorFlow is imported, which
-takes seconds: at the top this module imports nothing that needs it.
+Arguments are checked before TensorFlow is imported, which takes seconds. So
+this module imports nothing at the top that needs TensorFlow.
 """
 
 import argparse
@@ -19,15 +19,15 @@ EXAMPLES = """examples:
   keras-memory train copy                     learn to copy, in two minutes
   keras-memory train copy --print-config      all values that --set can change
   keras-memory train repeat-copy --set read_heads=2 --seed 7 --out runs/x
-  keras-memory train --resume runs/x          go on after Ctrl-C or a crash
+  keras-memory train --resume runs/x          continue after Ctrl-C or a crash
   keras-memory evaluate runs/x --length 20 120
-  keras-memory plot runs/x                    pictures of what it does
+  keras-memory plot runs/x                    pictures of model and training
   keras-memory compare runs/a runs/b runs/c   several seeds, mean and band
   keras-memory export runs/x served/x         for TensorFlow Serving
 
 `keras-memory COMMAND --help` tells more."""
 
-# Presets of each task, as `config.PRESETS` has them.
+# Presets of each task, the same as in `training.presets.PRESETS`.
 PRESETS = {
     "copy": ("default", "lstm", "dnc", "paper", "pytorch-dnc", "pytorch-ntm"),
     "repeat-copy": ("default", "lstm", "dnc", "paper", "pytorch-ntm"),
@@ -48,12 +48,12 @@ def main(arguments=None):
         arguments: list of str; None takes those of the command line.
 
     Returns:
-        Exit code: 0; 2 after a line that says what was wrong; 130 if it was
+        Exit code: 0; 2 after an error, printed in one line; 130 if
         interrupted.
 
     Raises:
-        SystemExit: arguments that cannot be parsed, with code 2; or `--help`
-            or `--version`, with 0.
+        SystemExit: with code 2 if the arguments cannot be parsed; with code 0
+            for `--help` and `--version`.
     """
     top = parser()
     parsed, unknown = top.parse_known_args(arguments)
@@ -68,8 +68,8 @@ def main(arguments=None):
         print("keras-memory: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        # TensorFlow's own errors, such as too little memory, have no base
-        # that could be named without it.
+        # TensorFlow's own errors, such as out of memory, have no base class
+        # that could be named without importing TensorFlow.
         known = isinstance(error, _KNOWN)
         if not (known or type(error).__module__.startswith("tensorflow.")):
             raise
@@ -105,21 +105,21 @@ def parser():
     command = add(
         train,
         "train a model on a task and export it",
-        "Trains a model on a task. Leaves configuration, checkpoints, "
-        "TensorBoard logs, pictures, results and an exported SavedModel in a "
-        "run folder. Ctrl-C ends it with a checkpoint, --resume goes on.",
+        "Trains a model on a task. Writes configuration, checkpoints, "
+        "TensorBoard logs, pictures, results and an exported SavedModel to a "
+        "run folder. Ctrl-C saves a checkpoint and stops; --resume continues.",
         "copy --set memory_slots=64 --seed 7 --out runs/small",
     )
     command.add_argument(
         "task",
         nargs="?",
-        help=f"what to learn: {', '.join(PRESETS)}",
+        help=f"task to learn: {', '.join(PRESETS)}",
     )
     command.add_argument(
         "--preset",
-        help="named configuration to start from: default (which is the "
-        "default), dnc, lstm, paper (Graves et al. 2014), pytorch-ntm, "
-        "pytorch-dnc; not every task has each",
+        help="named configuration to start from: default (if none is given), "
+        "dnc, lstm, paper (Graves et al. 2014), pytorch-ntm, pytorch-dnc; not "
+        "every task has each",
     )
     command.add_argument(
         "--set",
@@ -130,7 +130,7 @@ def parser():
     )
     for name, text in (
         ("seed", "seed of weights and data"),
-        ("steps", "most training steps (batches)"),
+        ("steps", "largest number of training steps (batches)"),
         ("report-every", "steps between reports"),
         ("checkpoint-every", "steps between checkpoints; 0 for none"),
     ):
@@ -143,7 +143,7 @@ def parser():
     command.add_argument(
         "--resume",
         metavar="FOLDER",
-        help="go on with the run in this folder from its last checkpoint",
+        help="continue the run in this folder from its last checkpoint",
     )
     command.add_argument(
         "--print-config",
@@ -155,7 +155,7 @@ def parser():
 
     command = add(
         evaluate,
-        "test a trained model, also on lengths never trained on",
+        "test a trained model, also on lengths not in the training",
         "Tests the model of a run on 320 fresh sequences.",
         "runs/copy-1 --length 20 120",
     )
@@ -165,8 +165,8 @@ def parser():
         type=int,
         nargs="+",
         default=[],
-        help="lengths of the sequences, as the task counts them (default: up "
-        "to the longest of the training)",
+        help="lengths of the sequences, in the task's unit (default: up to "
+        "the longest of the training)",
     )
     command.add_argument(
         "--repeats", type=int, help="repeat-copy: number of copies"
@@ -177,10 +177,10 @@ def parser():
 
     command = add(
         plot,
-        "draw what a model does and how it learned",
+        "draw a model's memory and its training",
         "Draws into the run's folder `pictures`: inputs, targets, outputs, "
-        "weightings and memory over time; the error over the training and by "
-        "length of the sequences; an animation of the training.",
+        "weightings and memory over time; the error during the training and "
+        "by sequence length; an animation of the training.",
         "runs/copy-1",
     )
     _add_run(command)
@@ -188,8 +188,8 @@ def parser():
     command = add(
         compare,
         "draw several runs in one picture",
-        "Draws the error over the training. Runs that differ in the seed only "
-        "are one line, their mean, in a band from the lowest to the highest.",
+        "Draws the error during the training. Runs that differ only in the "
+        "seed are drawn as their mean, in a band from lowest to highest.",
         "runs/copy-1 runs/copy-2 --out seeds.png",
     )
     command.add_argument("folders", nargs="+", help="run folders")
@@ -200,13 +200,14 @@ def parser():
         "--by",
         choices=["steps", "sequences", "seconds"],
         default="steps",
-        help="what the picture counts (default: steps)",
+        help="horizontal axis of the picture (default: steps)",
     )
     command.add_argument(
         "--below",
         type=float,
         default=0.1,
-        help="the table says when the error was first below (default: 0.1)",
+        help="error to reach: the table shows when each run was first below "
+        "(default: 0.1)",
     )
 
     command = add(
@@ -217,26 +218,26 @@ def parser():
         "runs/copy-1 served/copy --version 2",
     )
     _add_run(command)
-    command.add_argument("out", help="folder, which gets a folder VERSION")
+    command.add_argument("out", help="folder; its folder VERSION is made")
     command.add_argument("--version", type=int, default=1, help="default: 1")
 
     command = add(
         convert,
-        "make a Keras model of another implementation's weights",
-        "Makes a Keras model of a trained model of another implementation. "
-        "Nothing in the checkpoint is executed.",
+        "make a Keras model from another implementation's weights",
+        "Makes a Keras model from a trained model of another implementation. "
+        "No code in the checkpoint is executed.",
         "pytorch-ntm copy-task-10-batch-50000.model copy.keras",
     )
     command.add_argument(
         "implementation",
         choices=["pytorch-ntm", "pytorch-dnc", "deepmind-dnc"],
-        help="where it is from; deepmind-dnc takes an .npz",
+        help="origin of the checkpoint; deepmind-dnc takes an .npz",
     )
     command.add_argument(
         "checkpoint",
-        help="its state dict as torch.save wrote it (needs torch), or an .npz",
+        help="state dict written by torch.save (needs torch), or an .npz",
     )
-    command.add_argument("out", help="the .keras file to write, not there yet")
+    command.add_argument("out", help="the .keras file to write, must not exist")
     for name, (kind, help) in _CONVERT_OPTIONS.items():
         command.add_argument(
             f"--{name.replace('_', '-')}", type=kind, help=help
@@ -245,10 +246,10 @@ def parser():
 
 
 _CONVERT_OPTIONS = {
-    "memory_slots": (int, "of a DNC: its nr_cells, or memory_size"),
-    "read_heads": (int, "of pytorch-dnc: its read_heads"),
-    "nonlinearity": (str, "of pytorch-dnc's RNN, if not tanh: relu"),
-    "clip": (float, "of a DNC, if not 20 (pytorch-dnc) or none (deepmind-dnc)"),
+    "memory_slots": (int, "DNC: nr_cells or memory_size of the reference"),
+    "read_heads": (int, "pytorch-dnc: read_heads of the reference"),
+    "nonlinearity": (str, "pytorch-dnc's RNN: relu, if it is not tanh"),
+    "clip": (float, "DNC: if not 20 (pytorch-dnc) or none (deepmind-dnc)"),
 }
 
 
@@ -266,7 +267,7 @@ def train(parsed):
         ]
         if given:
             raise ValueError(
-                "--resume goes on with the values of the run, so it takes no "
+                "--resume uses the settings of the run, so it takes no "
                 f"others. Received: {', '.join(given)}"
             )
         folder = check_run_folder(parsed.resume)
@@ -290,7 +291,7 @@ def train(parsed):
         results = train(*arguments, folder)
     except KeyboardInterrupt:
         if (pathlib.Path(folder) / "config.json").exists():
-            print(f"to go on: keras-memory train --resume {folder}")
+            print(f"to continue: keras-memory train --resume {folder}")
         raise
     _print_training(folder, runs.read_config(folder), results["steps"])
     print(f"seconds: {results['seconds']}")
@@ -301,7 +302,7 @@ def train(parsed):
 
 
 def _check_training(parsed):
-    """Raises ValueError for arguments that no training can have."""
+    """Raises ValueError for invalid arguments of `train`."""
     presets = _presets()
     if parsed.task not in presets:
         raise ValueError(
@@ -319,8 +320,7 @@ def _check_training(parsed):
 
 
 def _presets():
-    """Names of presets by task: with the user's own, if this is a program
-    that has registered some."""
+    """Names of presets by task, including those that a program registered."""
     presets = sys.modules.get("keras_memory.training.presets")
     return PRESETS if presets is None else presets.PRESETS
 
@@ -337,7 +337,7 @@ def _check_least(parsed, **least):
 
 
 def _config(parsed):
-    """The configuration that the arguments of `train` ask for."""
+    """Makes the configuration from the arguments of `train`."""
     from keras_memory.training.config import override
     from keras_memory.training.presets import PRESETS
 
@@ -424,8 +424,10 @@ def export(parsed):
 
 
 def _trained(folder):
-    """Configuration and model of a run: of one that is not finished the last
-    checkpoint, which is said."""
+    """Loads configuration and model of a run.
+
+    If the run is not finished, loads the last checkpoint and prints a note.
+    """
     folder = check_run_folder(folder)
     path = next(
         (
@@ -438,13 +440,13 @@ def _trained(folder):
     if path is None:
         raise ValueError(
             "The run must have a model: it was interrupted before its first "
-            f"checkpoint; go on with `keras-memory train --resume {folder}`. "
+            f"checkpoint; continue: `keras-memory train --resume {folder}`. "
             f"Received: {folder}, without model.keras and checkpoint.keras"
         )
 
     from keras_memory.training import runs
 
-    importlib.import_module("keras_memory.api")  # layers that it may have
+    importlib.import_module("keras_memory.api")  # registers all layers
     config = runs.read_config(folder)
     model = runs.load(path)
     if not runs.is_finished(folder):
@@ -458,7 +460,7 @@ def _trained(folder):
 
 
 def _print_training(folder, config, steps):
-    """What a model was trained on."""
+    """Prints the longest length, steps and sequences of the training."""
     from keras_memory.training import runs
 
     task = config.task
@@ -473,7 +475,7 @@ def _print_results(results, skip=0):
     for name, value in list(results.items())[skip:]:
         error, _, where = name.partition("_sequence_")
         if error == "bits_in_a":
-            continue  # beside the errors
+            continue  # printed with the wrong bits
         of = ""
         if error == "wrong_bits_per":
             of = f" of {results[f'bits_in_a_sequence_{where}']:g}"

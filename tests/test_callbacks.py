@@ -623,7 +623,7 @@ def test_pictures_of_the_probe_become_an_animation(tmp_path):
         callbacks.animation(tmp_path)
 
 
-@pytest.mark.filterwarnings("default:.*stays as it is")
+@pytest.mark.filterwarnings("default:.*is not overwritten")
 def test_pictures_of_other_programs_are_kept(tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()

@@ -471,7 +471,7 @@ def test_wrong_arguments_are_refused(images):
         3,
     )
     for call, words in (
-        (lambda: explanations.explain(model, x[:0]), "one at least"),
+        (lambda: explanations.explain(model, x[:0]), "B at least 1"),
         (lambda: explanations.explain(model, x, 0), "batch_size"),
         (
             lambda: explanations.explanation_accuracy(model, x, y[:9]),

@@ -402,7 +402,7 @@ def test_ctrl_c_saves_and_exits(plain_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         training.train(plain(*RESUMED), folder, show)
     assert signal.getsignal(signal.SIGINT) is before
-    assert "once more" in shown[-1] or "once more" in shown[-2]
+    assert "a second signal" in shown[-1] or "a second signal" in shown[-2]
     saved = runs.load(folder / "checkpoint.keras")
     assert int(saved.optimizer.iterations) == len(shown[2:]) * 5
     training.resume(folder, lambda text: None)

@@ -1,4 +1,4 @@
-"""Weights of the reference implementations -> layers of this library."""
+"""Makes layers from weights of the reference implementations."""
 
 from keras_memory.convert.checkpoints import (
     read_pytorch_checkpoint as read_pytorch_checkpoint,

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch, read without PyTorch's pickles."""
+"""Reads checkpoints of PyTorch without executing code in them."""
 
 import pickle
 
@@ -9,11 +9,11 @@ from keras_memory.hints import PathLike
 
 
 def read_pytorch_checkpoint(path: PathLike) -> dict[str, np.ndarray]:
-    """Reads a state dict from a file, and executes nothing in it.
+    """Reads a state dict from a file without executing code in it.
 
     Args:
-        path: path of what `torch.save(net.state_dict(), path)` wrote, for
-            which torch must be installed, or of an `.npz` of arrays.
+        path: path of a file that `torch.save(net.state_dict(), path)` wrote,
+            for which torch must be installed, or of an `.npz` of arrays.
 
     Returns:
         Dict of NumPy arrays.
@@ -24,33 +24,33 @@ def read_pytorch_checkpoint(path: PathLike) -> dict[str, np.ndarray]:
         ImportError: torch is not installed.
     """
     path = check_path("path", path)
-    with path.open("rb") as file:  # an error of its own if that cannot be
+    with path.open("rb") as file:  # raises OSError if it cannot be opened
         if path.suffix == ".npz":
             try:
                 return dict(np.load(file, allow_pickle=False))
             except Exception as error:
                 raise ValueError(
                     "An .npz file must be an archive of arrays. "
-                    f"{path}: {error}"
+                    f"Received: {path}: {error}"
                 ) from error
     try:
         import torch
     except ImportError as error:
         raise ImportError(
-            "Checkpoints of PyTorch are read by PyTorch: pip install torch. "
+            "Reading a checkpoint of PyTorch needs PyTorch: pip install torch. "
             "Or save the arrays to an .npz file where it is installed"
         ) from error
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            "A checkpoint must have tensors only, and no objects that would "
-            f"run code when they are read, as {path} has, or it is damaged"
+            "A checkpoint must have tensors only, as other objects could run "
+            f"code when read. Received: {path}, with other objects or damaged"
         ) from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(
-            f"A checkpoint must be a state dict saved by `torch.save`. {path} "
-            f"is empty, damaged or something else: {error!r}"
+            "A checkpoint must be a state dict saved by `torch.save`. "
+            f"Received: {path}, empty, damaged or something else: {error!r}"
         ) from error
     tensors = document if isinstance(document, dict) else {"": document}
     wrong = [
@@ -65,6 +65,6 @@ def read_pytorch_checkpoint(path: PathLike) -> dict[str, np.ndarray]:
     if wrong:
         raise ValueError(
             "A checkpoint must be a state dict: names and dense tensors of "
-            f"real numbers. Received: {path}, where these are none: {wrong}"
+            f"real numbers. Received: {path}, with other entries: {wrong}"
         )
     return {name: t.detach().double().numpy() for name, t in tensors.items()}

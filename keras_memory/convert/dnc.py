@@ -1,4 +1,4 @@
-"""Differentiable Neural Computers of DeepMind and of pytorch-dnc."""
+"""Converts Differentiable Neural Computers of DeepMind and pytorch-dnc."""
 
 import re
 from collections.abc import Mapping
@@ -35,32 +35,32 @@ def from_deepmind_dnc(
     clip_value: float | None = None,
     **layer_kwargs: Any,
 ) -> DNCLayer:
-    """Makes a DNC of the weights of google-deepmind/dnc.
+    """Makes a DNC from the weights of google-deepmind/dnc.
 
-    The layer computes what the reference's `dnc.DNC` computes, also where
-    that differs from the paper: strengths are a softplus (not 1 more), usage
-    passes no gradient to the write weightings.
+    The layer computes the same as the reference's `dnc.DNC`, including its
+    differences from the paper: strengths are a softplus, without 1 added;
+    usage passes no gradient to the write weightings.
 
     Args:
         weights: dict of arrays with the names of a TensorFlow 1 checkpoint
             (`tf.train.load_checkpoint`), without an optimizer's variables.
             Names may begin with any scope and end in `:0`.
         memory_slots: int, at least 1, `memory_size` of the reference.
-        clip_value: float above 0 or None, as the reference was made with
-            (its `train.py` has 20): clips controller output, controller state
-            and output.
-        **layer_kwargs: arguments of `DNCLayer` that the weights leave open:
-            `dtype`, `name`, `stateful`, ... `return_sequences` is True by
-            default.
+        clip_value: float above 0 or None, `clip_value` of the reference (20 in
+            its `train.py`): clips controller output, controller state and
+            output.
+        **layer_kwargs: arguments of `DNCLayer` that the weights do not
+            determine: `dtype`, `name`, `stateful`, ... `return_sequences` is
+            True by default.
 
     Returns:
-        A built `DNCLayer`; of a stateful one the cell is built, and the states
-        come with the first batch.
+        A built `DNCLayer`. If it is stateful, only its cell is built; the
+        first batch makes the states.
 
     Raises:
-        ValueError: arrays are missing, too many or misshapen, or hold
-            anything but finite numbers; an argument is out of its range, or
-            is one that the weights determine.
+        ValueError: arrays are missing, unexpected or of a wrong shape, or have
+            values that are not finite numbers; an argument is out of its
+            range, or the weights determine it.
 
     Example:
 
@@ -153,41 +153,41 @@ def from_pytorch_dnc(
     clip: float | None = 20.0,
     **layer_kwargs: Any,
 ) -> DNCLayer:
-    """Makes a DNC of the weights of ixaxaar/pytorch-dnc, 1.1.0 or 2.0.0b1.
+    """Makes a DNC from the weights of ixaxaar/pytorch-dnc, 1.1.0 or 2.0.0b1.
 
-    The layer computes what the reference's `DNC` computes when it is called
-    one step at a time with its state handed on, also where that differs from
-    the paper: strengths are a softplus (not 1 more), keys and write vectors
-    pass a tanh.
+    The layer computes the same as the reference's `DNC`, called one step at a
+    time with the state of the last step. This includes its differences from
+    the paper: strengths are a softplus, without 1 added; keys and write
+    vectors pass a tanh.
 
     Departures: within one call the reference never feeds reads back to the
     controller; the layer always does. The reference draws the controller's
     initial state anew at each call; here it is 0, unless
-    `initial_controller_state` says otherwise. With one memory for several
-    layers the reference has one set of interface weights for all; here each
-    layer has its own, which start equal.
+    `initial_controller_state` changes it. If several layers share a memory,
+    the reference has one set of interface weights for all; here each layer has
+    its own, which start equal.
 
     Args:
         weights: dict of arrays, a state dict of `DNC`; names may begin with
             `module.`.
         memory_slots: int, at least 1, `nr_cells` of the reference.
-        read_heads: int, at least 1, likewise. Few wrong numbers fit the
-            weights, but those cannot be told.
-        nonlinearity: `"tanh"` or `"relu"`, of `rnn_type="rnn"`.
-        clip: float, at least 0, as the reference was made with: clips the
-            controllers' outputs; 0 or None does not.
-        **layer_kwargs: arguments of `DNCLayer` that the weights leave open:
-            `dtype`, `name`, `stateful`, ... `return_sequences` is True by
-            default.
+        read_heads: int, at least 1, must match the reference. The shapes of
+            the weights reject most wrong values, not all.
+        nonlinearity: `"tanh"` or `"relu"`, for `rnn_type="rnn"`.
+        clip: float, at least 0, `clip` of the reference: clips the
+            controllers' outputs; 0 or None does not clip.
+        **layer_kwargs: arguments of `DNCLayer` that the weights do not
+            determine: `dtype`, `name`, `stateful`, ... `return_sequences` is
+            True by default.
 
     Returns:
-        A built `DNCLayer`; of a stateful one the cell is built, and the states
-        come with the first batch.
+        A built `DNCLayer`. If it is stateful, only its cell is built; the
+        first batch makes the states.
 
     Raises:
-        ValueError: arrays are missing, too many or misshapen, or hold
-            anything but finite numbers; an argument is out of its range, or
-            is one that the weights determine.
+        ValueError: arrays are missing, unexpected or of a wrong shape, or have
+            values that are not finite numbers; an argument is out of its
+            range, or the weights determine it.
 
     Example:
 
@@ -221,7 +221,7 @@ def from_pytorch_dnc(
     (kind,) = kinds
     if nonlinearity != "tanh" and kind != "rnn":
         raise ValueError(
-            f"`nonlinearity` must be 'tanh' for these weights, of {kind!r}: "
+            f"`nonlinearity` must be 'tanh' for these {kind!r} weights: "
             "only 'rnn' has a choice. "
             f"Received: nonlinearity={nonlinearity!r}"
         )
@@ -244,12 +244,12 @@ def from_pytorch_dnc(
     if rest:
         raise ValueError(
             "`read_heads` must divide the width of all reads, which is "
-            f"{reads_size} by 'output.weight'. "
+            f"{reads_size} according to 'output.weight'. "
             f"Received: read_heads={read_heads}"
         )
     sizes.sources.append(f"read_heads={read_heads}")
     inputs = sizes.rest(f"{first}.weight_ih_l0", 1, reads_size)
-    # As they follow one another where they are in one matrix.
+    # In the order of their columns, if they are in one matrix.
     parts = {
         "read_key": ("read_keys", read_heads * width),
         "read_strength": ("read_strengths", read_heads),
@@ -339,7 +339,7 @@ def from_pytorch_dnc(
     )
 
 
-# What the two DNCs have in common, and an interface without our options.
+# Settings that both DNCs share, and the interface parts that neither has.
 _OF_BOTH_DNCS = {
     "linkage": True,
     "sparse_links": None,
@@ -367,8 +367,11 @@ def _deepmind_name(name):
 
 
 def _dnc_interface(columns, read_heads, write_heads):
-    """One projection of a `DNCInterface` of columns whose read modes are, for
-    each head, backward, forward, content."""
+    """Joins a `DNCInterface` of columns to one projection.
+
+    The read modes of each head are backward, forward, content in the
+    references, and backward, content, forward in the projection.
+    """
     modes = np.arange(2 * write_heads + 1)
     modes[write_heads:] = np.roll(modes[write_heads:], 1)
     heads = np.split(columns.read_mode, read_heads, axis=1)

@@ -1,4 +1,4 @@
-"""Layers of memorywrap."""
+"""Converts layers of memorywrap."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,28 +20,28 @@ from keras_memory.memory_wrap import MemoryWrapLayer
 def from_memorywrap(
     weights: Mapping[str, Array], baseline: bool = False, **layer_kwargs: Any
 ) -> MemoryWrapLayer | BaselineMemory:
-    """Makes a Memory Wrap of the weights of KRLGroup's memorywrap 1.1.7.
+    """Makes a Memory Wrap from the weights of KRLGroup's memorywrap 1.1.7.
 
-    The layer computes what the reference computes.
+    The layer computes the same as the reference.
 
     Args:
         weights: dict of arrays, a state dict of `MemoryWrapLayer` or
             `BaselineMemory` with its own classifier or with one linear layer
-            in its place; names may begin with `module.`. Of a larger model:
-            those of its layer, without the layer's name.
-        baseline: bool, whether they are of `BaselineMemory`; the weights do
-            not tell.
-        **layer_kwargs: arguments of our layer that the weights leave open:
-            `similarity` as the reference was made with, `top_k`, `dtype`,
-            `name`, ...
+            in its place; names may begin with `module.`. From a larger model,
+            take the arrays of this layer and remove the layer's name.
+        baseline: bool, whether the weights are of `BaselineMemory`; their
+            names and shapes do not tell.
+        **layer_kwargs: arguments of our layer that the weights do not
+            determine: `similarity` (which must match the reference), `top_k`,
+            `dtype`, `name`, ...
 
     Returns:
         A built `MemoryWrapLayer` or `BaselineMemory`.
 
     Raises:
-        ValueError: arrays are missing, too many or misshapen, or hold
-            anything but finite numbers; an argument is one that the weights
-            determine.
+        ValueError: arrays are missing, unexpected or of a wrong shape, or have
+            values that are not finite numbers; the weights determine an
+            argument.
 
     Example:
 
@@ -71,9 +71,10 @@ def from_memorywrap(
     check_shapes(weights, shapes, sizes)
     if features % 2 and not baseline:
         raise ValueError(
-            f"{names[0] + '.weight'!r} must see encodings and as much of the "
-            "memory, an even number of features; those of `BaselineMemory` "
-            f"need baseline=True. Received: {features} features"
+            f"{names[0] + '.weight'!r} must have an even number of features, "
+            "half for the encodings and half for the memory; weights of "
+            "`BaselineMemory` need baseline=True. "
+            f"Received: {features} features"
         )
     dtype = layer_kwargs.get("dtype")
     layers = [keras.layers.Dense(units, dtype=dtype)]

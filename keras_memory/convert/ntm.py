@@ -1,4 +1,4 @@
-"""Neural Turing Machines of pytorch-ntm and of Collier and Beel."""
+"""Converts Neural Turing Machines of pytorch-ntm and of Collier and Beel."""
 
 import re
 from collections.abc import Mapping
@@ -30,37 +30,37 @@ def from_pytorch_ntm(
     head_order: Sequence[str] | None = None,
     **layer_kwargs: Any,
 ) -> NTMLayer:
-    """Makes an NTM of the weights of loudinthecloud/pytorch-ntm.
+    """Makes an NTM from the weights of loudinthecloud/pytorch-ntm.
 
-    The layer computes what the reference computes: `NTM.forward`, step by
-    step, from a new sequence on.
+    The layer computes the same as the reference's `NTM.forward`, step by step,
+    from the start of a sequence.
 
-    Departures, where the reference divides by next to nothing: it adds 1e-16
-    to memory and key and bounds the product of their norms by 1e-8, and does
-    not quite normalize a weighting whose powers sum to less than about 1e-8,
-    which needs an interpolation gate as low in the first step. The initial
-    memory and reads, which it never trains, are weights that are not trained;
-    `initial_memory="learned"`, `initial_reads="learned"` train them.
+    Departures, where the reference divides by almost 0: the reference adds
+    1e-16 to memory and key and bounds the product of their norms by 1e-8; it
+    does not quite normalize a weighting whose powers sum to less than about
+    1e-8, which requires an equally small interpolation gate in the first step.
+    As in the reference, the initial memory and reads are weights that are not
+    trained; `initial_memory="learned"`, `initial_reads="learned"` train them.
 
     Args:
         weights: dict of arrays, a state dict of `EncapsulatedNTM` or of the
             `NTM` inside it; the leading `ntm.` and `memory.` may be absent.
         head_order: the reference's list of heads, such as `("read", "write",
             "read", "write")`; None takes it from the names in `weights`.
-        **layer_kwargs: arguments of `NTMLayer` that the weights leave open:
-            `dtype`, `name`, `stateful`, ... `return_sequences` is True by
-            default.
+        **layer_kwargs: arguments of `NTMLayer` that the weights do not
+            determine: `dtype`, `name`, `stateful`, ... `return_sequences` is
+            True by default.
 
     Returns:
-        A built `NTMLayer`. Its read heads are numbered in the order in which
-        they come in the list, and so are its write heads. Of a stateful one
-        the cell is built, and the states come with the first batch.
+        A built `NTMLayer`. Its read heads are numbered in the order of the
+        list, and so are its write heads. If it is stateful, only its cell is
+        built; the first batch makes the states.
 
     Raises:
-        ValueError: arrays are missing, too many or misshapen, or hold
-            anything but finite numbers; `head_order` is not that of the
-            weights; an argument is one that the weights determine; there are
-            fewer than 3 slots, which a shift by one goes around.
+        ValueError: arrays are missing, unexpected or of a wrong shape, or have
+            values that are not finite numbers; `head_order` does not match the
+            weights; the weights determine an argument; there are fewer than 3
+            slots, so that shifts by one overlap.
 
     Example:
 
@@ -89,8 +89,8 @@ def from_pytorch_ntm(
         head_order = tuple(head_order)
     if head_order != in_weights or set(head_order) != {"read", "write"}:
         raise ValueError(
-            "`head_order` must have read and write heads, and be that of the "
-            f"weights, whose names say {in_weights}. "
+            "`head_order` must have read and write heads, and match the names "
+            f"in the weights, {in_weights}. "
             f"Received: head_order={head_order!r}"
         )
     readers = [i for i, kind in enumerate(head_order) if kind == "read"]
@@ -128,7 +128,7 @@ def from_pytorch_ntm(
         kind = head_order[index]
         columns = torch_linear(weights, f"heads.{index}.fc_{kind}")
         parts = split_columns(columns, width, 1, 1, 3, 1, width, width)
-        # Its first shift moves the focus by +1, its last by -1.
+        # The reference's first shift moves the focus by +1, its last by -1.
         parts[3] = parts[3][:, ::-1]
         return _head(parts, kind == "write")
 
@@ -193,13 +193,13 @@ def from_collier_ntm(
     addressing_mode: str = "content_and_location",
     **layer_kwargs: Any,
 ) -> NTMLayer:
-    """Makes an NTM of the weights of MarkPKCollier/NeuralTuringMachine.
+    """Makes an NTM from the weights of MarkPKCollier/NeuralTuringMachine.
 
-    The layer computes what the reference's `NTMCell` computes (Collier & Beel
-    2018). Where that trains a weight behind a tanh (initial reads, and the
-    initial memory unless `init_mode="constant"`), the layer trains the value
-    itself. Departure: `shift_range=0` is no shift; the reference, whose list
-    of shifts then goes wrong, moves by one and by two slots.
+    The layer computes the same as the reference's `NTMCell` (Collier & Beel
+    2018). The reference trains the initial reads, and the initial memory
+    unless `init_mode="constant"`, as the input of a tanh; the layer trains
+    their values. Departure: `shift_range=0` means no shift; the reference then
+    has a wrong list of shifts, and moves by one and by two slots.
 
     Args:
         weights: dict of arrays with the names of a TensorFlow 1 checkpoint
@@ -207,24 +207,25 @@ def from_collier_ntm(
             Names may begin with any scope and end in `:0`.
         read_heads: int, at least 1.
         write_heads: int, at least 1.
-        shift_range: int, at least 0, as the reference was made with.
-        init_mode: `"learned"`, `"constant"` or `"random"`, likewise.
-        addressing_mode: `"content_and_location"` or `"content"`, likewise.
-            The weights cannot tell if this, or "random" for "constant", is
-            wrong.
-        **layer_kwargs: arguments of `NTMLayer` that the weights leave open:
-            `dtype`, `name`, `stateful`, ... By default `return_sequences` is
-            True, and `interface_clip` and `clip_value` are 20, the default of
-            the reference's `clip_value`.
+        shift_range: int, at least 0, must match the reference.
+        init_mode: `"learned"`, `"constant"` or `"random"`, must match the
+            reference.
+        addressing_mode: `"content_and_location"` or `"content"`, must match
+            the reference. The shapes of the weights cannot reject a wrong
+            `addressing_mode`, or "random" instead of "constant".
+        **layer_kwargs: arguments of `NTMLayer` that the weights do not
+            determine: `dtype`, `name`, `stateful`, ... By default
+            `return_sequences` is True, and `interface_clip` and `clip_value`
+            are 20, the default of the reference's `clip_value`.
 
     Returns:
-        A built `NTMLayer`; of a stateful one the cell is built, and the states
-        come with the first batch.
+        A built `NTMLayer`. If it is stateful, only its cell is built; the
+        first batch makes the states.
 
     Raises:
-        ValueError: arrays are missing, too many or misshapen, or hold
-            anything but finite numbers; an argument is out of its range, or
-            is one that the weights determine.
+        ValueError: arrays are missing, unexpected or of a wrong shape, or have
+            values that are not finite numbers; an argument is out of its
+            range, or the weights determine it.
 
     Example:
 
@@ -312,7 +313,7 @@ def from_collier_ntm(
 
     def head(index):
         parts = split_columns(columns[index], width, 1, 1, shifts, 1)
-        # Shifts come in the order 0, +1, ..., -1.
+        # The reference's shifts have the order 0, +1, ..., -1.
         parts[3] = parts[3][:, [offset % shifts for offset in offsets]]
         if not by_location:
             parts[2:5] = None, None, None
@@ -396,7 +397,7 @@ def _collier_name(name):
 
 
 def _head(parts, writes):
-    """`NTMInterface` of one head's columns; None where it has none."""
+    """`NTMInterface` of one head's columns; None for parts that it lacks."""
     return NTMInterface(*parts[:5], *(parts[5:] if writes else (None, None)))
 
 

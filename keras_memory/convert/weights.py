@@ -1,22 +1,22 @@
-"""Weights of other libraries: named, checked, and put into layers."""
+"""Names and checks weights of other libraries, and assigns them to layers."""
 
 import keras
 import numpy as np
 
 from keras_memory.recurrent import controllers
 
-# The references have no epsilon in their norms, which gives NaN for a zero
-# vector; this one is too small to be seen beside any other.
+# The references have no epsilon in their norms, so a zero vector gives NaN.
+# This epsilon prevents NaN, and is too small to change other norms.
 NORM_EPSILON = 1e-30
 
 
 def torch_name(name):
-    """A name as the network itself has it, without that of a wrapper."""
+    """The name of a weight without the prefix of a wrapper."""
     return name.removeprefix("module.")
 
 
 def canonical_arrays(weights, canonical_name):
-    """The arrays as float64, by their canonical names."""
+    """The arrays as float64, under their canonical names."""
     if not isinstance(weights, dict):
         raise ValueError(
             "`weights` must be a dict of names and arrays. "
@@ -26,7 +26,7 @@ def canonical_arrays(weights, canonical_name):
     for name, value in weights.items():
         try:
             array = np.asarray(value)
-        except Exception:  # a tensor that has a gradient, rows of two lengths
+        except Exception:  # a tensor that requires a gradient, ragged rows
             array = np.asarray(None)
         if not isinstance(name, str) or array.dtype.kind not in "fiu":
             raise ValueError(
@@ -50,7 +50,7 @@ def canonical_arrays(weights, canonical_name):
 
 
 class Sizes:
-    """Reads sizes off the arrays that determine them."""
+    """Reads sizes from the shapes of the arrays."""
 
     def __init__(self, weights):
         self.weights = weights
@@ -72,12 +72,12 @@ class Sizes:
         return shape
 
     def rest(self, name, axis, known):
-        """What an axis of a matrix has beside what is known to be there."""
+        """The size of an axis of a matrix, minus the known part of it."""
         shape = self.of(name, 2)
         if shape[axis] <= known:
             raise ValueError(
-                f"Axis {axis} of {name!r} must hold the inputs, at least one, "
-                f"beside the reads and the controller's own: {known} by the "
+                f"Axis {axis} of {name!r} must have the inputs, at least one, "
+                f"in addition to the reads and the controller: {known} by the "
                 f"number of read heads and the sizes of {self.sources}. "
                 f"Received: shape {shape}"
             )
@@ -92,7 +92,7 @@ def check_shapes(weights, shapes, sizes):
     if missing or extra:
         raise ValueError(
             "`weights` must have the arrays of the reference implementation, "
-            f"and no others. Missing: {missing}. Too many: {extra}"
+            f"and no others. Missing: {missing}. Unexpected: {extra}"
         )
     wrong = [
         f"{name!r} must have shape {shape}. Received: {weights[name].shape}"
@@ -101,12 +101,12 @@ def check_shapes(weights, shapes, sizes):
     ]
     if wrong:
         raise ValueError(
-            f"{'; '.join(wrong)}. The sizes are those of {sizes.sources}"
+            f"{'; '.join(wrong)}. The sizes come from {sizes.sources}"
         )
 
 
 def split_columns(columns, *sizes):
-    """Consecutive columns of these sizes."""
+    """Splits columns into consecutive parts of these sizes."""
     ends = np.cumsum(sizes)
     return [
         columns[:, end - size : end]
@@ -115,9 +115,11 @@ def split_columns(columns, *sizes):
 
 
 def tensorflow_lstm(kernel, bias):
-    """Keras's weights of a TensorFlow 1 or Sonnet 1 LSTM: one matrix for
-    input and hidden state, gates in the order i, candidate, f, o, and 1 added
-    to f."""
+    """Converts weights of a TensorFlow 1 or Sonnet 1 LSTM to Keras's.
+
+    These LSTMs have one matrix for input and hidden state and the gates in the
+    order i, candidate, f, o, and add 1 to f.
+    """
 
     def in_order(array):
         i, candidate, f, o = np.split(array, 4, axis=-1)
@@ -129,12 +131,12 @@ def tensorflow_lstm(kernel, bias):
     return [kernel[:-units], kernel[-units:], bias]
 
 
-# PyTorch's RNN modules: gates, and their order in Keras.
+# Indices of PyTorch's gates in the order of Keras's, for each RNN module.
 TORCH_GATES = {"lstm": [0, 1, 2, 3], "gru": [1, 0, 2], "rnn": [0]}
 
 
 def torch_layers(weights, name):
-    """How many layers a recurrent network has."""
+    """Number of layers of a recurrent network."""
     return sum(key.startswith(f"{name}.weight_ih_l") for key in weights)
 
 
@@ -153,7 +155,7 @@ def torch_shapes(name, kind, layers, inputs, units, bias=True):
 
 
 def torch_controller(weights, name, kind, layers, bias=True):
-    """Keras's weights of a PyTorch LSTM, GRU or RNN, layer after layer."""
+    """Converts weights of a PyTorch LSTM, GRU or RNN to Keras's, by layer."""
 
     def in_order(array):
         gates = np.split(array, len(TORCH_GATES[kind]))
@@ -168,14 +170,14 @@ def torch_controller(weights, name, kind, layers, bias=True):
                 in_order(weights[f"{name}.bias_{of}_l{layer}"])
                 for of in ("ih", "hh")
             )
-            # Keras's GRU has both, as its reset gate acts on one of them.
+            # Keras's GRU needs both biases: its reset gate acts on one.
             biases = np.stack([of_inputs, of_hidden])
             arrays.append(biases if kind == "gru" else biases.sum(axis=0))
     return arrays
 
 
 def torch_cells(kind, units, layers, nonlinearity, bias, layer_kwargs):
-    """A controller like PyTorch's; its name where it is like Keras's own."""
+    """A controller like PyTorch's: a name if Keras has the same, or cells."""
     options = {"activation": nonlinearity} if kind == "rnn" else {}
     if bias and options.get("activation") != "relu":
         return kind
@@ -198,14 +200,14 @@ def torch_linear(weights, name):
 
 
 def make_layer(layer_class, layer_kwargs, determined, start=None):
-    """The layer, after a look at what the user may set."""
+    """Makes a layer, after checking which arguments the user may set."""
     start = start or {}
     for name, value in layer_kwargs.items():
         is_weight = isinstance(value, str) and value in ("learned", "random")
         if name in determined or (name in start and not is_weight):
             wanted = determined.get(name, '"learned" or "random"')
             raise ValueError(
-                f"`{name}` is determined by the weights and must be {wanted}. "
+                f"`{name}` must be {wanted}, as the weights determine it. "
                 f"Received: {name}={value!r}"
             )
     if issubclass(layer_class, keras.layers.RNN):
@@ -222,9 +224,9 @@ def assign_weights(layer, inputs, controllers, interfaces, output, start=()):
         controllers: for each block a list of its controller's arrays.
         interfaces: for each block (U + 1, P), the bias as last row.
         output: (F + 1, units), the bias as last row.
-        start: list with one array for each state tensor; those of states that
-            are not weights are not looked at. () where the reference starts
-            with zeros: so do then those that are learned.
+        start: list with one array for each state tensor; the arrays of states
+            that are not weights are ignored. () if the reference starts with
+            zeros: learned initial states then start with zeros.
     """
     cell = layer.cell
     if layer.stateful:  # the states need a batch size

@@ -1,5 +1,5 @@
-"""Looking into models: pictures while they train, and why they answer so.
+"""Inspects models: pictures during training, and explanations of answers.
 
-The modules stand at the top too: `keras_memory.callbacks`,
+Two modules are also at the top: `keras_memory.callbacks` and
 `keras_memory.explanations`.
 """

@@ -26,26 +26,25 @@ from keras_memory.recurrent.heads import named_heads
 
 
 class ProbePictures(keras.callbacks.Callback):
-    """Draws what a model does with one fixed sequence, as it learns it.
+    """Draws how a model processes one fixed sequence, as it learns.
 
-    Writes into `folder`, before the training, after every `every`-th epoch and
-    at the end, a picture of inputs, targets, outputs and weightings over time,
-    named by the number of epochs done; `animation` makes a GIF of them. A
-    training that starts from epoch 0 puts its own in the place of earlier ones.
-    Files of others are left as they are: a mark in each picture tells its own.
+    Writes pictures of inputs, targets, outputs and weightings over time to
+    `folder`: before the training, after every `every`-th epoch and at the end.
+    They are named by the number of epochs done; `animation` makes a GIF of
+    them. A training that starts from epoch 0 replaces earlier pictures. Other
+    files stay: a mark in each picture identifies it.
 
     Args:
         probe_batch: (inputs, targets) or (inputs, targets, mask), such as a
-            `tasks.Batch`, of which the first sequence is drawn: inputs
-            (B, T, D), targets (B, T, units). Or a `Probe`, which callbacks can
-            share.
+            `tasks.Batch`, with inputs (B, T, D) and targets (B, T, units). The
+            first sequence is drawn. Or a `Probe`, which callbacks can share.
         folder: folder for the files; it is made if absent.
-        every: int, at least 0, epochs from picture to picture; 0 for none.
+        every: int, at least 0, epochs between pictures; 0 for none.
         title: function from the number of epochs done to the headline.
 
     Raises:
-        ValueError: an argument out of its range; when the training begins, a
-            probe or outputs that are no sequences.
+        ValueError: an argument is out of its range; or, when the training
+            begins, probe or outputs are no sequences.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class ProbePictures(keras.callbacks.Callback):
             self._done = epoch
             if epoch == 0:
                 self._draw()
-            for path in pictures(self.folder):  # of a training that broke off
+            for path in pictures(self.folder):  # of an interrupted training
                 number = int(path.stem)
                 if number > epoch or number % self.every:
                     path.unlink()
@@ -100,8 +99,8 @@ class ProbePictures(keras.callbacks.Callback):
         path = self.folder / f"{self._done:08}.png"
         if path.exists() and not _is_marked(path):
             warnings.warn(
-                f"{path} is not of `ProbePictures` and stays as it is; choose "
-                "a `folder` of its own for the pictures",
+                f"{path} is not of `ProbePictures` and is not overwritten; "
+                "choose a separate `folder` for the pictures",
                 stacklevel=2,
             )
             return
@@ -123,13 +122,13 @@ def _is_marked(path):
 
 
 def pictures(folder: PathLike) -> list[pathlib.Path]:
-    """Paths of what `ProbePictures` left in a folder, from first to last."""
+    """Paths of the pictures of `ProbePictures` in a folder, in order."""
     paths = _path("folder", folder).glob("[0-9]" * 8 + ".png")
     return sorted(path for path in paths if _is_marked(path))
 
 
 def animation(folder: PathLike, milliseconds: int = 400) -> bytes:
-    """Joins the pictures that `ProbePictures` left in a folder.
+    """Makes a GIF of the pictures that `ProbePictures` wrote to a folder.
 
     Args:
         folder: path of the folder.
@@ -139,7 +138,7 @@ def animation(folder: PathLike, milliseconds: int = 400) -> bytes:
         Bytes of a GIF file.
 
     Raises:
-        FileNotFoundError: no pictures.
+        FileNotFoundError: the folder has no pictures.
     """
     from PIL import Image
 
@@ -151,10 +150,10 @@ def animation(folder: PathLike, milliseconds: int = 400) -> bytes:
             frames.append(np.asarray(image.convert("RGB")))
     if not frames:
         raise FileNotFoundError(
-            "An animation needs the pictures of a training, which `picture_"
-            f"every` asks for. Received: {folder}, which has none"
+            "An animation needs the pictures of a training: set `picture_"
+            f"every`. Received: {folder}, which has none"
         )
-    # A run that went on with another version has pictures of two sizes.
+    # A run resumed with another version may have pictures of two sizes.
     size = np.max([frame.shape for frame in frames], axis=0)
     frames = [
         np.pad(frame, [(0, more) for more in size - frame.shape], "edge")
@@ -163,42 +162,44 @@ def animation(folder: PathLike, milliseconds: int = 400) -> bytes:
     return images.to_gif(frames + frames[-1:] * 5, milliseconds)
 
 
-THUMBNAIL = 4.5  # inches, of what TensorBoard shows in columns
+THUMBNAIL = 4.5  # inches, width of pictures for TensorBoard's columns
 
 
 class MemoryTensorBoard(keras.callbacks.Callback):
     """Shows in TensorBoard what a memory does with one fixed batch.
 
-    For any model with recurrent layers of this library, also several, and
-    also a subclassed one. For each layer TensorBoard gets
+    The model, which may be subclassed, has one or more recurrent layers of
+    this library. For each layer TensorBoard gets
 
     - images of the first sequence: each weighting (slots over time, on the
-      scale of `visualization.plot_weighting`), the memory at some moments, and
-      an animation of it beside the weightings by which heads read and write;
-      of a DNC also the usage over time and the links at some moments; inputs,
+      scale of `visualization.plot_weighting`), the memory at some time steps,
+      and an animation of the memory beside the heads' weightings; for a DNC
+      also the usage over time and the links at some time steps; inputs,
       targets and outputs on one time axis;
-    - scalars: entropy of each weighting in bits (0 where a head looks at one
-      slot, log2 of the number of slots where at all alike), the root mean
-      square of the memory, the mean of gates, strengths and all else;
-    - histograms of all of it.
+    - scalars: the entropy of each weighting in bits (0 if a head looks at one
+      slot, log2 of the number of slots if it looks at all equally), the root
+      mean square of the memory, the mean of gates, strengths and all other
+      values;
+    - histograms of all these values.
 
-    The layers' states stay as they are. Losses and metrics are left to
-    `keras.callbacks.TensorBoard`, which can write into the same folder.
+    The layers' states do not change. For losses and metrics use
+    `keras.callbacks.TensorBoard`, which can write to the same folder.
 
     Args:
         log_dir: TensorBoard's folder; the files go to `memory` in it.
         probe_batch: inputs, or a tuple (inputs, targets) or (inputs, targets,
-            mask), such as a `tasks.Batch`, of which the first sequence is
-            drawn. Inputs, targets and outputs are drawn if they are (B, T, D)
-            and (B, T, units). Or a `Probe`, which callbacks can share.
-        every: int, at least 1, epochs from one look to the next; None
-            (default) looks as often as it can in 4 % of the training's time,
-            and once at the end; the first look, which compiles, comes within
-            half a minute.
+            mask), such as a `tasks.Batch`. The first sequence is drawn, with
+            inputs, targets and outputs if they are (B, T, D) and
+            (B, T, units). Or a `Probe`, which callbacks can share.
+        every: int, at least 1, epochs between updates; None (default) updates
+            as often as it can in 4 % of the training's time, and once at the
+            end. The first update, which compiles, comes within half a minute.
 
     Raises:
-        ValueError: an argument out of its range, or another tuple.
-        TypeError: when the training begins, a model without such a layer.
+        ValueError: an argument is out of its range, or a tuple has another
+            form.
+        TypeError: the model has no such layer; raised when the training
+            begins.
 
     Example:
 
@@ -215,11 +216,11 @@ class MemoryTensorBoard(keras.callbacks.Callback):
     ['memory']
     """
 
-    # Where `every` is None: part of the training's time, and seconds that the
-    # first look is taken for.
+    # If `every` is None: the updates' share of the training's time, and the
+    # assumed seconds of the first update.
     SHARE = 0.04
     FIRST = 1.0
-    unit = "epochs"  # that TensorBoard's axis counts
+    unit = "epochs"  # of TensorBoard's axis
 
     def __init__(
         self, log_dir: PathLike, probe_batch: Any, every: int | None = None
@@ -233,8 +234,9 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         layers = self.model._flatten_layers()
         if not any(isinstance(layer, recurrent.MemoryRNN) for layer in layers):
             raise TypeError(
-                "`MemoryTensorBoard` shows recurrent layers of keras_memory, "
-                f"such as `NTMLayer`. Received: {self.model.name!r}, which "
+                "`MemoryTensorBoard` needs a model with recurrent layers of "
+                "keras_memory, such as `NTMLayer`. "
+                f"Received: {self.model.name!r}, which "
                 f"has only {[layer.name for layer in self.model.layers]}"
             )
         self._writer = None
@@ -265,9 +267,9 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         seen = self.probe.look(self.model)
         if not seen.traces:
             warnings.warn(
-                "`MemoryTensorBoard` sees nothing of the layers of "
-                f"{self.model.name!r}: they are not called, or within a "
-                "`tf.function` of the model's own",
+                "`MemoryTensorBoard` cannot trace the layers of "
+                f"{self.model.name!r}: they are not called, or are called "
+                "within a `tf.function` of the model",
                 stacklevel=2,
             )
         if self._writer is None:
@@ -278,9 +280,9 @@ class MemoryTensorBoard(keras.callbacks.Callback):
             for layer, trace in seen.traces.items():
                 for name, values in trace.items():
                     if name.split("/")[-1] == "link_columns":
-                        continue  # places, of which no mean tells anything
+                        continue  # indices, whose mean has no meaning
                     tag = f"{layer}/{name}"
-                    # A tag of its own each: TensorBoard mixes kinds up.
+                    # Separate tags, as TensorBoard mixes kinds up under one.
                     tf.summary.histogram(f"{tag}/values", values)
                     tf.summary.scalar(*_number(tag, values))
         self._writer.flush()
@@ -289,7 +291,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
         self._spent += self._last
 
     def _images(self, seen):
-        """Tag -> (encoded image, the image or its first frame)."""
+        """Dict from tag to (encoded image, the image or its first frame)."""
         from keras_memory.visualization import images
 
         pictures = {}
@@ -315,7 +317,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
 
 
 def _thumbnails(layer, place, parts):
-    """Tag -> figure or animation, of the parts of a trace at one place."""
+    """Dict from tag to figure or animation of a trace at one place."""
     from keras_memory import visualization
 
     prefix = f"{place}/" if place else ""
@@ -358,21 +360,22 @@ def _thumbnails(layer, place, parts):
 class ExplanationTensorBoard(keras.callbacks.Callback):
     """Shows in TensorBoard which examples a Memory Wrap uses, as it learns.
 
-    For a `MemoryWrapClassifier`: the picture of `explanations.picture`, and
-    the mean number of examples with a weight, for fixed inputs and a memory
-    that is drawn anew each time.
+    For a `MemoryWrapClassifier` and fixed inputs, writes the picture of
+    `explanations.picture` and the mean number of examples with a weight above
+    0. The memory is drawn anew each time.
 
     Args:
         log_dir: TensorBoard's folder; the files go to `explanations` in it.
         x: (B, H, W), (B, H, W, 1) or (B, H, W, 3) images, a few.
-        class_names, max_examples, attribution, to_image, labels: of
+        class_names, max_examples, attribution, to_image, labels: as in
             `explanations.picture`.
-        every: int, at least 1, epochs from one look to the next.
+        every: int, at least 1, epochs between updates.
 
     Raises:
-        ValueError: an argument out of its range, or `x` has no images in
+        ValueError: an argument is out of its range, or `x` has no images in
             [0, 1].
-        TypeError: when the training begins, another model.
+        TypeError: the model is no `MemoryWrapClassifier`; raised when the
+            training begins.
 
     Example:
 
@@ -465,15 +468,15 @@ class ExplanationTensorBoard(keras.callbacks.Callback):
 def write_images(
     folder: PathLike, name: str, images: Sequence[np.ndarray]
 ) -> None:
-    """Writes images to TensorBoard, one a step, from step 1.
+    """Writes images to TensorBoard, one per step, from step 1.
 
     Args:
         folder: path of the logs.
-        name: str, of the images in TensorBoard.
+        name: str, name of the images in TensorBoard.
         images: list of (H, W, 3) uint8 arrays.
 
     Raises:
-        ValueError: no path, or what are no images.
+        ValueError: `folder` is no path, or `images` are no images.
     """
     import tensorflow as tf
 
@@ -509,7 +512,7 @@ def _function(name, value):
 
 
 def _number(tag, values):
-    """Tag and value of the one number that says most of a quantity."""
+    """Tag and value of the most informative scalar of a quantity."""
     if tag.endswith("_weighting"):
         return f"{tag}/entropy_bits", addressing.entropy(values).mean()
     if tag.endswith("memory"):
@@ -518,7 +521,7 @@ def _number(tag, values):
 
 
 def _write_image(tag, encoded, image):
-    """Writes an encoded image as it is: TensorBoard animates a GIF."""
+    """Writes an encoded image unchanged, so that TensorBoard shows a GIF."""
     import tensorflow as tf
     from tensorboard.plugins.image import metadata
 

@@ -1,8 +1,9 @@
-"""Why a Memory Wrap answers what it does: the examples that it used.
+"""Explains the answers of a Memory Wrap by the examples that it used.
 
-La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440): an example in memory that
-is predicted as the input's class is an explanation by example, one of another
-class a counterfactual; those with weight 0 had no part in the answer.
+Source: La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440). An example in
+memory with the input's predicted class is an explanation by example; an
+example with another class is a counterfactual. Examples with weight 0 did not
+contribute to the answer.
 """
 
 from collections.abc import Callable
@@ -30,18 +31,19 @@ if TYPE_CHECKING:
 
 
 class Explanation(NamedTuple):
-    """The examples that decided one answer, the heaviest first.
+    """The examples that decided one answer, the largest weight first.
 
     Fields:
-        prediction: int, the class that the model answers for the input.
-        indices: (n,) int, which examples of the memory have a weight.
+        prediction: int, the class that the model predicts for the input.
+        indices: (n,) int, indices of the memory's examples with a weight
+            above 0.
         weights: (n,) in (0, 1], sum 1.
-        labels: (n,) int, their labels as they were given, -1 where not known.
-        predicted: (n,) int, the classes that the model predicts for them when
-            it looks at other examples; None where their inputs are not known,
-            as in a model that was saved.
-        inputs: (n, ...), the examples themselves; None where not known.
-        input: (...), what was answered; None where not known.
+        labels: (n,) int, labels of the examples as given, -1 if not known.
+        predicted: (n,) int, the classes that the model predicts for the
+            examples when its memory has other examples; None if their inputs
+            are not known, as in a model that was saved.
+        inputs: (n, ...), the examples; None if not known.
+        input: (...), the explained input; None if not known.
 
     A notebook shows it as a picture, if the inputs are images in [0, 1].
     """
@@ -56,13 +58,13 @@ class Explanation(NamedTuple):
 
     @property
     def classes(self) -> np.ndarray:
-        """(n,) int: those predicted, or else the labels."""
+        """(n,) int: the predicted classes, or else the labels."""
         return self.labels if self.predicted is None else self.predicted
 
     @property
     def is_example(self) -> np.ndarray:
-        """(n,) bool: of the input's predicted class. The others are
-        counterfactuals."""
+        """(n,) bool: True for examples of the input's predicted class, False
+        for counterfactuals."""
         return self.classes == self.prediction
 
     def __repr__(self) -> str:
@@ -84,32 +86,31 @@ class Explanations(list[Explanation]):
 
         try:
             return visualization.plot_explanations(self)._repr_png_()
-        except ValueError:  # no images, or not known: text is shown
+        except ValueError:  # no images, or not known: the notebook shows text
             return None
 
 
 def explain(
     model: MemoryWrapClassifier, x: Array, batch_size: int = 128
 ) -> Explanations:
-    """Names the examples behind each answer.
+    """Finds the examples behind each answer.
 
-    A model without a fixed memory draws one of its training data, and a second
-    one at which it looks when it classifies the examples of the first, as the
-    paper's code does. With a fixed memory each example is classified by the
-    others in it.
+    A model without a fixed memory draws a memory from its training data, and a
+    second one with which it classifies the examples of the first, as the
+    paper's code does. With a fixed memory, each example is classified with the
+    other examples of the memory.
 
     Args:
-        model: `MemoryWrapClassifier`, with a memory that is fixed or after
-            `fit`.
+        model: `MemoryWrapClassifier`, with a fixed memory or after `fit`.
         x: (B, ...) inputs.
-        batch_size: int, how many inputs are looked at at a time.
+        batch_size: int, number of inputs to process at a time.
 
     Returns:
         `Explanations`, a list of B `Explanation`.
 
     Raises:
-        TypeError: another model.
-        ValueError: no inputs, or no memory.
+        TypeError: `model` is no `MemoryWrapClassifier`.
+        ValueError: there are no inputs, or there is no memory.
 
     Example:
 
@@ -132,32 +133,34 @@ def explain(
 def explanation_accuracy(
     model: MemoryWrapClassifier, x: Array, y: Array, batch_size: int = 500
 ) -> dict[str, float | None]:
-    """How often the heaviest example is of the predicted class.
+    """Share of inputs whose top example has the predicted class.
 
-    Source: `paper/explanation_accuracy.py` of the paper's code: for each input
-    the class that the model predicts for the example with the largest weight,
-    looking at a second memory, is compared with the prediction for the input.
-    Each batch of inputs has two memories of its own, unless one is fixed.
+    The top example is the one with the largest weight.
+
+    Source: `paper/explanation_accuracy.py` of the paper's code. For each input
+    the model classifies the top example with a second memory; this class is
+    compared with the prediction for the input. Each batch of inputs has two
+    memories of its own, unless the memory is fixed.
 
     Args:
-        model: `MemoryWrapClassifier`, after `fit`, or with a fixed memory of
-            this process.
+        model: `MemoryWrapClassifier`, after `fit`, or with a fixed memory that
+            was set in this process.
         x: (B, ...) inputs.
         y: (B,) int labels, or (B, units) one-hot.
-        batch_size: int, how many inputs have one memory. The paper's code
+        batch_size: int, number of inputs that share a memory. The paper's code
             takes 500.
 
     Returns:
-        Dict of shares in [0, 1]: `explanation_accuracy`, inputs whose heaviest
-        example is of the predicted class; `accuracy`, inputs whose prediction
+        Dict of shares in [0, 1]: `explanation_accuracy`, inputs whose top
+        example has the predicted class; `accuracy`, inputs whose prediction
         is right; `accuracy_by_example` and `accuracy_by_counterfactual`, the
-        same among those whose heaviest example is of the predicted class and
-        among the others, None where there are none.
+        accuracy of the inputs whose top example has the predicted class, and
+        of the other inputs; None if there are no such inputs.
 
     Raises:
-        TypeError: another model.
-        ValueError: no inputs; labels of another number, or of no class; no
-            memory whose examples could be classified.
+        TypeError: `model` is no `MemoryWrapClassifier`.
+        ValueError: there are no inputs; labels have another number or are no
+            classes; there is no memory whose examples could be classified.
     """
     x = _inputs_of(model, x, batch_size)
     y = check_labels(y, len(x), model.memory_layer.units)
@@ -200,31 +203,32 @@ def integrated_gradients(
     steps: int = 40,
     batch_size: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which parts of an input, and of the examples it was compared with, speak
-    for a class.
+    """Attributes a class's output to parts of an input and of its examples.
 
     Source: Sundararajan, Taly & Yan 2017 (arXiv 1703.01365), eq. 1, by the
-    midpoint rule, over input and examples together, as the paper's figures.
+    midpoint rule, over input and examples together, as in the paper's figures.
 
     Args:
         model: `MemoryWrapClassifier`.
         x: (...) one input.
-        memory_inputs: (n, ...) the examples, such as `Explanation.inputs`; of
-            weight 0 are then those only that were.
-        target: int, the class; None for the one that is predicted.
-        baseline: what stands for nothing: a number, or an array like `x`. The
-            paper's code takes 1.0 of normalized images.
-        steps: int, points on the way from the baseline.
-        batch_size: int, about how many images are encoded at a time.
+        memory_inputs: (n, ...) the examples, such as `Explanation.inputs`,
+            which leaves out only examples of weight 0.
+        target: int, the class; None for the predicted class.
+        baseline: an input without information: a number, or an array like `x`.
+            The paper's code takes 1.0 for normalized images.
+        steps: int, number of points on the path from the baseline.
+        batch_size: int, approximate number of images to encode at a time.
 
     Returns:
-        Arrays like `x` and like `memory_inputs`: their sum is the difference
-        of the class's output to that of the baselines, up to the rule's error.
+        Arrays like `x` and like `memory_inputs`. The sum of all their values
+        is the class's output minus its output for the baselines, up to the
+        error of the midpoint rule.
 
     Raises:
-        TypeError: another model.
+        TypeError: `model` is no `MemoryWrapClassifier`.
         ValueError: `x` is not one input, a size is out of its range, or the
-            encoder has no gradient, as one of whole numbers (on JAX it is 0).
+            encoder has no gradient, such as an encoder of integers (on JAX
+            its gradient is 0).
     """
     check_size("steps", steps)
     dtype = keras.config.floatx()
@@ -287,32 +291,32 @@ def picture(
 ) -> "visualization.Figure":
     """Draws inputs beside the examples that decided the answers.
 
-    One row of images for each input: the input, then the examples used, the
-    heaviest first, with weight and class, and the true class where it is
-    another; counterfactuals are framed in another color. Below each image,
-    what speaks for the answer in it.
+    Each input has one row of images: the input, then the examples used, the
+    largest weight first. Texts tell weight and class, and the true class if it
+    differs. Counterfactuals have a frame of another color. The heat map below
+    an image shows which of its parts support the answer.
 
     Args:
         model: `MemoryWrapClassifier`, whose memory's inputs are known.
         x: (B, ...) inputs, images (H, W), (H, W, 1) or (H, W, 3).
         class_names: sequence of texts, one for each class; None for numbers.
         max_examples: int, the largest number of examples in a row.
-        attribution: bool, whether there are heat maps, by integrated
-            gradients of all examples used.
-        baseline: of `integrated_gradients`.
+        attribution: bool, whether to draw heat maps, by integrated gradients
+            over all examples used.
+        baseline: as in `integrated_gradients`.
         to_image: function from one input to an image in [0, 1], such as the
-            inverse of a normalization; None where inputs are in [0, 1].
-        explanations: what `explain` gives for `x`; None for calling it.
-        labels: (B,) int or (B, units) one-hot, the true classes of `x`, by
-            which wrong answers are marked; None where they are not known.
+            inverse of a normalization; None if inputs are in [0, 1].
+        explanations: result of `explain` for `x`; None calls it.
+        labels: (B,) int or (B, units) one-hot, the true classes of `x`, which
+            mark wrong answers; None if they are not known.
 
     Returns:
         `visualization.Figure`.
 
     Raises:
-        TypeError: another model.
-        ValueError: no images, a memory of encodings only, or another number
-            of class names or labels.
+        TypeError: `model` is no `MemoryWrapClassifier`.
+        ValueError: `x` has no images, the memory has only encodings, or class
+            names or labels have another number.
     """
     from keras_memory import visualization
 
@@ -331,8 +335,8 @@ def picture(
         and all(isinstance(why, Explanation) for why in explanations)
     ):
         raise ValueError(
-            f"`explanations` must be {len(x)} of `Explanation`, one for each "
-            f"input. Received: {explanations!r}"
+            f"`explanations` must be a list of {len(x)} `Explanation`, one for "
+            f"each input. Received: {explanations!r}"
         )
     attributions = None
     if attribution and all(why.inputs is not None for why in explanations):
@@ -358,8 +362,10 @@ def picture(
 
 
 class _Memory:
-    """What explanations are made of: the fixed memory, or two that are drawn,
-    the second for classifying the examples of the first."""
+    """The memory that explains answers: the fixed one, or two drawn ones.
+
+    The model classifies the examples of the first with the second.
+    """
 
     def __init__(self, model):
         self.model = model
@@ -389,9 +395,9 @@ class _Memory:
         )
         if not np.isfinite(outputs).all():
             raise ValueError(
-                "Only answers that are finite have an explanation. Received: "
-                "NaN or infinite outputs, of such inputs or of a model that "
-                "has diverged"
+                "The outputs must be finite to be explained. Received: NaN or "
+                "infinite outputs, because of such inputs or a model that has "
+                "diverged"
             )
         if indices:
             return outputs, weights, indices[0].astype(int)
@@ -458,9 +464,8 @@ def check_model(model: Any, class_names: Sequence[str] | None = None) -> None:
     units = model.memory_layer.units
     if units < 2:
         raise ValueError(
-            "Explanations need a model with an output for each class, of "
-            "which the largest is the prediction. "
-            f"Received: units={units}"
+            "Explanations need a model with an output for each class, at least "
+            f"two. Received: units={units}"
         )
     if class_names is None:
         return
@@ -478,14 +483,14 @@ def _inputs_of(model, x, batch_size, name="x", axes=("B", None, ...)):
     x = ops.convert_to_numpy(check_array(name, x, axes, result="given"))
     if not len(x):
         raise ValueError(
-            f"`{name}` must be an array (B, ...), of one at least. "
+            f"`{name}` must be an array (B, ...), with B at least 1. "
             f"Received: shape {x.shape}"
         )
     return x
 
 
 def _gradient_of(function):
-    """Of a function of two arrays to a number: one of these to two arrays."""
+    """The gradient, as a function, of a scalar function of two arrays."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -524,8 +529,8 @@ def _gradient_of(function):
         if any(array is None for array in gradients):
             raise ValueError(
                 "Integrated gradients need an encoder whose output has a "
-                "gradient to its inputs, as one of whole numbers has not. "
-                "Received: one without"
+                "gradient to its inputs, which an encoder of integers lacks. "
+                "Received: an encoder without gradient"
             )
         return [ops.convert_to_numpy(array) for array in gradients]
 

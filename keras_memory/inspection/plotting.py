@@ -24,13 +24,14 @@ def plot(
     """Draws what a layer or a model of this library does with inputs.
 
     Args:
-        layer: a recurrent layer such as `NTMLayer`, or a model with some: its
-            sequence, gates, heads and memory; a `MemoryWrapClassifier`: the
-            examples behind its answers; an `ESMLayer`: the last map.
-        x: what it takes. A model's inputs and outputs are drawn if they are
-            sequences as long as those of its memory.
-        **options: of `visualization.plot_task`, such as `row` or `targets`, of
-            `explanations.picture`, or `row` and those of
+        layer: a recurrent layer such as `NTMLayer`, or a model with such
+            layers: draws sequence, gates, heads and memory; a
+            `MemoryWrapClassifier`: draws the examples behind its answers; an
+            `ESMLayer`: draws the last map.
+        x: inputs of `layer`. A model's inputs and outputs are drawn if they
+            are sequences as long as those of its memory.
+        **options: arguments of `visualization.plot_task`, such as `row` or
+            `targets`; of `explanations.picture`; or `row` and arguments of
             `visualization.plot_sphere`.
 
     Time runs in the order of the inputs. If the layer, or each memory of the
@@ -42,8 +43,8 @@ def plot(
         `visualization.Figure`, which a notebook shows.
 
     Raises:
-        TypeError: another layer, or a model without memory.
-        ValueError: memories that take sequences of several lengths.
+        TypeError: `layer` is another layer, or a model without memory.
+        ValueError: the model's memories take sequences of different lengths.
 
     Example:
 
@@ -88,8 +89,8 @@ def plot(
     if len({*shapes.values()}) > 1:
         raise ValueError(
             "`layer` must have memories whose sequences are of one length, to "
-            "be drawn on one time axis: `visualization.plot_task` draws each "
-            f"of those that `trace_model` gives. Received: {shapes}"
+            "share a time axis: draw each trace of `trace_model` with "
+            f"`visualization.plot_task`. Received: {shapes}"
         )
     given = {
         name: ops.convert_to_numpy(values)

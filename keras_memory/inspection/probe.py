@@ -1,4 +1,4 @@
-"""One example that is looked at again and again while a model trains."""
+"""A fixed batch with which a model is traced during training."""
 
 from typing import Any
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from keras_memory.recurrent import tracing
 
 
 class Seen(NamedTuple):
-    """What a model did with a probe, as NumPy arrays.
+    """Outputs and traces of a model for a probe, as NumPy arrays.
 
     Args:
-        inputs: what the model took.
-        targets: what it should give, or None.
-        outputs: what it gave.
+        inputs: inputs of the model.
+        targets: targets, or None.
+        outputs: outputs of the model.
         mask: (B, T) or None.
-        traces: dict from layer names to what `trace` gives.
+        traces: dict from layer name to the result of `trace`.
     """
 
     inputs: Any
@@ -41,25 +41,25 @@ class Seen(NamedTuple):
 
 
 class Probe:
-    """A fixed batch, and what goes on inside of a model that is given it.
+    """A fixed batch with which models are traced.
 
-    On TensorFlow the way through the model is compiled at the first look.
+    On TensorFlow the first `look` compiles the traced model.
 
     Args:
         batch: inputs, which are no tuple, or a tuple (inputs, targets) or
             (inputs, targets, mask), such as a `tasks.Batch`.
 
     Raises:
-        ValueError: another tuple, what are no arrays of numbers, or several
-            batch sizes.
+        ValueError: the tuple has another form, its parts are no arrays of
+            numbers, or their batch sizes differ.
     """
 
     def __init__(self, batch: Any):
         parts = batch if isinstance(batch, tuple) else (batch,)
         if not 1 <= len(parts) <= 3:
             raise ValueError(
-                "A probe is inputs, (inputs, targets) or (inputs, targets, "
-                f"mask). Received: {len(parts)} parts"
+                "A probe must be inputs, (inputs, targets) or (inputs, "
+                f"targets, mask). Received: {len(parts)} parts"
             )
         sizes = {}
 
@@ -82,11 +82,13 @@ class Probe:
         return batch if isinstance(batch, cls) else cls(batch)
 
     def look(self, model: keras.Model) -> Seen:
-        """Shows the batch to a model, whose states stay as they are: what a
-        call assigns to variables is forgotten, and nothing is copied.
+        """Traces a model on the batch.
+
+        The model's variables, such as states, do not change: assignments of
+        the call are discarded, and nothing is copied.
 
         Returns:
-            What was `Seen`.
+            `Seen`.
         """
         if model is not self._model:
             self._model = model
@@ -118,13 +120,13 @@ def probe_picture(seen, title, memory=False, **options):
         seen: `Seen`, with targets.
         title: str, the headline.
         memory: bool, whether the memory is drawn.
-        **options: of `visualization.plot_task`.
+        **options: arguments of `visualization.plot_task`.
 
     Returns:
         `visualization.Figure`.
 
     Raises:
-        ValueError: what was seen is no sequences, or has no targets.
+        ValueError: `seen` has no sequences, or no targets.
     """
     if not seen.has_sequences():
         shapes = [keras.tree.map_structure(np.shape, part) for part in seen[:4]]
@@ -148,6 +150,6 @@ def probe_picture(seen, title, memory=False, **options):
 
 
 def check_numbers(name, value, axes, sizes=None, kind="any"):
-    """An array of NumPy, checked as by `check_array`."""
+    """Checks an array with `check_array`; returns it as a NumPy array."""
     array = check_array(name, value, axes, sizes, kind, result="given")
     return ops.convert_to_numpy(array)

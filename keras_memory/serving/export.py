@@ -1,10 +1,11 @@
 """SavedModels for TensorFlow Serving, with explicit state for streaming.
 
-A recurrent layer hides its states inside of a call. `_run` calls a model as it
-is, but has its recurrent layers start from states that come from outside and
-hand out those they reach. A masked step holds a layer's output, which is then
-one state more. Whether this streams a model faithfully, which it does not
-where a layer looks at other time steps, is found by trying.
+A recurrent layer hides its states inside a call. `streaming._run` calls an
+unchanged model, but takes the initial states as inputs and returns the final
+ones. At a masked step a layer repeats its last output, so this output is one
+more state. A layer that looks at other time steps cannot be streamed: the
+export steps through a probe and compares the outputs with those of the whole
+sequence.
 """
 
 import contextlib
@@ -56,50 +57,50 @@ def export_for_serving(
     - `serving_default`: `inputs` (B, T, D) to `outputs`, the whole sequence.
     - `step`: `inputs` (B, D), one time step, and the states to `outputs` and
       the new states under the same names.
-    - `initial_state`: `inputs` (B, D), of which only B counts, to the states
-      in front of the first step.
+    - `initial_state`: `inputs` (B, D), of which only B matters, to the states
+      before the first step.
 
-    Names of inputs and outputs: an input has its own name, `keras.Input(...,
-    name="sensor")`, or its key where the model takes a dict; an output has its
-    key where the model gives a dict. The others are `inputs` and `outputs`, or
-    `inputs_0`, `outputs_0`, `outputs_1`, ... by their places among several;
-    names that Keras makes up, `input_layer_3`, count as none. TensorFlow takes
-    letters, digits and "_": all else becomes "_", and what does not begin with
-    a letter or is a word of Python's gets `arg_` in front ("my-input" is
-    served as `my_input`, "1st" as `arg_1st`). Of two that are the same the
-    second ends in `_1`.
+    Names of inputs and outputs: an input keeps its own name, as in
+    `keras.Input(..., name="sensor")`, or its key if the model takes a dict. An
+    output keeps its key if the model returns a dict. The others are named
+    `inputs` and `outputs`, or `inputs_0`, `outputs_0`, `outputs_1`, ... if
+    there are several. Names that Keras generates, such as `input_layer_3`, are
+    ignored. Characters other than letters, digits and "_" become "_". A name
+    that does not begin with a letter, or is a keyword of Python, gets the
+    prefix `arg_` ("my-input" is served as `my_input`, "1st" as `arg_1st`). The
+    second of two equal names ends in `_1`.
 
-    Names of states: the fields of the layer's state record, so for an
-    `NTMLayer` `reads`, `memory`, `read_weighting`, `write_weighting`,
-    `controller_h` and `controller_c`; `h` and `c` for an LSTM, `h` for a GRU,
-    `state_0`, `state_1`, ... for a cell of your own without a list
-    `state_names`. A stack of cells has its numbers behind, `h_0`, and several
-    blocks have theirs in front, `block0_controller_h`. The layer's name is in
-    front, `lstm_h`, where a model has several recurrent layers or an input or
-    output has the name: give layers names, as Keras's own count up. Each state
-    is (B, size) in its layer's compute dtype.
+    Names of states: the fields of the layer's state record. For an `NTMLayer`
+    these are `reads`, `memory`, `read_weighting`, `write_weighting`,
+    `controller_h` and `controller_c`; for an LSTM `h` and `c`; for a GRU `h`;
+    for your own cell its list `state_names`, or else `state_0`, `state_1`, ...
+    In a stack of cells, the cell's number comes last (`h_0`); with several
+    blocks, the block's number comes first (`block0_controller_h`). The layer's
+    name comes first (`lstm_h`) if a model has several recurrent layers, or an
+    input or output of the same name: name your layers, as the default names of
+    Keras count up. Each state is (B, size) in its layer's compute dtype.
 
-    Masks: a step that `Masking` or `Embedding(mask_zero=True)` masks holds the
-    states and the output, in `step` as in a sequence; so a client whose batch
-    has rows without news sends the mask value for these. The output that is
-    held is one state more, `held_output`, in front of it the layer's name if
-    there are several; `zero_output_for_mask=True` does without.
+    Masks: a step that `Masking` or `Embedding(mask_zero=True)` masks keeps the
+    states and repeats the output, in `step` as in a sequence. So a client
+    sends the mask value for rows of its batch without new data. The repeated
+    output is one more state, `held_output`, with the layer's name in front if
+    there are several; layers with `zero_output_for_mask=True` do not need it.
 
-    `step` and `initial_state` are written if stepping a random probe gives
-    what the whole sequence gives, and left out with a warning if not; a model
-    without recurrent layers, such as a Memory Wrap, has neither of them. What
-    goes into them: recurrent layers of this library and of Keras, and layers
-    that act on each time step alone. What does not: `Bidirectional`,
-    `go_backwards`, attention, convolution and pooling over time. Where they
-    are left out, or a layer needs it, a number of time steps that the model
-    fixes stays fixed. A stateful layer is served as a stateless one: a server
-    has no memory of its clients.
+    `step` and `initial_state` are written if stepping through a random probe
+    gives the outputs of the whole sequence, and otherwise left out with a
+    warning. Supported are recurrent layers of this library and of Keras, and
+    layers that act on each time step alone. Not supported are `Bidirectional`,
+    `go_backwards`, attention, and convolution and pooling over time. A model
+    without recurrent layers, such as a Memory Wrap, has only
+    `serving_default`. If a model fixes the number of time steps, the export
+    keeps it when the signatures are left out or a layer needs it. A stateful
+    layer is served as stateless: a server keeps no states of its clients.
 
-    The version folder appears complete or not at all: everything is written
-    into a hidden folder beside it, loaded from there and compared with the
-    model, and renamed at the end. `<folder>/models.config` is written anew by
-    each export, so keep labels and version policies in another file. Serve
-    `<folder>` as `/models/<name>`, or edit the `base_path`:
+    The version folder appears complete or not at all: the export writes to a
+    hidden folder beside it, loads the SavedModel from there, compares it with
+    the model, and renames the folder at the end. Each export overwrites
+    `<folder>/models.config`, so keep labels and version policies in another
+    file. Serve `<folder>` as `/models/<name>`, or edit the `base_path`:
 
         docker run -p 8500:8500 -p 8501:8501 -v $PWD/<folder>:/models/<name>
             tensorflow/serving --model_config_file=/models/<name>/models.config
@@ -120,18 +121,18 @@ def export_for_serving(
             the server. Default: the name of `folder`.
         warm_up: pairs (batch size, time steps). Requests of these sizes, to
             every signature, are stored with the model, and the server runs
-            them before it takes others. Needs tensorflow-serving-api; without
-            it none are stored, with a warning.
-        exact_search: bool. False (default): a `ScannIndex` is served by ScaNN,
-            whose ops the server must have, with a warning. True: it compares
-            with all entries, by ops that every server has.
+            them before it accepts others. Needs tensorflow-serving-api;
+            without it, the export warns and stores none.
+        exact_search: bool. False (default): a `ScannIndex` searches with
+            ScaNN's ops, which the server must have; the export warns. True: it
+            compares with all entries, using ops that every server has.
 
     Returns:
         `pathlib.Path` of the version's folder.
 
     Raises:
-        RuntimeError: another backend than TensorFlow, or what was written
-            differs from the model.
+        RuntimeError: the backend is not TensorFlow, or the SavedModel gives
+            other outputs than the model.
         TypeError: `model` is not a Keras model or layer.
         ValueError: the model is not built, an argument is out of range, or
             the version exists.
@@ -152,9 +153,9 @@ def export_for_serving(
             else:
                 warnings.warn(
                     f"{titled(layer)} is exported with ScaNN's ops, which a "
-                    "server must load, `_scann_ops.so` of the package scann; "
-                    "the stock image of TensorFlow Serving has none. With "
-                    "`exact_search=True` it compares with all entries, by "
+                    "server must load (`_scann_ops.so` of the package scann); "
+                    "the stock image of TensorFlow Serving lacks them. With "
+                    "`exact_search=True` it compares with all entries, using "
                     "ops that every server has.",
                     stacklevel=2,
                 )
@@ -172,8 +173,8 @@ def export_for_serving(
             write_warm_up(signatures, name, warm_up, temporary)
         except ImportError as error:
             warnings.warn(
-                "The warm-up requests of `export_for_serving` are messages of "
-                "tensorflow-serving-api, so this model has none: `pip install "
+                "The model is exported without warm-up requests, which need "
+                "tensorflow-serving-api: `pip install "
                 f"tensorflow-serving-api~=2.20.0`. Received: {error}",
                 stacklevel=2,
             )
@@ -197,8 +198,7 @@ def _check_model(model):
         )
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(
-            "`model` must be a Keras model or layer, whose weights and "
-            f"calculation are to be served. Received: model={model!r}"
+            f"`model` must be a Keras model or layer. Received: model={model!r}"
         )
     if not model.built:
         raise ValueError(
@@ -211,8 +211,8 @@ def _check_name(name):
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name, re.A):
         raise ValueError(
             '`name` must be letters, digits, "_", "." and "-", as it is a '
-            "part of the server's URLs; it is the name of the folder unless "
-            f"given. Received: name={name!r}"
+            "part of the server's URLs; by default it is the folder's name. "
+            f"Received: name={name!r}"
         )
 
 

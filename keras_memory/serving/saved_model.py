@@ -1,4 +1,4 @@
-"""SavedModels: written, moved into place, compared, with warm-up requests."""
+"""Writes SavedModels, compares them, and adds warm-up requests."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from keras_memory.serving.streaming import largest_difference
 from keras_memory.serving.streaming import served
 
 MOST_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses a model with more
-TEMPORARY = r"\.\d+\.[0-9a-f]{8}"  # folders that exports write to
+TEMPORARY = r"\.\d+\.[0-9a-f]{8}"  # names of the exports' temporary folders
 
 
 # Files.
@@ -24,15 +24,15 @@ TEMPORARY = r"\.\d+\.[0-9a-f]{8}"  # folders that exports write to
 
 @contextlib.contextmanager
 def appearing_folder(target):
-    """Yields a hidden folder that becomes `target`, whole or not at all."""
+    """Yields a hidden folder, and renames it to `target` on success."""
     folder = target.parent
     if os.path.lexists(target):
         raise ValueError(
-            "`version` must be a new one, as servers keep what they have "
-            "loaded under its number: choose another, or remove the old one. "
+            "`version` must be a new one, as servers do not reload a version: "
+            "choose another number, or remove the old version. "
             f"Received: version={target.name}, and {target} exists"
         )
-    # Servers do not look at a name that is no number.
+    # Servers ignore folders whose name is not a number.
     temporary = folder / f".{target.name}.{uuid.uuid4().hex[:8]}"
     lock = _lock_of(temporary)
     with contextlib.ExitStack() as held:
@@ -44,11 +44,11 @@ def appearing_folder(target):
             temporary.mkdir()
         except OSError as error:
             raise OSError(
-                "`folder` must be a folder that can be written, as each "
-                f"version becomes a folder in it. Received: folder={folder} "
+                "`folder` must be a writable folder, as each version becomes "
+                f"a folder in it. Received: folder={folder} "
                 f"({error})"
             ) from error
-        kept = f"The versions in {folder} are as they were."
+        kept = f"The versions in {folder} are unchanged."
         with files.explain_os_errors(target, kept):
             try:
                 yield temporary
@@ -62,9 +62,11 @@ def appearing_folder(target):
 
 
 def _remove_abandoned(folder):
-    """Removes what killed exports have left. Others that write at this moment
-    hold a lock, which dies with them."""
-    if not files.has_locks():  # nobody can tell
+    """Removes temporary folders of killed exports.
+
+    A running export holds a lock, which the system releases when it is killed.
+    """
+    if not files.has_locks():  # cannot tell killed exports from running ones
         return
     for path in folder.iterdir():
         if re.fullmatch(TEMPORARY, path.name):
@@ -75,7 +77,7 @@ def _remove_abandoned(folder):
 
 
 def _lock_of(temporary):
-    """Of a temporary folder. It stands beside it, and is there first."""
+    """Path of a temporary folder's lock, which is made first, beside it."""
     return temporary.with_name(f"{temporary.name}.lock")
 
 
@@ -97,7 +99,7 @@ def save_functions(functions, folder):
 
 
 def _allow_without_xla(folder):
-    """Lets functions that ask for XLA run on servers that do not have it."""
+    """Lets functions that require XLA run on servers without XLA."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     path = folder / "saved_model.pb"
@@ -111,12 +113,12 @@ def _allow_without_xla(folder):
         del holder.attr["_XlaMustCompile"]
     if asking:
         path.write_bytes(saved.SerializeToString())
-        # It holds checksums of what was there before; servers do without.
+        # Its checksums are now wrong, and servers do not need it.
         (folder / "fingerprint.pb").unlink(missing_ok=True)
 
 
 def check_signatures(signatures, probe, expected, model):
-    """Raises RuntimeError unless what was written does what the model does."""
+    """Raises RuntimeError unless the signatures give the model's outputs."""
     actual = {"serving_default": served(signatures["serving_default"], probe)}
     if "step" in signatures:
         ((name, inputs),) = probe.items()
@@ -130,14 +132,13 @@ def check_signatures(signatures, probe, expected, model):
     for signature, outputs in actual.items():
         if difference := largest_difference(outputs, expected, model):
             raise RuntimeError(
-                f"The signature `{signature}` of the SavedModel must give what "
-                "the model gives, or it would serve something else. Received: "
-                f"a difference of {difference}"
+                f"The signature `{signature}` of the SavedModel must give the "
+                f"outputs of the model. Received: a difference of {difference}"
             )
 
 
 def write_warm_up(signatures, name, warm_up, folder):
-    """Stores requests that the server runs before it takes others."""
+    """Stores requests that the server runs before it accepts others."""
     if not warm_up:
         return
     import tensorflow as tf

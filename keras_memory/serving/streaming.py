@@ -16,11 +16,11 @@ from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.state import select
 
-KERAS_NAME = r"(input_layer|keras_tensor)(_\d+)?"  # of an input without one
+KERAS_NAME = r"(input_layer|keras_tensor)(_\d+)?"  # names that Keras generates
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-1}  # else 1e-5, as for float32
 
 REMEDY = (
-    "Call `serving_default` with whole sequences, or take layers that go "
+    "Call `serving_default` with whole sequences, or use layers that go "
     "forward in time or act on each time step alone."
 )
 
@@ -61,7 +61,7 @@ def _state_names(calls, taken):
 
 
 def _allowed(names, taken=()):
-    """Names as TensorFlow and Python take them, and all different."""
+    """Makes names valid for TensorFlow and Python, and unique."""
     allowed = []
     for name in names:
         name = re.sub(r"\W", "_", name, flags=re.ASCII)
@@ -79,12 +79,12 @@ def _allowed(names, taken=()):
 
 
 def take_apart(model):
-    """Makes what is to be served.
+    """Makes the functions behind the signatures.
 
     Returns:
         Dict of concrete functions, by signature; dict of probe inputs; dict
-        of the model's outputs for them; and why there is no `step`, None if
-        there is one, or "" where there is nothing to step.
+        of the model's outputs for them; and the reason why there is no `step`:
+        None if there is one, "" if the model has no recurrent layers.
     """
     shapes = _input_shapes(model)
     probe = _probe(model, shapes)
@@ -104,7 +104,7 @@ def take_apart(model):
 
 
 def _serving_default(model, choices, probe, expected):
-    """Of several shapes of the inputs takes the first that works."""
+    """Traces the model with the first of `choices` of shapes that works."""
 
     def serving_default(**inputs):
         outputs, _ = _run(model, [inputs[name] for name in probe])
@@ -118,13 +118,13 @@ def _serving_default(model, choices, probe, expected):
             function = _trace(serving_default, shapes)
             if not largest_difference(served(function, probe), expected, model):
                 return function
-        except Exception:  # any layer may need to know its time steps
+        except Exception:  # a layer may need a fixed number of time steps
             continue
     return _trace(serving_default, last)
 
 
 def _streaming(model, shapes, calls, names, time_axes):
-    """Makes `step` and `initial_state`; arguments as those around it."""
+    """Makes the functions `step` and `initial_state`."""
     ((inputs, (shape, dtype)),) = shapes.items()
     one_step = {inputs: ((None, *shape[2:]), dtype)}
     states = {
@@ -191,7 +191,7 @@ def _input_shapes(model):
 
 
 def _probe(model, shapes):
-    """Random inputs. Where a layer masks, some time steps are masked."""
+    """Random inputs. If a layer masks, some time steps are masked."""
     rng = np.random.default_rng(0)
     batch = 2
     if _has_graph(model):
@@ -200,28 +200,28 @@ def _probe(model, shapes):
         layer.mask_value
         for layer in model._flatten_layers()
         if isinstance(layer, keras.layers.Masking)
-    ] or [0]  # what `Embedding(mask_zero=True)` masks
+    ] or [0]  # the value that `Embedding(mask_zero=True)` masks
     probe = {}
     for name, (shape, dtype) in shapes.items():
         shape = filled(shape, batch, 5)
         values = rng.normal(size=shape)
         if "float" not in dtype:
-            values = rng.integers(2, size=shape)  # in every vocabulary
+            values = rng.integers(2, size=shape)  # valid in every vocabulary
         if values.ndim > 1:
             values[0, -1] = values[-1, shape[1] // 2] = masked[0]
             if shape[1] > 3:
-                values[-1, 0] = masked[0]  # before there is what to hold
+                values[-1, 0] = masked[0]  # no earlier output to repeat
         probe[name] = values.astype(dtype)
     return probe
 
 
 def filled(shape, batch, time):
-    """A shape with sizes for those that are not known."""
+    """Replaces the unknown sizes of a shape."""
     return [batch] + [size or time for size in shape[1:]]
 
 
 def _named(values):
-    """Dict of a layer's outputs."""
+    """Dict of a layer's outputs, by name."""
     return dict(zip(_names("outputs", values), keras.tree.flatten(values)))
 
 
@@ -231,7 +231,7 @@ def _all_states(calls):
 
 
 def _initial_states(calls, batch):
-    """What the recurrent layers start from, in the dtypes of their states."""
+    """Initial states of the recurrent layers, in the final states' dtypes."""
     initial = []
     for layer, _, after in calls:
         states = keras.tree.flatten(layer.get_initial_state(batch))
@@ -243,7 +243,7 @@ def _initial_states(calls, batch):
     return initial
 
 
-# The model with its states outside.
+# Calling a model with explicit states.
 
 
 class _Call(typing.NamedTuple):
@@ -252,8 +252,8 @@ class _Call(typing.NamedTuple):
     Args:
         layer: the layer.
         names: names of its states.
-        states: list of its final states, with the output that masked steps
-            hold as the last where the call had a mask.
+        states: list of its final states. If the call had a mask, the output
+            that masked steps repeat comes last.
     """
 
     layer: keras.layers.RNN
@@ -262,15 +262,15 @@ class _Call(typing.NamedTuple):
 
 
 def _run(model, inputs, states=None, unroll=False):
-    """Calls a model in inference mode, with its states outside.
+    """Calls a model in inference mode, with explicit states.
 
     Args:
         model: a model or layer.
         inputs: its inputs, as a flat iterable; of one time step if there are
             `states`.
-        states: iterable of all states to start from, in order of call, or
-            None for what the layers start from.
-        unroll: bool, without a loop over time.
+        states: iterable of all initial states, in order of call; None for the
+            layers' own.
+        unroll: bool, whether to unroll the loop over time.
 
     Returns:
         List of (layer, dict of outputs), in order of call, the model itself
@@ -319,7 +319,7 @@ def _run(model, inputs, states=None, unroll=False):
         def change(layer, **attributes):
             changes.enter_context(changed_attributes(layer, **attributes))
 
-        # What is within a time step is no loop over the model's time.
+        # Layers inside `TimeDistributed` do not loop over the model's time.
         within = {
             id(layer)
             for wrapper in model._flatten_layers()
@@ -337,7 +337,7 @@ def _run(model, inputs, states=None, unroll=False):
             elif getattr(layer, "stateful", False):  # such as a map
                 change(layer, stateful=False)
             if isinstance(layer, DropoutRNNCell):
-                # They draw random numbers even where none are used.
+                # It draws masks even in inference, where none are used.
                 change(
                     layer,
                     get_dropout_mask=lambda *_: None,
@@ -350,8 +350,10 @@ def _run(model, inputs, states=None, unroll=False):
 
 
 def _at_once(layer, call):
-    """`TimeDistributed.call`, which in a graph that does not know the number
-    of time steps takes as many as there are rows: Keras 3.15 mistakes them."""
+    """`TimeDistributed.call` that works for an unknown number of time steps.
+
+    In a graph Keras 3.15 takes the batch size for the unknown number.
+    """
 
     @functools.wraps(call)
     def at_once(inputs, training=None, mask=None):
@@ -381,13 +383,13 @@ def _call(model, inputs):
         (inputs,) = inputs
     else:
         inputs = keras.tree.pack_sequence_as(model.input, inputs)
-    # `__call__` would insist on the number of time steps of the `Input`.
+    # `__call__` would reject other numbers of time steps than the `Input`'s.
     return model.call(inputs, training=False)
 
 
 @contextlib.contextmanager
 def changed_attributes(layer, **attributes):
-    """Gives a layer other attributes for a while, untracked by Keras."""
+    """Changes attributes of a layer temporarily, untracked by Keras."""
     own = vars(layer)
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
@@ -412,20 +414,20 @@ def _try_streaming(model, probe, whole, calls, names):
         names: names of the states.
 
     Returns:
-        Why the model cannot be streamed and what to do, or None; and the
-        names of those outputs that have a time axis.
+        The reason why the model cannot be streamed and the remedy, or None;
+        and the names of the outputs with a time axis.
     """
     if not calls:
-        return "", ()  # nobody expects steps of it
+        return "", ()  # nothing to stream, so no warning
     if len(probe) > 1:
         return (
-            f"`step` takes one input, and it has {list(probe)}. Give the "
-            "model one input (B, T, D) and take that apart inside.",
+            f"`step` takes one input, and the model has {list(probe)}. Give "
+            "the model one input (B, T, D) and split it inside.",
             (),
         )
     (inputs,) = probe.values()
     if inputs.shape[1] == 1:
-        return "its input has one time step: `keras.Input((None, ...))`.", ()
+        return "its input has one time step: use `keras.Input((None, ...))`", ()
     states = _initial_states(calls, len(inputs))
     steps = []
     try:
@@ -434,7 +436,7 @@ def _try_streaming(model, probe, whole, calls, names):
             outputs, calls = _run(model, [step], states)
             states = _all_states(calls)
             steps.append([of_layer for _, of_layer in outputs])
-    except Exception as error:  # any layer may refuse one step alone
+    except Exception as error:  # a layer may reject a single time step
         return f"it fails on a single time step: {error} {REMEDY}", ()
     apart = []
     for (layer, expected), *parts in zip(whole, *steps):
@@ -446,9 +448,9 @@ def _try_streaming(model, probe, whole, calls, names):
         layer, difference = apart[0]
         return (
             f"step by step, {titled(layer)} gives other outputs than for the "
-            f"whole sequence ({difference}), so it depends on more "
-            "than the time step and the states: on other steps, as a layer "
-            f"that goes backwards, attends, convolves or pools. {REMEDY}",
+            f"whole sequence ({difference}), so it depends on other time "
+            "steps, like a layer that goes backwards, attends, convolves or "
+            f"pools. {REMEDY}",
             (),
         )
     of_step, of_whole = steps[0][-1], whole[-1][1]
@@ -458,7 +460,7 @@ def _try_streaming(model, probe, whole, calls, names):
 
 
 def joined_steps(steps, whole):
-    """Dicts of single steps, put together as the whole sequence has them."""
+    """Joins dicts of single steps to the shapes of the whole sequence."""
     joined = {}
     for name, expected in whole.items():
         values = [np.asarray(step[name]) for step in steps]
@@ -485,7 +487,7 @@ def served(signature, inputs):
 
 
 def largest_difference(actual, expected, model):
-    """Says how two dicts of arrays differ, or "" where they do not."""
+    """Describes how two dicts of arrays differ; "" if they do not."""
     tolerance, apart = _tolerance(model), ""
     for name in expected:
         value, whole = (

@@ -1,7 +1,7 @@
-"""Trains a model on a task, in a run folder that can be resumed.
+"""Trains a model on a task in a run folder, and resumes interrupted runs.
 
-`config.py` has what can be configured, `presets.py` the configurations of the
-papers, `tasks.py` the data.
+`config.py` has the settings, `presets.py` the configurations of the papers,
+`tasks.py` the data.
 """
 
 from keras_memory.training.runner import build as build

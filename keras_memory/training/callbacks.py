@@ -16,14 +16,14 @@ from keras_memory.training.config import check_training
 
 
 class StepsBoard(keras.callbacks.TensorBoard):
-    """Keras's, on an axis of steps."""
+    """Keras's `TensorBoard` with training steps, not epochs, on its axis."""
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(logs["step"], logs)
 
 
 class StepsMemoryBoard(MemoryTensorBoard):
-    """Counts steps, where that of any training counts epochs."""
+    """`MemoryTensorBoard` with training steps, not epochs, on its axis."""
 
     unit = "steps"
 
@@ -32,11 +32,12 @@ class StepsMemoryBoard(MemoryTensorBoard):
 
 
 class History(keras.callbacks.Callback):
-    """Writes what each report tells into a CSV file, with those before.
+    """Writes the numbers of all reports to a CSV file.
 
     Args:
         path: `pathlib.Path` of the file.
-        rows: list of dicts of numbers, the reports before, which grows.
+        rows: list of dicts of numbers, the earlier reports. New reports are
+            appended to it.
     """
 
     def __init__(self, path, rows):
@@ -58,14 +59,14 @@ class History(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Saves the model after every `every`-th epoch, in place of the last.
+    """Saves the model every `every` epochs, over the previous checkpoint.
 
     Args:
         path: path of the `.keras` file.
         every: int, at least 0, in epochs; 0 saves only when `asked`.
     """
 
-    asked = False  # for a checkpoint after this epoch, which is then the last
+    asked = False  # True: save after this epoch, then stop
 
     def __init__(self, path, every):
         super().__init__()
@@ -91,11 +92,11 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class Curriculum(keras.callbacks.Callback):
-    """A task that grows with the model, and ends the training at its goal or
-    at the last of its steps.
+    """Lengthens the sequences as the model learns, and ends the training.
 
-    It stands in for the task in `tasks.dataset`, and looks at the results of
-    each report.
+    After each report it may move to the next length. The training ends when
+    the error reaches the goal, or after the last step. `tasks.dataset` samples
+    from this callback instead of from the task.
     """
 
     def __init__(self, config):
@@ -109,7 +110,7 @@ class Curriculum(keras.callbacks.Callback):
         self.input_size = config.task.input_size
         self.output_size = config.task.output_size
         self.reached = False
-        self._reports = 0  # at the present length
+        self._reports = 0  # at the current length
 
     def sample(self, rng, batch_size):
         task = self.config.task
@@ -123,13 +124,13 @@ class Curriculum(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch, logs=None):
-        if not np.isfinite(logs["loss"]):  # before a checkpoint is made of it
+        if not np.isfinite(logs["loss"]):  # raise before it is checkpointed
             step = min(
                 (epoch + 1) * self.config.report_every, self.config.steps
             )
             raise ValueError(
                 "The training has diverged: try a smaller learning_rate, or "
-                "clipnorm. What the checkpoint has is from before. Received: "
+                "clipnorm. The checkpoint is from an earlier step. Received: "
                 f"a loss of {logs['loss']} in the report of step {step:,}"
             )
         self.look(logs)
@@ -137,7 +138,7 @@ class Curriculum(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def look(self, logs):
-        """Decides, after a report, what comes next."""
+        """Moves to the next length, or notes that the goal is reached."""
         self._reports += 1
         if len(self.longest) == 1:
             self.reached = logs[self.error] < self.config.stop_error
@@ -151,11 +152,11 @@ class Curriculum(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """One line: steps, time left, loss, error, sequences a second.
+    """Shows a line per report: steps, time left, loss, error, sequences/s.
 
-    On a terminal the line is written over, elsewhere each is a new one. It
-    also gives the callbacks after it what has been done so far: `step`,
-    `sequences`, `longest`, the longest length, and `seconds`.
+    On a terminal each line overwrites the last; elsewhere each is a new line.
+    It also adds the totals so far to the logs of later callbacks: `step`,
+    `sequences`, `longest` (the longest length) and `seconds`.
     """
 
     def __init__(self, config, curriculum, seconds, show):
@@ -168,7 +169,7 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.show(
-            "steps  most time left  longest length  loss and error  "
+            "steps  time left at most  longest length  loss and error  "
             "sequences/s\n"
             "(each length is compiled once: the first steps take a while)"
         )
@@ -181,7 +182,7 @@ class Progress(keras.callbacks.Callback):
         self.epoch_started = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        # The time left is that of steps which are compiled.
+        # The first steps compile, so they say nothing about the time left.
         if not self.marks and 2 * (batch + 1) >= self.config.report_every:
             now = time.perf_counter()
             self.marks.append((self.first_step + batch + 1, now))
@@ -212,7 +213,7 @@ class Progress(keras.callbacks.Callback):
             self.show(line)
 
     def _left(self, step, now):
-        """Minutes and seconds, at the pace of the later half of the steps."""
+        """Time left, minutes:seconds, at the speed of the later half."""
         marks = self.marks or [(step, now)]
         before, then = marks[len(marks) // 2]
         if step == before:
@@ -227,5 +228,5 @@ class Progress(keras.callbacks.Callback):
 
 
 def in_reports(name, config):
-    """A number of steps in reports, rounded up."""
+    """Converts a number of steps of `config` to reports, rounded up."""
     return -(-getattr(config, name) // config.report_every)

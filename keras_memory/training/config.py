@@ -1,12 +1,11 @@
 """Training configurations: plain dataclasses, and presets by name.
 
-A new task or architecture fits in as one more dataclass: a task goes into
-`tasks.TASKS`, an architecture into `MODELS`, a combination worth a name into
-`PRESETS`.
+To add a task or an architecture, write a dataclass and register it: a task in
+`tasks.TASKS`, an architecture in `MODELS`, a named combination in `PRESETS`.
 
 The `build` of an architecture takes inputs (B, T, D), the number of outputs and
-their activation, and gives outputs (B, T, units). Layers of your own must be
-registered with Keras, or a run of them cannot be loaded:
+their activation, and returns outputs (B, T, units). Register your own layers
+with Keras, or their runs cannot be loaded:
 
 >>> @dataclasses.dataclass(frozen=True)
 ... class GRU:
@@ -52,11 +51,11 @@ from keras_memory.ntm import NTMLayer
 from keras_memory.recurrent.cells import check_units
 from keras_memory.training import tasks
 
-MOST_STEPS = 2**31 - 1  # that TensorFlow counts
+MOST_STEPS = 2**31 - 1  # TensorFlow cannot count more
 
 
 def _fields(value):
-    """Fields of a dataclass and their values, without going deeper."""
+    """Fields of a dataclass and their values, not recursive."""
     return {
         field.name: getattr(value, field.name)
         for field in dataclasses.fields(value)
@@ -65,25 +64,25 @@ def _fields(value):
 
 
 def _make(cls, arguments):
-    """An instance of a dataclass, after a look at the types of its values."""
+    """Makes a dataclass, after converting and checking its values' types."""
     try:
         return cls(**_converted(cls, arguments))
-    except TypeError as error:  # one is missing
+    except TypeError as error:  # an argument is missing
         raise ValueError(f"{cls.__name__} cannot be made: {error}") from error
 
 
 def _normalize(instance):
-    """Gives the fields of a frozen dataclass the types that they must have."""
+    """Converts the fields of a frozen dataclass to their declared types."""
     converted = _converted(type(instance), _fields(instance))
     for name, value in converted.items():
         object.__setattr__(instance, name, value)
 
 
 def _converted(cls, arguments):
-    """Values in the types of the fields of a dataclass, or ValueError."""
+    """Converts values to their fields' types, or raises ValueError."""
     try:
         types_of = typing.get_type_hints(cls)
-    except NameError:  # of a name that is known where the class was written
+    except NameError:  # a type hint names a class local to a function
         types_of = {}
     fields = [field.name for field in dataclasses.fields(cls) if field.init]
     converted = {}
@@ -118,7 +117,7 @@ def _tuples(value):
 
 
 def _fits(value, wanted):
-    """True for a value of a type; of generic ones the parts are not checked."""
+    """True if a value has a type; items of generic types are not checked."""
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, member) for member in typing.get_args(wanted))
@@ -134,15 +133,15 @@ def _fits(value, wanted):
 
 @typing.runtime_checkable
 class Architecture(typing.Protocol):
-    """What a training needs of the configuration of a model."""
+    """The interface that the configuration of a model must have."""
 
     def build(self, inputs, units, activation):
-        """Outputs (B, T, units) of inputs (B, T, D), with an activation."""
+        """Maps inputs (B, T, D) to outputs (B, T, units)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Memory:
-    """What the recurrent memories have in common."""
+    """Base class of the configurations of recurrent memories."""
 
     initialization: str = "keras"
 
@@ -167,8 +166,8 @@ class _Memory:
             )
         if self.initialization == "pytorch-ntm" and self.controller != "lstm":
             raise ValueError(
-                "initialization='pytorch-ntm' is that of an LSTM; for other "
-                "controllers set initialization='keras'. "
+                "`controller` must be 'lstm' for initialization='pytorch-ntm'; "
+                "for other controllers set initialization='keras'. "
                 f"Received: controller={self.controller!r}"
             )
         if self.initialization == "pytorch-ntm":
@@ -197,8 +196,11 @@ class _Memory:
         )(inputs)
 
     def _large_lstm(self, width):
-        """An LSTM whose kernels are several times as large as Keras's own:
-        for all layers and blocks as the first one's width says."""
+        """An LSTM with initial kernels several times as large as Keras's.
+
+        The width of the first layer's inputs sets the range of all layers and
+        blocks.
+        """
         bound = 5.0 / math.sqrt(width + self.controller_units)
 
         def kernel():
@@ -219,7 +221,7 @@ class _Memory:
         )
 
 
-# Arguments of a recurrent memory that a training sets itself, or cannot use.
+# Arguments of a recurrent memory that a training sets or cannot use.
 SET_BY_TRAINING = {
     *("units", "activation", "seed", "return_sequences", "return_state"),
     *("go_backwards", "stateful", "unroll", "zero_output_for_mask"),
@@ -227,8 +229,10 @@ SET_BY_TRAINING = {
 
 
 def _config_of(name, layer):
-    """The dataclass of a layer's arguments that a training can set: those
-    that are numbers, texts, bools or tuples of them."""
+    """Makes a dataclass of the layer arguments that a training can set.
+
+    These are the arguments that are numbers, strings, bools or tuples.
+    """
     plain_types = bool, int, float, str, tuple, type(None)
     fields = []
     for parameter in inspect.signature(layer).parameters.values():
@@ -244,9 +248,10 @@ def _config_of(name, layer):
     document = f"""The arguments of `{layer.__name__}` that a training can set.
 
     Args:
-        initialization: `"keras"` (default), or `"pytorch-ntm"`: weights of an
-            LSTM controller and of the heads start as large as there.
-        others: as of `{layer.__name__}`.
+        initialization: `"keras"` (default), or `"pytorch-ntm"`: the initial
+            weights of an LSTM controller and of the heads are as large as in
+            pytorch-ntm.
+        others: as in `{layer.__name__}`.
     """
     names = {"layer_class": layer, "__doc__": document, "__module__": __name__}
     return dataclasses.make_dataclass(
@@ -260,10 +265,10 @@ DNCConfig = _config_of("DNCConfig", DNCLayer)
 
 @dataclasses.dataclass(frozen=True)
 class LSTMConfig:
-    """`keras.layers.LSTM` and a dense layer: what a memory has to surpass.
+    """The baseline without memory: `keras.layers.LSTM` and a dense layer.
 
     Args:
-        units: int, at least 1, of each layer.
+        units: int, at least 1, units of each LSTM layer.
         num_layers: int from 1 to 1024.
     """
 
@@ -294,38 +299,39 @@ class Training:
     Args:
         task: a task of `tasks.py`, or another `tasks.Task`.
         model: an architecture of this module, or one in `MODELS`.
-        steps: int, at least 1, most training steps (batches).
-        batch_size: int, at least 1, sequences a step.
+        steps: int, at least 1, largest number of training steps (batches).
+        batch_size: int, at least 1, sequences per step.
         optimizer: name of a Keras optimizer. Default `"adam"`.
         learning_rate: float above 0.
-        learning_rate_decay: bool, along a cosine from `learning_rate` at the
-            first step to 0 at the last.
+        learning_rate_decay: bool, whether the learning rate falls along a
+            cosine from `learning_rate` at the first step to 0 at the last.
         optimizer_options: dict, further arguments of the optimizer, such as
             `{"momentum": 0.9}`.
         clipnorm: float above 0, largest norm of a weight's gradient, or None.
         clipvalue: float above 0, largest entry of a gradient, or None.
-        curriculum: tuple of lengths, growing. Training starts with sequences
-            up to the first and goes on to the next, at last to the task's
-            own. Lengths that the task does not have are left out, and () trains
-            on the task's own lengths from the start.
-        curriculum_loss: float above 0; the next length comes when the loss of
-            a report is below.
-        curriculum_steps: int, at least 0; the next length comes after that
-            many steps instead, rounded up to whole reports. 0: by the loss.
-        stop_error: float, at least 0; training ends as soon as the error is
-            below, over one report, at the task's full lengths. 0 runs all
-            steps. The error is the number of wrong bits a sequence, for
-            `adding` that of the sum, for `argmax` the share of wrong answers.
-        test_lengths: tuple of lengths, at which the trained model is tested
-            beside the task's own.
-        probe_lengths: tuple of lengths, of one sequence each, that are drawn
-            over the training; () for the task's longest.
-        report_every: int, at least 1, steps between reports, which are what
-            Keras calls an epoch: progress, history, TensorBoard.
+        curriculum: tuple of increasing lengths. Training starts with sequences
+            up to the first length, then up to the next, and at last up to the
+            task's `max_length`. Lengths that the task does not have are
+            skipped. () trains on all lengths of the task from the start.
+        curriculum_loss: float above 0; a report with a lower loss starts the
+            next length.
+        curriculum_steps: int, at least 0; instead of the loss, this many steps
+            start the next length, rounded up to whole reports. 0 uses the
+            loss.
+        stop_error: float, at least 0; training ends when the error of a
+            report, at the task's full lengths, is lower. 0 runs all steps. The
+            error is the number of wrong bits per sequence; for `adding` the
+            error of the sum; for `argmax` the share of wrong answers.
+        test_lengths: tuple of lengths at which the trained model is tested, in
+            addition to the task's own.
+        probe_lengths: tuple of lengths; one sequence of each is drawn during
+            the training. () draws one of the task's longest.
+        report_every: int, at least 1, steps between reports (progress,
+            history, TensorBoard). One report is one epoch of Keras.
         checkpoint_every: int, at least 0, steps between checkpoints, rounded
             up to whole reports; 0 for none.
-        picture_every: int, at least 0, likewise, between pictures of the
-            probes.
+        picture_every: int, at least 0, steps between pictures of the probes,
+            rounded up to whole reports; 0 for none.
         jit_compile: bool, compile with XLA.
         seed: int from 0 to 2^32 - 1, of weights and data.
 
@@ -359,7 +365,7 @@ class Training:
         _normalize(self)
         if isinstance(self.model, type):
             raise ValueError(
-                "`model` must be an architecture with its sizes, not its "
+                "`model` must be an instance of an architecture, not its "
                 f"class. Received: model={self.model.__name__}"
             )
         for name, least in (
@@ -387,15 +393,16 @@ class Training:
             )
         if "gradient_accumulation_steps" in self.optimizer_options:
             raise ValueError(
-                "`gradient_accumulation_steps` cannot be set, as a step is one "
-                "update of the weights; set `batch_size`. Received: "
+                "`optimizer_options` must not have "
+                "`gradient_accumulation_steps`, as each step updates the "
+                "weights; set `batch_size` instead. Received: "
                 f"optimizer_options={self.optimizer_options}"
             )
         check_clip("clipnorm", self.clipnorm)
         check_clip("clipvalue", self.clipvalue)
         if None not in (self.clipnorm, self.clipvalue):
             raise ValueError(
-                "Only one of `clipnorm` and `clipvalue` can be set, the other "
+                "Only one of `clipnorm` and `clipvalue` can be set; the other "
                 f"must be None. Received: clipnorm={self.clipnorm}, "
                 f"clipvalue={self.clipvalue}"
             )
@@ -403,20 +410,20 @@ class Training:
             check_size("curriculum", length)
         for length in (*self.test_lengths, *self.probe_lengths):
             rng = np.random.default_rng(0)
-            self.task.sample(rng, 1, length=length)  # raises if it cannot
+            self.task.sample(rng, 1, length=length)  # raises if it is invalid
         if list(self.curriculum) != sorted(self.curriculum):
             raise ValueError(
-                "`curriculum` must be lengths that grow. "
+                "`curriculum` must be increasing lengths. "
                 f"Received: curriculum={self.curriculum}"
             )
 
 
 def to_json(config):
-    """Text of a configuration, from which `from_json` makes it again.
+    """Writes a configuration as JSON text, which `from_json` reads.
 
     Raises:
-        ValueError: a part without a name in `tasks.TASKS` or `MODELS`, or with
-            values that JSON does not give back.
+        ValueError: the task or the model is not registered in `tasks.TASKS` or
+            `MODELS`, or has values that JSON cannot restore.
     """
     check_training(config)
     document = _fields(config)
@@ -431,8 +438,8 @@ def to_json(config):
         same = error
     if same is not True:
         raise ValueError(
-            "A configuration must hold what JSON gives back as it was, such as "
-            "numbers, texts and tuples of them, in fields not called `name`, "
+            "A configuration must hold values that JSON restores, such as "
+            "numbers, strings and tuples of them, in fields not called `name`, "
             f"or the run could not be read again. Received: {config!r}"
             + ("" if same is False else f" ({same})")
         )
@@ -440,11 +447,11 @@ def to_json(config):
 
 
 def from_json(text):
-    """Makes a configuration of what `to_json` wrote.
+    """Reads a configuration that `to_json` wrote.
 
     Raises:
-        ValueError: a text that is no such JSON, unknown names, or values out
-            of their range.
+        ValueError: the text is not such JSON, a name is unknown, or a value is
+            out of its range.
     """
     wanted = "A configuration must be a JSON object, as `to_json` writes it. "
     if not isinstance(text, str):
@@ -477,29 +484,29 @@ def override(config, settings):
 
     Args:
         config: a `Training`.
-        settings: sequence of `"name=value"`, where `name` is a field of the
-            configuration, its task or its model, and `value` a Python
-            literal; a text needs no quotes. Where several have the name, it
-            is the configuration's, then the task's: `"model.name=value"` and
-            `"task.name=value"` say which. With `max_length` go `test_lengths`
-            and `probe_lengths`, unless they are set themselves.
+        settings: sequence of `"name=value"`. `name` is a field of the
+            configuration, its task or its model; `value` is a Python literal,
+            and a string needs no quotes. If several have the field, the
+            configuration's is set, or else the task's; `"task.name=value"` and
+            `"model.name=value"` choose one. A new `max_length` scales
+            `test_lengths` and `probe_lengths`, unless they are set too.
 
     Returns:
         A new `Training`.
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        ValueError: a name is unknown, or a value is out of its range.
     """
     check_training(config)
     if isinstance(settings, str) or not isinstance(settings, Iterable):
         raise ValueError(
-            "`settings` must be a sequence of texts name=value. "
+            "`settings` must be a sequence of strings name=value. "
             f"Received: settings={settings!r}"
         )
     fields = {part: _fields(getattr(config, part)) for part in _PARTS}
     fields[None] = _fields(config)
     places = {}
-    for part in (*reversed(_PARTS), None):  # the last one counts
+    for part in (*reversed(_PARTS), None):  # the last one wins
         for name in fields[part]:
             places[f"{part}.{name}"] = places[name] = part, name
     names = [
@@ -510,7 +517,7 @@ def override(config, settings):
         name, equals, text = str(setting).partition("=")
         if not equals or name not in places or name in _PARTS:
             raise ValueError(
-                "A setting has the form name=value, with one of these names: "
+                "A setting must be name=value, with one of these names: "
                 f"{', '.join(names)}. Received: {setting!r}"
             )
         try:
@@ -533,7 +540,7 @@ def override(config, settings):
 
 
 def _scaled(lengths, before, task):
-    """Lengths, as far beyond the longest of a task as of the one before."""
+    """Scales lengths by the ratio of the tasks' `max_length`."""
     scale = task.max_length / before.max_length
     scaled = (max(round(scale * n), task.min_length) for n in lengths)
     return lengths if scale == 1 else tuple(dict.fromkeys(scaled))
@@ -561,7 +568,7 @@ def _name_of(registry, value):
         if cls is type(value) and dataclasses.is_dataclass(cls):
             return name
     raise ValueError(
-        "A run can be written down and read again if its parts are dataclasses "
-        "that have names: put yours into `tasks.TASKS` or `config.MODELS`. "
+        "Task and model must be registered dataclasses, or the run could not "
+        "be written: put yours into `tasks.TASKS` or `config.MODELS`. "
         f"Received: {value!r}"
     )

@@ -1,8 +1,8 @@
-"""Losses and metrics of sequences, counted where the mask says.
+"""Losses and metrics of sequences, with a mask of the steps that count.
 
-What a model gives at a step that does not count reaches neither a number nor a
-gradient, also where it is NaN. A sequence without a step that counts is left
-out of every mean. NaN at a step that counts is shown.
+Outputs at steps that do not count affect neither a result nor a gradient, even
+if they are NaN. Sequences without a step that counts are left out of every
+mean. NaN at a step that counts makes the result NaN.
 """
 
 import math
@@ -31,10 +31,10 @@ def bits_per_sequence(targets: Array, outputs: Array, mask: Array) -> Array:
         mask: (B, T), 1 where the target counts, else 0; or bool.
 
     Returns:
-        (B,) bits, at least 0: 8 for eight outputs of one half.
+        (B,) bits, at least 0; eight outputs of 0.5 give 8 bits.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: a shape or dtype is wrong.
     """
     targets, outputs, mask = _where_it_counts(targets, outputs, mask)
     entropy = ops.binary_crossentropy(targets, outputs)
@@ -52,10 +52,10 @@ def wrong_bits_per_sequence(
         mask: (B, T), 1 where the target counts, else 0; or bool.
 
     Returns:
-        (B,) counts, at least 0; NaN where an output that counts is.
+        (B,) counts, at least 0; NaN if an output that counts is NaN.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: a shape or dtype is wrong.
     """
     targets, outputs, mask = _where_it_counts(targets, outputs, mask)
     wrong = ops.cast((outputs >= 0.5) != (targets >= 0.5), outputs.dtype)
@@ -64,7 +64,7 @@ def wrong_bits_per_sequence(
 
 
 def error_rate(targets: Array, outputs: Array, mask: Array) -> Array:
-    """Share of the steps of each sequence at which another class is likelier.
+    """Share of the steps of each sequence with a wrong predicted class.
 
     Args:
         targets: (B, T, classes), 1 for the right class, else 0.
@@ -72,11 +72,11 @@ def error_rate(targets: Array, outputs: Array, mask: Array) -> Array:
         mask: (B, T), 1 where the target counts, else 0; or bool.
 
     Returns:
-        (B,) shares from 0 to 1; 0 where no step counts, NaN where an output
-        that counts is.
+        (B,) shares from 0 to 1; 0 if no step counts, NaN if an output that
+        counts is NaN.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: a shape or dtype is wrong.
     """
     targets, outputs, mask = _where_it_counts(targets, outputs, mask)
     wrong = ops.argmax(outputs, axis=-1) != ops.argmax(targets, axis=-1)
@@ -87,7 +87,7 @@ def error_rate(targets: Array, outputs: Array, mask: Array) -> Array:
 
 
 def absolute_error_of_sum(targets: Array, outputs: Array, mask: Array) -> Array:
-    """How far the sum of a sequence's outputs is from that of its targets.
+    """Absolute difference of the sums of a sequence's outputs and targets.
 
     Source: pytorch-dnc's adding task.
 
@@ -100,7 +100,7 @@ def absolute_error_of_sum(targets: Array, outputs: Array, mask: Array) -> Array:
         (B,) errors, at least 0.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: a shape or dtype is wrong.
     """
     targets, outputs, mask = _where_it_counts(targets, outputs, mask)
     return ops.abs(ops.sum((outputs - targets) * mask[:, :, None], axis=(1, 2)))
@@ -109,9 +109,11 @@ def absolute_error_of_sum(targets: Array, outputs: Array, mask: Array) -> Array:
 def _where_it_counts(
     targets, outputs, mask, names=("targets", "outputs", "mask"), dtype=None
 ):
-    """Checked targets, outputs and mask, in one dtype. Where a step does not
-    count, target and output are one half: sound for every error here, and of
-    no error."""
+    """Checks targets, outputs and mask, and casts them to one dtype.
+
+    At steps that do not count, targets and outputs become 0.5: they are equal,
+    and every loss here is finite.
+    """
     sizes = {}
     axes = ("B", "T", "size")
     targets = check_array(names[0], targets, axes, sizes)
@@ -131,8 +133,8 @@ def _where_it_counts(
 
 
 def _of_keras(y_true, y_pred, sample_weight, dtype):
-    """The same of what Keras hands to losses and metrics."""
-    mask = backend.get_keras_mask(y_pred)  # such as a `Masking` layer's
+    """`_where_it_counts` for the arguments of Keras's losses and metrics."""
+    mask = backend.get_keras_mask(y_pred)  # set by `Masking`, for example
     if sample_weight is None:
         sample_weight = mask
     elif mask is not None:
@@ -149,8 +151,10 @@ def _of_keras(y_true, y_pred, sample_weight, dtype):
 
 
 class _Counted:
-    """A loss of Keras's, of what counts alone: the mean over what the mask
-    that comes as `sample_weight` leaves."""
+    """Makes a loss of Keras average only over the steps that count.
+
+    The mask is the argument `sample_weight`.
+    """
 
     def __init__(
         self, reduction: str = "mean_with_sample_weight", **kwargs: Any
@@ -167,10 +171,10 @@ class _Counted:
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class BitsCrossentropy(_Counted, keras.losses.BinaryCrossentropy):
-    """Mean over the bits that count of Keras's `BinaryCrossentropy`.
+    """Keras's `BinaryCrossentropy`, averaged over the bits that count.
 
     Args:
-        **kwargs: of `keras.losses.BinaryCrossentropy`.
+        **kwargs: arguments of `keras.losses.BinaryCrossentropy`.
 
     Call arguments:
         y_true: (B, T, bits) of 0 and 1.
@@ -181,10 +185,10 @@ class BitsCrossentropy(_Counted, keras.losses.BinaryCrossentropy):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class ClassCrossentropy(_Counted, keras.losses.CategoricalCrossentropy):
-    """Mean over the steps that count of Keras's `CategoricalCrossentropy`.
+    """Keras's `CategoricalCrossentropy`, averaged over the steps that count.
 
     Args:
-        **kwargs: of `keras.losses.CategoricalCrossentropy`.
+        **kwargs: arguments of `keras.losses.CategoricalCrossentropy`.
 
     Call arguments:
         y_true: (B, T, classes), 1 for the right class, else 0.
@@ -195,8 +199,9 @@ class ClassCrossentropy(_Counted, keras.losses.CategoricalCrossentropy):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class SquaredErrorOfSum(keras.losses.Loss):
-    """Mean of the square of `absolute_error_of_sum`, over the sequences with a
-    step that counts.
+    """Mean of the squared `absolute_error_of_sum`.
+
+    Sequences without a step that counts are left out of the mean.
 
     Args:
         name: str. Default `"squared_error_of_sum"`.
@@ -216,7 +221,7 @@ class SquaredErrorOfSum(keras.losses.Loss):
     def __call__(
         self, y_true: Array, y_pred: Array, sample_weight: Array | None = None
     ) -> Array:
-        # The mask goes in before the sum, so not where Keras would weigh.
+        # Mask before the sum over time; Keras would apply weights after it.
         parts = _of_keras(y_true, y_pred, sample_weight, self.dtype)
         squares = ops.square(absolute_error_of_sum(*parts))
         number = ops.sum(ops.cast(_some_count(parts[-1]), self.dtype))
@@ -227,7 +232,7 @@ class SquaredErrorOfSum(keras.losses.Loss):
 
 
 def _some_count(mask):
-    """(B,) bool, which sequences have a step that counts."""
+    """(B,) bool, True for sequences with a step that counts."""
     return ops.any(ops.not_equal(mask, 0), axis=1)
 
 
@@ -251,7 +256,7 @@ class BitsPerSequence(_MeanOverSequences):
 
     Args:
         name: str. Default `"bits_per_sequence"`.
-        dtype: of the metric.
+        dtype: dtype of the metric.
     """
 
     function = staticmethod(bits_per_sequence)
@@ -263,7 +268,7 @@ class WrongBitsPerSequence(_MeanOverSequences):
 
     Args:
         name: str. Default `"wrong_bits_per_sequence"`.
-        dtype: of the metric.
+        dtype: dtype of the metric.
     """
 
     function = staticmethod(wrong_bits_per_sequence)
@@ -275,7 +280,7 @@ class ErrorRate(_MeanOverSequences):
 
     Args:
         name: str. Default `"error_rate"`.
-        dtype: of the metric.
+        dtype: dtype of the metric.
     """
 
     function = staticmethod(error_rate)
@@ -287,18 +292,18 @@ class AbsoluteErrorOfSum(_MeanOverSequences):
 
     Args:
         name: str. Default `"absolute_error_of_sum"`.
-        dtype: of the metric.
+        dtype: dtype of the metric.
     """
 
     function = staticmethod(absolute_error_of_sum)
 
 
 class Kind(NamedTuple):
-    """What comes with a kind of targets: see `tasks.Task`.
+    """Activation, loss and metrics for a kind of targets (see `tasks.Task`).
 
     Args:
-        activation: of the model's outputs.
-        loss: makes the loss.
+        activation: activation of the model's outputs.
+        loss: function that makes the loss.
         metrics: metrics that `fit` reports; the first counts the errors.
     """
 

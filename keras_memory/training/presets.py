@@ -1,4 +1,4 @@
-"""Configurations that papers and reference implementations give."""
+"""Configurations of papers and reference implementations."""
 
 import dataclasses
 
@@ -11,9 +11,9 @@ from keras_memory.training.config import Training
 
 
 def _presets():
-    """By task, then by name."""
+    """Dict from task name to dict from preset name to `Training`."""
     # Graves et al. 2014, section 4.6: RMSProp as in Graves 2013, eqs. 38-41.
-    # Batches and the number of steps are ours.
+    # The batch size and the number of steps are ours.
     graves = {
         "optimizer": "rmsprop",
         "optimizer_options": {
@@ -41,7 +41,7 @@ def _presets():
     }
     adam = {"learning_rate_decay": True, "clipnorm": 0.2}
     ntm = NTMConfig(initialization="pytorch-ntm")
-    # As many weights as the NTM, to a hundredth.
+    # The number of weights is within 1 % of the NTM's.
     dnc = DNCConfig(
         slot_size=20,
         read_heads=1,
@@ -51,14 +51,14 @@ def _presets():
 
     def presets(task, default, paper=None, model=ntm, **common):
         start = Training(task, model, **common, **default)
-        # As many weights as the NTM, to two hundredths, for all tasks.
+        # For all tasks the LSTM's number of weights is within 2 % of the NTM's.
         made = {"default": start}
         made["lstm"] = dataclasses.replace(start, model=LSTMConfig(units=119))
         made["dnc"] = dataclasses.replace(
             start,
             model=dataclasses.replace(dnc, memory_slots=model.memory_slots),
         )
-        for name in MODELS.keys() - {"ntm"}:  # the default
+        for name in MODELS.keys() - {"ntm"}:  # "ntm" is the default preset
             if name not in made:
                 made[name] = dataclasses.replace(start, model=MODELS[name]())
         if paper is not None:
@@ -155,7 +155,7 @@ def _presets():
             model=dataclasses.replace(ntm, memory_slots=16),
         ),
     }
-    # As the defaults of that project's task scripts.
+    # The defaults of pytorch-dnc's task scripts.
     pytorch_dnc = Training(
         tasks.Copy(bits=5, max_length=4),
         DNCConfig(

@@ -43,11 +43,11 @@ def build(config: Training) -> keras.Model:
 
     Returns:
         `keras.Model` from (B, T, task.input_size) to outputs
-        (B, T, task.output_size): probabilities, for `adding` numbers;
+        (B, T, task.output_size): probabilities, or numbers for `adding`;
         compiled for `fit` on `tasks.dataset`.
 
     Raises:
-        ValueError: sizes that do not fit each other, or an unknown optimizer.
+        ValueError: sizes do not fit each other, or the optimizer is unknown.
     """
     check_training(config)
     kind = losses.KINDS[config.task.kind]
@@ -56,7 +56,7 @@ def build(config: Training) -> keras.Model:
         inputs, config.task.output_size, kind.activation
     )
     model = keras.Model(inputs, outputs, name=config.task.name)
-    keras.optimizers.get(config.optimizer)  # raises if there is none
+    keras.optimizers.get(config.optimizer)  # raises for an unknown name
     settings = {
         "learning_rate": config.learning_rate,
         "clipnorm": config.clipnorm,
@@ -76,7 +76,7 @@ def build(config: Training) -> keras.Model:
         weighted_metrics=kind.make_metrics(),
         jit_compile=config.jit_compile,
     )
-    # Keras would build it within the first step, which TensorFlow then traces
+    # If Keras built it in the first step, TensorFlow would trace that step
     # twice.
     optimizer.build(model.trainable_variables)
     return model
@@ -85,16 +85,16 @@ def build(config: Training) -> keras.Model:
 def train(
     config: Training, folder: PathLike, show: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Trains a model and leaves everything about it in a run folder.
+    """Trains a model and writes everything about it to a run folder.
 
-    The folder gets `config.json`, `checkpoint.keras` (every
-    `checkpoint_every` steps), `history.csv`, `logs/` for TensorBoard,
-    `pictures/`, at the end `model.keras`, `export/1/`, a SavedModel that has
-    been loaded and compared with the model, and last `results.json`.
+    During the training the folder gets `config.json`, `checkpoint.keras`
+    (every `checkpoint_every` steps), `history.csv`, `logs/` for TensorBoard
+    and `pictures/`. At the end it gets `model.keras`, `export/1/` (a
+    SavedModel, loaded and compared with the model) and, last, `results.json`.
 
-    Ctrl-C (SIGINT) and SIGTERM end the training after the report that is
-    being made, with a checkpoint; a second one ends it at once. `resume` goes
-    on from the last checkpoint.
+    Ctrl-C (SIGINT) or SIGTERM saves a checkpoint and stops the training after
+    the current report; a second signal stops it at once. `resume` continues
+    from the last checkpoint.
 
     Args:
         config: a `config.Training`.
@@ -103,14 +103,14 @@ def train(
 
     Returns:
         Dict of results: steps, sequences, seconds, number of parameters, the
-        longest length trained on, and the error on fresh sequences, also
+        longest length trained on, and the errors on fresh sequences, including
         longer ones.
 
     Raises:
-        ValueError: sizes that do not fit, a folder with files in it, a
-            backend other than TensorFlow, or a loss that is not finite.
+        ValueError: sizes do not fit each other, the folder has files in it,
+            the backend is not TensorFlow, or the loss is not finite.
         OSError: the folder cannot be made or written.
-        KeyboardInterrupt: it was interrupted.
+        KeyboardInterrupt: the training was interrupted.
     """
     _check_backend()
     _check_show(show)
@@ -128,12 +128,12 @@ def train(
 def resume(
     folder: PathLike, show: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Goes on with a training that was interrupted or killed.
+    """Continues a training that was interrupted or killed.
 
-    From the last checkpoint on, everything is as if it had never ended, but
-    for the seconds, for steps that TensorBoard's logs have twice, and for
-    dropout masks, which are drawn from the start again: Keras saves no random
-    states.
+    It starts at the last checkpoint. The results are those of a training
+    without interruption, with three exceptions: the seconds; steps that are
+    twice in TensorBoard's logs; and dropout masks, which start again from the
+    seed, as Keras saves no random states.
 
     Args:
         folder: path of the run folder.
@@ -143,8 +143,8 @@ def resume(
         As `train`.
 
     Raises:
-        ValueError: not a run folder, a finished run, one that is being
-            trained, files in it that cannot be read, or as `train`.
+        ValueError: `folder` is no run folder, the run is finished or being
+            trained, a file in it cannot be read, or as `train`.
         OSError, KeyboardInterrupt: as `train`.
     """
     _check_backend()
@@ -153,7 +153,7 @@ def resume(
     config = runs.read_config(folder)
     if runs.is_finished(folder):
         raise ValueError(
-            "Only a run that was interrupted can go on; for longer training "
+            "Only an interrupted run can be resumed; for a longer training "
             "start a new run with more --steps. "
             f"Received: {folder}, which is finished"
         )
@@ -162,7 +162,7 @@ def resume(
     if checkpoint.exists():
         model = runs.load(checkpoint)
     else:
-        show("no checkpoint yet: from the start")
+        show("no checkpoint yet: training from the start")
         model = build(config)
     with locked(folder / "config.json"):
         return _run(config, model, folder, show)
@@ -171,7 +171,7 @@ def resume(
 def _check_backend():
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
-            "A training run ends with a SavedModel, which needs the "
+            "A training exports a SavedModel, which needs the "
             "TensorFlow backend: unset KERAS_BACKEND. "
             f"Received: KERAS_BACKEND={keras.backend.backend()}"
         )
@@ -186,7 +186,7 @@ def _check_show(show):
 
 
 def _run(config, model, folder, show):
-    """Trains from where the model is to the end, and finishes the folder."""
+    """Trains from the model's current step to the end; writes the results."""
     done = -(-int(model.optimizer.iterations) // config.report_every)
     rows = runs.read_history(folder, config, done)
     curriculum = Curriculum(config)
@@ -219,10 +219,10 @@ def _run(config, model, folder, show):
                     StepsBoard(folder / "logs", write_graph=False),
                     History(folder / "history.csv", rows),
                     *_pictures(config, folder, probes),
-                    checkpoint,  # last: what is in front of it is written
+                    checkpoint,  # last: saves after the others have written
                 ],
             )
-        gc.collect()  # the iterator, or TensorFlow warns when Python ends
+        gc.collect()  # frees the iterator, or TensorFlow warns at exit
         if checkpoint.asked:
             raise KeyboardInterrupt
     if curriculum.reached:
@@ -258,7 +258,7 @@ def _pictures(config, folder, probes):
 
 
 def _finish(config, model, folder, last, probes):
-    """Evaluates, draws and exports; `results.json` says that all is there."""
+    """Evaluates, draws and exports; `results.json`, last, marks the end."""
     with atomic_write(folder / "model.keras") as path:
         model.save(path)
     steps = int(model.optimizer.iterations)
@@ -282,7 +282,7 @@ def _finish(config, model, folder, last, probes):
 
 
 def make_run_folder(folder):
-    """Makes a run folder, or takes an empty one, and returns its path."""
+    """Makes a run folder, or uses an empty one; returns its path."""
     folder = check_new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -292,13 +292,13 @@ def make_run_folder(folder):
 
 @contextlib.contextmanager
 def _interruptible(checkpoint, show):
-    """Ctrl-C asks the training for a checkpoint and an end, then insists."""
+    """The first Ctrl-C saves a checkpoint and stops; the second stops now."""
 
     def interrupt(number, frame):
         if checkpoint.asked:
             raise KeyboardInterrupt
         checkpoint.asked = True
-        show("stopping after this report; once more stops at once")
+        show("stopping after this report; a second signal stops at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread only

@@ -1,4 +1,4 @@
-"""Run folders: what a training has left, read, tested and drawn."""
+"""Reads, tests, draws and compares the models of run folders."""
 
 import contextlib
 import csv
@@ -26,9 +26,9 @@ from keras_memory.training.config import to_json
 
 EVALUATED_BATCHES, EVALUATED_BATCH_SIZE = 40, 8
 
-COUNTS = "step", "sequences", "longest"  # of a report: what was done so far
+COUNTS = "step", "sequences", "longest"  # totals so far, in each report
 
-# Values of a configuration that say what is written down.
+# Settings that change what is written, not what is learned.
 _REPORTING = (
     "test_lengths",
     "probe_lengths",
@@ -40,7 +40,7 @@ _REPORTING = (
 
 @contextlib.contextmanager
 def _reading(path, what):
-    """Says of an error which file it was in."""
+    """Names the file in errors that occur while it is read."""
     try:
         yield
     except FileNotFoundError:
@@ -59,8 +59,8 @@ def load(path):
         path: path of the `.keras` file.
 
     Raises:
-        ValueError: a file that is none.
-        FileNotFoundError: it is not there.
+        ValueError: the file is not such a model.
+        FileNotFoundError: the file does not exist.
     """
     path = check_path("path", path)
     if not path.exists():
@@ -76,7 +76,8 @@ def read_config(folder):
     """Reads the configuration of a run folder.
 
     Raises:
-        ValueError: not a run folder, or a configuration that cannot be read.
+        ValueError: `folder` is no run folder, or its configuration cannot be
+            read.
     """
     path = check_run_folder(folder) / "config.json"
     with _reading(path, "a configuration that a training has written"):
@@ -84,10 +85,10 @@ def read_config(folder):
 
 
 def is_finished(folder):
-    """True if a run has come to its end: it has results.
+    """True if a run is finished, so that it has results.
 
     Raises:
-        ValueError: results that cannot be read.
+        ValueError: the results cannot be read.
     """
     path = check_path("folder", folder) / "results.json"
     if not path.exists():
@@ -99,21 +100,21 @@ def is_finished(folder):
 
 
 def read_history(folder, config, reports=None):
-    """Reads what a run has reported.
+    """Reads the reports of a run.
 
     Args:
         folder: path of the run folder.
         config: its `config.Training`.
-        reports: int, how many to read; None for all.
+        reports: int, number of reports to read; None for all.
 
     Returns:
         List with a dict of numbers for each report: steps and sequences
-        trained on so far (`step`, `sequences`), the longest length that was
-        trained on (`longest`), loss, errors, seconds.
+        trained on so far (`step`, `sequences`), the longest length trained on
+        (`longest`), loss, errors, seconds.
 
     Raises:
-        ValueError: fewer reports than asked for, or ones without loss, error
-            and seconds, or that are no numbers.
+        ValueError: there are too few reports, a report lacks loss, error or
+            seconds, or a value is not a number.
     """
     check_training(config)
     path = check_path("folder", folder) / "history.csv"
@@ -138,7 +139,7 @@ def read_history(folder, config, reports=None):
         for done, row in enumerate(rows, 1):
             if not wanted <= set(row):
                 raise ValueError(f"a report of {', '.join(map(str, row))}")
-            # Older runs did not write them.
+            # Older runs did not write the counts.
             sequences = sequences_seen(config, done)
             step, longest = (
                 sequences // config.batch_size,
@@ -150,14 +151,14 @@ def read_history(folder, config, reports=None):
 
 
 def longest_trained(folder, config, steps):
-    """The longest length that a run had trained on after so many steps."""
+    """The longest length that a run had trained on after `steps` steps."""
     history = read_history(folder, config)
     seen = [row["longest"] for row in history if row["step"] <= steps]
     return int([config.task.max_length, *seen][-1])
 
 
 def sequences_seen(config, reports):
-    """Number of sequences that were trained on after so many reports."""
+    """Number of training sequences after `reports` reports."""
     check_training(config)
     steps = np.minimum(reports * config.report_every, config.steps)
     return steps * config.batch_size
@@ -169,18 +170,20 @@ def evaluate(model, task, seed=1, **ranges):
     Args:
         model: a model that `build` made.
         task: a task of `tasks.py`.
-        seed: int, at least 0, of the sequences, which differ from those that
-            a training with this seed sees.
-        **ranges: of `task.sample`: `length`, for sequences of this length
-            (otherwise they are spread evenly over the task's); `repeats`.
+        seed: int, at least 0, seed of the sequences. They differ from the
+            training sequences of the same seed.
+        **ranges: arguments of `task.sample`: `length`, one length for all
+            sequences (default: lengths spread evenly over the task's range);
+            `repeats`.
 
     Returns:
-        Dict of the task's errors, named after what they are and the lengths;
-        of bits also how many a sequence has, in the mean; for `n-grams` also
-        what the optimal predictor gets.
+        Dict of the task's errors, named by error and length. For bits also the
+        mean number of bits in a sequence; for `n-grams` also the error of the
+        optimal predictor.
 
     Raises:
-        ValueError: no model, no task, or a length that the task cannot have.
+        ValueError: `model` is no model, `task` is no task, or the task cannot
+            have the length.
     """
     check_whole("seed", seed, least=0)
     if not callable(model):
@@ -227,7 +230,7 @@ def evaluate(model, task, seed=1, **ranges):
 
 @functools.lru_cache(maxsize=1)
 def _compiled(model, width):
-    """The model for any batch and time: traced once, not for each length."""
+    """Compiles a model for any B and T: traced once, not for each length."""
     import tensorflow as tf
 
     @tf.function(input_signature=[tf.TensorSpec((None, None, width))])
@@ -238,7 +241,7 @@ def _compiled(model, width):
 
 
 def probes(config):
-    """The sequences that are drawn: dict from length to `Probe`."""
+    """Makes the sequences to draw: dict from length to `Probe`."""
     check_training(config)
     lengths = config.probe_lengths or (config.task.max_length,)
     return {
@@ -252,17 +255,17 @@ def probes(config):
 
 
 def draw(config, model, folder, drawn=None):
-    """Draws what a model does, and how it learned it, into `pictures`.
+    """Draws a model's probes and its learning curves into `pictures`.
 
-    For each probe `length-<length>.png` (inputs, targets, outputs,
-    weightings, memory), and `length-<length>.gif` over the training;
-    `learning.png`, loss and error over the training.
+    Writes `length-<length>.png` (inputs, targets, outputs, weightings, memory)
+    and `length-<length>.gif` (the training's pictures) for each probe, and
+    `learning.png` (loss and error during the training).
 
     Args:
         config: a `config.Training`.
         model: the trained model.
         folder: path of the run folder.
-        drawn: what `probes` gave, or None.
+        drawn: result of `probes`; None calls it.
 
     Returns:
         List of the paths of the pictures.
@@ -320,10 +323,12 @@ def titled(config, length, steps):
 
 
 def draw_lengths(config, model, folder):
-    """Draws the error at lengths up to twice the longest of the training.
+    """Draws the error at lengths up to twice the longest in training.
+
+    For classes, which `argmax` has, lengths go up to the longest in training.
 
     Args:
-        config, model, folder: as of `draw`.
+        config, model, folder: as in `draw`.
 
     Returns:
         The path of the picture.
@@ -355,22 +360,22 @@ def draw_lengths(config, model, folder):
 
 
 def compare(folders, path, by="steps", threshold=0.1):
-    """Compares runs: runs that differ in the seed only are drawn as one.
+    """Compares runs; runs that differ only in the seed are drawn as one line.
 
     Args:
         folders: paths of run folders, each once, of one task.
         path: path of the PNG file to write.
-        by: `"steps"`, `"sequences"` or `"seconds"`, over which to draw.
-        threshold: float; the table says when the error first falls below it.
+        by: `"steps"`, `"sequences"` or `"seconds"`, the horizontal axis.
+        threshold: float, the error to reach; see the returned dicts.
 
     Returns:
-        List of dicts, one a run: folder, seed, steps, sequences and seconds
+        List of dicts, one per run: folder, seed, steps, sequences and seconds
         until the error is first below `threshold` (None if it never is), the
         smallest and the last error, and whether the run is finished.
 
     Raises:
-        ValueError: folders that are no runs, have no reports, are given twice,
-            or are of different tasks.
+        ValueError: a folder is no run, has no reports or is given twice, or
+            the runs are of different tasks.
     """
     from keras_memory import visualization
 
@@ -393,15 +398,15 @@ def compare(folders, path, by="steps", threshold=0.1):
     folders = [check_run_folder(folder) for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(
-            "Each run can be given once. "
+            "`folders` must not have a run twice. "
             f"Received: {', '.join(map(str, folders))}"
         )
     runs = [_Run(folder) for folder in folders]
     if len({run.config.task.name for run in runs}) > 1:
         told = [f"{run.folder} ({run.config.task.name})" for run in runs]
         raise ValueError(
-            "Runs can be compared if they are of one task, as the errors of "
-            f"others mean something else. Received: {', '.join(told)}"
+            "`folders` must be runs of one task, as errors of different tasks "
+            f"cannot be compared. Received: {', '.join(told)}"
         )
     groups = {}
     for run in runs:
@@ -442,7 +447,7 @@ class _Run:
         history = read_history(folder, self.config)
         if not history:
             raise ValueError(
-                "Only runs that have reported can be compared. "
+                "Only runs with reports can be compared. "
                 f"Received: {folder}, which has no history.csv"
             )
         self.error = losses.KINDS[self.config.task.kind].error
@@ -453,8 +458,8 @@ class _Run:
         )
 
     def settings(self):
-        """Tuple of (name, value) of all that makes a difference to learning,
-        without the seed."""
+        """Tuple of (name, value) of all settings that affect learning, except
+        the seed."""
         document = json.loads(to_json(self.config))
         for name in ("seed", *_REPORTING):
             document.pop(name)
@@ -485,7 +490,7 @@ class _Run:
 
 
 def _aligned(runs, by):
-    """x (P,) and the errors (S, P) of runs over it, level after their end."""
+    """x (P,) and errors (S, P) of runs; ended runs keep their last error."""
     longest = max((getattr(run, by) for run in runs), key=lambda x: x[-1])
     errors = [np.interp(longest, getattr(run, by), run.errors) for run in runs]
     return longest, np.stack(errors)

@@ -1,4 +1,4 @@
-"""What a task is: batches of sequences, made on the fly, and what counts."""
+"""The base class of tasks: batches of sequences, made on the fly."""
 
 import dataclasses
 from typing import Any
@@ -28,26 +28,28 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the tasks share: a length is drawn, and padded to a bucket.
+    """Base class of tasks: draws a length and pads it to a bucket.
 
-    All sequences of a batch are of one length, which is drawn uniformly and
-    padded to the next bucket: one compilation under XLA for each bucket, and
-    a mask that leaves the padding out.
+    All sequences of a batch have one length, which is drawn uniformly. They
+    are padded to the next bucket, so that XLA compiles once for each bucket.
+    The mask leaves the padding out.
 
-    A subclass has a `name`, the `unit` that its lengths count, the `kind` of
-    its targets (`"bits"`: each is 0 or 1; `"class"`: one of them is 1;
-    `"sum"`: only their sum over time counts), `input_size`, `output_size`,
-    `time_steps`, the longest T of a batch, and `sequences`, which makes a
-    `Batch` of one length and is called by `sample`.
+    A subclass has
+
+    - `name`, and the `unit` that its lengths count;
+    - `kind`, the kind of its targets: `"bits"`, each is 0 or 1; `"class"`, one
+      of them is 1; `"sum"`, only their sum over time counts;
+    - `input_size`, `output_size`, and `time_steps`, the longest T of a batch;
+    - `sequences`, which makes a `Batch` of one length. `sample` calls it.
 
     Args:
-        min_length: int, at least 1. What is counted, the task says.
+        min_length: int, at least 1, in the task's `unit`.
         max_length: int, at least `min_length`.
         buckets: int, at least 1, number of padded lengths, evenly spaced up
             to the longest.
 
     Raises:
-        ValueError: a size out of its range.
+        ValueError: a size is out of its range.
     """
 
     min_length: int = 1
@@ -75,11 +77,11 @@ class Task:
             )
 
     def check_bytes(self, batch_size: int, time: int | None = None) -> None:
-        """Raises ValueError unless a batch fits into the machine.
+        """Raises ValueError unless a batch fits into the machine's memory.
 
         Args:
             batch_size: int.
-            time: int, its time steps; None for `time_steps`.
+            time: int, number of time steps; None for `time_steps`.
         """
         time = self.time_steps if time is None else time
         width = self.input_size + self.output_size + 1
@@ -103,18 +105,19 @@ class Task:
         Args:
             rng: `numpy.random.Generator`.
             batch_size: int B, at least 1.
-            longest: int from `min_length` to `max_length`, to draw lengths up
-                to this one, for a curriculum; None is `max_length`.
-            length: int, for sequences of this length without padding, also
-                beyond `max_length`; None draws one and pads to its bucket.
-            **ranges: what else a task lets its caller fix: `repeats` of
-                `RepeatCopy`.
+            longest: int from `min_length` to `max_length`, the largest length
+                to draw, for a curriculum; None for `max_length`.
+            length: int, the length of the sequences, which are not padded; it
+                may exceed `max_length`. None draws a length and pads it to its
+                bucket.
+            **ranges: further arguments of the task: `repeats` of `RepeatCopy`.
 
         Returns:
             A `Batch`.
 
         Raises:
-            ValueError: no generator, or a length that the task cannot have.
+            ValueError: `rng` is no generator, or the task cannot have the
+                length.
         """
         if not isinstance(rng, np.random.Generator):
             raise ValueError(
@@ -129,9 +132,8 @@ class Task:
         longest = check_size("longest", longest, least=self.min_length)
         if longest > self.max_length:
             raise ValueError(
-                "`longest` is the end of a curriculum's lengths and can be at "
-                "most the task's `max_length`; for longer sequences there is "
-                f"`length`. Received: longest={longest}, "
+                "`longest` must be at most the task's `max_length`; for longer "
+                f"sequences set `length`. Received: longest={longest}, "
                 f"max_length={self.max_length}"
             )
         length = int(rng.integers(self.min_length, longest + 1))
@@ -140,7 +142,7 @@ class Task:
 
     def _padded(self, batch):
         time = batch.mask.shape[1]
-        # The first bucket that ends at `time` or behind it.
+        # The smallest bucket that holds `time` steps.
         bucket = (time - 1) * self.buckets // self.time_steps + 1
         end = -(-bucket * self.time_steps // self.buckets)
         padding = end - time if bucket <= self.buckets else 0

@@ -1,8 +1,8 @@
-"""Tasks that a memory can learn: sequences made on the fly.
+"""Tasks for models with a memory: sequences made on the fly.
 
-A task is a dataclass of its ranges. It tells the widths of its inputs and
-targets and draws batches; everything random comes from the generator that it
-is given, so that a seed and a step number determine a batch.
+A task is a dataclass of its ranges. It knows the widths of its inputs and
+targets, and draws batches. All randomness comes from the generator that the
+caller passes, so a seed and a step number determine a batch.
 """
 
 import dataclasses
@@ -23,8 +23,10 @@ from keras_memory.training.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class _Bits(Task):
-    """Random bit vectors; `signals` more input channels are for what is said
-    about them, such as their end."""
+    """Base class of tasks with random bit vectors.
+
+    `signals` additional input channels carry markers, such as the end marker.
+    """
 
     bits: int = 8
 
@@ -45,8 +47,8 @@ class Copy(_Bits):
 
     Source: Graves et al. 2014, section 4.1.
 
-    The inputs are the sequence, an end marker in a channel of its own, and
-    blanks for as long as the sequence was; the targets are the sequence, over
+    The inputs are the sequence, an end marker in its own channel, and as many
+    blanks as the sequence has vectors. The targets are the sequence, during
     the blanks.
 
     Args:
@@ -90,17 +92,17 @@ class Copy(_Bits):
 
 @dataclasses.dataclass(frozen=True)
 class RepeatCopy(_Bits):
-    """Copy a sequence of random bit vectors several times, and say when done.
+    """Copy a sequence of random bit vectors several times, then mark the end.
 
     Source: Graves et al. 2014, section 4.2.
 
-    The inputs are the sequence, an end marker, the number of copies wanted in
-    a channel of its own (normalized: over the range from `min_repeats` to
-    `max_repeats` it has mean 0 and variance 1), and blanks; the targets are
-    the copies and, in a channel of its own, an end marker.
+    The inputs are the sequence, an end marker, the number of copies in its own
+    channel, and blanks. The number is normalized to mean 0 and variance 1 over
+    the range from `min_repeats` to `max_repeats`. The targets are the copies,
+    then an end marker in its own channel.
 
-    Departure: the end marker of the inputs, which pytorch-ntm has too. The
-    paper has the number alone, which may be 0 once it is normalized.
+    Departure: the inputs have an end marker, as in pytorch-ntm. The paper has
+    the number alone, which may be 0 after normalization.
 
     Args:
         min_length: int, at least 1, in vectors. Default 1.
@@ -149,8 +151,8 @@ class RepeatCopy(_Bits):
     ) -> Batch:
         """A `Batch` with T = length + 2 + length * repeats + 1.
 
-        A curriculum's `longest` bounds the number of repeats, too, until it
-        is at `max_length`.
+        A curriculum's `longest` also bounds the number of repeats, as long as
+        it is below `max_length`.
         """
         if repeats is None:
             max_repeats = self.max_repeats
@@ -175,21 +177,22 @@ class RepeatCopy(_Bits):
 
 @dataclasses.dataclass(frozen=True)
 class AssociativeRecall(_Bits):
-    """See several items, then one of them again, and recall the next.
+    """Recall the item that followed a queried item.
 
     Source: Graves et al. 2014, section 4.3.
 
-    An item is a few random bit vectors. Each is preceded by a delimiter, the
-    one that is asked for stands between two delimiters of another channel;
-    blanks follow, and the targets over them are the item that came after it.
+    An item is a few random bit vectors. The inputs are the items, each after a
+    delimiter; then the queried item again, between two delimiters in another
+    channel; then blanks. The targets, during the blanks, are the item that
+    followed the queried one.
 
     Args:
         min_length: int, at least 2, number of items. Default 2.
         max_length: int, number of items. Default 6.
         buckets: int, number of padded lengths. Default 4.
         bits: int, at least 1, width of a vector. Default 6.
-        vectors: int, at least 1, vectors of an item. Default 3. With few bits
-            an item, two of them may be equal and the question unclear.
+        vectors: int, at least 1, vectors of an item. Default 3. If an item has
+            few bits, two items may be equal and the query ambiguous.
 
     Example:
 
@@ -248,14 +251,15 @@ class AssociativeRecall(_Bits):
 
 @dataclasses.dataclass(frozen=True)
 class NGrams(Task):
-    """Predict the next bit of a source whose table is new in each sequence.
+    """Predict the next bit of a random source, a new one for each sequence.
 
     Source: Graves et al. 2014, section 4.4 ("Dynamic N-Grams").
 
-    The probability that a bit is 1 depends on the `context` bits in front of
-    it, by a table that is drawn from Beta(1/2, 1/2) for each sequence. The
-    first `context` bits are drawn evenly. At each step the input is a bit and
-    the target is the next one; those with a whole context count.
+    The probability that a bit is 1 depends on the `context` bits before it.
+    The table of these probabilities is drawn from Beta(1/2, 1/2) for each
+    sequence. The first `context` bits are drawn uniformly. At each step the
+    input is a bit and the target is the next bit; steps with a whole context
+    count.
 
     Args:
         min_length: int, above `context`, number of bits. Default 200.
@@ -289,8 +293,8 @@ class NGrams(Task):
         self._check_bytes_of_table(1)
 
     def _check_bytes_of_table(self, batch_size):
-        # The least power that is refused stands for larger ones, which are
-        # too long to write down.
+        # Larger powers are refused as well, and their numbers would be too
+        # long for the error.
         contexts = "2 ** context", 2 ** min(self.context, 32)
         sizes = ("batch_size", batch_size), contexts
         check_bytes(f"A table of {self}", sizes, "float64", on_host=True)
@@ -323,7 +327,7 @@ class NGrams(Task):
         return Batch(inputs, targets, mask)
 
     def optimal_outputs(self, batch: Batch) -> np.ndarray:
-        """What the best predictor says, which knows how tables are drawn.
+        """Outputs of the optimal predictor, which knows the tables' prior.
 
         Source: Graves et al. 2014, section 4.4: P(B = 1 | N1, N0, c) =
         (N1 + 1/2) / (N1 + N0 + 1), where N1 and N0 count the ones and zeros
@@ -333,11 +337,11 @@ class NGrams(Task):
             batch: a `Batch` of this task.
 
         Returns:
-            (B, T, 1) float32 probabilities; 0.5 where no context is whole,
-            and of no meaning where the mask is 0.
+            (B, T, 1) float32 probabilities; 0.5 before the first whole
+            context, and meaningless where the mask is 0.
 
         Raises:
-            ValueError: no `Batch`, or one of another task.
+            ValueError: `batch` is no `Batch`, or one of another task.
         """
         if not isinstance(batch, Batch):
             raise ValueError(
@@ -382,18 +386,18 @@ class PrioritySort(_Bits):
 
     Source: Graves et al. 2014, section 4.5.
 
-    The inputs are the vectors, each with its priority, drawn from [-1, 1], in
-    a channel of its own, an end marker, and blanks; the targets are the
-    vectors of highest priority in order, over the blanks.
+    The inputs are the vectors, an end marker, and blanks. Each vector has its
+    priority, drawn from [-1, 1], in a separate channel. The targets, during
+    the blanks, are the vectors of highest priority in order.
 
     Args:
         min_length: int, at least 1, number of vectors. Default 20.
         max_length: int, number of vectors. Default 20.
         buckets: int, number of padded lengths. Default 1.
         bits: int, at least 1, width of a vector. Default 8.
-        sorted_vectors: int, from 1 to `max_length`, how many of `max_length`
-            vectors are asked for; of another length the same share, rounded
-            up. Default 16.
+        sorted_vectors: int, from 1 to `max_length`, number of target vectors
+            if the length is `max_length`; other lengths have the same share,
+            rounded up. Default 16.
 
     Example:
 
@@ -470,11 +474,11 @@ class _Digits(Task):
 class Adding(_Digits):
     """Add up a sequence of digits.
 
-    Source: pytorch-dnc's adding task, whose default are lengths up to 1,000.
+    Source: pytorch-dnc's adding task, with lengths up to 1,000 by default.
 
-    The inputs are digits, one-hot, and an end marker. As there, the answer is
-    the sum of the outputs over all time steps, and only its error counts: the
-    model is not told what each digit is worth.
+    The inputs are one-hot digits and an end marker. As in the source, the
+    answer is the sum of the outputs over all time steps, and only the error of
+    this sum counts: the model must learn the value of each digit.
 
     Args:
         min_length: int, at least 1, number of digits. Default 2.
@@ -517,14 +521,14 @@ class Adding(_Digits):
 
 @dataclasses.dataclass(frozen=True)
 class Argmax(_Digits):
-    """Tell at which place of a sequence its largest digit stood first.
+    """Find the first position of the largest digit of a sequence.
 
-    Source: pytorch-dnc's argmax task, whose defaults are lengths up to 4.
-    Departure: its targets are the number of the place; ours name the place
-    (one-hot), so that accuracy has a meaning.
+    Source: pytorch-dnc's argmax task, with lengths up to 4 by default.
+    Departure: its targets are the number of the position; ours are the
+    position as one-hot class, so that accuracy is defined.
 
-    The inputs are digits, one-hot, and an end marker, over which the target
-    stands.
+    The inputs are one-hot digits and an end marker. The target is at the step
+    of the end marker.
 
     Args:
         min_length: int, at least 1, number of digits. Default 2.
@@ -560,11 +564,11 @@ class Argmax(_Digits):
         length: int,
         longest: int | None = None,
     ) -> Batch:
-        """A `Batch` with T = length + 1, of which the last step counts."""
+        """A `Batch` with T = length + 1; only the last step counts."""
         if length > self.max_length:
             raise ValueError(
-                "The argmax task names a place up to `max_length`, so "
-                "sequences cannot be longer. Received: "
+                "`length` must be at most `max_length`, the number of classes "
+                "of the argmax task. Received: "
                 f"length={length}, max_length={self.max_length}"
             )
         values, (inputs, targets, mask) = self._draw(rng, batch_size, length)
@@ -595,17 +599,17 @@ def dataset(
     Args:
         task: a task of this module.
         batch_size: int, at least 1.
-        seed: int; with the step number it determines a batch.
-        first_step: int, number of the first batch, to go on where an earlier
-            training ended.
+        seed: int; seed and step number determine a batch.
+        first_step: int, number of the first batch, to continue an earlier
+            training.
 
     Returns:
         Dataset of (inputs, targets, mask); Keras takes the mask as
-        `sample_weight`. Batches are of several lengths, so set
-        `steps_per_epoch`.
+        `sample_weight`. It is endless, so set `steps_per_epoch`. Batches have
+        several lengths.
 
     Raises:
-        ValueError: no task, or a size out of its range.
+        ValueError: `task` is no task, or a size is out of its range.
     """
     if not callable(getattr(task, "sample", None)):
         raise ValueError(
@@ -625,10 +629,10 @@ def dataset(
     def spec(*shape):
         return tf.TensorSpec((batch_size, None, *shape), "float32")
 
-    # By itself tf.data would draw a batch ahead, before a curriculum moves on.
+    # Prefetching would draw a batch before the curriculum moves on.
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
-    # Nothing to tune here, and at the end it waits for its tuner's next turn.
+    # There is nothing to tune, and the end would wait for the tuner's thread.
     options.autotune.enabled = False
     return tf.data.Dataset.from_generator(
         batches,

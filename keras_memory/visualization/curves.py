@@ -1,4 +1,4 @@
-"""Curves: how runs learned, and one number over another."""
+"""Draws learning curves of runs, and other curves."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -44,13 +44,13 @@ def plot_curves(
 
     Args:
         series: dict from label to (x, y), at most 8: x (P,) increases; y is
-            (P,) or, for several runs, (S, P). NaN and infinities are holes.
+            (P,) or, for several runs, (S, P). NaN and infinities leave gaps.
         ax: axes; None for a new figure.
         title, x_label, y_label: str.
         log_x: bool, whether x has a logarithmic scale.
-        log_y: bool, whether y has one; it is symlog, with zero at the bottom,
-            if a number is zero.
-        marks: dict from a text to the x of its vertical line.
+        log_y: bool, whether y has one. If a value is zero, it is symlog with
+            zero at the bottom.
+        marks: dict from a text to the x of a vertical line with this text.
         goal: number, y of a horizontal line; None for none.
     """
     series = check_dict("series", series, "pairs of x and y")
@@ -101,9 +101,9 @@ def plot_curves(
     for text, x in marks.items():
         ax.axvline(x, color="0.4", lw=1, ls=":")
         at = {"x": x, "y": 0.04, "transform": ax.get_xaxis_transform()}
-        if not log_y:  # low numbers are at the bottom
+        if not log_y:  # low values would be under the text
             at |= {"y": 0.96, "va": "top"}
-        at |= {"ha": "right", "rotation": 90}  # close ones do not overlap
+        at |= {"ha": "right", "rotation": 90}  # so close texts do not overlap
         ax.text(s=f" {text}", **at, fontsize=9, color="0.3")
     write_labels(ax, title, x_label, y_label)
     ax.tick_params(labelsize=9)
@@ -121,20 +121,22 @@ def plot_learning(
     title: str = "",
     x_label: str | None = None,
 ) -> Figure:
-    """Draws how runs learned: axes for the loss and for each error. Runs under
-    one label, such as seeds, are drawn as their mean and min-max band; a run
-    that ends early keeps its last value. Vertical lines mark where the
-    curriculum's `longest` grows beyond all before.
+    """Draws learning curves: one plot for the loss and one for each error.
+
+    Runs with one label, such as seeds, are drawn as their mean and min-max
+    band; a run that ends early keeps its last value. Vertical lines mark where
+    the curriculum's `longest` reaches a new maximum.
 
     Args:
-        runs: dict from label to a run or a list of runs. A run is what `fit`
-            returned, its `history`, or a list of dicts of numbers, of which
-            some may be missing. A shorter "val_" column is drawn at every n-th
-            epoch, as `fit(validation_freq=n)` makes it; if its length leaves
-            n open, it is left out.
-        names: numbers to draw; None for all but counts, such as "step".
+        runs: dict from label to a run or a list of runs. A run is the result
+            of `fit`, its `history`, or a list of dicts of numbers, some of
+            which may be missing. A shorter "val_" column is drawn at every
+            n-th epoch, as from `fit(validation_freq=n)`; if its length does
+            not determine n, it is left out.
+        names: names of the numbers to draw; None for all but counts, such as
+            "step".
         x: name of the horizontal axis; None for "step", or else epochs.
-        goals: dict from a name to the number to be reached.
+        goals: dict from a name to the number to reach.
         title, x_label: str.
 
     Example:
@@ -194,7 +196,7 @@ def _runs(name, group):
     """Runs of a group, each a list of dicts of numbers."""
     group = getattr(group, "history", group)
     group = _by_epoch(name, group) if isinstance(group, dict) else group
-    wanted = "be what `fit` returned, its `history`, or dicts of numbers"
+    wanted = "be a result of `fit`, its `history`, or dicts of numbers"
     require(isinstance(group, (list, tuple)), name, wanted, group)
     if not all(isinstance(row, dict) for row in group) or any(
         np.iterable(value) for row in group for value in row.values()
@@ -204,7 +206,7 @@ def _runs(name, group):
 
 
 def _by_epoch(name, columns):
-    """A dict of numbers for each epoch."""
+    """Converts columns to a dict of numbers for each epoch."""
     columns = {
         column: numbers(f"{name}[{column!r}]", values, ("epochs",))
         for column, values in columns.items()
@@ -231,7 +233,7 @@ def _points(run, x, name):
 
 
 def _increasing(name, x, sizes=None, is_log=False):
-    """x of a line, as an array (P,)."""
+    """Checks the x of a line; returns it as an array (P,)."""
     x = numbers(name, x, ("P",), sizes)
     wanted = f"have x that increases, from above zero{LOG}"
     least = 0.0 if is_log else -np.inf

@@ -1,4 +1,4 @@
-"""Images, (height, width, 3) uint8: of figures, and as PNG and GIF files."""
+"""Images, (height, width, 3) uint8: from figures, to PNG and GIF files."""
 
 import base64
 import io
@@ -19,14 +19,14 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_closed
 from keras_memory.hints import Array
 
-LINES = (  # Okabe and Ito: color-blind readers tell them apart
+LINES = (  # Okabe and Ito's, which color-blind readers can distinguish
     "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #882255".split()
 )
 WIDTH = 6.4  # inches, of a figure
-SEQUENTIAL = "viridis"  # for values from zero on; readable in gray
-WIDTHS = 2.5, 300.0  # inches that a picture can have
-DPI = 100  # pixels an inch
-HUGE = 1e300  # of larger numbers a scale cannot be computed
+SEQUENTIAL = "viridis"  # for values of at least 0; readable in gray
+WIDTHS = 2.5, 300.0  # inches, the smallest and the largest width of a picture
+DPI = 100  # pixels per inch
+HUGE = 1e300  # the scale of larger numbers cannot be computed
 
 
 class Figure(mpl.figure.Figure):
@@ -39,13 +39,15 @@ class Figure(mpl.figure.Figure):
         return to_png(to_image(self))
 
 
-# Of axes that are given, the figure is theirs.
+# If the caller passes axes, their figure; else a new one.
 Drawn: TypeAlias = Figure | Any
 
 
 def to_image(figure: mpl.figure.FigureBase) -> np.ndarray:
-    """The picture of a figure: (H, W, 3) uint8, at the figure's `dpi`; of a
-    `SubFigure`, of all of its figure."""
+    """Renders a figure at its `dpi`: (H, W, 3) uint8.
+
+    For a `SubFigure`, renders the whole figure.
+    """
     is_figure = isinstance(figure, mpl.figure.FigureBase)
     require(is_figure, "figure", "be a figure of Matplotlib", figure)
     figure = figure.figure  # the root
@@ -59,8 +61,10 @@ def to_image(figure: mpl.figure.FigureBase) -> np.ndarray:
 
 
 def to_png(image: np.ndarray, software: str = "keras_memory") -> bytes:
-    """The bytes of a PNG file of an image, (H, W, 3) uint8; `software` is
-    stored under the key "Software"."""
+    """Encodes an image, (H, W, 3) uint8, as the bytes of a PNG file.
+
+    `software` is stored under the key "Software".
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -71,7 +75,7 @@ def to_png(image: np.ndarray, software: str = "keras_memory") -> bytes:
 
 
 def to_gif(images: Sequence[np.ndarray], milliseconds: int = 200) -> bytes:
-    """The bytes of a GIF file that shows images again and again.
+    """Encodes images as the bytes of a GIF file that repeats forever.
 
     Args:
         images: list of (H, W, 3) uint8 arrays of one size. They share one
@@ -105,8 +109,11 @@ def _image(name, image):
 
 
 class Redrawn:
-    """Redraws a figure fast (blitting): the background is rendered once, then
-    only texts, images and what lies over images."""
+    """Redraws a figure fast (blitting).
+
+    The background is rendered once, then only texts, images, and the patches
+    and spines over images.
+    """
 
     def __init__(self, figure):
         self.figure, self.changing = figure, [*figure.texts]
@@ -122,7 +129,7 @@ class Redrawn:
             figure.set_canvas(before)
 
     def image(self):
-        """The picture now: (H, W, 3) uint8."""
+        """Renders the figure as it is now: (H, W, 3) uint8."""
         self._canvas.restore_region(self._still)
         for artist in self.changing:
             artist.draw(self._canvas.get_renderer())
@@ -132,8 +139,8 @@ class Redrawn:
 class Animation(mpl.animation.FuncAnimation):
     """A Matplotlib animation that a notebook shows, as a GIF.
 
-    `save("memory.gif", writer="pillow")` writes a file. `images` takes less
-    time, as only what changes is drawn.
+    `save("memory.gif", writer="pillow")` writes a file. `images` is faster, as
+    it redraws only the parts that change.
     """
 
     def __init__(
@@ -188,7 +195,7 @@ def numbers(name, values, axes, sizes=None, shares=False):
 
 
 def check_list(name, values, count=None):
-    """A list of what `values` has, `count` or else at least one."""
+    """Checks values; returns a list of `count`, or of at least one."""
     is_list = np.iterable(values) and not isinstance(values, (dict, str))
     items = list(values) if is_list else []
     wanted = f"be a list of {count or 'at least one'}"
@@ -198,13 +205,13 @@ def check_list(name, values, count=None):
 
 
 def check_dict(name, values, what):
-    """A dict, with texts as keys."""
+    """Checks a dict; returns it with strings as keys."""
     require(isinstance(values, dict), name, f"be a dict of {what}", values)
     return {str(key): value for key, value in values.items()}
 
 
 def check_axes(ax, count=1):
-    """A list of as many axes of Matplotlib."""
+    """Checks axes of Matplotlib; returns a list of `count`."""
     axes = check_list("ax", np.ravel(np.asarray(ax, object)), count)
     is_right = all(isinstance(item, Axes) for item in axes)
     require(is_right, "ax", f"be {count} axes of Matplotlib", ax)
@@ -212,7 +219,7 @@ def check_axes(ax, count=1):
 
 
 def write_labels(ax, title=None, x_label=None, y_label=None):
-    """Writes what is not None at the sides of axes."""
+    """Writes the title and labels of axes that are not None."""
     if title is not None:
         ax.set_title(title, loc="left", fontsize=10, pad=4)
     if x_label is not None:

@@ -1,4 +1,4 @@
-"""The pictures of a memory and its heads: see `visualization/__init__.py`."""
+"""Draws a memory and its heads: see `visualization/__init__.py`."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -36,9 +36,9 @@ from keras_memory.visualization.images import numbers
 from keras_memory.visualization.images import require
 from keras_memory.visualization.images import write_labels
 
-DIVERGING = "RdBu_r"  # for values with a sign
+DIVERGING = "RdBu_r"  # for signed values
 NAN_COLOR, UNSEEN = "#ff00a0", "0.75"
-STEPS = 1, 2, 5, 10  # of numbers at an axis
+STEPS = 1, 2, 5, 10  # between the ticks of an axis
 LEFT, WIDE_LEFT, RIGHT = 0.8, 1.4, 0.7  # inches
 TOP, GAP, LABEL = 0.32, 0.3, 0.34
 
@@ -61,9 +61,9 @@ def plot_weighting(
         ax: axes; a list of them for several heads; None for a new figure.
         names: a title for each head; None for numbers.
         title: str, headline of a new figure, or title of the first `ax`.
-        slots: "all"; a list of slots; or "used", the shortest range, perhaps
-            across the last slot, with every slot whose weight exceeds a tenth
-            of the largest at some step.
+        slots: "all"; a list of slots; or "used", the shortest range of slots
+            that contains every slot whose weight exceeds a tenth of the
+            largest at some step. The range may wrap around the last slot.
         width: inches of a new figure, at least 2.5.
     """
     axes = "T", "heads?", "N"
@@ -88,14 +88,16 @@ def plot_memory(
     slots: str | Sequence[int] = "used",
     width: float = WIDTH,
 ) -> Drawn:
-    """Draws the memory at a few moments, side by side, on one scale that is
-    symmetric about zero.
+    """Draws the memory at a few time steps, side by side.
+
+    All have one scale, which is symmetric about zero.
 
     Args:
         memory: (T, N, W) contents after each step; any real value. NaN and
             infinities are magenta.
         ax, width: as in `plot_weighting`.
-        frames: int, most moments to draw, evenly spread up to the last.
+        frames: int, the largest number of time steps to draw, evenly spread
+            up to the last.
         title: str, above the axes.
         slots: as in `plot_weighting`; a slot is used if its contents differ
             from those of most slots.
@@ -113,8 +115,10 @@ def plot_linkage(
     slots: str | Sequence[int] = "used",
     width: float = WIDTH,
 ) -> Drawn:
-    """Draws temporal links at a few moments, side by side: row i, column j
-    is the degree to which slot i was written right after slot j.
+    """Draws temporal links at a few time steps, side by side.
+
+    Row i, column j is the degree to which slot i was written right after slot
+    j.
 
     Args:
         linkage: (T, N, N), or (T, heads, N, N) of several write heads, in
@@ -152,7 +156,7 @@ def plot_gates(
             function draws names that end in "_gate", (T, heads), and
             "read_mode", (T, heads, 2 H + 1): backward for each of H write
             heads, content, forward for each; all in [0, 1], NaN is magenta.
-            "read_weighting" and "write_weighting" tell how heads are called.
+            "read_weighting" and "write_weighting" determine the heads' names.
         ax, title, width: as in `plot_memory`.
     """
     gates = check_dict("gates", gates, "arrays")
@@ -172,23 +176,25 @@ def plot_task(
     width: float = WIDTH,
     figure: Figure | None = None,
 ) -> Figure:
-    """Draws one sequence: inputs, targets, outputs, gates and read modes, the
-    weighting of each head, the memory. A column is a time step.
+    """Draws one sequence and the memory behind it, one column per time step.
+
+    From top to bottom: inputs, targets, outputs, gates and read modes, the
+    weighting of each head, the memory.
 
     Args:
         trace: dict of (B, T, ...), as `keras_memory.trace` gives it; {} for
             none. Names may start with a place, such as "block0/".
         inputs: (B, T, channels) or None.
         targets: (B, T, units) or None.
-        outputs: (B, T, units), no logits; None for "output" of the trace.
+        outputs: (B, T, units), not logits; None for "output" of the trace.
         mask: (B, T), zero at steps that do not count, where targets and
             outputs are gray; None if all count.
         row: int, the sequence of the batch to draw.
         title: str, headline.
         slots, width: as in `plot_weighting`; heads and memory share a range.
         memory: bool, whether to draw the memory.
-        figure: what this function returned before. It is redrawn, which is
-            fast, if all but numbers and title is the same.
+        figure: a figure that this function returned before. It is updated,
+            which is faster, if only the numbers and the title differ.
 
     Example:
 
@@ -242,19 +248,23 @@ def plot_sphere(
     depth_prior: float = 0.01,
     variance_prior: float = 1e4,
 ) -> Drawn:
-    """Draws the map of an egospheric memory: color, depth and its standard
-    deviation. Pixels that were not seen, or are NaN, are gray; smoothing fills
-    some of them, which then have a depth and no deviation.
+    """Draws the map of an egospheric memory.
+
+    The parts are color, depth, and the standard deviation of the depth. Unseen
+    and NaN pixels are gray. Smoothing fills some unseen pixels; these have a
+    depth and no standard deviation.
 
     Args:
-        mean: (H, W, C), C at least 3: column, row, depth in metres, and
+        mean: (H, W, C), C at least 3: column, row, depth in meters, and
             features, the first three (or one) of which are colors in [0, 1].
-        variance: (H, W, C) of it, at least 0; None leaves the deviation out.
-        ax: axes, a list of as many as there are parts; None for a new figure.
-        farthest: metres at the end of the scale; None for the largest depth.
+        variance: (H, W, C), at least 0, the variance of `mean`; None leaves
+            the standard deviation out.
+        ax: axes, a list of one for each part; None for a new figure.
+        farthest: meters at the end of the scale; None for the largest depth.
         title: str.
-        depth_prior: metres, depth of what was not seen, as in `ESMLayer`.
-        variance_prior: square metres, the upper of its `variance_limits`.
+        depth_prior: meters, depth of unseen pixels, as in `ESMLayer`.
+        variance_prior: square meters, the upper one of the `variance_limits`
+            of `ESMLayer`.
     """
     sizes = {}
     mean = numbers("mean", mean, ("H", "W", "C"), sizes)
@@ -310,8 +320,9 @@ def animate(
     title: str = "",
     width: float = WIDTH,
 ) -> Animation:
-    """An `Animation` of the memory, 0.2 seconds a step, and beside it of the
-    weights of each head on the same slots.
+    """Animates the memory, beside the heads' weights on the same slots.
+
+    A step takes 0.2 seconds.
 
     Args:
         trace: dict of (B, T, ...), as `keras_memory.trace` gives it, with
@@ -325,7 +336,7 @@ def animate(
     trace = check_dict("trace", trace, "arrays")
     check_closed("width", width, *WIDTHS)
     shown = _shown(trace, row, {}).get("", {})
-    wanted = "have a 'memory', (B, T, N, W): of blocks or layers, give one"
+    wanted = "have a 'memory', (B, T, N, W), of one block or layer only"
     require("memory" in shown, "trace", wanted, sorted(trace))
     memory, heads = shown["memory"], heads_of(shown)
     rows = _rows(_use(heads, memory), slots)
@@ -363,8 +374,11 @@ def animate(
 
 
 class _Panel(NamedTuple):
-    """What axes show. `_drawn` compares all fields but the first, so these are
-    no arrays."""
+    """The content of axes.
+
+    `_drawn` compares all fields but the first by `==`, so only the first may
+    be an array.
+    """
 
     matrices: np.ndarray  # (moments, rows, columns), side by side
     inches: float  # height
@@ -373,14 +387,14 @@ class _Panel(NamedTuple):
     low: float = 0.0  # ends of the scale
     high: float = 1.0
     cmap: str = SEQUENTIAL
-    steps: list | None = None  # of moments; None: columns are steps
+    steps: list | None = None  # one for each matrix; None: columns are steps
     names: list | None = None  # of rows
-    slots: tuple | None = None  # list of slots the rows are, count of all
-    gray: list | None = None  # of a bool for each column: is it grayed out?
+    slots: tuple | None = None  # list of the rows' slots, number of all slots
+    gray: list | None = None  # a bool for each column: is it grayed out?
 
 
 def _drawn(panels, ax, title, width, figure=None):
-    """The figure of panels: `figure` if only numbers and title differ."""
+    """Draws panels; updates `figure` if only numbers and title differ."""
     frame = [width, *((panel.matrices.shape, *panel[1:]) for panel in panels)]
     drawn = [
         panel_ax.images
@@ -408,8 +422,11 @@ def _drawn(panels, ax, title, width, figure=None):
 
 
 def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
-    """The axes of a user, or new ones, one below the other, of which neighbors
-    share an x label; `sizes` are pairs of inches and x labels."""
+    """The user's axes, or new ones, one below the other.
+
+    Neighbors with the same x label share it. `sizes` are pairs of a height in
+    inches and an x label.
+    """
     heights, labels = zip(*sizes)
     check_closed("width", width, *WIDTHS)
     if ax is not None:
@@ -437,8 +454,7 @@ def _axes(ax, sizes, title="", width=WIDTH, left=LEFT):
 
 
 def _shown(trace, row, sizes):
-    """Heads, gates and memory of one sequence of a trace: dict from places to
-    dicts."""
+    """Heads, gates and memory of one sequence: dict from place to dict."""
     places = {}
     for place, parts in by_place(trace).items():
         prefix, heads = place and f"{place}/", head_weightings(parts)
@@ -464,7 +480,7 @@ def _is_gate(kind):
 
 
 def _sequence_panels(given, gray):
-    """Of inputs, targets and outputs, each (T, channels)."""
+    """Panels of inputs, targets and outputs, each (T, channels)."""
     note = " (gray: does not count)" * (gray is not None)
     pair = [given[n] for n in ("targets", "outputs") if n in given]
     scale = {"gray": gray, **_scale(*pair)}
@@ -511,19 +527,19 @@ def _gates_panel(gates, title, argument="gates"):
 
 
 def _time_panel(values, inches, title, **options):
-    """Of (T, rows)."""
+    """A panel of values (T, rows) over time."""
     return _Panel(values.T[None], inches, title, **_scale(values) | options)
 
 
 def _weighting_panel(values, title, rows, slots):
-    inches = _inches(rows, 1.0, 0.07, 2)  # 1 pixel would be under the frame
+    inches = _inches(rows, 1.0, 0.07, 2)  # the frame would hide 1 pixel
     of = rows.tolist(), values.shape[1]
     options = {"slots": of, "high": _high(values, slots)}
     return _time_panel(values[:, rows], inches, title, **options)
 
 
 def _inches(rows, least, each, pixels):
-    """Height of slots, each of which has at least so many pixels."""
+    """Height of a panel of slots; each slot has at least `pixels` pixels."""
     count = len(rows)
     return min(6.0, max(least, each * min(count, 24), pixels * count / DPI))
 
@@ -542,7 +558,7 @@ def _scale(*arrays):
 
 
 def _top(values, least=0.0):
-    """The largest number of an array, but NaN; not below `least`."""
+    """The largest number of an array without NaN, or `least` if larger."""
     return float(np.fmax.reduce(values, axis=None, initial=least))
 
 
@@ -554,7 +570,7 @@ def _memory_panel(memory, title, rows, frames=6):
 
 
 def _draw(ax, panel):
-    """Returns the last image."""
+    """Draws a panel; returns its last image."""
     count, wide = panel.matrices.shape[1:]
     _style(ax, panel.title)
     cmap = mpl.colormaps[panel.cmap].with_extremes(bad=NAN_COLOR)
@@ -595,7 +611,8 @@ def _style(ax, title):
 
 
 def _color_bar(ax, image):
-    inch = ax.figure.dpi / ax.get_window_extent().width  # of the axes' width
+    # An inch as a share of the axes' width.
+    inch = ax.figure.dpi / ax.get_window_extent().width
     place = 1 + 0.075 * inch, 0, 0.1 * inch, 1
     bar = ax.figure.colorbar(image, cax=ax.inset_axes(place))
     ends = image.get_clim()
@@ -607,7 +624,7 @@ def _color_bar(ax, image):
 
 
 def _rows(strength, slots):
-    """Numbers of the slots that are drawn; `strength` (N,) is their use."""
+    """Indices of the slots to draw; `strength` (N,) is each slot's use."""
     count = len(strength)
     if isinstance(slots, str):
         wanted = "be 'used', 'all' or a list of slots"
@@ -626,8 +643,12 @@ def _rows(strength, slots):
 
 
 def _use(heads, memory):
-    """(N,), how much heads, (T, N) each, use the slots; without heads, how far
-    each slot of (T, N, W) is from what most slots are."""
+    """(N,), how much each slot is used.
+
+    This is the largest weight of the heads, (T, N) each. Without heads it is
+    the largest distance of the slot's contents, (T, N, W), to the median over
+    slots.
+    """
     if heads:
         return np.fmax.reduce([*heads.values()], (0, 1))
     known = np.ma.masked_invalid(memory)
@@ -636,7 +657,7 @@ def _use(heads, memory):
 
 
 def _moments(steps, count):
-    """At most so many step numbers, evenly spread, the last among them."""
+    """At most `count` step numbers, evenly spread, including the last."""
     count = min(check_size("frames", count), steps)
     return np.linspace(steps - 1, 0, count).round().astype(int)[::-1]
 

@@ -1,4 +1,4 @@
-"""Rows of images with words, and the examples behind answers."""
+"""Draws rows of images with texts, and the examples behind answers."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ class Tile(NamedTuple):
         caption: a short text, in the color of the frame.
         text: up to three lines between caption and image.
         color: of frame and caption; None for gray.
-        heat: (H, W) or (H, W, C), such as attributions, or None. Its positive
-            part, summed over channels, is drawn below, over the faint image.
+        heat: (H, W) or (H, W, C), such as attributions, or None. The positive
+            part of its sum over channels is drawn below, over the faint image.
     """
 
     image: Array
@@ -71,8 +71,8 @@ def _checked(tile, name, of_heat="rows"):
 
 
 def _draw(rows, ax):
-    """`plot_tiles`, of images (H, W, 3) and heat maps (H, W)."""
-    apart = 0.15  # inches, as is 1, the side of an image
+    """Draws tiles with images (H, W, 3) and heat maps (H, W)."""
+    apart = 0.15  # inches; the longer side of an image is 1 inch
     places, bottom = [], 0.0
     for row in rows:
         texts = [_fitted(tile.text, 10, 3) for tile in row]
@@ -115,18 +115,21 @@ def plot_explanations(
     attributions: Sequence[Sequence[Array]] | None = None,
     ax: Axes | Iterable[Axes] | None = None,
 ) -> Drawn:
-    """Draws inputs beside the examples that decided the answers: a row each,
-    the heaviest example first. Wrong answers are marked.
+    """Draws inputs beside the examples that decided the answers.
+
+    Each input has a row, with the example of the largest weight first. Wrong
+    answers are marked.
 
     Args:
         explanations: list of `keras_memory.explanations.Explanation`.
-        inputs: an image in [0, 1] for each; None for those explained.
-        labels: (B,) int or (B, units) one-hot, the true classes, -1 for one
-            that is not known; None for none.
+        inputs: an image in [0, 1] for each explanation; None for the
+            explained inputs.
+        labels: (B,) int or (B, units) one-hot, the true classes, -1 for an
+            unknown one; None if all are unknown.
         class_names: a text for each class; None for numbers.
         max_examples: int, the largest number of examples in a row.
-        attributions: a pair for each, as `integrated_gradients` gives it: of
-            the input and of the examples; or None.
+        attributions: for each explanation a pair from `integrated_gradients`,
+            of the input and of the examples; or None.
         ax: axes; None for a new figure.
     """
     check_size("max_examples", max_examples)
@@ -189,7 +192,7 @@ def plot_explanations(
 
 
 def check_shades(name, image):
-    """An image in [0, 1], also a gray one, as (H, W, 3)."""
+    """Checks an image in [0, 1], gray or color; returns (H, W, 3)."""
     values = numbers(name, image, ("H", "W", "C?"))
     wanted = "be images (H, W), (H, W, 1) or (H, W, 3)"
     require(values.shape[2] in (1, 3), name, wanted, f"shape {values.shape}")
@@ -201,7 +204,7 @@ def check_shades(name, image):
 
 
 def _heated(image, heat):
-    """The image, faint, under a heat map."""
+    """A heat map over the faint image."""
     heat = heat / (heat.max() or 1.0)
     colors = mpl.colormaps[SEQUENTIAL](heat)[:, :, :3]
     share = 0.25 + 0.65 * heat[:, :, None]
@@ -210,10 +213,10 @@ def _heated(image, heat):
 
 
 def _fitted(text, size, max_lines):
-    """Lines of a text, as wide as a tile, the last one perhaps shortened."""
+    """Breaks a text into lines as wide as a tile; too long ones end in "…"."""
 
     def is_wide(line):
-        line = line.replace("$", r"\$")  # is no formula
+        line = line.replace("$", r"\$")  # do not parse it as a formula
         return TextPath((0, 0), line, size).get_extents().width > 75  # points
 
     lines = []
