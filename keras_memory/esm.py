@@ -1,4 +1,4 @@
-"""Egospheric Spatial Memory: a map of what is around a moving agent.
+"""Egospheric Spatial Memory: a map of the surroundings of a moving agent.
 
 Lenton et al. 2021, "End-to-End Egospheric Spatial Memory" (arXiv 2102.07764).
 Axes: B batch, T time, h rows and w columns of a camera's image, H rows and W
@@ -36,11 +36,11 @@ from keras_memory.spatial.maps import MapLayer
 from keras_memory.spatial.maps import map_spec
 from keras_memory.spatial.tensors import at_least
 
-VAGUE = 1e9  # squared metres, squared radians: a pose of which nothing is known
+VAGUE = 1e9  # squared meters or radians: variance from which a pose is unknown
 
 
 class _ESM(MapLayer):
-    """The paper's step, which `ESMCell` and `ESMLayer` take."""
+    """The paper's step, shared by `ESMCell` and `ESMLayer`."""
 
     def step(
         self,
@@ -48,11 +48,11 @@ class _ESM(MapLayer):
         motion: Mapping[str, Array],
         state: Sequence[Array],
     ) -> ESMMap:
-        """Moves the map with the agent, and fuses it with what is seen.
+        """Moves the map with the agent, and fuses it with the cameras' maps.
 
         Args:
-            cameras: list of dicts, the arguments of `observe`.
-            motion: dict, the arguments of `move` after `state`.
+            cameras: list of dicts, arguments of `observe`.
+            motion: dict, arguments of `move` besides `state`.
             state: `ESMMap`.
 
         Returns:
@@ -60,7 +60,7 @@ class _ESM(MapLayer):
         """
         seen = [self.move(state, **motion)]
         seen += [self.observe(**camera) for camera in cameras]
-        # What is beside a pixel counts where nothing is in it.
+        # Points beside a pixel count only if no point is in it.
         is_beside = ops.logical_not(
             functools.reduce(ops.logical_or, [own for *_, own in seen])
         )
@@ -83,15 +83,16 @@ class _ESM(MapLayer):
         motion: Array,
         motion_covariance: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """The map after a motion of the agent, in the frame that it has then.
+        """Projects the map into the agent's frame after a motion.
 
         Args:
             state: `ESMMap`.
-            motion: (B, 3, 4) pose, from the agent's frame before to now.
-            motion_covariance: (B, 6, 6), of it; None if it is certain.
+            motion: (B, 3, 4) pose, from the agent's frame before the motion to
+                its frame after.
+            motion_covariance: (B, 6, 6), of the motion; None if it is certain.
 
         Returns:
-            Mean, variance, and which pixels have points of their own, as of
+            Mean, variance, and which pixels contain points; see
             `fusion.quantize`.
         """
         state = self._check_state("state", state)
@@ -101,7 +102,8 @@ class _ESM(MapLayer):
         pose, covariance = self._of_agent(*map(given.get, MOTION))
         valid = ops.logical_not(self._is_hole(state.variance))
         if not self.depth_buffer:
-            # What a pixel shows from beside would be fused with itself.
+            # A point shown by several pixels would be fused with itself: keep
+            # only the pixel that contains it.
             middle = ops.convert_to_tensor(self._prior.mean[..., :2])
             away = ops.stop_gradient(state.mean[..., :2]) - middle
             columns, rows = away[..., :1], away[..., 1:]
@@ -129,14 +131,14 @@ class _ESM(MapLayer):
         pose: Array | None = None,
         pose_covariance: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """What a camera sees, as a map in the agent's frame.
+        """Projects a camera's image to a map in the agent's frame.
 
         Args:
             features, points, depth, inverse_intrinsics, variance, mask, pose,
-                pose_covariance: as of `ESMLayer`, without the axis of time.
+                pose_covariance: see `ESMLayer`; without the axis of time.
 
         Returns:
-            Mean, variance, and which pixels have points of their own, as of
+            Mean, variance, and which pixels contain points; see
             `fusion.quantize`.
         """
         given = self._camera(
@@ -174,7 +176,7 @@ class _ESM(MapLayer):
             valid = valid & mask[..., None]
         if variance is None:
             variance = ops.zeros_like(ops.concatenate([points, features], -1))
-        if pose is None:  # the camera looks to where the agent does
+        if pose is None:  # the camera looks in the agent's direction
             axes = geometry.camera_axes(self.convention)
             pose = self._back[:, :3] @ self._array(axes)
             pose = ops.convert_to_tensor(pose[None])
@@ -185,15 +187,15 @@ class _ESM(MapLayer):
         )
 
     def _of_agent(self, pose, covariance):
-        """A pose into the agent's frame, and its covariance, as one into that
-        frame with axes as here."""
+        """Converts a pose into the agent's frame, and its covariance, from the
+        axes of `convention` to those of "esm"."""
         axes = self._array(geometry.agent_axes(self.convention))
         if covariance is not None:
             covariance = geometry.turn_covariance(covariance, axes[:, :3])
         return geometry.compose(axes, pose), covariance
 
     def _project(self, points, features, variance, valid, pose, covariance):
-        """Points in any frame, (B, n, ...), as a map in the agent's frame."""
+        """Projects (B, n, ...) points in any frame to a map in the agent's."""
         known = geometry.is_pose(pose)[:, None, None]
         if covariance is not None:
             known = known & _all_below(VAGUE, covariance, axis=(-2, -1))
@@ -202,7 +204,7 @@ class _ESM(MapLayer):
         valid = valid & known & ops.all(variance >= 0, -1, keepdims=True)
         for part in (points, features, variance):
             valid = valid & _all_below(HUGE, part, axis=-1)
-        # What is left out would bring NaN to gradients.
+        # Invalid points would make gradients NaN.
         points, features, variance = (
             ops.where(valid, part, 1.0) for part in (points, features, variance)
         )
@@ -240,13 +242,13 @@ class _ESM(MapLayer):
         )
 
     def smooth(self, state: Sequence[Array]) -> ESMMap:
-        """The map, with depth and features of what surrounds them in holes.
+        """Fills the holes of a map with depth and features around them.
 
         Args:
             state: `ESMMap`.
 
         Returns:
-            `ESMMap`; the variance stays.
+            `ESMMap` with unchanged variance.
         """
         if self.smooth_kernel_size is None:
             return self._check_state("state", state)
@@ -262,24 +264,24 @@ class _ESM(MapLayer):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class ESMCell(_ESM):
-    """One step of `ESMLayer`, which has the full text.
+    """One step of `ESMLayer`; see there for the full documentation.
 
     Args:
         height, width, feature_channels, depth_limits, variance_limits,
             depth_prior, feature_prior, smooth_kernel_size, depth_buffer,
-            convention, depth_scale: as of `ESMLayer`.
-        **kwargs: of `keras.layers.Layer`.
+            convention, depth_scale: see `ESMLayer`.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
-        inputs: dict as of `ESMLayer`, without the axis of time.
-        state: `ESMMap`, as `get_initial_state` or the step before gives it.
+        inputs: dict; see `ESMLayer`, without the axis of time.
+        state: `ESMMap`, from `get_initial_state` or the previous step.
 
     Returns:
-        The map, an `ESMMap` of (B, H, W, 3 + F) with holes smoothed, and the
-        state for the next step, which is the map where they are not.
+        The map, an `ESMMap` of (B, H, W, 3 + F) with smoothed holes, and the
+        state for the next step, the same map without smoothing.
 
     Raises:
-        ValueError: as `ESMLayer`.
+        ValueError: see `ESMLayer`.
 
     Example:
 
@@ -322,121 +324,125 @@ class ESMCell(_ESM):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class ESMLayer(_ESM):
-    """Maps what cameras see onto a sphere around a moving agent.
+    """Maps the view of cameras onto a sphere around a moving agent.
 
-    A memory without weights. At each step the map is projected anew as the
-    agent moves, and fused with depth and features of each camera by their
-    variances. The map's middle is forward, its upper row up. By default frames
-    are those of the paper: x left, y up, z forward; `convention` names others.
+    A memory without weights. Each step projects the map into the agent's new
+    frame, and fuses it with depth and features of each camera by their
+    variances. The map's center is forward, its top row is up. Default frames
+    are those of the paper: x left, y up, z forward; `convention` selects
+    others.
 
-    Your own camera: of OpenCV's and of most drivers' take
-    `convention="opencv"`, in ROS `convention="ros"`; give `np.linalg.inv(K)` as
-    `inverse_intrinsics`, and `depth_scale=0.001` for depth in millimetres.
+    Your own camera: set `convention="opencv"` for OpenCV and most drivers,
+    `convention="ros"` for ROS; pass `np.linalg.inv(K)` as `inverse_intrinsics`,
+    and set `depth_scale=0.001` for depth in millimeters.
 
     Source: Lenton et al. 2021 (arXiv 2102.07764).
     Departures from the reference (ivy_memory), which has faults: any number of
-    cameras are fused as the paper says; the nearest point hides others with all
-    its channels; holes have the prior's depth; smoothing keeps signs; gradients
+    cameras are fused, as in the paper; the nearest point hides others in all
+    channels; holes have the prior's depth; smoothing keeps signs; gradients
     flow through the projection; columns are continuous across the seam, and
-    what is down is in the last row; points beyond `depth_limits` are left out
-    and not drawn to them; variances are limited where they are measured, so
-    that step by step and whole sequences agree; covariances of poses count.
+    the lower pole is in the last row; points beyond `depth_limits` are left out
+    instead of clipped; variances are limited when they are measured, so step by
+    step and whole sequences agree; covariances of poses count.
 
     Equations, in the order of `step`:
         re-projection: p' = R p + t for each pixel that was seen, in `move`.
-        quantisation: round to pixels; of several points the nearest, or their
-        fusion, in `fusion.quantize`.
+        quantization: round to pixels; keep the nearest of several points, or
+        fuse them, in `fusion.quantize`.
         fusion: v = 1 / sum_k 1 / v_k, m = v sum_k m_k / v_k, of the map and
         each camera, in `fusion.fuse`.
         smoothing: m = sum_j c_j m_j / v_j / sum_j c_j / v_j with c = 1 / (1 +
-        distance in pixels), where nothing was seen, in `fusion.smooth`; of
-        what is returned only, not of the state.
+        distance in pixels), where nothing was seen, in `fusion.smooth`; only
+        for the returned map, not for the state.
 
-    State: `ESMMap`, mean and variance, (B, H, W, 3 + F) each, the prior at
-    first.
+    State: `ESMMap`, mean and variance, (B, H, W, 3 + F) each, initially the
+    prior.
 
-    Masking and dtype: what is masked, not finite, at or behind the camera,
-    beyond `depth_limits`, or no better known than the prior is left out. A
-    camera is ignored whose pose is not a rotation and a translation, or whose
-    intrinsics are of another convention, which raises an error of NumPy arrays
-    and in the first call. An invalid motion resets the map. A step that `mask`
-    leaves out changes nothing. All is computed, and returned, in float32, or in
-    float64 if that is `dtype`.
+    Masking and dtype: points are left out if masked, not finite, at or behind
+    the camera, beyond `depth_limits`, or at least as uncertain as the prior. A
+    camera with an invalid pose, or with intrinsics of another convention, is
+    ignored; such intrinsics raise an error if given as NumPy arrays, or in the
+    first call. An invalid motion resets the map. A step masked by `mask`
+    changes nothing. The layer computes and returns float32, or float64 if that
+    is its `dtype`.
 
-    Gradients flow from the map to features, depth, variances and poses of what
-    is kept; which pixel a point falls into, and which is nearest, has none.
+    Gradients flow from the map to features, depth, variances and poses of the
+    points that are kept. The choice of pixels and of nearest points has no
+    gradient.
 
     Args:
-        height, width: ints, H, 180 by default, and W, 360, even.
+        height, width: ints, H, 180 by default, and W, 360 by default, even.
         feature_channels: int, F, 3 by default.
-        depth_limits: (least, most) distance in metres, (0.001, 10) by default.
-        variance_limits: (least, most), (0.001, 10000) by default; the least of
-            all channels, at most half the height (of a camera that is exact to
-            less than 3 cm, say (0.0001, 10000)), and the prior's of depth and
-            features, from 2 to 1e11 times as much. The prior's of columns and
-            rows is `height`.
-        depth_prior: float, metres, 0.01 by default.
+        depth_limits: (least, most) distance in meters, (0.001, 10) by default.
+        variance_limits: (least, most), (0.001, 10000) by default. The least is
+            the lower limit of the variance of all channels, and at most half
+            the height; decrease it for a camera exact to less than 3 cm, for
+            example to 0.0001. The most is the prior variance of depth and
+            features, from 2 to 1e11 times the least. The prior variance of
+            columns and rows is `height`.
+        depth_prior: float, meters, 0.01 by default.
         feature_prior: float, 0.5 by default.
-        smooth_kernel_size: int, odd, pixels, 25 by default, of which what
-            reaches around a small map does not count; None for no smoothing.
-        depth_buffer: bool. True (default): of the points in a pixel the nearest
-            is kept. False: they are fused.
-        convention: str, the axes x, y, z of what is given. `points` have those
+        smooth_kernel_size: int, odd, pixels, 25 by default; reduced if it
+            reaches around a small map. None for no smoothing.
+        depth_buffer: bool. True (default): keep the nearest of the points in a
+            pixel. False: fuse them.
+        convention: str, the axes x, y, z of the inputs. `points` have the axes
             of a camera, `motion` and its covariance those of the agent, and a
-            camera's `pose` leads from the first to the second:
+            camera's `pose` maps from the camera's axes to the agent's:
             `"esm"` (default): left, up, forward, both;
             `"opencv"`: right, down, forward, both;
             `"opengl"`: right, up, back, both;
-            `"ros"`: a camera's right, down, forward, as of optical frames, the
-            agent's forward, left, up, as of a body's frame.
-            `inverse_intrinsics` is `np.linalg.inv(K)` of the usual K, with
-            `"esm"` what `geometry.inverse_intrinsics` gives.
-        depth_scale: float, metres in a unit of `depth`, such as 0.001 for
-            millimetres. None (default): depth is in metres, of a float dtype.
-        return_sequences: bool, the map after each step, or (default) the last.
-        return_state: bool, False by default, return the state too.
-        stateful: bool, False by default, go on from the state of the batch
-            before. Needs a fixed batch size; `reset_state()` starts afresh.
-            The state is no weight, and no file keeps it.
-        **kwargs: of `keras.layers.Layer`.
+            `"ros"`: a camera has right, down, forward (optical frame), the
+            agent forward, left, up (body frame).
+            `inverse_intrinsics` is `np.linalg.inv(K)` of the usual K, or with
+            `"esm"` the result of `geometry.inverse_intrinsics`.
+        depth_scale: float, meters per unit of `depth`, such as 0.001 for
+            millimeters. None (default): depth is in meters, of a float dtype.
+        return_sequences: bool, False by default. True: return the map after
+            each step. False: after the last step.
+        return_state: bool, False by default. True: return the state too.
+        stateful: bool, False by default. True: continue from the state of the
+            previous batch. Needs a fixed batch size; `reset_state()` resets the
+            state to the prior. The state is not a weight and is not saved.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
         inputs: dict with
-            `motion`: (B, T, 3, 4) pose, from the agent's frame at the step
-            before to that at this step.
-            `motion_covariance`: (B, T, 6, 6), optional, of a small motion that
-            may come behind it, by which it is uncertain: translation in metres,
+            `motion`: (B, T, 3, 4) pose, from the agent's frame at the previous
+            step to its frame at this step.
+            `motion_covariance`: (B, T, 6, 6), optional, the uncertainty of the
+            motion: covariance of a small motion after it, translation in meters
             and rotation vector about the agent in radians.
             `cameras`: a dict, or a list of any number, each with
             `features` (B, T, h, w, F);
             `points` (B, T, h, w, 3), coordinates in the camera's frame in
-            metres, or `depth` (B, T, h, w) along the optical axis in metres,
-            or in `depth_scale`, and `inverse_intrinsics` (B, T, 3, 3);
+            meters, or `depth` (B, T, h, w) along the optical axis, in meters
+            or in units of `depth_scale`, and `inverse_intrinsics` (B, T, 3, 3);
             `variance` (B, T, h, w, 3 + F), optional, of columns and rows in
-            squared pixels of the map, of distance in squared metres, and of
+            squared pixels of the map, of distance in squared meters, and of
             features; the least by default;
             `mask` (B, T, h, w) bool, optional, False for pixels to leave out;
             `pose` (B, T, 3, 4), optional, from the camera's frame to the
-            agent's; the agent's by default;
-            `pose_covariance` (B, T, 6, 6), optional, as of the motion.
-            The last two and `inverse_intrinsics` may lack T: they are the same
-            at all steps.
+            agent's; by default the camera is at the agent and looks forward;
+            `pose_covariance` (B, T, 6, 6), optional, like that of the motion.
+            `inverse_intrinsics`, `pose` and `pose_covariance` may lack T if
+            they are the same at all steps.
         initial_state: `ESMMap`; the prior by default.
         mask: (B, T) bool, False for steps that are left out.
 
     Returns:
-        `ESMMap`, of (B, T, H, W, 3 + F) with `return_sequences`, else of (B, H,
-        W, 3 + F); with `return_state` a pair of it and the state.
+        `ESMMap`, (B, T, H, W, 3 + F) with `return_sequences`, else (B, H, W,
+        3 + F); with `return_state` a pair of the map and the state.
 
     Raises:
-        ValueError: an argument out of its range, wrong shapes, a camera
-            without features, or without depth or points, integer depth without
+        ValueError: an argument out of range, wrong shapes, a camera without
+            features, or without depth or points, integer depth without
             `depth_scale`, intrinsics that are not inverted or of another
-            convention, or another batch size than a stateful layer was built
-            for.
+            convention, or a batch size that differs from that of a stateful
+            layer.
 
-    A functional model that is loaded from a `.keras` file gives lists in place
-    of the records, as Keras writes all outputs so.
+    A functional model loaded from a `.keras` file returns lists instead of
+    `ESMMap`s, since Keras saves no named tuples.
 
     Example:
 
@@ -500,8 +506,8 @@ class ESMLayer(_ESM):
 
     @property
     def states(self) -> ESMMap | None:
-        """`ESMMap` of the variables of a stateful layer, which are not among
-        its weights; None where there are none, or not yet."""
+        """`ESMMap` of the state variables of a stateful layer, which are not
+        weights; None if the layer is not stateful or not yet built."""
         return self._state and ESMMap(*self._state.variables)
 
     def build(self, inputs_shape: Any) -> None:
@@ -510,7 +516,7 @@ class ESMLayer(_ESM):
             batch = inputs_shape["motion"][0]
             if batch is None:
                 raise ValueError(
-                    "A stateful layer must have a fixed batch size: "
+                    "A stateful layer must have a fixed batch size: use "
                     "`keras.Input(batch_shape=...)`. Received: motion of shape "
                     f"{tuple(inputs_shape['motion'])}"
                 )
@@ -518,7 +524,7 @@ class ESMLayer(_ESM):
 
             def initializer(prior):
                 return lambda shape, dtype: (
-                    # No view, as PyTorch writes into it.
+                    # A copy, not a view: PyTorch writes to it in place.
                     ops.zeros(shape, dtype) + ops.cast(prior, dtype)
                 )
 
@@ -571,7 +577,8 @@ class ESMLayer(_ESM):
         if initial_state is not None:
             state = self._check_state("initial_state", initial_state, batch)
         elif self.stateful:
-            # Copies: PyTorch writes into what the gradient still needs.
+            # Copies: PyTorch updates the variables in place, but the gradient
+            # needs the old values.
             state = ESMMap(*map(ops.copy, self.states))
         else:
             state = self._nothing_seen(ops.shape(motion["motion"])[0])
@@ -628,7 +635,7 @@ class ESMLayer(_ESM):
         return (shown, state) if self.return_state else shown
 
     def reset_state(self) -> None:
-        """Forgets the map of a stateful layer."""
+        """Resets the map of a stateful layer to the prior."""
         for variable, prior in zip(self.states or (), self._prior):
             variable.assign(ops.broadcast_to(prior, variable.shape))
 
@@ -639,11 +646,11 @@ class ESMLayer(_ESM):
 
 
 def _in_line(image):
-    """(B, h, w, C) as (B, h w, C)."""
+    """Flattens (B, h, w, C) to (B, h w, C)."""
     batch, height, width, channels = ops.shape(image)
     return ops.reshape(image, (batch, height * width, channels))
 
 
 def _all_below(limit, values, axis):
-    """Whether all along axes, which are kept, are smaller; NaN is not."""
+    """Whether |values| < limit all along `axis`, with keepdims; NaN: False."""
     return ops.all(ops.abs(values) < limit, axis=axis, keepdims=True)

@@ -1,10 +1,10 @@
-"""Memory Wrap: a classifier that looks at examples, and names those it used.
+"""Memory Wrap: a classifier that reads examples, and names those it used.
 
 La Rosa, Capobianco & Nardi, "Memory Wrap: a Data-Efficient and Interpretable
 Extension to Image Classification Models", 2021 (arXiv 2106.01440), and "A
 self-interpretable module for deep image classification on small data", Applied
-Intelligence 2022. The paper does not number its equations; they are named here.
-Axes: B inputs, M examples in the memory, D width of an encoding.
+Intelligence 2022. The paper does not number its equations; here they have
+names. Axes: B inputs, M examples in the memory, D width of an encoding.
 """
 
 import inspect
@@ -38,12 +38,15 @@ from keras_memory.retrieval.similarities import LARGEST
 
 SIMILARITIES = ("cosine", "l2", "dot")
 NORM_EPSILON = 1e-6  # added to squared lengths, as in the paper's code
-FULL_LENGTH = 0.25  # from which length on it is added in full
+FULL_LENGTH = 0.25  # shorter vectors get less than `NORM_EPSILON`
 
 
 class _MemoryWrap(Arguments, keras.layers.Layer):
-    """What `MemoryWrapLayer` and `BaselineMemory` have in common: all but
-    `_parts`, how many vectors of width D are classified, [e; v] or v."""
+    """The base of `MemoryWrapLayer` and `BaselineMemory`.
+
+    They differ in `_parts`, the number of vectors of width D that are
+    classified: 2 for [e; v], 1 for v.
+    """
 
     def __init__(
         self,
@@ -61,8 +64,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         self.classifier = check_layer("classifier", classifier)
         if similarity not in SIMILARITIES:
             raise ValueError(
-                f"`similarity` must be one of {SIMILARITIES}, by which "
-                f"examples are compared. Received: similarity={similarity!r}"
+                f"`similarity` must be one of {SIMILARITIES}. "
+                f"Received: similarity={similarity!r}"
             )
         self.similarity = similarity
         if top_k is not None:
@@ -71,7 +74,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             )
         self.top_k = top_k
         if memory_size is not None:
-            alternatives = ", or None where memory comes with each call"
+            alternatives = ", or None if each call brings a memory"
             check_size("memory_size", memory_size, alternatives=alternatives)
         self.memory_size = memory_size
         self.memory_keys = self.memory_values = None
@@ -80,9 +83,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         self._width = width = first_shape(input_shape)[-1]
         if width is None:
             raise ValueError(
-                "The last axis of `encodings` must have a known size, or "
-                "there is no classifier for it. "
-                f"Received: shapes {input_shape}"
+                "The last axis of `encodings` must have a known size, to build "
+                f"the classifier. Received: shapes {input_shape}"
             )
         self._project = self.head
         if self.head == "dense":
@@ -94,9 +96,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             shape = tuple(self._made_by(self._project, width).shape)
             if len(shape) != 2:
                 raise ValueError(
-                    "`head` must make one vector of each encoding, (B, any "
-                    f"size) of (B, {width}). Received: a head whose output "
-                    f"has the shape {shape}"
+                    f"`head` must map encodings (B, {width}) to vectors (B, "
+                    "any size). Received: a head whose output has the shape "
+                    f"{shape}"
                 )
             self._key_size = shape[-1]
         self._classify = self.classifier
@@ -117,9 +119,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         self._output_dtype, shape = made.dtype, tuple(made.shape)
         if shape != (None, self.units):
             raise ValueError(
-                "`classifier` must make (B, units) of features (B, "
-                f"{features}). Received: units={self.units}, and a classifier "
-                f"whose output has the shape {shape}"
+                f"`classifier` must map features (B, {features}) to (B, "
+                f"units). Received: units={self.units}, and a classifier whose "
+                f"output has the shape {shape}"
             )
         if self.memory_size is not None:
             self._make_memory(self.memory_size)
@@ -129,14 +131,14 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         return layer(keras.KerasTensor((None, size), self.compute_dtype))
 
     def _make_memory(self, size):
-        """Makes place for so many examples, instead of those before."""
+        """Replaces the memory's weights by new ones for `size` examples."""
         sizes = ("memory_size", size), ("D", self._width)
         check_bytes("The memory", sizes, self.compute_dtype)
         dtypes = {"memory_values": self.compute_dtype}
         if self.similarity == "cosine" and self._project is None:
             dtypes["memory_keys"] = self._wide_dtype
         was_locked = self._tracker.locked
-        self._tracker.unlock()  # a built layer takes no weights otherwise
+        self._tracker.unlock()  # a built layer accepts no new weights
         for name in ("memory_values", "memory_keys"):
             before = getattr(self, name)
             if before is not None:
@@ -251,16 +253,16 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         return outputs, weights, indices
 
     def set_memory(self, memory_encodings: Array) -> None:
-        """Fixes the memory: `layer(x)` is from now on what
-        `layer([x, memory_encodings])` is, whatever weights come later. Where
-        examples are compared as they are, their lengths are computed once.
+        """Fixes the memory: from now on `layer(x)` gives the result of
+        `layer([x, memory_encodings])`, also if weights change later. For the
+        cosine without `head`, the examples are normalized only once.
 
         Args:
             memory_encodings: (M, D) encodings of examples, finite.
 
         Raises:
-            ValueError: wrong shape, values that are not finite, or another
-                number of examples than `memory_size`.
+            ValueError: wrong shape, values that are not finite, or a number of
+                examples other than `memory_size`.
         """
         memory = check_array(
             "memory_encodings",
@@ -276,11 +278,11 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             self._make_memory(len(memory))
         if len(memory) != self.memory_size:
             raise ValueError(
-                "`memory_encodings` must have as many examples as before, "
-                "which compiled functions of this layer look at: make a layer "
-                f"with `memory_size={len(memory)}`, and assign it the "
-                "`trainable_weights` of this one. Received: "
-                f"{len(memory)} of them, "
+                "`memory_encodings` must have `memory_size` examples, since "
+                "compiled functions of this layer read a memory of that size: "
+                f"create a layer with `memory_size={len(memory)}`, and copy "
+                "the `trainable_weights` to it. Received: "
+                f"{len(memory)} examples, "
                 f"memory_size={self.memory_size}"
             )
         self._fill(memory)
@@ -289,8 +291,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         _check_not_empty(memory)
         if not bool(ops.all(ops.isfinite(memory))):
             raise ValueError(
-                "`memory_encodings` must be finite, as each answer may read "
-                "each of them. Received: NaN or infinite values"
+                "`memory_encodings` must be finite, since each output may read "
+                "each example. Received: NaN or infinite values"
             )
 
     def _fill(self, memory):
@@ -301,26 +303,30 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
     # The paper's equations.
 
     def _weigh(self, queries, keys, mask):
-        """ "Content weights" w: sparsemax of the similarities, (B, M), and
-        None; of the `top_k` nearest ones, (B, K), and their indices."""
+        """ "Content weights" w: sparsemax of the similarities.
+
+        Returns:
+            (B, M) weights and None; with `top_k` the weights (B, K) of the
+            nearest examples, and their indices.
+        """
         indices = None
         if self.top_k is not None:
             nearest, indices = nearest_examples(
                 queries, keys, self.top_k, self.similarity, mask
             )
             keys = _take(keys, indices, shared=len(keys.shape) == 2)
-            if mask is not None:  # there may be fewer than `top_k` that count
+            if mask is not None:  # fewer than `top_k` may be unmasked
                 mask = ops.not_equal(nearest, -np.inf)
         similarity = compare(queries, keys, self.similarity, mask)
         if mask is None:
             return sparsemax(similarity), indices
-        # An input for which no example counts reads nothing.
+        # An input whose examples are all masked reads zeros.
         any_counts = ops.any(mask, axis=-1, keepdims=True)
         weights = sparsemax(ops.where(any_counts, similarity, 0.0))
         return ops.where(any_counts, weights, 0.0), indices
 
     def _keys(self, encodings):
-        """What is compared: unit vectors for the cosine."""
+        """The vectors to compare: projected by `head`; unit for the cosine."""
         keys = encodings
         if self._project is not None:
             keys = self._project(keys)
@@ -347,8 +353,8 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         return hidden
 
     def _first_dense(self):
-        """The `Dense` layer that the classifier begins with, or None, and the
-        layers behind it."""
+        """The classifier's first layer if it is a plain `Dense`, else None, and
+        the remaining layers."""
         layers = [self._classify]
         if type(self._classify) is keras.Sequential:
             layers = self._classify.layers
@@ -363,13 +369,13 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
     @property
     def _wide_dtype(self):
-        """That of addressing: squares leave the range of 16-bit numbers."""
+        """The dtype of addressing: squares overflow in 16 bits."""
         return at_least_float32(self.compute_dtype)
 
     def _wide(self, x):
         return ops.cast(x, self._wide_dtype)
 
-    # What Keras asks for.
+    # Keras hooks.
 
     def _check_readable(self, memory, training):
         if memory is not None:
@@ -377,16 +383,16 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
             return
         if self.memory_values is None:
             raise ValueError(
-                "There must be a memory to look at: call the layer with "
-                "[encodings, memory_encodings], or make it with "
+                "The layer must have a memory to read: call it with "
+                "[encodings, memory_encodings], or create it with "
                 "`memory_size` and call `set_memory`. Received: "
                 "encodings only"
             )
         if training:
             raise ValueError(
-                "A fixed memory is for inference, as its encodings would "
-                "not follow what is learned: call the layer with "
-                "[encodings, memory_encodings] to train. "
+                "Training must not use the fixed memory, whose encodings do "
+                "not follow the encoder: call the layer with "
+                "[encodings, memory_encodings]. "
                 "Received: training=True and no memory_encodings"
             )
 
@@ -433,75 +439,75 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class MemoryWrapLayer(_MemoryWrap):
-    """Classifies encodings by themselves and by the examples nearest to them.
+    """Classifies encodings together with the examples nearest to them.
 
     Source: La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440), section 3.
-    Departure: squares of lengths in the cosine have 1e-6 added in the paper's
-    code, so that vectors of 0.01 and less count as longer than they are. Here
-    that is so from a length of 1/4 on; below, what is added falls as the
-    fourth power of the length, so that the cosine is right to 2e-5 at all
-    lengths (`test_cosine_does_not_depend_on_scale`), and that of zeros is 0.
-    The README of its code describes a linear `head` where that is None; the
-    code has none, as the paper's results. Here it is `head="dense"`.
+    Departure: for the cosine, the paper's code adds 1e-6 to squared lengths,
+    so vectors of length 0.01 and less count as longer than they are. Here
+    1e-6 is added only from a length of 1/4 on; below, the addend falls with
+    the fourth power of the length, so the cosine is right to 2e-5 at all
+    lengths (`test_cosine_does_not_depend_on_scale`), and 0 for zeros. The
+    README of the paper's code describes a linear `head` by default; the code
+    and the paper's results have none. Here it is `head="dense"`.
 
-    Squared distances are sums of squared differences, so that no example, far
-    or masked, has a part in the rounding of another one. A memory of more than
-    131,072 components (M D) that all inputs share is compared by products
-    about its middle instead: there distances are off by the rounding of the
-    squares of what is compared, taken from the medians of 63 examples. Those
-    of the `top_k` nearest are sums of squared differences in any case.
+    Squared distances are sums of squared differences, so no example, far or
+    masked, affects the rounding of another one. A memory of more than 131,072
+    components (M D) that all inputs share is compared by inner products about
+    the median of 63 examples instead: the error of a distance is then the
+    rounding error of the squared lengths about that median. Distances of the
+    `top_k` nearest examples are sums of squared differences in any case.
 
     Equations:
         w = sparsemax(-distance(e, M)), content weights -> `_weigh`
         v = w M, memory vector -> `_read`
         o = g([e; v]), output -> `_classified`
 
-    Sparsemax gives most examples a weight of exactly 0: those had no part in
-    the output, and the others explain it (`keras_memory.explanations`).
+    Sparsemax gives most examples a weight of exactly 0. These do not affect
+    the output; the others explain it (`keras_memory.explanations`).
 
-    Memory: it comes with each call, and gradients flow to it, so that encoder
-    and memory are trained together; or `set_memory` fixes it for inference.
-    The memory is then part of what is saved and exported.
+    Memory: either each call brings a memory, to which gradients flow, so that
+    encoder and memory are trained together; or `set_memory` fixes one for
+    inference, which is saved and exported with the layer.
 
-    Masking and dtype: `memory_mask` leaves examples out, whatever they hold,
-    NaN too; an input for which none is left reads zeros. Distances, weights
-    and the sum of examples are computed in float32 under 16-bit policies.
+    Masking and dtype: `memory_mask` leaves examples out, even if they are NaN;
+    an input with no examples left reads zeros. Distances, weights and the sum
+    of examples are computed in float32 under 16-bit policies.
 
     Args:
         units: int, width of the output, such as the number of classes.
-        head: what projects encodings to queries and keys, one for both: a
-            layer, `"dense"` for a `Dense` layer of the encodings' width, or
-            None (default) for none. What is read is not projected.
-        classifier: a layer that makes (B, units) of (B, 2 D); None (default)
-            for the paper's, `Dense(4 D, "relu")` and `Dense(units)`: outputs
-            are then logits.
+        head: one projection of encodings to both queries and keys: a layer,
+            `"dense"` for a `Dense` layer of the encodings' width, or None
+            (default) for none. The values that are read are not projected.
+        classifier: a layer that maps (B, 2 D) to (B, units); None (default)
+            for the paper's, `Dense(4 D, "relu")` and `Dense(units)`, whose
+            outputs are logits.
         similarity: `"cosine"` (default), `"dot"`, the inner product, or
             `"l2"`, minus the squared Euclidean distance.
-        top_k: int, at least 1, how many of the nearest examples are looked at;
-            None (default) for all. The result is that of all wherever the
-            least of the `top_k` weights is 0. For large memories.
-        memory_size: int, how many examples a memory has that
-            `set_memory` fixes; None (default) until then. Where a layer is
-            made with it, the memory is zeros until `set_memory` or loaded
-            weights fill it.
-        **kwargs: as of `keras.layers.Layer`.
+        top_k: int, at least 1, number of nearest examples to read, for large
+            memories; None (default) for all. The result equals that of all
+            examples if the smallest of the `top_k` weights is 0.
+        memory_size: int, number of examples in the memory that `set_memory`
+            fixes; None (default) until then. If given, the memory is zeros
+            until `set_memory` or loaded weights fill it.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
         encodings: (B, D); or a list `[encodings, memory_encodings]`.
         memory_encodings: (M, D), or (B, M, D), a memory for each input; None
             for the fixed memory.
-        memory_mask: (M,) or (B, M) bool, which examples count; None for all.
+        memory_mask: (M,) or (B, M) bool, False for examples that are left out;
+            None for all.
         return_weights: bool, whether to return the weights too.
         training: bool. The fixed memory is for inference only.
 
     Returns:
         (B, units). With `return_weights` also the weights (B, M), at least 0
-        and with the sum 1 up to rounding; with `top_k` the weights (B, K) and
-        the int32 indices (B, K) of those examples, K the smaller one of
-        `top_k` and M.
+        and with sum 1 up to rounding; with `top_k` the weights (B, K) and the
+        int32 indices (B, K) of those examples, K the smaller one of `top_k`
+        and M.
 
     Raises:
-        ValueError: an argument out of its range; shapes that do not fit; no
+        ValueError: an argument out of range; shapes that do not fit; no
             memory; a fixed memory in training.
 
     Example:
@@ -526,13 +532,13 @@ class MemoryWrapLayer(_MemoryWrap):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class BaselineMemory(_MemoryWrap):
-    """Classifies encodings by the examples nearest to them alone.
+    """Classifies encodings only by the examples nearest to them.
 
     Source: La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440), section 4, the
     baseline that uses only the memory: o = g(v).
 
-    All as of `MemoryWrapLayer`, but for the classifier, which sees (B, D): the
-    paper's is `Dense(2 D, "relu")` and `Dense(units)`.
+    As `MemoryWrapLayer`, except that the classifier maps (B, D) to (B, units);
+    the paper's is `Dense(2 D, "relu")` and `Dense(units)`.
 
     Example:
 
@@ -545,10 +551,10 @@ class BaselineMemory(_MemoryWrap):
 
 
 def _grad_product_of_both(upstream, encodings, read, kernel):
-    """The gradient of [e; v] as (W dy^T)^T, which on a CPU takes half or a
-    third of the time of dy W^T."""
+    """The gradient of [e; v] as (W dy^T)^T, on a CPU two or three times faster
+    than dy W^T."""
     grad_both = ops.matmul(kernel, ops.transpose(upstream))
-    # XLA would make dy W^T of it if both parts were transposed at once.
+    # Transposed at once, XLA would rewrite the product to dy W^T.
     parts = ops.split(grad_both, 2, axis=0)
     features = ops.concatenate([encodings, read], axis=-1)
     return [
@@ -566,17 +572,19 @@ def _product_of_both(encodings, read, kernel):
 def _check_not_empty(memory):
     if memory.shape[-2] == 0:
         raise ValueError(
-            "`memory_encodings` must be of one example at least. "
+            "`memory_encodings` must have at least one example. "
             f"Received: shape {tuple(memory.shape)}"
         )
 
 
 def _counted(memory, mask):
-    """Which examples may enter products, (M,) or (B, M); and the inputs,
-    (B, 1), whose answers must be NaN, as an example that counts for them is
-    not finite, or None where they will be so by themselves.
+    """Finds the examples that may enter products: a masked NaN must not, since
+    0 times NaN is NaN.
 
-    What does not count must reach no product: 0 times NaN is NaN.
+    Returns:
+        (M,) or (B, M) bool, examples that may enter products; and (B, 1) bool,
+        inputs whose outputs must be set to NaN because one of their unmasked
+        examples is not finite, or None if they become NaN anyway.
     """
     if len(mask.shape) == 1 or len(memory.shape) == 3:
         return mask, None
@@ -590,10 +598,10 @@ def _zero_unless(counts, memory):
 
 
 def _unit(vectors):
-    """Unit vectors, but for the epsilon; zeros stay zeros. (..., D).
+    """Normalizes (..., D) vectors, up to the epsilon; zeros stay zeros.
 
-    Their largest components are 1 on the way, as squares of other sizes leave
-    the range of numbers.
+    Vectors are first scaled to a largest component of 1, since squares of very
+    large or small components overflow or underflow.
     """
     largest = ops.max(ops.abs(vectors), axis=-1, keepdims=True, initial=0.0)
     tiny = np.finfo(ops.dtype(vectors)).tiny
@@ -608,7 +616,7 @@ def _unit(vectors):
 
 
 def _read(weights, values, indices):
-    """ "Memory vector" v: the sum of what is read, by its weights, (B, V)."""
+    """ "Memory vector" v: the weighted sum of the values, (B, V)."""
     if indices is not None:
         values = _take(values, indices, shared=len(values.shape) == 2)
     if len(values.shape) == 2:
@@ -617,7 +625,7 @@ def _read(weights, values, indices):
 
 
 def _take(values, indices, shared):
-    """(M, ...), which all inputs share, or (B, M, ...), at (B, K)."""
+    """Takes (B, K) indices of (B, M, ...), or of (M, ...) if `shared`."""
     if shared:
         return ops.take(values, indices, axis=0)
     axes = [None] * (len(values.shape) - 2)
@@ -625,21 +633,21 @@ def _take(values, indices, shared):
 
 
 def split_pair(inputs, memory_encodings=None):
-    """Encodings and memory of a list of both, as the layer takes it."""
+    """Checks a list `[encodings, memory_encodings]`, as the layer takes it."""
     if len(inputs) != 2 or memory_encodings is not None:
         raise ValueError(
-            "The layer takes `encodings, memory_encodings`, or a list of "
-            f"these two. Received: a list of {len(inputs)}"
+            "Inputs must be `encodings, memory_encodings`, or a list of both. "
+            f"Received: a list of {len(inputs)}"
             f"{'' if memory_encodings is None else ' and memory_encodings'}"
         )
     return inputs
 
 
 def first_shape(shape):
-    """Of the encodings, alone or beside that of the memory."""
+    """The encodings' shape, from theirs or from a list with the memory's."""
     if isinstance(shape, dict):
         raise ValueError(
-            "Inputs must be a tensor, or a list of this and the memory. "
+            "Inputs must be a tensor, or a list of a tensor and the memory. "
             f"Received: a dict of {sorted(shape)}"
         )
     first = shape[0]

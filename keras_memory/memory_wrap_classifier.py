@@ -1,4 +1,4 @@
-"""A classifier with a Memory Wrap layer: training, memories, labels."""
+"""`MemoryWrapClassifier`: a Keras model that draws memories and trains."""
 
 import contextlib
 import warnings
@@ -31,11 +31,11 @@ from keras_memory.memory_wrap import split_pair
 from keras_memory.retrieval.batches import MemoryBatches
 from keras_memory.retrieval.batches import with_memories
 
-NOT_FILLED = -2  # of a memory's place, until it is filled
+NOT_FILLED = -2  # label of memory entries until they are filled
 
 
 def without_gradients():
-    """A context in which PyTorch keeps nothing for gradients."""
+    """A context in which PyTorch records no gradients."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch
@@ -45,48 +45,49 @@ def without_gradients():
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class MemoryWrapClassifier(Arguments, keras.Model):
-    """An encoder with a `MemoryWrapLayer` behind it, and memories for it.
+    """An encoder followed by a `MemoryWrapLayer`, and memories for the layer.
 
     Source: La Rosa, Capobianco & Nardi 2021 (arXiv 2106.01440). `fit` draws a
-    fresh memory of the training data at each step, and encodes it beside the
-    batch. Afterwards `predict` and `evaluate` draw memories likewise, or look
-    at the one that `set_memory` fixes, which is encoded once.
+    new memory from the training data at each step, and encodes it along with
+    the batch. Afterwards `predict` and `evaluate` draw memories likewise, or
+    read the memory that `set_memory` fixed, which is encoded only once.
 
     `train_on_batch`, `test_on_batch`, `predict_on_batch` and a call of the
-    model draw nothing: they look at the fixed memory, or at the one that comes
-    with the inputs.
+    model draw no memory: they read the fixed memory, or the one given with the
+    inputs.
 
-    State: the weights `memory_values`, the encodings of a fixed memory, of
-    which `memory_keys` are the directions, and `memory_labels` (M,) int32, -1
-    where not known, -2 until `set_memory` or loaded weights fill them. They
-    are saved and exported with the model; training data and the memory's
-    inputs are not.
+    State: the weights `memory_values`, encodings of a fixed memory,
+    `memory_keys`, the normalized encodings, and `memory_labels` (M,) int32, -1
+    if unknown, -2 until `set_memory` or loaded weights fill them. They are
+    saved and exported with the model; training data and the memory's inputs
+    are not.
 
     Args:
-        encoder: a layer or model that makes (B, D) of the inputs, one array
-            (B, ...).
+        encoder: a layer or model that maps inputs, one array (B, ...), to
+            encodings (B, D).
         units: int, number of classes.
-        memory_size: int, how many examples are drawn; the paper's 100 by
-            default.
+        memory_size: int, number of examples in a drawn memory; 100 by default,
+            as in the paper.
         baseline: bool, whether the layer is `BaselineMemory`.
         head, classifier, similarity, top_k: see `MemoryWrapLayer`.
-        fixed_memory_size: int, set by `set_memory`; a model that is made with
-            it has place for a memory, which loaded weights fill.
-        seed: int of what is drawn; None takes one from NumPy's, which
-            `keras.utils.set_random_seed` sets.
-        **kwargs: as of `keras.Model`.
+        fixed_memory_size: int, number of examples in the fixed memory, set by
+            `set_memory`. A model created with it has weights for a memory,
+            which loaded weights fill.
+        seed: int, for the draws; None takes a seed from NumPy's generator,
+            which `keras.utils.set_random_seed` seeds.
+        **kwargs: see `keras.Model`.
 
     Call arguments:
-        inputs: what the encoder takes, (B, ...), for the fixed memory; or a
+        inputs: (B, ...), inputs of the encoder, for the fixed memory; or a
             tuple `(inputs, memory_inputs)`, the second (M, ...).
         return_weights, training: see `MemoryWrapLayer`.
 
     Returns:
-        As of `MemoryWrapLayer`.
+        See `MemoryWrapLayer`.
 
     Raises:
-        ValueError: an argument out of its range, an encoder that does not make
-            one vector of each input, or no memory.
+        ValueError: an argument out of range, an encoder that does not return
+            one vector for each input, or no memory.
 
     Example:
 
@@ -121,13 +122,13 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         super().__init__(**kwargs)
         if not isinstance(encoder, keras.layers.Layer):
             raise ValueError(
-                "`encoder` must be a Keras layer or model that makes one "
-                f"vector of each input. Received: encoder={encoder!r}"
+                "`encoder` must be a Keras layer or model that returns one "
+                f"vector for each input. Received: encoder={encoder!r}"
             )
         self.encoder = encoder
         self.memory_size = check_size("memory_size", memory_size)
         if fixed_memory_size is not None:
-            alternatives = ", or None where none is fixed"
+            alternatives = ", or None without a fixed memory"
             check_size(
                 "fixed_memory_size",
                 fixed_memory_size,
@@ -146,18 +147,18 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             dtype=self.dtype_policy,
             name="memory",
         )
-        # The layer always has place for a memory, the one that is fixed or
-        # one that is drawn; None here says that none is fixed.
+        # The layer always has weights for a memory, fixed or drawn; None means
+        # that no memory is fixed.
         self.fixed_memory_size = fixed_memory_size
         self.memory_labels: Array | None = None
         self.memory_inputs: Array | None = None
         self.seed = check_seed("seed", seed)
         start = np.random.randint(2**31) if seed is None else seed
-        # Who looks at a model between its steps does not change them.
+        # Two generators, so that draws between steps do not change training.
         self._of_steps, self._of_others = (
             np.random.default_rng([start, number]) for number in range(2)
         )
-        self._examples = None  # that memories are drawn from, and labels
+        self._examples = None  # inputs and labels to draw memories from
         self._holds_draw = self._warned = False
 
     def build(self, input_shape: Any) -> None:
@@ -165,8 +166,8 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         encoded = self.encoder(keras.KerasTensor(self._input_shape))
         if len(encoded.shape) != 2:
             raise ValueError(
-                "`encoder` must make one vector of each input, (B, D). "
-                f"Received: one that makes {tuple(encoded.shape)} of "
+                "`encoder` must return one vector for each input, (B, D). "
+                f"Received: an encoder that returns {tuple(encoded.shape)} for "
                 f"{self._input_shape}"
             )
         self.memory_layer.build(encoded.shape)
@@ -175,7 +176,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
     def _make_labels(self):
         was_locked = self._tracker.locked
-        self._tracker.unlock()  # a built model takes no weights otherwise
+        self._tracker.unlock()  # a built model accepts no new weights
         if self.memory_labels is not None:
             self._untrack_variable(self.memory_labels)
         self.memory_labels = self.add_weight(
@@ -210,7 +211,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             )
         if self.fixed_memory_size is None and not self._holds_draw:
             raise ValueError(
-                "There must be a memory to look at: call `set_memory`, or "
+                "The model must have a memory to read: call `set_memory`, or "
                 "call the model with [inputs, memory_inputs]; `predict` and "
                 "`evaluate` draw one after `fit`. Received: inputs only"
             )
@@ -232,11 +233,11 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         )
 
     def encode(self, inputs: Array, batch_size: int = 128) -> Array:
-        """Encodings, in batches.
+        """Encodes inputs, in batches.
 
         Args:
-            inputs: array (any number, ...), what the encoder takes.
-            batch_size: int, how many are encoded at a time.
+            inputs: array (any number, ...), inputs of the encoder.
+            batch_size: int, inputs to encode at a time.
 
         Returns:
             Array (the same number, D).
@@ -254,25 +255,25 @@ class MemoryWrapClassifier(Arguments, keras.Model):
     def set_memory(
         self, x: Array, y: Array | None = None, batch_size: int = 128
     ) -> None:
-        """Fixes the memory: these examples are encoded once, and looked at by
-        all calls without a memory until the next `fit`.
+        """Fixes the memory: encodes these examples once; all calls without a
+        memory read them until the next `fit`.
 
-        The encodings are weights of the model: they are saved and exported
-        with it. The inputs are not: `memory_inputs` has a copy in this process.
-        Call this again after training in another way than by `fit`. A model or
-        function that was traced around this one must be traced anew where the
-        number of examples changes: until then, on TensorFlow, it raises an
-        error, or answers NaN under XLA, which has no errors; a function of
-        `jax.jit` keeps the weights and the memory that it was traced with.
+        The encodings are weights of the model, saved and exported with it. The
+        inputs are not saved: `memory_inputs` holds a copy in this process. Call
+        this again after training other than by `fit`. If the number of examples
+        changes, a model or function that was traced around this model must be
+        traced again: until then, on TensorFlow, it raises an error, or returns
+        NaN under XLA, which has no errors; a `jax.jit` function keeps the
+        weights and the memory of its trace.
 
         Args:
-            x: (M, ...) inputs; M may be another number than `memory_size`.
+            x: (M, ...) inputs; M may differ from `memory_size`.
             y: (M,) int labels, or (M, units) one-hot, or None.
-            batch_size: int, how many are encoded at a time.
+            batch_size: int, inputs to encode at a time.
 
         Raises:
-            ValueError: there are no inputs; labels of another number, or of
-                no class; an encoding is not finite.
+            ValueError: no inputs, a wrong number of labels, a label that is
+                not a class, or an encoding that is not finite.
         """
         x, labels = self._examples_of(x, y)
         if not self.built:
@@ -281,9 +282,9 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         width = self.memory_layer._width
         if encodings.shape[-1] != width:
             raise ValueError(
-                f"`x` must be inputs like those before, {self._input_shape}, "
-                f"of which `encoder` makes (M, {width}). Received: shape "
-                f"{x.shape}, of which it makes {tuple(encodings.shape)}"
+                f"`x` must be inputs as the model was built for, of shape "
+                f"{self._input_shape}, with encodings (M, {width}). Received: "
+                f"shape {x.shape}, with encodings {tuple(encodings.shape)}"
             )
         self.memory_layer._check_finite(encodings)
         self._put(encodings, labels)
@@ -296,7 +297,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         if not len(x):
             raise ValueError(
                 "Examples for the memory must be an array (any number, ...), "
-                f"of one at least. Received: shape {x.shape}"
+                f"with at least one example. Received: shape {x.shape}"
             )
         if y is None:
             return x, None
@@ -317,11 +318,11 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             return
         self.memory_layer._make_memory(size)
         self._make_labels()
-        # Compiled functions look at the memory before.
+        # The compiled functions read the old memory.
         self.predict_function = self.test_function = None
 
     def check_memory(self) -> None:
-        """Raises ValueError where a memory is fixed that nothing has filled."""
+        """Raises ValueError if the fixed memory has not been filled."""
         if self.fixed_memory_size is None:
             return
         if self.built:
@@ -329,26 +330,26 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             if (labels != NOT_FILLED).all():
                 return
         raise ValueError(
-            "The fixed memory must be filled before it is looked at: call "
+            "The fixed memory must be filled before it is read: call "
             "`set_memory`, or load weights. Received: "
-            f"fixed_memory_size={self.fixed_memory_size}, and nothing in it"
+            f"fixed_memory_size={self.fixed_memory_size}, and an empty memory"
         )
 
     def draw(self) -> tuple[Array, Array | None]:
-        """Draws a memory set of the training data, without replacement.
+        """Draws a memory from the training data, without replacement.
 
         Returns:
             (memory_size, ...) inputs, and (memory_size,) int labels or None.
 
         Raises:
-            ValueError: there are none: the model has not been trained in this
-                process.
+            ValueError: no training data: the model has not been trained by
+                `fit` in this process.
         """
         if self._examples is None:
             raise ValueError(
-                "There must be examples to draw a memory from, which `fit` "
-                "brings and a saved model does not keep: call `set_memory`. "
-                "Received: no training data in this process"
+                "There must be training data to draw a memory from: call `fit` "
+                "first, or `set_memory`, since a saved model keeps no training "
+                "data. Received: no training data in this process"
             )
         return self._draw(self._of_others)
 
@@ -359,8 +360,10 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
     @contextlib.contextmanager
     def _drawn(self, x):
-        """Holds a memory that is drawn, unless one is fixed, or comes with the
-        inputs, as it must where there is nothing to draw from."""
+        """A context in which the model has a drawn memory, unless one is fixed.
+
+        Without training data, batches must bring a memory, so none is drawn.
+        """
         self.check_memory()
         may_bring_it = self._examples is None and not hasattr(x, "shape")
         if self.fixed_memory_size is not None or may_bring_it:
@@ -391,8 +394,8 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         memory_data: Any = None,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains with a fresh memory at each step, drawn of the training data
-        without replacement, as the paper does. A fixed memory is forgotten.
+        """Trains with a new memory at each step, drawn from the training data
+        without replacement, as in the paper. Drops a fixed memory.
 
         Args:
             x: array (any number, ...) of inputs; or a `tf.data.Dataset` of
@@ -400,28 +403,28 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             y: array of targets.
             batch_size: int, 32 by default.
             epochs, verbose, callbacks, validation_split, validation_data,
-                shuffle, class_weight, sample_weight: as of `keras.Model.fit`.
-                Validation looks at one memory an epoch.
-            memory_data: inputs that memories are drawn from, or a pair of
-                inputs and int labels; None for `x` and `y`.
-            **kwargs: as of `keras.Model.fit`.
+                shuffle, class_weight, sample_weight: see `keras.Model.fit`.
+                Validation uses one memory for each epoch.
+            memory_data: inputs to draw memories from, or a pair of inputs and
+                int labels; None for `x` and `y`.
+            **kwargs: see `keras.Model.fit`.
 
         Returns:
             `keras.callbacks.History`.
 
         Raises:
-            ValueError: fewer examples than `memory_size`, or inputs of another
+            ValueError: fewer examples than `memory_size`, or inputs of a wrong
                 kind.
         """
         is_dataset = not hasattr(x, "shape")
         if is_dataset and not type(x).__module__.startswith("tensorflow."):
             raise ValueError(
-                "`x` must be an array or a `tf.data.Dataset`, so that a memory "
-                f"can be put beside each batch. Received: {type(x).__name__}"
+                "`x` must be an array or a `tf.data.Dataset`, so that each "
+                f"batch can get a memory. Received: {type(x).__name__}"
             )
         if not is_dataset and y is None:
             raise ValueError(
-                "`y` must be given with arrays, what is to be learned. "
+                "`y`, the targets, must be given if `x` is an array. "
                 "Received: y=None"
             )
         of_arrays = {
@@ -433,13 +436,14 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         given = [name for name, array in of_arrays.items() if array is not None]
         if is_dataset and given:
             raise ValueError(
-                "A `tf.data.Dataset` brings targets, weights and batches "
-                f"itself. Received: {given} beside it"
+                "With a `tf.data.Dataset`, targets, weights and batches must "
+                f"come from the dataset. Received: {given} as arguments"
             )
         if is_dataset and memory_data is None:
             raise ValueError(
-                "`memory_data` must be given with a `tf.data.Dataset`, of "
-                "which no memories can be drawn. Received: memory_data=None"
+                "`memory_data` must be given with a `tf.data.Dataset`, since "
+                "no memories can be drawn from a dataset. "
+                "Received: memory_data=None"
             )
         if isinstance(validation_data, (list, tuple)) and validation_data:
             _one_input(validation_data[0])
@@ -512,12 +516,12 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`, with the fixed memory, or else with one
-        that is drawn of the training data. Of batches `((x, memory), y)` of a
-        `tf.data.Dataset` each brings its own."""
+        drawn from the training data. A `tf.data.Dataset` of batches
+        `((x, memory), y)` brings a memory with each batch."""
         x = _one_input(x)
         if hasattr(x, "shape") and not len(x):
             raise ValueError(
-                "`x` must have one input at least, or there is no mean. "
+                "`x` must have at least one input, to compute a mean loss. "
                 f"Received: shape {tuple(x.shape)}"
             )
         with self._drawn(x):
@@ -526,40 +530,40 @@ class MemoryWrapClassifier(Arguments, keras.Model):
     def predict(
         self, x: Any, *args: Any, draws: int | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """As `keras.Model.predict`, with the fixed memory, or else with some
-        that are drawn of the training data.
+        """As `keras.Model.predict`, with the fixed memory, or else with
+        memories drawn from the training data.
 
         Args:
             x: inputs.
-            *args: as of `keras.Model.predict`.
-            draws: int, the number of memories over whose outputs the mean is
-                taken; None for 1, or for the fixed memory.
-            **kwargs: as of `keras.Model.predict`.
+            *args: see `keras.Model.predict`.
+            draws: int, number of memories to draw; the outputs are averaged
+                over them. None for one draw, or for the fixed memory.
+            **kwargs: see `keras.Model.predict`.
 
         Returns:
             Array (any number, units).
 
         Raises:
-            ValueError: there is no memory and nothing to draw one from, `x` is
-                no array of numbers, or `draws` is given where the memory is
+            ValueError: no memory and no training data to draw from, `x` is not
+                an array of numbers, or `draws` is given although the memory is
                 fixed or `x` can be read only once.
 
         Warns:
-            UserWarning: once, where the answers are those of a memory that is
-                drawn, and another call draws another one.
+            UserWarning: once, if a memory is drawn without `draws`: the next
+                call draws another memory and returns other outputs.
         """
         x = _one_input(x)
         if draws is not None:
             check_size("draws", draws, alternatives=", or None")
             if self.fixed_memory_size is not None:
                 raise ValueError(
-                    "`draws` must be None where the memory is fixed, which "
-                    f"gives one answer. Received: draws={draws}"
+                    "`draws` must be None if the memory is fixed: all draws "
+                    f"would be the same. Received: draws={draws}"
                 )
             if hasattr(x, "__next__"):
                 raise ValueError(
-                    "`draws` must be None where inputs come once, as each "
-                    "draw looks at all of them. "
+                    "`draws` must be None if `x` can be read only once, since "
+                    "each draw reads all inputs. "
                     f"Received: draws={draws}, x={type(x).__name__}"
                 )
         outputs = []
@@ -567,7 +571,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             with self._drawn(x):
                 if self._holds_draw and not draws:
                     self._warn_of_draws()
-                if hasattr(x, "shape") and not len(x):  # which Keras refuses
+                if hasattr(x, "shape") and not len(x):  # Keras refuses these
                     dtype = self.memory_layer._output_dtype
                     empty = ops.zeros((0, self.memory_layer.units), dtype)
                     outputs.append(ops.convert_to_numpy(empty))
@@ -580,15 +584,15 @@ class MemoryWrapClassifier(Arguments, keras.Model):
             return
         self._warned = True
         warnings.warn(
-            "No memory is fixed, so that each call of `predict` draws another "
-            "one and answers otherwise: call `set_memory` for one answer, or "
-            "say `draws=` for the mean over several memories. "
+            "No memory is fixed, so each call of `predict` draws another "
+            "memory and returns other outputs: call `set_memory` to fix one, "
+            "or set `draws=` to average over several memories. "
             f"`seed={self.seed}` fixes only the order of the draws",
             stacklevel=3,
         )
 
     def load_own_variables(self, store: Any) -> None:
-        if "0" in store.keys():  # labels, maybe of a memory of another size
+        if "0" in store.keys():  # labels; the memory's size may differ
             size = len(store["0"])
             self._make_place(size)
             if self.fixed_memory_size is not None:
@@ -626,12 +630,12 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
 
 def _one_input(x):
-    """An array of numbers, or what brings batches, as it came."""
+    """Checks that `x` is one array, or a source of batches; returns it."""
     if isinstance(x, (list, tuple)):
         raise ValueError(
-            "Inputs must be one array, as a memory beside them would be cut "
-            "into batches like them: fix it by `set_memory`, call the model "
-            "itself, or use a `tf.data.Dataset` of `((x, memory), y)`. "
+            "Inputs must be one array, since a memory beside them would be cut "
+            "into batches too: fix it by `set_memory`, call the model "
+            "directly, or use a `tf.data.Dataset` of `((x, memory), y)`. "
             f"Received: a {type(x).__name__} of {len(x)}"
         )
     is_one = hasattr(x, "shape") or isinstance(x, (str, bytes))
@@ -640,11 +644,11 @@ def _one_input(x):
 
 
 def _inputs(name, x):
-    """An array or tensor (any number, ...) of numbers, as it came."""
+    """Checks an array or tensor (any number, ...) of numbers; returns it."""
     check_process("MemoryWrapClassifier")
     return check_array(name, x, ("N", None, ...), result="given")
 
 
 def _beside_x(name, array, sizes):
-    """An array with a row for each of `x`, as it came."""
+    """Checks an array with one row for each input of `x`; returns it."""
     return check_array(name, array, ("N", ...), sizes, "any", result="given")

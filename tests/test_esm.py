@@ -1142,12 +1142,12 @@ def emptied(name, axis):
 
 
 WRONG = {
-    "no time": (emptied("motion", 1), "`motion` must have at least one"),
+    "no time": (emptied("motion", 1), "`motion` must have no axis"),
     "no features' rows": (emptied("features", 0), r"\['features'\]` must"),
     "no rows": (emptied("points", 2), r"\['(points|features)'\]` must"),
     "bfloat16": (
         lambda i, c: i.update(motion=ops.cast(i["motion"], "bfloat16")),
-        "`motion` must be more exact",
+        "`motion` must have a more precise",
     ),
     "no dict": (lambda i, c: i.clear(), "must be a dict with `cameras`"),
     "no motion": (lambda i, c: i.pop("motion"), "`cameras` and `motion`"),
@@ -1162,11 +1162,11 @@ WRONG = {
     "no points": (lambda i, c: c.pop("points"), "either `points` or `depth`"),
     "another name": (
         lambda i, c: c.update(image=c["mask"]),
-        r"`cameras\[0\]` may have",
+        r"`cameras\[0\]` must have no keys",
     ),
     "another in all": (
         lambda i, c: i.update(image=i["motion"]),
-        "Inputs may have",
+        "Inputs must have no keys",
     ),
     "depth too": (
         lambda i, c: c.update(depth=c["points"][..., 0]),

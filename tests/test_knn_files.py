@@ -265,8 +265,8 @@ def test_readers_follow_the_only_writer(tmp_path):
 
 def test_a_memory_without_a_folder_can_be_closed():
     memory, model = pair("ring", **SIZES_OF_FILE)
-    refuses(memory.flush, "`flush` needs", "mode=None")
-    refuses(memory.refresh, "`refresh` needs", "mode=None")
+    refuses(memory.flush, "appending to be flushed", "mode=None")
+    refuses(memory.refresh, "reading to be refreshed", "mode=None")
     memory.close()
     memory.close()
     fill(memory, model)
@@ -285,8 +285,8 @@ def test_a_closed_memory_refuses_calls(tmp_path):
     check_entries(memory, model)
     refuses(lambda: fill(memory), "open for appending", "mode='closed'")
     refuses(memory.clear, "open for appending", "mode='closed'")
-    refuses(memory.flush, "`flush` needs", "mode='closed'")
-    refuses(memory.refresh, "`refresh` needs", "mode='closed'")
+    refuses(memory.flush, "appending to be flushed", "mode='closed'")
+    refuses(memory.refresh, "reading to be refreshed", "mode='closed'")
     memory.save(tmp_path / "b")
     check_entries(loaded(tmp_path / "b"), model)
     # An error inside `with` loses no entries.
@@ -296,7 +296,7 @@ def test_a_closed_memory_refuses_calls(tmp_path):
     with stored(tmp_path / "a", "r") as memory:
         check_entries(memory, model)
     check_search(memory, model, random(3, 2, 3), 3)
-    refuses(memory.refresh, "`refresh` needs", "mode='closed'")
+    refuses(memory.refresh, "reading to be refreshed", "mode='closed'")
 
 
 @pytest.mark.parametrize("is_rewritten", [False, True])
@@ -317,7 +317,7 @@ def test_a_full_disk_keeps_the_flushed_entries(
     for seed in range(2):
         fill(memory, model, n=1000, seed=seed)
         for call in (memory.flush, memory.flush, memory.close):
-            with pytest.raises(OSError, match="needs room"):
+            with pytest.raises(OSError, match="needs space"):
                 with files_of_at_most(40_000):
                     call()
         assert contents(loaded(tmp_path)) == before

@@ -209,7 +209,9 @@ def test_values_come_back_in_their_dtype(store, dtype, tmp_path):
         assert (found.values[0, :, 3] == 0).all()
         assert f"value_dtype={dtype!r}" in repr(one)
     for other in ("float32", None):
-        with pytest.raises(ValueError, match="`value_dtype` must be that of"):
+        with pytest.raises(
+            ValueError, match="`value_dtype` must match the stored"
+        ):
             KNNMemory.load(tmp_path / "saved", value_dtype=other)
 
 
@@ -393,7 +395,7 @@ def test_statistics_equal_those_of_a_loop(store):
 
 def test_statistics_must_be_asked_for(store):
     memory = KNNMemory(2, 5, search_method=SEARCH[store])
-    with pytest.raises(ValueError, match="made.*keep_statistics=False"):
+    with pytest.raises(ValueError, match="created.*keep_statistics=False"):
         memory.statistics()
 
 

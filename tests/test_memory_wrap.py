@@ -504,7 +504,7 @@ def test_compiled_answers_follow_weights_and_memory(clusters, jit_compile):
     if jit_compile:  # XLA has no errors
         assert np.isnan(answer(x[:7])).all()
     else:
-        with pytest.raises(tf.errors.InvalidArgumentError, match="trace it"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Trace it"):
             answer(x[:7])
     assert np.isfinite(model(x[:7])).all()
 
@@ -785,7 +785,7 @@ def test_bad_shapes_are_refused():
     refuses(lambda: layer([e, m], memory_encodings=m), "memory_encodings")
     refuses(lambda: layer([e[0], m]), "`encodings`", "(5,)")
     refuses(lambda: layer([e, m[:, :4]]), "`memory_encodings`", "(7, 4)")
-    refuses(lambda: layer([e, m[:0]]), "one example at least")
+    refuses(lambda: layer([e, m[:0]]), "at least one example")
     pair = {"encodings": e, "memory_encodings": m}
     refuses(lambda: MemoryWrapLayer(3)(pair), "dict", "memory_encodings")
     of_list = layer([e, m], memory_mask=[True] * 3 + [False] * 4)
@@ -825,11 +825,11 @@ def test_bad_memories_are_refused():
     memory = np.ones((7, 5), "float32")
     layer.build([(2, 5), (7, 5)])
     refuses(lambda: layer.set_memory(memory[:, :4]), "(7, 4)")
-    refuses(lambda: layer.set_memory(memory[:0]), "one example at least")
+    refuses(lambda: layer.set_memory(memory[:0]), "at least one example")
     refuses(lambda: layer.set_memory(np.where(memory, np.nan, 0)), "finite")
     assert layer.memory_keys is None
     layer.set_memory(memory)
-    refuses(lambda: layer.set_memory(memory[:6]), "6 of them")
+    refuses(lambda: layer.set_memory(memory[:6]), "6 examples")
     refuses(lambda: layer(memory, training=True), "training=True")
 
 
@@ -1025,7 +1025,7 @@ def test_batches_can_bring_their_own_memory(clusters):
     close(model.predict(pairs, verbose=0), expected)
     accuracy = model.evaluate(pairs, verbose=0)[1]
     close(accuracy, (expected.argmax(axis=1) == y).mean(), 1e-6)
-    with pytest.raises(ValueError, match="There must be a memory"):
+    with pytest.raises(ValueError, match="must have a memory to read"):
         model.predict(data, verbose=0)
 
 
@@ -1036,7 +1036,7 @@ def test_set_memory_with_wrong_inputs_keeps_the_old_memory(clusters):
     model.set_memory(x[:13], y[:13])
     before = model(x[:4])
     for some in (x[:13, 1:], x[:7, 1:]):  # same size, and another size
-        with pytest.raises(ValueError, match="`x` must be inputs like those"):
+        with pytest.raises(ValueError, match="`x` must be inputs as the model"):
             model.set_memory(some)
         close(model(x[:4]), before, 0)
 
@@ -1098,7 +1098,7 @@ def test_the_classifier_refuses_wrong_input(clusters):
     pair = (x, x[:20])  # Keras would split it into batches
     refuses(lambda: model.evaluate(pair, y), "tuple of 2")
     refuses(lambda: model.fit(x, y, validation_data=(pair, y)), "tuple of 2")
-    refuses(lambda: model.set_memory(x[:0]), "one at least")
+    refuses(lambda: model.set_memory(x[:0]), "at least one")
     refuses(lambda: model.set_memory(np.where(x > 1, np.nan, x)), "finite")
     model.set_memory(x, np.eye(3)[y])  # one-hot
     assert (ops.convert_to_numpy(model.memory_labels) == y).all()

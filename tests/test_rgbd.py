@@ -125,7 +125,7 @@ def broken(folder):
     yield "list", lambda: camera("[1, 2]"), "`camera.json` must have"
     yield "key", lambda: camera('{"focal_lengths": [5, 5]}'), "`principal_point"
     none = '{"focal_lengths": [5, 0], "principal_point": [1, 1]}'
-    yield "focal", lambda: camera(none), "two numbers each"
+    yield "focal", lambda: camera(none), "two positive `focal_lengths`"
     other = json.dumps(
         {
             **json.loads((folder / "camera.json").read_text()),
@@ -144,11 +144,15 @@ def broken(folder):
         FileNotFoundError,
     )
     small = np.zeros((4, 7), "uint16")
-    yield "size", lambda: image("depth/000001.png", small), "be of one size"
+    yield "size", lambda: image("depth/000001.png", small), "have the same size"
     gray = np.zeros((5, 7), "uint8")
-    yield "kind", lambda: image("color/000001.png", gray), "of the kind 'RGB'"
+    yield "kind", lambda: image("color/000001.png", gray), "have the mode 'RGB'"
     eight = np.zeros((5, 7), "uint8")
-    yield "bits", lambda: image("depth/000001.png", eight), "of the kind 'I;16'"
+    yield (
+        "bits",
+        lambda: image("depth/000001.png", eight),
+        "have the mode 'I;16'",
+    )
 
 
 NAMES = ("a file", "json", "list", "key", "focal", "numbers", "pose")
@@ -175,7 +179,7 @@ def test_depth_and_color_of_different_sizes_are_refused(tmp_path):
     rgbd.write_frames(tmp_path / "less", less)
     (tmp_path / "color").rename(tmp_path / "before")
     (tmp_path / "less" / "color").rename(tmp_path / "color")
-    with pytest.raises(ValueError, match=r"of one size.*\(5, 7\).*\(4, 7\)"):
+    with pytest.raises(ValueError, match=r"the same size.*\(5, 7\).*\(4, 7\)"):
         rgbd.read_frames(tmp_path)
 
 
@@ -183,7 +187,7 @@ def unlike(frames):
     for value in (-1.0, 70.0, np.nan):
         depth = frames.depth.copy()
         depth[1, 2, 3] = value
-        yield {"depth": depth}, "0 to 65.535 metres"
+        yield {"depth": depth}, "0 to 65.535 meters"
     yield {"depth": frames.depth[1:]}, "`frames.color` must be an array.*T=2"
     for name in ("color", "poses"):
         told = f"`frames.{name}` must be an array.*T=3"
@@ -197,9 +201,9 @@ def unlike(frames):
             yield {name: wrong}, f"`frames.{name}` must be an array"
         yield {name: np.ones((2, 2), bool)}, f"`frames.{name}` must be an array"
     whole = (1000 * frames.depth).astype("uint16")
-    yield {"depth": whole}, "`frames.depth` must be in metres.*depth_scale"
+    yield {"depth": whole}, "`frames.depth` must be in meters.*depth_scale"
     none = {name: getattr(frames, name)[:0] for name in frames._fields[:3]}
-    yield none, "`frames.depth` must have at least one"
+    yield none, "`frames.depth` must have no axis"
     yield {"color": frames.color * np.nan}, "color` must be from 0 to 1"
     yield {"color": frames.color * 255}, "color` must be from 0 to 1"
     inverse = frames.inverse_intrinsics

@@ -142,7 +142,7 @@ def test_weights_of_another_index_are_searched(exact):
     for one, wanted in zip(other(keys[:9]), expected):
         close(one, wanted, 1e-6)
     if not exact:  # functions traced before refuse
-        with pytest.raises(Exception, match="trace it anew"):
+        with pytest.raises(Exception, match="Trace it again"):
             model.predict(keys[:9], verbose=0)
         model.make_predict_function(force=True)
     close(model.predict(keys[:9], verbose=0)[0], expected.scores, 1e-5)
@@ -197,7 +197,7 @@ def test_other_keys_of_the_same_version_are_found(exact, change):
     others = np.ascontiguousarray(keys[::-1])
     change(index, others)
     if not exact:
-        with pytest.raises(Exception, match="trace it anew"):
+        with pytest.raises(Exception, match="Trace it again"):
             model.predict(keys[:9], verbose=0)
     found = ops.convert_to_numpy(index(others[:9]).indices)
     assert found[:, 0].tolist() == list(range(9))

@@ -436,7 +436,7 @@ def test_only_a_writer_commits(folder):
     reader, writer = Store(folder, "r"), Store(folder, "a")
     writer.close()
     for store in reader, writer:
-        with pytest.raises(ValueError, match="must be open to write"):
+        with pytest.raises(ValueError, match="must be open for writing"):
             store.commit(made(5))
     assert read(folder) == FIVE
 

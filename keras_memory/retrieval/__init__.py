@@ -1,9 +1,9 @@
 """Memories of (key, value) pairs, and search for the nearest keys.
 
-`exact.py`, `ring.py` and `knn_layer.py` search in the graph, on any backend;
-`knn_memory.py` keeps a memory on the host, with ScaNN or exact search and a
-file on the disk; `scann_index.py` has ScaNN's ops in the graph. `examples.py`,
-`batches.py` and `replaced.py` are for memories of examples, as of Memory Wrap.
+`exact.py`, `ring.py` and `knn_layer.py` search in the graph, on any backend.
+`knn_memory.py` keeps a memory in host RAM, searched by ScaNN or exactly, and
+saves it to disk. `scann_index.py` runs ScaNN's ops in the graph. `examples.py`,
+`batches.py` and `replaced.py` serve memories of examples, as in Memory Wrap.
 """
 
 from keras_memory.retrieval.exact import Neighbours as Neighbours

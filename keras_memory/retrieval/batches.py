@@ -1,4 +1,4 @@
-"""Batches to train on, with a memory beside the inputs of each."""
+"""Training batches, each with a memory beside its inputs."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ from keras_memory.checks import check_size
 
 
 class MemoryBatches(keras.utils.PyDataset):
-    """Batches of arrays, with a memory beside the inputs of each."""
+    """Batches of arrays, each with a memory beside its inputs."""
 
     def __init__(self, arrays, batch_size, rng, draw):
         super().__init__()
@@ -31,7 +31,7 @@ class MemoryBatches(keras.utils.PyDataset):
 
 
 def with_memories(dataset, draw):
-    """A `tf.data.Dataset` with a memory beside the inputs of each batch."""
+    """Adds a memory beside the inputs of each batch of a `tf.data.Dataset`."""
     import tensorflow as tf
 
     def memories():
@@ -47,6 +47,6 @@ def with_memories(dataset, draw):
         lambda batch, memory: ((batch[0], memory), *batch[1:])
     )
     length = dataset.cardinality()
-    if length >= 0:  # those of endless ones and of unknown length are below
+    if length >= 0:  # infinite and unknown cardinalities are negative
         batches = batches.apply(tf.data.experimental.assert_cardinality(length))
     return batches

@@ -1,4 +1,4 @@
-"""A memory on a disk: saved as a whole, or open in a folder that survives."""
+"""Memories on disk: saved as a whole, or kept open in a folder."""
 
 import itertools
 import os
@@ -19,25 +19,25 @@ from keras_memory.retrieval.store import exists
 MODES = ("r", "a")
 STORED = ("key_dim", "memory_size", "num_rows", "value_dim", "similarity")
 STORED += ("value_dtype",)
-BLOCK = 1 << 26  # bytes of entries that are stored together
-FILE_FACTOR = 2  # a file larger than so many times its entries is rewritten
-FILE_LEAST = 1 << 24  # bytes of a file that is never rewritten
+BLOCK = 1 << 26  # bytes of entries in one stored operation
+FILE_FACTOR = 2  # a file this many times larger than its entries is rewritten
+FILE_LEAST = 1 << 24  # bytes; a smaller file is never rewritten
 
 
 class Durable:
     """The part of `KNNMemory` that reads and writes folders."""
 
     def save(self, folder: PathLike) -> None:
-        """Writes all entries to a folder, in the place of a memory there.
+        """Writes all entries to a folder, replacing any memory in it.
 
-        Whoever reads the folder finds the memory before or this one, whole,
-        also if this process is killed.
+        A reader of the folder sees the old memory or the new one, never a
+        mixture, even if this process is killed.
 
         Args:
-            folder: path; made where it is absent.
+            folder: path; created if absent.
 
         Raises:
-            OSError: it could not be written; what was there is there.
+            OSError: the write failed; the folder is unchanged.
             ValueError: another process has it open for appending.
         """
         folder = check_path("folder", folder)
@@ -47,18 +47,18 @@ class Durable:
 
     @classmethod
     def load(cls, folder: PathLike, **options: Any) -> Self:
-        """The memory that `save` wrote, or that is written by `open`.
+        """Reads a memory written by `save`, or by `open` and `flush`.
 
         Args:
             folder: path.
             **options: `search_method`, `target_recall`, `background` and
-                `keep_statistics`, as of `KNNMemory`.
+                `keep_statistics`; see `KNNMemory`.
 
         Returns:
-            `KNNMemory`, which is not connected with the folder.
+            `KNNMemory`, not connected to the folder.
 
         Raises:
-            FileNotFoundError: there is no memory.
+            FileNotFoundError: the folder holds no memory.
             ValueError: its files are damaged, or of a newer version.
         """
         memory = cls.open(folder, "r", **options)
@@ -68,43 +68,45 @@ class Durable:
 
     @classmethod
     def open(cls, folder: PathLike, mode: str = "r", **options: Any) -> Self:
-        """A memory whose entries are on a disk.
+        """Opens a memory whose entries are on disk.
 
-        With `mode="a"`, `flush` writes what was added and cleared to a file in
-        the folder, where it survives a kill and a loss of power; only one
-        process at a time can have it open so. With `mode="r"` any number of
-        processes read what was flushed, also beside one that writes; `refresh`
-        brings what was flushed since. A file that is larger than 16 MiB and
-        twice its entries is written anew. A fork neither flushes nor
-        refreshes. (On Windows nothing keeps a second process out.)
+        With `mode="a"`, `flush` writes additions and clears to a file in the
+        folder, which survives a kill and a loss of power. Only one process at
+        a time can open a folder for appending. (On Windows a second process is
+        not kept out.) With `mode="r"`, any number of processes read the flushed
+        entries, also while another process writes; `refresh` reads later
+        flushes. A file that exceeds both 16 MiB and twice the size of its
+        entries is rewritten. A fork neither flushes nor refreshes.
 
-        The file, `memory.sqlite`, is one of SQLite. Readers write its index
-        beside it, unless the folder is read-only.
+        The file, `memory.sqlite`, is an SQLite database. Readers write its
+        index beside it, unless the folder is read-only.
 
         Args:
-            folder: path; with `"a"` made where it is absent.
+            folder: path; with `"a"` created if absent.
             mode: `"r"` (default) or `"a"`.
-            **options: arguments of `KNNMemory`, for a new memory, or
-                `search_method`, `target_recall`, `background`,
-                `keep_statistics`;
-                sizes and similarity must be those of a memory that is there.
+            **options: for a new memory, arguments of `KNNMemory`. For an
+                existing one, `search_method`, `target_recall`, `background`
+                and `keep_statistics`; sizes, similarity and `value_dtype`, if
+                given, must match the stored ones.
 
         Returns:
             `KNNMemory`, all entries in RAM. `close` it, or use it in `with`.
 
         Raises:
-            FileNotFoundError: there is no memory, and nothing to make one.
-            ValueError: another process has it open for appending; its sizes or
-                similarity are others; its files are damaged, or of a newer
-                version. The files are as they were.
+            FileNotFoundError: the folder holds no memory, and `options` do not
+                suffice to create one.
+            ValueError: another process has it open for appending; sizes,
+                similarity or `value_dtype` differ from the stored ones; its
+                files are damaged, or of a newer version. The files stay
+                unchanged.
         """
         folder = check_path("folder", folder)
         check_one_of("mode", mode, MODES)
         is_new = mode == "a" and not exists(folder)
         if is_new and not {"key_dim", "memory_size"} <= set(options):
             raise FileNotFoundError(
-                "There must be a memory in `folder`, or `key_dim` and "
-                "`memory_size` to make one. Received: no memory in "
+                "`folder` must hold a memory, or `key_dim` and `memory_size` "
+                "must be given to create one. Received: no memory in "
                 f"{folder}, and {sorted(options)}"
             )
         config = cls(**options)._config() if is_new else None
@@ -113,7 +115,7 @@ class Durable:
             config = file.config
             if set(config) != set(STORED):
                 raise ValueError(
-                    f"`folder` must be of a `KNNMemory`, with {STORED}. "
+                    f"`folder` must hold a `KNNMemory`, with {STORED}. "
                     f"Received: {folder}, with {tuple(config)}"
                 )
             for name, stored in config.items():
@@ -124,8 +126,8 @@ class Durable:
                     given = check_value_dtype(given, False, "float32")
                 if given != stored:
                     raise ValueError(
-                        f"`{name}` must be that of the memory that is there; "
-                        "for another, add its `entries` to a new one. "
+                        f"`{name}` must match the stored memory; to change it, "
+                        "add the stored `entries` to a new memory. "
                         f"Received: {name}={given!r}, and {name}={stored!r} in "
                         f"{folder}"
                     )
@@ -141,17 +143,17 @@ class Durable:
         return memory
 
     def flush(self) -> None:
-        """Writes what was added and cleared since, and waits for the disk.
+        """Writes additions and clears since the last flush; waits for the disk.
 
         Raises:
-            OSError: the disk is full, say. Nothing is lost: the file is as it
-                was, and what is in memory may be flushed again.
+            OSError: for example, the disk is full. Nothing is lost: the file
+                is unchanged, and `flush` may be called again.
             ValueError: the memory is not open for appending.
         """
         with self._lock:
             if self._mode != "a":
                 raise ValueError(
-                    "`flush` needs a memory that is open for appending: "
+                    "The memory must be open for appending to be flushed: "
                     '`KNNMemory.open(folder, "a")`. '
                     f"Received: mode={self._mode!r}"
                 )
@@ -177,10 +179,10 @@ class Durable:
         self._is_cleared[:] = False
 
     def refresh(self) -> bool:
-        """Brings what another process has flushed since.
+        """Reads the entries that another process has flushed since.
 
         Returns:
-            bool, whether there was something.
+            bool, whether there were any changes.
 
         Raises:
             ValueError: the memory is not open for reading, or the files are
@@ -189,17 +191,20 @@ class Durable:
         with self._lock:
             if self._mode != "r":
                 raise ValueError(
-                    "`refresh` needs a memory that is open for reading: "
+                    "The memory must be open for reading to be refreshed: "
                     '`KNNMemory.open(folder, "r")`. '
                     f"Received: mode={self._mode!r}"
                 )
-            operations = list(self._read_on())  # all, or an error and none
+            operations = list(self._read_on())  # may raise, before any change
             for operation in operations:
                 self._do(*operation)
             return bool(operations)
 
     def close(self) -> None:
-        """Flushes, and lets other processes write. Searches still work."""
+        """Flushes, and releases the folder to other writers.
+
+        Searches still work.
+        """
         with self._lock:
             if self._file is not None:
                 if self._mode == "a" and self._file.owner == os.getpid():
@@ -222,7 +227,7 @@ class Durable:
         return of_key + self.value_dim * self._values.itemsize
 
     def _operations(self, counts):
-        """The latest entries, so many of each row, as a file has them."""
+        """The latest `counts[row]` entries of each row, as `Operation`s."""
         step = max(1, BLOCK // self._bytes_of_entry)
         for row in np.flatnonzero(counts):
             slots = self._slots(row)[-counts[row] :]
@@ -235,7 +240,7 @@ class Durable:
         return Operation(row, self._keys[row, :0], self._values[row, :0])
 
     def _read_on(self):
-        """Operations that are in the file and not in this memory, checked."""
+        """Checked operations in the file that this memory has not read yet."""
         sizes = self.key_dim, self.value_dim, self._values.dtype
         for operation in self._file.operations(*sizes):
             self._check_stored(*operation)
@@ -249,17 +254,17 @@ class Durable:
                 self._clear(each)
 
     def _check_stored(self, row, keys, values):
-        least = 0 if len(keys) else -1  # which clears all rows
+        least = 0 if len(keys) else -1  # row -1 clears all rows
         is_sound = all(are_sound(part).all() for part in (keys, values))
         if not (least <= row < self.num_rows and is_sound):
             raise ValueError(
-                "Stored entries must be finite, in rows of the memory. "
+                "Stored entries must be finite, and in rows of the memory. "
                 f"Received: row {row}, in the file of {self!r}"
             )
 
     def _check_writable(self):
         if self._mode not in (None, "a"):
             raise ValueError(
-                "A memory must be open for appending to be changed, or not "
-                f"be connected with a folder. Received: mode={self._mode!r}"
+                "A memory that is connected to a folder must be open for "
+                f"appending to be changed. Received: mode={self._mode!r}"
             )

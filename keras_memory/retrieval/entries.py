@@ -1,4 +1,4 @@
-"""What keys and values may be: dtypes, sizes, finite numbers."""
+"""Checks of keys and values: dtypes, sizes, finite numbers."""
 
 import keras
 import numpy as np
@@ -11,18 +11,27 @@ from keras_memory.retrieval.similarities import LARGEST
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 VALUE_DTYPES = (*FLOATS, "int32", "int64")
-OF_INTEGERS = ", floating point types: `value_dtype` is for integers as values"
-KEY_REMEDY = "Keys are floats: cast them yourself where they may be rounded."
+OF_INTEGERS = ", a floating-point dtype; `value_dtype` is for integer values"
+KEY_REMEDY = "Keys are floats: cast them yourself if rounding is acceptable."
 VALUE_REMEDY = (
-    'The memory keeps integers if made with `value_dtype="int32"` or '
-    '"int64", and floats with "float32".'
+    'Create the memory with `value_dtype="int32"` or "int64" for integers, '
+    'and with "float32" for floats.'
 )
 
 
 def check_dtype(name, dtype, choices, alternatives="", in_graph=True):
-    """The name of a dtype, or ValueError unless it is one of `choices` that the
-    backend has, if it is of a graph; `alternatives` says what else it may
-    be."""
+    """Checks a dtype and returns its name.
+
+    Args:
+        name: str, of the argument, for the error.
+        dtype: the dtype, as a user gives it.
+        choices: names of the allowed dtypes.
+        alternatives: str for the error, other allowed values.
+        in_graph: bool, whether the backend must support the dtype.
+
+    Raises:
+        ValueError: another dtype, or 64 bits in JAX without x64.
+    """
     try:
         dtype_name = keras.backend.standardize_dtype(dtype)
     except (TypeError, ValueError):
@@ -38,7 +47,7 @@ def check_dtype(name, dtype, choices, alternatives="", in_graph=True):
 
         if not jax.config.jax_enable_x64:
             raise ValueError(
-                f"`{name}` must be of 32 bits or fewer in JAX, until "
+                f"`{name}` must have at most 32 bits in JAX, unless "
                 '`jax.config.update("jax_enable_x64", True)` was called. '
                 f"Received: {name}={dtype!r}"
             )
@@ -48,7 +57,7 @@ def check_dtype(name, dtype, choices, alternatives="", in_graph=True):
 def check_bytes_of_entries(
     slots, key_dim, value_dim, dtype, value_dtype, on_host=False
 ):
-    """`check_bytes` of keys, and of values, whose dtype None is the keys'."""
+    """`check_bytes` of keys and values; `value_dtype` None means `dtype`."""
     for what, name, width, of_numbers in (
         ("The keys", "key_dim", key_dim, dtype),
         ("The values", "value_dim", value_dim, value_dtype or dtype),
@@ -58,8 +67,7 @@ def check_bytes_of_entries(
 
 
 def check_value_dtype(dtype, in_graph=True, default=None):
-    """The name of a dtype of values, or `default` for None; see
-    `check_dtype`."""
+    """As `check_dtype`, for the dtype of values; `default` for None."""
     if dtype is None:
         return default
     return check_dtype(
@@ -68,18 +76,18 @@ def check_value_dtype(dtype, in_graph=True, default=None):
 
 
 def of_values(value_dtype, dtype=None):
-    """Options of `check_array` for values, which become `value_dtype`, or if
-    that is None `dtype`."""
+    """Options of `check_array` that cast values to `value_dtype`, or to `dtype`
+    if that is None."""
     kind = "real" if value_dtype in (None, *FLOATS) else "integer"
     dtype = value_dtype or dtype
     return {"kind": kind, "dtype": dtype, "remedy": VALUE_REMEDY}
 
 
 def let_in(name, value, *arguments, **options):
-    """What a layer is called with, checked as by `check_array`, before Keras
-    makes a tensor of it, which may round it, or fail without a name.
+    """Checks an argument of a layer, as `check_array`, before Keras converts it
+    to a tensor: Keras may round it, and its errors name no argument.
 
-    Tensors are for `call` to check, as they may have masks.
+    Tensors pass unchecked, since they may carry masks: `call` checks them.
     """
     if isinstance(value, keras.KerasTensor) or ops.is_tensor(value):
         return value
@@ -87,7 +95,7 @@ def let_in(name, value, *arguments, **options):
 
 
 def to_numpy(name, values):
-    """An array of what a user may give."""
+    """Converts an array or tensor of any backend to NumPy."""
     try:
         if keras.ops.is_tensor(values) or isinstance(values, keras.Variable):
             return np.asarray(ops.convert_to_numpy(values))
@@ -100,16 +108,17 @@ def to_numpy(name, values):
 
 
 def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
-    """An array (rows, ..., width) of a dtype, checked.
+    """Checks vectors and returns an array (rows, ..., width).
 
     Args:
-        name: str, of the argument.
-        values: what was given.
-        shape: tuple of what it must be, None for any size, ... for any axes;
-            without the axis of rows for what is of one row.
-        rows: (R,) ints of the rows, for the error.
-        dtype: str, which it becomes.
-        remedy: str, for integers that it does not keep; None to round them.
+        name: str, of the argument, for errors.
+        values: array or tensor, as given.
+        shape: tuple, the wanted shape: None for any size, ... for any axes;
+            without the axis of rows if the array is for a single row.
+        rows: (R,) ints of the rows, for errors.
+        dtype: str, of the result.
+        remedy: str for the error about integers that `dtype` cannot hold
+            exactly; None rounds them.
     """
     array = to_numpy(name, values)
     asked = str(shape).replace("Ellipsis", "...").replace("None", "n")
@@ -124,7 +133,7 @@ def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
         )
     if not is_right:
         raise ValueError(
-            f"`{name}` must be {asked}, vectors for each row that is meant. "
+            f"`{name}` must be {asked}, vectors for each selected row. "
             f"Received: shape {array.shape}, rows={rows.tolist()}"
         )
     is_float = dtype in FLOATS
@@ -144,15 +153,15 @@ def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
         place = tuple(map(int, np.argwhere(~is_sound)[0]))
         row = rows[place[0] if len(rows) > 1 else 0]
         raise ValueError(
-            f"`{name}` must be finite, and within +-{LARGEST:.0e} so that "
-            f"products are, or searches would find nonsense. Received: "
+            f"`{name}` must be finite and within +-{LARGEST:.0e}, or products "
+            f"overflow and searches find wrong entries. Received: "
             f"{given[place]} in row {row}, at {place}, to be kept as {dtype}"
         )
     return array
 
 
 def are_sound(array):
-    """True where numbers can be computed with, or need not."""
+    """True for integers, and for floats within +-`LARGEST`."""
     if array.dtype.kind in "iu":
         return np.ones(array.shape, bool)
     with np.errstate(over="ignore"):
@@ -160,7 +169,7 @@ def are_sound(array):
 
 
 def check_bools(name, values, shape, meaning):
-    """An array of bools of a shape, checked; `meaning` is for the error."""
+    """Checks an array of bools; `meaning` is for the error."""
     array = to_numpy(name, values)
     if array.shape != shape or array.dtype != bool:
         raise ValueError(

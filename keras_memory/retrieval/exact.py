@@ -1,7 +1,7 @@
-"""Exact search for nearest neighbours, in the graph.
+"""Exact nearest-neighbor search in the graph.
 
 Axes: B rows of a batch, M or N keys, D width of keys, V width of values, K
-neighbours.
+neighbors.
 """
 
 from typing import Any
@@ -16,29 +16,29 @@ from keras_memory.checks import check_process
 from keras_memory.checks import check_size
 from keras_memory.hints import Array
 
-BLOCK = 16384  # keys that are compared at a time
-GROUP = 8  # values whose largest is looked at first, if there are many
+BLOCK = 16384  # keys compared at a time
+GROUP = 8  # values in a group, whose maximum is compared first
 
 
 def nearest(
     queries: Array, keys: Array, top_k: Array, bias: Array | None = None
 ) -> tuple[Array, Array]:
-    """Finds the keys with the largest products with each query.
+    """Finds the keys with the largest inner products with each query.
 
-    Keys are compared a block at a time, so that memory does not grow with
-    their number. Nothing is differentiated.
+    Keys are compared in blocks, so memory use does not grow with their number.
+    No gradient flows.
 
     Args:
         queries: (B, D), any real value.
         keys: (M, D), any real value.
-        top_k: int, from 1 to M; a tensor where M is not known.
+        top_k: int, from 1 to M; a tensor if M is unknown.
         bias: (M,) or (B, M), added to the products; -inf leaves a key out.
             None for 0.
 
     Returns:
-        (B, top_k) products with bias, the largest first, and (B, top_k) int32
-        indices of the keys. Where fewer than `top_k` are above -inf, the last
-        products are -inf and their indices have no meaning.
+        (B, top_k) biased products, the largest first, and (B, top_k) int32
+        indices of the keys. If fewer than `top_k` keys are above -inf, the
+        last products are -inf and their indices have no meaning.
 
     Raises:
         ValueError: `top_k` is not from 1 to M; wrong shapes or dtypes.
@@ -70,7 +70,7 @@ def nearest(
         )
     if not ops.is_tensor(top_k):
         top_k = check_size("top_k", top_k)
-    if not isinstance(number, int) or number <= BLOCK:  # a free one is small
+    if not isinstance(number, int) or number <= BLOCK:  # unknown: small
         products = inner_products(queries, ops.transpose(keys))
         if bias is not None:
             products = products + bias
@@ -78,8 +78,8 @@ def nearest(
         return best, ops.cast(places, "int32")
 
     def search(block, best, places):
-        # The last block reaches back into the one before, and leaves out what
-        # that has seen.
+        # The last block starts early to be full; the keys that it shares with
+        # the block before are left out.
         first = ops.minimum(block * BLOCK, number - BLOCK)
         rows = first + ops.arange(BLOCK, dtype="int32")
         block_keys = ops.slice(keys, (first, 0), (BLOCK, keys.shape[1]))
@@ -107,15 +107,14 @@ def nearest(
 
 
 def inner_products(vectors, columns):
-    """A product of matrices as exact as their dtype, on accelerators too.
+    """A matrix product in the full precision of its dtype, on accelerators too.
 
     By default JAX and TensorFlow let a GPU round float32 factors to 11 bits,
-    and a TPU to 8: one of two thousand neighbours would be a wrong one, or
-    more.
+    and a TPU to 8: at least one in two thousand neighbors would be wrong.
 
     Args:
         vectors: (..., n, D).
-        columns: (..., D, m), vectors too.
+        columns: (..., D, m), vectors as columns.
 
     Returns:
         (..., n, m).
@@ -142,7 +141,7 @@ def _rounds():
 
 
 def _halves(x):
-    """The leading 11 bits of each, and what is left (TensorFlow)."""
+    """Splits x into its leading 11 bits and the remainder (TensorFlow)."""
     import tensorflow as tf
 
     bits = tf.bitcast(x, "uint32") & np.uint32(0xFFFFE000)
@@ -151,15 +150,15 @@ def _halves(x):
 
 
 def largest(values, top_k):
-    """The largest of the last axis and their places, as `ops.top_k` finds them.
+    """As `ops.top_k`: the largest values of the last axis, and their indices.
 
-    For large axes it is quicker than that, mostly on GPUs, which sort all.
+    Faster for a large axis, mostly on GPUs, where `ops.top_k` sorts all values.
     """
     number = values.shape[-1]
     groups = -(-number // GROUP)
-    if groups <= top_k or 0 in values.shape:  # which has no maxima
+    if groups <= top_k or 0 in values.shape:  # max needs values
         return ops.top_k(values, top_k)
-    # The largest K are in those K groups that have the largest maxima.
+    # The K largest values lie in the K groups with the largest maxima.
     more = groups * GROUP - number
     if more:
         widths = [*[(0, 0)] * (len(values.shape) - 1), (0, more)]
@@ -173,21 +172,20 @@ def largest(values, top_k):
     values = ops.take_along_axis(values, places, axis=-1)
     values_found, of_places = ops.top_k(values, top_k)
     places = ops.take_along_axis(places, of_places, axis=-1)
-    # Where all are at -inf it may be a place that only fills the groups.
+    # If all values are -inf, an index may point to padding.
     return values_found, ops.minimum(places, number - 1)
 
 
 class Neighbours(NamedTuple):
-    """What a search finds, for each query the best first.
+    """The result of a search: the neighbors of each query, the nearest first.
 
     Args:
-        scores: (B, ..., K) float32, larger is nearer: the inner product, its
+        scores: (B, ..., K) float32, larger is nearer: the inner product, the
             cosine, or minus the squared distance; -inf where nothing was found.
-        indices: (B, ..., K) int32, the slots, from 0; -1 where nothing was
-            found.
-        mask: (B, ..., K) bool, False where nothing was found, as the memory
-            had fewer entries.
-        keys: (B, ..., K, D), as they were added; 0 where nothing was found.
+        indices: (B, ..., K) int32, slots from 0; -1 where nothing was found.
+        mask: (B, ..., K) bool, False where nothing was found because the
+            memory has fewer entries.
+        keys: (B, ..., K, D), as added; 0 where nothing was found.
         values: (B, ..., K, V), likewise, in the dtype of values.
     """
 

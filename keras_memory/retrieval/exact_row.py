@@ -1,4 +1,4 @@
-"""One row of a memory on the host, compared whole by the backend."""
+"""Exact search in one row of a host memory, by the backend."""
 
 import numpy as np
 from keras import ops
@@ -10,7 +10,7 @@ from keras_memory.retrieval.ring import RingState
 
 
 class ExactRow:
-    """The index of one row that compares with all entries, by the backend."""
+    """The index of one row: the backend compares queries with all entries."""
 
     def __init__(self, keys, similarity):
         self.keys, self.similarity = keys, similarity
@@ -31,7 +31,7 @@ class ExactRow:
     def search(self, queries, top_k, is_counted=True):
         """(Q, top_k) slots and scores."""
         check_process('KNNMemory(search_method="exact")')
-        # As few shapes as there are powers of two, for what is compiled.
+        # Sizes are padded to powers of two, so few shapes are compiled.
         if self._on_device is None:
             slots = min(len(self.keys), power_of_two(self.size, least=1024))
             keys = ops.convert_to_tensor(self.keys[None, :slots])
@@ -60,5 +60,5 @@ class ExactRow:
 
 
 def power_of_two(number, least=1):
-    """The least power of two that is not smaller."""
+    """The smallest power of two that is at least `number` and `least`."""
     return max(least, 1 << (number - 1).bit_length())

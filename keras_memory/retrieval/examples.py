@@ -1,7 +1,7 @@
-"""Examples that inputs are compared with, all of them or the nearest ones.
+"""Similarities of inputs and examples, and search for the nearest examples.
 
 Axes: B inputs, M examples, D width of both, K nearest examples. Gradients flow
-through the similarities. Keys of the cosine are unit vectors already.
+through the similarities. For the cosine, queries and keys must be unit vectors.
 """
 
 import keras
@@ -14,22 +14,23 @@ from keras_memory.retrieval.similarities import LARGEST
 from keras_memory.retrieval.similarities import about_middle
 from keras_memory.retrieval.similarities import places_of_sample
 
-FEW = 2**17  # components of a memory whose differences from an input are taken
-FARTHEST = 1e37  # squared distance: infinities have no gradient
+FEW = 2**17  # components of the largest memory compared by differences
+FARTHEST = 1e37  # limit of squared distances: infinity has no gradient
 
 
 def compare(queries, keys, similarity, mask=None):
-    """How near each example is to each input.
+    """The similarity of each input and each example.
 
     Args:
         queries: (B, D).
         keys: (M, D), or (B, M, D), a memory for each input.
-        similarity: str, `"cosine"`, `"dot"` or `"l2"`; of the last one it may
-            be that plus a number for each input.
-        mask: (M,) or (B, M) bool, which examples count; None for all.
+        similarity: str, `"cosine"`, `"dot"` or `"l2"`; `"l2"` is minus the
+            squared distance, perhaps plus a constant for each input.
+        mask: (M,) or (B, M) bool, False for examples that are left out; None
+            for all.
 
     Returns:
-        (B, M), -inf for examples that do not count.
+        (B, M), -inf for examples that are left out.
     """
     if similarity == "l2":
         similarities = _minus_squares(queries, keys, mask)
@@ -39,15 +40,15 @@ def compare(queries, keys, similarity, mask=None):
 
 
 def nearest_examples(queries, keys, top_k, similarity, mask=None):
-    """The examples with the largest similarities.
+    """Finds the examples with the largest similarities.
 
     Args:
-        queries, keys, similarity, mask: as of `compare`.
-        top_k: int, K, or M where that is smaller.
+        queries, keys, similarity, mask: see `compare`.
+        top_k: int, K; M if that is smaller.
 
     Returns:
-        (B, K), -inf for examples that do not count, and their int32 indices.
-        Nothing is differentiated.
+        (B, K) similarities, -inf for examples that are left out, and their
+        int32 indices. No gradient flows.
     """
     size = keys.shape[-2]
     if isinstance(size, int):
@@ -70,18 +71,18 @@ def nearest_examples(queries, keys, top_k, similarity, mask=None):
 
 
 def _products(queries, keys):
-    """(B, D) with (M, D) or (B, M, D): (B, M)."""
+    """Inner products of (B, D) and (M, D) or (B, M, D): (B, M)."""
     if len(keys.shape) == 2:
         return ops.matmul(queries, ops.transpose(keys))
     return ops.matmul(keys, queries[:, :, None])[:, :, 0]
 
 
 def _minus_squares(queries, keys, mask):
-    """-|q - k|^2 of each query and key, plus a number for each query.
+    """-|q - k|^2 for each query q and key k, plus a constant for each query.
 
-    Sums of squared differences where keys are few, so that no key has a part
-    in the rounding of another one, and the number is 0; else products about
-    the middle of those that count.
+    Few keys: sums of squared differences, so no key affects the rounding of
+    another one; the constant is 0. Many keys: inner products about the median
+    of the keys that are not masked.
     """
     if len(keys.shape) == 2 and keys.shape[0] is None:
         return ops.cond(
@@ -106,15 +107,17 @@ def _by_products(queries, keys, mask):
 
 
 def _are_few(keys):
-    """Whether an array of all differences, (B, M, D), can be afforded: where
-    each input has a memory of its own there is such an array already."""
+    """Whether the (B, M, D) array of all differences is affordable.
+
+    If each input has its own memory, an array of that size exists already.
+    """
     number = keys.shape[-2]
     known = len(keys.shape) == 2 and isinstance(number, int)
     return not known or number * keys.shape[-1] <= FEW
 
 
 def _sample_of(keys, mask):
-    """(SAMPLE, D), some of (M, D) keys that count for any input."""
+    """(SAMPLE, D) of the (M, D) keys that are not masked for all inputs."""
     if mask is None:
         places = places_of_sample(ops.shape(keys)[0], ops)
     else:
@@ -130,8 +133,8 @@ def _least_unless(counts, similarity):
 
 
 def _smaller(number, size):
-    """Of a number and a size that a graph does not know."""
-    if keras.backend.backend() == "jax":  # of a model that is exported
+    """The minimum of a number and a size unknown while tracing."""
+    if keras.backend.backend() == "jax":  # symbolic size in an export
         from jax import core
 
         return core.min_dim(number, size)

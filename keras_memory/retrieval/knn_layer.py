@@ -34,55 +34,54 @@ WRITES = ("training", "always", "never")
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class KNNMemoryLayer(Arguments, keras.layers.Layer):
-    """A nearest-neighbour memory in the weights of a model, for plain `fit`.
+    """A nearest-neighbor memory in the weights of a model, for plain `fit`.
 
     Source: Wu et al. 2022 (arXiv 2203.08913), section 3.
 
-    First each query finds its nearest entries, then the new entries are
-    written, so that no query finds its own.
+    Each call searches first and writes the new entries afterwards, so no query
+    finds its own entry.
 
-    State: weights that are not trained, `memory_keys` (B, N, D),
-    `memory_values` (B, N, V) and `memory_count` (B,), as of `RingState`; empty
-    at first, written by each call in training, saved with the model.
+    State: non-trainable weights `memory_keys` (B, N, D), `memory_values` (B, N,
+    V) and `memory_count` (B,), as in `RingState`; initially empty, written by
+    each call in training, saved with the model.
 
-    Masking and dtype: a mask that comes with the keys leaves entries out.
-    Searches are in float32 under any policy; keys and values are kept in
-    `memory_dtype` and returned in the compute dtype. With `value_dtype` values
-    are kept and returned in it.
+    Masking and dtype: entries masked by `keys_mask` are not written. Searches
+    run in float32 under any policy; keys and values are stored in
+    `memory_dtype` and returned in the compute dtype. With `value_dtype`, values
+    are stored and returned in that dtype.
 
-    The batch size is fixed, since each row of the batch has a memory: `fit`
-    needs a multiple of it, and `predict` the same `batch_size`. Where it
-    varies, over several devices, or to serve a memory that each client keeps,
-    hand a `RingState` in and out instead (`RingMemory`).
+    The batch size is fixed, since each row of the batch has its own memory:
+    `fit` needs a multiple of it, and `predict` the same `batch_size`. If the
+    batch size varies, for several devices, or for a server whose clients keep
+    their memories, pass a `RingState` in and out instead (`RingMemory`).
 
     Args:
-        memory_size, similarity, search_method, target_recall, value_dtype: as
-            of `RingMemory`.
-        top_k: int, K, from 1 (32 by default) to `memory_size`.
-        write: when entries are written and rows cleared for good:
-            `"training"` (default), so that evaluation leaves the memory alone,
-            `"always"`, or `"never"`.
-        memory_dtype: of what is kept, a floating point type, `"float32"` by
-            default.
-        **kwargs: of `keras.layers.Layer`.
+        memory_size, similarity, search_method, target_recall, value_dtype: see
+            `RingMemory`.
+        top_k: int, K, from 1 to `memory_size`, 32 by default.
+        write: when calls keep written entries and cleared rows: `"training"`
+            (default; evaluation does not change the memory), `"always"`, or
+            `"never"`.
+        memory_dtype: str, dtype of stored keys and values, floating point,
+            `"float32"` by default.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
         queries: (B, ..., D), any real value.
         keys: (B, n, D), entries to write; None to only search.
-        values: (B, n, V); None where only keys are kept. What the first call
-            has decides: without, V is 0. Integers need a `value_dtype` that
-            keeps all of their dtype.
+        values: (B, n, V); None if V is 0. The first call fixes V; without
+            values it is 0. Integers need a `value_dtype` that holds all
+            numbers of their dtype exactly.
         keys_mask: (B, n) bool, False for entries that are not written.
-        clear: (B,) bool, True for rows whose entries are forgotten before the
-            search, as at the start of a document.
+        clear: (B,) bool, True for rows to clear before the search, for example
+            at the start of a document.
         training: bool.
 
     Returns:
         `Neighbours`.
 
     Raises:
-        ValueError: a batch size that is not known, wrong shapes, or arguments
-            out of range.
+        ValueError: unknown batch size, wrong shapes, or arguments out of range.
 
     Example:
 
@@ -107,7 +106,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         **kwargs: Unpack[KerasArguments],
     ):
         super().__init__(**kwargs)
-        self.autocast = False  # what is kept is not rounded to compute with
+        self.autocast = False  # entries are not rounded to the compute dtype
         ring = RingMemory(
             1,
             memory_size,
@@ -121,8 +120,8 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         self.top_k = check_size("top_k", top_k)
         if top_k > memory_size:
             raise ValueError(
-                "`top_k` must be at most `memory_size`, as more can never be "
-                f"found. Received: top_k={top_k}, memory_size={memory_size}"
+                "`top_k` must be at most `memory_size`, the most entries that "
+                f"exist. Received: top_k={top_k}, memory_size={memory_size}"
             )
         self.similarity = similarity
         self.search_method = search_method
@@ -142,8 +141,8 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
         batch, key_dim = ([None, *queries_shape][place] for place in (1, -1))
         if batch is None or key_dim is None or len(queries_shape) < 2:
             raise ValueError(
-                "`queries` must be (B, ..., D), of a known batch size and "
-                "width, as each row has a memory among the weights: "
+                "`queries` must be (B, ..., D) with known batch size and "
+                "width, since each row has its own memory weights: use "
                 "`keras.Input(batch_shape=...)`. Received: shape "
                 f"{tuple(queries_shape)}"
             )
@@ -179,7 +178,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
 
     @property
     def state(self) -> RingState:
-        """`RingState` of the weights."""
+        """The memory in the weights, as a `RingState`."""
         weights = self.memory_keys, self.memory_values, self.memory_count
         return RingState(*map(ops.convert_to_tensor, weights))
 
@@ -205,11 +204,11 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
             given = values
             options = of_values(self.value_dtype, self.memory_dtype)
             values = let_in("values", given, any_entries, **options)
-            # They come back in the dtype that is computed in.
+            # A search returns values in this dtype.
             back = self.value_dtype or self.compute_dtype
             check_exact("values", given, back, VALUE_REMEDY)
         given = [queries, keys, values, *args]
-        while given[-1] is None:  # which Keras takes by name only
+        while given[-1] is None:  # Keras takes None by name only
             given.pop()
         return super().__call__(*given, **named)
 

@@ -1,8 +1,8 @@
-"""A memory of (key, value) pairs in host memory, which finds nearest keys.
+"""`KNNMemory`: (key, value) pairs in host RAM, with nearest-neighbor search.
 
 Wu et al., "Memorizing Transformers", 2022 (arXiv 2203.08913), section 3. Axes:
-R rows, each with a memory of its own, n entries, N slots of a row, D width of
-keys, V width of values, K neighbours.
+R rows, each with its own memory, n entries, N slots of a row, D width of keys,
+V width of values, K neighbors.
 """
 
 import contextlib
@@ -47,12 +47,13 @@ SEARCH_METHODS = ("auto", "exact", "approximate")
 
 
 class Statistics(NamedTuple):
-    """How entries of a row have been used, the oldest entry first.
+    """Usage of the entries of a row, the oldest entry first.
 
     Args:
-        hits: (n,) int64, how often each was found.
-        age: (n,) int64, searches of the row since it was added.
-        age_since_hit: (n,) int64, searches since it was last found, or added.
+        hits: (n,) int64, how often each entry was found.
+        age: (n,) int64, searches of the row since the entry was added.
+        age_since_hit: (n,) int64, searches of the row since the entry was last
+            found, or added if never found.
     """
 
     hits: Any
@@ -61,56 +62,57 @@ class Statistics(NamedTuple):
 
 
 class KNNMemory(Arguments, Durable):
-    """Entries (key, value) in rows, and a search for the nearest keys.
+    """Rows of (key, value) entries in host RAM, with nearest-neighbor search.
 
     Source: Wu et al. 2022 (arXiv 2203.08913), section 3: each row of a batch
-    has a memory, not differentiated, of which the oldest entries are dropped,
-    one by one.
+    has its own memory, without gradient, which drops its oldest entries one by
+    one.
 
-    Arrays come in and go out, as NumPy's or as tensors of any backend. Several
-    threads may use a memory at a time; they take turns. For a memory within a
-    compiled model there are `KNNMemoryLayer` and `retrieval.RingMemory`.
+    Methods take NumPy arrays or tensors of any backend and return NumPy arrays.
+    A memory is thread-safe: its threads take turns. For a memory within a
+    compiled model use `KNNMemoryLayer` or `retrieval.RingMemory`.
 
-    Stores: `"ring"` compares with all entries, by the Keras backend, on a GPU
-    where it has one. `"scann"` does by ScaNN up to 16,384 entries a row, which
-    is sooner on a CPU; beyond it builds a tree that finds `target_recall` of
-    the neighbours, in the background, while searches go on with what was
-    there, and again as entries change. Where no tree would do with a quarter of
-    the entries, as in data without any clusters, all are compared. `recall`
-    tells what is found.
+    Search methods: `"exact"` compares with all entries, by the Keras backend,
+    on a GPU if there is one. `"approximate"` uses ScaNN. Up to 16,384 entries a
+    row, ScaNN compares with all, faster than the backend on a CPU. For more
+    entries it builds a tree that reaches `target_recall`, in the background,
+    and rebuilds the tree as entries change; meanwhile searches use the previous
+    index. If every tree would have to compare a quarter of the entries or more,
+    as in data without clusters, all entries are compared. `recall` measures the
+    recall.
 
     Durability: `save` and `load`; or `open` a folder, to which `flush` writes
-    what was added, so that it survives a kill and a loss of power.
+    new entries, so that they survive a kill and a loss of power.
 
     Args:
         key_dim: int, D, width of keys and queries.
-        memory_size: int, N, entries of each row; one more takes the place of
-            the oldest.
+        memory_size: int, N, slots of each row; once a row is full, each new
+            entry replaces the oldest.
         num_rows: int, R, 1 by default.
         value_dim: int, V, width of values, 0 for none; None (default) for D.
-        similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
-            0 from all others, or `"l2"`, minus the squared distance.
+        similarity: `"dot"` (default), `"cosine"`, 0 for vectors of zeros, or
+            `"l2"`, minus the squared distance.
         search_method: `"approximate"`, by ScaNN; `"exact"`, by the backend; or
-            `"auto"` (default), approximate where ScaNN can be imported and the
+            `"auto"` (default), approximate if ScaNN can be imported and the
             backend sees no accelerator.
-        target_recall: float in (0, 1), 0.95 by default, the share of the
-            neighbours that a tree is to find.
-        background: bool. True (default): trees are built beside the searches,
-            and which search is the first to use one depends on timing. False:
-            `add` waits for it, and runs are reproducible.
+        target_recall: float in (0, 1), 0.95 by default, the recall that trees
+            are tuned for.
+        background: bool. True (default): trees are built in a background
+            thread, so results depend on timing. False: `add` waits for the
+            tree, and runs are reproducible.
         keep_statistics: bool, False by default; see `statistics`.
-        value_dtype: str, of values, which come back in it: `"int32"` or
-            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
-            `"float32"` or `"float64"`; None (default) for that of the keys,
-            float32.
+        value_dtype: str, dtype in which values are stored and returned:
+            `"int32"` or `"int64"` for integers such as ids, `"float16"`,
+            `"bfloat16"`, `"float32"` or `"float64"`; None (default) for
+            float32, the dtype of the keys.
 
-    Forks: ScaNN searches in them, and builds trees of its own. Exact search
-    raises RuntimeError in a fork of a process that used the backend, whose
-    threads are not there: start such processes by `"spawn"`. A folder that is
-    open is neither written nor refreshed in a fork.
+    Forks: ScaNN works in a fork, which builds its own trees. Exact search
+    raises RuntimeError in a fork of a process that used the backend, since a
+    fork lacks the backend's threads: start such processes by `"spawn"`. A fork
+    neither writes nor refreshes an open folder.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of range.
         ImportError: `search_method="approximate"`, and ScaNN cannot be
             imported.
 
@@ -162,7 +164,7 @@ class KNNMemory(Arguments, Durable):
         if search_method == "approximate":
             check_scann(
                 '`KNNMemory(search_method="approximate")`',
-                '`search_method="exact"` is exact',
+                'Or use `search_method="exact"`',
             )
         self.search_method = search_method
         slots = (num_rows, memory_size)
@@ -170,12 +172,12 @@ class KNNMemory(Arguments, Durable):
         check_bytes_of_entries(
             rows, key_dim, value_dim, "float32", self.value_dtype, on_host=True
         )
-        check_bytes(  # indexes and locks, about a kB each
+        check_bytes(  # an index, about 1 kB
             "A row each", [rows[0], ("bytes", 1000)], "uint8", on_host=True
         )
         self._keys = np.zeros((*slots, key_dim), "float32")
         self._values = np.zeros((*slots, value_dim), self.value_dtype)
-        self._count = np.zeros(num_rows, "int64")  # added since it was cleared
+        self._count = np.zeros(num_rows, "int64")  # added since last cleared
         self._lock = threading.RLock()
         self._builder = None
         if search_method == "approximate" and background:
@@ -188,10 +190,10 @@ class KNNMemory(Arguments, Durable):
             self._hits = np.zeros(slots, "int64")
             self._added_at = np.zeros(slots, "int64")
             self._hit_at = np.zeros(slots, "int64")
-        self._is_counted = True  # what is searched
+        self._is_counted = True  # whether searches enter statistics and tuning
         self._file = self._mode = None
-        self._stored_count = np.zeros(num_rows, "int64")  # of `_count`
-        self._is_cleared = np.zeros(num_rows, bool)  # and not in the file
+        self._stored_count = np.zeros(num_rows, "int64")  # `_count` in the file
+        self._is_cleared = np.zeros(num_rows, bool)  # cleared since the flush
 
     def _index(self, row):
         if self.search_method == "exact":
@@ -211,30 +213,29 @@ class KNNMemory(Arguments, Durable):
         mask: Array | None = None,
         rows: Array | None = None,
     ) -> np.ndarray:
-        """Appends entries to rows, in the place of their oldest ones.
+        """Appends entries to rows; a full row drops its oldest entries.
 
         Args:
-            keys: (R, n, D), finite, each component within +-1e15. In a memory
-                of one row also (n, D); then values, mask and slots have no
-                axis of rows either.
-            values: (R, n, V), likewise; None where V is 0. Integers are refused
-                where `value_dtype` does not keep them exactly, and so are keys
-                where float32 does not.
+            keys: (R, n, D), finite, each component within +-1e15. Integers must
+                be exact in float32. In a memory of one row also (n, D); then
+                values, mask and slots have no axis of rows either.
+            values: (R, n, V), likewise; None if V is 0. Integers must be exact
+                in `value_dtype`.
             mask: (R, n) bool, False for entries that are left out; None for
                 all.
-            rows: ints of the rows meant, or (num_rows,) bool; None for all. No
-                other row is touched.
+            rows: ints, the rows to add to, or (num_rows,) bool; None for all.
+                Other rows stay unchanged.
 
         Returns:
-            (R, n) int32, the slot of each entry, for what else you keep of it;
-            -1 where it was left out, or where later ones took its place. It
-            stays the entry's in this object. A memory that is made from files
-            may number entries anew, from the oldest: what must be found again
-            then belongs into `values`.
+            (R, n) int32, the slot of each entry, an index for your own data; -1
+            if the entry was left out, or replaced by later entries of the same
+            call. Slots do not change in this object, but a memory that is
+            loaded may number its entries anew, from the oldest: store ids that
+            must last in `values`.
 
         Raises:
-            ValueError: wrong shapes, dtypes, values or rows, or a memory that
-                was opened for reading. Nothing was added.
+            ValueError: wrong shapes, dtypes, values or rows, or a memory opened
+                for reading. Nothing was added.
         """
         with self._lock:
             self._check_writable()
@@ -270,13 +271,13 @@ class KNNMemory(Arguments, Durable):
             return slots[0] if is_of_one else slots
 
     def _is_of_one(self, array, rows):
-        """Whether an array is of a memory's only row, without an axis of it."""
+        """Whether an array for the only row lacks the axis of rows."""
         return self.num_rows == len(rows) == 1 and array.ndim == 2
 
     def _add(self, row, keys, values):
-        """Appends to one row; returns slots, as `add`."""
+        """Appends checked entries to one row; returns their slots, as `add`."""
         number, size = len(keys), self.memory_size
-        first = max(0, number - size)  # what comes later takes their place
+        first = max(0, number - size)  # later ones replace those before
         self._count[row] += number
         numbers = np.arange(self._count[row] - number, self._count[row])
         slots = numbers[first:] % size
@@ -298,16 +299,16 @@ class KNNMemory(Arguments, Durable):
         return_keys: bool = True,
         return_values: bool = True,
     ) -> Neighbours:
-        """Finds the nearest entries of each query, in its row.
+        """Finds the entries nearest to each query in its row.
 
         Args:
             queries: (R, ..., D), finite, each component within +-1e15. In a
-                memory of one row also (Q, D), for which (Q, K) is returned.
-            top_k: int, K, at least 1. Where a row has fewer entries the mask
-                tells.
-            rows: ints of the rows meant, or (num_rows,) bool; None for all.
-            return_keys, return_values: bool, True by default. False takes less
-                time, and (R, ..., K, 0) is returned for them.
+                memory of one row also (Q, D), for results of shape (Q, K).
+            top_k: int, K, at least 1. If a row has fewer entries, the mask is
+                False for the rest.
+            rows: ints, the rows to search, or (num_rows,) bool; None for all.
+            return_keys, return_values: bool, True by default. False is faster,
+                and returns arrays of shape (R, ..., K, 0) instead.
 
         Returns:
             `retrieval.Neighbours` of NumPy arrays.
@@ -356,7 +357,7 @@ class KNNMemory(Arguments, Durable):
                     (self._values, result.values),
                 ):
                     if output.size:
-                        # "wrap" looks at no bounds, and takes -1 for the last.
+                        # "wrap" skips the bounds check; -1 is the last slot.
                         np.take(
                             stored[row],
                             slots[i],
@@ -376,7 +377,7 @@ class KNNMemory(Arguments, Durable):
         )
 
     def _queries(self, queries, rows):
-        """(R, ..., D) float32, and whether they came without the first axis."""
+        """(R, ..., D) float32, and whether the axis of rows was added."""
         queries = to_numpy("queries", queries)
         is_of_one = self._is_of_one(queries, rows)
         axis = () if is_of_one else (len(rows),)
@@ -386,7 +387,7 @@ class KNNMemory(Arguments, Durable):
         return (queries[None] if is_of_one else queries), is_of_one
 
     def _search(self, row, queries, slots, scores):
-        """Writes what is found to (Q, K) `slots` and `scores`."""
+        """Searches one row, and writes to (Q, K) `slots` and `scores`."""
         size = int(self.size()[row])
         if self.keep_statistics and self._is_counted:
             self._searches[row] += 1
@@ -405,13 +406,13 @@ class KNNMemory(Arguments, Durable):
             self._hit_at[row, hits > 0] = self._searches[row]
 
     def clear(self, rows: Array | None = None) -> None:
-        """Forgets all entries of rows, and of no other.
+        """Clears rows. Other rows keep their entries.
 
         Args:
-            rows: ints of the rows meant, or (num_rows,) bool; None for all.
+            rows: ints, the rows to clear, or (num_rows,) bool; None for all.
 
         Raises:
-            ValueError: wrong rows, or a memory that was opened for reading.
+            ValueError: wrong rows, or a memory opened for reading.
         """
         with self._lock:
             self._check_writable()
@@ -424,7 +425,7 @@ class KNNMemory(Arguments, Durable):
         self._indexes[row].clear()
 
     def size(self) -> np.ndarray:
-        """(num_rows,) int32, how many entries each row has."""
+        """(num_rows,) int32, the number of entries in each row."""
         return np.minimum(self._count, self.memory_size).astype("int32")
 
     def entries(self, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -441,7 +442,7 @@ class KNNMemory(Arguments, Durable):
             return self._keys[row, slots], self._values[row, slots]
 
     def statistics(self, row: int = 0) -> Statistics:
-        """How the entries of a row have been used.
+        """Usage of the entries of a row.
 
         Args:
             row: int, from 0 to `num_rows` - 1.
@@ -450,12 +451,12 @@ class KNNMemory(Arguments, Durable):
             `Statistics`, in the order of `entries`.
 
         Raises:
-            ValueError: the memory was made without `keep_statistics`.
+            ValueError: the memory was created without `keep_statistics`.
         """
         if not self.keep_statistics:
             raise ValueError(
-                "Statistics must be asked for when a memory is made, as "
-                "searches count. Received: keep_statistics=False"
+                "`keep_statistics` must be True when the memory is created, so "
+                "that searches are counted. Received: keep_statistics=False"
             )
         with self._lock:
             slots = self._slots(row)
@@ -467,8 +468,8 @@ class KNNMemory(Arguments, Durable):
             )
 
     def _slots(self, row):
-        """All slots of a row that have entries, the oldest first."""
-        if isinstance(row, (bool, np.bool_)):  # is a row in lists of them
+        """The slots of a row's entries, the oldest first."""
+        if isinstance(row, (bool, np.bool_)):  # [True] is a row
             check_size("row", row, least=0)
         (row,) = self._rows([row])
         count = int(self._count[row])
@@ -482,17 +483,19 @@ class KNNMemory(Arguments, Durable):
         rows: Array | None = None,
         sample: int = 1000,
     ) -> float:
-        """The share of the nearest, or as near, entries that searches find.
+        """The recall of searches: the share of nearest entries that they find.
+
+        Entries as near as a nearest one count too.
 
         Args:
-            queries: (R, ..., D), of which a sample is looked at; None for keys
-                in the memory, which are easier to find than others are.
+            queries: (R, ..., D), of which a sample is used; None for keys in
+                the memory, which are easier to find than other queries.
             top_k: int, K, at least 1.
-            rows: ints of the rows meant, or (num_rows,) bool; None for all.
-            sample: int, queries of each row that are looked at.
+            rows: ints, the rows to search, or (num_rows,) bool; None for all.
+            sample: int, number of queries to use for each row.
 
         Returns:
-            float in [0, 1]; 1.0 where there is nothing to find.
+            float in [0, 1]; 1.0 if there is nothing to find.
         """
         check_size("top_k", top_k)
         check_size("sample", sample)
@@ -540,7 +543,7 @@ class KNNMemory(Arguments, Durable):
             self._is_counted = True
 
     def wait(self) -> None:
-        """Waits until trees that are being built are in use."""
+        """Waits until all trees under construction are in use."""
         for index in self._indexes:
             index.wait()
 
@@ -548,8 +551,8 @@ class KNNMemory(Arguments, Durable):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "A `KNNMemory` must go through `save` and `load`, as there are no "
-            f"pickles and copies of it. Received: {self!r}"
+            "A `KNNMemory` cannot be pickled or copied: use `save` and `load`. "
+            f"Received: {self!r}"
         )
 
     def __repr__(self) -> str:
@@ -560,7 +563,7 @@ class KNNMemory(Arguments, Durable):
         return f"KNNMemory({', '.join(values)})"
 
     def _rows(self, rows):
-        """Ints of rows, of what a user may give."""
+        """The argument `rows`, checked, as ints."""
         if rows is None:
             return np.arange(self.num_rows)
         wanted = (
@@ -583,8 +586,8 @@ class KNNMemory(Arguments, Durable):
         return rows
 
 
-# A fork has none of the other threads, such as builders of trees, and would
-# wait for the locks they hold.
+# A fork lacks the other threads, such as those that build trees, and would
+# wait forever for locks that they hold. So the forking thread takes all locks.
 
 _MEMORIES = weakref.WeakSet()
 _forking = threading.RLock()  # one thread at a time

@@ -1,24 +1,24 @@
-"""Fixed memories that made way for others, while graphs still read them."""
+"""Detects fixed memories that were replaced while traced graphs read them."""
 
 import keras
 import ml_dtypes
 
 
 def mark_of_replaced(dtype):
-    """What a memory is filled with that made way for another one: a number
-    that encodings hardly have. Training that diverges makes memories of NaN.
+    """The number that fills a replaced memory: one unlikely in encodings.
+
+    NaN would not do: diverging training fills memories with NaN too.
     """
     return float(ml_dtypes.finfo(keras.backend.standardize_dtype(dtype)).min)
 
 
 def is_replaced(values):
-    """Whether a fixed memory, (M, D), has made way for one of another size
-    since a graph of TensorFlow was traced around it. None where no graph is
-    traced.
+    """Whether a fixed memory, (M, D), was replaced by one of another size after
+    a TensorFlow graph was traced around it. None outside of such graphs.
 
     Raises:
-        InvalidArgumentError: while the graph runs, if it has. XLA drops
-            assertions, so that callers make their results NaN.
+        InvalidArgumentError: when the graph runs, if it was replaced. XLA drops
+            assertions, so callers set their results to NaN.
     """
     if keras.backend.backend() != "tensorflow":
         return None
@@ -28,9 +28,9 @@ def is_replaced(values):
         return None
     replaced = tf.reduce_all(values[0] == mark_of_replaced(values.dtype))
     message = (
-        "A memory of another number of examples was set after this function "
-        "was traced, which would go on looking at the one before: trace it "
-        "anew, by making another `tf.function`, a model's by `compile`."
+        "The memory was replaced by one of another size after this function "
+        "was traced, so the function still reads the old one. Trace it again: "
+        "create a new `tf.function`, or call the model's `compile`."
     )
     tf.debugging.Assert(~replaced, [message])
     return replaced

@@ -34,8 +34,8 @@ from keras_memory.retrieval.similarities import places_of_sample
 from keras_memory.retrieval.similarities import similarity_of
 from keras_memory.retrieval.similarities import unit
 
-QUERIES = 1024  # queries that are compared at a time
-MOST_SLOTS = 1 << 30  # of a row: its count is below twice as many
+QUERIES = 1024  # queries compared at a time
+MOST_SLOTS = 1 << 30  # slots of a row: counts, below twice as many, fit int32
 SEARCH_METHODS = ("exact", "auto", "approximate")
 
 
@@ -45,9 +45,9 @@ class RingState(NamedTuple):
     Args:
         keys: (B, N, D), 0 until a slot is first written.
         values: (B, N, V), likewise.
-        count: (B,) int32 in [0, 2 N): how many entries were added since the
-            row was cleared; beyond 2 N, N less again and again. The next entry
-            goes to slot `count % N`.
+        count: (B,) int32 in [0, 2 N): the number of entries added since the
+            row was cleared; at 2 N it falls back to N. The next entry goes to
+            slot `count % N`.
     """
 
     keys: Any
@@ -57,41 +57,42 @@ class RingState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RingMemory:
-    """Exact nearest-neighbour memory in the graph: state in, state out.
+    """Exact nearest-neighbor memory in the graph: state in, state out.
 
     Source: Wu et al. 2022 (arXiv 2203.08913), section 3: a memory of (key,
-    value) pairs, not differentiated, of which the oldest are dropped.
+    value) pairs without gradient, which drops the oldest entries.
 
-    All methods are pure functions of tensors on any backend, which compile with
-    XLA and lower for GPU and TPU; hand the state on from call to call, or use
-    `KNNMemoryLayer`, which keeps it in weights. Each row of the batch has a
-    memory of its own.
+    All methods are pure functions of tensors on any backend; they compile with
+    XLA and lower for GPU and TPU. Pass the state from call to call, or use
+    `KNNMemoryLayer`, which keeps it in weights. Each row of the batch has its
+    own memory.
 
-    What cannot be refused in a graph does no harm: an entry with a NaN, an
-    infinity or a component beyond 1e15 is not written, and a query with one
-    finds nothing.
+    A graph cannot raise errors about values. Instead, an entry with a NaN, an
+    infinity or a component beyond 1e15 is not written, and such a query finds
+    nothing.
 
     Args:
         key_dim: int, D, width of keys and queries.
-        memory_size: int, N, slots of each row, 2^30 at most; one more entry
-            takes the place of the oldest.
+        memory_size: int, N, slots of each row, at most 2^30; once a row is
+            full, each new entry replaces the oldest.
         value_dim: int, V, width of values, 0 for none; None (default) for D.
-        similarity: `"dot"` (default), `"cosine"`, where vectors of zeros are at
-            0 from all others, or `"l2"`, minus the squared distance.
-        search_method: `"exact"` (default), a product with all keys and their
-            largest; `"auto"`, as exact, and faster for large memories: it looks
-            for the largest among the groups of slots that can hold them;
+        similarity: `"dot"` (default), `"cosine"`, 0 for vectors of zeros, or
+            `"l2"`, minus the squared distance.
+        search_method: `"exact"` (default), the largest products with all keys;
+            `"auto"`, the same result, faster for large memories: only the
+            groups of slots with the largest maxima are sorted;
             `"approximate"`, the backend's approximate search (TensorFlow, JAX),
-            which is quicker on a TPU.
-        target_recall: float in (0, 1), the share of the neighbours that
-            `"approximate"` is to find, 0.95 by default.
-        value_dtype: str, of values, which come back in it: `"int32"` or
-            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
-            `"float32"` or `"float64"`; None (default) for that of the keys.
+            faster on a TPU.
+        target_recall: float in (0, 1), the recall of `"approximate"`, 0.95 by
+            default.
+        value_dtype: str, dtype in which values are stored and returned:
+            `"int32"` or `"int64"` for integers such as ids, `"float16"`,
+            `"bfloat16"`, `"float32"` or `"float64"`; None (default) for the
+            dtype of the keys.
 
     Raises:
-        ValueError: a size below 1, another similarity, search method or dtype,
-            or one that the backend does not have.
+        ValueError: a size below 1 (`value_dim`: 0), an unknown similarity,
+            search method or dtype, or a dtype that the backend lacks.
 
     Example:
 
@@ -123,8 +124,8 @@ class RingMemory:
             object.__setattr__(self, name, size)
         if self.memory_size > MOST_SLOTS:
             raise ValueError(
-                f"`memory_size` must be at most {MOST_SLOTS}, or a row's "
-                "count, up to twice as many, would not be an int32. "
+                f"`memory_size` must be at most {MOST_SLOTS}, since a row's "
+                "count reaches twice as many and must fit int32. "
                 f"Received: memory_size={self.memory_size}"
             )
         check_one_of("similarity", self.similarity, SIMILARITIES)
@@ -140,9 +141,9 @@ class RingMemory:
 
         Args:
             batch_size: int or scalar tensor, B.
-            dtype: of keys, and of values but for `value_dtype`, a floating
-                point type; half as much memory in 16 bits. Keys are compared in
-                float32 all the same.
+            dtype: str, dtype of keys, and of values unless `value_dtype` is
+                set; floating point. 16 bits halve the memory use. Keys are
+                compared in float32 in any case.
 
         Returns:
             `RingState`.
@@ -168,16 +169,16 @@ class RingMemory:
         )
 
     def size(self, state: RingState) -> Array:
-        """(B,) int32, how many entries each row has."""
+        """(B,) int32, the number of entries in each row."""
         state, _ = self._checked(state)
         return ops.minimum(state.count, self.memory_size)
 
     def clear(self, state: RingState, rows: Array) -> RingState:
-        """Forgets all entries of some rows, and nobody else's.
+        """Clears some rows. Other rows keep their entries.
 
         Args:
             state: `RingState`.
-            rows: (B,) bool, True for those that are cleared.
+            rows: (B,) bool, True for rows to clear.
 
         Returns:
             `RingState`.
@@ -193,19 +194,19 @@ class RingMemory:
         values: Array | None = None,
         mask: Array | None = None,
     ) -> RingState:
-        """Appends entries to each row, in the place of the oldest ones.
+        """Appends entries to each row; a full row drops its oldest entries.
 
         Args:
             state: `RingState`.
-            keys: (B, n, D), any real value; n may be larger than N.
-            values: (B, n, V); None where V is 0. Integers are refused where
-                their dtype does not keep them exactly: NumPy's and lists by
-                their numbers, tensors by their dtype. So are keys.
+            keys: (B, n, D), any real value; n may be larger than N. Integers
+                must be exact in the dtype of the state: NumPy arrays and lists
+                are checked by value, tensors by dtype.
+            values: (B, n, V), likewise; None if V is 0.
             mask: (B, n) bool, False for entries that are left out; None for
-                all. A row of False is not touched.
+                all. A row of False stays unchanged.
 
         Returns:
-            `RingState`. No gradient flows to what was added.
+            `RingState`. No gradient flows to the new entries.
 
         Raises:
             ValueError: wrong shapes or dtypes.
@@ -219,7 +220,7 @@ class RingMemory:
             kept = kept & check_array("mask", mask, ("B", "n"), sizes, "bool")
         if keys.shape[1] == 0:
             return state
-        if keys.shape[1] is None:  # there may be none: one that is left out
+        if keys.shape[1] is None:  # may be 0: pad by a masked entry
             keys, values = (
                 ops.pad(part, ((0, 0), (0, 1), (0, 0)))
                 for part in (keys, values)
@@ -228,9 +229,9 @@ class RingMemory:
         size = self.memory_size
         order = ops.cumsum(ops.cast(kept, "int32"), axis=1)
         added = order[:, -1:]
-        kept = kept & (order > added - size)  # the last N, if there are more
-        # Entries that are left out repeat the last one that is kept, or what
-        # the next slot holds, so that no slot is written with two contents.
+        kept = kept & (order > added - size)  # the last N at most
+        # A masked entry repeats the last kept entry, or the next slot's
+        # content, so that no slot is written with two different contents.
         last = ops.argmax(ops.where(kept, order, 0), axis=1)[:, None]
         here = ops.arange(ops.shape(keys)[1], dtype="int32")
         source = ops.where(kept, here, ops.cast(last, "int32"))
@@ -255,7 +256,7 @@ class RingMemory:
     def search(
         self, state: RingState, queries: Array, top_k: int
     ) -> Neighbours:
-        """Finds the nearest entries of each query in its row's memory.
+        """Finds the entries nearest to each query in its row's memory.
 
         Args:
             state: `RingState`.
@@ -263,17 +264,17 @@ class RingMemory:
             top_k: int, K, from 1 to N.
 
         Returns:
-            `Neighbours`. Gradients flow from the scores to the queries, and
-            none to the memory.
+            `Neighbours`. Gradients flow from the scores to the queries, but not
+            to the memory.
 
         Raises:
-            ValueError: wrong shapes or dtypes, or another `top_k`.
+            ValueError: wrong shapes or dtypes, or `top_k` out of range.
         """
         check_size("top_k", top_k)
         if top_k > self.memory_size:
             raise ValueError(
-                "`top_k` must be at most `memory_size`, as more can never be "
-                f"found. Received: top_k={top_k}, "
+                "`top_k` must be at most `memory_size`, the most entries that "
+                f"exist. Received: top_k={top_k}, "
                 f"memory_size={self.memory_size}"
             )
         state, sizes = self._checked(state)
@@ -306,7 +307,7 @@ class RingMemory:
         )
 
     def _find(self, state, queries, top_k):
-        """(B, Q, K) products, -inf for slots without an entry, and slots."""
+        """(B, Q, K) largest products, -inf for empty slots, and their slots."""
         keys = ops.cast(state.keys, "float32")
         slots = ops.arange(self.memory_size, dtype="int32")
         size = ops.minimum(state.count, self.memory_size)[:, None]
@@ -359,11 +360,11 @@ class RingMemory:
         return ops.top_k(products, top_k)
 
     def _checked(self, state):
-        """The tensors of a state, and a dict with B, the number of its rows."""
+        """A state as checked tensors, and a dict with B, its number of rows."""
         check_process("RingMemory")
         if not isinstance(state, (tuple, list)) or len(state) != 3:
             raise ValueError(
-                "`state` must be a `RingState`, as `initial_state` makes it. "
+                "`state` must be a `RingState`, as `initial_state` returns. "
                 f"Received: {type(state).__name__}"
             )
         keys, values, count = state
@@ -381,7 +382,7 @@ class RingMemory:
         return RingState(keys, values, count), sizes
 
     def _entries(self, state, keys, values, sizes):
-        """Checked, without gradient, in the dtypes of the state."""
+        """Checked keys and values in the state's dtypes, without gradient."""
         dtypes = [ops.dtype(part) for part in state]
         of_keys = {"dtype": dtypes[0], "remedy": KEY_REMEDY}
         keys = check_array(
@@ -404,14 +405,16 @@ def _is_integer(array):
 
 
 def _after(count, added, size):
-    """The `count` of a `RingState` after more entries, all int32: no sum here
-    is above 2 N, which 32 bits hold."""
+    """The `count` of a `RingState` after `added` more entries, all int32.
+
+    No intermediate sum exceeds 2 N, so nothing overflows.
+    """
     is_full = added >= size - count
     return (count % size + added % size) % size + ops.where(is_full, size, 0)
 
 
 def _rows_at(entries, slots):
-    """(B, N, W) at (B, ...): (B, ..., W)."""
+    """Gathers (B, N, W) entries at (B, ...) slots: (B, ..., W)."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -420,7 +423,7 @@ def _rows_at(entries, slots):
 
 
 def _with_rows_at(entries, slots, new):
-    """(B, N, W), with (B, n, W) new ones at (B, n)."""
+    """Writes (B, n, W) new entries into (B, N, W) ones at (B, n) slots."""
     places = [ops.broadcast_to(_rows_of(slots), ops.shape(slots))]
     places.append(ops.cast(slots, _index_dtype()))
     return ops.scatter_update(
@@ -430,16 +433,17 @@ def _with_rows_at(entries, slots, new):
     )
 
 
-# Places are pairs of a row and a slot, since one number for both, such as for
-# entries of all rows in a line, might be beyond 2^31.
+# Indices are pairs of row and slot: a flat index over all rows could exceed
+# 2^31.
 
 
 def _rows_of(slots):
-    """The row of each of (B, ...) slots, (B, 1 ...)."""
+    """The row index of each of (B, ...) slots: (B, 1 ...)."""
     rows = ops.arange(ops.shape(slots)[0], dtype=_index_dtype())
     return ops.reshape(rows, (-1, *[1] * (len(slots.shape) - 1)))
 
 
 def _index_dtype():
-    """JAX has no int64, and needs none; TensorFlow makes of the pairs one."""
+    """int32 in JAX, which lacks int64 by default; else int64, since TensorFlow
+    flattens the pairs to a single index."""
     return "int32" if keras.backend.backend() == "jax" else "int64"

@@ -1,9 +1,9 @@
-"""Approximate nearest neighbours by ScaNN, in host memory or in a SavedModel.
+"""Approximate nearest-neighbor search by ScaNN's ops, also in a SavedModel.
 
 Guo et al. 2020, "Accelerating Large-Scale Inference with Anisotropic Vector
-Quantization" (arXiv 1908.10396). ScaNN crashes, or answers wrongly, on what it
-does not expect: whoever calls what is here has checked vectors and sizes.
-Axes: Q queries, M entries, D width of keys, V width of values, K neighbours.
+Quantization" (arXiv 1908.10396). ScaNN crashes or returns wrong results on
+invalid vectors and sizes, so these are checked before ScaNN is called. Axes: Q
+queries, M entries, D width of keys, V width of values, K neighbors.
 """
 
 import contextlib
@@ -55,56 +55,58 @@ from keras_memory.retrieval.tuning import configured
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class ScannIndex(Arguments, keras.layers.Layer):
-    """Finds the nearest of many fixed entries, in the graph, by ScaNN's ops.
+    """Finds the nearest of many fixed entries in the graph, by ScaNN's ops.
 
-    For a store that no longer changes: kNN language models, Memory Wrap over a
+    For entries that no longer change: kNN language models, Memory Wrap over a
     whole training set. The index, a tree of compressed vectors, is part of a
-    SavedModel; candidates are compared exactly with the keys themselves, which
-    are weights.
+    SavedModel. ScaNN's candidates are compared exactly with the keys, which are
+    weights.
 
-    Where it runs: TensorFlow on a CPU, with ScaNN's ops, which XLA cannot
-    compile (models with it proceed with `jit_compile=False`) and through which
-    no gradient flows to the indices. A process that loads such a SavedModel, a
-    server too, must load them first: `tf.load_op_library` of `_scann_ops.so` in
-    the package scann; the stock image of TensorFlow Serving has none.
-    `exact=True` compares with all entries instead, by stock ops on any backend;
-    `export_for_serving(..., exact_search=True)` exports so what was trained
-    with ScaNN.
+    Where it runs: TensorFlow on a CPU. XLA cannot compile ScaNN's ops, so Keras
+    uses `jit_compile=False` for models with this layer, and no gradient flows
+    through the choice of entries. A process that loads such a SavedModel, also
+    a server, must load the ops first, by `tf.load_op_library` of
+    `_scann_ops.so` in the package scann; the stock image of TensorFlow Serving
+    lacks them. `exact=True` compares with all entries instead, by stock ops on
+    any backend; `export_for_serving(..., exact_search=True)` exports a model
+    trained with ScaNN in this way.
 
-    State: weights that are not trained, `memory_keys` (M, D), `memory_values`
-    (M, V) and `memory_version`, 0 for no entries, else a checksum of the keys,
-    whoever changes them. A `.keras` file has these; the index is built anew
-    from them where it is of other keys, also after `set_weights`.
+    State: non-trainable weights `memory_keys` (M, D), `memory_values` (M, V)
+    and `memory_version`, 0 without entries, else a checksum of the keys. A
+    `.keras` file stores these weights. The index is rebuilt whenever the keys
+    have changed, also after `set_weights`.
 
-    Up to 16,384 entries, and where no tree would do with a quarter of the
-    entries, all are compared, by ScaNN.
+    ScaNN compares all entries if there are at most 16,384, or if every tree
+    would have to compare a quarter of them or more.
 
     Args:
-        memory_size: int, M, how many entries it will hold.
+        memory_size: int, M, number of entries.
         top_k: int, K, from 1 to M, 10 by default.
         value_dim: int, V, width of values, 0 (default) for none.
         similarity: `"dot"` (default), `"cosine"` or `"l2"`, minus the squared
             distance.
-        target_recall: float in (0, 1), 0.95 by default, the share of the
-            neighbours that a tree is to find.
-        exact: bool, False by default.
-        value_dtype: str, of values, which come back in it: `"int32"` or
-            `"int64"` for whole numbers such as ids, `"float16"`, `"bfloat16"`,
-            `"float32"` or `"float64"`; None (default) keeps them in float32 and
-            returns them in the compute dtype.
-        **kwargs: of `keras.layers.Layer`.
+        target_recall: float in (0, 1), 0.95 by default, the recall that trees
+            are tuned for.
+        exact: bool, False by default; True compares with all entries, without
+            ScaNN.
+        value_dtype: str, dtype in which values are stored and returned:
+            `"int32"` or `"int64"` for integers such as ids, `"float16"`,
+            `"bfloat16"`, `"float32"` or `"float64"`; None (default) stores
+            them in float32 and returns them in the compute dtype.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
-        queries: (..., D). One with a NaN, an infinity or a component beyond
-            1e15 finds nothing.
+        queries: (..., D). A query with a NaN, an infinity or a component
+            beyond 1e15 finds nothing.
 
     Returns:
         `retrieval.Neighbours`. Gradients flow from scores to queries.
 
     Raises:
         ImportError: ScaNN cannot be imported, and `exact` is False.
-        ValueError: an argument out of its range, another backend, entries that
-            are not finite, or a call before `set_memory`.
+        ValueError: an argument out of range, a backend other than TensorFlow
+            unless `exact`, entries that are not finite, or a call before
+            `set_memory`.
 
     Example:
 
@@ -130,8 +132,8 @@ class ScannIndex(Arguments, keras.layers.Layer):
         self.top_k = check_size("top_k", top_k)
         if top_k > memory_size:
             raise ValueError(
-                "`top_k` must be at most `memory_size`, as more can never be "
-                f"found. Received: top_k={top_k}, memory_size={memory_size}"
+                "`top_k` must be at most `memory_size`, the most entries that "
+                f"exist. Received: top_k={top_k}, memory_size={memory_size}"
             )
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
@@ -141,22 +143,22 @@ class ScannIndex(Arguments, keras.layers.Layer):
         self.value_dtype: str | None = check_value_dtype(value_dtype)
         self.supports_jit = exact
         if not exact:
-            check_scann("`ScannIndex`", "`exact=True` needs none")
+            check_scann("`ScannIndex`", "Or use `exact=True`")
             if keras.backend.backend() != "tensorflow":
                 raise ValueError(
-                    "`ScannIndex` needs TensorFlow, for which ScaNN has ops; "
-                    "`exact=True` does not. Received: "
+                    "The backend must be TensorFlow, since ScaNN's ops are for "
+                    "TensorFlow; or use `exact=True`. Received: "
                     f"KERAS_BACKEND={keras.backend.backend()}"
                 )
-        self._index = None  # of the graph, of this version of the memory
+        self._index = None  # ScaNN's, for `_version` of the memory
         self._version = 0
 
     def build(self, queries_shape: Shape) -> None:
         key_dim = queries_shape[-1] if len(queries_shape) > 1 else None
         if key_dim is None:
             raise ValueError(
-                "The last axis of `queries`, (..., D), must have a known size, "
-                f"that of the keys. Received: shape {tuple(queries_shape)}"
+                "`queries` must be (..., D) with a known size D, the width of "
+                f"the keys. Received: shape {tuple(queries_shape)}"
             )
 
         def weight(name, shape, dtype="float32", kind=keras.Variable):
@@ -187,16 +189,15 @@ class ScannIndex(Arguments, keras.layers.Layer):
         self.built = True
 
     def set_memory(self, keys: Array, values: Array | None = None) -> None:
-        """Fixes the entries, and builds the index, which takes seconds for
-        100,000 of them.
+        """Sets the entries and builds the index (seconds for 100,000 entries).
 
-        A function that was traced before, such as a model's for `predict`,
-        refuses to answer from the entries before: trace it anew, by
+        A function traced before, such as that of `model.predict`, raises an
+        error instead of using the old entries: trace it again, by
         `model.make_predict_function(force=True)`.
 
         Args:
             keys: (M, D), finite, each component within +-1e15.
-            values: (M, V), likewise; None where V is 0.
+            values: (M, V), likewise; None if V is 0.
 
         Raises:
             ValueError: wrong shapes, or values that are not finite.
@@ -223,26 +224,26 @@ class ScannIndex(Arguments, keras.layers.Layer):
                 sizes,
                 **of_values(self.value_dtype, "float32"),
             )
-            # They come back in the dtype that is computed in.
+            # Calls return values in this dtype.
             back = self.value_dtype or self.compute_dtype
             check_exact("values", given, back, VALUE_REMEDY)
             sound += [values] if "float" in ops.dtype(values) else []
         if not all(bool(ops.all(is_sound(part))) for part in sound):
             raise ValueError(
-                "Entries must be finite, and within +-1e15 so that products "
-                "are. Received: NaN, infinity or larger values"
+                "Entries must be finite and within +-1e15, or products "
+                "overflow. Received: NaN, infinity or larger values"
             )
         if not self.built:
             self.build(tuple(keys.shape))
         if self.value_dim:
             self.memory_values.assign(values)
-        self.memory_version.assign(0)  # not to look at the keys twice
+        self.memory_version.assign(0)  # avoids a second checksum
         self.memory_keys.assign(keys)
         self.memory_version.assign(1)
         self._renew()
 
     def _match_version(self):
-        """Makes the version that of the keys, if there are entries."""
+        """Sets the version to the keys' checksum, if there are entries."""
         if self.exact or not self.built:
             return
         import tensorflow as tf
@@ -250,8 +251,8 @@ class ScannIndex(Arguments, keras.layers.Layer):
         if not tf.executing_eagerly():
             raise ValueError(
                 "The weights of a `ScannIndex` must be changed outside of "
-                "graphs, as an index is built of them. Received: a change "
-                "while a function is traced"
+                "graphs, since the index is rebuilt from them. Received: a "
+                "change while a function is traced"
             )
         version = int(self.memory_version)
         if version:
@@ -261,15 +262,15 @@ class ScannIndex(Arguments, keras.layers.Layer):
                 self.memory_version.assign(checksum)
 
     def _renew(self):
-        """Builds the index anew if it is not that of the entries.
+        """Rebuilds the index if the entries have changed.
 
         Returns:
-            bool, whether there are any.
+            bool, whether there are entries.
         """
         with _outside_of_graphs():
             try:
                 version = int(self.memory_version)
-            except TypeError:  # JAX traces it, and there is no index
+            except TypeError:  # traced by JAX, which has no index
                 return True
             if version != self._version:
                 self._version, self._index = version, None
@@ -283,7 +284,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
 
     @property
     def is_by_scann(self) -> bool:
-        """Whether ScaNN finds the entries, now."""
+        """Whether searches currently use ScaNN."""
         return self._index is not None
 
     def __call__(self, queries: Array, **named: Any) -> Neighbours:
@@ -295,8 +296,8 @@ class ScannIndex(Arguments, keras.layers.Layer):
         queries = self._checked(queries)
         if not self._renew():
             raise ValueError(
-                "There must be entries to find: call `set_memory`, or load "
-                "weights. Received: nothing to look at yet"
+                "The index must have entries: call `set_memory`, or load "
+                "weights. Received: a call without entries"
             )
         shape = (*ops.shape(queries)[:-1], self.top_k)
         flat = ops.reshape(queries, (-1, queries.shape[-1]))
@@ -314,7 +315,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
                 )
         keys = ops.take(keys, slots, axis=0)
         scores = similarity_of(flat[:, None], keys, self.similarity)
-        if slots.shape[1] != self.top_k:  # the best of more candidates
+        if slots.shape[1] != self.top_k:  # more candidates, to pick by score
             scores = ops.where(search_scores > -np.inf, scores, -np.inf)
             search_scores, best = ops.top_k(scores, self.top_k)
             scores = ops.take_along_axis(scores, best, axis=1)
@@ -353,7 +354,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
 
     @contextlib.contextmanager
     def _current(self):
-        """In a graph of another version of the memory, an error."""
+        """Raises an error in a graph traced for other entries."""
         if self._index is None:
             yield
             return
@@ -362,8 +363,8 @@ class ScannIndex(Arguments, keras.layers.Layer):
         check = tf.debugging.assert_equal(
             self.memory_version.value,
             self._version,
-            "The entries were changed after this function was traced, which "
-            "would go on finding those before: trace it anew, a model's by "
+            "The entries were changed after this function was traced, so the "
+            "function still finds the old ones. Trace it again, for a model by "
             "`model.make_predict_function(force=True)`",
         )
         with tf.control_dependencies([check] if check is not None else []):
@@ -407,7 +408,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
 
 
 def _outside_of_graphs():
-    """Where values can be read while a function is traced."""
+    """A context in which values can be read while a function is traced."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf
@@ -416,7 +417,7 @@ def _outside_of_graphs():
 
 
 class _Watched(keras.Variable):
-    """A weight that tells of each new value."""
+    """A weight that calls a function after each assignment."""
 
     def __init__(self, changed, *arguments, **options):
         self._changed = changed
@@ -429,8 +430,8 @@ class _Watched(keras.Variable):
 
 
 class _Index:
-    """ScaNN's ops over (M, D) keys, and the tensors that make their index
-    anew in another process."""
+    """ScaNN's ops over (M, D) keys, and the tensors from which another process
+    restores the index."""
 
     def __init__(self, keys, similarity, top_k, target_recall):
         from scann.scann_ops.py import scann_ops
@@ -448,7 +449,7 @@ class _Index:
             scann = configured(builder, leaves, is_hashed)
             scann = scann.build(shared_name=name)
             scann.name = name
-            # TensorFlow would keep it until the process ends.
+            # TensorFlow would keep the resource until the process ends.
             destroy = functools.partial(_destroy, scann.searcher_handle)
             weakref.finalize(scann, destroy, os.getpid()).atexit = False
             return _GraphSearcher(scann, is_hashed, self._negative)
@@ -459,7 +460,7 @@ class _Index:
             best = best_tree(
                 make,
                 vectors,
-                "l2" if self._negative else "dot",  # of unit vectors
+                "l2" if self._negative else "dot",  # unit vectors, if cosine
                 queries,
                 top_k,
                 target_recall,
@@ -479,14 +480,14 @@ class _Index:
         return unit(vectors) if self._similarity == "cosine" else vectors
 
     def search(self, queries, top_k):
-        """As `Searcher`, of tensors."""
+        """As `Searcher.search`, for tensors."""
         import tensorflow as tf
         from scann.scann_ops.py import scann_ops
 
         part, scann = self.tensors, self._scann
         if tf.executing_eagerly():
             return self._found_by(scann, queries, top_k)
-        # Finds the one of this name; makes it in another process.
+        # Finds the resource of this name; another process creates it.
         handle = scann_ops.tensors_to_scann(
             part.dataset,
             part.scann_config,
@@ -508,14 +509,14 @@ class _Index:
 
 
 def _destroy(handle, process):
-    if os.getpid() != process:  # a fork would wait for TensorFlow's threads
+    if os.getpid() != process:  # a fork would hang: no TensorFlow threads
         return
     import tensorflow as tf
     from tensorflow.python.eager import context
 
     with tf.init_scope():
         tf.raw_ops.DestroyResourceOp(resource=handle)
-    context.context().clear_kernel_cache()  # which holds a part of it
+    context.context().clear_kernel_cache()  # also holds a reference
 
 
 class _GraphSearcher:
@@ -525,12 +526,12 @@ class _GraphSearcher:
         self.scann, self.is_hashed, self._negative = scann, is_hashed, negative
 
     def search(self, queries, top_k, leaves_to_search=None):
-        """As of `Searcher`."""
+        """As `Searcher.search`."""
         top_k, reordered = candidates(top_k, self.is_hashed)
         slots, distances = self.scann.search_batched_parallel(
             queries, top_k, reordered, leaves_to_search
         )
-        # Its shape is not known in a graph, and for no queries it is (0, 0).
+        # Shapes are unknown in a graph, and (0, 0) without queries.
         shape = (ops.shape(queries)[0], top_k)
         slots, distances = (
             ops.reshape(part, shape) for part in (slots, distances)

@@ -21,8 +21,11 @@ from keras_memory.retrieval.tuning import threads
 
 
 class Builder:
-    """Does work beside what asks for it, one at a time, until the program ends,
-    which then waits for no more than what has begun."""
+    """Runs jobs one at a time in background threads.
+
+    At exit only the running job is awaited; jobs that have not begun are
+    dropped.
+    """
 
     def __init__(self):
         self._turn = threading.Lock()
@@ -33,7 +36,7 @@ class Builder:
         return not self._is_closed and threading.main_thread().is_alive()
 
     def submit(self, work, *arguments):
-        """Calls a function, once it is its turn; returns a future."""
+        """Calls a function when all earlier jobs are done; returns a future."""
         done = futures.Future()
         threading.Thread(
             target=self._do, args=(done, work, arguments), name="KNNMemory"
@@ -49,34 +52,38 @@ class Builder:
                 done.set_result(None)
 
     def close(self):
-        """Begins no more work."""
+        """Drops all jobs that have not begun."""
         self._is_closed = True
 
     def after_fork(self):
-        """Forgets, in a new process, what the one before goes on with."""
+        """Replaces the lock in a fork, where the running job does not exist."""
         self._turn = threading.Lock()
 
 
 class ScannRow:
-    """The index of one row of a memory, which follows what is written there.
+    """The index of one row of a memory, updated by each write.
 
-    Up to `FLAT` entries all are compared. Beyond, a tree is built beside the
-    searches, of two sizes, each with as many of its leaves searched as find
-    `target_recall` of what a sample of the latest queries should find; the one
-    that compares fewer entries takes over, unless comparing all is as good. It
-    follows what is written. As keys and queries may drift apart, which an
-    encoder's do that is being trained, it is tried again and again (`TRIED`)
-    how many leaves must be searched, and so it is when there are twice as many
-    queries to try it with, or more neighbours are asked for; it is built anew
-    when these are `WORN` times as many as at first, or `REBUILT` of its entries
-    have been written.
+    Up to `FLAT` entries, searches compare all. For more entries, trees of two
+    sizes are built in the background. Each is tuned: it searches the fewest
+    leaves that reach `target_recall` on a sample of the latest queries. The
+    tree with fewer comparisons is used, unless comparing all entries is as
+    good.
+
+    Keys and queries may drift apart, for example while an encoder is trained.
+    So the number of leaves is retuned after a share `TRIED` of the entries was
+    written, when twice as many queries are available, and when a search asks
+    for more neighbors. The tree is rebuilt when a query is compared with `WORN`
+    times as many vectors as at first, or when a share `REBUILT` of its entries
+    was written.
 
     Args:
-        keys: (N, D) float32, finite, of all slots; whoever writes to it tells.
+        keys: (N, D) float32, finite, keys of all slots; the owner writes to the
+            array and then calls `write`.
         similarity: `"dot"`, `"cosine"` or `"l2"`.
         target_recall: float in (0, 1).
-        lock: held by whoever calls a method; the builder takes it to swap.
-        builder: `Builder` of trees, or None: who writes waits for them.
+        lock: held by the caller of each method but `wait`; the builder takes it
+            to swap trees.
+        builder: `Builder` of trees; None to build them in `write` and `search`.
     """
 
     def __init__(self, keys, similarity, target_recall, lock, builder):
@@ -90,27 +97,27 @@ class ScannRow:
     def clear(self):
         """Forgets all entries."""
         self.size = 0
-        self.leaves = None  # of the tree, and how many of them are searched
+        self.leaves = None  # of the tree; None without a tree
         self.leaves_to_search = None
-        self.building = None  # a future, while a tree is built
-        self._epoch += 1
+        self.building = None  # a future, while a tree is built or tuned
+        self._epoch += 1  # a job of an earlier epoch is canceled
         self._searcher = None
-        self._built_of = 0  # entries
-        self._since_built = self._since_tried = 0  # entries that were written
-        self._flat_for = 0  # likewise, until a flat searcher is made anew
-        self._compared = 0  # entries for a query, of the tree when it was new
-        self._is_worn = False  # so much that it is to be built anew
-        self._is_busy = False  # building or trying
-        self._changed = None  # slots written since a tree began to be built
-        self._latest = None  # queries, `SAMPLE` at most
-        self._top_k = 0  # neighbours that were asked for since it was tried
+        self._built_of = 0  # entries when the last build began
+        self._since_built = self._since_tried = 0  # entries written since then
+        self._flat_for = 0  # writes until a flat searcher is rebuilt
+        self._compared = 0  # vectors compared per query, when the tree was new
+        self._is_worn = False  # the tree must be rebuilt
+        self._is_busy = False  # building or tuning
+        self._changed = None  # slots written since the running build began
+        self._latest = None  # the latest queries, at most `SAMPLE`
+        self._top_k = 0  # the largest `top_k` since the last tuning
         self._tuned_with, self._tuned_for = (
             0,
             tuning.USUAL,
-        )  # queries, neighbours
+        )  # number of queries, `top_k`
 
     def after_fork(self):
-        """Forgets, in a new process, what only the one before goes on with."""
+        """Forgets, in a fork, the build that runs in the parent process."""
         if self._changed is not None:
             self._is_worn = True
         self._epoch += 1
@@ -121,19 +128,19 @@ class ScannRow:
         return np.take(self._keys, slots, axis=0)
 
     def write(self, slots):
-        """Follows what was written.
+        """Updates the index after keys were written.
 
         Args:
-            slots: (n,) different ints, n at least 1; once all are written,
-                none is left out between 0 and the largest ever.
+            slots: (n,) different ints, n at least 1; slots from 0 to the
+                largest so far must all have been written.
         """
-        slots = np.sort(slots)  # ScaNN numbers new ones as they come
+        slots = np.sort(slots)  # ScaNN numbers new vectors in order
         before, self.size = self.size, max(self.size, int(slots.max()) + 1)
         failed = None
         try:
             if self._searcher is not None:
                 self._searcher.upsert(slots, before, self._vectors(slots))
-        except Exception as error:  # it may be half written
+        except Exception as error:  # the index may be half updated
             self._compare_all()
             self._is_worn, failed = True, error
         if self._changed is not None:
@@ -143,14 +150,14 @@ class ScannRow:
         self._since_tried += len(slots)
         self._follow()
         if failed is not None:
-            _warn("followed what was written", failed)
+            _warn("updated its index", failed)
 
     def _compare_all(self):
-        """From the next search on, until there is another tree."""
+        """Drops the tree: searches compare all entries until the next tree."""
         self._searcher = self.leaves = self.leaves_to_search = None
 
     def wait(self):
-        """Waits for a tree that is being built; without the lock."""
+        """Waits for the running build. The caller must not hold the lock."""
         building = self.building
         if building is not None:
             building.result()
@@ -161,11 +168,11 @@ class ScannRow:
         Args:
             queries: (Q, D) float32, finite, Q at least 1.
             top_k: int, from 1 to `size`.
-            is_counted: bool, whether trees are to be tried with them.
+            is_counted: bool, whether trees may be tuned with these queries.
 
         Returns:
-            (Q, top_k) slots, and float32 scores, the larger the nearer, -inf
-            where nothing was found.
+            (Q, top_k) slots, and float32 scores, larger is nearer, -inf where
+            nothing was found.
         """
         if is_counted:
             self._note(queries, top_k)
@@ -180,13 +187,13 @@ class ScannRow:
         self._follow()
         if searcher.is_hashed:
             slots, scores = self._best(searcher, queries, slots, scores, top_k)
-        if self._similarity == "cosine":  # rounding may lead beyond 1
+        if self._similarity == "cosine":  # clips rounding errors
             scores = np.where(scores > -np.inf, np.clip(scores, -1, 1), scores)
         return slots, scores
 
     def _best(self, searcher, queries, slots, scores, top_k):
-        """The best of what was found, by the vectors themselves: scores of
-        compressed ones are rough."""
+        """Picks the best candidates by exact scores: those of compressed
+        vectors are rough."""
         vectors = searcher.prepared(self._vectors(slots.ravel()))
         vectors = vectors.reshape(*slots.shape, -1)
         exact = np.einsum("qkd,qd->qk", vectors, searcher.prepared(queries))
@@ -198,7 +205,7 @@ class ScannRow:
         )
 
     def _note(self, queries, top_k):
-        """Keeps what trees are to be tried with."""
+        """Keeps a sample of the queries, and `top_k`, to tune trees with."""
         number = min(len(queries), tuning.SAMPLE)
         sample = queries[np.arange(number) * len(queries) // number]
         if self._latest is not None:
@@ -207,8 +214,7 @@ class ScannRow:
         self._top_k = max(self._top_k, top_k)
 
     def _search_leaves(self, queries, top_k):
-        """What the searcher finds; in more leaves than usual for those queries
-        that would find too few."""
+        """Searches; queries that find too few entries search more leaves."""
         leaves = self.leaves_to_search
         if leaves is not None and top_k > self._tuned_for:
             leaves = min(self.leaves, -(-leaves * top_k // self._tuned_for))
@@ -225,14 +231,14 @@ class ScannRow:
         return slots, scores
 
     def _is_stale(self):
-        """Whether a flat searcher's origin may be far from most keys now."""
+        """Whether the keys may have moved far from a flat searcher's origin."""
         is_flat = self._searcher is not None and self.leaves is None
         return is_flat and self._similarity == "l2" and self._flat_for <= 0
 
     # The builder's side.
 
     def _follow(self):
-        """Begins to build or to try a tree, where that is due."""
+        """Starts to build or tune a tree if that is due."""
         if self.size <= tuning.FLAT or self._is_busy:
             return
         if (
@@ -273,7 +279,7 @@ class ScannRow:
         try:
             if self._is_wanted(epoch):
                 work(epoch, *arguments)
-        except Exception as error:  # the index before serves on
+        except Exception as error:  # the previous index stays in use
             _warn("built a tree", error)
         finally:
             with self._lock:
@@ -285,7 +291,7 @@ class ScannRow:
         return is_open and self._epoch == epoch
 
     def _build(self, epoch, size, queries, top_k):
-        # What is written meanwhile may be copied in parts: it is in `_changed`.
+        # A write during the copy may tear a key; its slot is in `_changed`.
         vectors = self._vectors(np.arange(size))
         tuned_with = 0 if queries is None else len(queries)
         if tuned_with < tuning.FEW:  # keys are easier to find than queries
@@ -296,7 +302,7 @@ class ScannRow:
             tuned_with = 0
         best = self._best_tree(vectors, queries, min(top_k, size), epoch)
         with self._lock:
-            if not self._is_wanted(epoch):  # it was cleared
+            if not self._is_wanted(epoch):  # cleared meanwhile
                 return
             if best is None:
                 if self.leaves is not None:
@@ -321,7 +327,7 @@ class ScannRow:
         near = functools.partial(closeness, queries, vectors, self._similarity)
 
         def search(leaves_to_search):
-            with self._lock:  # or it would be written to meanwhile
+            with self._lock:  # no writes during a search
                 return searcher.search(queries, top_k, leaves_to_search)
 
         fewest = fewest_leaves(search, leaves, near, right, self._target)
@@ -335,7 +341,7 @@ class ScannRow:
 
     def _best_tree(self, vectors, queries, top_k, epoch):
         make = functools.partial(Searcher, vectors, self._similarity)
-        # ScaNN cannot write to compressed vectors of the other distance.
+        # ScaNN cannot update compressed vectors of the squared distance.
         is_hashed = len(vectors) > tuning.HASHED and self._similarity != "l2"
         return best_tree(
             make,
@@ -350,8 +356,10 @@ class ScannRow:
 
 
 class Searcher:
-    """ScaNN over (M, D) vectors: flat, or a tree with so many leaves, of
-    vectors as they are or compressed."""
+    """A ScaNN searcher over (M, D) vectors.
+
+    Flat, or a tree with `leaves` leaves; vectors compressed if `is_hashed`.
+    """
 
     def __init__(self, vectors, similarity, leaves=None, is_hashed=False):
         from scann.scann_ops.py import scann_ops_pybind
@@ -368,17 +376,17 @@ class Searcher:
         self._scann.set_num_threads(threads())
 
     def prepared(self, vectors):
-        """What ScaNN compares of (n, D) keys or queries."""
+        """(n, D) keys or queries as ScaNN compares them."""
         if self._similarity == "cosine":
             return unit(vectors, np)
         if self._similarity == "l2":
-            # Far from zero ScaNN's distances would be rounding.
+            # Far from zero, ScaNN's distances would be mere rounding errors.
             return vectors - self._center
         return vectors
 
     def search(self, queries, top_k, leaves_to_search=None):
-        """(Q, K) slots, and scores, the larger the nearer, -inf where nothing
-        was found; of compressed vectors 2 K, and rough scores."""
+        """(Q, K) slots, and scores, larger is nearer, -inf where nothing was
+        found. Compressed vectors: (Q, 2 K), and scores are rough."""
         queries = self.prepared(queries)
         top_k, reordered = candidates(top_k, self.is_hashed)
         batch = min(256, max(16, len(queries) // (4 * threads())))
@@ -387,20 +395,20 @@ class Searcher:
         )
         if self._similarity == "l2":
             distances = -distances
-        # Where there are fewer, ScaNN answers with NaN.
+        # ScaNN returns NaN where it finds fewer than `top_k`.
         return slots, np.where(np.isnan(distances), -np.inf, distances)
 
     def upsert(self, slots, size, vectors):
-        """Writes (n, D) vectors to (n,) ascending slots. Those below `size` are
-        there, the others are new and leave no gap."""
+        """Writes (n, D) vectors to (n,) ascending slots. Slots below `size`
+        exist; the others are new and consecutive."""
         places = [int(slot) if slot < size else None for slot in slots]
         self._scann.upsert(places, self.prepared(vectors), len(places))
 
 
 def _warn(what, error):
     warnings.warn(
-        f"ScaNN should have {what}; searches go on with exact scores of all "
-        f"entries, or with the tree before. Received: {error!r}",
+        f"ScaNN should have {what}; searches compare all entries, or use the "
+        f"previous tree. Received: {error!r}",
         RuntimeWarning,
         stacklevel=2,
     )

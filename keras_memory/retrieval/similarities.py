@@ -1,4 +1,4 @@
-"""How near vectors are: cosines, inner products, squared distances.
+"""Similarities of vectors: cosines, inner products, squared distances.
 
 Axes: B inputs, Q queries, M keys, D width of both.
 """
@@ -6,25 +6,27 @@ Axes: B inputs, Q queries, M keys, D width of both.
 import numpy as np
 from keras import ops
 
-LARGEST = 1e15  # of a component: products of two must be finite in float32
-SAMPLE = 63  # keys amid which distances are measured from
+LARGEST = 1e15  # bound of components, so that products are finite in float32
+SAMPLE = 63  # keys whose median is the origin of distances
 
 SIMILARITIES = ("dot", "cosine", "l2")
 
 
 def is_sound(vectors):
-    """True where all components are numbers that can be computed with."""
+    """(...) bool, True if all components are finite and within +-`LARGEST`."""
     vectors = ops.cast(vectors, "float32")
     return ops.all(ops.abs(vectors) <= LARGEST, axis=-1)
 
 
 def unit(vectors, xp=ops):
-    """Vectors of length 1, or 0 where they are, however small or large they
-    are; (..., D). `xp` may be NumPy, for arrays of its own."""
+    """Normalizes (..., D) vectors of any scale to length 1; zeros stay zeros.
+
+    `xp` is NumPy for NumPy arrays.
+    """
     largest = xp.max(xp.abs(vectors), axis=-1, keepdims=True, initial=0)
-    if xp is ops:  # the scale does not matter, nor what it changes with
+    if xp is ops:  # the result does not depend on the scale
         largest = ops.stop_gradient(largest)
-    # Smaller numbers have few bits, or none where a device takes them for 0.
+    # Subnormal numbers have few bits, and some devices flush them to 0.
     is_zero = largest < np.finfo("float32").tiny
     vectors = vectors / xp.where(is_zero, 1, largest)
     squares = xp.sum(vectors * vectors, axis=-1, keepdims=True)
@@ -34,7 +36,7 @@ def unit(vectors, xp=ops):
 
 
 def similarity_of(queries, keys, similarity):
-    """Similarities of vectors, (..., D) and (..., D): (...,) float32."""
+    """Similarities of (..., D) and (..., D) vectors: (...,) float32."""
     queries, keys = (
         ops.cast(vectors, "float32") for vectors in (queries, keys)
     )
@@ -43,40 +45,43 @@ def similarity_of(queries, keys, similarity):
     if similarity == "dot":
         return ops.sum(queries * keys, axis=-1)
     cosines = ops.sum(unit(queries) * unit(keys), axis=-1)
-    # Rounding may lead beyond 1. Gradients are the cosine's all the same.
+    # Clips rounding errors beyond 1; the gradient remains the cosine's.
     return cosines + ops.stop_gradient(ops.clip(cosines, -1, 1) - cosines)
 
 
 def places_of_sample(size, xp=np):
-    """(SAMPLE,) int32 from 0 to size - 1, where to look for the `middle`; of
-    (B, 1) sizes, (B, SAMPLE), with `keras.ops`."""
+    """(SAMPLE,) int32 from 0 to size - 1: evenly spaced indices of the keys for
+    `middle`. With `keras.ops` also (B, 1) sizes: (B, SAMPLE)."""
     steps, last = xp.arange(SAMPLE, dtype="int32"), SAMPLE - 1
-    # Their product with the size may be too large for an int32.
+    # `steps * size` could overflow int32.
     return (size - 1) // last * steps + (size - 1) % last * steps // last
 
 
 def middle(vectors, xp=ops):
-    """A point amid most of (..., SAMPLE, D) vectors, however far some are: the
-    medians of the components; (..., 1, D)."""
+    """The componentwise median of (..., SAMPLE, D) vectors: (..., 1, D).
+
+    Unlike the mean it stays close to most vectors if a few are far away.
+    """
     half = SAMPLE // 2
     return xp.sort(vectors, axis=-2)[..., half : half + 1, :]
 
 
 def about_middle(queries, keys, sample, largest=None):
-    """Moves queries and keys to the keys' middle, and gives each key a bias.
+    """Centers queries and keys on the keys' median, and gives each key a bias.
 
-    `queries @ keys.T + bias` is then -|q - k|^2 / 2 plus a number for each
-    query. Far from zero the difference of such products would be rounding.
+    `queries @ keys.T + bias` is then -|q - k|^2 / 2 plus a constant for each
+    query. Without centering, differences of large products would be mere
+    rounding.
 
     Args:
         queries: (..., Q, D).
         keys: (..., M, D).
-        sample: (..., SAMPLE, D), some of the keys, whose middle it is.
-        largest: float, of components behind the move; None if vectors are
-            sound.
+        sample: (..., SAMPLE, D), the keys whose median is the center.
+        largest: float, bound to which centered components are clipped; None
+            if all are within `LARGEST` already.
 
     Returns:
-        Queries and keys, moved, and the bias (..., M).
+        Centered queries and keys, and the bias (..., M).
     """
     center = ops.stop_gradient(middle(sample))
     queries, keys = queries - center, keys - center

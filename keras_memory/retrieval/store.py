@@ -1,4 +1,4 @@
-"""The entries of a memory on a disk, in one SQLite file.
+"""The entries of a memory on disk, in one SQLite file.
 
 A store is a folder with the files `memory.sqlite` and `lock`; its only writer
 holds `lock` locked. While the store is open, and after a kill, SQLite keeps its
@@ -55,18 +55,20 @@ Meta = collections.namedtuple("Meta", "config first last")
 class Store:
     """The operations in a folder, for one writer and any number of readers.
 
-    One thread at a time may use a store, and none may fork a process meanwhile.
+    Only one thread at a time may use a store, and no thread may fork the
+    process meanwhile.
 
     Args:
         folder: path of the store.
-        mode: "r" to read, without a lock; "a" to write, which makes a store
-            where there is none, and holds the lock until `close`.
-        config: dict for JSON, of a store that is made or replaced.
-        operations: iterable of `Operation`s that replace all; None for none.
+        mode: "r" to read, without a lock; "a" to write, which creates a store
+            if absent, and holds the lock until `close`.
+        config: dict for JSON, of a store that is created or replaced.
+        operations: iterable of `Operation`s that replace all stored ones; None
+            keeps the stored ones.
 
     Raises:
-        ValueError: another writer, or a file that is damaged, or of another
-            format or program. It stays as it is.
+        ValueError: another writer holds the lock, or the file is damaged, or of
+            another format or program. The file stays unchanged.
         OSError: the folder cannot be read or written.
     """
 
@@ -125,7 +127,7 @@ class Store:
         self._check_owner()
         if self._mode != "a":
             raise ValueError(
-                f"A store must be open to write. Received: {self.path}"
+                f"The store must be open for writing. Received: {self.path}"
             )
         config = json.dumps(self.config) if replace else None
         with _explained("write", self.path), contextlib.ExitStack() as undo:
@@ -138,7 +140,7 @@ class Store:
             self._connection.execute("BEGIN IMMEDIATE")
             current = _read_meta(self._connection), os.stat(self.path).st_ino
             if current != (self._meta, self._inode):
-                raise OSError("another store is there; open this one anew")
+                raise OSError("the store was replaced; open it again")
             meta = _write(self._connection, self._meta, operations, config)
             self._connection.execute("COMMIT")
             self._meta = meta
@@ -191,7 +193,7 @@ class Store:
     def _check_owner(self):
         if self.owner != os.getpid():
             raise ValueError(
-                f"A fork must open its store. Received: {self.path}"
+                f"A fork must open the store itself. Received: {self.path}"
             )
 
 
@@ -285,7 +287,7 @@ def _pragma(connection, text):
 
 @contextlib.contextmanager
 def _explained(verb, path):
-    kept = "It is as it was. SQLite needs room, locks and shared memory there."
+    kept = "It is unchanged. SQLite needs space, locks and shared memory there."
     also = (sqlite3.OperationalError,)
     try:
         with files.explain_os_errors(path, kept, also, verb):

@@ -1,4 +1,4 @@
-"""ScaNN: whether it can be had, and how its trees are built and tuned."""
+"""ScaNN: guarded import, and how its trees are built and tuned."""
 
 import functools
 import importlib
@@ -7,62 +7,63 @@ import os
 
 import numpy as np
 
-FLAT = 16384  # entries up to which all are compared
-HASHED = 500_000  # entries beyond which compressed ones are compared
-REBUILT = 0.5  # share of entries that are written until a tree is built anew
-TRIED = 0.005, 0.05  # likewise, until it is tried again how much of it must be
-# searched: a new tree soon, later seldom
-WORN = 2.0  # times as much as at first must be searched of a tree to rebuild it
-WORTH = 0.25  # share of entries, compared by a tree, from which all are
-SAMPLE = 256  # queries that a tree is tried with
-FEW = 64  # queries from which on it is; with fewer, keys are taken besides
+FLAT = 16384  # no tree is built for at most this many entries
+HASHED = 500_000  # vectors are compressed for more entries than this
+REBUILT = 0.5  # rebuild a tree when this share of its entries was written
+# Retune a tree when this share of its entries was written: the first number
+# for a new tree, the second for an old one.
+TRIED = 0.005, 0.05
+WORN = 2.0  # rebuild a tree that must search this many times as much as new
+WORTH = 0.25  # a tree must compare less than this share of the entries
+SAMPLE = 256  # queries to tune a tree with
+FEW = 64  # with fewer queries than this, keys are added as queries
 DISTANCES = {
     "dot": "dot_product",
     "cosine": "dot_product",
     "l2": "squared_l2",
 }
-BLOCK = 1 << 20  # numbers of keys that are looked at closely at a time
-ROUNDING = 1e-9  # of a sum in float64, and more
-USUAL = 32  # neighbours, until it is known how many are asked for
-MARGIN = 0.2  # of what a tree may miss, that it is to find all the same
+BLOCK = 1 << 20  # components of keys in memory at a time, in `closeness`
+ROUNDING = 1e-9  # relative tolerance, above the rounding of float64 sums
+USUAL = 32  # assumed `top_k`, until a search gives it
+MARGIN = 0.2  # trees are tuned to miss this share less than they may
 
 
 @functools.cache
 def import_error():
-    """None, or a text that says why ScaNN cannot be had here."""
+    """None if ScaNN can be imported, else the reason why not, as text."""
     try:
         importlib.import_module("scann")
-    except Exception as error:  # on another TensorFlow a NotFoundError, say
+    except Exception as error:  # NotFoundError on another TensorFlow
         text = " ".join(str(error).split())[:200]
         return f"{type(error).__name__}: {text}"
     return None
 
 
 def check_scann(who, instead):
-    """Raises ImportError unless ScaNN can be had.
+    """Raises ImportError unless ScaNN can be imported.
 
     Args:
-        who: str, what asks for it.
-        instead: str, what there is without it.
+        who: str, the class or option that needs ScaNN.
+        instead: str, the alternative without ScaNN.
     """
     reason = import_error()
     if reason is not None:
         raise ImportError(
-            f"{who} needs ScaNN, `pip install scann==1.4.2`, which there is "
-            f"for Linux on x86-64, beside TensorFlow 2.20. {instead}. "
+            f"{who} needs ScaNN (`pip install scann==1.4.2`), which requires "
+            f"Linux on x86-64 and TensorFlow 2.20. {instead}. "
             f"Received, from `import scann`: {reason}"
         )
 
 
 def threads():
-    """How many threads this process may use at a time."""
+    """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def configured(builder, leaves, is_hashed):
-    """A builder of ScaNN's, told what to build."""
+    """Configures a ScaNN builder: flat or a tree, compressed or not."""
     if leaves is not None:
         builder = builder.tree(
             leaves, 1, training_sample_size=100 * leaves, training_iterations=6
@@ -73,9 +74,11 @@ def configured(builder, leaves, is_hashed):
 
 
 def candidates(top_k, is_hashed):
-    """How many to take from ScaNN, and how many it looks at closely. Scores of
-    compressed vectors are rough: the best of twice as many are to be found by
-    the vectors themselves."""
+    """The number of neighbors to ask ScaNN for, and the number it reorders.
+
+    Scores of compressed vectors are rough, so twice as many neighbors are
+    requested; the caller picks the best by exact scores.
+    """
     return (2 * top_k, 5 * top_k + 50) if is_hashed else (top_k, -1)
 
 
@@ -89,22 +92,22 @@ def best_tree(
     is_hashed,
     is_wanted=lambda: True,
 ):
-    """The tree that finds enough and compares least.
+    """Builds the tree that reaches the target recall with fewest comparisons.
 
     Args:
-        make: function of a number of leaves, or None for all entries flat, and
-            whether vectors are compressed, to a searcher.
-        vectors: (M, D), its entries.
-        similarity: str, by which they are near.
-        queries: (Q, D) float32, which it is tried with.
-        top_k: int, K, likewise.
-        target: float in (0, 1), the share of neighbours that should be found.
-        is_hashed: bool, whether to compress vectors, where that finds enough.
-        is_wanted: function that returns False once no tree is.
+        make: function of a number of leaves (None: flat, no tree), and whether
+            vectors are compressed, which returns a searcher.
+        vectors: (M, D), the entries.
+        similarity: str; see `closeness`.
+        queries: (Q, D) float32, to tune the tree with.
+        top_k: int, K, to tune the tree for.
+        target: float in (0, 1), recall to reach.
+        is_hashed: bool, whether to try compressed vectors first.
+        is_wanted: function that returns False to cancel the build.
 
     Returns:
-        Searcher, its leaves, and how many of them to search; or None where
-        comparing all entries is as good.
+        Searcher, its number of leaves, and the number of leaves to search; or
+        None if no tree is worth it, or if the build was canceled.
     """
     size = len(vectors)
     right, _ = make(None, False).search(queries, top_k)
@@ -126,14 +129,16 @@ def best_tree(
 
 
 def fewest_leaves(search, leaves, near, right, target):
-    """How many leaves must be searched; half of them are taken for enough.
+    """The fewest leaves to search for the target recall, at most half of them.
+
+    Half of the leaves are assumed to suffice.
 
     Args:
-        search: function of a number of leaves, to slots and scores.
-        leaves: int, how many the tree has.
-        near: function of (Q, n) slots to how close they are, as `closeness`.
-        right: (Q, K) the neighbours of each query.
-        target: float in (0, 1), the share of them that should be found.
+        search: function of a number of leaves, which returns slots and scores.
+        leaves: int, number of leaves of the tree.
+        near: function of (Q, n) slots, which returns their `closeness`.
+        right: (Q, K) slots of the true neighbors of each query.
+        target: float in (0, 1), recall to reach.
 
     Returns:
         int.
@@ -151,22 +156,21 @@ def fewest_leaves(search, leaves, near, right, target):
 
 
 def compared(size, leaves, leaves_to_search):
-    """With how many vectors a query is compared, the leaves' own among them."""
+    """How many vectors a query is compared with, centers of leaves included."""
     return leaves + leaves_to_search * size / leaves
 
 
 def closeness(queries, keys, similarity, slots):
-    """How close keys are to queries.
+    """How close keys are to queries, in float64.
 
     Args:
         queries: (Q, D).
         keys: (M, D).
-        similarity: `"dot"`, `"cosine"`, but for the queries' lengths, or
-            `"l2"`.
-        slots: (Q, n) ints of keys.
+        similarity: `"dot"`, `"cosine"` (times the query's length), or `"l2"`.
+        slots: (Q, n) ints, indices of keys.
 
     Returns:
-        (Q, n) float64, the larger the nearer.
+        (Q, n) float64, larger is nearer.
     """
     result = np.empty(slots.shape)
     step = max(1, BLOCK // max(1, slots.shape[1] * keys.shape[1]))
@@ -186,12 +190,11 @@ def closeness(queries, keys, similarity, slots):
 
 
 def recall(retrieved, right):
-    """The share of right neighbours, or as near ones, that were found.
+    """The share of neighbors found; entries as near as a neighbor count too.
 
     Args:
-        retrieved: (Q, n) `closeness` of what was found, -inf where nothing
-            was.
-        right: (Q, K) that of what should be.
+        retrieved: (Q, n) `closeness` of the entries found, -inf for none.
+        right: (Q, K) `closeness` of the true neighbors.
 
     Returns:
         float in [0, 1].

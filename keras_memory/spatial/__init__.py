@@ -1,7 +1,7 @@
-"""Where things are: cameras, poses, maps on a sphere, and rooms to look at.
+"""Spatial memory: cameras, poses, maps on a sphere, and synthetic rooms.
 
-`geometry.py`, `rgbd.py` and `rooms.py` stand at the top too, such as
-`keras_memory.geometry`; `tensors.py` and `cameras.py` are below it. The
-egospheric memory is made of `inputs.py`, what it is given, `maps.py`, its state
-and arguments, `fusion.py`, the steps of the paper, and `loop.py`, its time.
+`geometry.py`, `rgbd.py` and `rooms.py` are public, for example as
+`keras_memory.geometry`; `geometry.py` builds on `tensors.py` and `cameras.py`.
+Egospheric Spatial Memory consists of `inputs.py` (checks of inputs), `maps.py`
+(state and arguments), `fusion.py` (steps of the paper) and `loop.py` (time).
 """

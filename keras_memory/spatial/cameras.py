@@ -1,7 +1,7 @@
 """Cameras: the axes of their frames, and the directions of their pixels.
 
-Pure functions. A frame has x to the left, y up and z forward, in metres. Where
-a camera, or a robot, comes in, `convention` names the axes that it has:
+Pure functions. A frame has x to the left, y up and z forward, in meters.
+`convention` names the axes of a given camera or agent (robot):
 
     convention  a camera's x, y, z      an agent's x, y, z
     "esm"       left, up, forward       left, up, forward    (the default)
@@ -9,10 +9,10 @@ a camera, or a robot, comes in, `convention` names the axes that it has:
     "opengl"    right, up, back         right, up, back
     "ros"       right, down, forward    forward, left, up
 
-"opencv" is also that of most drivers and data sets, and "ros" that of ROS: an
-optical frame and a body's. `inverse_intrinsics` is the inverse of the usual
-K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in all of them but "esm", where its
-first two rows have the other sign, so that it gives (x, y, 1).
+Most drivers and data sets use "opencv". "ros" has the optical frame and the
+body frame of ROS. `inverse_intrinsics` is the inverse of the usual K = [[fx, 0,
+cx], [0, fy, cy], [0, 0, 1]]; with "esm" its first two rows have the opposite
+sign, since x and y point left and up.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from keras_memory.spatial.tensors import float_tensors
 from keras_memory.spatial.tensors import matrix_product
 from keras_memory.spatial.tensors import turned
 
-CONVENTIONS = {  # where x, y and z point, of cameras and of agents
+CONVENTIONS = {  # directions of x, y and z, for cameras and for agents
     "esm": (("left", "up", "forward"), ("left", "up", "forward")),
     "opencv": (("right", "down", "forward"), ("right", "down", "forward")),
     "opengl": (("right", "up", "back"), ("right", "up", "back")),
@@ -44,17 +44,17 @@ WAYS = {
     "down": (0, -1, 0),
     "back": (0, 0, -1),
 }
-ROW_TOLERANCE = 1e-3  # of the last row of inverse intrinsics, (0, 0, 1)
+ROW_TOLERANCE = 1e-3  # for the last row of inverse intrinsics, (0, 0, 1)
 
 
 # Conventions.
 
 
 def camera_axes(convention: Array) -> np.ndarray:
-    """The pose from a camera's frame to the same with axes as here.
+    """The pose from a camera's frame to the same frame with axes of "esm".
 
     Args:
-        convention: `"esm"`, `"opencv"`, `"opengl"` or `"ros"`; see above.
+        convention: `"esm"`, `"opencv"`, `"opengl"` or `"ros"`; see the module.
 
     Returns:
         (3, 4) float64 array.
@@ -69,7 +69,7 @@ def camera_axes(convention: Array) -> np.ndarray:
 
 
 def agent_axes(convention: Array) -> np.ndarray:
-    """As `camera_axes`, of an agent's frame."""
+    """As `camera_axes`, for an agent's frame."""
     return _axes(convention, 1)
 
 
@@ -82,7 +82,7 @@ def _axes(convention, whose):
 
 
 def _optical_axes(convention):
-    """(3, 3), from what inverse intrinsics give to a camera's axes."""
+    """(3, 3) from the axes of inverse intrinsics to those of the camera."""
     given = "esm" if convention == "esm" else "opencv"
     return camera_axes(convention)[:, :3].T @ camera_axes(given)[:, :3]
 
@@ -93,22 +93,23 @@ def _optical_axes(convention):
 def inverse_intrinsics(
     focal_lengths: Array, principal_point: Array, convention: str = "esm"
 ) -> np.ndarray:
-    """What maps pixels of a pinhole camera to directions in its frame.
+    """The matrix that maps a pinhole camera's pixels to directions.
 
     Args:
         focal_lengths: (fx, fy) in pixels.
-        principal_point: (cx, cy) in pixels, to the right and down from the
-            center of the pixel in the corner; the image's middle is at
-            ((w - 1) / 2, (h - 1) / 2).
-        convention: str; see above. Of any but `"esm"` it is the inverse of
-            K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].
+        principal_point: (cx, cy) in pixels, right and down from the center of
+            the top left pixel; the center of the image is at ((w - 1) / 2, (h -
+            1) / 2).
+        convention: str; see the module. For all but `"esm"` the result is the
+            inverse of K = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].
 
     Returns:
-        (3, 3) float64 array: times (column, row, 1) it gives (x, y, 1).
+        (3, 3) float64 array, which maps (column, row, 1) to (x, y, 1) in the
+        camera's frame.
 
     Raises:
-        ValueError: a focal length that is not positive, or no two finite
-            numbers.
+        ValueError: a focal length that is not positive, or an argument that is
+            not two finite numbers.
 
     Example:
 
@@ -122,7 +123,7 @@ def inverse_intrinsics(
     cx, cy = _pair("principal_point", principal_point)
     if not (pair > 0).all():
         raise ValueError(
-            "`focal_lengths` must be two positive numbers of pixels. "
+            "`focal_lengths` must be two positive numbers, in pixels. "
             f"Received: focal_lengths={pair.tolist()}"
         )
     return np.array(
@@ -138,14 +139,14 @@ def _pair(name, value):
     pair = check_array(name, value, (2,), dtype="float64", result="numpy")
     if not np.isfinite(pair).all():
         raise ValueError(
-            f"`{name}` must be two finite numbers of pixels. "
+            f"`{name}` must be two finite numbers, in pixels. "
             f"Received: {name}={pair.tolist()}"
         )
     return pair
 
 
 def _sign(convention):
-    """Of the first two entries on the diagonal of inverse intrinsics."""
+    """The sign of the first two diagonal entries of inverse intrinsics."""
     check_one_of("convention", convention, CONVENTIONS)
     return -1 if convention == "esm" else 1
 
@@ -155,11 +156,11 @@ def is_camera(inverse_intrinsics: Array, convention: str = "esm") -> Array:
 
     Args:
         inverse_intrinsics: (..., 3, 3), any value.
-        convention: str; see above.
+        convention: str; see the module.
 
     Returns:
         (...) bool; False for NaN, the signs of another convention, the
-        intrinsics K themselves, and for another last row than (0, 0, 1).
+        intrinsics K themselves, and a last row other than (0, 0, 1).
     """
     (matrix,) = float_tensors(
         inverse_intrinsics=(inverse_intrinsics, (..., 3, 3))
@@ -168,8 +169,8 @@ def is_camera(inverse_intrinsics: Array, convention: str = "esm") -> Array:
     scales, offsets = (
         _sign(convention) * part for part in (scales, matrix[..., :2, 2])
     )
-    # Of the inverse, offsets are minus those of the middle; no focal length is
-    # shorter than a pixel.
+    # An inverse has negative offsets (K's are positive) or scales of at most 1
+    # (no focal length is shorter than a pixel).
     is_inverse = ops.any((scales <= 1.0) | (offsets <= 0.0), axis=-1)
     last = matrix[..., 2, :] - ops.cast([0, 0, 1], ops.dtype(matrix))
     # A comparison with NaN is False.
@@ -182,12 +183,12 @@ def is_camera(inverse_intrinsics: Array, convention: str = "esm") -> Array:
 
 
 def check_camera(name, matrix, convention="esm"):
-    """Raises ValueError for finite matrices that are no inverse intrinsics.
+    """Raises ValueError for finite matrices that are not inverse intrinsics.
 
     Args:
         name: str, of the argument, for the error.
         matrix: (..., 3, 3) NumPy array.
-        convention: str; see above.
+        convention: str; see the module.
     """
 
     def is_right(matrices, convention=convention):
@@ -201,45 +202,45 @@ def check_camera(name, matrix, convention="esm"):
     why = "Its last row must be (0, 0, 1), and its focal lengths positive"
     with contextlib.suppress(np.linalg.LinAlgError):
         if is_right(np.linalg.inv(first), "opencv"):
-            why = "It is K itself: give its inverse, `np.linalg.inv(K)`"
+            why = "It is K itself: pass its inverse, `np.linalg.inv(K)`"
     alike = [
         convention for convention in CONVENTIONS if is_right(first, convention)
     ]
     if alike:
         names = " and ".join(f'"{convention}"' for convention in alike)
-        why = f"It has the signs of {names}: say which convention it is"
+        why = f"It has the signs of {names}: set `convention`"
     raise ValueError(
-        f"`{name}` must be the inverse of a camera's intrinsics, of "
+        f"`{name}` must be the inverse of a camera's intrinsics, for "
         f"`convention={convention!r}`. {why}. Received: {first.tolist()}"
     )
 
 
 def check_depth(name, depth, depth_scale=None):
-    """Raises ValueError for whole numbers of no known unit.
+    """Raises ValueError for integer depth without a scale.
 
     Args:
         name: str, of the argument, for the error.
         depth: array of real numbers.
-        depth_scale: metres in a unit of it, or None for metres.
+        depth_scale: meters per unit of depth, or None for meters.
     """
     if not hasattr(depth, "dtype"):
         depth = np.asarray(depth)
     dtype = str(getattr(depth.dtype, "name", depth.dtype))
     if depth_scale is None and "int" in dtype:
         raise ValueError(
-            f"`{name}` must be in metres, of a float dtype. Cameras give "
-            "integers in other units, mostly millimetres: give "
-            f"`depth_scale=0.001`, the metres in a unit. Received: {dtype}"
+            f"`{name}` must be in meters, of a float dtype. Integers are "
+            "usually in millimeters: set `depth_scale=0.001`, the meters per "
+            f"unit. Received: {dtype}"
         )
 
 
 def check_depth_scale(depth_scale):
-    """A positive number of metres, or None; else ValueError."""
+    """Checks `depth_scale`; returns it as a float, or None."""
     if depth_scale is None:
         return None
     if not is_number(depth_scale) or depth_scale <= 0:
         raise ValueError(
-            "`depth_scale` must be a positive number, the metres in a unit of "
+            "`depth_scale` must be a positive number, the meters per unit of "
             f"depth, or None. Received: depth_scale={depth_scale!r}"
         )
     return float(depth_scale)
@@ -251,22 +252,22 @@ def pixels_to_camera(
     convention: str = "esm",
     depth_scale: float | None = None,
 ) -> Array:
-    """Coordinates of what a pinhole camera sees.
+    """Coordinates of the points that a pinhole camera sees.
 
     Args:
-        depth: (..., h, w) along the optical axis, in metres, or in units of
+        depth: (..., h, w) along the optical axis, in meters, or in units of
             `depth_scale`.
-        inverse_intrinsics: (..., 3, 3), as `inverse_intrinsics` gives it.
-        convention: str, of the camera; see above.
-        depth_scale: metres in a unit of depth, such as 0.001 for millimetres;
-            None (default) for metres, of a float dtype.
+        inverse_intrinsics: (..., 3, 3), as returned by `inverse_intrinsics`.
+        convention: str, of the camera; see the module.
+        depth_scale: meters per unit of depth, such as 0.001 for millimeters;
+            None (default) for meters, of a float dtype.
 
     Returns:
-        (..., h, w, 3) metres in the camera's frame.
+        (..., h, w, 3) meters in the camera's frame.
 
     Raises:
-        ValueError: integer depth without its scale, or a NumPy array of
-            intrinsics that are of another convention or not inverted.
+        ValueError: integer depth without a scale, or a NumPy array of
+            intrinsics that have another convention or are not inverted.
     """
     matrix = inverse_intrinsics
     tensors = float_tensors(

@@ -1,4 +1,4 @@
-"""Maps on a sphere: points become pixels, pixels are fused and smoothed."""
+"""Maps on a sphere: quantizes points to pixels, fuses and smooths them."""
 
 import keras
 import numpy as np
@@ -17,18 +17,18 @@ from keras_memory.spatial.tensors import float_tensors
 
 
 def fuse(means, variances):
-    """The product of Gaussians: what measurements of the same thing tell.
+    """Fuses measurements of the same quantity: the product of Gaussians.
 
     Source: Lenton et al. 2021, for any number of measurements: v = 1 / sum 1 /
     v_k, m = v sum m_k / v_k.
 
     Args:
         means: list of arrays of one shape, any finite value.
-        variances: likewise, not negative; infinity for what was not measured.
+        variances: likewise, not negative; infinity for no measurement.
 
     Returns:
-        Mean and variance, of that shape. What nobody measured has the mean 0
-        and infinite variance.
+        Mean and variance, of that shape; 0 and infinity where there is no
+        measurement.
 
     Example:
 
@@ -42,8 +42,9 @@ def fuse(means, variances):
         not 0 < len(means) == len(variances)
     ):
         raise ValueError(
-            "`means` and `variances` must be two lists of arrays, of one "
-            f"length. Received: means={means!r}, variances={variances!r}"
+            "`means` and `variances` must be two non-empty lists of arrays, of "
+            "the same length. "
+            f"Received: means={means!r}, variances={variances!r}"
         )
     axes = tuple(check_array("means[0]", means[0]).shape)
     tensors = float_tensors(
@@ -68,28 +69,29 @@ def _from_sums(weighted, precision):
 def quantize(mean, variance, valid, height, width, depth_buffer=True):
     """Rounds points to the pixels of the sphere's image.
 
-    A pixel has the points that are within half a pixel of its middle; where
-    there are none, it shows the nearest of those that are within one pixel, so
-    that what moved is not full of holes. Points keep their own coordinates.
+    A point belongs to the pixel whose center is within half a pixel of it. A
+    pixel without points shows the nearest of the points within one pixel, so
+    that motion tears no holes into the map. Points keep their own coordinates.
 
     Source: Lenton et al. 2021: of all points in a pixel the nearest is kept
-    (depth buffer), or they are fused by their variances.
+    (depth buffer), or the points are fused by their variances.
     Departure: the reference leaves holes as they are; its depth buffer mixes
-    channels of points that are nearly as near; its columns are not continuous
-    across the seam; its lower pole is in the upper one's row; and of n points
-    that it fuses the variance is n times that of the product of Gaussians.
+    channels of points of similar depth; its columns are not continuous across
+    the seam; it puts the lower pole into the row of the upper one; and its
+    variance of n fused points is n times that of the product of Gaussians.
 
     Args:
-        mean: (B, n, C) column, row, depth, and further channels, finite, depth
+        mean: (B, n, C) column, row, depth, and further channels; finite, depth
             not negative.
         variance: (B, n, C), positive.
         valid: (B, n) bool, False for points that are left out.
         height, width: ints, H and W.
-        depth_buffer: bool, keep the nearest (default), or fuse.
+        depth_buffer: bool. True (default): keep the nearest point. False: fuse
+            the points.
 
     Returns:
-        Mean and variance, (B, H, W, C), 0 and infinity where no point is, and
-        (B, H, W, 1) bool, True for pixels that have points of their own.
+        Mean and variance, (B, H, W, C), 0 and infinity for pixels that show no
+        point, and (B, H, W, 1) bool, True for pixels that contain points.
         Gradients flow to the points that are kept.
 
     Example:
@@ -110,8 +112,8 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     )
     if sizes.get("C", 3) < 3 or sizes.get("n", 1) < 1:
         raise ValueError(
-            "`mean` must have at least one point, of at least column, row and "
-            f"depth. Received: shape {tuple(mean.shape)}"
+            "`mean` must have at least one point, and the channels column, row "
+            f"and depth. Received: shape {tuple(mean.shape)}"
         )
     valid = check_array(
         "valid", valid, axes[:2], sizes, kind="mask", dtype="bool"
@@ -120,9 +122,9 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     batch, number, channels = ops.shape(mean)
     if height * width * (batch if isinstance(batch, int) else 1) > LONGEST_AXIS:
         raise ValueError(
-            f"`height` x `width` x B must be at most {LONGEST_AXIS}, as pixels "
-            f"have int32 numbers. Received: height={height}, width={width}, "
-            f"B={batch}"
+            f"`height` x `width` x B must be at most {LONGEST_AXIS}, since "
+            f"int32 numbers index the pixels. Received: height={height}, "
+            f"width={width}, B={batch}"
         )
     shape = (batch, height, width)
     pixels = batch * height * width
@@ -130,7 +132,7 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
     first = ops.reshape(ops.tile(first[:, None], (1, number)), (-1,))
 
     def place(columns, rows):
-        """(B n,) the pixel in a line of all; behind it for what is left out."""
+        """(B n,) flat pixel indices; one past the last for invalid points."""
         row = ops.clip(ops.cast(rows, "int32"), 0, height - 1)
         column = ops.cast(columns, "int32") % width
         line = first + ops.reshape(row * width + column, (-1,))
@@ -138,14 +140,14 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
 
     columns, rows = (ops.stop_gradient(mean[..., i]) for i in range(2))
     column, row = ops.floor(columns + 0.5), ops.floor(rows + 0.5)
-    # The pixels around each point: its own, which counts more, and others.
+    # The pixels around each point: its own, which has priority, and neighbors.
     beside = column + ops.sign(columns - column)
     above = row + ops.sign(rows - row)
     own = place(column, row)
     neighbors = [(beside, row), (column, above), (beside, above)]
     line = ops.concatenate([own, *(place(*pixel) for pixel in neighbors)])
-    nearness = 1.0 / (1.0 + ops.stop_gradient(mean[..., 2]))  # above 0, to 1
-    # PyTorch's maxima of segments are those of float32.
+    nearness = 1.0 / (1.0 + ops.stop_gradient(mean[..., 2]))  # in (0, 1]
+    # PyTorch computes segment maxima in float32.
     dtype = keras.backend.result_type(ops.dtype(nearness), "float32")
     nearness = ops.reshape(ops.cast(nearness, dtype), (-1,))
     nearness = ops.concatenate([nearness + 1.0, nearness, nearness, nearness])
@@ -171,7 +173,7 @@ def quantize(mean, variance, valid, height, width, depth_buffer=True):
         fused = _from_sums(sums[:, :channels], sums[:, channels:])
         mean = ops.where(is_own, fused[0], mean)
         variance = ops.where(is_own, fused[1], variance)
-    # Beside the seam, columns go on beyond the first and the last.
+    # At the seam, columns continue beyond the first and the last.
     grid = ops.cast(ops.arange(pixels) % width, ops.dtype(mean))[:, None]
     around = ops.round(ops.stop_gradient(mean[:, :1] - grid) / width)
     mean = ops.concatenate([mean[:, :1] - width * around, mean[:, 1:]], -1)
@@ -187,7 +189,8 @@ def pad_sphere(image, size):
 
     Args:
         image: (B, H, W, C), W even.
-        size: int, from 0 to H, how many pixels to each side; at most W.
+        size: int, pixels to add on each side, from 0 to the smaller one of H
+            and W.
 
     Returns:
         (B, H + 2 size, W + 2 size, C).
@@ -209,19 +212,19 @@ def pad_sphere(image, size):
 
 
 def _check_around(image, size):
-    """Raises ValueError unless `_pad_poles` can take so many pixels."""
+    """Raises ValueError unless `_pad_poles` can add `size` pixels."""
     height, width = image.shape[1:3]
     if width % 2 or size > min(height, width):
         raise ValueError(
             "An image of a sphere must have an even number of columns, and at "
-            f"least as many rows and columns as are added, {size}. Received: "
+            f"least {size} rows and columns, as many as are added. Received: "
             f"shape {tuple(image.shape)}"
         )
 
 
 def _pad_poles(image, size):
     height, width = image.shape[1:3]
-    # Beyond a pole is the other side.
+    # Beyond a pole the image continues half way around the sphere.
     opposite = ops.roll(image, width // 2, axis=2)
     top = ops.flip(opposite[:, :size], axis=1)
     bottom = ops.flip(opposite[:, height - size :], axis=1)
@@ -229,13 +232,20 @@ def _pad_poles(image, size):
 
 
 def smoothing_kernel(size):
-    """(size, size) float64 array of an odd size, 1 / (1 + distance in pixels).
+    """The smoothing weights around a pixel: 1 / (1 + distance in pixels).
 
     Source: Lenton et al. 2021, smoothing.
+
+    Args:
+        size: int, odd.
+
+    Returns:
+        (size, size) float64 array.
     """
     if check_size("size", size) % 2 == 0:
         raise ValueError(
-            f"`size` must be odd, to have a middle. Received: size={size}"
+            "`size` must be odd, so that the kernel has a center. "
+            f"Received: size={size}"
         )
     sizes = ("size", size), ("size", size)
     check_bytes("The kernel", sizes, "float64", on_host=True)
@@ -245,7 +255,7 @@ def smoothing_kernel(size):
 
 
 def smooth(mean, variance, kernel):
-    """The mean around each pixel, by what is near and what is certain.
+    """The mean around each pixel, weighted by proximity and certainty.
 
     Source: Lenton et al. 2021, smoothing: m = sum_j c_j m_j / v_j / sum_j c_j /
     v_j.
@@ -255,8 +265,8 @@ def smooth(mean, variance, kernel):
     Args:
         mean: (B, H, W, C), finite.
         variance: (B, H, W, C), positive.
-        kernel: (k, k) array, not negative, symmetric about both its axes, k
-            odd and at most 2 H + 1. Its dtype does not count.
+        kernel: (k, k) array of any dtype, not negative, symmetric about both
+            its axes, k odd and at most 2 H + 1.
 
     Returns:
         (B, H, W, C) means; variances are not smoothed.
@@ -268,15 +278,15 @@ def smooth(mean, variance, kernel):
     )
     if len(kernel) % 2 == 0:
         raise ValueError(
-            "`kernel` must have an odd number of rows, to have a middle. "
+            "`kernel` must have an odd number of rows, to have a center. "
             f"Received: shape {kernel.shape}"
         )
     _check_around(mean, len(kernel) // 2)
-    if 0 in mean.shape:  # PyTorch has no spectra of nothing
+    if 0 in mean.shape:  # PyTorch has no FFT of empty tensors
         return mean
     precision = 1.0 / at_least(variance, TINY)
     stacked = ops.concatenate([mean * precision, precision], axis=-1)
-    if keras.backend.backend() == "jax":  # has no float64 unless it is told
+    if keras.backend.backend() == "jax":  # lacks float64 by default
         stacked = _convolved(stacked, kernel)
     else:
         stacked = _convolved_by_spectra(stacked, kernel)
@@ -292,14 +302,16 @@ def _convolved(image, kernel):
 
 
 def _convolved_by_spectra(image, kernel):
-    """As `_convolved`, sooner: rows are periodic. In float64, or what is
-    certain would drown in rounding what is not."""
+    """As `_convolved`, but faster, by FFT along the rows, which are periodic.
+
+    In float64: rounding errors of certain pixels would swamp uncertain ones.
+    """
     height, width = image.shape[1:3]
     half = kernel.shape[0] // 2
     rows = np.zeros((half + 1, width))
     for column in range(-half, half + 1):
         rows[:, column % width] += kernel[half:, half + column]
-    spectrum = np.fft.rfft(rows).real  # as it is symmetric
+    spectrum = np.fft.rfft(rows).real  # real, since the kernel is symmetric
     spectrum = ops.convert_to_tensor(spectrum, "float64")
     padded = ops.cast(_pad_poles(image, half), "float64")
     spectra = ops.rfft(ops.transpose(padded, (0, 3, 1, 2)))

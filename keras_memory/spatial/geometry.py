@@ -1,21 +1,22 @@
-"""Where things are: poses, the sphere around an agent, and its image.
+"""Geometry: poses, the sphere around an agent, and its image.
 
 Pure functions without weights or state, for Egospheric Spatial Memory (Lenton
 et al. 2021, arXiv 2102.07764). Axes: B batch, n points or pixels of any shape,
 H rows and W columns of the sphere's image, C channels.
 
-A frame has x to the left, y up and z forward, in metres. A pose is (3, 4), a
-rotation beside a translation, and acts on points: it maps coordinates in one
-frame to those in another. On the sphere a point has an azimuth, 0 forward and
-pi / 2 to the left, a polar angle, 0 up and pi down, both in radians, and a
-radius in metres. In the sphere's image it has a column from 0, behind, over
-W / 2, forward, to W, behind, a row from 0, up, to H, down, both in pixels, and
-the radius as its depth.
+A frame has x to the left, y up and z forward, in meters. A pose is (3, 4), a
+rotation beside a translation, and maps the coordinates of points in one frame
+to those in another. On the sphere a point has an azimuth (0 forward, pi / 2
+left) and a polar angle (0 up, pi down), both in radians, and a radius in
+meters. In the sphere's image a point has a column (0 behind, W / 2 forward, W
+behind again) and a row (0 up, H down), both in pixels, and the radius as its
+depth.
 
-The functions of `cameras.py` are here too, such as `inverse_intrinsics`; that
-file has the table of conventions, the axes of a camera or a robot.
+This module also exports functions of `cameras.py`, such as
+`inverse_intrinsics`; that file has the table of conventions for the axes of a
+camera or a robot.
 
-Arrays of different float dtypes are computed in the widest of them.
+If float dtypes differ, functions compute in the widest one.
 """
 
 import functools
@@ -41,10 +42,10 @@ from keras_memory.spatial.tensors import float_tensors
 from keras_memory.spatial.tensors import matrix_product
 from keras_memory.spatial.tensors import turned
 
-TINY = 1e-30  # of squares: what is shorter is the origin
-SMALL = 1e-6  # squared angles below are those of no turn
-UPRIGHT = 1e-8  # squared angles from the poles below which all are the same
-ROTATION_TOLERANCE = 1e-3  # of what a rotation times its transpose is
+TINY = 1e-30  # squared lengths below count as 0
+SMALL = 1e-6  # squared angles below use a series
+UPRIGHT = 1e-8  # least squared angle from the poles, to bound derivatives
+ROTATION_TOLERANCE = 1e-3  # for R R^T against the identity
 
 
 # Poses.
@@ -54,11 +55,11 @@ def transform(points: Array, pose: Array) -> Array:
     """Coordinates of points in another frame.
 
     Args:
-        points: (B, n, 3) metres.
-        pose: (B, 3, 4), from their frame to the other.
+        points: (B, n, 3) meters.
+        pose: (B, 3, 4), from the frame of the points to the other frame.
 
     Returns:
-        (B, n, 3) metres.
+        (B, n, 3) meters.
     """
     points, pose = float_tensors(
         points=(points, ("B", "n", 3)), pose=(pose, ("B", 3, 4))
@@ -70,11 +71,11 @@ def rotation_matrix(rotation_vector: Array) -> Array:
     """The rotation about an axis, by Rodrigues' formula.
 
     Args:
-        rotation_vector: (..., 3), along the axis, as long as the angle in
-            radians; counter-clockwise as seen from its tip.
+        rotation_vector: (..., 3), along the axis, with the angle in radians as
+            its length; counter-clockwise as seen from its tip.
 
     Returns:
-        (..., 3, 3). Gradients are finite where the angle is 0.
+        (..., 3, 3). Gradients are finite at the angle 0 too.
 
     Example:
 
@@ -103,11 +104,11 @@ def rotation_matrix(rotation_vector: Array) -> Array:
 
 
 def pose_matrix(pose_vector: Array) -> Array:
-    """A pose of a translation and a rotation vector.
+    """The pose with a given translation and rotation vector.
 
     Args:
-        pose_vector: (..., 6), three metres, then three radians as of
-            `rotation_matrix`.
+        pose_vector: (..., 6), translation in meters, then rotation vector in
+            radians, as for `rotation_matrix`.
 
     Returns:
         (..., 3, 4).
@@ -118,7 +119,7 @@ def pose_matrix(pose_vector: Array) -> Array:
 
 
 def compose(second: Array, first: Array) -> Array:
-    """The pose that does what `first` does, then what `second` does.
+    """The pose that applies `first`, then `second`.
 
     Args:
         second, first: (..., 3, 4).
@@ -136,7 +137,7 @@ def compose(second: Array, first: Array) -> Array:
 
 
 def invert(pose: Array) -> Array:
-    """The pose that undoes another, (..., 3, 4)."""
+    """The inverse of a pose, (..., 3, 4)."""
     (pose,) = float_tensors(pose=(pose, (..., 3, 4)))
     back = ops.swapaxes(pose[..., :3], -1, -2)
     return ops.concatenate(
@@ -145,15 +146,15 @@ def invert(pose: Array) -> Array:
 
 
 def motions(poses: Array) -> Array:
-    """How an agent moved from step to step.
+    """The motions of an agent from step to step.
 
     Args:
-        poses: (..., T, 3, 4), from the agent's frame at each step to one that
-            rests.
+        poses: (..., T, 3, 4), from the agent's frame at each step to a fixed
+            frame.
 
     Returns:
-        (..., T, 3, 4), from the frame at the step before to that at each step;
-        at the first it did not move.
+        (..., T, 3, 4), from the agent's frame at the step before to its frame
+        at each step; the identity at the first step.
     """
     (poses,) = float_tensors(poses=(poses, (..., "T", 3, 4)))
     before = ops.concatenate([poses[..., :1, :, :], poses[..., :-1, :, :]], -3)
@@ -167,7 +168,7 @@ def is_pose(pose: Array) -> Array:
         pose: (..., 3, 4), any value.
 
     Returns:
-        (...) bool; False for NaN, scalings and mirrors too.
+        (...) bool; also False for NaN, scalings and reflections.
     """
     (pose,) = float_tensors(pose=(pose, (..., 3, 4)))
     rotation, translation = pose[..., :3], pose[..., 3]
@@ -188,15 +189,15 @@ def is_pose(pose: Array) -> Array:
 
 
 def to_sphere(points: Array) -> Array:
-    """Where points are on the sphere around their frame's origin.
+    """Spherical coordinates of points, around the origin of their frame.
 
     Args:
-        points: (..., 3) metres.
+        points: (..., 3) meters.
 
     Returns:
-        (..., 3): azimuth in (-pi, pi], polar angle in [0, pi], radius. Straight
-        up and down the azimuth is 0, and at the origin all are. Gradients are
-        finite everywhere, and 0 where there are none.
+        (..., 3): azimuth in (-pi, pi], polar angle in [0, pi], radius. The
+        azimuth is 0 straight up and down; all three are 0 at the origin.
+        Gradients are finite everywhere, and 0 where they are undefined.
     """
     (points,) = float_tensors(points=(points, (..., 3)))
     x, y, z = (points[..., i] for i in range(3))
@@ -215,7 +216,7 @@ def to_sphere(points: Array) -> Array:
 
 
 def from_sphere(sphere: Array) -> Array:
-    """Coordinates, in metres, of what `to_sphere` gave: (..., 3)."""
+    """The inverse of `to_sphere`: (..., 3) coordinates in meters."""
     (sphere,) = float_tensors(sphere=(sphere, (..., 3)))
     azimuth, polar, radius = (sphere[..., i] for i in range(3))
     level = radius * ops.sin(polar)
@@ -230,10 +231,10 @@ def from_sphere(sphere: Array) -> Array:
 
 
 def to_pixels(sphere: Array, height: int, width: int) -> Array:
-    """Where points are in the image of the sphere.
+    """Pixel coordinates of points in the image of the sphere.
 
     Args:
-        sphere: (..., 3), as `to_sphere` gives it.
+        sphere: (..., 3), as returned by `to_sphere`.
         height, width: ints, H and W.
 
     Returns:
@@ -248,7 +249,7 @@ def to_pixels(sphere: Array, height: int, width: int) -> Array:
 
 
 def from_pixels(pixels: Array, height: int, width: int) -> Array:
-    """Azimuth, polar angle and radius of what `to_pixels` gave: (..., 3)."""
+    """The inverse of `to_pixels`: (..., 3) azimuth, polar angle and radius."""
     height, width = check_size("height", height), check_size("width", width)
     (pixels,) = float_tensors(pixels=(pixels, (..., 3)))
     column, row, depth = (pixels[..., i] for i in range(3))
@@ -257,7 +258,7 @@ def from_pixels(pixels: Array, height: int, width: int) -> Array:
 
 
 def pixel_grid(height: int, width: int) -> np.ndarray:
-    """(H, W, 2) float32 array: column and row of each pixel's middle."""
+    """(H, W, 2) float32 array: column and row of each pixel's center."""
     height, width = check_size("height", height), check_size("width", width)
     sizes = [("height", height), ("width", width), ("", 4)]  # and as integers
     check_bytes("The grid", sizes, "int64", on_host=True)
@@ -273,20 +274,20 @@ def _grid(height, width):
 def pixel_variance(
     points: Array, covariance: Array, height: int, width: int
 ) -> Array:
-    """How much an uncertain pose of points moves them in the sphere's image.
+    """The variance of points in the sphere's image, due to an uncertain pose.
 
-    To first order: what a small translation, and a small rotation about the
-    origin, of that covariance do.
+    To first order in a small translation, and a small rotation about the
+    origin, with the given covariance.
 
     Args:
-        points: (B, n, 3) metres, after the pose.
-        covariance: (B, 6, 6), of translation in metres and rotation vector in
+        points: (B, n, 3) meters, after the pose.
+        covariance: (B, 6, 6), of translation in meters and rotation vector in
             radians, symmetric and not negative.
         height, width: ints, H and W.
 
     Returns:
         (B, n, 3) variances of columns and rows, in squared pixels, and of
-        depth, in squared metres; 0 at the origin.
+        depth, in squared meters; 0 at the origin.
     """
     height, width = check_size("height", height), check_size("width", width)
     points, covariance = float_tensors(
@@ -296,7 +297,7 @@ def pixel_variance(
     points = ops.where(is_there, points, 1.0)
     x, y, z = (points[..., i] for i in range(3))
     radius_2 = x * x + y * y + z * z
-    # Beside an axis the slopes are without bound.
+    # Near the vertical axis the derivatives would be unbounded.
     level_2 = at_least(x * x + z * z, UPRIGHT * radius_2)
     level, zero = ops.sqrt(level_2), ops.zeros_like(x)
     azimuth = [z / level_2, zero, -x / level_2]
@@ -323,11 +324,11 @@ def pixel_variance(
 
 
 def turn_covariance(covariance: Array, rotation: Array) -> Array:
-    """The covariance of a small motion, in a frame with other axes.
+    """Rotates the covariance of a small motion to a frame with other axes.
 
     Args:
         covariance: (..., 6, 6), of translation and rotation vector.
-        rotation: (3, 3), from the axes that these have to the others.
+        rotation: (3, 3), from the axes of the covariance to the new ones.
 
     Returns:
         (..., 6, 6).

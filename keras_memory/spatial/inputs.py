@@ -1,4 +1,4 @@
-"""What an egospheric memory is given: cameras and motions, checked."""
+"""Checks of the inputs of Egospheric Spatial Memory: cameras and motions."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from keras_memory.checks import plain_tuple
 from keras_memory.spatial.cameras import check_camera
 from keras_memory.spatial.cameras import check_depth
 
-# Axes behind batch and time of what a camera tells, and of the motion.
+# Axes of each field after batch and time.
 CAMERA = {
     "features": ("h", "w", "F"),
     "points": ("h", "w", 3),
@@ -22,22 +22,22 @@ CAMERA = {
     "pose_covariance": (6, 6),
 }
 MOTION = {"motion": (3, 4), "motion_covariance": (6, 6)}
-CONSTANT = "inverse_intrinsics", "pose", "pose_covariance"  # they may be
+CONSTANT = "inverse_intrinsics", "pose", "pose_covariance"  # may lack time
 
 
 class MapInputs:
-    """What layers with a map are given, as checked tensors.
+    """Turns the inputs of a layer with a map into checked tensors.
 
-    A base of layers that have the attributes `feature_channels`, `convention`,
-    `depth_scale` and `map_dtype`.
+    A base class; the layer must have the attributes `feature_channels`,
+    `convention`, `depth_scale` and `map_dtype`.
     """
 
     def _sizes(self):
         return {"F": self.feature_channels, "3 + F": 3 + self.feature_channels}
 
     def _parsed(self, inputs, lead):
-        """Checked tensors: a list of dicts for the cameras, and a dict for the
-        motion. `lead` names their first axes."""
+        """Returns checked tensors: a list of dicts, one for each camera, and a
+        dict for the motion. `lead` names the first axes of all tensors."""
         check_inputs(inputs)
         motion = {key: inputs[key] for key in inputs if key != "cameras"}
         sizes = self._sizes()
@@ -48,7 +48,7 @@ class MapInputs:
             return [self._camera("cameras", cameras, lead, sizes)], motion
         if not cameras:
             raise ValueError(
-                "There must be at least one camera. Received: cameras=[]"
+                "`cameras` must have at least one camera. Received: cameras=[]"
             )
         return [
             self._camera(f"cameras[{number}]", camera, lead, sizes)
@@ -62,7 +62,7 @@ class MapInputs:
                 f"`{path}` must be a dict with some of {tuple(CAMERA)}. "
                 f"Received: {camera!r}"
             )
-        own = dict(sizes)  # each may have images of another size
+        own = dict(sizes)  # image sizes may differ between cameras
         fields = self._fields(path, camera, CAMERA, lead, own)
         sizes.update({axis: own[axis] for axis in lead if axis in own})
         check_has(path, fields, "features")
@@ -73,8 +73,8 @@ class MapInputs:
             )
         if ("depth" in fields) != ("inverse_intrinsics" in fields):
             raise ValueError(
-                f"{path_name(path)} must have `inverse_intrinsics` with "
-                f"`depth`, and only with that. Received: {sorted(fields)}"
+                f"{path_name(path)} must have `inverse_intrinsics` if it has "
+                f"`depth`, and only then. Received: {sorted(fields)}"
             )
         return fields
 
@@ -82,7 +82,7 @@ class MapInputs:
         """The fields that are not None, as tensors."""
         if not set(given) <= set(axes_of):
             raise ValueError(
-                f"{path_name(path)} may have {tuple(axes_of)}. "
+                f"{path_name(path)} must have no keys but {tuple(axes_of)}. "
                 f"Received: {sorted(given)}"
             )
         return {
@@ -98,11 +98,11 @@ class MapInputs:
         }
 
     def _field(self, path, name, value, axes, sizes):
-        """A tensor of what was given under a name, with axes as named."""
+        """Checks one field and returns it as a tensor with the given axes."""
         kind, dtype = "real", self.map_dtype
         if name == "mask":
             kind, dtype = "mask", "bool"
-        # Only what has numbers has a rank, by which some axes are left out.
+        # The rank tells whether optional axes are left out.
         rank = len(check_array(path, value, kind=kind).shape)
         if name == "depth":
             check_depth(path, value, self.depth_scale)
@@ -114,19 +114,20 @@ class MapInputs:
         shape = tuple(tensor.shape)
         if 0 in (n for axis, n in zip(axes, shape) if axis not in ("B", "F")):
             raise ValueError(
-                f"`{path}` must have at least one of each axis but B and F. "
+                f"`{path}` must have no axis of size 0 but B and F. "
                 f"Received: shape {shape}"
             )
         if (3, 4) == axes[-2:] and "bfloat16" in str(
             getattr(value, "dtype", "")
         ):
             raise ValueError(
-                f"`{path}` must be more exact, as no rotation is one in "
-                "bfloat16. (A model of that policy casts its inputs: give the "
-                "one around it another.) Received: dtype bfloat16"
+                f"`{path}` must have a more precise dtype: rounded to bfloat16 "
+                "it is no rotation. (A model with a bfloat16 policy casts its "
+                "inputs: give the outer model another policy.) "
+                "Received: dtype bfloat16"
             )
         if name == "inverse_intrinsics":
-            # Of a tensor only once, as a device would have to be waited for.
+            # Tensors are checked only once: reading values waits for a device.
             known = ops.is_tensor(value) and self.built
             known = None if known else values_of(value)
             if known is not None:
@@ -135,7 +136,7 @@ class MapInputs:
 
 
 def values_of(array):
-    """A NumPy array, or None of a tensor that has no values yet."""
+    """The values as a NumPy array; None for a symbolic tensor."""
     if isinstance(array, keras.KerasTensor):
         return None
     try:
@@ -145,7 +146,7 @@ def values_of(array):
 
 
 def as_mask(mask, batch, times):
-    """(B, T) bools, of what a user or Keras gives."""
+    """Checks a mask from a user or from Keras: (B, T) bool, or None."""
     given = [leaf for leaf in keras.tree.flatten(mask) if leaf is not None]
     if not given:
         return None
@@ -156,7 +157,7 @@ def as_mask(mask, batch, times):
 
 
 def check_inputs(inputs):
-    """Raises ValueError unless there are cameras and a motion."""
+    """Raises ValueError unless inputs have `cameras` and `motion`."""
     is_dict = isinstance(inputs, dict)
     if not is_dict or not {"cameras", "motion"} <= set(inputs):
         raise ValueError(
@@ -166,7 +167,7 @@ def check_inputs(inputs):
 
 
 def check_has(path, given, name):
-    """Raises ValueError unless there is a field of that name."""
+    """Raises ValueError unless `given` has the field `name`."""
     if name not in given:
         raise ValueError(
             f"{path_name(path)} must have `{name}`. Received: {sorted(given)}"
@@ -174,18 +175,18 @@ def check_has(path, given, name):
 
 
 def path_name(path):
-    """How an error names the place `path`, or the inputs as a whole."""
+    """The name of `path` in an error, or of the inputs as a whole."""
     return f"`{path}`" if path else "Inputs"
 
 
 def check_limits(name, limits):
-    """A pair, from something positive to something larger."""
+    """Checks a pair of numbers, 0 < least < most."""
     pair = plain_tuple(limits)
     pair = pair if isinstance(pair, tuple) else ()
     is_right = len(pair) == 2 and all(map(is_number, pair))
     if not is_right or not 0 < pair[0] < pair[1]:
         raise ValueError(
-            f"`{name}` must be two positive numbers, the least and the most. "
+            f"`{name}` must be two positive numbers, the smaller one first. "
             f"Received: {name}={limits!r}"
         )
     return pair

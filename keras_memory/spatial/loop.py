@@ -1,4 +1,4 @@
-"""A map through time: one step for each."""
+"""Loops a step of a map over time."""
 
 import itertools
 import math
@@ -14,22 +14,23 @@ def over_time(step, given, state, all_steps):
     """Runs a step for each time.
 
     Args:
-        step: function of what is given at a time, and the map before, to the
-            map that is shown and the one after.
-        given: structure of tensors (B, T, ...).
-        state: `ESMMap` before the first.
-        all_steps: bool, whether all that is shown is wanted, or the last.
+        step: function of the inputs of one time step and the map before it,
+            which returns the map to output and the map after the step.
+        given: structure of tensors (B, T, ...), the inputs.
+        state: `ESMMap` before the first step.
+        all_steps: bool, whether to return the outputs of all steps, or only of
+            the last.
 
     Returns:
-        `ESMMap` (B, T, ...) of what is shown, T 1 for the last, and the one
-        after it.
+        `ESMMap` (B, T, ...) of outputs, with T = 1 for only the last, and the
+        `ESMMap` after the last step.
     """
     flat = keras.tree.flatten(given)
     if flat[0].shape[1] == 1:
         at_once = keras.tree.map_structure(lambda part: part[:, 0], given)
         shown, state = step(at_once, state)
         return ESMMap(*(part[:, None] for part in shown)), state
-    # Keras's loop takes one tensor, on all backends.
+    # Keras's loop takes a single tensor on all backends, so pack the inputs.
     lead = ops.shape(flat[0])[:2]
     shapes = [ops.shape(part)[2:] for part in flat]
     sizes = [math.prod(shape) for shape in shapes]

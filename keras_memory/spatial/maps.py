@@ -1,4 +1,4 @@
-"""Maps on a sphere: the record, and what layers with one have in common."""
+"""Maps on a sphere: the record `ESMMap`, and the base class of its layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +27,9 @@ from keras_memory.spatial.geometry import pixel_grid
 from keras_memory.spatial.inputs import MapInputs
 from keras_memory.spatial.inputs import check_limits
 
-SEEN = 0.99  # of the prior's variance: what is at least so uncertain is a hole
-HUGE = 1e25  # as infinite: it would overflow in sums and squares
-SPAN = 1e11  # of variances: beyond, smoothing would lose what is uncertain
+SEEN = 0.99  # share of the prior's variance from which on a pixel is a hole
+HUGE = 1e25  # treated as infinite: sums and squares would overflow
+SPAN = 1e11  # largest ratio of variances: beyond, smoothing loses precision
 
 
 class ESMMap(NamedTuple):
@@ -37,12 +37,12 @@ class ESMMap(NamedTuple):
 
     Args:
         mean: (..., H, W, 3 + F). The first two channels are column and row of
-            the point that a pixel shows, in pixels, within one of the pixel's
-            middle; the third its distance, in metres; the others its
-            features.
-        variance: (..., H, W, 3 + F), of each of them: squared pixels, squared
-            metres, squared units of the features. Where nothing was seen it is
-            the prior's.
+            the point that a pixel shows, in pixels, within one pixel of the
+            pixel's center; the third is the point's distance, in meters; the
+            others are its features.
+        variance: (..., H, W, 3 + F), of each channel: squared pixels, squared
+            meters, squared units of the features. Where nothing was seen, it
+            is the prior's.
     """
 
     mean: Any
@@ -50,13 +50,13 @@ class ESMMap(NamedTuple):
 
 
 class MapLayer(Arguments, MapInputs, keras.layers.Layer):
-    """A layer whose state is an `ESMMap`: its arguments, and the prior.
+    """A layer whose state is an `ESMMap`: checks arguments, makes the prior.
 
     Args:
         height, width, feature_channels, depth_limits, variance_limits,
             depth_prior, feature_prior, smooth_kernel_size, depth_buffer,
-            convention, depth_scale: as of `ESMLayer`.
-        **kwargs: of `keras.layers.Layer`.
+            convention, depth_scale: see `ESMLayer`.
+        **kwargs: see `keras.layers.Layer`.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         depth_scale: float | None = None,
         **kwargs: Unpack[KerasArguments],
     ):
-        # Coordinates in half precision would be pixels off.
+        # In half precision, coordinates would be off by pixels.
         super().__init__(autocast=False, **kwargs)
         self.height = check_size("height", height)
         self.width = check_size("width", width)
         if width % 2:
             raise ValueError(
-                "`width` must be even, as beyond a pole the map goes on half "
-                f"way around. Received: width={width}"
+                "`width` must be even, since beyond a pole the map continues "
+                f"half way around. Received: width={width}"
             )
         self.feature_channels = check_size(
             "feature_channels", feature_channels, least=0
@@ -91,9 +91,9 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         least, largest = self.variance_limits
         if 2 * least > min(largest, height) or largest > SPAN * least:
             raise ValueError(
-                "`variance_limits` must have a least of at most half the most "
-                f"and half the height, and a most of at most {SPAN:.0e} times "
-                "the least. Received: "
+                "`variance_limits` must be (least, most), with the least at "
+                "most half the most and half the height, and the most at most "
+                f"{SPAN:.0e} times the least. Received: "
                 f"variance_limits={variance_limits!r}, height={height}"
             )
         self.depth_prior = check_closed("depth_prior", depth_prior, 0, HUGE)
@@ -109,7 +109,8 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
             )
             if smooth_kernel_size % 2 == 0:
                 raise ValueError(
-                    "`smooth_kernel_size` must be odd, to have a middle. "
+                    "`smooth_kernel_size` must be odd, so that the kernel has "
+                    "a center. "
                     f"Received: smooth_kernel_size={smooth_kernel_size}"
                 )
         self.depth_buffer = check_bool("depth_buffer", depth_buffer)
@@ -121,31 +122,31 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         check_bytes("A map", sizes, "float64", on_host=True)
         axes = agent_axes(self.convention)
         back = np.concatenate([axes[:, :3].T, axes[:, 3:]], axis=1)
-        self._back = self._array(back)  # into the agent's axes
+        self._back = self._array(back)  # to the agent's axes
         self._prior = ESMMap(*map(self._array, self._prior_of_pixels()))
 
     @property
     def map_dtype(self) -> str:
-        """Of all that is computed: float64 if that is the layer's, else
-        float32, under any policy."""
+        """Dtype of all computations: float64 if that is the layer's compute
+        dtype, else float32, under any policy."""
         return at_least_float32(self.compute_dtype)
 
     def _array(self, values):
         return np.asarray(values, self.map_dtype)
 
     def _prior_of_pixels(self):
-        """(H, W, 3 + F) mean and variance of what nothing is known of."""
+        """(H, W, 3 + F) mean and variance of unseen pixels."""
         grid = pixel_grid(self.height, self.width)
         rest = [self.depth_prior] + [self.feature_prior] * self.feature_channels
         mean = np.concatenate(
             [grid, np.broadcast_to(rest, (*grid.shape[:2], len(rest)))], -1
         )
-        # Coordinates are as uncertain as the map is high.
+        # The prior variance of column and row is the map's height.
         variance = [self.height] * 2 + [self.variance_limits[1]] * len(rest)
         return mean, np.broadcast_to(variance, mean.shape)
 
     def get_initial_state(self, batch_size: Array) -> ESMMap:
-        """A map of which nothing was seen.
+        """An empty map: the prior in all pixels.
 
         Args:
             batch_size: int or scalar tensor, B.
@@ -174,13 +175,13 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         )
 
     def _is_hole(self, variance):
-        """(..., 1), where what is known is no better than the prior."""
+        """(..., 1) bool, True where a pixel knows no more than the prior."""
         limit = SEEN * self._prior.variance[0, 0]
         limit = ops.convert_to_tensor(self._array(limit))
         return ops.any(variance >= limit, axis=-1, keepdims=True)
 
     def _check_state(self, name, state, batch=None):
-        """A checked `ESMMap` of tensors."""
+        """Checks a state; returns an `ESMMap` of tensors."""
         parts = state if isinstance(state, (tuple, list)) else ()
         if len(parts) != 2:
             raise ValueError(
@@ -198,7 +199,7 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         )
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
-        return None  # a map has no steps, or one for each
+        return None  # a map has no time axis, or a value for each step
 
     def get_config(self) -> Config:
         names = ("height", "width", "feature_channels", "depth_limits")
@@ -210,5 +211,5 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
 
 
 def map_spec(shape, dtype):
-    """`ESMMap` of a shape and a dtype, without values."""
+    """A symbolic `ESMMap` of a shape and a dtype."""
     return ESMMap(*(keras.KerasTensor(shape, dtype) for _ in range(2)))

@@ -1,20 +1,20 @@
-"""Frames of depth and color in a folder, and colored points in a file.
+"""Reads and writes folders of RGB-D frames; writes colored points to a file.
 
 A folder of frames:
 
     camera.json         {"focal_lengths": [fx, fy], "principal_point": [cx, cy]}
-                        in pixels; and "convention": "opencv", say, the axes of
-                        the camera's frame, if they are not those of "esm"
+                        in pixels; optionally "convention", the axes of the
+                        camera's frame, such as "opencv"; "esm" by default
     poses.txt           a line for each frame: the 12 numbers, row by row, of
                         the (3, 4) pose from the camera's frame to the world's,
-                        in metres
-    depth/000000.png    16 bits, millimetres along the optical axis, 0 for
+                        in meters
+    depth/000000.png    16 bits, millimeters along the optical axis, 0 for
                         pixels without a measurement
-    color/000000.png   8 bits, red, green, blue
+    color/000000.png    8 bits, red, green, blue
 
-The camera's axes are those of a convention of `geometry`: x left, y up and z
-forward by default, and x right and y down where `camera.json` says "opencv", as
-most data sets and drivers have them. Those of the world are of no matter.
+The camera's axes are those of a convention of `geometry`: by default x left, y
+up and z forward; with "opencv", as in most data sets and drivers, x right, y
+down and z forward. The axes of the world are arbitrary.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from keras_memory.spatial import cameras
 from keras_memory.spatial import geometry
 
 KINDS = "depth", "color"
-MILLIMETRES = 1000.0  # in a metre
+MILLIMETRES = 1000.0  # per meter
 AXES: dict[str, tuple[str | int, ...]] = {
     "depth": ("T", "h", "w"),
     "color": ("T", "h", "w", 3),
@@ -46,15 +46,15 @@ AXES: dict[str, tuple[str | int, ...]] = {
 
 
 class Frames(NamedTuple):
-    """Frames of a camera of depth and color.
+    """Frames of an RGB-D camera.
 
     Args:
-        depth: (T, h, w) float32, metres along the optical axis; 0 for pixels
+        depth: (T, h, w) float32, meters along the optical axis; 0 for pixels
             without a measurement.
         color: (T, h, w, 3) float32 from 0 to 1.
         poses: (T, 3, 4) float64, from the camera's frame to the world's.
-        inverse_intrinsics: (3, 3) float64, as `geometry.inverse_intrinsics`
-            gives it.
+        inverse_intrinsics: (3, 3) float64, as returned by
+            `geometry.inverse_intrinsics`.
     """
 
     depth: Any
@@ -68,17 +68,17 @@ def read_frames(folder: PathLike, convention: str = "esm") -> Frames:
 
     Args:
         folder: path.
-        convention: str, of `geometry`: the axes of the camera that the poses
-            and intrinsics are to have, whatever they have in the folder.
+        convention: str, of `geometry`: the axes of the camera for the returned
+            poses and intrinsics, whatever the convention of the folder.
 
     Returns:
         `Frames`.
 
     Raises:
         FileNotFoundError: a file of the layout is missing.
-        ValueError: images of different sizes or another kind, another number
-            of poses than of frames, poses that are none, or no two focal
-            lengths and principal point.
+        ValueError: images of different sizes or of a wrong kind, different
+            numbers of poses and frames, invalid poses, or invalid focal
+            lengths or principal point.
     """
     wanted = cameras.camera_axes(convention)[:, :3]
     folder = check_path("folder", folder)
@@ -91,9 +91,9 @@ def read_frames(folder: PathLike, convention: str = "esm") -> Frames:
         given = cameras.camera_axes(camera.get("convention", "esm"))[:, :3]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            "`camera.json` must have `focal_lengths` and `principal_point`, "
-            "two numbers each, the first positive, and may have `convention`, "
-            f"one of {tuple(cameras.CONVENTIONS)}. Received: "
+            "`camera.json` must have two positive `focal_lengths` and two "
+            "numbers as `principal_point`, and may have `convention`, one of "
+            f"{tuple(cameras.CONVENTIONS)}. Received: "
             f"{text[:200]!r} in {folder}"
         ) from error
     try:
@@ -120,7 +120,7 @@ def read_frames(folder: PathLike, convention: str = "esm") -> Frames:
     color = _read_images(folder / "color", names, ("RGB",))
     if depth.shape != color.shape[:3]:
         raise ValueError(
-            "Images of depth and color must be of one size. Received: "
+            "Depth and color images must have the same size. Received: "
             f"{depth.shape[1:]} and {color.shape[1:3]} in {folder}"
         )
     return Frames(
@@ -144,13 +144,13 @@ def _read_images(folder, names, modes):
         with Image.open(folder / name) as image:
             if image.mode not in modes:
                 raise ValueError(
-                    f"An image must be of the kind {modes[0]!r}. Received: "
+                    f"Each image must have the mode {modes[0]!r}. Received: "
                     f"{image.mode!r}, {folder / name}"
                 )
             images.append(np.asarray(image))
         if images[-1].shape != images[0].shape:
             raise ValueError(
-                "All images must be of one size. Received: "
+                "All images must have the same size. Received: "
                 f"{images[-1].shape} and {images[0].shape}, {folder / name}"
             )
     more = folder / f"{len(names):06d}.png"
@@ -165,27 +165,27 @@ def _read_images(folder, names, modes):
 def write_frames(
     folder: PathLike, frames: Frames, convention: str = "esm"
 ) -> None:
-    """Writes a folder of frames, as `read_frames` reads it.
+    """Writes a folder of frames for `read_frames`.
 
     Args:
-        folder: path; made where it is absent.
-        frames: `Frames`, up to 65 metres deep.
-        convention: str, of `geometry`: the axes of the camera that the poses
-            and intrinsics have.
+        folder: path; created if absent.
+        frames: `Frames`, with depth up to 65.535 meters.
+        convention: str, of `geometry`: the axes of the camera for the given
+            poses and intrinsics.
 
     Raises:
-        ValueError: other shapes, depth that 16 bits of millimetres cannot hold,
-            or of integers, colors beyond 0 and 1, poses that are none, another
-            camera than a pinhole, or a folder that holds more frames. Nothing
+        ValueError: wrong shapes, depth that 16 bits of millimeters cannot hold,
+            integer depth, colors outside of [0, 1], invalid poses, intrinsics
+            of no pinhole camera, or a folder that holds more frames. Nothing
             is written then.
-        OSError: a full disk, say. What was in the folder is as it was.
+        OSError: for example, a full disk. The folder is unchanged.
     """
     from PIL import Image
 
     folder = check_path("folder", folder)
     check_one_of("convention", convention, cameras.CONVENTIONS)
     if not isinstance(frames, tuple) or len(frames) != len(Frames._fields):
-        raise ValueError(f"`frames` must be `Frames`. Received: {frames!r}")
+        raise ValueError(f"`frames` must be a `Frames`. Received: {frames!r}")
     frames, sizes = Frames(*frames), {}
     depth, color, poses, inverse = (
         _array(f"frames.{name}", getattr(frames, name), axes, sizes)
@@ -194,20 +194,20 @@ def write_frames(
     cameras.check_depth("frames.depth", frames.depth)
     if not depth.size:
         raise ValueError(
-            "`frames.depth` must have at least one of each axis. Received: "
+            "`frames.depth` must have no axis of size 0. Received: "
             f"shape {depth.shape}"
         )
     millimetres = np.round(depth * MILLIMETRES)
     if not ((0 <= millimetres) & (millimetres < 1 << 16)).all():
         raise ValueError(
-            "`frames.depth` must be from 0 to 65.535 metres. Received: from "
+            "`frames.depth` must be from 0 to 65.535 meters. Received: from "
             f"{np.min(depth)} to {np.max(depth)}"
         )
     are_poses = _are_poses(poses)
     if not are_poses.all():
         raise ValueError(
             "Each pose must be a rotation beside a translation. Received: "
-            f"{np.sum(~are_poses)} others"
+            f"{np.sum(~are_poses)} invalid poses"
         )
     focal, middle = _intrinsics(
         "frames.inverse_intrinsics", inverse, convention
@@ -216,7 +216,7 @@ def write_frames(
     for more in (folder / kind / f"{len(depth):06d}.png" for kind in KINDS):
         if more.exists():
             raise ValueError(
-                "A folder must hold no more frames than are written. Received: "
+                "`folder` must hold no more frames than are written. Received: "
                 f"{len(depth)} frames, and {more}"
             )
     camera = {"focal_lengths": focal, "principal_point": middle}
@@ -244,7 +244,7 @@ def _array(name, value, axes, sizes):
 
 
 def _intrinsics(name, inverse, convention):
-    """Focal lengths and principal point, of `geometry.inverse_intrinsics`."""
+    """Focal lengths and principal point, from inverse intrinsics."""
     cameras.check_camera(name, inverse, convention)
     focal = [1 / abs(x) if x else 0.0 for x in np.diag(inverse)[:2].tolist()]
     middle = np.abs(focal) * inverse[:2, 2]
@@ -254,14 +254,14 @@ def _intrinsics(name, inverse, convention):
         if np.allclose(pinhole, inverse, 1e-4, 1e-6):
             return focal, middle
     raise ValueError(
-        f"`{name}` must be as `geometry.inverse_intrinsics` gives it. "
+        f"`{name}` must be as returned by `geometry.inverse_intrinsics`. "
         f"Received: {inverse.tolist()}"
     )
 
 
 def _eight_bits(name, colors):
-    """From 0 to 1 as from 0 to 255."""
-    if not (np.abs(colors - 0.5) <= 0.501).all():  # but for rounding
+    """Colors from 0 to 1 as uint8 from 0 to 255."""
+    if not (np.abs(colors - 0.5) <= 0.501).all():  # allows for rounding
         raise ValueError(
             f"`{name}` must be from 0 to 1. Received: from {np.min(colors)} "
             f"to {np.max(colors)}"
@@ -270,17 +270,17 @@ def _eight_bits(name, colors):
 
 
 def write_points(path: PathLike, points: Array, colors: Array) -> None:
-    """Writes colored points to a PLY file, which viewers of meshes open.
+    """Writes colored points to a PLY file, which mesh viewers open.
 
     Args:
         path: path of the file.
-        points: (n, 3) metres.
+        points: (n, 3) meters.
         colors: (n, 3) from 0 to 1.
 
     Raises:
-        ValueError: other shapes, points that are not finite, or colors beyond
-            0 and 1.
-        OSError: a full disk, say. A file that was there is as it was.
+        ValueError: wrong shapes, points that are not finite, or colors outside
+            of [0, 1].
+        OSError: for example, a full disk. An existing file is unchanged.
     """
     path, sizes = check_path("path", path), {}
     points = _array("points", points, ("n", 3), sizes).astype("<f4")

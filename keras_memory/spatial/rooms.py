@@ -1,7 +1,7 @@
 """A textured room with boxes: exact depth and color from any pose.
 
 Ray-cast in NumPy, for demonstrations and tests of spatial memory. Frames are
-those of `geometry`: x left, y up, z forward, metres.
+those of `geometry`: x left, y up, z forward, in meters.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from keras_memory.checks import check_size
 from keras_memory.hints import Array
 from keras_memory.spatial import cameras
 
-COLORS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
+COLORS = np.array(  # one for each side: -x, +x, -y, +y, -z, +z
     [
         [0.75, 0.35, 0.30],
         [0.30, 0.55, 0.75],
@@ -25,14 +25,15 @@ COLORS = np.array(  # of the six sides: -x, +x, -y, +y, -z, +z
 
 
 class Room:
-    """A room, and boxes in it.
+    """A room with boxes in it.
 
     Args:
-        size: (x, y, z) metres of the room, whose middle is the origin.
-        boxes: (n, 2, 3) lower and upper corners of boxes, in metres.
+        size: (x, y, z) meters, size of the room; its center is the origin.
+        boxes: (n, 2, 3) lower and upper corners of boxes, in meters.
 
     Raises:
-        ValueError: corners in another order, or no three coordinates each.
+        ValueError: wrong shapes, a size that is not positive, or corners in
+            the wrong order.
 
     Example:
 
@@ -58,12 +59,12 @@ class Room:
         boxes = _array("boxes", boxes, ("n", 2, 3))
         if not (half > 0).all():
             raise ValueError(
-                "`size` must be three positive numbers of metres. "
+                "`size` must be three positive numbers, in meters. "
                 f"Received: size={size!r}"
             )
         if not (boxes[:, 0] < boxes[:, 1]).all():
             raise ValueError(
-                "Each of `boxes` must have a lower and an upper corner. "
+                "Each of `boxes` must be a lower and an upper corner. "
                 f"Received: boxes={boxes.tolist()}"
             )
         self.room: np.ndarray = np.stack([-half, half])
@@ -72,19 +73,19 @@ class Room:
     def cast(
         self, origin: Array, directions: Array
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Follows rays to what they hit first.
+        """Casts rays to the first surface that they hit.
 
         Args:
-            origin: (3,) metres, inside the room and outside the boxes.
+            origin: (3,) meters, inside the room and outside the boxes.
             directions: (..., 3), of any length but 0.
 
         Returns:
-            (...) distances in lengths of the directions, and (..., 3) colors
+            (...) distances, in lengths of the directions, and (..., 3) colors
             from 0 to 1.
 
         Raises:
-            ValueError: an origin that is not inside, or a direction of length
-                0 or with a number that is not finite.
+            ValueError: an origin outside the room or inside a box, or a
+                direction of length 0 or with a number that is not finite.
         """
         origin = _array("origin", origin, (3,))
         directions = _array("directions", directions, (..., 3))
@@ -95,14 +96,14 @@ class Room:
             for low, high in self.boxes
         ):
             raise ValueError(
-                "`origin`, a camera's place, must be inside the room and "
+                "`origin`, the camera's position, must be inside the room and "
                 f"outside its boxes. Received: {origin.tolist()}, a room from "
                 f"{lower.tolist()} to {upper.tolist()}"
             )
         lengths = np.abs(directions).sum(axis=-1)
         if not ((0 < lengths) & np.isfinite(lengths)).all():
             raise ValueError(
-                "`directions` must be finite, and none of length 0. Received: "
+                "`directions` must be finite and not of length 0. Received: "
                 f"{directions[~((0 < lengths) & np.isfinite(lengths))][0]}"
             )
         _, leave, _, axis = _crossings(self.room, origin, directions)
@@ -115,7 +116,7 @@ class Room:
         points = origin + distance[..., None] * directions
         ahead = np.take_along_axis(directions, axis[..., None], axis=-1) > 0
         color = COLORS[2 * axis + ahead[..., 0]]
-        # Patches of about half a metre.
+        # A pattern with patches of about half a meter.
         x, y, z = np.moveaxis(points, -1, 0)
         pattern = np.sin(5 * x + 2 * y) * np.sin(6 * y - z) * np.sin(5 * z + x)
         return distance, color * (0.75 + 0.25 * pattern[..., None])
@@ -127,16 +128,17 @@ class Room:
         width: int,
         inverse_intrinsics: Array | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What a pinhole camera sees.
+        """Renders the view of a pinhole camera.
 
         Args:
             pose: (3, 4), from the camera's frame to the room's.
             height, width: ints, h and w in pixels.
-            inverse_intrinsics: (3, 3), as `geometry.inverse_intrinsics` gives
-                it; by default of a view 90 degrees wide.
+            inverse_intrinsics: (3, 3), as returned by
+                `geometry.inverse_intrinsics`; by default a view 90 degrees
+                wide.
 
         Returns:
-            (h, w) metres along the optical axis, and (h, w, 3) colors, both
+            (h, w) meters along the optical axis, and (h, w, 3) colors, both
             float32.
         """
         height, width = check_size("height", height), check_size("width", width)
@@ -157,15 +159,15 @@ class Room:
     def render_sphere(
         self, pose: Array, pixels: Array, height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What is around a place, in pixels of a map.
+        """Renders pixels of the map around an agent.
 
         Args:
             pose: (3, 4), from the agent's frame to the room's.
-            pixels: (..., 2) columns and rows, which need not be whole.
+            pixels: (..., 2) columns and rows, not necessarily integers.
             height, width: ints, H and W of the map.
 
         Returns:
-            (...) distances in metres, and (..., 3) colors, both float32.
+            (...) distances in meters, and (..., 3) colors, both float32.
         """
         height, width = check_size("height", height), check_size("width", width)
         pose = _array("pose", pose, (3, 4))
@@ -196,10 +198,10 @@ def _array(name, value, axes):
 
 
 def _crossings(box, origin, directions):
-    """Where lines enter and leave a box, and through faces of which axis."""
+    """Where rays enter and leave a box, and the axes of the faces crossed."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ways = (box - origin)[..., None, :] / directions.reshape(1, -1, 3)
-    # Along a face, 0 / 0: it bounds nothing.
+    # 0 / 0: the ray lies in the plane of the face, which does not bound it.
     first = np.where(np.isnan(ways), -np.inf, ways).min(axis=0)
     last = np.where(np.isnan(ways), np.inf, ways).max(axis=0)
     shape = directions.shape[:-1]

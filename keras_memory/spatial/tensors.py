@@ -1,4 +1,4 @@
-"""Tensors of coordinates: of one float dtype, and multiplied exactly."""
+"""Tensors of coordinates: a common float dtype, full-precision products."""
 
 import itertools
 
@@ -9,11 +9,11 @@ from keras_memory.checks import check_array
 
 
 def float_tensors(sizes=None, **arrays):
-    """Checked tensors, of the widest float dtype among them.
+    """Checked tensors, cast to the widest float dtype among them.
 
     Args:
-        sizes: dict as of `check_array`.
-        **arrays: by name, each an array and its axes as of `check_array`.
+        sizes: dict, see `check_array`.
+        **arrays: by name, pairs of an array and its axes; see `check_array`.
     """
     sizes = {} if sizes is None else sizes
     tensors = {
@@ -38,20 +38,20 @@ def float_tensors(sizes=None, **arrays):
 
 
 def _widest(*dtypes):
-    """As `keras.backend.result_type`, which on PyTorch has no float64."""
+    """As `keras.backend.result_type`, which lacks float64 on PyTorch."""
     wide = "float64" in dtypes
     return "float64" if wide else keras.backend.result_type(*dtypes)
 
 
 def check_leads(**tensors):
-    """Raises ValueError unless all axes but the last two can be broadcast."""
+    """Raises ValueError unless all axes but the last two broadcast."""
     leads = [tuple(tensor.shape)[-3::-1] for tensor in tensors.values()]
     for sizes in itertools.zip_longest(*leads, fillvalue=1):
         if len(set(sizes) - {1, None}) > 1:
             shapes = [tuple(tensor.shape) for tensor in tensors.values()]
             raise ValueError(
-                f"`{'` and `'.join(tensors)}` must agree in all axes but their "
-                "last two, or have 1 or none there. Received: shapes "
+                f"`{'` and `'.join(tensors)}` must broadcast in all axes but "
+                "the last two. Received: shapes "
                 f"{' and '.join(map(str, shapes))}"
             )
 
@@ -59,8 +59,8 @@ def check_leads(**tensors):
 def matrix_product(matrices, factors):
     """(..., i, k) products of (..., i, j) with (..., j, k), for a small j.
 
-    Of `ops.matmul` accelerators round the factors to 11 bits or 8, and so 10
-    metres to millimetres.
+    In `ops.matmul`, accelerators round factors to 11 bits or 8: an error of
+    millimeters or more at 10 meters.
     """
     return sum(
         matrices[..., j, None] * factors[..., j, None, :]
@@ -69,11 +69,11 @@ def matrix_product(matrices, factors):
 
 
 def turned(vectors, matrices):
-    """(..., 3) products of (..., 3, 3) with (..., 3)."""
+    """(..., 3) products of (..., 3, 3) matrices with (..., 3) vectors."""
     return matrix_product(matrices, vectors[..., None])[..., 0]
 
 
 def at_least(values, least):
-    """As `ops.maximum`, which on PyTorch makes float32 of float64."""
+    """As `ops.maximum`, which on PyTorch casts float64 to float32."""
     values, least = float_tensors(values=(values, None), least=(least, None))
     return ops.where(values > least, values, least)
