@@ -625,9 +625,10 @@ def check_labels(y, number, units=None, name="y"):
             labels = labels.argmax(axis=1)
     if labels.shape != (number,):
         wide = "classes" if units is None else units
+        one_hot = "" if units == 1 else f", or ({number}, {wide}) one-hot"
         raise ValueError(
-            f"`{name}` must be ({number},) whole numbers or ({number}, {wide}) "
-            "one-hot, one for each input or example. "
+            f"`{name}` must be one label for each input or example: "
+            f"({number},) whole numbers{one_hot}. "
             f"Received: shape {np.shape(y)}"
         )
     if labels.dtype.kind == "f" and (labels % 1 != 0).any():

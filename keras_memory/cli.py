@@ -261,14 +261,14 @@ def train(parsed):
     """The command `train`."""
     if parsed.resume:
         given = [
-            name
+            name if name == "task" else f"--{name.replace('_', '-')}"
             for name, value in vars(parsed).items()
             if name not in ("run", "resume") and value not in (None, [])
         ]
         if given:
             raise ValueError(
-                "--resume uses the settings of the run, so it takes no "
-                f"others. Received: {', '.join(given)}"
+                "--resume takes no other options, as it uses the run's "
+                f"settings. Received: {', '.join(given)}"
             )
         folder = check_run_folder(parsed.resume)
     else:

@@ -449,7 +449,7 @@ def _sharpen(weighting, sharpening):
 if TYPE_CHECKING:
 
     class DNCArguments(DNCAccess, CellArguments):
-        """Attributes of `DNCCell` and of `DNCLayer`."""
+        """For type checkers: attributes of `DNCCell` and `DNCLayer`."""
 
 else:
     DNCArguments = object

@@ -459,7 +459,7 @@ def _join(heads):
 if TYPE_CHECKING:
 
     class NTMArguments(NTMAccess, CellArguments):
-        """Attributes of `NTMCell` and of `NTMLayer`."""
+        """For type checkers: attributes of `NTMCell` and `NTMLayer`."""
 
 else:
     NTMArguments = object

@@ -137,7 +137,8 @@ def _grad_weigh(
 
 @custom_gradient(_grad_weigh, saves=True)
 def _weigh(memory, keys, strengths, *, norm_epsilon, product_epsilon):
-    """Content weighting of memory and keys that `_to_compare` returned."""
+    """Content weighting of memory and keys that `_to_compare` returned, and
+    what `_compare` returned, which the gradient uses."""
     compared = _compare(memory, keys, norm_epsilon, product_epsilon)
     return [softmax(strengths * compared[0]), *compared]
 

@@ -215,8 +215,9 @@ def from_pytorch_dnc(
     kinds = {match[2] for match in rnns if match}
     if len(kinds) != 1 or not kinds <= set(TORCH_GATES):
         raise ValueError(
-            "`weights` must have controllers of one kind, such as "
-            f"'lstm_layer_0.weight_ih_l0'. Received: {sorted(weights)}"
+            "`weights` must be the state_dict of a pytorch-dnc model, with "
+            "controllers of one kind, such as 'lstm_layer_0.weight_ih_l0'. "
+            f"Received: {sorted(weights)}"
         )
     (kind,) = kinds
     if nonlinearity != "tanh" and kind != "rnn":
@@ -239,7 +240,7 @@ def from_pytorch_dnc(
     sizes = Sizes(weights)
     (outputs,) = sizes.of("output.bias", 1)
     _, units = sizes.of(f"{first}.weight_hh_l0", 2)
-    reads_size = sizes.rest("output.weight", 1, units)
+    reads_size = sizes.rest("output.weight", 1, units, "reads")
     width, rest = divmod(reads_size, read_heads)
     if rest:
         raise ValueError(

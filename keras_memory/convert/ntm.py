@@ -79,7 +79,8 @@ def from_pytorch_ntm(
             heads[int(match[1])] = match[2]
     if not heads:
         raise ValueError(
-            "`weights` must have heads, such as 'heads.0.fc_read.weight'. "
+            "`weights` must be the state_dict of a pytorch-ntm model, with "
+            "heads such as 'heads.0.fc_read.weight'. "
             f"Received: {sorted(weights)}"
         )
     in_weights = tuple(heads[index] for index in sorted(heads))

@@ -71,14 +71,15 @@ class Sizes:
             )
         return shape
 
-    def rest(self, name, axis, known):
-        """The size of an axis of a matrix, minus the known part of it."""
+    def rest(self, name, axis, known, wanted="inputs"):
+        """The size of an axis of a matrix, minus the known part of it. Raises
+        ValueError if nothing is left for what is `wanted`."""
         shape = self.of(name, 2)
         if shape[axis] <= known:
             raise ValueError(
-                f"Axis {axis} of {name!r} must have the inputs, at least one, "
-                f"in addition to the reads and the controller: {known} by the "
-                f"number of read heads and the sizes of {self.sources}. "
+                f"Axis {axis} of {name!r} must have the {wanted} in addition "
+                f"to the other {known} entries, which follow from the read "
+                f"heads and the sizes of {self.sources}. "
                 f"Received: shape {shape}"
             )
         return shape[axis] - known

@@ -405,7 +405,8 @@ class _Memory:
         return outputs, weights, every
 
     def predicted(self, rows):
-        """The classes that the model predicts for some examples."""
+        """Predicted classes of examples of the memory, each without itself if
+        the memory is set. None without inputs."""
         if self.inputs is None:
             return None
         different, back = np.unique(rows, return_inverse=True)

@@ -127,7 +127,8 @@ class Durable:
                 if given != stored:
                     raise ValueError(
                         f"`{name}` must match the stored memory; to change it, "
-                        "add the stored `entries` to a new memory. "
+                        "pass the stored `memory.entries(row)` to `add` of a "
+                        "new memory. "
                         f"Received: {name}={given!r}, and {name}={stored!r} in "
                         f"{folder}"
                     )

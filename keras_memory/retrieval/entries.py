@@ -161,7 +161,8 @@ def check_vectors(name, values, shape, rows, dtype="float32", remedy=None):
 
 
 def are_sound(array):
-    """True for integers, and for floats within +-`LARGEST`."""
+    """For each element, whether it is an integer or a float within
+    +-`LARGEST`. NaN is not."""
     if array.dtype.kind in "iu":
         return np.ones(array.shape, bool)
     with np.errstate(over="ignore"):

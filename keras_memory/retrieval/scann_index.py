@@ -250,9 +250,9 @@ class ScannIndex(Arguments, keras.layers.Layer):
 
         if not tf.executing_eagerly():
             raise ValueError(
-                "The weights of a `ScannIndex` must be changed outside of "
-                "graphs, since the index is rebuilt from them. Received: a "
-                "change while a function is traced"
+                "The weights of a `ScannIndex` must be changed in eager code, "
+                "since the index is rebuilt from them. Received: a change "
+                "inside a `tf.function`"
             )
         version = int(self.memory_version)
         if version:

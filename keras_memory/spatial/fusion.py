@@ -44,7 +44,7 @@ def fuse(means, variances):
         raise ValueError(
             "`means` and `variances` must be two non-empty lists of arrays, of "
             "the same length. "
-            f"Received: means={means!r}, variances={variances!r}"
+            f"Received: means={means!r:.200}, variances={variances!r:.200}"
         )
     axes = tuple(check_array("means[0]", means[0]).shape)
     tensors = float_tensors(

@@ -127,8 +127,8 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
 
     @property
     def map_dtype(self) -> str:
-        """Dtype of all computations: float64 if that is the layer's compute
-        dtype, else float32, under any policy."""
+        """Dtype of all computations: float64 if the layer computes in float64,
+        else float32, also under 16-bit policies."""
         return at_least_float32(self.compute_dtype)
 
     def _array(self, values):

@@ -472,8 +472,8 @@ def from_json(text):
         name = arguments.pop("name", None)
         if not isinstance(name, str) or name not in registry:
             raise ValueError(
-                f"`{part}` must be one of {sorted(registry)}. "
-                f"Received: {part}={name!r:.80}"
+                f"The `name` of `{part}` must be one of {sorted(registry)}. "
+                f"Received: name={name!r:.80}"
             )
         document[part] = _make(registry[name], arguments)
     return _make(Training, document)

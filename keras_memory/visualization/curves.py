@@ -206,7 +206,8 @@ def _runs(name, group):
 
 
 def _by_epoch(name, columns):
-    """Converts columns to a dict of numbers for each epoch."""
+    """Converts columns to a list of dicts, one for each epoch. Leaves out a
+    "val_" column that fits no interval of epochs, or several."""
     columns = {
         column: numbers(f"{name}[{column!r}]", values, ("epochs",))
         for column, values in columns.items()
