@@ -84,6 +84,30 @@ def test_the_index_finds_the_nearest_neighbours(exact, similarity):
     assert ops.convert_to_numpy(found.mask).all()
 
 
+@pytest.mark.parametrize(
+    "in_graph", [pytest.param(value, marks=needs_scann) for value in (0, 1)]
+)
+def test_queries_whose_leaves_hold_too_few_entries_search_all(
+    in_graph, monkeypatch
+):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tuning, "FLAT", 1000)
+    index, keys, _ = filled(5000, False, similarity="l2", top_k=400)
+    index._index.leaves_to_search = 1
+    search = tf.function(index) if in_graph else index
+    queries = clustered(30, seed=5)
+    found = search(queries)
+    assert found.mask.numpy().all()
+    _, order = brute_force(queries, keys, 400, "l2")
+    near = [set(row) for row in order.tolist()]
+    shares = [
+        len(nearest & set(row)) / 400
+        for nearest, row in zip(near, found.indices.numpy().tolist())
+    ]
+    assert np.mean(shares) > 0.9
+
+
 @pytest.mark.parametrize("similarity", ["dot", "l2"])
 @pytest.mark.parametrize("exact", [pytest.param(False, marks=needs_scann)])
 def test_a_tree_finds_most_and_scores_exactly(exact, similarity, monkeypatch):

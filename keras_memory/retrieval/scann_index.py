@@ -503,9 +503,20 @@ class _Index:
         return self._found_by(scann_ops.ScannSearcher(handle), queries, top_k)
 
     def _found_by(self, scann, queries, top_k):
+        import tensorflow as tf
+
         searcher = _GraphSearcher(scann, self.is_hashed, self._negative)
         queries = self._prepared(queries)
-        return searcher.search(queries, top_k, self.leaves_to_search)
+        slots, scores = searcher.search(queries, top_k, self.leaves_to_search)
+        if self.leaves is None:
+            return slots, scores
+        # Leaves that hold fewer than `top_k` entries: search all leaves.
+        number = ops.sum(ops.cast(scores > -np.inf, "int32"), axis=-1)
+        return tf.cond(
+            ops.all(number >= top_k),
+            lambda: (slots, scores),
+            lambda: searcher.search(queries, top_k, self.leaves),
+        )
 
 
 def _destroy(handle, process):
@@ -531,11 +542,20 @@ class _GraphSearcher:
         slots, distances = self.scann.search_batched_parallel(
             queries, top_k, reordered, leaves_to_search
         )
-        # Shapes are unknown in a graph, and (0, 0) without queries.
-        shape = (ops.shape(queries)[0], top_k)
-        slots, distances = (
-            ops.reshape(part, shape) for part in (slots, distances)
-        )
+        slots = self._as_wide_as(top_k, queries, slots, 0)
+        distances = self._as_wide_as(top_k, queries, distances, np.nan)
         if self._negative:
             distances = -distances
         return slots, ops.where(ops.isnan(distances), -np.inf, distances)
+
+    def _as_wide_as(self, top_k, queries, results, filling):
+        """(Q, `top_k`) results. ScaNN's are narrower if no query found as many,
+        (0, 0) without queries, and have no known shape in a graph."""
+        import tensorflow as tf
+
+        rows = tf.shape(queries)[0]
+        width = tf.size(results) // tf.maximum(rows, 1)
+        results = tf.reshape(results, (rows, width))
+        missing = [[0, 0], [0, top_k - width]]
+        results = tf.pad(results, missing, constant_values=filling)
+        return tf.ensure_shape(results, (None, top_k))
