@@ -1136,7 +1136,7 @@ def test_a_memory_stored_in_16_bits_returns_the_compute_dtype(dtype):
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 def test_a_memory_of_integers_is_refused(dtype):
-    with pytest.raises(ValueError, match="floating point.*Received: memory_"):
+    with pytest.raises(ValueError, match="floating-point.*Received: memory_"):
         layer_of(memory_dtype=dtype)
 
 
