@@ -339,7 +339,7 @@ def test_a_picture_marks_wrong_answers(images):
     )
     assert words_of(named) == ["answer", "b", "example", "0.75: b"]
     with pytest.raises(
-        ValueError, match=r"`labels` must be \(1,\).*Received: shape \(2,\)"
+        ValueError, match=r"`labels` must be .*\(1,\).*Received: shape \(2,\)"
     ):
         visualization.plot_explanations([why], labels=[1, 2])
 
