@@ -418,7 +418,7 @@ def test_a_half_failed_write_drops_the_tree(trees, has_tree, monkeypatch):
         some = keys[:, begin:end]
         with monkeypatch.context() as patch:
             fail_in_the_midst(patch)
-            with pytest.warns(RuntimeWarning, match="written.*half of it"):
+            with pytest.warns(RuntimeWarning, match="updated.*half of it"):
                 check_add(memory, model, some, some)
         check_search(memory, model, queries, 9)
         assert index.leaves is None
@@ -435,7 +435,7 @@ def test_a_failed_write_rebuilds_the_tree(trees, monkeypatch):
     memory.search(queries, 9)
     with monkeypatch.context() as patch:
         fail_in_the_midst(patch)
-        with pytest.warns(RuntimeWarning, match="written.*half of it"):
+        with pytest.warns(RuntimeWarning, match="updated.*half of it"):
             check_add(memory, model, keys[:, 800:], keys[:, 800:])
     assert index_of(memory).leaves is not None
     check_search(memory, model, queries, 9, is_exact=False)

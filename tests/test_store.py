@@ -543,7 +543,10 @@ def test_a_full_disk_keeps_the_committed_operations(
             store.commit(made(5))
             expected = [*FIVE, *bits(made(5))]
         for size in (0, 100, 5000, 33_000, 60_000, 100_000, 252_000):
-            with files_of_at_most(size), pytest.raises(OSError, match="needs space"):
+            with (
+                files_of_at_most(size),
+                pytest.raises(OSError, match="needs space"),
+            ):
                 store.commit([*made(6), big], replace)
             assert read(folder) == expected
         store.commit([*made(6), big], replace)
