@@ -16,6 +16,7 @@ from harness import close
 from keras import ops
 
 from keras_memory import ScannIndex
+from keras_memory.retrieval import scann_index
 from keras_memory.retrieval import tuning
 from keras_memory.serving import export
 
@@ -106,6 +107,35 @@ def test_queries_whose_leaves_hold_too_few_entries_search_all(
         for nearest, row in zip(near, found.indices.numpy().tolist())
     ]
     assert np.mean(shares) > 0.9
+
+
+@pytest.mark.parametrize("few", [pytest.param([2, 5], marks=needs_scann)])
+def test_other_queries_of_a_batch_search_only_their_leaves(few, monkeypatch):
+    """What a query finds does not depend on the other queries."""
+    monkeypatch.setattr(tuning, "FLAT", 1000)
+    index, _, _ = filled(5000, False, similarity="l2")
+    search, searched = scann_index._GraphSearcher.search, []
+
+    def short(searcher, queries, top_k, leaves_to_search=None):
+        slots, scores = search(searcher, queries, top_k, leaves_to_search)
+        searched.append((len(queries), leaves_to_search))
+        if len(searched) == 1:
+            scores = scores.numpy()
+            scores[few, 5:] = -np.inf
+            scores = ops.convert_to_tensor(scores)
+        return slots, scores
+
+    queries = clustered(30, seed=5)
+    expected = index(queries)
+    monkeypatch.setattr(scann_index._GraphSearcher, "search", short)
+    found = index(queries)
+    leaves = index._index.leaves
+    assert searched == [(30, index._index.leaves_to_search), (2, leaves)]
+    rest = np.delete(np.arange(30), few)
+    np.testing.assert_array_equal(
+        found.indices.numpy()[rest], expected.indices.numpy()[rest]
+    )
+    assert found.mask.numpy().all()
 
 
 @pytest.mark.parametrize("similarity", ["dot", "l2"])

@@ -510,13 +510,20 @@ class _Index:
         slots, scores = searcher.search(queries, top_k, self.leaves_to_search)
         if self.leaves is None:
             return slots, scores
-        # Leaves that hold fewer than `top_k` entries: search all leaves.
+        # Queries whose leaves hold too few entries search all leaves.
         number = ops.sum(ops.cast(scores > -np.inf, "int32"), axis=-1)
-        return tf.cond(
-            ops.all(number >= top_k),
-            lambda: (slots, scores),
-            lambda: searcher.search(queries, top_k, self.leaves),
-        )
+
+        def search_more():
+            few = tf.where(number < top_k)
+            given = tf.gather_nd(queries, few)
+            more = searcher.search(given, top_k, self.leaves)
+            return tuple(
+                tf.tensor_scatter_nd_update(before, few, after)
+                for before, after in zip((slots, scores), more)
+            )
+
+        is_enough = ops.all(number >= top_k)
+        return tf.cond(is_enough, lambda: (slots, scores), search_more)
 
 
 def _destroy(handle, process):
@@ -553,6 +560,8 @@ class _GraphSearcher:
         (0, 0) without queries, and have no known shape in a graph."""
         import tensorflow as tf
 
+        if results.shape == (queries.shape[0], top_k):
+            return results
         rows = tf.shape(queries)[0]
         width = tf.size(results) // tf.maximum(rows, 1)
         results = tf.reshape(results, (rows, width))
