@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_memory.arguments import KerasArguments
+from keras_memory.arguments import given
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
 from keras_memory.checks import with_rows_of
@@ -485,20 +486,10 @@ class ESMLayer(_ESM):
         stateful: bool = False,
         **kwargs: Unpack[KerasArguments],
     ):
-        super().__init__(
-            height,
-            width,
-            feature_channels,
-            depth_limits,
-            variance_limits,
-            depth_prior,
-            feature_prior,
-            smooth_kernel_size,
-            depth_buffer,
-            convention,
-            depth_scale,
-            **kwargs,
-        )
+        of_map = given(locals())
+        for name in ("return_sequences", "return_state", "stateful"):
+            del of_map[name]
+        super().__init__(**of_map)
         self.return_sequences = check_bool("return_sequences", return_sequences)
         self.return_state = check_bool("return_state", return_state)
         self.stateful = check_bool("stateful", stateful)

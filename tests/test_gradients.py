@@ -1,6 +1,7 @@
 """Each custom gradient equals the backend's gradient of the plain function, in
 float64."""
 
+import functools
 import importlib
 import inspect
 import pathlib
@@ -18,6 +19,7 @@ PACKAGE = pathlib.Path(keras_memory.__file__).parent
 BATCH, HEADS, WIDTH, SLOTS = 2, 3, 5, 7
 
 
+@functools.cache
 def decorated():
     """Functions with a custom gradient, by module and name."""
     found = {}

@@ -533,6 +533,23 @@ def test_evaluation_has_every_length_equally_often():
     assert results["bits_per_sequence_at_7"] == 8 * 7
 
 
+def test_each_architecture_has_a_preset(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Small:
+        units: int = 3
+
+        def build(self, inputs, units, activation):
+            return keras.layers.Dense(units, activation)(inputs)
+
+    monkeypatch.setitem(config.MODELS, "small", Small)
+    made = presets._presets()
+    assert {*made} == {*presets.PRESETS}
+    for task, named in made.items():
+        assert [*named][:4] == ["default", "lstm", "dnc", "small"]
+        assert named.pop("small").model == Small()
+        assert named == presets.PRESETS[task]
+
+
 def test_invalid_resumes_are_refused(run, tmp_path, capsys):
     assert cli.main(["train"]) == 2
     assert "the task must be one of: copy" in capsys.readouterr().err

@@ -58,9 +58,9 @@ def _presets():
             start,
             model=dataclasses.replace(dnc, memory_slots=model.memory_slots),
         )
-        for name in MODELS.keys() - {"ntm"}:  # "ntm" is the default preset
-            if name not in made:
-                made[name] = dataclasses.replace(start, model=MODELS[name]())
+        for name, architecture in MODELS.items():
+            if name != "ntm" and name not in made:  # "ntm" is the default
+                made[name] = dataclasses.replace(start, model=architecture())
         if paper is not None:
             heads = paper.pop("heads", 1)
             model = NTMConfig(
