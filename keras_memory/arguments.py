@@ -6,8 +6,6 @@ plain Python values: NumPy scalars are converted before `__init__` runs, so that
 name the class that the user wrote.
 """
 
-import contextlib
-import contextvars
 import difflib
 import functools
 import inspect
@@ -23,10 +21,6 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 # Arguments that Keras's layers and cells take in `**kwargs` only.
 UNNAMED = ("input_dim", "input_shape", "implementation")
-
-# (class that is being made, class that the user wrote, which errors name), such
-# as (NTMCell, NTMLayer), or None.
-_written = contextvars.ContextVar("written", default=None)
 
 
 class KerasArguments(typing.TypedDict, total=False):
@@ -111,15 +105,24 @@ def given(arguments):
     return {**named, **kwargs}
 
 
-@contextlib.contextmanager
-def written_as(made, written):
-    """A context in which errors about arguments of the class `made` name the
-    class `written`, which passes them on."""
-    token = _written.set((made, written))
-    try:
-        yield
-    finally:
-        _written.reset(token)
+class ArgumentError(TypeError):
+    """An unknown, missing or superfluous argument.
+
+    Args:
+        made: the class that was given the arguments.
+        message: function from the class to name to the words of the error.
+    """
+
+    def __init__(self, made, message):
+        super().__init__(message(made))
+        self.made, self.message = made, message
+
+    def naming(self, written, made):
+        """This error, which names the class `written` instead of `made`, to
+        which `written` passed its arguments on."""
+        return (
+            ArgumentError(written, self.message) if self.made is made else self
+        )
 
 
 def checked(owner, init):
@@ -131,23 +134,16 @@ def checked(owner, init):
 
     @functools.wraps(init)
     def init_checked(self, *args, **kwargs):
-        made, written = _written.get() or (None, None)
-        written = written if type(self) is made else type(self)
         more = [name for name in kwargs if name not in names]
         behind = self._accepted_behind(owner) if more and has_more else ()
         if behind is not None:
             for name in more:
                 if name not in behind:
-                    _refuse(written, name, kwargs[name])
+                    raise _unknown(type(self), name, kwargs[name])
         try:
             signature.bind(self, *args, **kwargs)
         except TypeError as error:
-            named = inspect.signature(written).parameters.values()
-            named = [p.replace(annotation=p.empty) for p in named]
-            raise TypeError(
-                f"{written.__name__}: {error}. It is called as "
-                f"{written.__name__}{inspect.Signature(named)}"
-            ) from None
+            raise _not_bound(type(self), error) from None
         for name in ("trainable", "autocast"):  # which Keras does not check
             if name in more:
                 check_bool(name, kwargs[name])
@@ -170,26 +166,48 @@ RENAMED = {
 }
 
 
-def _refuse(written, name, value):
+def _not_bound(made, error):
+    words = str(error)
+
+    def message(written):
+        named = inspect.signature(written).parameters.values()
+        named = [p.replace(annotation=p.empty) for p in named]
+        return (
+            f"{written.__name__}: {words}. It is called as "
+            f"{written.__name__}{inspect.Signature(named)}"
+        )
+
+    return ArgumentError(made, message)
+
+
+def _unknown(made, name, value):
+    def message(written):
+        return (
+            f"{written.__name__} has no argument `{name}`"
+            f"{_hint(written, name)} Received: {name}={value!r}"
+        )
+
+    return ArgumentError(made, message)
+
+
+def _hint(written, name):
+    """What `name` may stand for, as the end of a sentence."""
     names = {**inspect.signature(written).parameters}
     names.update(parameters(written.__mro__))
     for kind in ("args", "kwargs", "self"):
         names.pop(kind, None)
     if RENAMED.get(name) in names:
-        raise TypeError(
-            f"{written.__name__} has no argument `{name}`: it is called "
-            f"`{RENAMED[name]}` now. Received: {name}={value!r}"
-        )
+        return f": it is called `{RENAMED[name]}` now."
     parts = set(name.split("_"))
     close = [
         candidate for candidate in names if parts <= set(candidate.split("_"))
     ]
     close += difflib.get_close_matches(name, names)
     close = " or ".join(f"`{candidate}`" for candidate in dict.fromkeys(close))
-    hint = f"Did you mean {close}?" if close else f"It has: {', '.join(names)}."
-    raise TypeError(
-        f"{written.__name__} has no argument `{name}`. {hint} "
-        f"Received: {name}={value!r}"
+    return (
+        f". Did you mean {close}?"
+        if close
+        else f". It has: {', '.join(names)}."
     )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask
 
+from keras_memory.arguments import ArgumentError
 from keras_memory.arguments import Arguments
-from keras_memory.arguments import written_as
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
@@ -195,8 +195,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         }
         dtype = kwargs.pop("dtype", None)
         if self.cell_class is not None:
-            with written_as(self.cell_class, type(self)):
+            try:
                 args = (self.cell_class(*args, dtype=dtype, **kwargs),)
+            except ArgumentError as error:
+                raise error.naming(type(self), self.cell_class) from None
             kwargs = {}
         elif not args:
             args = (kwargs.pop("cell", None),)
