@@ -378,16 +378,22 @@ class DNCAccess:
     @property
     def initial_state(self):
         slots, heads = self.memory_slots, self.write_heads
-        weighting = functools.partial(StateSpec, held=_sums_held)
+        weighting = functools.partial(
+            StateSpec, into_range=_sums_into_unit_range
+        )
         links, columns = (), ()
         if self.sparse_links is not None:
             of_rows = (heads, slots, self.sparse_links)
-            links = StateSpec(of_rows, transposed=True, held=_rows_held)
+            links = StateSpec(
+                of_rows, transposed=True, into_range=_rows_into_unit_range
+            )
             columns = StateSpec(
                 of_rows, constant=np.arange(self.sparse_links), transposed=True
             )
         elif self.linkage:
-            links = StateSpec((heads, slots, slots), held=_links_held)
+            links = StateSpec(
+                (heads, slots, slots), into_range=_links_into_unit_range
+            )
         return DNCState(
             reads=StateSpec((self.read_heads, self.slot_size)),
             memory=StateSpec(
@@ -396,7 +402,7 @@ class DNCAccess:
                 initializer=keras.initializers.RandomNormal(stddev=0.05),
                 transposed=True,
             ),
-            usage=StateSpec((slots,), held=_held),
+            usage=StateSpec((slots,), into_range=_into_unit_range),
             linkage=links,
             precedence=weighting((heads, slots)) if self.linkage else (),
             read_weighting=weighting((self.read_heads, slots)),
@@ -405,11 +411,11 @@ class DNCAccess:
         )
 
 
-# These bring states from outside into the ranges that steps keep: beyond them
-# usage and links would grow with each step.
+# These functions bring given states into the ranges that steps keep. Outside of
+# them usage and linkage would grow at each step.
 
 
-def _held(x, sums=None):
+def _into_unit_range(x, sums=None):
     """Brings entries into [0, 1], or, with `sums`, sums to at most 1. Within
     this range the gradient is 1."""
     x = not_negative(x)
@@ -418,21 +424,21 @@ def _held(x, sums=None):
     return x / ops.stop_gradient(ops.maximum(sums(x), 1.0))
 
 
-def _sums_held(x):
-    return _held(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
+def _sums_into_unit_range(x):
+    return _into_unit_range(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
 
 
-def _rows_held(x):
-    return _held(x, lambda x: ops.sum(x, axis=-2, keepdims=True))
+def _rows_into_unit_range(x):
+    return _into_unit_range(x, lambda x: ops.sum(x, axis=-2, keepdims=True))
 
 
-def _links_held(x):
+def _links_into_unit_range(x):
     def largest(x):
         rows, columns = ops.sum(x, axis=-1), ops.sum(x, axis=-2)
         largest_sum = ops.max(ops.maximum(rows, columns), axis=-1, initial=0.0)
         return largest_sum[:, :, None, None]
 
-    return _held(x, largest)
+    return _into_unit_range(x, largest)
 
 
 def _sharpen(weighting, sharpening):

@@ -393,7 +393,7 @@ class NTMAccess:
                 constant=first_slot,
                 initializer=keras.initializers.RandomNormal(stddev=1.0),
                 activation=softmax,
-                held=not_negative,
+                into_range=not_negative,
             )
 
         reach = 1.0 / math.sqrt(self.memory_slots + self.slot_size)

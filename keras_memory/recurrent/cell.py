@@ -126,7 +126,7 @@ class MemoryCell(
     to 100. The gradient of a kernel is its input times the gradient of its
     result, summed over batch and time: it is finite if that product is.
     Initial states may have any weightings, usages and links: values that no
-    step can produce are first brought into range (`StateSpec.held`).
+    step can produce are first brought into range (`StateSpec.into_range`).
 
     Args:
         units: int, at least 1, width of the output. None: the output is the
