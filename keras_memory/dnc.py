@@ -486,9 +486,9 @@ class DNCCell(MemoryCell, DNCArguments, access=DNCAccess, controller_units=64):
         if self.sparse_links and largest and self.memory_slots > largest:
             raise ValueError(
                 f"`memory_slots` must be at most {largest} with `sparse_links` "
-                f"in {self.compute_dtype}, which cannot hold the numbers of "
-                "more slots exactly. Received: "
-                f"memory_slots={self.memory_slots}"
+                f"in {self.compute_dtype}, which represents slot indices "
+                "exactly only up to there. "
+                f"Received: memory_slots={self.memory_slots}"
             )
         super().build(input_shape)
 

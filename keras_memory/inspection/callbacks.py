@@ -150,8 +150,9 @@ def animation(folder: PathLike, milliseconds: int = 400) -> bytes:
             frames.append(np.asarray(image.convert("RGB")))
     if not frames:
         raise FileNotFoundError(
-            "An animation needs the pictures of a training: set `picture_"
-            f"every`. Received: {folder}, which has none"
+            "`folder` must have pictures of `ProbePictures` (`every` at least "
+            "1; in a run, `picture_every`). "
+            f"Received: {folder}, which has none"
         )
     # A run resumed with another version may have pictures of two sizes.
     size = np.max([frame.shape for frame in frames], axis=0)

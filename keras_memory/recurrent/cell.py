@@ -308,7 +308,7 @@ class MemoryCell(
             if spec.is_weight
         ]
         for size in self.state_size:
-            check_bytes("A state of one row", [("its numbers", size)])
+            check_bytes("A state of one batch row", [("its numbers", size)])
 
     def _controller_specs(self, memory):
         """`StateSpec`s of the controllers whose blocks act on a memory."""
@@ -400,8 +400,10 @@ class MemoryCell(
         self.build_states()
 
     def _add_projection(self, name, inputs, outputs):
-        width = "units" if name == "output" else "size of the interface"
-        sizes = ("size of the features", inputs), (width, outputs)
+        widths = "size of the controller's output", "size of the interface"
+        if name == "output":
+            widths = "size of the features", "units"
+        sizes = (widths[0], inputs), (widths[1], outputs)
         check_bytes(f"The kernel of the {name}", sizes)
 
         def add(kind, shape, initializer, **options):

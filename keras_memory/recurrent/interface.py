@@ -163,7 +163,7 @@ def check_bytes_of_state(access, what, names, instead=""):
     """Raises ValueError unless a state fits into the machine's memory, and into
     one axis, which it has outside of a step."""
     sizes = [(name, getattr(access, name)) for name in names]
-    what = f"{what} of one row"
+    what = f"{what} of one batch row"
     check_bytes(what, sizes, instead=instead)
     size = math.prod(size for _, size in sizes)
     check_bytes(what, [(" x ".join(names), size)], instead=instead)

@@ -34,8 +34,8 @@ class _Pass:
         current_pass.reset(self.token)
         if raised[0] is None and self.scope.changed and not self.may_change:
             raise RuntimeError(
-                "A step in the fast time loop changed variables that its first "
-                'run did not change: use `loop="portable"`. Received: '
+                "A step must not change variables in the fast time loop: use "
+                '`loop="portable"`. Received: changes of '
                 f"{[variable.path for variable in self.scope.changed]}"
             )
 

@@ -150,7 +150,11 @@ class ScannRow:
         self._since_tried += len(slots)
         self._follow()
         if failed is not None:
-            _warn("updated its index", failed)
+            _warn(
+                "update its index, so searches compare all entries until the "
+                "next tree",
+                failed,
+            )
 
     def _compare_all(self):
         """Drops the tree: searches compare all entries until the next tree."""
@@ -280,7 +284,10 @@ class ScannRow:
             if self._is_wanted(epoch):
                 work(epoch, *arguments)
         except Exception as error:  # the previous index stays in use
-            _warn("built a tree", error)
+            _warn(
+                "build or tune a tree, so searches use the previous index",
+                error,
+            )
         finally:
             with self._lock:
                 if self._epoch == epoch:
@@ -405,10 +412,9 @@ class Searcher:
         self._scann.upsert(places, self.prepared(vectors), len(places))
 
 
-def _warn(what, error):
+def _warn(failure, error):
     warnings.warn(
-        f"ScaNN should have {what}; searches compare all entries, or use the "
-        f"previous tree. Received: {error!r}",
+        f"ScaNN failed to {failure}. Received: {error!r}",
         RuntimeWarning,
         stacklevel=2,
     )
