@@ -64,7 +64,8 @@ class DNCState(NamedTuple):
             written. () without linkage.
         read_weighting: (B, R, N), over the slots.
         write_weighting: (B, H, N), over the slots.
-        controller: tuple with the controllers' states, in their own nesting.
+        controller: tuple with the state of each controller, nested as Keras
+            nests it.
         link_columns: (B, H, N, K) whole numbers in [0, N), the slots j of the
             entries of `linkage`. () without `sparse_links`.
     """
@@ -516,8 +517,9 @@ class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
     State: a `DNCState`, all zeros at first, except the memory, which starts at
     `initial_memory`, and the columns of sparse links, which start at 0 to
     K - 1 in each row. The heads update all of it at every step. If several
-    blocks have a memory each, the state is a tuple of `DNCState`s. In 16 bits
-    usage and linkage round at every step.
+    blocks have a memory each, the state is a tuple of `DNCState`s. Under 16-bit
+    policies the state is rounded after each step, so errors of usage and
+    linkage add up.
 
     Masking and dtype: see `MemoryCell`.
 
@@ -541,11 +543,11 @@ class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
         linkage: bool. False leaves out links, precedence and read modes: read
             heads find slots by content alone, and a step costs N instead of
             N^2. Default True.
-        sparse_links: int K, at least 1 and at most N: number of links kept per
-            slot, the largest, and number of entries of write weighting and
-            precedence that make new links; a step then costs N K instead of
-            N^2. In 16 bits N is at most 256 (bfloat16) or 2048 (float16), so
-            that columns are exact. Default None: all links are kept.
+        sparse_links: int K, at least 1 and at most N. Each slot keeps its K
+            largest links. Only the K largest entries of write weighting and
+            precedence make new links. A step then costs N K instead of N^2. In
+            bfloat16 N is at most 256, in float16 2048, so that columns are
+            exact. Default None: all links are kept.
         content_masks: bool; True: each head has a mask that weighs the W
             entries when a key is compared. Default False.
         deallocation: bool; True: freed slots are also erased from the memory,

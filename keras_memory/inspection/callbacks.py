@@ -194,7 +194,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
             (B, T, units). Or a `Probe`, which callbacks can share.
         every: int, at least 1, epochs between updates; None (default) updates
             as often as it can in 4 % of the training's time, and once at the
-            end. The first update, which compiles, comes within half a minute.
+            end. The first update comes at the first epoch end after 25 seconds.
 
     Raises:
         ValueError: an argument is out of its range, or a tuple has another

@@ -108,8 +108,8 @@ class Replay(_Pass):
             their axes swapped.
         variables: as in `Forward`.
         results, values: lists, the attributes of `Forward`.
-        pre_activations: list of zeros like `results`, added to them: their
-            gradients are the gradients of the results.
+        pre_activations: list of zeros like `results`, whose gradients are
+            those of the results.
     """
 
     differentiates = True
