@@ -149,8 +149,8 @@ def check_bytes(what, sizes, dtype="float32", instead="", on_host=False):
         and wanted > limit
         and (on_host or not has_accelerator())
     ):
-        size = " of less" if limit is None else f" of {_in_words(limit)}"
-        reason = f"this machine has a memory{size}"
+        size = "less" if limit is None else f"only {_in_words(limit)} of"
+        reason = f"this machine has {size} memory"
     if reason:
         product = " x ".join(f"{name}={size}" for name, size in sizes)
         raise ValueError(
@@ -464,10 +464,10 @@ def check_process(name):
         if torch.get_num_threads() == 1:  # as in workers of a `DataLoader`
             return
     raise RuntimeError(
-        f"`{name}` must not be used in a fork of a process that used "
-        f"{backend}: the fork would wait forever for missing threads. Start "
-        'the process with `multiprocessing.get_context("spawn")`. '
-        f"Received: a fork of process {_forked_from}"
+        "The Keras backend must not compute in a fork of a process that used "
+        f"{backend}, or it waits forever for missing threads. Start the "
+        'process with `multiprocessing.get_context("spawn")`. '
+        f"Received: `{name}` in a fork of process {_forked_from}"
     )
 
 

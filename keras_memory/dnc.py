@@ -64,7 +64,8 @@ class DNCState(NamedTuple):
             written. () without linkage.
         read_weighting: (B, R, N), over the slots.
         write_weighting: (B, H, N), over the slots.
-        controller: tuple with the controllers' states, in their own nesting.
+        controller: tuple with the state of each controller, nested as Keras
+            nests it.
         link_columns: (B, H, N, K) whole numbers in [0, N), the slots j of the
             entries of `linkage`. () without `sparse_links`.
     """
@@ -378,16 +379,22 @@ class DNCAccess:
     @property
     def initial_state(self):
         slots, heads = self.memory_slots, self.write_heads
-        weighting = functools.partial(StateSpec, held=_sums_held)
+        weighting = functools.partial(
+            StateSpec, into_range=_sums_into_unit_range
+        )
         links, columns = (), ()
         if self.sparse_links is not None:
             of_rows = (heads, slots, self.sparse_links)
-            links = StateSpec(of_rows, transposed=True, held=_rows_held)
+            links = StateSpec(
+                of_rows, transposed=True, into_range=_rows_into_unit_range
+            )
             columns = StateSpec(
                 of_rows, constant=np.arange(self.sparse_links), transposed=True
             )
         elif self.linkage:
-            links = StateSpec((heads, slots, slots), held=_links_held)
+            links = StateSpec(
+                (heads, slots, slots), into_range=_links_into_unit_range
+            )
         return DNCState(
             reads=StateSpec((self.read_heads, self.slot_size)),
             memory=StateSpec(
@@ -396,7 +403,7 @@ class DNCAccess:
                 initializer=keras.initializers.RandomNormal(stddev=0.05),
                 transposed=True,
             ),
-            usage=StateSpec((slots,), held=_held),
+            usage=StateSpec((slots,), into_range=_into_unit_range),
             linkage=links,
             precedence=weighting((heads, slots)) if self.linkage else (),
             read_weighting=weighting((self.read_heads, slots)),
@@ -405,11 +412,11 @@ class DNCAccess:
         )
 
 
-# These bring states from outside into the ranges that steps keep: beyond them
-# usage and links would grow with each step.
+# These functions bring given states into the ranges that steps keep. Outside of
+# them usage and linkage would grow at each step.
 
 
-def _held(x, sums=None):
+def _into_unit_range(x, sums=None):
     """Brings entries into [0, 1], or, with `sums`, sums to at most 1. Within
     this range the gradient is 1."""
     x = not_negative(x)
@@ -418,21 +425,21 @@ def _held(x, sums=None):
     return x / ops.stop_gradient(ops.maximum(sums(x), 1.0))
 
 
-def _sums_held(x):
-    return _held(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
+def _sums_into_unit_range(x):
+    return _into_unit_range(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
 
 
-def _rows_held(x):
-    return _held(x, lambda x: ops.sum(x, axis=-2, keepdims=True))
+def _rows_into_unit_range(x):
+    return _into_unit_range(x, lambda x: ops.sum(x, axis=-2, keepdims=True))
 
 
-def _links_held(x):
+def _links_into_unit_range(x):
     def largest(x):
         rows, columns = ops.sum(x, axis=-1), ops.sum(x, axis=-2)
         largest_sum = ops.max(ops.maximum(rows, columns), axis=-1, initial=0.0)
         return largest_sum[:, :, None, None]
 
-    return _held(x, largest)
+    return _into_unit_range(x, largest)
 
 
 def _sharpen(weighting, sharpening):
@@ -480,9 +487,9 @@ class DNCCell(MemoryCell, DNCArguments, access=DNCAccess, controller_units=64):
         if self.sparse_links and largest and self.memory_slots > largest:
             raise ValueError(
                 f"`memory_slots` must be at most {largest} with `sparse_links` "
-                f"in {self.compute_dtype}, which cannot hold the numbers of "
-                "more slots exactly. Received: "
-                f"memory_slots={self.memory_slots}"
+                f"in {self.compute_dtype}, which represents slot indices "
+                "exactly only up to there. "
+                f"Received: memory_slots={self.memory_slots}"
             )
         super().build(input_shape)
 
@@ -510,8 +517,9 @@ class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
     State: a `DNCState`, all zeros at first, except the memory, which starts at
     `initial_memory`, and the columns of sparse links, which start at 0 to
     K - 1 in each row. The heads update all of it at every step. If several
-    blocks have a memory each, the state is a tuple of `DNCState`s. In 16 bits
-    usage and linkage round at every step.
+    blocks have a memory each, the state is a tuple of `DNCState`s. Under 16-bit
+    policies the state is rounded after each step, so errors of usage and
+    linkage add up.
 
     Masking and dtype: see `MemoryCell`.
 
@@ -535,11 +543,11 @@ class DNCLayer(MemoryRNN, DNCArguments, cell=DNCCell):
         linkage: bool. False leaves out links, precedence and read modes: read
             heads find slots by content alone, and a step costs N instead of
             N^2. Default True.
-        sparse_links: int K, at least 1 and at most N: number of links kept per
-            slot, the largest, and number of entries of write weighting and
-            precedence that make new links; a step then costs N K instead of
-            N^2. In 16 bits N is at most 256 (bfloat16) or 2048 (float16), so
-            that columns are exact. Default None: all links are kept.
+        sparse_links: int K, at least 1 and at most N. Each slot keeps its K
+            largest links. Only the K largest entries of write weighting and
+            precedence make new links. A step then costs N K instead of N^2. In
+            bfloat16 N is at most 256, in float16 2048, so that columns are
+            exact. Default None: all links are kept.
         content_masks: bool; True: each head has a mask that weighs the W
             entries when a key is compared. Default False.
         deallocation: bool; True: freed slots are also erased from the memory,

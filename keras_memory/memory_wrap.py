@@ -170,8 +170,9 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
     ) -> Any:
         is_pair = isinstance(encodings, (list, tuple))
         if is_pair:
+            names = "encodings", "memory_encodings"
             encodings, memory_encodings = split_pair(
-                encodings, memory_encodings
+                encodings, names, memory_encodings
             )
         encodings, memory_encodings, memory_mask = self._checked(
             encodings, memory_encodings, memory_mask
@@ -632,13 +633,19 @@ def _take(values, indices, shared):
     return ops.take_along_axis(values, indices[(..., *axes)], axis=1)
 
 
-def split_pair(inputs, memory_encodings=None):
-    """Checks a list `[encodings, memory_encodings]`, as the layer takes it."""
-    if len(inputs) != 2 or memory_encodings is not None:
+def split_pair(inputs, names, memory=None):
+    """Checks that a list is a pair of inputs and their memory.
+
+    Args:
+        inputs: list.
+        names: pair of str, names of both, for the error.
+        memory: a memory passed beside the list, which is an error; or None.
+    """
+    if len(inputs) != 2 or memory is not None:
         raise ValueError(
-            "Inputs must be `encodings, memory_encodings`, or a list of both. "
+            f"Inputs must be one array, or a pair ({', '.join(names)}). "
             f"Received: a list of {len(inputs)}"
-            f"{'' if memory_encodings is None else ' and memory_encodings'}"
+            f"{'' if memory is None else f' and {names[1]}'}"
         )
     return inputs
 

@@ -32,6 +32,7 @@ from keras_memory.retrieval.batches import MemoryBatches
 from keras_memory.retrieval.batches import with_memories
 
 NOT_FILLED = -2  # label of memory entries until they are filled
+NAMES = "inputs", "memory_inputs"  # of a call with a memory
 
 
 def without_gradients():
@@ -191,8 +192,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, (list, tuple)):
-            names = "inputs", "memory_inputs"
-            inputs = tuple(map(_inputs, names, split_pair(inputs)))
+            inputs = tuple(map(_inputs, NAMES, split_pair(inputs, NAMES)))
         else:
             inputs = _inputs("inputs", inputs)
         return super().__call__(inputs, *args, **kwargs)
@@ -204,7 +204,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         training: bool | None = None,
     ) -> Any:
         if isinstance(inputs, (list, tuple)):
-            inputs, memory = split_pair(inputs)
+            inputs, memory = split_pair(inputs, NAMES)
             encoded = self.encoder(inputs), self.encoder(memory)
             return self.memory_layer(
                 list(encoded), return_weights=return_weights, training=training
@@ -446,7 +446,7 @@ class MemoryWrapClassifier(Arguments, keras.Model):
                 "Received: memory_data=None"
             )
         if isinstance(validation_data, (list, tuple)) and validation_data:
-            _one_input(validation_data[0])
+            _one_input(validation_data[0], "validation_data[0]")
         if not is_dataset:
             sizes = {}
             x = check_array("x", x, ("N", None, ...), sizes, result="given")
@@ -629,18 +629,18 @@ class MemoryWrapClassifier(Arguments, keras.Model):
         return cls(**layers_from_config(config, custom_objects))
 
 
-def _one_input(x):
+def _one_input(x, name="x"):
     """Checks that `x` is one array, or a source of batches; returns it."""
     if isinstance(x, (list, tuple)):
         raise ValueError(
-            "Inputs must be one array, since a memory beside them would be cut "
-            "into batches too: fix it by `set_memory`, call the model "
-            "directly, or use a `tf.data.Dataset` of `((x, memory), y)`. "
+            f"`{name}` must be one array: Keras would split a memory passed "
+            "with it into batches. Pass the memory to `set_memory`, call the "
+            "model directly, or use a `tf.data.Dataset` of `((x, memory), y)`. "
             f"Received: a {type(x).__name__} of {len(x)}"
         )
     is_one = hasattr(x, "shape") or isinstance(x, (str, bytes))
     has_many = hasattr(x, "__iter__") or hasattr(x, "__getitem__")
-    return _inputs("x", x) if is_one or not has_many else x
+    return _inputs(name, x) if is_one or not has_many else x
 
 
 def _inputs(name, x):

@@ -56,7 +56,8 @@ class NTMState(NamedTuple):
         memory: (B, N, W) slot contents.
         read_weighting: (B, R, N), over the slots.
         write_weighting: (B, H, N), over the slots.
-        controller: tuple with the controllers' states, in their own nesting.
+        controller: tuple with the state of each controller, nested as Keras
+            nests it.
     """
 
     reads: Any
@@ -393,7 +394,7 @@ class NTMAccess:
                 constant=first_slot,
                 initializer=keras.initializers.RandomNormal(stddev=1.0),
                 activation=softmax,
-                held=not_negative,
+                into_range=not_negative,
             )
 
         reach = 1.0 / math.sqrt(self.memory_slots + self.slot_size)
@@ -504,9 +505,10 @@ class NTMLayer(MemoryRNN, NTMArguments, cell=NTMCell):
     State: an `NTMState`, or a `MERLINState`; reads start at `initial_reads`,
     memory at `initial_memory`, weightings at `initial_weighting`; the heads
     update all of them at every step. A `MERLINState` starts with write
-    weightings of 0 and usages of -1, which marks a slot never written. In 16
-    bits the order of first writes is exact, but usage rounds: it stops growing
-    at about 4 to 8 reads. Of slots with equal usage the first is overwritten.
+    weightings of 0 and usages of -1, which marks a slot never written. Under
+    16-bit policies the order of first writes is exact, but usage is rounded
+    after each step and stops growing at about 4 to 8 reads. Of slots with equal
+    usage the first is overwritten.
 
     Masking and dtype: see `MemoryCell`.
 

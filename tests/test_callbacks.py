@@ -619,7 +619,7 @@ def test_pictures_of_the_probe_become_an_animation(tmp_path):
         assert different.mean() < 0.002  # ticks, under frames
     with Image.open(io.BytesIO(callbacks.animation(folder))) as gif:
         assert gif.n_frames == 4
-    with pytest.raises(FileNotFoundError, match="picture_every"):
+    with pytest.raises(FileNotFoundError, match="`folder` must have pictures"):
         callbacks.animation(tmp_path)
 
 

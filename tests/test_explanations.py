@@ -109,9 +109,9 @@ def test_a_loaded_memory_explains_without_its_inputs(images, tmp_path):
         assert why.predicted is None and why.inputs is None
         assert (why.classes == other.labels).all()
         assert (why.is_example == (other.labels == why.prediction)).all()
-    with pytest.raises(ValueError, match="does not keep them"):
+    with pytest.raises(ValueError, match="must have inputs"):
         explanations.picture(loaded, x[13:17])
-    with pytest.raises(ValueError, match="does not keep them"):
+    with pytest.raises(ValueError, match="only their encodings"):
         explanations.explanation_accuracy(loaded, x, y)
     loaded.set_memory(x[:13])
     (why,) = explanations.explain(loaded, x[13:14])

@@ -376,7 +376,7 @@ def test_a_failed_build_warns_and_searches_exactly(
         patch.setattr(scann_row.ScannRow, "_best_tree", fails)
         for begin, end in ((0, 600), (600, 800)):
             some = keys[:, begin:end]
-            with pytest.warns(RuntimeWarning, match="built.*no tree today"):
+            with pytest.warns(RuntimeWarning, match="build.*no tree today"):
                 check_add(memory, model, some, some)
                 memory.wait()
             check_search(memory, model, queries, 9)
@@ -418,7 +418,7 @@ def test_a_half_failed_write_drops_the_tree(trees, has_tree, monkeypatch):
         some = keys[:, begin:end]
         with monkeypatch.context() as patch:
             fail_in_the_midst(patch)
-            with pytest.warns(RuntimeWarning, match="updated.*half of it"):
+            with pytest.warns(RuntimeWarning, match="update its.*half of it"):
                 check_add(memory, model, some, some)
         check_search(memory, model, queries, 9)
         assert index.leaves is None
@@ -435,7 +435,7 @@ def test_a_failed_write_rebuilds_the_tree(trees, monkeypatch):
     memory.search(queries, 9)
     with monkeypatch.context() as patch:
         fail_in_the_midst(patch)
-        with pytest.warns(RuntimeWarning, match="updated.*half of it"):
+        with pytest.warns(RuntimeWarning, match="update its.*half of it"):
             check_add(memory, model, keys[:, 800:], keys[:, 800:])
     assert index_of(memory).leaves is not None
     check_search(memory, model, queries, 9, is_exact=False)
@@ -453,7 +453,9 @@ def test_entries_added_during_a_build_survive_it(held, monkeypatch):
     check_search(memory, model, queries, 9)
     with monkeypatch.context() as patch:
         fail_in_the_midst(patch)
-        with pytest.warns(RuntimeWarning, match="built a tree.*half of it"):
+        with pytest.warns(
+            RuntimeWarning, match="build or tune a tree.*half of it"
+        ):
             go.set()
             memory.wait()
     check_search(memory, model, queries, 9)

@@ -784,7 +784,7 @@ def test_plot_draws_layers_and_models():
     model = keras.Sequential([keras.Input((None, 4)), layer, last])
     shown = titles(keras_memory.plot(model, x, memory=False))
     assert {"low: write 0", "high: read 0"} <= set(shown)
-    with pytest.raises(TypeError, match="a model with one.*Received"):
+    with pytest.raises(TypeError, match="a model with such.*Received"):
         keras_memory.plot(keras.Sequential([keras.layers.Dense(1)]), x)
 
 

@@ -13,6 +13,9 @@ A function decorated with `custom_gradient` is differentiated
     training, portable loop       by our gradient      by the backend
     training, fast loop           by our gradient      by our gradient, from
                                                        saved results
+
+This holds on TensorFlow and JAX. On PyTorch the backend always differentiates,
+and NumPy has no gradients.
 """
 
 import contextlib
@@ -87,12 +90,12 @@ def custom_gradient(gradient, saves=False):
         gradient: (gradient of the result, *arrays, **options) -> gradients of
             the arrays, as a tuple if there are several. It must itself be
             differentiable.
-        saves: bool. True: the decorated function returns a list: its result,
-            then values that make the gradient cheaper. The fast loop saves
-            this list instead of computing it twice; `gradient` takes it as its
-            second argument. Outside of the fast loop the backend
-            differentiates. The function must not call `linear`, nor another
-            function that saves.
+        saves: bool. True: the function must return a list: its result, then
+            values that make the gradient cheaper. The decorated function
+            returns the result alone. The fast loop saves the list instead of
+            computing it twice; `gradient` takes it as its second argument.
+            Outside of the fast loop the backend differentiates. The function
+            must not call `linear`, nor another function that saves.
 
     Returns:
         A decorator for functions (*arrays, **options) -> array. The options
@@ -205,8 +208,9 @@ def activate_each(functions, shapes, x):
 
     Args:
         functions: sequence with the function of each part. Results of the
-            functions in `DERIVATIVES` are saved together. It has Keras's
-            activations, not the functions of `ops`.
+            functions in `DERIVATIVES` are saved together. `DERIVATIVES` has
+            `keras.activations.sigmoid` but not `ops.sigmoid`, whose result is
+            not saved.
         shapes: sequence with the shape of each part, without the batch axis,
             in the order of the parts in `x`.
         x: (B, D), where D is the number of entries of all parts.

@@ -77,9 +77,9 @@ class Sizes:
         shape = self.of(name, 2)
         if shape[axis] <= known:
             raise ValueError(
-                f"Axis {axis} of {name!r} must have the {wanted} in addition "
-                f"to the other {known} entries, which follow from the read "
-                f"heads and the sizes of {self.sources}. "
+                f"Axis {axis} of {name!r} must have more than {known} entries: "
+                f"{known} follow from the arguments and the sizes of "
+                f"{self.sources[:-1]}, the others are for the {wanted}. "
                 f"Received: shape {shape}"
             )
         return shape[axis] - known

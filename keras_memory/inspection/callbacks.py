@@ -150,8 +150,9 @@ def animation(folder: PathLike, milliseconds: int = 400) -> bytes:
             frames.append(np.asarray(image.convert("RGB")))
     if not frames:
         raise FileNotFoundError(
-            "An animation needs the pictures of a training: set `picture_"
-            f"every`. Received: {folder}, which has none"
+            "`folder` must have pictures of `ProbePictures` (`every` at least "
+            "1; in a run, `picture_every`). "
+            f"Received: {folder}, which has none"
         )
     # A run resumed with another version may have pictures of two sizes.
     size = np.max([frame.shape for frame in frames], axis=0)
@@ -193,7 +194,7 @@ class MemoryTensorBoard(keras.callbacks.Callback):
             (B, T, units). Or a `Probe`, which callbacks can share.
         every: int, at least 1, epochs between updates; None (default) updates
             as often as it can in 4 % of the training's time, and once at the
-            end. The first update, which compiles, comes within half a minute.
+            end. The first update comes at the first epoch end after 25 seconds.
 
     Raises:
         ValueError: an argument is out of its range, or a tuple has another

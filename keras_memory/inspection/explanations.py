@@ -170,9 +170,9 @@ def explanation_accuracy(
         memory = _Memory(model)
         if memory.inputs is None:
             raise ValueError(
-                "The examples of the memory must be known to be classified, "
-                "and a saved model does not keep them: call `set_memory` "
-                "again. Received: a memory of encodings"
+                "`model` must have the inputs of its memory, which are "
+                "classified; a loaded model has only their encodings. Call "
+                "`set_memory` again. Received: a memory of encodings"
             )
         logits, weights, indices = memory.look(batch)
         predictions = logits.argmax(axis=1)

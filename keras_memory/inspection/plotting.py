@@ -82,8 +82,8 @@ def plot(
     }
     if not shapes:
         raise TypeError(
-            "`layer` must be a recurrent layer of keras_memory, an `ESMLayer`, "
-            "a `MemoryWrapClassifier`, or a model with one of these layers. "
+            "`layer` must be a recurrent layer of keras_memory, a model with "
+            "such layers, an `ESMLayer`, or a `MemoryWrapClassifier`. "
             f"Received: {layer!r}"
         )
     if len({*shapes.values()}) > 1:

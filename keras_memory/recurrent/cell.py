@@ -119,14 +119,15 @@ class MemoryCell(
     Range: outputs, states and gradients are finite for inputs, memories, reads
     and controller states up to 1e18 in float32 and bfloat16, 1e150 in float64
     and 100 in float16 (whose largest number is 65504). This holds for the
-    controllers by name, weights of about 1 and upstream gradients of about 1
-    (`test_extremes.py`). A controller whose output grows with its state, such
+    controllers made by name, weights of about 1 and upstream gradients of about
+    1 (`test_extremes.py`). A controller whose output grows with its state, such
     as a GRU, produces equally large strengths and powers, which multiply the
-    gradients: with it gradients are finite for states up to 1e9, in float16 up
-    to 100. The gradient of a kernel is its input times the gradient of its
-    result, summed over batch and time: it is finite if that product is.
-    Initial states may have any weightings, usages and links: values that no
-    step can produce are first brought into range (`StateSpec.held`).
+    gradients. With such a controller, gradients are finite for states up to
+    1e9, in float16 up to 100. The gradient of a kernel is its input times the
+    gradient of its result, summed over batch and time: it is finite if that
+    product is. Initial states may have any weightings, usages and links: values
+    that no step can produce are first brought into range
+    (`StateSpec.into_range`).
 
     Args:
         units: int, at least 1, width of the output. None: the output is the
@@ -137,10 +138,12 @@ class MemoryCell(
             `"layer_norm_lstm"`, `"layer_norm_rnn"`, `"peephole_lstm"`,
             `"nas"`, any Keras RNN cell (`StackedRNNCells` included), or a
             feed-forward layer. Further blocks get a new controller of the
-            same configuration. A layer norm amplifies gradients at
-            all-zero steps: mask zeros at the start of a sequence.
+            same configuration. The `layer_norm_*` controllers amplify
+            gradients where all inputs are 0: mask such steps at the start of a
+            sequence.
         controller_units: int, at least 1; width of a controller made by name.
-            This and the next two are ignored when `controller` is a layer.
+            `controller_units`, `controller_layers` and `controller_dropout`
+            are ignored when `controller` is a layer.
         controller_layers: int from 1 to 1024; number of the controller's
             layers. At most 1024 over all blocks.
         num_layers: int from 1 to 1024, number of blocks (controller,
@@ -156,7 +159,7 @@ class MemoryCell(
             states to +- this.
         initial_controller_state: `"learned"`, `"random"` (drawn once), a
             number, or `"constant"` (default): the controller's own
-            `get_initial_state`, which is zeros for controllers by name.
+            `get_initial_state`, which is zeros for controllers made by name.
         activation: Keras activation of the output. Default: linear.
         clip_value: positive float or None; clips the output to +- this before
             the activation.
@@ -308,7 +311,7 @@ class MemoryCell(
             if spec.is_weight
         ]
         for size in self.state_size:
-            check_bytes("A state of one row", [("its numbers", size)])
+            check_bytes("A state of one batch row", [("its numbers", size)])
 
     def _controller_specs(self, memory):
         """`StateSpec`s of the controllers whose blocks act on a memory."""
@@ -400,13 +403,15 @@ class MemoryCell(
         self.build_states()
 
     def _add_projection(self, name, inputs, outputs):
-        width = "units" if name == "output" else "size of the interface"
-        sizes = ("size of the features", inputs), (width, outputs)
+        widths = "size of the controller's output", "size of the interface"
+        if name == "output":
+            widths = "size of the features", "units"
+        sizes = (widths[0], inputs), (widths[1], outputs)
         check_bytes(f"The kernel of the {name}", sizes)
 
         def add(kind, shape, initializer, **options):
-            # An initializer draws the same numbers each time; a clone draws
-            # other numbers for another block.
+            # An initializer draws the same numbers at each call. A clone
+            # without a fixed seed draws others, so that blocks differ.
             if name.startswith("interface_") and hasattr(initializer, "clone"):
                 initializer = initializer.clone()
             return self.add_weight(
@@ -574,8 +579,8 @@ class MemoryCell(
 
 
 def _initial_state(access):
-    """The state record of an access, or an error unless that and the read size
-    are as a cell needs them."""
+    """Returns the state record of an access. Raises an error if the record
+    lacks fields, or `read_size` does not match `reads`."""
     name, record = type(access).__name__, access.initial_state
     present = getattr(record, "_fields", ())
     missing = [

@@ -225,9 +225,9 @@ class CellStates:
         self.unpack_state(states)  # raises if the sizes do not fit
         if isinstance(states[0], keras.KerasTensor):
             raise ValueError(
-                "`states` must be arrays or tensors. In a functional model "
-                "reset them inside a layer of your own. Received: "
-                f"{states[0]!r}"
+                "`states` must have values, not be symbolic: in a functional "
+                "model, reset them in the `call` of a layer. "
+                f"Received: {states[0]!r}"
             )
         if rows is not None:
             sizes = {"B": states[0].shape[0]}

@@ -54,14 +54,14 @@ def get(
         controller: a name of `CELLS` (`"lstm"`, `"gru"`, `"rnn"`, `"dense"`,
             `"layer_norm_lstm"`, `"layer_norm_rnn"`, `"peephole_lstm"`,
             `"nas"`), or any Keras RNN cell or feed-forward layer, which is
-            returned as it is.
-        units: int, at least 1; width of each layer. By name only.
-        layers: int, at least 1; more than one are stacked. By name only.
-        dropout: float in [0, 1), dropout rate of each layer's inputs. By name
-            only.
-        seed: int or None, seed of the dropout. By name only.
-        dtype: dtype policy of the cells. By name only.
-        **options: further arguments of the cells. By name only.
+            returned as it is. The arguments below are used only if
+            `controller` is a name.
+        units: int, at least 1; width of each layer.
+        layers: int, at least 1; more than one are stacked.
+        dropout: float in [0, 1), dropout rate of each layer's inputs.
+        seed: int or None, seed of the dropout.
+        dtype: dtype policy of the cells.
+        **options: further arguments of the cells.
 
     Returns:
         A Keras layer.

@@ -49,7 +49,7 @@ def shape_pass(step, inputs, states):
 
 
 def _forward(step, run, inputs, states):
-    """Runs a step; returns also the arrays that its gradient needs."""
+    """Runs a step; also returns the arrays that its gradient needs."""
     with run:
         features, after = step(inputs, states)
     return after, features, (states, run.inputs, run.results, run.values)
@@ -167,8 +167,8 @@ class _Loop:
         self, grad_features, grad_after, saved, inputs, linears, values
     ):
         """Gradients of x, states, linears and values."""
-        # Transposed before the loop: inside, XLA would compute the products
-        # with swapped axes.
+        # The kernels are transposed before the loop. Inside it XLA would merge
+        # the transposition into each product, which is slower.
         swapped = [ops.transpose(kernel) for kernel, *_ in linears]
 
         def once(carried, slices):
@@ -187,6 +187,7 @@ class _Loop:
                     features, after = self.step([x, *inputs[1:]], before)
                 return [features] * self.all_outputs, after
 
+            # Zeros whose gradients are those of the results.
             pre_activations = [ops.zeros_like(result) for result in results]
             grad_x, grad_before, grad_results, more = vjp(
                 again,
@@ -215,7 +216,8 @@ class _Loop:
 
 class _LoopInSegments(_Loop):
     """Saves only the states before each segment; the gradient runs the steps
-    of the segment again. T is a multiple of `segment`, the steps of one."""
+    of the segment again. T is a multiple of `segment`, the number of steps in a
+    segment."""
 
     def __init__(self, segment, *arguments):
         super().__init__(*arguments)
@@ -280,7 +282,8 @@ def _spec(x, *steps):
     return keras.KerasTensor((*steps, *x.shape), ops.dtype(x))
 
 
-# Gradients of weights are summed over time, so never in 16 bits.
+# Gradients of weights are summed in at least float32, since 16 bits would round
+# at each step.
 
 
 def _zeros(arrays):

@@ -74,7 +74,7 @@ class StateSpec:
             a weighting.
         transposed: bool; True: inside a step the last two axes of `shape` are
             swapped, as for a memory, whose slots come last there.
-        held: function that brings a state from outside, (B, *`shape_in_step`),
+        into_range: function that brings a given state, (B, *`shape_in_step`),
             into the range that steps keep; None if any value is allowed.
     """
 
@@ -84,7 +84,7 @@ class StateSpec:
     initializer: typing.Any = "zeros"
     activation: typing.Callable[..., typing.Any] = keras.activations.linear
     transposed: bool = False
-    held: typing.Callable[..., typing.Any] | None = None
+    into_range: typing.Callable[..., typing.Any] | None = None
 
     @property
     def shape_in_step(self) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ def check_bytes_of_state(access, what, names, instead=""):
     """Raises ValueError unless a state fits into the machine's memory, and into
     one axis, which it has outside of a step."""
     sizes = [(name, getattr(access, name)) for name in names]
-    what = f"{what} of one row"
+    what = f"{what} of one batch row"
     check_bytes(what, sizes, instead=instead)
     size = math.prod(size for _, size in sizes)
     check_bytes(what, [(" x ".join(names), size)], instead=instead)

@@ -34,8 +34,8 @@ class _Pass:
         current_pass.reset(self.token)
         if raised[0] is None and self.scope.changed and not self.may_change:
             raise RuntimeError(
-                "A step in the fast time loop changed variables that its first "
-                'run did not change: use `loop="portable"`. Received: '
+                "A step must not change variables in the fast time loop: use "
+                '`loop="portable"`. Received: changes of '
                 f"{[variable.path for variable in self.scope.changed]}"
             )
 
@@ -108,8 +108,8 @@ class Replay(_Pass):
             their axes swapped.
         variables: as in `Forward`.
         results, values: lists, the attributes of `Forward`.
-        pre_activations: list of zeros like `results`, added to them: their
-            gradients are the gradients of the results.
+        pre_activations: list of zeros like `results`, whose gradients are
+            those of the results.
     """
 
     differentiates = True

@@ -52,10 +52,10 @@ class StateLayout:
         ]
 
     def in_range(self, states):
-        """Converts a flat list from outside to records, and brings them into
-        the ranges that steps keep."""
+        """Converts a given flat list to records, and brings them into the
+        ranges that steps keep."""
         return self._packed(
-            spec.held(value) if spec.held else value
+            spec.into_range(value) if spec.into_range else value
             for value, spec in self._with_specs(self.unflatten(states))
         )
 

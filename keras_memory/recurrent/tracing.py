@@ -119,8 +119,8 @@ def trace_model(
     Returns:
         Tuple of the model's outputs and a dict from layer name, in the order
         of the calls, to a plain dict of tensors with the entries of `trace`,
-        so the call can be compiled. A further call of the same layer has a
-        number after the name.
+        so the call can be compiled. If a layer is called again, its key ends in
+        a number, such as `"ntm_layer_2"`.
 
     Raises:
         TypeError: `model` is not a Keras model.

@@ -204,7 +204,8 @@ class Durable:
     def close(self) -> None:
         """Flushes, and releases the folder to other writers.
 
-        Searches still work.
+        Searches still work; `add` and `clear` raise ValueError. Without a
+        folder `close` does nothing.
         """
         with self._lock:
             if self._file is not None:
@@ -266,6 +267,7 @@ class Durable:
     def _check_writable(self):
         if self._mode not in (None, "a"):
             raise ValueError(
-                "A memory that is connected to a folder must be open for "
-                f"appending to be changed. Received: mode={self._mode!r}"
+                "The memory must be open for appending to be changed: "
+                '`KNNMemory.open(folder, "a")`. '
+                f"Received: mode={self._mode!r}"
             )

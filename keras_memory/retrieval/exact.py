@@ -183,8 +183,9 @@ class Neighbours(NamedTuple):
         scores: (B, ..., K) float32, larger is nearer: the inner product, the
             cosine, or minus the squared distance; -inf where nothing was found.
         indices: (B, ..., K) int32, slots from 0; -1 where nothing was found.
-        mask: (B, ..., K) bool, False where nothing was found because the
-            memory has fewer entries.
+        mask: (B, ..., K) bool, False where nothing was found: the memory has
+            fewer entries, or the query has a NaN, an infinity or a component
+            beyond 1e15.
         keys: (B, ..., K, D), as added; 0 where nothing was found.
         values: (B, ..., K, V), likewise, in the dtype of values.
     """

@@ -172,8 +172,11 @@ class KNNMemory(Arguments, Durable):
         check_bytes_of_entries(
             rows, key_dim, value_dim, "float32", self.value_dtype, on_host=True
         )
-        check_bytes(  # an index, about 1 kB
-            "A row each", [rows[0], ("bytes", 1000)], "uint8", on_host=True
+        check_bytes(  # about 1 kB each
+            "An index for each row",
+            [rows[0], ("bytes", 1000)],
+            "uint8",
+            on_host=True,
         )
         self._keys = np.zeros((*slots, key_dim), "float32")
         self._values = np.zeros((*slots, value_dim), self.value_dtype)
@@ -235,7 +238,7 @@ class KNNMemory(Arguments, Durable):
 
         Raises:
             ValueError: wrong shapes, dtypes, values or rows, or a memory opened
-                for reading. Nothing was added.
+                for reading, or closed. Nothing was added.
         """
         with self._lock:
             self._check_writable()
@@ -412,7 +415,7 @@ class KNNMemory(Arguments, Durable):
             rows: ints, the rows to clear, or (num_rows,) bool; None for all.
 
         Raises:
-            ValueError: wrong rows, or a memory opened for reading.
+            ValueError: wrong rows, or a memory opened for reading, or closed.
         """
         with self._lock:
             self._check_writable()

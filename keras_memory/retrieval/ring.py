@@ -1,4 +1,4 @@
-"""A memory of (key, value) pairs as tensors: state in, state out."""
+"""A memory of (key, value) pairs whose methods take and return its state."""
 
 import dataclasses
 import functools
@@ -57,15 +57,15 @@ class RingState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RingMemory:
-    """Exact nearest-neighbor memory in the graph: state in, state out.
+    """Nearest-neighbor memory in the graph, exact by default.
 
     Source: Wu et al. 2022 (arXiv 2203.08913), section 3: a memory of (key,
     value) pairs without gradient, which drops the oldest entries.
 
     All methods are pure functions of tensors on any backend; they compile with
-    XLA and lower for GPU and TPU. Pass the state from call to call, or use
-    `KNNMemoryLayer`, which keeps it in weights. Each row of the batch has its
-    own memory.
+    XLA and lower for GPU and TPU. `add` and `clear` take a state and return the
+    next one: pass it from call to call, or use `KNNMemoryLayer`, which keeps it
+    in weights. Each row of the batch has its own memory.
 
     A graph cannot raise errors about values. Instead, an entry with a NaN, an
     infinity or a component beyond 1e15 is not written, and such a query finds
@@ -81,8 +81,8 @@ class RingMemory:
         search_method: `"exact"` (default), the largest products with all keys;
             `"auto"`, the same result, faster for large memories: only the
             groups of slots with the largest maxima are sorted;
-            `"approximate"`, the backend's approximate search (TensorFlow, JAX),
-            faster on a TPU.
+            `"approximate"`, the approximate search of TensorFlow or JAX, faster
+            on a TPU; on other backends the same as `"exact"`.
         target_recall: float in (0, 1), the recall of `"approximate"`, 0.95 by
             default.
         value_dtype: str, dtype in which values are stored and returned:

@@ -66,15 +66,16 @@ class ScannRow:
     Up to `FLAT` entries, searches compare all. For more entries, trees of two
     sizes are built in the background. Each is tuned: it searches the fewest
     leaves that reach `target_recall` on a sample of the latest queries. The
-    tree with fewer comparisons is used, unless comparing all entries is as
-    good.
+    tree with the fewest comparisons is used if it compares less than a quarter
+    of the entries (`WORTH`); otherwise all are compared.
 
     Keys and queries may drift apart, for example while an encoder is trained.
-    So the number of leaves is retuned after a share `TRIED` of the entries was
-    written, when twice as many queries are available, and when a search asks
-    for more neighbors. The tree is rebuilt when a query is compared with `WORN`
-    times as many vectors as at first, or when a share `REBUILT` of its entries
-    was written.
+    So the number of leaves is retuned after 0.5 % (a new tree) to 5 % (an old
+    one) of the entries were written (`TRIED`), when twice as many queries are
+    known as at the last tuning, and when a search asks for more neighbors. The
+    tree is rebuilt when a query must be compared with twice as many vectors as
+    at first (`WORN`), or when entries amounting to half of those in the tree
+    were written (`REBUILT`).
 
     Args:
         keys: (N, D) float32, finite, keys of all slots; the owner writes to the
@@ -150,7 +151,11 @@ class ScannRow:
         self._since_tried += len(slots)
         self._follow()
         if failed is not None:
-            _warn("updated its index", failed)
+            _warn(
+                "update its index, so searches compare all entries until the "
+                "next tree",
+                failed,
+            )
 
     def _compare_all(self):
         """Drops the tree: searches compare all entries until the next tree."""
@@ -231,7 +236,7 @@ class ScannRow:
         return slots, scores
 
     def _is_stale(self):
-        """Whether the keys may have moved far from a flat searcher's origin."""
+        """Whether the keys may have moved far from a flat searcher's center."""
         is_flat = self._searcher is not None and self.leaves is None
         return is_flat and self._similarity == "l2" and self._flat_for <= 0
 
@@ -280,7 +285,10 @@ class ScannRow:
             if self._is_wanted(epoch):
                 work(epoch, *arguments)
         except Exception as error:  # the previous index stays in use
-            _warn("built a tree", error)
+            _warn(
+                "build or tune a tree, so searches use the previous index",
+                error,
+            )
         finally:
             with self._lock:
                 if self._epoch == epoch:
@@ -294,7 +302,9 @@ class ScannRow:
         # A write during the copy may tear a key; its slot is in `_changed`.
         vectors = self._vectors(np.arange(size))
         tuned_with = 0 if queries is None else len(queries)
-        if tuned_with < tuning.FEW:  # keys are easier to find than queries
+        # Too few queries: keys are added. They are easier to find, so
+        # `tuned_with = 0` makes later queries retune the tree.
+        if tuned_with < tuning.FEW:
             sample = vectors[:: -(-size // tuning.SAMPLE)]
             queries = np.concatenate(
                 [sample, *([queries] if tuned_with else [])]
@@ -405,10 +415,9 @@ class Searcher:
         self._scann.upsert(places, self.prepared(vectors), len(places))
 
 
-def _warn(what, error):
+def _warn(failure, error):
     warnings.warn(
-        f"ScaNN should have {what}; searches compare all entries, or use the "
-        f"previous tree. Received: {error!r}",
+        f"ScaNN failed to {failure}. Received: {error!r}",
         RuntimeWarning,
         stacklevel=2,
     )

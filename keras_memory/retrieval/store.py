@@ -193,7 +193,9 @@ class Store:
     def _check_owner(self):
         if self.owner != os.getpid():
             raise ValueError(
-                f"A fork must open the store itself. Received: {self.path}"
+                "The folder must be opened in this process: call "
+                "`KNNMemory.open` after the fork. "
+                f"Received: a fork, {self.path}"
             )
 
 
@@ -202,7 +204,11 @@ def exists(folder):
     the old format."""
     folder = pathlib.Path(folder)
     if (folder / "manifest.json").exists() and any(folder.glob("log-*.bin")):
-        raise ValueError(f"{folder} must be of format 2. Received: format 1")
+        raise ValueError(
+            "`folder` must hold a memory of format 2: this version cannot read "
+            "format 1; add its entries to a new memory. "
+            f"Received: format 1, in {folder}"
+        )
     return (folder / NAME).exists()
 
 

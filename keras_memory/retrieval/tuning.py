@@ -15,7 +15,7 @@ REBUILT = 0.5  # rebuild a tree when this share of its entries was written
 TRIED = 0.005, 0.05
 WORN = 2.0  # rebuild a tree that must search this many times as much as new
 WORTH = 0.25  # a tree must compare less than this share of the entries
-SAMPLE = 256  # queries to tune a tree with
+SAMPLE = 256  # most queries to tune a tree with
 FEW = 64  # with fewer queries than this, keys are added as queries
 DISTANCES = {
     "dot": "dot_product",

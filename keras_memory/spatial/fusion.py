@@ -205,20 +205,20 @@ def pad_sphere(image, size):
     """
     size = check_size("size", size, least=0)
     (image,) = float_tensors(image=(image, ("B", "H", "W", "C")))
-    _check_around(image, size)
+    _check_around("image", image, size)
     image = _pad_poles(image, size)
     left, right = image[:, :, image.shape[2] - size :], image[:, :, :size]
     return ops.concatenate([left, image, right], axis=2)
 
 
-def _check_around(image, size):
+def _check_around(name, image, size):
     """Raises ValueError unless `_pad_poles` can add `size` pixels."""
     height, width = image.shape[1:3]
     if width % 2 or size > min(height, width):
         raise ValueError(
-            "An image of a sphere must have an even number of columns, and at "
-            f"least {size} rows and columns, as many as are added. Received: "
-            f"shape {tuple(image.shape)}"
+            f"`{name}` must have an even number of columns, and at least "
+            f"{size} rows and columns: the padding copies as many. "
+            f"Received: shape {tuple(image.shape)}"
         )
 
 
@@ -281,7 +281,7 @@ def smooth(mean, variance, kernel):
             "`kernel` must have an odd number of rows, to have a center. "
             f"Received: shape {kernel.shape}"
         )
-    _check_around(mean, len(kernel) // 2)
+    _check_around("mean", mean, len(kernel) // 2)
     if 0 in mean.shape:  # PyTorch has no FFT of empty tensors
         return mean
     precision = 1.0 / at_least(variance, TINY)

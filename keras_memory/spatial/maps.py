@@ -91,10 +91,10 @@ class MapLayer(Arguments, MapInputs, keras.layers.Layer):
         least, largest = self.variance_limits
         if 2 * least > min(largest, height) or largest > SPAN * least:
             raise ValueError(
-                "`variance_limits` must be (least, most), with the least at "
-                "most half the most and half the height, and the most at most "
-                f"{SPAN:.0e} times the least. Received: "
-                f"variance_limits={variance_limits!r}, height={height}"
+                "`variance_limits` must be (least, most) with least <= most / "
+                f"2, least <= height / 2 and most <= {SPAN:.0e} * least. "
+                f"Received: variance_limits={variance_limits!r}, "
+                f"height={height}"
             )
         self.depth_prior = check_closed("depth_prior", depth_prior, 0, HUGE)
         self.feature_prior = check_closed(

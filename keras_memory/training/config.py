@@ -438,9 +438,9 @@ def to_json(config):
         same = error
     if same is not True:
         raise ValueError(
-            "A configuration must hold values that JSON restores, such as "
-            "numbers, strings and tuples of them, in fields not called `name`, "
-            f"or the run could not be read again. Received: {config!r}"
+            "`config` must come back unchanged from JSON, so that the run can "
+            "be resumed: use numbers, strings and tuples. No field may be "
+            f"called `name`. Received: {config!r}"
             + ("" if same is False else f" ({same})")
         )
     return text

@@ -46,9 +46,9 @@ def _reading(path, what):
     except FileNotFoundError:
         raise
     except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise ValueError(
-            f"{path} must be {what}. Received a file that cannot be read: "
-            f"{error}"
+            f"{path} must be {what}. Received: {kind}{error}"
         ) from error
 
 
@@ -68,7 +68,7 @@ def load(path):
     with _reading(path, "a model that a training has saved"):
         model = keras.models.load_model(path)
         if getattr(model, "optimizer", None) is None:
-            raise ValueError("it has no optimizer")
+            raise ValueError("a model without optimizer")
     return model
 
 
@@ -94,8 +94,9 @@ def is_finished(folder):
     if not path.exists():
         return False
     with _reading(path, "results that a training has written"):
-        if not isinstance(json.loads(path.read_text("utf-8")), dict):
-            raise ValueError("it has no results")
+        results = json.loads(path.read_text("utf-8"))
+        if not isinstance(results, dict):
+            raise ValueError(f"a {type(results).__name__}, not a dict")
     return True
 
 
@@ -122,7 +123,7 @@ def read_history(folder, config, reports=None):
         check_whole("reports", reports, least=0)
     wanted = {"loss", "seconds", losses.KINDS[config.task.kind].error}
     what = (
-        f"{reports or 'the'} whole reports of "
+        f"a file of {f'{reports} ' if reports else ''}whole reports of "
         f"{', '.join(sorted(wanted))}, as the training wrote them"
     )
     rows = []
@@ -135,10 +136,12 @@ def read_history(folder, config, reports=None):
             for row in rows
         ]
         if len(rows) < (reports or 0):
-            raise ValueError(f"it has {len(rows)} reports")
+            raise ValueError(f"{len(rows)} reports")
         for done, row in enumerate(rows, 1):
             if not wanted <= set(row):
-                raise ValueError(f"a report of {', '.join(map(str, row))}")
+                raise ValueError(
+                    f"a report with only {', '.join(map(str, row))}"
+                )
             # Older runs did not write the counts.
             sequences = sequences_seen(config, done)
             step, longest = (

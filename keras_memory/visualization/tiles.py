@@ -153,7 +153,7 @@ def plot_explanations(
     rows = []
     for index, why in enumerate(explanations):
         is_known = inputs[index] is not None and why.inputs is not None
-        wanted = "have inputs (saving does not keep them): call `set_memory`"
+        wanted = "have inputs, which a saved model lacks: call `set_memory`"
         require(is_known, "explanations", wanted, "a memory of encodings")
         heat, example_heats = None, [None] * len(why.inputs)
         if attributions is not None:
