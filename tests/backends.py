@@ -4,9 +4,10 @@
     python tests/backends.py table [--results FOLDER] [--write]
 
 `numbers` writes what every catalogue case computes from weights that NumPy
-draws. `table` runs the catalogue on every backend and prints the table of
-docs/guides/backends.md; `--write` puts it there. `--results` keeps the runs'
-JUnit files, and uses those that are there already.
+draws. `table` runs the catalogue, and the tests of the other layers, on every
+backend and prints the tables of docs/guides/backends.md; `--write` puts them
+there. `--results` keeps the runs' JUnit files, and uses those that are there
+already.
 """
 
 import argparse
@@ -38,6 +39,15 @@ BACKENDS = {
     "jax": "JAX",
     "torch": "PyTorch",
     "numpy": "NumPy",
+}
+
+# Layers whose inputs or outputs are not those of the catalogue, by the file of
+# their tests.
+OTHER_LAYERS = {
+    "memory_wrap": "`MemoryWrapLayer`, `MemoryWrapClassifier`",
+    "retrieval": "`RingMemory`, `KNNMemoryLayer`",
+    "scann_index": "`ScannIndex`",
+    "esm": "`ESMLayer`, `ESMCell`",
 }
 
 # The checks of `test_catalogue.py`, in the words of the table in the docs.
@@ -129,38 +139,53 @@ def write_numbers(path):
     )
 
 
-def run_catalogue(backend, path):
-    """Runs the catalogue on a backend, and writes a JUnit file."""
+def run_tests(backend, path, name, marks=""):
+    """Runs a test file on a backend, and writes a JUnit file."""
     subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-m", "", "--dist=load"),
+            *(sys.executable, "-m", "pytest", "-q", "-m", marks, "--dist=load"),
             f"--junitxml={path}",
-            ROOT / "tests" / "test_catalogue.py",
+            ROOT / "tests" / f"test_{name}.py",
         ],
         env={**os.environ, "KERAS_BACKEND": backend},
         cwd=ROOT,
     )
 
 
-def outcomes(path):
-    """Dict from each check to a Counter of its outcomes in a JUnit file: "yes",
-    "fails", or the reason of a skip."""
-    found = collections.defaultdict(collections.Counter)
+def results(path):
+    """Yields each test in a JUnit file, and its outcome: "yes", "fails", or
+    the reason of a skip."""
     for test in xml.etree.ElementTree.parse(path).iter("testcase"):
-        check, _, parameters = test.get("name").partition("[")
-        for case in CASES:  # the case is the last parameter
-            parameters = parameters.removesuffix(f"{case.name}]")
-        check = check.removeprefix("test_")
-        if parameters:
-            check += f"[{parameters.removesuffix('-')}]"
         outcome = "yes"
         for result in test:
             if result.tag in ("failure", "error"):
                 outcome = "fails"
             elif result.tag == "skipped":
                 outcome = result.get("message")
+        yield test, outcome
+
+
+def outcomes(path):
+    """Dict from each check to a Counter of its outcomes in a JUnit file."""
+    found = collections.defaultdict(collections.Counter)
+    for test, outcome in results(path):
+        check, _, parameters = test.get("name").partition("[")
+        for case in CASES:  # the case is the last parameter
+            parameters = parameters.removesuffix(f"{case.name}]")
+        check = check.removeprefix("test_")
+        if parameters:
+            check += f"[{parameters.removesuffix('-')}]"
         found[check][outcome] += 1
     return found
+
+
+def summary(path):
+    """A field of the table of other layers: how many tests of a JUnit file
+    passed, and why the others did not run."""
+    found = collections.Counter(outcome for _, outcome in results(path))
+    passed = found.pop("yes", 0)
+    others = "; ".join(f"{why} ({n})" for why, n in found.most_common())
+    return f"{passed} tests; not run: {others}" if others else f"{passed} tests"
 
 
 def cell(found):
@@ -174,33 +199,46 @@ def cell(found):
 
 
 def table(folder):
-    """The table in Markdown, from one JUnit file a backend."""
+    """The tables in Markdown, from the JUnit files of all backends."""
     columns = [outcomes(folder / f"{name}.xml") for name in BACKENDS]
     titles = [
         f"{title} {importlib.metadata.version(name)}"
         for name, title in BACKENDS.items()
     ]
-    rows = [
-        ["", *titles],
-        ["---"] * (1 + len(titles)),
-        *(
-            [words, *(cell(column[check]) for column in columns)]
-            for check, words in CHECKS.items()
-        ),
+    checks = [
+        [words, *(cell(column[check]) for column in columns)]
+        for check, words in CHECKS.items()
     ]
-    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
+    others = [
+        [
+            words,
+            *(summary(folder / f"{name}-{file}.xml") for name in BACKENDS),
+        ]
+        for file, words in OTHER_LAYERS.items()
+    ]
     day = datetime.date.fromtimestamp(
-        max((folder / f"{name}.xml").stat().st_mtime for name in BACKENDS)
+        max(path.stat().st_mtime for path in folder.glob("*.xml"))
     )
     return "\n".join(
         [
-            f"{len(CASES)} layers and options, Keras {keras.__version__}, "
-            f"Python {platform.python_version()}, CPU, {day}:",
+            f"{len(CASES)} recurrent layers and options, Keras "
+            f"{keras.__version__}, Python {platform.python_version()}, CPU, "
+            f"{day}:",
             "",
-            *lines,
+            *_rows(titles, checks),
+            "",
+            "The other layers: how many of their tests pass, and why the rest "
+            "does not run.",
+            "",
+            *_rows(titles, others),
             "",
         ]
     )
+
+
+def _rows(titles, rows):
+    rows = [["", *titles], ["---"] * (1 + len(titles)), *rows]
+    return [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
 
 
 def write_table(text):
@@ -220,14 +258,20 @@ def main():
     if arguments.command == "numbers":
         write_numbers(arguments.file)
         return
+
+    def run(backend, path, *arguments):
+        if not path.exists():
+            run_tests(backend, path, *arguments)
+        if not path.exists():
+            parser.exit(1, f"The run on {backend} crashed.\n")
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.results or pathlib.Path(temporary)
         for backend in BACKENDS:
-            path = folder / f"{backend}.xml"
-            if not path.exists():
-                run_catalogue(backend, path)
-            if not path.exists():
-                parser.exit(1, f"The run on {backend} crashed.\n")
+            run(backend, folder / f"{backend}.xml", "catalogue")
+            for name in OTHER_LAYERS:
+                path = folder / f"{backend}-{name}.xml"
+                run(backend, path, name, "not slow")
         text = table(folder)
     print(text)
     if arguments.write:
