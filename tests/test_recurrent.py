@@ -238,7 +238,7 @@ def test_fit_of_a_stateful_layer_refuses_other_batch_sizes(
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_a_stateful_layer_works_in_a_subclassed_model(x, jit_compile):
-    """Built within `predict`, where the initial state is symbolic."""
+    """Built within `fit` or `predict`, where the initial state is symbolic."""
 
     class Own(keras.Model):
         def __init__(self):
@@ -248,8 +248,12 @@ def test_a_stateful_layer_works_in_a_subclassed_model(x, jit_compile):
         def call(self, inputs):
             return self.memory(inputs)
 
+    y = np.zeros((BATCH, TIME, 2), "float32")
     model = Own()
     model.compile("sgd", "mse", jit_compile=jit_compile)
+    if keras.backend.backend() == "tensorflow" and jit_compile:
+        model.fit(x, y, batch_size=BATCH, verbose=0)
+        model.memory.reset_state()
     first = model.predict(x, batch_size=BATCH, verbose=0)
     second = model.predict(x, batch_size=BATCH, verbose=0)
     model.memory.reset_state()
@@ -747,6 +751,28 @@ def test_time_loop_reports_training_after_a_validation(x):
     y = np.zeros((BATCH, TIME, 2), "float32")
     model.fit(x, y, validation_data=(x, y), verbose=0)
     assert layer.time_loop == "fast"
+
+
+@needs_tensorflow
+def test_the_portable_loop_compiles_for_an_unknown_batch_size(x):
+    model = keras.Sequential([ntm(loop="portable")])
+    model.compile("sgd", "mse", jit_compile=True)
+    sizes = [len(part) for part in (x, x[:1])]
+    assert sizes[0] != sizes[1]  # a smaller last batch
+    both = np.concatenate([x, x[:1]])
+    y = np.zeros((len(both), TIME, 2), "float32")
+    losses = model.fit(both, y, batch_size=len(x), verbose=0).history["loss"]
+    assert np.isfinite(losses).all()
+
+
+def test_jax_refuses_steps_that_change_variables(x):
+    if keras.backend.backend() != "jax":
+        pytest.skip("the other backends run them")
+    controller = keras.Sequential(
+        [keras.layers.Dense(5), keras.layers.Dropout(0.3)]
+    )
+    with pytest.raises(NotImplementedError, match="controller_dropout"):
+        ntm(controller=controller)(x, training=True)
 
 
 # Dropout: one mask per sequence.

@@ -171,7 +171,12 @@ def row_sum(x):
     """Sums over the last axis and keeps it: (B, H, N) -> (B, H, 1)."""
     devices = keras.distribution.list_devices() if _compiles() else []
     if devices and all("cpu" in device.lower() for device in devices):
-        return ops.matmul(x, ops.ones((x.shape[-1], 1), x.dtype))
+        # As one product of two matrices: XLA refuses the gradient of others for
+        # an unknown batch size.
+        slots = x.shape[-1]
+        flat = ops.reshape(x, (-1, slots))
+        sums = ops.matmul(flat, ops.ones((slots, 1), x.dtype))
+        return ops.reshape(sums, (-1, *x.shape[1:-1], 1))
     # In matrix products a GPU or TPU may round the factors to fewer bits.
     return ops.sum(x, axis=-1, keepdims=True)
 

@@ -425,6 +425,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
 
     def _create_state_variables(self, batch_size):
         def initial(index, shape, dtype):
+            if index in self.cell.weight_states:
+                # State and start are equal, so each row starts from the current
+                # weights. XLA cannot read weights in an initializer.
+                return ops.zeros(shape, dtype)
             # Computed in here: if the layer is built within a graph, TensorFlow
             # lifts initializers out of the graph.
             return ops.cast(self.get_initial_state(shape[0])[index], dtype)

@@ -54,6 +54,7 @@ def run(
 
     Raises:
         ValueError: loop="fast" is not possible.
+        NotImplementedError: on JAX, a step changes variables.
     """
     inputs = [ops.cast(sequences, cell.compute_dtype)]
     states = keras.tree.flatten(records)
@@ -93,6 +94,13 @@ def run(
     if not why:
         shapes, specs = shape_pass(step, inputs, states)
         why = shapes.why_not
+        if backend.backend() == "jax" and shapes.scope.changed:
+            raise NotImplementedError(
+                "On JAX a step must not change variables, as `Dropout` and "
+                "`BatchNormalization` in a controller do: use "
+                "`controller_dropout`, or another backend. Received: "
+                f"{why}"
+            )
     if loop == "fast" and why:
         raise ValueError(
             f'loop="fast" is not possible for {cell.name!r} here: {why}'
