@@ -414,6 +414,16 @@ def test_attributes_of_the_layer_hide_those_of_the_cell():
     model.summary(expand_nested=True, print_fn=len)
 
 
+def test_a_regularizer_that_would_do_nothing_is_refused():
+    cell = keras_memory.NTMCell(3, activity_regularizer="l2")
+    told = "`activity_regularizer` must be given to the layer .* Received: "
+    with pytest.raises(ValueError, match=told):
+        keras_memory.MemoryRNN(cell)
+    layer = keras_memory.NTMLayer(3, activity_regularizer="l2")
+    layer(np.ones((2, 3, 4), "float32"))
+    assert len(layer.losses) == 1
+
+
 def test_a_controller_as_attribute_is_tracked_once(tmp_path):
     cell = keras.layers.LSTMCell(5)
     layer = keras_memory.NTMLayer(3, 4, 2, controller=cell)
@@ -527,6 +537,15 @@ def test_the_error_for_too_large_linkage_names_sparse_links(small_machine):
     assert "memory_slots=100000" in str(e.value)
     keras_memory.DNCLayer(3, memory_slots=100_000, sparse_links=8)
     keras_memory.DNCLayer(3, memory_slots=100_000, linkage=False)
+
+
+@pytest.mark.parametrize("size", [None, -1, "2", 2.0, np.int64(-1)])
+def test_a_wrong_batch_size_is_refused(size):
+    layer = keras_memory.NTMLayer(3)
+    layer.build((None, 3, 2))
+    with pytest.raises(ValueError, match="`batch_size` must be an integer"):
+        layer.cell.get_initial_state(size)
+    assert layer.cell.get_initial_state(np.int64(2))[0].shape == (2, 20)
 
 
 def test_states_of_too_large_a_batch_are_refused(small_machine):

@@ -41,6 +41,7 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
+from keras_memory.checks import plain
 from keras_memory.hints import Activation
 from keras_memory.hints import Array
 from keras_memory.hints import Config
@@ -542,6 +543,10 @@ class MemoryCell(
         if self.units is not None:
             features = _project(features, *self.output_projection)
         return self.activation(_clip(features, self.clip_value))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras would make tensors of flags such as `np.False_`.
+        return super().__call__(*args, **plain(kwargs))
 
     def call(
         self,

@@ -19,6 +19,7 @@ from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_size
+from keras_memory.checks import plain
 from keras_memory.checks import with_rows_of
 from keras_memory.checks import with_size
 from keras_memory.hints import Array
@@ -115,8 +116,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         ValueError: the inputs are not (B, T, D), have no time steps, or
             another width than before; initial states do not fit the cell; a
             mask has another shape; loop="fast" is not possible; `recompute` is
-            combined with loop="portable" or `unroll`; or a bool argument is
-            not a bool.
+            combined with loop="portable" or `unroll`; the given cell has an
+            `activity_regularizer`; or a bool argument is not a bool.
         TypeError: an argument is unknown or missing.
         NotImplementedError: second derivatives through the fast loop.
     """
@@ -207,6 +208,12 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 "`cell` must be a `MemoryCell`; `keras.layers.RNN` runs other "
                 f"cells. Received: cell={args[0]!r}"
             )
+        regularizer = args[0].activity_regularizer
+        if regularizer is not None:  # which only a call of the cell would use
+            raise ValueError(
+                "`activity_regularizer` must be given to the layer instead of "
+                f"its cell. Received: activity_regularizer={regularizer!r}"
+            )
         if len(args) > 1 or "cell" in kwargs:
             raise TypeError(
                 f"{type(self).__name__} takes one positional argument, the "
@@ -258,7 +265,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     def __call__(self, sequences: Array, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sequences, np.ndarray):  # Keras's error names no argument
             check_array("sequences", sequences, result="given")
-        return super().__call__(sequences, *args, **kwargs)
+        # Keras would make tensors of flags such as `np.False_`.
+        return super().__call__(sequences, *args, **plain(kwargs))
 
     def call(
         self,
