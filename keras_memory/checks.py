@@ -524,7 +524,10 @@ def with_rows_of(tensor, batch):
 def is_number(value):
     """True for finite numbers; False for bools, text and all else."""
     number = isinstance(value, (int, float, np.integer, np.floating))
-    return number and type(value) is not bool and bool(np.isfinite(value))
+    try:
+        return number and type(value) is not bool and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def check_clip(name, value):

@@ -1,6 +1,7 @@
 """Checks of constructor arguments, and of sizes that exceed the machine."""
 
 import dataclasses
+import functools
 import inspect
 import json
 
@@ -20,12 +21,14 @@ from keras_memory.checks import MOST_LAYERS
 from keras_memory.checks import MOST_SEED
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
+from keras_memory.checks import is_number
 from keras_memory.checks import plain
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
 from keras_memory.retrieval.ring import RingMemory
 from keras_memory.training import config
 from keras_memory.training import presets
+from keras_memory.training import runs
 from keras_memory.training import tasks
 
 CELLS = [
@@ -170,6 +173,56 @@ def test_numpy_bools_are_accepted_as_flags():
     assert check_bool("erase", np.True_) is True
     layer = keras_memory.NTMLayer(3, unroll=np.True_, stateful=np.False_)
     assert layer.unroll is True and layer.stateful is False
+
+
+def test_numpy_bools_are_accepted_in_calls():
+    layer = keras_memory.NTMLayer(3)
+    x = np.ones((2, 3, 4), "float32")
+    np.testing.assert_array_equal(
+        layer(x, use_memory=np.False_), layer(x, use_memory=False)
+    )
+    states = layer.cell.get_initial_state(2)
+    for output, other in zip(
+        layer.cell(x[:, 0], states, use_memory=np.False_),
+        layer.cell(x[:, 0], states, use_memory=False),
+    ):
+        keras.tree.map_structure(np.testing.assert_array_equal, output, other)
+
+
+# Numbers and names.
+
+
+@pytest.mark.parametrize("size", [30, 400])
+def test_numbers_beyond_64_bits_are_checked(size):
+    assert is_number(10**size) is (size == 30)
+    for name in ("clip_value", "norm_epsilon", "initial_memory"):
+        if size == 30:
+            keras_memory.NTMLayer(3, **{name: 10**size})
+            continue
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            keras_memory.NTMLayer(3, **{name: 10**size})
+
+
+NTM = functools.partial(keras_memory.NTMLayer, 3)
+COLLIER = functools.partial(keras_memory.convert.from_collier_ntm, {}, 1, 1)
+DNC = functools.partial(keras_memory.convert.from_pytorch_dnc, {}, 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (NTM, "addressing writing loop recompute key_activation"),
+        (functools.partial(keras_memory.MemoryWrapLayer, 3), "similarity"),
+        (COLLIER, "init_mode addressing_mode"),
+        (DNC, "nonlinearity"),
+        (functools.partial(runs.compare, ["run"], "path"), "by"),
+    ],
+)
+def test_an_array_is_no_name(make, names):
+    for name in names.split():
+        told = f"`{name}` must be .*Received: |activation function"
+        with pytest.raises(ValueError, match=told):
+            make(**{name: np.ones(2)})
 
 
 # Runs.

@@ -18,6 +18,7 @@ from keras_memory.arguments import Arguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import plain
 from keras_memory.checks import with_rows_of
@@ -229,11 +230,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         }
         for name, value in flags.items():
             check_bool(name, value)
-        if loop not in LOOPS:
-            raise ValueError(
-                f"`loop` must be one of {LOOPS}. Received: loop={loop!r}"
-            )
-        if recompute is not None and recompute != "sqrt":
+        check_one_of("loop", loop, LOOPS)
+        is_root = isinstance(recompute, str) and recompute == "sqrt"
+        if recompute is not None and not is_root:
             check_size("recompute", recompute, alternatives=', "sqrt" or None')
         if recompute is not None and (loop == "portable" or unroll):
             raise ValueError(
