@@ -165,6 +165,12 @@ def test_all_lists_every_public_name():
         assert getattr(keras_memory, name) is not None
 
 
+def test_dir_lists_no_modules_of_python():
+    names = {*dir(keras_memory)}
+    assert names >= {*keras_memory.__all__, "training", "__version__"}
+    assert not names & {"TYPE_CHECKING", "importlib", "pathlib", "sys"}
+
+
 def test_import_is_light():
     """Beyond the modules of `import keras`, only our own modules are imported,
     and no system module that Windows lacks."""
