@@ -139,7 +139,7 @@ def checked(owner, init):
         if behind is not None:
             for name in more:
                 if name not in behind:
-                    raise _unknown(type(self), name, kwargs[name])
+                    raise unknown(type(self), name, kwargs[name])
         try:
             signature.bind(self, *args, **kwargs)
         except TypeError as error:
@@ -180,7 +180,9 @@ def _not_bound(made, error):
     return ArgumentError(made, message)
 
 
-def _unknown(made, name, value):
+def unknown(made, name, value):
+    """The error about an argument that the class `made` does not have."""
+
     def message(written):
         return (
             f"{written.__name__} has no argument `{name}`"

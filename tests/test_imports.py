@@ -31,7 +31,7 @@ LAYERS = [
     ["visualization"],
     ["recurrent.cells", "recurrent.replay", "recurrent.state"],
     ["recurrent.backend", "recurrent.controllers", "recurrent.interface"],
-    ["recurrent.cell_states", "recurrent.dropout"],
+    ["recurrent.cell_states", "recurrent.contract", "recurrent.dropout"],
     ["recurrent.fast_loop", "recurrent.serialization"],
     ["recurrent.loop"],
     ["recurrent.cell"],

@@ -141,6 +141,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     ) -> None:
         super().__init_subclass__(**kwargs)
         if cell is not None:
+            _check_cell_class(cls, cell)
             cls.cell_class = cell
             own = init_parameters(MemoryRNN)
             all_parameters = {**init_parameters(cell), **own}
@@ -565,3 +566,22 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             return super().from_config(config, custom_objects)
         with keras.saving.custom_object_scope(custom_objects or {}):
             return cls(**config)
+
+
+def _check_cell_class(layer, cell):
+    """Raises TypeError unless a layer can make its own cells of a class."""
+    if not isinstance(cell, type) or not issubclass(cell, MemoryCell):
+        raise TypeError(
+            f"`cell` of {layer.__name__} must be a subclass of `MemoryCell`. "
+            f"Received: cell={cell!r}"
+        )
+    base = next(b for b in layer.__mro__[1:] if issubclass(b, MemoryRNN))
+    if base.__init__ is not MemoryRNN.__init__ and not issubclass(
+        cell, base.cell_class or cell
+    ):
+        raise TypeError(
+            f"`cell` of {layer.__name__} must be a subclass of "
+            f"{base.cell_class.__name__}, whose arguments {base.__name__} "
+            "takes: for another cell derive from `MemoryRNN`. "
+            f"Received: cell={cell.__name__}"
+        )
