@@ -1,11 +1,13 @@
 """What an access, its class and its steps must be, and errors for others."""
 
+import copy
 import dataclasses
 import inspect
 from typing import Any
 from typing import NamedTuple
 
 import harness
+import keras
 import numpy as np
 import pytest
 import toy
@@ -307,3 +309,130 @@ def test_numpy_is_no_state():
     access = mine(step=lambda self, interface, state: step(interface, state))
     with pytest.raises(ValueError, match="`total` .* Received: ndarray"):
         MemoryRNN(MemoryCell(2, [access()]))(X)
+
+
+# Configurations.
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def doubled(x):
+    return 2 * x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SquashAccess(toy.ToyAccess):
+    squash: Any = keras.activations.sigmoid
+    by_name: Any = "tanh"
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class SquashCell(MemoryCell, access=SquashAccess):
+    pass
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class SquashLayer(MemoryRNN, cell=SquashCell):
+    pass
+
+
+OBJECTS = {
+    "function of Keras": keras.activations.tanh,
+    "own function": doubled,
+    "nested": [doubled, {"a": keras.activations.tanh}],
+    "text": "tanh",
+    "array": np.ones(3, "float16"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_objects_in_fields_survive_a_configuration(name, tmp_path):
+    given = OBJECTS[name]
+    layer = SquashLayer(3, squash=given, name="squash")
+    model = keras.Sequential([keras.Input(X.shape[1:]), layer])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").layers[0]
+    copies = [
+        loaded,
+        copy.deepcopy(layer),
+        keras.models.clone_model(model).layers[0],
+        keras.layers.Bidirectional(layer).forward_layer,
+        SquashCell.from_config(layer.cell.get_config()),
+    ]
+    for made in copies:
+        found = made.squash
+        assert type(found) is type(given) or isinstance(found, list)
+        assert np.all(found == given)
+
+
+def test_an_initializer_in_a_field_survives_a_configuration():
+    layer = SquashLayer(3, squash=keras.initializers.Constant(4))
+    again = SquashLayer.from_config(layer.get_config())
+    assert isinstance(again.squash, keras.initializers.Constant)
+    assert again.squash.value == 4
+
+
+def test_custom_objects_are_used():
+    def own(x):
+        return x
+
+    config = SquashLayer(3, squash=own).get_config()
+    again = SquashLayer.from_config(config, custom_objects={"own": own})
+    assert again.squash is own
+
+
+def test_a_field_with_a_name_as_default_is_saved_by_name():
+    config = SquashLayer(3, by_name=keras.activations.relu).get_config()
+    assert config["by_name"] == "relu"
+    config = NTMLayer(3, key_activation=keras.activations.relu).get_config()
+    assert config["key_activation"] == "relu"
+
+
+@pytest.mark.parametrize("value", [object(), np.tanh, {1, 2}, [object()]])
+def test_a_field_that_cannot_be_saved_is_refused(value):
+    with pytest.raises(TypeError, match="`squash` must be .* to be saved. Rec"):
+        SquashLayer(3, squash=value).get_config()
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class NotedCell(toy.ToyCell):
+    """Its `from_config` differs from its `__init__`."""
+
+    def get_config(self):
+        return {**super().get_config(), "note": 1}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        assert config.pop("note") == 1
+        return super().from_config(config)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class NotedLayer(MemoryRNN, cell=NotedCell):
+    def __init__(self, units, extra=1, **kwargs):
+        super().__init__(units, **kwargs)
+        self.extra = extra
+
+    def get_config(self):
+        return {**super().get_config(), "extra": self.extra}
+
+
+def test_a_cell_may_have_its_own_from_config(tmp_path):
+    layer = NotedLayer(
+        3,
+        extra=2,
+        width=4,
+        controller=keras.layers.GRUCell(7),
+        dtype="mixed_bfloat16",
+        name="noted",
+        return_sequences=True,
+    )
+    model = keras.Sequential([keras.Input(X.shape[1:]), layer])
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    made = again.layers[0]
+    assert made.extra == 2 and made.width == 4 and made.name == "noted"
+    config = {**layer.get_config(), "controller": made.controller}
+    assert {**made.get_config(), "controller": made.controller} == config
+    np.testing.assert_array_equal(again.predict(X), model.predict(X))
+    assert copy.deepcopy(layer).width == 4

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import Self
 from typing import Unpack
 
 import keras
@@ -54,9 +55,12 @@ from keras_memory.recurrent.contract import check_step
 from keras_memory.recurrent.dropout import SequenceDropout
 from keras_memory.recurrent.interface import Access
 from keras_memory.recurrent.interface import StateSpec
+from keras_memory.recurrent.serialization import deserialize
 from keras_memory.recurrent.serialization import init_parameters
 from keras_memory.recurrent.serialization import init_with_access
+from keras_memory.recurrent.serialization import saved_arguments
 from keras_memory.recurrent.serialization import serialize
+from keras_memory.recurrent.serialization import unbuilt
 from keras_memory.recurrent.state import StateLayout
 from keras_memory.recurrent.state import index_suffix
 
@@ -354,7 +358,7 @@ class MemoryCell(
         """Makes the controller of a block, a copy if a layer was given."""
         given = self.controller
         if block and isinstance(given, keras.layers.Layer):
-            config = _unbuilt(given.get_config())
+            config = unbuilt(given.get_config())
             config["name"] = f"{given.name}_{block}"
             return type(given).from_config(config)
         return controllers.get(
@@ -583,27 +587,31 @@ class MemoryCell(
                 "`NTMCell`. "
                 f"Received: {type(self).__name__} {self.name!r}"
             )
-        arguments = [
-            name
-            for name in init_parameters(type(self))
-            if name not in ("accesses", "name", "trainable", "dtype")
-        ]
-        own = {name: serialize(getattr(self, name)) for name in arguments}
-        return {**super().get_config(), **own}
-
-
-def _unbuilt(config):
-    """Removes the shapes that inner layers were built for, such as the cells
-    of a `StackedRNNCells`, from a configuration."""
-    if isinstance(config, dict):
-        return {
-            key: _unbuilt(value)
-            for key, value in config.items()
-            if key != "build_config"
+        of_base = init_parameters(MemoryCell)
+        arguments = {
+            name: serialize(
+                name,
+                getattr(self, name),
+                # Else nothing would tell a name from a function.
+                by_name=name in of_base or isinstance(parameter.default, str),
+            )
+            for name, parameter in saved_arguments(type(self)).items()
         }
-    if isinstance(config, list):
-        return [_unbuilt(value) for value in config]
-    return config
+        return {**super().get_config(), **arguments}
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        return super().from_config(cls._with_objects(config))
+
+    @classmethod
+    def _with_objects(cls, config):
+        """A configuration whose arguments are what they were before
+        `get_config`. Those of `MemoryCell` can stay: `__init__` takes both."""
+        own = {*saved_arguments(cls)} - {*init_parameters(MemoryCell)}
+        return {
+            name: deserialize(value) if name in own else value
+            for name, value in config.items()
+        }
 
 
 def _flat(reads):

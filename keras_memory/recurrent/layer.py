@@ -15,6 +15,7 @@ from keras.src.backend import get_keras_mask
 
 from keras_memory.arguments import ArgumentError
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
@@ -32,6 +33,7 @@ from keras_memory.recurrent.serialization import BACKENDS
 from keras_memory.recurrent.serialization import ClassAttribute
 from keras_memory.recurrent.serialization import cell_property
 from keras_memory.recurrent.serialization import init_parameters
+from keras_memory.recurrent.serialization import saved_arguments
 from keras_memory.recurrent.serialization import with_arguments
 from keras_memory.recurrent.state import LayerState
 from keras_memory.recurrent.state import index_suffix
@@ -565,7 +567,25 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if cls.cell_class is None:
             return super().from_config(config, custom_objects)
         with keras.saving.custom_object_scope(custom_objects or {}):
-            return cls(**config)
+            return cls(**cls._arguments_from(config))
+
+    @classmethod
+    def _arguments_from(cls, config):
+        """The arguments of `__init__`, from a configuration."""
+        cell = cls.cell_class
+        if cell.from_config.__func__ is MemoryCell.from_config.__func__:
+            return cell._with_objects(config)
+        # Only the cell's own `from_config` knows its arguments.
+        of_cell = saved_arguments(cell)
+        own = {*init_parameters(cls), *KerasArguments.__annotations__}
+        own -= {*of_cell}
+        made = cell.from_config(
+            {n: v for n, v in config.items() if n not in own - {"dtype"}}
+        )
+        return {
+            **{name: config[name] for name in own & {*config}},
+            **{name: getattr(made, name) for name in of_cell},
+        }
 
 
 def _check_cell_class(layer, cell):

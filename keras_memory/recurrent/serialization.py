@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import re
+import types
 
 import keras
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
@@ -18,12 +19,6 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_layers
 from keras_memory.checks import plain
 
-OBJECTS = (
-    keras.initializers.Initializer,
-    keras.regularizers.Regularizer,
-    keras.constraints.Constraint,
-    keras.layers.Layer,
-)
 BACKENDS = ("tensorflow", "jax", "torch")
 OF_BLOCKS = {"num_layers": 1, "share_memory": True}
 # Names that a field of an access must not have, besides those of attributes of
@@ -245,10 +240,69 @@ def with_arguments(docstring, names, *sources):
     return docstring[:end] + "".join(more) + docstring[end:]
 
 
-def serialize(value):
-    """Converts an argument of a cell to plain values, for `get_config`."""
-    if isinstance(value, OBJECTS):
+def saved_arguments(cls):
+    """Parameters of a cell, by name, that its configuration has besides those
+    of `keras.layers.Layer`."""
+    others = ("accesses", "name", "trainable", "dtype")
+    return {n: p for n, p in init_parameters(cls).items() if n not in others}
+
+
+def serialize(name, value, by_name):
+    """Converts an argument of a cell to plain values, for `get_config`.
+
+    Args:
+        name: str, name of the argument, for the error.
+        value: a plain value, function, Keras object or array, or nested lists,
+            tuples and dicts of these.
+        by_name: bool. True: the argument takes the name of a Keras function
+            too, and the function becomes its name.
+
+    Raises:
+        TypeError: the value cannot be saved.
+    """
+    # Plain, since Keras's NumPy backend takes NumPy scalars for tensors.
+    value = plain(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {k: serialize(name, v, by_name) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        values = [serialize(name, v, by_name) for v in value]
+        return tuple(values) if isinstance(value, tuple) else values
+    is_function = isinstance(value, types.FunctionType)
+    try:
+        if callable(value) and not is_function:
+            value.get_config  # noqa: B018, without it nothing can be loaded
+        if is_function and by_name and value.__name__ != "<lambda>":
+            return keras.activations.serialize(value)
         return keras.saving.serialize_keras_object(value)
-    if callable(value):
-        return keras.activations.serialize(value)
-    return plain(value)  # Keras's NumPy backend takes NumPy scalars for tensors
+    except Exception as error:
+        raise TypeError(
+            f"`{name}` must be a plain value, a function, an object of Keras "
+            f"or an array, to be saved. Received: {name}={value!r}"
+        ) from error
+
+
+def deserialize(value):
+    """Undoes `serialize`, except that names of functions stay names."""
+    if isinstance(value, dict):
+        if "class_name" in value and "config" in value:
+            return keras.saving.deserialize_keras_object(value)
+        return {key: deserialize(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(deserialize, value))
+    return value
+
+
+def unbuilt(config):
+    """Removes the shapes that inner layers were built for, such as the cells
+    of a `StackedRNNCells`, from a configuration."""
+    if isinstance(config, dict):
+        return {
+            key: unbuilt(value)
+            for key, value in config.items()
+            if key != "build_config"
+        }
+    if isinstance(config, list):
+        return [unbuilt(value) for value in config]
+    return config
