@@ -60,6 +60,12 @@ class Arguments:
             return None
         return {*parameters(bases), *UNNAMED}
 
+    @classmethod
+    def _all_arguments(cls):
+        """Names of all arguments, for the hints in errors."""
+        names = [*inspect.signature(cls).parameters, *parameters(cls.__mro__)]
+        return [n for n in names if n not in ("args", "kwargs", "self")]
+
 
 def parameters(bases):
     """Parameters, by name, of the `__init__` of the first of some classes, and
@@ -116,6 +122,9 @@ class ArgumentError(TypeError):
     def __init__(self, made, message):
         super().__init__(message(made))
         self.made, self.message = made, message
+
+    def __reduce__(self):  # `made` and `message` may be local to a function
+        return TypeError, self.args
 
     def naming(self, written, made):
         """This error, which names the class `written` instead of `made`, to
@@ -194,10 +203,7 @@ def unknown(made, name, value):
 
 def _hint(written, name):
     """What `name` may stand for, as the end of a sentence."""
-    names = {**inspect.signature(written).parameters}
-    names.update(parameters(written.__mro__))
-    for kind in ("args", "kwargs", "self"):
-        names.pop(kind, None)
+    names = dict.fromkeys(written._all_arguments())
     if RENAMED.get(name) in names:
         return f": it is called `{RENAMED[name]}` now."
     parts = set(name.split("_"))

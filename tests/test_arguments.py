@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import pickle
 
 import keras
 import numpy as np
@@ -404,6 +405,43 @@ def test_errors_of_argument_counts_name_the_called_class(cls):
     first = [toy.ToyCell(3)] if cls is keras_memory.MemoryRNN else []
     with pytest.raises(TypeError, match=f"^{cls.__name__}"):
         cls(*first, *range(1, 60))
+
+
+class OwnLayer(keras_memory.MemoryRNN, cell=toy.ToyCell):
+    """Names only some of its arguments."""
+
+    def __init__(self, units, extra=1, **kwargs):
+        super().__init__(units, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "hint"),
+    [
+        (keras_memory.NTMCell, "accesses", "It has: units, memory_slots"),
+        (keras_memory.NTMLayer, "accesses", "It has: units, memory_slots"),
+        (keras_memory.NTMLayer, "cell", "It has: units, memory_slots"),
+        (keras_memory.NTMLayer, "nr_cells", "It has: units, memory_slots"),
+        (OwnLayer, "widht", "Did you mean `width`"),
+        (OwnLayer, "nonsense", "It has: units, extra, .*, width, "),
+    ],
+)
+def test_hints_name_arguments_that_a_class_takes(cls, name, hint):
+    started = f"^{cls.__name__} has no argument `{name}`. {hint}"
+    with pytest.raises(TypeError, match=started) as error:
+        cls(3, **{name: 4})
+    told = str(error.value).partition(" Received: ")[0]
+    assert not {"accesses", "cell"} & {
+        *told.partition("It has: ")[2].split(", ")
+    }
+
+
+@pytest.mark.parametrize("arguments", [{"foo": 1}, {}])
+def test_errors_about_arguments_can_be_pickled(arguments):
+    with pytest.raises(TypeError) as error:
+        keras_memory.NTMLayer(**arguments)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert isinstance(error.value, type(again))
+    assert str(again) == str(error.value)
 
 
 def test_keywords_of_keras_and_of_custom_cells_are_accepted():

@@ -328,6 +328,13 @@ class MemoryCell(
         for size in self.state_size:
             check_bytes("A state of one batch row", [("its numbers", size)])
 
+    @classmethod
+    def _all_arguments(cls):
+        names = super()._all_arguments()
+        if "accesses" in inspect.signature(cls).parameters:
+            return names
+        return [name for name in names if name != "accesses"]  # makes its own
+
     def _controller_specs(self, memory):
         """`StateSpec`s of the controllers whose blocks act on a memory."""
 

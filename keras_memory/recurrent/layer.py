@@ -175,6 +175,14 @@ class MemoryRNN(Arguments, keras.layers.RNN):
             cls.__signature__ = None  # not the signature of the base
 
     @classmethod
+    def _all_arguments(cls):
+        names = super()._all_arguments()
+        if cls.cell_class is None or "cell" not in names:
+            return names
+        names += cls.cell_class._all_arguments()
+        return [name for name in names if name != "cell"]
+
+    @classmethod
     def _accepted_behind(cls, owner):
         if owner is MemoryRNN and cls.cell_class is not None:
             return None  # the rest goes to the cell, which checks it
