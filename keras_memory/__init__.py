@@ -68,6 +68,10 @@ if TYPE_CHECKING or not _is_command():
 
 if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
+    def __dir__():
+        own = {"TYPE_CHECKING", "importlib", "pathlib", "sys"}
+        return sorted({*globals(), *__all__} - own)
+
     def __getattr__(name):
         # `from keras_memory import ...` asks here first, also for modules.
         if importlib.util.find_spec(f"{__name__}.{name}") is not None:

@@ -60,6 +60,12 @@ class Arguments:
             return None
         return {*parameters(bases), *UNNAMED}
 
+    @classmethod
+    def _all_arguments(cls):
+        """Names of all arguments, for the hints in errors."""
+        names = [*inspect.signature(cls).parameters, *parameters(cls.__mro__)]
+        return [n for n in names if n not in ("args", "kwargs", "self")]
+
 
 def parameters(bases):
     """Parameters, by name, of the `__init__` of the first of some classes, and
@@ -117,6 +123,9 @@ class ArgumentError(TypeError):
         super().__init__(message(made))
         self.made, self.message = made, message
 
+    def __reduce__(self):  # `made` and `message` may be local to a function
+        return TypeError, self.args
+
     def naming(self, written, made):
         """This error, which names the class `written` instead of `made`, to
         which `written` passed its arguments on."""
@@ -139,7 +148,7 @@ def checked(owner, init):
         if behind is not None:
             for name in more:
                 if name not in behind:
-                    raise _unknown(type(self), name, kwargs[name])
+                    raise unknown(type(self), name, kwargs[name])
         try:
             signature.bind(self, *args, **kwargs)
         except TypeError as error:
@@ -180,7 +189,9 @@ def _not_bound(made, error):
     return ArgumentError(made, message)
 
 
-def _unknown(made, name, value):
+def unknown(made, name, value):
+    """The error about an argument that the class `made` does not have."""
+
     def message(written):
         return (
             f"{written.__name__} has no argument `{name}`"
@@ -192,10 +203,7 @@ def _unknown(made, name, value):
 
 def _hint(written, name):
     """What `name` may stand for, as the end of a sentence."""
-    names = {**inspect.signature(written).parameters}
-    names.update(parameters(written.__mro__))
-    for kind in ("args", "kwargs", "self"):
-        names.pop(kind, None)
+    names = dict.fromkeys(written._all_arguments())
     if RENAMED.get(name) in names:
         return f": it is called `{RENAMED[name]}` now."
     parts = set(name.split("_"))

@@ -263,7 +263,7 @@ def check_array(
     is_dense = type(value).__name__ not in ("RaggedTensor", "SparseTensor")
     if not is_dense or _kind_of(array) not in letters:
         is_named = value is None or not is_dense
-        got = type(value).__name__ if is_named else _described(array)
+        got = type(value).__name__ if is_named else described(array)
         is_number = remedy and _kind_of(array) in KINDS["real"][0]
         wanted = _wanted(name, axes, sizes, kind)
         wanted += f" {remedy}" if is_number else ""
@@ -272,7 +272,7 @@ def check_array(
     known = _fitting(shape, axes, sizes)
     if known is None:
         raise ValueError(
-            f"{_wanted(name, axes, sizes, kind)} Received: {_described(array)}"
+            f"{_wanted(name, axes, sizes, kind)} Received: {described(array)}"
         )
     if dtype is None and kind == "real":
         if is_list or _kind_of(array) != "f":
@@ -324,7 +324,7 @@ def check_exact(name, array, dtype, remedy):
             rounded = beyond.astype(dtype).astype("float64").tolist()
         inexact = [n for n, nearest in zip(inexact, rounded) if n != nearest]
     if inexact:
-        got = _described(array)
+        got = described(array)
         got = f"{inexact[0]}, {got}" if numbers is array else got
         raise ValueError(
             f"`{name}` must be integers that {dtype} keeps exactly. {remedy} "
@@ -410,7 +410,7 @@ def _wanted(name, axes, sizes, kind):
     return f"`{name}` must be an array {shape} of {description}{where}."
 
 
-def _described(array):
+def described(array):
     return f"shape {tuple(array.shape)}, dtype {_dtype_name(array)}"
 
 
@@ -524,7 +524,10 @@ def with_rows_of(tensor, batch):
 def is_number(value):
     """True for finite numbers; False for bools, text and all else."""
     number = isinstance(value, (int, float, np.integer, np.floating))
-    return number and type(value) is not bool and bool(np.isfinite(value))
+    try:
+        return number and type(value) is not bool and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def check_clip(name, value):

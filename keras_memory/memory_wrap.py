@@ -27,6 +27,7 @@ from keras_memory.arguments import config_with_layers
 from keras_memory.arguments import layers_from_config
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.hints import Array
 from keras_memory.hints import Config
@@ -62,12 +63,7 @@ class _MemoryWrap(Arguments, keras.layers.Layer):
         self.units = check_size("units", units)
         self.head = check_layer("head", head, 'a layer, "dense" or None')
         self.classifier = check_layer("classifier", classifier)
-        if similarity not in SIMILARITIES:
-            raise ValueError(
-                f"`similarity` must be one of {SIMILARITIES}. "
-                f"Received: similarity={similarity!r}"
-            )
-        self.similarity = similarity
+        self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
         if top_k is not None:
             check_size(
                 "top_k", top_k, alternatives=", or None for all examples"

@@ -35,6 +35,7 @@ from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_layers
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
 from keras_memory.checks import plain_tuple
@@ -290,11 +291,8 @@ class NTMAccess:
                 f'{self.write_heads} times "write" (`write_heads`). '
                 f"Received: head_order={self.head_order!r}"
             )
-        if self.addressing not in ("content_and_location", "content"):
-            raise ValueError(
-                '`addressing` must be "content_and_location" or "content". '
-                f"Received: addressing={self.addressing!r}"
-            )
+        choices = "content_and_location", "content"
+        check_one_of("addressing", self.addressing, choices)
         if self.by_location and 2 * self.shift_range + 1 > self.memory_slots:
             raise ValueError(
                 "`shift_range` must satisfy 2 * shift_range + 1 <= "
@@ -305,11 +303,7 @@ class NTMAccess:
         self.activations  # noqa: B018, raises if one is unknown
 
     def _check_writing(self):
-        if self.writing not in ("addressed", "sequential"):
-            raise ValueError(
-                '`writing` must be "addressed" or "sequential". '
-                f"Received: writing={self.writing!r}"
-            )
+        check_one_of("writing", self.writing, ("addressed", "sequential"))
         if self.sequential and self.write_heads != 1:
             raise ValueError(
                 '`write_heads` must be 1 with writing="sequential", which '

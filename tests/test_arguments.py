@@ -1,8 +1,10 @@
 """Checks of constructor arguments, and of sizes that exceed the machine."""
 
 import dataclasses
+import functools
 import inspect
 import json
+import pickle
 
 import keras
 import numpy as np
@@ -20,12 +22,14 @@ from keras_memory.checks import MOST_LAYERS
 from keras_memory.checks import MOST_SEED
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
+from keras_memory.checks import is_number
 from keras_memory.checks import plain
 from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
 from keras_memory.retrieval.ring import RingMemory
 from keras_memory.training import config
 from keras_memory.training import presets
+from keras_memory.training import runs
 from keras_memory.training import tasks
 
 CELLS = [
@@ -170,6 +174,56 @@ def test_numpy_bools_are_accepted_as_flags():
     assert check_bool("erase", np.True_) is True
     layer = keras_memory.NTMLayer(3, unroll=np.True_, stateful=np.False_)
     assert layer.unroll is True and layer.stateful is False
+
+
+def test_numpy_bools_are_accepted_in_calls():
+    layer = keras_memory.NTMLayer(3)
+    x = np.ones((2, 3, 4), "float32")
+    np.testing.assert_array_equal(
+        layer(x, use_memory=np.False_), layer(x, use_memory=False)
+    )
+    states = layer.cell.get_initial_state(2)
+    for output, other in zip(
+        layer.cell(x[:, 0], states, use_memory=np.False_),
+        layer.cell(x[:, 0], states, use_memory=False),
+    ):
+        keras.tree.map_structure(np.testing.assert_array_equal, output, other)
+
+
+# Numbers and names.
+
+
+@pytest.mark.parametrize("size", [30, 400])
+def test_numbers_beyond_64_bits_are_checked(size):
+    assert is_number(10**size) is (size == 30)
+    for name in ("clip_value", "norm_epsilon", "initial_memory"):
+        if size == 30:
+            keras_memory.NTMLayer(3, **{name: 10**size})
+            continue
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            keras_memory.NTMLayer(3, **{name: 10**size})
+
+
+NTM = functools.partial(keras_memory.NTMLayer, 3)
+COLLIER = functools.partial(keras_memory.convert.from_collier_ntm, {}, 1, 1)
+DNC = functools.partial(keras_memory.convert.from_pytorch_dnc, {}, 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (NTM, "addressing writing loop recompute key_activation"),
+        (functools.partial(keras_memory.MemoryWrapLayer, 3), "similarity"),
+        (COLLIER, "init_mode addressing_mode"),
+        (DNC, "nonlinearity"),
+        (functools.partial(runs.compare, ["run"], "path"), "by"),
+    ],
+)
+def test_an_array_is_no_name(make, names):
+    for name in names.split():
+        told = f"`{name}` must be .*Received: |activation function"
+        with pytest.raises(ValueError, match=told):
+            make(**{name: np.ones(2)})
 
 
 # Runs.
@@ -353,6 +407,43 @@ def test_errors_of_argument_counts_name_the_called_class(cls):
         cls(*first, *range(1, 60))
 
 
+class OwnLayer(keras_memory.MemoryRNN, cell=toy.ToyCell):
+    """Names only some of its arguments."""
+
+    def __init__(self, units, extra=1, **kwargs):
+        super().__init__(units, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "hint"),
+    [
+        (keras_memory.NTMCell, "accesses", "It has: units, memory_slots"),
+        (keras_memory.NTMLayer, "accesses", "It has: units, memory_slots"),
+        (keras_memory.NTMLayer, "cell", "It has: units, memory_slots"),
+        (keras_memory.NTMLayer, "nr_cells", "It has: units, memory_slots"),
+        (OwnLayer, "widht", "Did you mean `width`"),
+        (OwnLayer, "nonsense", "It has: units, extra, .*, width, "),
+    ],
+)
+def test_hints_name_arguments_that_a_class_takes(cls, name, hint):
+    started = f"^{cls.__name__} has no argument `{name}`. {hint}"
+    with pytest.raises(TypeError, match=started) as error:
+        cls(3, **{name: 4})
+    told = str(error.value).partition(" Received: ")[0]
+    assert not {"accesses", "cell"} & {
+        *told.partition("It has: ")[2].split(", ")
+    }
+
+
+@pytest.mark.parametrize("arguments", [{"foo": 1}, {}])
+def test_errors_about_arguments_can_be_pickled(arguments):
+    with pytest.raises(TypeError) as error:
+        keras_memory.NTMLayer(**arguments)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert isinstance(error.value, type(again))
+    assert str(again) == str(error.value)
+
+
 def test_keywords_of_keras_and_of_custom_cells_are_accepted():
     layer = TakingLayer(3, depth=2, name="mine", dtype="float64")
     assert layer.cell.depth == 2
@@ -412,6 +503,16 @@ def test_attributes_of_the_layer_hide_those_of_the_cell():
     assert layer.cell.trainable is False
     model = keras.Sequential([keras.Input((3, 2)), layer])
     model.summary(expand_nested=True, print_fn=len)
+
+
+def test_a_regularizer_that_would_do_nothing_is_refused():
+    cell = keras_memory.NTMCell(3, activity_regularizer="l2")
+    told = "`activity_regularizer` must be given to the layer .* Received: "
+    with pytest.raises(ValueError, match=told):
+        keras_memory.MemoryRNN(cell)
+    layer = keras_memory.NTMLayer(3, activity_regularizer="l2")
+    layer(np.ones((2, 3, 4), "float32"))
+    assert len(layer.losses) == 1
 
 
 def test_a_controller_as_attribute_is_tracked_once(tmp_path):
@@ -527,6 +628,15 @@ def test_the_error_for_too_large_linkage_names_sparse_links(small_machine):
     assert "memory_slots=100000" in str(e.value)
     keras_memory.DNCLayer(3, memory_slots=100_000, sparse_links=8)
     keras_memory.DNCLayer(3, memory_slots=100_000, linkage=False)
+
+
+@pytest.mark.parametrize("size", [None, -1, "2", 2.0, np.int64(-1)])
+def test_a_wrong_batch_size_is_refused(size):
+    layer = keras_memory.NTMLayer(3)
+    layer.build((None, 3, 2))
+    with pytest.raises(ValueError, match="`batch_size` must be an integer"):
+        layer.cell.get_initial_state(size)
+    assert layer.cell.get_initial_state(np.int64(2))[0].shape == (2, 20)
 
 
 def test_states_of_too_large_a_batch_are_refused(small_machine):

@@ -31,7 +31,7 @@ LAYERS = [
     ["visualization"],
     ["recurrent.cells", "recurrent.replay", "recurrent.state"],
     ["recurrent.backend", "recurrent.controllers", "recurrent.interface"],
-    ["recurrent.cell_states", "recurrent.dropout"],
+    ["recurrent.cell_states", "recurrent.contract", "recurrent.dropout"],
     ["recurrent.fast_loop", "recurrent.serialization"],
     ["recurrent.loop"],
     ["recurrent.cell"],
@@ -163,6 +163,12 @@ def test_all_lists_every_public_name():
     assert sorted([*names, "visualization"]) == sorted(keras_memory.__all__)
     for name in keras_memory.__all__:
         assert getattr(keras_memory, name) is not None
+
+
+def test_dir_lists_no_modules_of_python():
+    names = {*dir(keras_memory)}
+    assert names >= {*keras_memory.__all__, "training", "__version__"}
+    assert not names & {"TYPE_CHECKING", "importlib", "pathlib", "sys"}
 
 
 def test_import_is_light():

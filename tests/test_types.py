@@ -11,6 +11,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import typing
+from typing import Any
 
 import harness
 import pytest
@@ -173,6 +175,14 @@ def test_public_signatures_are_hinted():
             if found.empty in hints:
                 bare.add(key)
     assert bare == set()
+
+
+def test_hints_can_be_read_when_the_program_runs():
+    found = {}
+    for name, value in public().items():
+        for key, function in [(name, value), *functions(name, value)]:
+            found[key] = typing.get_type_hints(function)
+    assert found["keras_memory.inspection.plotting.plot"]["return"] is Any
 
 
 def test_attributes_that_type_checkers_see_are_there():

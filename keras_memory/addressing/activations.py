@@ -45,7 +45,8 @@ DERIVATIVES[oneplus] = DERIVATIVES[keras.activations.softplus]
 
 def activation_by_name(name):
     """Returns a Keras activation, or `oneplus`, which Keras lacks."""
-    return oneplus if name == "oneplus" else keras.activations.get(name)
+    is_own = isinstance(name, str) and name == "oneplus"
+    return oneplus if is_own else keras.activations.get(name)
 
 
 # Without registration, a loaded model would use Keras's own sparsemax.

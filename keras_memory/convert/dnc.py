@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_closed
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.convert.weights import NORM_EPSILON
 from keras_memory.convert.weights import TORCH_GATES
@@ -202,11 +203,7 @@ def from_pytorch_dnc(
     check_size("read_heads", read_heads)
     if clip is not None:
         check_closed("clip", clip, 0)
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(
-            "`nonlinearity` must be 'tanh' or 'relu'. "
-            f"Received: nonlinearity={nonlinearity!r}"
-        )
+    check_one_of("nonlinearity", nonlinearity, ("tanh", "relu"))
     weights = canonical_arrays(weights, torch_name)
     rnns = [
         re.fullmatch(r"((\w+)_layer_\d+)\.weight_ih_l0", name)

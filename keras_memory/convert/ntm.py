@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
 from keras_memory.convert.weights import NORM_EPSILON
 from keras_memory.convert.weights import Sizes
@@ -243,18 +244,9 @@ def from_collier_ntm(
     check_size("read_heads", read_heads)
     check_size("write_heads", write_heads)
     check_size("shift_range", shift_range, least=0)
-    for name, value, allowed in (
-        ("init_mode", init_mode, ("learned", "constant", "random")),
-        (
-            "addressing_mode",
-            addressing_mode,
-            ("content_and_location", "content"),
-        ),
-    ):
-        if value not in allowed:
-            raise ValueError(
-                f"`{name}` must be one of {allowed}. Received: {name}={value!r}"
-            )
+    check_one_of("init_mode", init_mode, ("learned", "constant", "random"))
+    choices = "content_and_location", "content"
+    check_one_of("addressing_mode", addressing_mode, choices)
     by_location = addressing_mode == "content_and_location"
     weights = canonical_arrays(weights, _collier_name)
     cell = "controller/multi_rnn_cell/cell_{}/basic_lstm_cell/{}"

@@ -27,7 +27,9 @@ from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 from keras_memory.memory_wrap_classifier import without_gradients
 
 if TYPE_CHECKING:
-    from keras_memory import visualization
+    from keras_memory.visualization import Figure
+else:
+    Figure = Any  # for `typing.get_type_hints`, without an import
 
 
 class Explanation(NamedTuple):
@@ -288,7 +290,7 @@ def picture(
     to_image: Callable[[Array], Array] | None = None,
     explanations: Sequence[Explanation] | None = None,
     labels: Array | None = None,
-) -> "visualization.Figure":
+) -> "Figure":
     """Draws inputs beside the examples that decided the answers.
 
     Each input has one row of images: the input, then the examples used, the

@@ -15,12 +15,12 @@ from keras_memory.memory_wrap_classifier import MemoryWrapClassifier
 from keras_memory.recurrent import tracing
 
 if TYPE_CHECKING:
-    from keras_memory import visualization
+    from keras_memory.visualization import Figure
+else:
+    Figure = Any  # for `typing.get_type_hints`, without an import
 
 
-def plot(
-    layer: keras.layers.Layer, x: Any, **options: Any
-) -> "visualization.Figure":
+def plot(layer: keras.layers.Layer, x: Any, **options: Any) -> "Figure":
     """Draws what a layer or a model of this library does with inputs.
 
     Args:

@@ -12,7 +12,8 @@ The call path of `layer(x)`:
 
 `state.py` has the layout of states: flat tensors outside of a step, named
 records inside, where slots come last. `cell_states.py` has the methods of a
-cell for its states.
+cell for its states. `contract.py` checks accesses and the results of their
+steps.
 
 A new architecture is one file at the top of the package: a state record, an
 access (`interface.Access`, a dataclass), `class MyCell(MemoryCell,

@@ -14,12 +14,12 @@ is a projection of the last block's features, outside the time loop.
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import Self
 from typing import Unpack
 
 import keras
@@ -41,6 +41,7 @@ from keras_memory.checks import check_layers
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_seed
 from keras_memory.checks import check_size
+from keras_memory.checks import plain
 from keras_memory.hints import Activation
 from keras_memory.hints import Array
 from keras_memory.hints import Config
@@ -49,12 +50,17 @@ from keras_memory.recurrent import cells
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.cell_states import CellStates
 from keras_memory.recurrent.cells import LayerNormalization
+from keras_memory.recurrent.contract import check_access
+from keras_memory.recurrent.contract import check_step
 from keras_memory.recurrent.dropout import SequenceDropout
 from keras_memory.recurrent.interface import Access
 from keras_memory.recurrent.interface import StateSpec
+from keras_memory.recurrent.serialization import deserialize
 from keras_memory.recurrent.serialization import init_parameters
 from keras_memory.recurrent.serialization import init_with_access
+from keras_memory.recurrent.serialization import saved_arguments
 from keras_memory.recurrent.serialization import serialize
+from keras_memory.recurrent.serialization import unbuilt
 from keras_memory.recurrent.state import StateLayout
 from keras_memory.recurrent.state import index_suffix
 
@@ -102,7 +108,8 @@ class MemoryCell(
     A subclass `class NTMCell(MemoryCell, access=NTMAccess)` makes its own
     accesses: `NTMAccess` is a dataclass, and the cell takes `units`, the
     fields of that class, and the arguments below except `accesses`. Other class
-    keywords change the defaults, as in `controller_units=64`.
+    keywords change the defaults of these arguments, as in
+    `controller_units=64`.
 
     Equations: see the module docstring of `recurrent/cell.py`.
 
@@ -184,9 +191,11 @@ class MemoryCell(
 
     Raises:
         ValueError: a size, clip, rate, seed or initial value is out of range,
-            or the states or weights do not fit into the machine's memory.
-        TypeError: the controller is neither a name nor a layer, or an argument
-            is unknown or missing.
+            or the states or weights do not fit into the machine's memory; an
+            access, or the result of its step, has wrong shapes or dtypes.
+        TypeError: the controller is neither a name nor a layer; an argument
+            is unknown or missing; or an access, its class or the result of its
+            step is not as `Access` describes.
     """
 
     if TYPE_CHECKING:
@@ -208,8 +217,15 @@ class MemoryCell(
     ) -> None:
         super().__init_subclass__()
         if access is not None:
-            init = init_with_access(cls, MemoryCell, access, defaults)
+            init = init_with_access(cls, access, defaults)
             type.__setattr__(cls, "__init__", checked(cls, init))
+        elif defaults:
+            raise TypeError(
+                f"The class keywords of {cls.__name__} must begin with "
+                "`access`, as in `class MyCell(MemoryCell, access=MyAccess, "
+                "controller_units=64)`: the others are defaults of a cell that "
+                f"makes its own accesses. Received: {defaults}"
+            )
 
     def __init__(
         self,
@@ -286,16 +302,15 @@ class MemoryCell(
                 cells.seed_of(seed, after)
             )
         # One memory for each distinct access, in order of appearance.
-        memories = list(
-            {id(access): access for access in self.accesses}.values()
-        )
-        self.memory_of_block = [memories.index(a) for a in self.accesses]
+        memories = {id(access): access for access in self.accesses}
+        numbers = {key: memory for memory, key in enumerate(memories)}
+        self.memory_of_block = [numbers[id(a)] for a in self.accesses]
         self.layout = StateLayout(
             tuple(
-                _initial_state(access)._replace(
+                check_access(access)._replace(
                     controller=self._controller_specs(memory)
                 )
-                for memory, access in enumerate(memories)
+                for memory, access in enumerate(memories.values())
             )
         )
         self._controller_index = [  # of each block among those of its memory
@@ -312,6 +327,13 @@ class MemoryCell(
         ]
         for size in self.state_size:
             check_bytes("A state of one batch row", [("its numbers", size)])
+
+    @classmethod
+    def _all_arguments(cls):
+        names = super()._all_arguments()
+        if "accesses" in inspect.signature(cls).parameters:
+            return names
+        return [name for name in names if name != "accesses"]  # makes its own
 
     def _controller_specs(self, memory):
         """`StateSpec`s of the controllers whose blocks act on a memory."""
@@ -343,7 +365,7 @@ class MemoryCell(
         """Makes the controller of a block, a copy if a layer was given."""
         given = self.controller
         if block and isinstance(given, keras.layers.Layer):
-            config = _unbuilt(given.get_config())
+            config = unbuilt(given.get_config())
             config["name"] = f"{given.name}_{block}"
             return type(given).from_config(config)
         return controllers.get(
@@ -490,9 +512,8 @@ class MemoryCell(
                     interface = ops.cast(interface, self.access_dtype)
                     before = _cast(before, self.access_dtype)
                 with custom_gradients(training):
-                    record, inside = _check_step(
-                        access, access.step(interface, before)
-                    )
+                    after = access.step(interface, before)
+                record, inside = check_step(access, before, interface, after)
                 if not is_wide:
                     record = _cast(record, self.compute_dtype)
                 reads = record.reads
@@ -543,6 +564,10 @@ class MemoryCell(
             features = _project(features, *self.output_projection)
         return self.activation(_clip(features, self.clip_value))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras would make tensors of flags such as `np.False_`.
+        return super().__call__(*args, **plain(kwargs))
+
     def call(
         self,
         inputs: Array,
@@ -569,62 +594,31 @@ class MemoryCell(
                 "`NTMCell`. "
                 f"Received: {type(self).__name__} {self.name!r}"
             )
-        arguments = [
-            name
-            for name in init_parameters(type(self))
-            if name not in ("accesses", "name", "trainable", "dtype")
-        ]
-        own = {name: serialize(getattr(self, name)) for name in arguments}
-        return {**super().get_config(), **own}
-
-
-def _initial_state(access):
-    """Returns the state record of an access. Raises an error if the record
-    lacks fields, or `read_size` does not match `reads`."""
-    name, record = type(access).__name__, access.initial_state
-    present = getattr(record, "_fields", ())
-    missing = [
-        field for field in ("reads", "controller") if field not in present
-    ]
-    if missing:
-        raise TypeError(
-            f"`{name}.initial_state` must be a NamedTuple with the fields "
-            "`reads` and `controller`, whose default is (). "
-            f"Received: {type(record).__name__} without {missing}"
-        )
-    size = math.prod(record.reads.shape)
-    if access.read_size != size:
-        raise ValueError(
-            f"`{name}.read_size` must be the number of entries of `reads`, "
-            f"{size} for the shape {record.reads.shape}. "
-            f"Received: read_size={access.read_size!r}"
-        )
-    return record
-
-
-def _check_step(access, result):
-    """Returns a step's result; TypeError unless it is a record and a dict."""
-    is_pair = isinstance(result, tuple) and len(result) == 2
-    if not is_pair or not isinstance(result[1], dict):
-        raise TypeError(
-            f"`{type(access).__name__}.step` must return the state record and "
-            f"a dict for `trace`. Received: {type(result).__name__}"
-        )
-    return result
-
-
-def _unbuilt(config):
-    """Removes the shapes that inner layers were built for, such as the cells
-    of a `StackedRNNCells`, from a configuration."""
-    if isinstance(config, dict):
-        return {
-            key: _unbuilt(value)
-            for key, value in config.items()
-            if key != "build_config"
+        of_base = init_parameters(MemoryCell)
+        arguments = {
+            name: serialize(
+                name,
+                getattr(self, name),
+                # Else nothing would tell a name from a function.
+                by_name=name in of_base or isinstance(parameter.default, str),
+            )
+            for name, parameter in saved_arguments(type(self)).items()
         }
-    if isinstance(config, list):
-        return [_unbuilt(value) for value in config]
-    return config
+        return {**super().get_config(), **arguments}
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        return super().from_config(cls._with_objects(config))
+
+    @classmethod
+    def _with_objects(cls, config):
+        """A configuration whose arguments are what they were before
+        `get_config`. Those of `MemoryCell` can stay: `__init__` takes both."""
+        own = {*saved_arguments(cls)} - {*init_parameters(MemoryCell)}
+        return {
+            name: deserialize(value) if name in own else value
+            for name, value in config.items()
+        }
 
 
 def _flat(reads):

@@ -9,6 +9,8 @@ from keras import ops
 
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
+from keras_memory.checks import check_size
+from keras_memory.checks import plain
 from keras_memory.hints import Array
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.state import index_suffix
@@ -70,7 +72,10 @@ class CellStates:
                 "initial state, which may be learned: call it on data or call "
                 "`build(input_shape)` first."
             )
-        if isinstance(batch_size, int):
+        # Otherwise a size that is unknown while a graph is made.
+        batch_size = plain(batch_size)
+        if isinstance(batch_size, (int, float, str, type(None))):
+            check_size("batch_size", batch_size, least=0)
             for size in self.state_size:
                 sizes = ("batch size", batch_size), ("numbers of a row", size)
                 check_bytes("A state", sizes, self.compute_dtype)

@@ -5,11 +5,15 @@ import math
 import typing
 
 import keras
+import numpy as np
 
 from keras_memory.addressing.gradients import activate_each
+from keras_memory.checks import check_array
+from keras_memory.checks import check_bool
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
 from keras_memory.checks import is_number
+from keras_memory.checks import plain_tuple
 from keras_memory.hints import Array
 
 
@@ -52,9 +56,10 @@ class Access(typing.Protocol):
                 *`shape_in_step`).
 
         Returns:
-            The record after the step, with the read vectors in `reads`; and,
-            for `trace`, a dict of other arrays of the step (weightings, gates:
-            (B, ...)).
+            The record after the step, with the read vectors in `reads`, and
+            with the shapes and dtypes of `state`; and, for `trace`, a dict of
+            other arrays of the step (weightings, gates: (B, ...)). Their names
+            are not those of fields, `"output"` or `"controller_output"`.
         """
 
 
@@ -76,6 +81,10 @@ class StateSpec:
             swapped, as for a memory, whose slots come last there.
         into_range: function that brings a given state, (B, *`shape_in_step`),
             into the range that steps keep; None if any value is allowed.
+
+    Raises:
+        ValueError: `shape`, `initial`, `constant` or `transposed` is wrong.
+        TypeError: `activation` or `into_range` is not a function.
     """
 
     shape: tuple[int, ...]
@@ -85,6 +94,41 @@ class StateSpec:
     activation: typing.Callable[..., typing.Any] = keras.activations.linear
     transposed: bool = False
     into_range: typing.Callable[..., typing.Any] | None = None
+
+    def __post_init__(self) -> None:
+        shape = plain_tuple(self.shape)
+        is_shape = isinstance(shape, tuple) and all(
+            type(size) is int and size > 0 for size in shape
+        )
+        check_bool("transposed", self.transposed)
+        if not is_shape or len(shape) < 2 * self.transposed:
+            two = ", two at least, for transposed=True"
+            raise ValueError(
+                "`shape` must be a tuple of integers of at least 1, without "
+                f"the batch axis{two if self.transposed else ''}. "
+                f"Received: shape={self.shape!r}"
+            )
+        object.__setattr__(self, "shape", shape)
+        self.check("initial", self.initial)
+        constant = check_array("constant", self.constant, result="given")
+        try:
+            fits = np.broadcast_shapes(constant.shape, shape) == shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                "`constant` must be a number, or an array that broadcasts to "
+                f"the shape {shape}. Received: shape {tuple(constant.shape)}"
+            )
+        functions = {"activation": self.activation}
+        if self.into_range is not None:
+            functions["into_range"] = self.into_range
+        for name, function in functions.items():
+            if not callable(function):
+                raise TypeError(
+                    f"`{name}` must be a function. "
+                    f"Received: {name}={function!r}"
+                )
 
     @property
     def shape_in_step(self) -> tuple[int, ...]:

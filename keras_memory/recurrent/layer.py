@@ -15,10 +15,13 @@ from keras.src.backend import get_keras_mask
 
 from keras_memory.arguments import ArgumentError
 from keras_memory.arguments import Arguments
+from keras_memory.arguments import KerasArguments
 from keras_memory.checks import check_array
 from keras_memory.checks import check_batch
 from keras_memory.checks import check_bool
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_size
+from keras_memory.checks import plain
 from keras_memory.checks import with_rows_of
 from keras_memory.checks import with_size
 from keras_memory.hints import Array
@@ -30,6 +33,7 @@ from keras_memory.recurrent.serialization import BACKENDS
 from keras_memory.recurrent.serialization import ClassAttribute
 from keras_memory.recurrent.serialization import cell_property
 from keras_memory.recurrent.serialization import init_parameters
+from keras_memory.recurrent.serialization import saved_arguments
 from keras_memory.recurrent.serialization import with_arguments
 from keras_memory.recurrent.state import LayerState
 from keras_memory.recurrent.state import index_suffix
@@ -115,8 +119,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         ValueError: the inputs are not (B, T, D), have no time steps, or
             another width than before; initial states do not fit the cell; a
             mask has another shape; loop="fast" is not possible; `recompute` is
-            combined with loop="portable" or `unroll`; or a bool argument is
-            not a bool.
+            combined with loop="portable" or `unroll`; the given cell has an
+            `activity_regularizer`; or a bool argument is not a bool.
         TypeError: an argument is unknown or missing.
         NotImplementedError: second derivatives through the fast loop.
     """
@@ -139,6 +143,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     ) -> None:
         super().__init_subclass__(**kwargs)
         if cell is not None:
+            _check_cell_class(cls, cell)
             cls.cell_class = cell
             own = init_parameters(MemoryRNN)
             all_parameters = {**init_parameters(cell), **own}
@@ -168,6 +173,14 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 setattr(cls, name, cell_property(name))
         elif "__init__" in vars(cls):
             cls.__signature__ = None  # not the signature of the base
+
+    @classmethod
+    def _all_arguments(cls):
+        names = super()._all_arguments()
+        if cls.cell_class is None or "cell" not in names:
+            return names
+        names += cls.cell_class._all_arguments()
+        return [name for name in names if name != "cell"]
 
     @classmethod
     def _accepted_behind(cls, owner):
@@ -207,6 +220,12 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 "`cell` must be a `MemoryCell`; `keras.layers.RNN` runs other "
                 f"cells. Received: cell={args[0]!r}"
             )
+        regularizer = args[0].activity_regularizer
+        if regularizer is not None:  # which only a call of the cell would use
+            raise ValueError(
+                "`activity_regularizer` must be given to the layer instead of "
+                f"its cell. Received: activity_regularizer={regularizer!r}"
+            )
         if len(args) > 1 or "cell" in kwargs:
             raise TypeError(
                 f"{type(self).__name__} takes one positional argument, the "
@@ -222,11 +241,9 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         }
         for name, value in flags.items():
             check_bool(name, value)
-        if loop not in LOOPS:
-            raise ValueError(
-                f"`loop` must be one of {LOOPS}. Received: loop={loop!r}"
-            )
-        if recompute is not None and recompute != "sqrt":
+        check_one_of("loop", loop, LOOPS)
+        is_root = isinstance(recompute, str) and recompute == "sqrt"
+        if recompute is not None and not is_root:
             check_size("recompute", recompute, alternatives=', "sqrt" or None')
         if recompute is not None and (loop == "portable" or unroll):
             raise ValueError(
@@ -258,7 +275,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     def __call__(self, sequences: Array, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sequences, np.ndarray):  # Keras's error names no argument
             check_array("sequences", sequences, result="given")
-        return super().__call__(sequences, *args, **kwargs)
+        # Keras would make tensors of flags such as `np.False_`.
+        return super().__call__(sequences, *args, **plain(kwargs))
 
     def call(
         self,
@@ -561,4 +579,41 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if cls.cell_class is None:
             return super().from_config(config, custom_objects)
         with keras.saving.custom_object_scope(custom_objects or {}):
-            return cls(**config)
+            return cls(**cls._arguments_from(config))
+
+    @classmethod
+    def _arguments_from(cls, config):
+        """The arguments of `__init__`, from a configuration."""
+        cell = cls.cell_class
+        if cell.from_config.__func__ is MemoryCell.from_config.__func__:
+            return cell._with_objects(config)
+        # Only the cell's own `from_config` knows its arguments.
+        of_cell = saved_arguments(cell)
+        own = {*init_parameters(cls), *KerasArguments.__annotations__}
+        own -= {*of_cell}
+        made = cell.from_config(
+            {n: v for n, v in config.items() if n not in own - {"dtype"}}
+        )
+        return {
+            **{name: config[name] for name in own & {*config}},
+            **{name: getattr(made, name) for name in of_cell},
+        }
+
+
+def _check_cell_class(layer, cell):
+    """Raises TypeError unless a layer can make its own cells of a class."""
+    if not isinstance(cell, type) or not issubclass(cell, MemoryCell):
+        raise TypeError(
+            f"`cell` of {layer.__name__} must be a subclass of `MemoryCell`. "
+            f"Received: cell={cell!r}"
+        )
+    base = next(b for b in layer.__mro__[1:] if issubclass(b, MemoryRNN))
+    if base.__init__ is not MemoryRNN.__init__ and not issubclass(
+        cell, base.cell_class or cell
+    ):
+        raise TypeError(
+            f"`cell` of {layer.__name__} must be a subclass of "
+            f"{base.cell_class.__name__}, whose arguments {base.__name__} "
+            "takes: for another cell derive from `MemoryRNN`. "
+            f"Received: cell={cell.__name__}"
+        )

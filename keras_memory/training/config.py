@@ -41,6 +41,7 @@ from keras_memory.checks import MOST_SEED
 from keras_memory.checks import check_bool
 from keras_memory.checks import check_clip
 from keras_memory.checks import check_layers
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
@@ -159,11 +160,8 @@ class _Memory:
             elif field.type is bool:
                 check_bool(field.name, value)
         check_rate("controller_dropout", self.controller_dropout)
-        if self.initialization not in ("keras", "pytorch-ntm"):
-            raise ValueError(
-                "`initialization` must be 'keras' or 'pytorch-ntm'. "
-                f"Received: initialization={self.initialization!r}"
-            )
+        choices = "keras", "pytorch-ntm"
+        check_one_of("initialization", self.initialization, choices)
         if self.initialization == "pytorch-ntm" and self.controller != "lstm":
             raise ValueError(
                 "`controller` must be 'lstm' for initialization='pytorch-ntm'; "

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from keras_memory.checks import check_one_of
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
 from keras_memory.files import atomic_write
@@ -382,11 +383,7 @@ def compare(folders, path, by="steps", threshold=0.1):
     """
     from keras_memory import visualization
 
-    if by not in ("steps", "sequences", "seconds"):
-        raise ValueError(
-            "`by` must be 'steps', 'sequences' or 'seconds'. "
-            f"Received: by={by!r}"
-        )
+    check_one_of("by", by, ("steps", "sequences", "seconds"))
     if not is_number(threshold):
         raise ValueError(
             f"`threshold` must be a number. Received: threshold={threshold!r}"
