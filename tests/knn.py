@@ -3,10 +3,7 @@
 import collections
 import dataclasses
 import math
-import os
 import re
-import subprocess
-import sys
 from concurrent import futures
 
 import numpy as np
@@ -268,15 +265,6 @@ def refuses(call, wanted, received):
         assert pattern.search(str(error)), (str(error), pattern.pattern)
     else:
         raise AssertionError(f"not refused: {pattern.pattern}")
-
-
-def run_program(file, *arguments, **variables):
-    return subprocess.run(
-        [sys.executable, file, *map(str, arguments)],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
 
 
 # Memories on a disk.

@@ -1,12 +1,11 @@
 """Arrays that `checks.check_array` accepts, and its errors for others."""
 
 import os
-import subprocess
-import sys
 
 import harness
 import keras
 import numpy as np
+import programs
 import pytest
 from keras import ops
 
@@ -205,9 +204,7 @@ os.waitpid(child, 0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 @harness.needs_tensorflow
 def test_errors_of_calls_in_a_fork_say_to_spawn():
-    done = subprocess.run(
-        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=90
-    )
+    done = programs.run(FORK, timeout=90)
     assert done.stdout.splitlines() == ["True"] * 5, done.stderr
 
 

@@ -115,23 +115,6 @@ def test_usage_errors_are_reported_before_tensorflow_is_imported(
     assert re.search(told, last)
 
 
-def test_the_command_loads_public_names_on_first_use():
-    """Includes classes that only Keras looks up, when it loads a file."""
-    code = (
-        "import sys; sys.argv[0] = 'keras-memory'\n"
-        "import keras_memory\n"
-        "assert 'keras' not in sys.modules\n"
-        "from keras_memory.training import runs\n"  # as the command does
-        "import keras\n"
-        "registered = keras.saving.get_registered_object\n"
-        "assert registered('keras_memory>NTMLayer') is keras_memory.NTMLayer\n"
-        "from keras_memory import *\n"
-        "assert NTMLayer and callbacks and trace\n"
-        "assert not hasattr(keras_memory, 'nothing')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_outside_the_command_all_layers_are_registered_at_once():
     """Here a test has imported `keras_memory`, not the command."""
     public = ast.parse((PACKAGE / "api.py").read_text()).body[1:]

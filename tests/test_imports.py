@@ -2,11 +2,9 @@
 
 import ast
 import importlib.util
-import os
 import pathlib
-import subprocess
-import sys
 
+import programs
 import pytest
 
 import keras_memory
@@ -147,17 +145,6 @@ def test_the_check_finds_upward_and_sideways_imports():
     assert misplaced("recurrent.layer", "from keras_memory import recurrent")
 
 
-def run_python(code, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-
-
 def test_all_lists_every_public_name():
     names = [name for name in vars(api) if not name.startswith("_")]
     assert sorted([*names, "visualization"]) == sorted(keras_memory.__all__)
@@ -173,47 +160,76 @@ def test_dir_lists_no_modules_of_python():
 
 def test_import_is_light():
     """Beyond the modules of `import keras`, only our own modules are imported,
-    and no system module that Windows lacks."""
-    new = run_python(
+    and no system module that Windows lacks. Figures do without pyplot."""
+    new = programs.output(
         "import os, sys, keras; before = set(sys.modules)\n"
         "del os.fork, os.register_at_fork; sys.modules['fcntl'] = None\n"
         "import keras_memory, keras_memory.cli, keras_memory.training\n"
         "print(*sorted({m.partition('.')[0] for m in"
-        " set(sys.modules) - before} - {'keras_memory', 'keras'}))"
+        " set(sys.modules) - before} - {'keras_memory', 'keras'}))\n"
+        "sys.modules['matplotlib.pyplot'] = None\n"
+        "keras_memory.visualization.Figure"
     ).split()
     heavy = {"scann", "tensorboard", "PIL", "matplotlib"}
     heavy |= {"tensorflow_serving", "grpc"}
     assert not heavy & set(new)
 
 
+TRAINED = """
+import sys; sys.argv[0] = "keras-memory"
+import keras_memory
+assert "keras" not in sys.modules
+from keras_memory.training import runs  # as the command does
+import keras
+registered = keras.saving.get_registered_object("keras_memory>NTMLayer")
+from keras_memory import cli
+settings = (
+    "max_length=2 buckets=1 test_lengths=() probe_lengths=() batch_size=2 "
+    "memory_slots=5 slot_size=3 controller_units=3"
+)
+arguments = ["train", "copy", "--steps", "1", "--out", "run"]
+arguments += [f"--set={setting}" for setting in settings.split()]
+assert cli.main(arguments) == 0
+print(*sys.modules)
+assert registered is keras_memory.NTMLayer
+from keras_memory import *
+assert NTMLayer and callbacks and trace
+assert not hasattr(keras_memory, "nothing")
+"""
+
+
 def test_training_an_ntm_imports_no_other_memory(tmp_path):
-    new = run_python(
-        "import sys; sys.argv[0] = 'keras-memory'\n"
-        "from keras_memory import cli\n"
-        "arguments = ['train', 'copy', '--steps', '1', '--out', 'run']\n"
-        "assert cli.main([*arguments, *'--set max_length=2'.split()]) == 0\n"
-        "print(*sys.modules)",
-        cwd=tmp_path,
-    ).split()
+    """The command loads public names on first use. This includes classes that
+    only Keras looks up, when it loads a file."""
+    new = programs.output(TRAINED, cwd=tmp_path).split()
     assert "keras_memory.ntm" in new
     other = {"scann", "sqlite3", "keras_memory.api"}
     other |= {f"keras_memory.{name}" for name in ("memory_wrap", "retrieval")}
     assert not other & set(new)
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_one_backend_is_enough(backend):
-    """Works without TensorFlow and without optional packages."""
+    """Works without other backends and without optional packages."""
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     absent = {"tensorflow", "jax", "torch"} - {backend}
     absent |= {"tensorboard", "tensorflow_serving", "scann", "sklearn"}
     absent |= {"PIL", "matplotlib"}
-    output = run_python(
+    shape, indices, error = programs.output(
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "import keras_memory, numpy as np\n"
         "layer = keras_memory.NTMLayer(3, memory_slots=7, slot_size=5)\n"
-        "print(tuple(layer(np.ones((2, 5, 4), 'float32')).shape))",
+        "print(tuple(layer(np.ones((2, 5, 4), 'float32')).shape))\n"
+        "index = keras_memory.ScannIndex(5, 2, exact=True)\n"
+        "index.set_memory(np.eye(5))\n"
+        "print(np.asarray(index(np.eye(5)).indices)[:, 0].tolist())\n"
+        "try: keras_memory.ScannIndex(5, 2)\n"
+        "except ImportError as error: print(error)",
         KERAS_BACKEND=backend,
-    )
-    assert output == "(2, 3)\n"
+    ).splitlines()
+    assert shape == "(2, 3)"
+    # Without ScaNN, only the exact search works.
+    assert indices == "[0, 1, 2, 3, 4]"
+    assert "pip install scann==1.4.2" in error
+    assert "exact=True" in error and "ModuleNotFoundError" in error

@@ -6,11 +6,13 @@ file prints the outcome of each case with ScaNN.
 
 import contextlib
 import functools
+import pathlib
 import re
 import traceback
 import warnings
 
 import numpy as np
+import programs
 import pytest
 from knn import SEARCH
 from knn import check_add
@@ -23,7 +25,6 @@ from knn import need_scann
 from knn import pair
 from knn import random
 from knn import refuses
-from knn import run_program
 
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.knn_memory import KNNMemory
@@ -453,7 +454,7 @@ OF_TREES = re.compile("^tree-(?!constant)|^compressed|-in-a-tree")
 def outcomes():
     """The printed outcome of each case with ScaNN."""
     need_scann()
-    done = run_program(__file__)
+    done = programs.run(pathlib.Path(__file__))
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
     return done, {line[0]: line[-1] for line in lines if len(line) == 2}
 

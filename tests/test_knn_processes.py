@@ -6,14 +6,15 @@ As a program, with a folder and a number, this file kills that many writers.
 import contextlib
 import functools
 import os
+import pathlib
 import signal
-import subprocess
 import sys
 import time
 import traceback
 
 import keras
 import numpy as np
+import programs
 import pytest
 from catalogue import slow_unless
 from knn import SIZES_OF_FILE
@@ -23,7 +24,6 @@ from knn import contents
 from knn import loaded
 from knn import need_scann
 from knn import random
-from knn import run_program
 from knn import stored
 
 from keras_memory.retrieval import durable
@@ -33,14 +33,52 @@ from keras_memory.retrieval.store import exists
 
 # Forks.
 
-FORKS_THAT_SEARCH = """
-import os, sys
+FORKS_OF_MANY_THREADS = """
+import os, sys, threading
 import numpy as np
-from keras import ops
-from keras_memory import KNNMemory, retrieval
+from keras_memory import KNNMemory
+
 is_used, *stores = sys.argv[1:]
-keys = np.random.default_rng(0).normal(size=(900, 64)).astype("float32")
 names = {"ring": "exact", "scann": "approximate"}
+keys = np.ones((1, 2, 3))
+
+
+def hold(memory, is_held):
+    with memory._lock:
+        is_held.set()
+        threading.Event().wait(0.2)
+
+
+def fork(memory, statuses):
+    child = os.fork()
+    if not child:
+        memory.add(keys, keys)
+        os._exit(int(memory.size()[0]))
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+for store in stores:
+    memory = KNNMemory(3, 50, search_method=names[store], background=False)
+    is_held, statuses = threading.Event(), []
+    threads = [
+        threading.Thread(target=fork, args=(memory, statuses))
+        for _ in range(8)
+    ]
+    threading.Thread(target=hold, args=(memory, is_held)).start()
+    is_held.wait()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    memory.add(keys, keys)
+    print(store, statuses, flush=True)
+"""
+
+
+FORKS_THAT_SEARCH = """
+from keras import ops
+from keras_memory import retrieval
+keys = np.random.default_rng(0).normal(size=(900, 64)).astype("float32")
 ring = retrieval.RingMemory(64, 5)
 if is_used == "used":
     ops.convert_to_numpy(ops.matmul(ops.ones((300, 300)), ops.ones((300, 300))))
@@ -64,17 +102,12 @@ for store in stores:
 
 
 @functools.cache
-def printed(script, *arguments):
-    """For each installed store, the lines that a program printed."""
+def printed(is_used):
+    """For each installed store, the lines that the program above printed."""
     stores = ["ring"] if tuning.import_error() else ["ring", "scann"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments, *stores],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    program = FORKS_OF_MANY_THREADS + FORKS_THAT_SEARCH
+    text = programs.output(program, is_used, *stores, timeout=120)
+    lines = [line.split(" ", 1) for line in text.splitlines()]
     return {
         store: [text for of, text in lines if of == store] for store in stores
     }
@@ -85,7 +118,7 @@ def printed(script, *arguments):
 def test_a_search_in_a_fork_works_or_says_to_spawn(store, is_used):
     """A fork lacks the threads of the backend that its parent has used."""
     backend = keras.backend.backend()
-    searched, *others = printed(FORKS_THAT_SEARCH, is_used)[store]
+    _, searched, *others = printed(is_used)[store]
     refused = 'get_context("spawn")'
     can = store == "scann" or is_used == "new" or backend == "numpy"
     assert searched == "found True" if can else refused in searched
@@ -93,52 +126,10 @@ def test_a_search_in_a_fork_works_or_says_to_spawn(store, is_used):
     assert backend == "numpy" or all(refused in told for told in others)
 
 
-FORKS_OF_MANY_THREADS = """
-import os, sys, threading
-import numpy as np
-from keras_memory import KNNMemory
-
-names = {"ring": "exact", "scann": "approximate"}
-keys = np.ones((1, 2, 3))
-
-
-def hold(memory, is_held):
-    with memory._lock:
-        is_held.set()
-        threading.Event().wait(0.2)
-
-
-def fork(memory, statuses):
-    child = os.fork()
-    if not child:
-        memory.add(keys, keys)
-        os._exit(int(memory.size()[0]))
-    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-
-
-for store in sys.argv[1:]:
-    method = names[store]
-    memory = KNNMemory(3, 50, search_method=method, background=False)
-    is_held, statuses = threading.Event(), []
-    threads = [
-        threading.Thread(target=fork, args=(memory, statuses))
-        for _ in range(8)
-    ]
-    threading.Thread(target=hold, args=(memory, is_held)).start()
-    is_held.wait()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    memory.add(keys, keys)
-    print(store, statuses)
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 def test_forks_of_many_threads_do_not_wait_for_locks(store):
     """Threads fork at once while another thread holds the lock."""
-    (statuses,) = printed(FORKS_OF_MANY_THREADS)[store]
+    statuses, *_ = printed("used")[store]
     assert statuses == "[2, 2, 2, 2, 2, 2, 2, 2]"
 
 
@@ -168,6 +159,7 @@ assert os.waitpid(child, 0)[1] == 0
 go.set()
 memory.wait()
 assert memory._indexes[0].leaves
+atexit.unregister(gc.freeze)  # the program ends as others do
 for _ in range(50):  # trees that the program does not wait for at its end
     other = KNNMemory(8, 1000, search_method="approximate")
     other.add(keys[None], keys[None])
@@ -179,14 +171,7 @@ print("over")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 def test_a_fork_builds_its_own_trees():
     need_scann()
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "over\n"
+    assert programs.output(FORKED, timeout=120) == "over\n"
 
 
 # Processes that are killed.
@@ -298,7 +283,7 @@ def run_kills(folder, number):
 def kill_writers(folder, number):
     """Returns the numbers of operations, file rewrites and refreshes."""
     one = {"KERAS_BACKEND": "numpy", "OPENBLAS_NUM_THREADS": "1"}
-    done = run_program(__file__, folder, number, **one)
+    done = programs.run(pathlib.Path(__file__), folder, number, **one)
     assert done.returncode == 0, done.stderr[-3000:]
     print(number, "kills; operations, rewrites, refreshes:", done.stdout)
     return map(int, done.stdout.split())

@@ -12,6 +12,7 @@ import sys
 
 import ml_dtypes
 import numpy as np
+import programs
 import pytest
 from test_full_disk import files_of_at_most
 
@@ -68,18 +69,6 @@ def read(folder, mode="r"):
 
 def content(folder):
     return (folder / "memory.sqlite").read_bytes()
-
-
-def run_script(code, *arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture
@@ -270,7 +259,9 @@ os.close(stop)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 def test_forks_must_open_a_store_to_write(tmp_path):
-    told = run_script(FORKED, tmp_path / "memory", KERAS_BACKEND="numpy")
+    told = programs.output(
+        FORKED, tmp_path / "memory", KERAS_BACKEND="numpy", timeout=120
+    )
     refused = [*2 * ["The folder must be opened"], "Only one writer at a time"]
     assert told.split("\n")[:3] == refused
 
@@ -617,7 +608,7 @@ def test_a_read_only_folder_can_be_read(folder):
         folder.chmod(0o555)
         before = sorted(os.listdir(folder))
         try:
-            told = run_script(code, folder)
+            told = programs.output(code, folder, timeout=120)
         finally:
             folder.chmod(0o755)
         assert told.startswith(f"{6 + is_written}\n") and "denied" in told
@@ -709,12 +700,14 @@ print(known)
 
 
 def test_killed_writers_lose_no_commit(tmp_path):
-    assert int(run_script(KILLS, tmp_path / "store", 40)) > 100
+    told = programs.output(KILLS, tmp_path / "store", 40, timeout=120)
+    assert int(told) > 100
 
 
 @pytest.mark.slow
 def test_many_killed_writers_lose_no_commit(tmp_path):
-    assert int(run_script(KILLS, tmp_path / "store", 1000)) > 1000
+    told = programs.output(KILLS, tmp_path / "store", 1000, timeout=120)
+    assert int(told) > 1000
 
 
 def test_a_store_killed_at_creation_can_be_opened(tmp_path, monkeypatch):

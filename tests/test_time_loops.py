@@ -649,7 +649,7 @@ def test_batch_jacobians_are_vectorized(make, return_sequences):
     import tensorflow as tf
 
     layer = make(return_sequences=return_sequences)
-    x = tf.random.normal((2, 3, 4))
+    x = keras.random.normal((2, 3, 4))
     layer(x)
 
     @tf.function

@@ -1,8 +1,6 @@
 """Figures are checked in Matplotlib: their arrays, labels and limits."""
 
 import io
-import subprocess
-import sys
 import warnings
 
 import keras
@@ -97,12 +95,6 @@ def test_a_figure_of_a_user_keeps_its_canvas():
     assert visualization.plot_weighting(one_hot([2], 5), ax) is figure
     assert visualization.to_image(figure).shape == (150, 100, 3)
     assert figure.canvas is before
-
-
-def test_pyplot_is_not_imported():
-    code = "import sys; sys.modules['matplotlib.pyplot'] = None; "
-    code += "import keras_memory; keras_memory.visualization.Figure"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_png_is_lossless_and_names_its_software():
