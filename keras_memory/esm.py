@@ -521,10 +521,14 @@ class ESMLayer(_ESM):
 
             self._state = LayerState(
                 [
-                    (name, (batch, *prior.shape), initializer(prior))
+                    (
+                        name,
+                        (batch, *prior.shape),
+                        self.map_dtype,
+                        initializer(prior),
+                    )
                     for name, prior in self._prior._asdict().items()
                 ],
-                self.map_dtype,
                 name="state",
                 dtype=self.dtype_policy,
             )

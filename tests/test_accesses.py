@@ -206,7 +206,7 @@ def test_singular_points_have_bounded_gradients(entry, point):
 @each_point("zeros")
 @needs_tensorflow
 def test_zero_memory_keys_and_inputs_have_bounded_gradients(entry, point):
-    layer = entry.at(point, initial_memory=0.0, kernel_initializer="zeros")
+    layer = entry.at(point, kernel_initializer="zeros")
     x = 0 * few()
     assert_bounded(entry, layer, x, *point.bounds)
     set_interface_bias(layer, add_vector=0.5)

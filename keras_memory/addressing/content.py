@@ -58,7 +58,9 @@ def cosine_similarity(
         norm_epsilon = NORM_EPSILON[dtype]
     memory, keys = _to_compare(memory, keys, masks)
     similarity = _compare(memory, keys, norm_epsilon, product_epsilon)[0]
-    return ops.cast(ops.reshape(similarity, (-1, heads, slots)), dtype)
+    if masks is not None:
+        similarity = ops.reshape(similarity, (-1, heads, slots))
+    return ops.cast(similarity, dtype)
 
 
 def _to_compare(memory, keys, masks):

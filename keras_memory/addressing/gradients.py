@@ -52,10 +52,21 @@ def custom_gradients(enabled):
         current_pass.reset(token)
 
 
-def _fast_pass():
+def fast_pass():
     """The current pass of the fast loop, or None outside of it."""
     current = current_pass.get()
     return None if current is PLAIN else current
+
+
+def chosen(function, *arrays):
+    """Returns `function(*arrays)`: arrays without gradient, such as indices.
+
+    The fast loop saves them: its backward pass makes no choice again.
+    """
+    current = fast_pass()
+    if current is not None:
+        return current.chosen(function, *arrays)
+    return keras.tree.map_structure(ops.stop_gradient, function(*arrays))
 
 
 def linear(inputs, kernels, bias=None):
@@ -69,7 +80,7 @@ def linear(inputs, kernels, bias=None):
     Returns:
         (B, U) in the dtype of `inputs`.
     """
-    current = _fast_pass()
+    current = fast_pass()
     weights = [*kernels] if bias is None else [*kernels, bias]
     if current is not None and all(
         isinstance(weight, keras.Variable) for weight in weights
@@ -218,7 +229,7 @@ def activate_each(functions, shapes, x):
     Returns:
         List of arrays (B, *shape).
     """
-    if _fast_pass() is not None:
+    if fast_pass() is not None:
         identity = keras.activations.linear
         known = [f if _has_derivative(f) else identity for f in functions]
         x = _activate_each(x, functions=known, shapes=shapes)

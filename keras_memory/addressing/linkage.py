@@ -3,7 +3,6 @@
 Axes are always batch B, head H, slot N.
 """
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -11,6 +10,7 @@ from keras_memory.addressing.gradients import custom_gradient
 from keras_memory.addressing.gradients import saved_value
 from keras_memory.addressing.slots import gather
 from keras_memory.addressing.slots import inner_products
+from keras_memory.addressing.slots import largest
 from keras_memory.addressing.slots import outer_write
 from keras_memory.addressing.slots import read
 from keras_memory.addressing.slots import scatter_add
@@ -165,8 +165,8 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     slot = ops.arange(slots, dtype=ops.dtype(columns))
     linkage = ops.where(columns != slot, linkage, 0.0)
     # New links: (B, H, K rows, K columns).
-    rows = _largest(write_weighting, entries)
-    recent = _largest(precedence, entries)
+    rows = _largest_places(write_weighting, entries)
+    recent = _largest_places(precedence, entries)
     new = (
         _at(write_weighting, rows)[:, :, :, None]
         * _at(precedence, recent)[:, :, None]
@@ -188,7 +188,7 @@ def sparse_linkage_after_write(linkage, columns, precedence, write_weighting):
     candidate_columns = ops.concatenate(
         [old_columns, ops.repeat(recent[:, :, None], entries, axis=2)], axis=3
     )
-    staying = _largest(candidates, entries)
+    staying = _largest_places(candidates, entries)
     is_row = _put(ops.ones_like(rows), rows, slots)[:, :, None] > 0
 
     def with_rows(matrix, values):
@@ -230,18 +230,9 @@ def follow_sparse_links(linkage, columns, read_weighting):
     )
 
 
-def _largest(x, count):
-    """Indices of the `count` largest entries of the last axis, as floats; ties
-    go to the first entry."""
-    x = ops.stop_gradient(x)
-    if keras.backend.backend() in ("tensorflow", "jax"):
-        return ops.cast(ops.top_k(x, count)[1], ops.dtype(x))
-    # On other backends `top_k` breaks ties arbitrarily.
-    indices, place = [], ops.arange(x.shape[-1])
-    for _ in range(count):
-        indices.append(ops.argmax(x, axis=-1, keepdims=True))
-        x = ops.where(place == indices[-1], -np.inf, x)
-    return ops.cast(ops.concatenate(indices, axis=-1), ops.dtype(x))
+def _largest_places(x, count):
+    """Indices of the `count` largest entries of the last axis, as floats."""
+    return ops.cast(largest(x, count), ops.dtype(x))
 
 
 def _at(x, places):

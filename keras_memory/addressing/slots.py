@@ -9,9 +9,11 @@ weightings and vectors; the gradients of each are the other two. `gather` and
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_memory.addressing.gradients import custom_gradient
+from keras_memory.addressing.scaling import at_least_float32
 
 # Without XLA each operation is a separate call, so that one batched product of
 # small matrices is fastest. XLA is faster with sums over any but the last axis,
@@ -140,7 +142,7 @@ def gather(vectors, places):
         (B, P, D).
     """
     flat = ops.reshape(vectors, (-1, vectors.shape[2]))
-    flat = ops.take(flat, _in_batch(places, vectors.shape[1]), axis=0)
+    flat = ops.take(flat, in_batch(places, vectors.shape[1]), axis=0)
     return ops.reshape(flat, (-1, places.shape[1], vectors.shape[2]))
 
 
@@ -163,8 +165,64 @@ def scatter_add(vectors, places, *, size):
     """
     rows, width = ops.shape(vectors)[0], vectors.shape[2]
     flat = ops.reshape(vectors, (-1, width))
-    flat = _sums(flat, _in_batch(places, size), rows * size)
+    flat = _sums(flat, in_batch(places, size), rows * size)
     return ops.reshape(flat, (-1, size, width))
+
+
+def rows_at(vectors, places):
+    """Takes the vectors (B, N, D) at places (B, P) of int32: (B, P, D)."""
+    batch, size, width = ops.shape(vectors)
+    flat = ops.reshape(vectors, (-1, width))
+    flat = ops.take(flat, in_batch(places, size), axis=0)
+    return ops.reshape(flat, (batch, places.shape[1], width))
+
+
+def replace_rows(vectors, places, rows):
+    """Replaces the vectors (B, N, D) at places (B, P) of int32 by rows (B, P,
+    D). Places that occur several times must have equal rows."""
+    batch, size, width = ops.shape(vectors)
+    flat = ops.reshape(vectors, (-1, width))
+    if keras.backend.backend() == "numpy":  # where Keras writes in place
+        flat = flat.copy()
+    flat = ops.scatter_update(
+        flat, in_batch(places, size)[:, None], ops.reshape(rows, (-1, width))
+    )
+    return ops.reshape(flat, (batch, size, width))
+
+
+def take_rows(memory, slots):
+    """`rows_at` in a dtype to compute with."""
+    rows = rows_at(memory, slots)
+    return ops.cast(rows, at_least_float32(ops.dtype(rows)))
+
+
+def put_rows(memory, slots, rows):
+    """`replace_rows` in the dtype of the memory."""
+    if keras.backend.backend() != "jax":
+        # These backends give each of equal slots the whole gradient.
+        fixed = ops.stop_gradient(rows)
+        rows = ops.where(is_first(slots)[:, :, None], rows, fixed)
+    return replace_rows(memory, slots, ops.cast(rows, ops.dtype(memory)))
+
+
+def is_first(places):
+    """(B, P) -> (B, P) bool, False where a place has occurred before."""
+    same = ops.cast(places[:, :, None] == places[:, None], "int32")
+    return ops.sum(ops.tril(same, k=-1), axis=2) == 0
+
+
+def largest(x, count):
+    """Indices of the `count` largest entries of the last axis, as int32; ties
+    go to the first entry. They have no gradient."""
+    x = ops.stop_gradient(x)
+    if keras.backend.backend() in ("tensorflow", "jax"):
+        return ops.cast(ops.top_k(x, count)[1], "int32")
+    # On other backends `top_k` breaks ties arbitrarily.
+    indices, place = [], ops.arange(x.shape[-1])
+    for _ in range(count):
+        indices.append(ops.argmax(x, axis=-1, keepdims=True))
+        x = ops.where(place == indices[-1], -np.inf, x)
+    return ops.cast(ops.concatenate(indices, axis=-1), "int32")
 
 
 def row_sum(x):
@@ -181,7 +239,7 @@ def row_sum(x):
     return ops.sum(x, axis=-1, keepdims=True)
 
 
-def _in_batch(places, size):
+def in_batch(places, size):
     """(B, P) places among N each -> (B P,) places among all B N."""
     first = size * ops.arange(ops.shape(places)[0], dtype="int32")
     return ops.reshape(ops.cast(places, "int32") + first[:, None], (-1,))

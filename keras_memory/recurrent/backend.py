@@ -3,6 +3,8 @@
 import keras
 from keras.src import backend
 
+from keras_memory.addressing.slots import in_batch
+
 
 def scan(step, carried, slices, specs, reverse=False):
     """Loops over the first axis, as `jax.lax.scan` does.
@@ -49,6 +51,24 @@ def scan(step, carried, slices, specs, reverse=False):
         maximum_iterations=length,
     )
     return carried, keras.tree.map_structure(lambda s: s.stack(), stacks)
+
+
+def add_rows(vectors, places, rows):
+    """Adds rows (B, P, D) to the vectors (B, N, D) at places (B, P) of int32;
+    rows at the same place add up."""
+    if backend.backend() == "jax":
+        import jax
+
+        return jax.vmap(lambda v, p, r: v.at[p].add(r))(vectors, places, rows)
+    import tensorflow as tf
+
+    size, width = tf.shape(vectors)[1], vectors.shape[2]
+    flat = tf.tensor_scatter_nd_add(
+        tf.reshape(vectors, (-1, width)),
+        in_batch(places, size)[:, None],
+        tf.reshape(rows, (-1, width)),
+    )
+    return tf.reshape(flat, tf.shape(vectors))
 
 
 def vjp(function, arguments, upstream):

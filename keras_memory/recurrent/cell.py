@@ -325,8 +325,9 @@ class MemoryCell(
             for index, spec in enumerate(self.layout.specs)
             if spec.is_weight
         ]
-        for size in self.state_size:
-            check_bytes("A state of one batch row", [("its numbers", size)])
+        for spec, size in zip(self.layout.specs, self.state_size):
+            if not spec.per_slot:  # which may never be made as a whole
+                check_bytes("A state of one batch row", [("its numbers", size)])
 
     @classmethod
     def _all_arguments(cls):
@@ -510,12 +511,16 @@ class MemoryCell(
                 is_wide = self.access_dtype == self.compute_dtype
                 if not is_wide:
                     interface = ops.cast(interface, self.access_dtype)
-                    before = _cast(before, self.access_dtype)
+                    before = self.layout.cast_record(
+                        memory, before, self.access_dtype
+                    )
                 with custom_gradients(training):
                     after = access.step(interface, before)
                 record, inside = check_step(access, before, interface, after)
                 if not is_wide:
-                    record = _cast(record, self.compute_dtype)
+                    record = self.layout.cast_record(
+                        memory, record, self.compute_dtype
+                    )
                 reads = record.reads
             else:
                 reads = ops.zeros_like(record.reads)
@@ -538,13 +543,23 @@ class MemoryCell(
             if name != "controller" and not isinstance(value, tuple)
         }
 
+    def _wide_details(self, records, block, inside):
+        access = self.accesses[block]
+        if not inside or not hasattr(access, "wide_details"):
+            return {}
+        return access.wide_details(records[self.memory_of_block[block]], inside)
+
     def _named(self, details):
         """One dict for all blocks: the state after each and its inner values.
 
         Names start with the number of the block if there are several.
         """
         details = [
-            {**self._state_fields(records, block), **inside}
+            {
+                **self._state_fields(records, block),
+                **inside,
+                **self._wide_details(records, block, inside),
+            }
             for block, (records, inside) in enumerate(details)
         ]
         if len(details) == 1:
@@ -632,9 +647,3 @@ def _project(inputs, kernel, bias):
 
 def _clip(value, bound):
     return value if bound is None else ops.clip(value, -bound, bound)
-
-
-def _cast(record, dtype):
-    return keras.tree.map_structure(
-        lambda value: ops.cast(value, dtype), record
-    )

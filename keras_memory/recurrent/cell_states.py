@@ -1,5 +1,6 @@
 """The states of a memory cell: names, initial values, records and resets."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,8 +65,18 @@ class CellStates:
             for name in controllers.state_names(self.block_controllers[block])
         ]
 
-    def get_initial_state(self, batch_size: Array | None = None) -> list[Array]:
-        """The states before the first step: a list of (B, size)."""
+    def get_initial_state(
+        self, batch_size: Array | None = None, steps: Array | None = None
+    ) -> list[Array]:
+        """The states before the first step: a list of (B, size).
+
+        Args:
+            batch_size: int, or a scalar tensor.
+            steps: int, or a scalar tensor: for how many steps the states are
+                used at most. Memories that start empty then have no more slots
+                than those steps can write to (`Access.slots_for`). None: the
+                states are those that `state_size` says.
+        """
         if not self.built:
             raise ValueError(
                 f"{type(self).__name__} {self.name!r} must be built to have an "
@@ -76,21 +87,31 @@ class CellStates:
         batch_size = plain(batch_size)
         if isinstance(batch_size, (int, float, str, type(None))):
             check_size("batch_size", batch_size, least=0)
-            for size in self.state_size:
-                sizes = ("batch size", batch_size), ("numbers of a row", size)
-                check_bytes("A state", sizes, self.compute_dtype)
+            rows = "batch size", batch_size
+            for spec, size in zip(self.layout.specs, self.state_size):
+                if steps is None or not spec.per_slot:
+                    sizes = rows, ("numbers of a row", size)
+                    check_bytes("A state", sizes, self.compute_dtype)
         states = []
-        for spec, weight in zip(self.layout.specs, self.start_weights):
+        for spec, weight, blocks in zip(
+            self.layout.specs, self.start_weights, self._blocks_of_states()
+        ):
+            dtype = spec.dtype or self.compute_dtype
+            if spec.per_slot and steps is not None:
+                _, *row = spec.shape
+                slots = self.accesses[blocks[0]].slots_for(steps * len(blocks))
+                size = slots * math.prod(row)
+                states.append(ops.full((batch_size, size), spec.fill, dtype))
+                continue
             if weight is None:
                 value = ops.convert_to_tensor(
-                    np.broadcast_to(spec.fill, spec.shape),
-                    dtype=self.compute_dtype,
+                    np.broadcast_to(spec.fill, spec.shape), dtype=dtype
                 )
             else:
                 value = spec.activation(ops.convert_to_tensor(weight))
             if spec.transposed:
                 value = ops.swapaxes(value, -1, -2)
-            value = ops.cast(ops.reshape(value, (1, -1)), self.compute_dtype)
+            value = ops.cast(ops.reshape(value, (1, -1)), dtype)
             shape = (batch_size, value.shape[-1])
             # A copy: on PyTorch this is a view (of the weight, if there is
             # one), and a stateful layer would write into the original.
@@ -100,6 +121,32 @@ class CellStates:
             records = self._with_controller_states(records, batch_size)
             states = self.layout.flatten(records)
         return states
+
+    def has_room(self, states: Sequence[Array]) -> Array | None:
+        """Whether memories made for a number of steps have slots for one more.
+
+        Args:
+            states: list of (B, size), as from `get_initial_state(..., steps)`.
+
+        Returns:
+            Scalar bool tensor; None if all memories have all their slots.
+        """
+        room = []
+        records = self.layout.unflatten(states)
+        for memory, record in enumerate(records):
+            blocks = self._blocks_of_memory(memory)
+            access = self.accesses[blocks[0]]
+            if hasattr(access, "unwritten"):
+                slots, left = access.unwritten(record)
+                if slots < access.memory_slots:
+                    room.append(ops.all(left >= len(blocks)))
+        return ops.all(ops.stack(room)) if room else None
+
+    def _blocks_of_states(self):
+        """The blocks that act on the memory of each flat state."""
+        for memory, record in enumerate(self.layout.records):
+            for _ in keras.tree.flatten(record):
+                yield self._blocks_of_memory(memory)
 
     def _with_controller_states(self, records, batch_size):
         """Replaces the controllers' states by their own initial states."""
@@ -161,8 +208,15 @@ class CellStates:
                 f"Received: {len(shapes)} states of shapes {shapes}{rows}"
             )
         return [
-            check_array(f"{name}[{index}]", state)
-            for index, state in enumerate(states)
+            check_array(
+                f"{name}[{index}]",
+                state,
+                kind="whole" if spec.dtype else "real",
+                dtype=spec.dtype,
+            )
+            for index, (state, spec) in enumerate(
+                zip(states, self.layout.specs)
+            )
         ]
 
     def pack_state(self, record: Any) -> list[Array]:
@@ -194,12 +248,14 @@ class CellStates:
                 value,
                 ("batch", *spec.shape),
                 sizes,
+                kind="whole" if spec.dtype else "real",
+                dtype=spec.dtype,
             )
             for value, spec, name in zip(given, specs, names)
         ]
         records = keras.tree.pack_sequence_as(self.layout.records, given)
         states = self.layout.flatten(self.layout.transpose(records))
-        return [ops.cast(state, self.compute_dtype) for state in states]
+        return self.layout.cast(states, self.compute_dtype)
 
     def reset_memory(
         self, states: Sequence[Array], rows: Array | None = None

@@ -20,25 +20,35 @@ in segments     :  states saved every k steps (`recompute`); the forward pass
 `replay.py` has the passes over one step.
 """
 
+import itertools
 import math
 
 import keras
 from keras import ops
 from keras.src import backend
 
+from keras_memory.addressing.slots import is_first
+from keras_memory.addressing.slots import replace_rows
+from keras_memory.addressing.slots import rows_at
 from keras_memory.recurrent import replay
+from keras_memory.recurrent.backend import add_rows
 from keras_memory.recurrent.backend import scan
 from keras_memory.recurrent.backend import vjp
 
 
-def shape_pass(step, inputs, states):
+def shape_pass(step, inputs, states, kinds):
     """Runs a `replay.ShapePass` of a step. Returns it, and `keras.KerasTensor`s
     like the results of `_forward`."""
     passes = []
 
     def run(inputs, states):
         passes[:] = [replay.ShapePass()]  # Keras may run this twice
-        return _forward(step, passes[0], inputs, states)
+        per_slot = iter(range(len(states)))
+        states = [
+            replay.Slots(next(per_slot), state) if kind.per_slot else state
+            for state, kind in zip(states, kinds)
+        ]
+        return _forward(step, passes[0], inputs, states, kinds)
 
     specs = keras.tree.map_structure(
         lambda x: keras.KerasTensor(x.shape, ops.dtype(x)),
@@ -48,15 +58,25 @@ def shape_pass(step, inputs, states):
     return passes[0], specs
 
 
-def _forward(step, run, inputs, states):
+def _forward(step, run, inputs, states, kinds):
     """Runs a step; also returns the arrays that its gradient needs."""
     with run:
         features, after = step(inputs, states)
-    return after, features, (states, run.inputs, run.results, run.values)
+    after = [replay.array_of(state) for state in after]
+    before = [s for s, kind in zip(states, kinds) if not kind.per_slot]
+    return after, features, run.saved_arrays(before)
 
 
 def run_fast(
-    step, inputs, states, go_backwards, all_outputs, recompute, shapes, specs
+    step,
+    inputs,
+    states,
+    go_backwards,
+    all_outputs,
+    recompute,
+    kinds,
+    shapes,
+    specs,
 ):
     """Runs the loop with the custom gradient, as a whole or in segments."""
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # time first
@@ -67,18 +87,17 @@ def run_fast(
         weights = (
             [
                 _joined(*weights, result.dtype)
-                for weights, result in zip(shapes.linears, specs[2][2])
+                for weights, result in zip(shapes.linears, specs[2].results)
             ],
             [ops.copy(variable) for variable in variables],
         )
-    loop = _Loop(step, all_outputs, variables, specs)
+    arguments = step, all_outputs, variables, specs, kinds, shapes
+    loop = _Loop(*arguments)
 
     def in_segments(segment):
         # T = first + n segment: the first part runs without recomputation.
         first = (steps - 1) % segment + 1
-        segmented = _LoopInSegments(
-            segment, step, all_outputs, variables, specs
-        )
+        segmented = _LoopInSegments(segment, *arguments)
         # If T is unknown it might be 1. The second loop, which cannot be
         # compiled empty, then repeats that step, and its result is discarded.
         start = first if known else ops.minimum(first, steps - 1)
@@ -120,34 +139,53 @@ class _Loop:
     needs at every step.
 
     Features are a list of one array, or an empty list if only the last
-    features are wanted.
+    features are wanted. `kinds` has the `StateSpec` of each state. Whole
+    numbers have no gradient. The gradient of a state with a row for each slot
+    is one array, in which each step changes the rows that it took and put.
     """
 
-    def __init__(self, step, all_outputs, variables, specs):
+    def __init__(self, step, all_outputs, variables, specs, kinds, shapes):
         self.step = step
         self.all_outputs = int(all_outputs)
         self.variables = variables
         _, self.features_spec, self.saved_spec = specs
+        self.kinds = kinds
+        self.takes, self.puts = shapes.takes, shapes.puts
+
+    def _with_gradient(self, states):
+        """Selects the states that have a gradient."""
+        return [s for s, kind in zip(states, self.kinds) if not kind.dtype]
+
+    def _merged(self, with_gradient, others):
+        """Undoes `_with_gradient`; `others` is a list of all states."""
+        given = iter(with_gradient)
+        return [
+            other if kind.dtype else next(given)
+            for other, kind in zip(others, self.kinds)
+        ]
 
     def run(self, inputs, states, weights):
         """Returns features and states, with the custom gradient."""
 
-        def call(x, states, linears, values):
+        def call(x, with_gradient, linears, values):
             steps = [x, *inputs[1:]], linears, values
-            features, after, saved = self.forward(states, *steps)
+            before = self._merged(with_gradient, states)
+            features, after, saved = self.forward(before, *steps)
 
             def gradient(*upstream):
                 upstream = keras.tree.flatten(upstream)  # JAX passes one tuple
                 return _first_only(self.backward)(
                     upstream[: self.all_outputs],
-                    upstream[self.all_outputs :],
+                    self._with_gradient(upstream[self.all_outputs :]),
                     saved,
                     *steps,
                 )
 
             return (*features, *after), gradient
 
-        results = ops.custom_gradient(call)(inputs[0], states, *weights)
+        results = ops.custom_gradient(call)(
+            inputs[0], self._with_gradient(states), *weights
+        )
         results = list(results)
         return results[: self.all_outputs], results[self.all_outputs :]
 
@@ -156,7 +194,9 @@ class _Loop:
 
         def once(states, inputs):
             run = replay.Forward(linears, zip(self.variables, values))
-            after, features, saved = _forward(self.step, run, inputs, states)
+            after, features, saved = _forward(
+                self.step, run, inputs, states, self.kinds
+            )
             return after, ([features] * self.all_outputs, saved)
 
         specs = [self.features_spec] * self.all_outputs, self.saved_spec
@@ -166,52 +206,135 @@ class _Loop:
     def backward(
         self, grad_features, grad_after, saved, inputs, linears, values
     ):
-        """Gradients of x, states, linears and values."""
+        """Gradients of x, states with a gradient, linears and values."""
         # The kernels are transposed before the loop. Inside it XLA would merge
         # the transposition into each product, which is slower.
         swapped = [ops.transpose(kernel) for kernel, *_ in linears]
 
         def once(carried, slices):
-            grad_after, grad_values = carried
-            grad_features, (before, _, results, saved), inputs = slices
+            grad_after, grad_memories, grad_values = carried
+            grad_features, saved, inputs = slices
+            updated = inputs[1] if len(inputs) > 1 else None
+            grad_memories, grad_put = dict(grad_memories), []
+            for index, slots in reversed([*zip(self.puts, saved.put_slots)]):
+                grad_memories[index], grad = _grad_put(
+                    grad_memories[index], slots, updated
+                )
+                grad_put.insert(0, grad)
 
-            def again(x, before, pre_activations, values):
+            def again(x, before, pre_activations, zero_rows, values):
                 run = replay.Replay(
                     swapped,
                     zip(self.variables, values),
-                    results,
                     saved,
                     pre_activations,
+                    zero_rows,
                 )
                 with run:
-                    features, after = self.step([x, *inputs[1:]], before)
-                return [features] * self.all_outputs, after
+                    features, after = self.step(
+                        [x, *inputs[1:]], self._replayed(before, saved.states)
+                    )
+                return (
+                    [features] * self.all_outputs,
+                    self._kept(after),
+                    run.put_rows,
+                )
 
-            # Zeros whose gradients are those of the results.
-            pre_activations = [ops.zeros_like(result) for result in results]
-            grad_x, grad_before, grad_results, more = vjp(
+            grad_x, grad_before, grad_results, grad_taken, more = vjp(
                 again,
-                (inputs[0], before, pre_activations, values),
-                (grad_features, grad_after),
+                (
+                    inputs[0],
+                    self._before(saved.states),
+                    # Zeros whose gradients are those of results and rows.
+                    [ops.zeros_like(result) for result in saved.results],
+                    _zeros([rows for _, rows in saved.taken]),
+                    values,
+                ),
+                (grad_features, grad_after, grad_put),
             )
-            return (grad_before, _sum(grad_values, more)), (
+            for index, (slots, _), grad in zip(
+                self.takes, saved.taken, grad_taken
+            ):
+                grad_memories[index] = _grad_take(
+                    grad_memories[index], slots, grad
+                )
+            return (grad_before, grad_memories, _sum(grad_values, more)), (
                 grad_x,
                 grad_results,
             )
 
-        (grad_states, grad_values), (grad_x, grad_results) = scan(
-            once,
-            (grad_after, _zeros(values)),
-            (grad_features, saved, inputs),
-            (_spec(inputs[0][0]), self.saved_spec[2]),
-            reverse=True,
+        grad_after, grad_memories = self._apart(grad_after)
+        (grad_before, grad_memories, grad_values), (grad_x, grad_results) = (
+            scan(
+                once,
+                (grad_after, grad_memories, _zeros(values)),
+                (grad_features, saved, inputs),
+                (_spec(inputs[0][0]), self.saved_spec.results),
+                reverse=True,
+            )
         )
+        grad_states = self._together(grad_before, grad_memories)
         grad_values = _cast_like(grad_values, values)
         grad_linears = [
             _grad_weights(x, grad_result)[: len(weights)]
-            for x, grad_result, weights in zip(saved[1], grad_results, linears)
+            for x, grad_result, weights in zip(
+                saved.inputs, grad_results, linears
+            )
         ]
         return grad_x, grad_states, grad_linears, grad_values
+
+    # Lists of states, or of their gradients, in the backward pass.
+
+    def _replayed(self, with_gradient, saved):
+        """All states before a step: `saved` ones, of which those with a
+        gradient are given, and `replay.Slots`."""
+        given, saved = iter(with_gradient), iter(saved)
+        slots, states = itertools.count(), []
+        for kind in self.kinds:
+            if kind.per_slot:
+                states.append(replay.Slots(next(slots)))
+            else:
+                state = next(saved)
+                states.append(state if kind.dtype else next(given))
+        return states
+
+    def _before(self, saved):
+        """The `saved` states that have a gradient."""
+        kinds = [kind for kind in self.kinds if not kind.per_slot]
+        return [s for s, kind in zip(saved, kinds) if not kind.dtype]
+
+    def _kept(self, after):
+        """The states after a step that have a gradient, without memories."""
+        return [
+            state
+            for state, kind in zip(after, self.kinds)
+            if not (kind.per_slot or kind.dtype)
+        ]
+
+    def _apart(self, gradients):
+        """Splits gradients of states: a list, and a dict of those of memories,
+        by their numbers among the states with a row for each slot."""
+        given, slots = iter(gradients), itertools.count()
+        others, memories = [], {}
+        for kind in self.kinds:
+            index = next(slots) if kind.per_slot else None
+            if kind.dtype:
+                continue
+            if kind.per_slot:
+                gradient = next(given)
+                memories[index] = ops.cast(gradient, _sum_dtype(gradient))
+            else:
+                others.append(next(given))
+        return others, memories
+
+    def _together(self, others, memories):
+        """Undoes `_apart`."""
+        others, memories = iter(others), iter(memories.values())
+        return [
+            next(memories if kind.per_slot else others)
+            for kind in self.kinds
+            if not kind.dtype
+        ]
 
 
 class _LoopInSegments(_Loop):
@@ -282,16 +405,45 @@ def _spec(x, *steps):
     return keras.KerasTensor((*steps, *x.shape), ops.dtype(x))
 
 
-# Gradients of weights are summed in at least float32, since 16 bits would round
-# at each step.
+def _grad_put(gradient, slots, updated):
+    """The backward pass of a `put`.
+
+    Args:
+        gradient: (B, N, W), that of the memory after it.
+        slots: (B, P) int32.
+        updated: (B,) bool or None; False: the row of the batch was masked.
+
+    Returns:
+        The gradient of the memory before it, and of the rows, (B, P, W).
+    """
+    rows = rows_at(gradient, slots)
+    # Equal slots have equal rows: the gradient is that of the first one.
+    none = ops.zeros_like(rows)
+    grad_rows = ops.where(is_first(slots)[:, :, None], rows, none)
+    left = none
+    if updated is not None:
+        grad_rows = ops.where(updated[:, None, None], grad_rows, none)
+        left = ops.where(updated[:, None, None], none, rows)
+    return replace_rows(gradient, slots, left), grad_rows
+
+
+def _grad_take(gradient, slots, grad_rows):
+    """The backward pass of a `take`: the gradient of the memory."""
+    grad_rows = ops.cast(grad_rows, ops.dtype(gradient))
+    return add_rows(gradient, slots, grad_rows)
+
+
+# Gradients of weights and memories are summed in at least float32, since 16
+# bits would round at each step.
+
+
+def _sum_dtype(x):
+    return backend.result_type(ops.dtype(x), "float32")
 
 
 def _zeros(arrays):
     return keras.tree.map_structure(
-        lambda x: ops.zeros_like(
-            x, dtype=backend.result_type(ops.dtype(x), "float32")
-        ),
-        arrays,
+        lambda x: ops.zeros_like(x, dtype=_sum_dtype(x)), arrays
     )
 
 

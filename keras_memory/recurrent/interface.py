@@ -62,6 +62,16 @@ class Access(typing.Protocol):
             are not those of fields, `"output"` or `"controller_output"`.
         """
 
+    # An access may also have
+    #
+    # - `wide_details(state, inside)`: a dict of further arrays for `trace`,
+    #   which are too large to compute in each step;
+    # - `slots_for(steps)`, if its memory starts empty: the number of slots that
+    #   so many steps can write to. States `per_slot` have only these, where
+    #   nobody sees them;
+    # - `unwritten(state)`: the number of slots of such a state, and of those
+    #   without a write, (B,). Exported streams need it.
+
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
@@ -79,6 +89,14 @@ class StateSpec:
             a weighting.
         transposed: bool; True: inside a step the last two axes of `shape` are
             swapped, as for a memory, whose slots come last there.
+        dtype: `"int32"` for whole numbers, such as counters and indices of
+            slots: they have no gradient, and 16-bit policies do not round
+            them. None: the compute dtype.
+        per_slot: bool; True: the first axis is the slots, and a step only
+            reaches the state by the functions of `addressing/sparse.py`. The
+            fast loop then neither copies nor saves it at each step. If it
+            starts empty, it may have fewer slots than `shape` says: see
+            `MemoryCell.get_initial_state`.
         into_range: function that brings a given state, (B, *`shape_in_step`),
             into the range that steps keep; None if any value is allowed.
 
@@ -93,6 +111,8 @@ class StateSpec:
     initializer: typing.Any = "zeros"
     activation: typing.Callable[..., typing.Any] = keras.activations.linear
     transposed: bool = False
+    dtype: str | None = None
+    per_slot: bool = False
     into_range: typing.Callable[..., typing.Any] | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +121,20 @@ class StateSpec:
             type(size) is int and size > 0 for size in shape
         )
         check_bool("transposed", self.transposed)
+        check_bool("per_slot", self.per_slot)
+        if self.dtype not in (None, "int32"):
+            raise ValueError(
+                '`dtype` must be "int32" or None, the compute dtype. '
+                f"Received: dtype={self.dtype!r}"
+            )
+        if (self.per_slot or self.dtype) and (
+            self.transposed or self.is_weight
+        ):
+            raise ValueError(
+                "A state with a `dtype` or `per_slot` must start from a "
+                "constant, and not be transposed. Received: "
+                f"initial={self.initial!r}, transposed={self.transposed}"
+            )
         if not is_shape or len(shape) < 2 * self.transposed:
             two = ", two at least, for transposed=True"
             raise ValueError(

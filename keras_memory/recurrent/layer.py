@@ -305,8 +305,10 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if initial_state is not None:
             states = initial_state
         elif states is None:
-            states = self.get_initial_state(ops.shape(sequences)[0])
-        states = [ops.cast(state, self.cell.compute_dtype) for state in states]
+            # Without the final states nobody sees how many slots there are.
+            steps = None if self.return_state else ops.shape(sequences)[1]
+            states = self.cell.get_initial_state(ops.shape(sequences)[0], steps)
+        states = self.cell.layout.cast(states, self.cell.compute_dtype)
         # Before the loop, inside of which JAX cannot draw random numbers.
         self.cell.get_dropout_mask(sequences[:, 0])
         self.cell.get_recurrent_dropout_mask(states[0])
@@ -317,7 +319,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         self.cell.reset_recurrent_dropout_mask()
         outputs = outputs if self.return_sequences else last
         outputs = ops.cast(outputs, self.compute_dtype)
-        states = [ops.cast(state, self.compute_dtype) for state in states]
+        states = self.cell.layout.cast(states, self.compute_dtype)
         if self.stateful:
             for variable, value in zip(
                 [*self.states, *self._starts], [*states, *starts]
@@ -336,8 +338,16 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         # Here too, so that a wrong Functional model raises an error when it is
         # made, and not at its first call.
         self._check_arguments(sequences, initial_state, mask)
-        return super().compute_output_spec(
+        spec = super().compute_output_spec(
             sequences, initial_state, mask, **kwargs
+        )
+        if not self.return_state:
+            return spec
+        # Keras gives all results the compute dtype.
+        output, *states = spec
+        return output, *(
+            keras.KerasTensor(state.shape, own.dtype or state.dtype)
+            for state, own in zip(states, self.cell.layout.specs)
         )
 
     def _check_arguments(self, sequences, initial_state, mask):
@@ -456,6 +466,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 (
                     f"{name}{index_suffix(number)}",
                     (rows, self.cell.state_size[index]),
+                    self.cell.layout.specs[index].dtype or self.variable_dtype,
                     functools.partial(initial, index),
                 )
                 for number, index in enumerate(indices)
@@ -467,7 +478,6 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 *variables("state", batch_size, states),
                 *variables("start", 1, self.cell.weight_states),
             ],
-            self.variable_dtype,
             name="state",
             dtype=self.dtype_policy,
         )

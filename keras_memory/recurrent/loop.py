@@ -11,6 +11,8 @@ from keras.src import backend
 
 from keras_memory.recurrent.fast_loop import run_fast
 from keras_memory.recurrent.fast_loop import shape_pass
+from keras_memory.recurrent.interface import StateSpec
+from keras_memory.recurrent.replay import Slots
 from keras_memory.recurrent.state import select
 
 LOOPS = ("auto", "fast", "portable")
@@ -59,12 +61,13 @@ def run(
     inputs = [ops.cast(sequences, cell.compute_dtype)]
     states = keras.tree.flatten(records)
     why = _why_portable(loop, training, unroll)
+    kinds = cell.layout.specs
     # If the loop itself does not return the last features, a state holds them.
     holds = mask is not None or not (all_outputs or why)
     if holds:
         rows = ops.shape(sequences)[0]
         held = ops.zeros((rows, cell.features_size), dtype=cell.compute_dtype)
-        states = [held, *states]
+        states, kinds = [held, *states], [StateSpec(()), *kinds]
     if mask is not None:
         # Masked inputs must not reach a step: NaN times a gradient of 0 is NaN.
         inputs[0] = select(mask, inputs[0], ops.zeros_like(inputs[0]))
@@ -86,13 +89,14 @@ def run(
             after = [features, *after]
         if mask is not None:
             after = [
-                select(inputs[1], new, old) for old, new in zip(states, after)
+                new if isinstance(new, Slots) else select(inputs[1], new, old)
+                for old, new in zip(states, after)
             ]
             features = after[0]
         return features, after
 
     if not why:
-        shapes, specs = shape_pass(step, inputs, states)
+        shapes, specs = shape_pass(step, inputs, states, kinds)
         why = shapes.why_not
         if backend.backend() == "jax" and shapes.scope.changed:
             raise NotImplementedError(
@@ -117,6 +121,7 @@ def run(
             go_backwards,
             all_outputs,
             recompute,
+            kinds,
             shapes,
             specs,
         )

@@ -1,15 +1,22 @@
 """The passes of the fast time loop over a step.
 
 `ShapePass` runs once, on symbolic arrays, and finds the products with weights.
-`Forward` saves the results of these products and the values that custom
-gradients need. `Replay` uses them instead of computing them again.
+`Forward` saves the results of these products, the values that custom gradients
+need, choices, and the rows that a step takes from a memory. `Replay` uses them
+instead of computing them again.
 `addressing/gradients.py` has the functions that a step is built of.
 """
+
+from typing import Any
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
 from keras_memory.addressing.gradients import current_pass
+from keras_memory.addressing.scaling import at_least_float32
+from keras_memory.addressing.slots import put_rows
+from keras_memory.addressing.slots import rows_at
 
 
 class _Pass:
@@ -70,6 +77,37 @@ class _Scope(keras.StatelessScope):
         return list(self._changed.values())
 
 
+class Slots:
+    """Stands for a state with a row for each slot, where a pass must know which
+    state it is.
+
+    Attributes:
+        index: int, which of these states.
+        array: the state; None in `Replay`, which does not have it.
+        puts: list of (slots, rows), what the step has put so far.
+    """
+
+    def __init__(self, index, array=None, puts=()):
+        self.index, self.array, self.puts = index, array, puts
+
+    def after(self, array=None, *puts):
+        """The state with changes."""
+        return Slots(self.index, array, (*self.puts, *puts))
+
+
+class Saved(NamedTuple):
+    """The arrays of one step that its gradient needs: the states before it,
+    without those that have a row for each slot, and attributes of `Forward`."""
+
+    states: Any
+    inputs: Any
+    results: Any
+    values: Any
+    choices: Any
+    taken: Any
+    put_slots: Any
+
+
 class Forward(_Pass):
     """The run of the forward pass, which saves values for the gradient.
 
@@ -82,12 +120,28 @@ class Forward(_Pass):
         inputs: list of (B, D), the inputs of each `linear`.
         results: list of (B, U), the results of each `linear`.
         values: list of lists of arrays, the results of each `saved`.
+        choices: list, the results of each `chosen`.
+        taken: list of (slots, rows), of each `take`.
+        put_slots: list of slots, of each `put`.
     """
 
     def __init__(self, linears, variables, **of_scope):
         super().__init__(_Scope(variables, **of_scope))
         self.linears = iter(linears)
         self.inputs, self.results, self.values = [], [], []
+        self.choices, self.taken, self.put_slots = [], [], []
+
+    def saved_arrays(self, states):
+        """`Saved` arrays, with the states before the step."""
+        return Saved(
+            states,
+            self.inputs,
+            self.results,
+            self.values,
+            self.choices,
+            self.taken,
+            self.put_slots,
+        )
 
     def linear(self, inputs, kernels, bias):
         kernel, *bias = next(self.linears)
@@ -99,6 +153,22 @@ class Forward(_Pass):
         self.values.append(function(*arguments))
         return self.values[-1][0]
 
+    def chosen(self, function, *arguments):
+        self.choices.append(function(*arguments))
+        return self.choices[-1]
+
+    def take(self, memory, slots):
+        rows = rows_at(memory, slots)
+        self.taken.append((slots, rows))
+        return ops.cast(rows, at_least_float32(ops.dtype(rows)))
+
+    def put(self, memory, slots, rows):
+        self.put_slots.append(slots)
+        return put_rows(memory, slots, rows)
+
+    def changed(self, function, state, *arguments):
+        return function(state, *arguments)
+
 
 class Replay(_Pass):
     """The run of the backward pass, which is differentiated.
@@ -107,20 +177,27 @@ class Replay(_Pass):
         kernels: list of (U, D), the kernels of `Forward`'s `linears` with
             their axes swapped.
         variables: as in `Forward`.
-        results, values: lists, the attributes of `Forward`.
-        pre_activations: list of zeros like `results`, whose gradients are
+        saved: `Saved` arrays.
+        pre_activations: list of zeros like `saved.results`, whose gradients are
             those of the results.
+        zero_rows: list of zeros like the rows of `saved.taken`, whose gradients
+            are those of the rows.
+
+    Attributes:
+        put_rows: list of rows, of each `put`.
     """
 
     differentiates = True
 
-    def __init__(self, kernels, variables, results, values, pre_activations):
+    def __init__(self, kernels, variables, saved, pre_activations, zero_rows):
         super().__init__(_Scope(variables))
         self.kernels, self.pre_activations = (
             iter(kernels),
             iter(pre_activations),
         )
-        self.results, self.values = iter(results), iter(values)
+        self.results, self.values = iter(saved.results), iter(saved.values)
+        self.choices, self.taken = iter(saved.choices), iter(saved.taken)
+        self.zero_rows, self.put_rows = iter(zero_rows), []
 
     def linear(self, inputs, kernels, bias):
         kernel, result = next(self.kernels), next(self.results)
@@ -146,12 +223,41 @@ class Replay(_Pass):
 
         return again(*arguments)
 
+    def chosen(self, function, *arguments):
+        return next(self.choices)
+
+    def take(self, memory, slots):
+        (_, taken), zeros = next(self.taken), next(self.zero_rows)
+        taken = ops.cast(taken, ops.dtype(zeros))
+        rows = taken + zeros
+        for put_slots, new_rows in memory.puts:
+            # These rows come from this step, and the later ones count.
+            is_same = slots[:, :, None] == put_slots[:, None]
+            is_first = ops.cumsum(ops.cast(is_same, "int32"), axis=2) == 1
+            which = ops.cast(is_same & is_first, ops.dtype(rows))
+            new_rows = new_rows - ops.stop_gradient(new_rows)
+            rows = ops.where(
+                ops.any(is_same, axis=2)[:, :, None],
+                taken + ops.matmul(which, new_rows),
+                rows,
+            )
+        return rows
+
+    def put(self, memory, slots, rows):
+        self.put_rows.append(rows)
+        return memory.after(None, (slots, rows))
+
+    def changed(self, function, state, *arguments):
+        return state
+
 
 class ShapePass(Forward):
     """A run on symbolic arrays, which finds the weights that a step uses.
 
     Attributes:
         linears: list of (kernels, bias), one for each call of `linear`.
+        takes, puts: lists of ints, which state with a row for each slot each
+            `take` and each `put` is of.
         variables: list of the other variables that the step reads.
     """
 
@@ -159,7 +265,7 @@ class ShapePass(Forward):
 
     def __init__(self):
         super().__init__([], [], collect_losses=True)
-        self.linears = []
+        self.linears, self.takes, self.puts = [], [], []
 
     def linear(self, inputs, kernels, bias):
         self.linears.append((kernels, bias))
@@ -167,6 +273,20 @@ class ShapePass(Forward):
         self.inputs.append(_joined(inputs))
         self.results.append(ops.zeros((rows, kernels[0].shape[-1]), dtype))
         return self.results[-1]
+
+    def chosen(self, function, *arguments):
+        return super().chosen(function, *map(array_of, arguments))
+
+    def take(self, memory, slots):
+        self.takes.append(memory.index)
+        return super().take(memory.array, slots)
+
+    def put(self, memory, slots, rows):
+        self.puts.append(memory.index)
+        return memory.after(super().put(memory.array, slots, rows))
+
+    def changed(self, function, state, *arguments):
+        return state.after(function(state.array, *map(array_of, arguments)))
 
     @property
     def variables(self):
@@ -181,6 +301,11 @@ class ShapePass(Forward):
         if self.scope.losses:
             return "each step adds a loss"
         return ""
+
+
+def array_of(value):
+    """The array of a state that may be `Slots`."""
+    return value.array if isinstance(value, Slots) else value
 
 
 def _joined(inputs):

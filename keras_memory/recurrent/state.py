@@ -32,7 +32,6 @@ class StateLayout:
         self.records = records
         self.specs = keras.tree.flatten(records)
         self.sizes = [math.prod(spec.shape) for spec in self.specs]
-        self._shapes = [(-1, *spec.shape_in_step) for spec in self.specs]
         self.names = [
             f"initial{index_suffix(memory)}_{field}{index_suffix(index)}"
             for memory, record in enumerate(records)
@@ -42,14 +41,40 @@ class StateLayout:
 
     def unflatten(self, states):
         """Converts a flat list to records."""
-        return self._packed(map(ops.reshape, states, self._shapes))
+        return self._packed(
+            ops.reshape(state, (-1, *_shape_in_step(state, spec)))
+            for state, spec in zip(states, self.specs)
+        )
 
     def flatten(self, records):
         """Converts records to a flat list."""
         return [
-            ops.reshape(value, (-1, size))
-            for value, size in zip(keras.tree.flatten(records), self.sizes)
+            ops.reshape(value, (-1, _size(value, spec)))
+            for value, spec in self._with_specs(records)
         ]
+
+    def cast(self, states, dtype):
+        """Casts a flat list to `dtype`, or to the dtypes of the `StateSpec`s
+        that have one."""
+        return [
+            ops.cast(state, spec.dtype or dtype)
+            for state, spec in zip(states, self.specs)
+        ]
+
+    def cast_record(self, memory, record, dtype):
+        """Casts the record of a memory, without its controllers, to `dtype`.
+
+        States with a dtype of their own, or a row for each slot, stay as they
+        are.
+        """
+        specs = self.records[memory]._replace(controller=())
+        return keras.tree.map_structure(
+            lambda spec, value: (
+                value if spec.dtype or spec.per_slot else ops.cast(value, dtype)
+            ),
+            specs,
+            record,
+        )
 
     def in_range(self, states):
         """Converts a given flat list to records, and brings them into the
@@ -74,6 +99,22 @@ class StateLayout:
         return keras.tree.pack_sequence_as(self.records, list(values))
 
 
+def _shape_in_step(state, spec):
+    """Shape of a state in a step, without the batch axis."""
+    if not spec.per_slot:
+        return spec.shape_in_step
+    _, *row = spec.shape
+    return ops.shape(state)[1] // math.prod(row), *row
+
+
+def _size(value, spec):
+    """Size of a state outside of a step, without the batch axis."""
+    if not spec.per_slot:
+        return math.prod(spec.shape)
+    _, *row = spec.shape
+    return ops.shape(value)[1] * math.prod(row)
+
+
 def index_suffix(index):
     """Suffix of a name: empty for index 0."""
     return f"_{index}" if index else ""
@@ -88,19 +129,18 @@ class LayerState(keras.layers.Layer):
     without state and for any batch size, and files do not contain the state.
 
     Args:
-        variables: list of (name, shape, initializer), the last a function
-            (shape, dtype) -> tensor.
-        variable_dtype: str, dtype of the variables.
+        variables: list of (name, shape, dtype, initializer), the last a
+            function (shape, dtype) -> tensor.
         **kwargs: of `keras.layers.Layer`.
     """
 
-    def __init__(self, variables, variable_dtype, **kwargs):
+    def __init__(self, variables, **kwargs):
         super().__init__(trainable=False, **kwargs)
-        for name, shape, initializer in variables:
+        for name, shape, dtype, initializer in variables:
             self.add_weight(
                 shape=shape,
                 initializer=initializer,
-                dtype=variable_dtype,
+                dtype=dtype,
                 trainable=False,
                 autocast=False,
                 name=name,

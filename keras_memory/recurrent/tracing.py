@@ -99,7 +99,7 @@ def trace(
         inputs, initial_state, mask
     )
     if initial_state is None:
-        initial_state = layer.cell.get_initial_state(batch_size=inputs.shape[0])
+        initial_state = layer.cell.get_initial_state(*inputs.shape[:2])
     inside = _inside(layer, inputs, initial_state, mask, training, use_memory)
     return Trace(keras.tree.map_structure(ops.convert_to_numpy, inside))
 
@@ -162,9 +162,7 @@ def trace_layers(model, inputs, training=False):
 def _inside(layer, inputs, initial_state, mask, training, use_memory):
     """The trace of a layer, as a dict of tensors (B, T, ...)."""
     cell = layer.cell
-    states = tuple(
-        ops.cast(state, cell.compute_dtype) for state in initial_state
-    )
+    states = tuple(cell.layout.cast(initial_state, cell.compute_dtype))
     sequences = [inputs]
     if mask is not None:
         padding = ops.zeros_like(inputs)
