@@ -32,6 +32,9 @@ from keras_memory.retrieval.knn_layer import KNNMemoryLayer as KNNMemoryLayer
 from keras_memory.retrieval.knn_memory import KNNMemory as KNNMemory
 from keras_memory.retrieval.ring import RingMemory as RingMemory
 from keras_memory.retrieval.scann_index import ScannIndex as ScannIndex
+from keras_memory.sam import SAMCell as SAMCell
+from keras_memory.sam import SAMLayer as SAMLayer
+from keras_memory.sam import SAMState as SAMState
 from keras_memory.serving import export as export
 from keras_memory.spatial import geometry as geometry
 from keras_memory.spatial import rgbd as rgbd

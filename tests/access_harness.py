@@ -369,7 +369,7 @@ NTM = Entry(
         ),
         Point("in turn", {"head_order": ("write", "read")}),
     ],
-    zeros=with_dtypes(ALL_SIZES, "default"),
+    zeros=with_dtypes(ALL_SIZES, "default", {"initial_memory": 0.0}),
     sixteen_bits=[
         point
         for dtypes in (("float16", "bfloat16"), MIXED)
@@ -584,7 +584,7 @@ DNC = Entry(
         Point("sparse links, one slot", {"sparse_links": 1, "memory_slots": 1}),
     ],
     zeros=[
-        *with_dtypes(ALL_SIZES, "default"),
+        *with_dtypes(ALL_SIZES, "default", {"initial_memory": 0.0}),
         # The gradient of the cosine at zero is at most 1 / norm_epsilon.
         *(
             Point(
@@ -603,4 +603,86 @@ DNC = Entry(
     ],
 )
 
-ENTRIES = [NTM, DNC]
+
+# Sparse Access Memory.
+
+SAM_GATES = ("strength", "write_gate", "interpolation_gate")
+SAM_SATURATED = {
+    f"{part} {value:+}": {part: value}
+    for part in ("key", *SAM_GATES, "add_vector")
+    for value in (60, -60)
+} | {
+    "all on": dict.fromkeys(SAM_GATES, 60),
+    "all off": dict.fromkeys(SAM_GATES, -60),
+}
+ONE_SLOT = {"memory_slots": 1, "top_k": 1}
+
+SAM = Entry(
+    "sam",
+    keras_memory.SAMLayer,
+    {
+        "memory_slots": 11,
+        "slot_size": 5,
+        "read_heads": 2,
+        "top_k": 3,
+        "controller_units": 7,
+    },
+    invariants={
+        sums_to_at_most_one: "read_weights write_weights",
+        is_share: "write_gate interpolation_gate",
+        is_positive: "strength",
+    },
+    learned="initial_controller_state",
+    whole_numbers="last_access read_slots time",
+    weightings=[
+        Point("default"),
+        Point("few slots", {"memory_slots": 3}),
+        Point("two layers", {"num_layers": 2}, slow=True),
+    ],
+    gradients=[
+        Point("default"),
+        Point(
+            "two layers, few slots",
+            {
+                "num_layers": 2,
+                "memory_slots": 4,
+                "controller": "gru",
+                "key_activation": "tanh",
+                "strength_activation": "softplus",
+                "norm_epsilon": 0.1,
+            },
+        ),
+        Point(
+            "two memories",
+            {"num_layers": 2, "share_memory": False, "controller": "dense"},
+            without="reads",
+            slow=True,
+        ),
+        Point("one slot", {**ONE_SLOT, "units": None}, slow=True),
+    ],
+    saturated=[
+        *(
+            # Add vectors of 60 are read as they are.
+            Point(name, {}, bias, bounds=(1e5 if "add" in name else 1e2, 1e4))
+            for name, bias in SAM_SATURATED.items()
+        ),
+        *(
+            point
+            for name in ("all on", "all off")
+            for point in with_dtypes(MIXED, name, {}, SAM_SATURATED[name])
+        ),
+    ],
+    singular=[
+        *with_dtypes(ALL_SIZES, "default"),
+        *with_dtypes(ALL_SIZES, "one slot", ONE_SLOT),
+        Point("slots of width one", {"slot_size": 1}),
+        Point("every slot is read", {"memory_slots": 3}),
+    ],
+    zeros=with_dtypes(ALL_SIZES, "default"),
+    sixteen_bits=[
+        *with_dtypes(("float16", "bfloat16"), "default"),
+        *with_dtypes(MIXED, "few slots", {"memory_slots": 3}),
+    ],
+)
+
+ENTRIES = [NTM, DNC, SAM]

@@ -126,6 +126,18 @@ def dnc(name, **kwargs):
     return Case(f"dnc-{name}", keras_memory.DNCLayer, {**sizes, **kwargs})
 
 
+def sam(name, **kwargs):
+    sizes = {
+        "units": 3,
+        "memory_slots": 11,
+        "slot_size": 5,
+        "read_heads": 2,
+        "top_k": 3,
+        "controller_units": 13,
+    }
+    return Case(f"sam-{name}", keras_memory.SAMLayer, {**sizes, **kwargs})
+
+
 CASES = [
     ntm("default"),
     ntm(
@@ -232,6 +244,18 @@ CASES = [
         initial_memory="random",
     ),
     dnc("no-linkage", linkage=False, controller="dense", initial_memory=1e-6),
+    sam("default"),
+    sam(
+        "all-options-few-slots",
+        memory_slots=4,  # fewer than steps, so slots are written again
+        num_layers=2,
+        controller="dense",
+        access_threshold=0.2,
+        key_activation="tanh",
+        add_activation="tanh",
+        strength_activation="softplus",
+        norm_epsilon=1e-4,
+    ),
     Case(
         "memory-rnn",
         keras_memory.MemoryRNN,

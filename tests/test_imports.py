@@ -21,7 +21,7 @@ LAYERS = [
     ["addressing.slots"],
     ["addressing.activations"],
     ["addressing.content", "addressing.location"],
-    ["addressing.usage", "addressing.linkage"],
+    ["addressing.usage", "addressing.linkage", "addressing.sparse"],
     ["addressing"],
     ["recurrent.heads", "visualization.images"],
     ["visualization.curves", "visualization.tiles"],

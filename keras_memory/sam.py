@@ -1,0 +1,455 @@
+"""Sparse Access Memory (Rae et al. 2016, arXiv 1610.09027).
+
+Equation numbers refer to section 3. A step reads the `top_k` nearest slots of
+each head, and writes to the slots that it read last and to the one that was
+accessed longest ago, so its cost does not grow with the number of slots.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import NamedTuple
+from typing import Unpack
+
+import keras
+from keras import ops
+
+from keras_memory.addressing import sparse
+from keras_memory.addressing.activations import activation_by_name
+from keras_memory.addressing.activations import not_negative
+from keras_memory.addressing.activations import softmax
+from keras_memory.addressing.content import NORM_EPSILON
+from keras_memory.arguments import KerasArguments
+from keras_memory.arguments import given
+from keras_memory.checks import check_array
+from keras_memory.checks import check_closed
+from keras_memory.checks import check_rate
+from keras_memory.checks import check_size
+from keras_memory.hints import Activation
+from keras_memory.hints import Array
+from keras_memory.recurrent.cell import CellArguments
+from keras_memory.recurrent.cell import MemoryCell
+from keras_memory.recurrent.interface import StateSpec
+from keras_memory.recurrent.interface import check_bytes_of_state
+from keras_memory.recurrent.interface import interface_size
+from keras_memory.recurrent.interface import split_interface
+from keras_memory.recurrent.layer import MemoryRNN
+
+# Logit of a slot that is not there. It is finite, so that a head without slots
+# gives no NaN.
+LOWEST_LOGIT = -1e30
+
+
+class SAMState(NamedTuple):
+    """The state of a SAM between steps. The first axis is the batch, B.
+
+    Args:
+        reads: (B, R, W) read vectors of the last step.
+        memory: (B, N, W) slot contents.
+        last_access: (B, N) int32, number of the step that accessed a slot last;
+            0 if the slot was written but never accessed (see
+            `access_threshold`), -1 if it was never written.
+        read_slots: (B, R, K) int32, the slots of the last step's reads; -1 for
+            none.
+        read_weights: (B, R, K), their weights; 0 for none.
+        time: (B, 1) int32, number of steps so far. Masked steps do not count.
+        controller: tuple with the state of each controller, nested as Keras
+            nests it.
+    """
+
+    reads: Any
+    memory: Any
+    last_access: Any
+    read_slots: Any
+    read_weights: Any
+    time: Any
+    controller: Any = ()
+
+
+class SAMInterface(NamedTuple):
+    """The controller's parameters for the heads.
+
+    Args:
+        key: (B, R, W) look-up vectors, q.
+        strength: (B, R), above 0, beta.
+        add_vector: (B, W), what to write, a.
+        write_gate: (B, 1) in (0, 1), alpha: whether to write at all.
+        interpolation_gate: (B, 1) in (0, 1), gamma: to the slots that were read
+            last (1) or to the least recently accessed one (0).
+    """
+
+    key: Any
+    strength: Any
+    add_vector: Any
+    write_gate: Any
+    interpolation_gate: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SAMAccess:
+    """Addressing, reading and writing. `SAMLayer` documents the arguments."""
+
+    memory_slots: int = 65536
+    slot_size: int = 32
+    read_heads: int = 4
+    top_k: int = 4
+    _: dataclasses.KW_ONLY
+    access_threshold: float = 0.005
+    key_activation: Activation = "linear"
+    add_activation: Activation = "linear"
+    strength_activation: Activation = "oneplus"
+    norm_epsilon: float | None = None
+
+    def step(self, interface, state):
+        """Writes to the memory, then reads it."""
+        interface = self.split(interface)
+        memory, last_access, writing = self._write(interface, state)
+        slots, weights, reads = self._read(interface, memory, last_access)
+        time = state.time + 1
+        last_access = sparse.mark_accessed(
+            last_access,
+            ops.concatenate(
+                [_flat(slots, at_least=0), writing["slots"]], axis=1
+            ),
+            # Of all heads the mean, as in the write.
+            ops.concatenate(
+                [_flat(weights) / self.read_heads, writing["weights"]], axis=1
+            ),
+            self.access_threshold,
+            time,
+        )
+        after = state._replace(
+            reads=reads,  # r_t
+            memory=memory,  # M_t
+            last_access=last_access,  # U_t
+            read_slots=slots,
+            read_weights=weights,  # w^R_t
+            time=time,
+        )
+        inside = {f"write_{name}": part for name, part in writing.items()}
+        return after, {**inside, **interface._asdict()}
+
+    def _write(self, interface, state):
+        """M_t = (1 - R_t) o M_{t-1} + w^W_t a_t^T (eq. 3), where R_t erases the
+        least recently accessed slot, and
+        w^W_t = alpha_t (gamma_t w^R_{t-1} + (1 - gamma_t) I^U_t) (eq. 5)."""
+        oldest = sparse.least_recently_accessed(state.last_access)  # I^U_t
+        read_slots = _flat(state.read_slots)
+        read_weights = ops.where(
+            read_slots >= 0, _flat(state.read_weights) / self.read_heads, 0.0
+        )  # w^R_{t-1}: the mean of the heads
+        # Slots that no head has read have no weight, wherever they are.
+        read_slots = ops.where(read_slots >= 0, read_slots, oldest)
+        slots = ops.concatenate([read_slots, oldest], axis=1)
+        alpha, gamma = interface.write_gate, interface.interpolation_gate
+        weights = alpha * ops.concatenate(
+            [gamma * read_weights, 1.0 - gamma], axis=1
+        )
+        # A slot may occur several times: each time with all its weight.
+        same = ops.cast(sparse.same_slot(slots, slots), ops.dtype(weights))
+        weight_of_slot = ops.matmul(same, weights[:, :, None])  # w^W_t
+        rows = sparse.take(state.memory, slots)
+        rows = ops.where((slots == oldest)[:, :, None], 0.0, rows)
+        rows = rows + weight_of_slot * interface.add_vector[:, None]
+        memory = sparse.put(state.memory, slots, rows)
+        is_oldest = ops.ones_like(oldest, dtype="bool")
+        is_written = ops.concatenate([read_weights > 0, is_oldest], axis=1)
+        last_access = sparse.mark_written(state.last_access, slots, is_written)
+        return memory, last_access, {"slots": slots, "weights": weights}
+
+    def _read(self, interface, memory, last_access):
+        """r_t = sum_k w^R_t(s_k) M_t(s_k) over the K nearest slots s_k."""
+        epsilon = self.norm_epsilon
+        if epsilon is None:
+            epsilon = NORM_EPSILON[ops.dtype(interface.key)]
+        slots = sparse.nearest(
+            memory, last_access, interface.key, self.top_k, epsilon
+        )
+        rows = sparse.take(memory, _flat(slots, at_least=0))
+        rows = ops.reshape(
+            rows, (-1, self.read_heads, self.top_k, self.slot_size)
+        )
+        cosines = sparse.cosines(interface.key, rows, epsilon)
+        logits = interface.strength[:, :, None] * cosines  # beta
+        is_found = slots >= 0
+        weights = softmax(ops.where(is_found, logits, LOWEST_LOGIT))
+        weights = ops.where(is_found, weights, 0.0)  # w^R_t
+        reads = ops.sum(weights[:, :, :, None] * rows, axis=2)  # eq. 4
+        return slots, weights, reads
+
+    def wide_details(self, state, inside):
+        """Entries of `trace` with an axis for the slots of a state, which steps
+        do not compute."""
+        slots = ops.arange(ops.shape(state.memory)[1])
+
+        def weighting(positions, weights):
+            at = ops.cast(positions[..., None] == slots, ops.dtype(weights))
+            return ops.sum(weights[..., None] * at, axis=-2)
+
+        return {
+            "read_weighting": weighting(state.read_slots, state.read_weights),
+            "write_weighting": weighting(
+                inside["write_slots"], inside["write_weights"]
+            )[:, None],
+        }
+
+    def slots_for(self, steps):
+        """Number of slots that a memory which starts empty can write to in some
+        steps: each step writes to one new slot at most."""
+        needed = ops.maximum(steps, self.top_k)
+        return ops.minimum(needed, self.memory_slots)
+
+    def unwritten(self, state):
+        """Number of slots of a state, and of those without a write, (B,)."""
+        unwritten = ops.cast(state.last_access == sparse.UNWRITTEN, "int32")
+        return state.last_access.shape[1], ops.sum(unwritten, axis=1)
+
+    def split(self, interface):
+        """(B, interface_size) -> `SAMInterface`, with activations."""
+        return split_interface(interface, self.parts, self.activations)
+
+    def __post_init__(self):
+        for name in ("memory_slots", "slot_size", "read_heads", "top_k"):
+            check_size(name, getattr(self, name))
+        check_bytes_of_state(self, "The vectors", ("read_heads", "slot_size"))
+        check_bytes_of_state(self, "The weights", ("read_heads", "top_k"))
+        if self.top_k > self.memory_slots:
+            raise ValueError(
+                "`top_k` must be at most `memory_slots`: it is the number of "
+                f"slots that a head reads. Received: top_k={self.top_k}, "
+                f"memory_slots={self.memory_slots}"
+            )
+        check_rate("access_threshold", self.access_threshold)
+        check_closed("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
+        self.activations  # noqa: B018, raises if one is unknown
+
+    @functools.cached_property
+    def parts(self):
+        """Shape of each part of the interface."""
+        return SAMInterface(
+            key=(self.read_heads, self.slot_size),
+            strength=(self.read_heads,),
+            add_vector=(self.slot_size,),
+            write_gate=(1,),
+            interpolation_gate=(1,),
+        )
+
+    @functools.cached_property
+    def activations(self):
+        """Activation of each part of the interface."""
+        return SAMInterface(
+            key=activation_by_name(self.key_activation),
+            strength=activation_by_name(self.strength_activation),
+            add_vector=activation_by_name(self.add_activation),
+            write_gate=keras.activations.sigmoid,
+            interpolation_gate=keras.activations.sigmoid,
+        )
+
+    @functools.cached_property
+    def interface_size(self):
+        return interface_size(self.parts)
+
+    @functools.cached_property
+    def read_size(self):
+        return self.read_heads * self.slot_size
+
+    @property
+    def initial_state(self):
+        last = self.memory_slots - 1
+        whole = functools.partial(StateSpec, dtype="int32")
+        reads = (self.read_heads, self.top_k)
+        return SAMState(
+            reads=StateSpec((self.read_heads, self.slot_size)),
+            memory=StateSpec(
+                (self.memory_slots, self.slot_size), per_slot=True
+            ),
+            last_access=whole(
+                (self.memory_slots,),
+                constant=sparse.UNWRITTEN,
+                per_slot=True,
+                into_range=lambda x: ops.maximum(x, sparse.UNWRITTEN),
+            ),
+            read_slots=whole(
+                reads,
+                constant=-1,
+                into_range=lambda x: ops.minimum(ops.maximum(x, -1), last),
+            ),
+            read_weights=StateSpec(reads, into_range=not_negative),
+            time=whole((1,), into_range=lambda x: ops.maximum(x, 0)),
+        )
+
+
+def _flat(x, at_least=None):
+    """(B, R, K) -> (B, R K), with entries raised to `at_least`."""
+    x = ops.reshape(x, (-1, x.shape[1] * x.shape[2]))
+    return x if at_least is None else ops.maximum(x, at_least)
+
+
+if TYPE_CHECKING:
+
+    class SAMArguments(SAMAccess, CellArguments):
+        """For type checkers: attributes of `SAMCell` and `SAMLayer`."""
+
+else:
+    SAMArguments = object
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
+    """One step of a Sparse Access Memory, for `SAMLayer` or Keras's `RNN`.
+
+    For arguments, equations, state and departures see `SAMLayer`, which passes
+    its arguments on to its cell. In Keras's `RNN` the memory always has all its
+    slots.
+
+    Example:
+
+    >>> cell = keras_memory.SAMCell(3, memory_slots=16, slot_size=5)
+    >>> layer = keras.layers.RNN(cell, return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+    """
+
+    if TYPE_CHECKING:  # `MemoryCell` takes the fields of the access
+
+        def __init__(self, units: int | None, *args: Any, **kwargs: Any): ...
+
+    def state_with(self, contents: Array) -> list[Array]:
+        """The initial state with slots that are already written.
+
+        The first slots get the contents, and count as accessed once, so that
+        unwritten slots are written first.
+
+        Args:
+            contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
+                of a `KNNMemory`.
+
+        Returns:
+            List of (B, size), for `initial_state`. If the cell has several
+            memories, each has these contents.
+
+        Raises:
+            ValueError: the contents have another shape, or more than
+                `memory_slots` slots.
+        """
+        contents = check_array("contents", contents, ("B", "n", self.slot_size))
+        batch, count, _ = contents.shape
+        if not 1 <= count <= self.memory_slots:
+            raise ValueError(
+                "`contents` must have 1 to `memory_slots` slots, "
+                f"{self.memory_slots}. Received: shape {tuple(contents.shape)}"
+            )
+        states = self.get_initial_state(batch_size=batch)
+        records = self.layout.unflatten(states)
+
+        def joined(before, first):
+            first = ops.cast(first, ops.dtype(before))
+            return ops.concatenate([first, before[:, count:]], axis=1)
+
+        accessed = ops.ones((batch, count), "int32")
+        return self.layout.flatten(
+            tuple(
+                record._replace(
+                    memory=joined(record.memory, contents),
+                    last_access=joined(record.last_access, accessed),
+                    time=ops.ones_like(record.time),
+                )
+                for record in records
+            )
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_memory")
+class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
+    """Sparse Access Memory: a step costs the same for any number of slots.
+
+    Source: Rae et al. 2016 (arXiv 1610.09027), section 3.
+    Departures: a slot that was never written is not read; all of them are
+    equal, so only their order could choose among them. With several heads, the
+    write and the last access see the mean of their read weightings. A strength
+    multiplies the cosine, one for each head. The softmax is over the `top_k`
+    slots that a head reads.
+
+    The memory starts empty, and each step writes to one new slot at most. So a
+    sequence of T steps needs space and time for T slots, not for N, without
+    `return_state`, `stateful` and `initial_state`. `trace` has these slots
+    only. `cell.state_with(contents)` is an initial state with written slots;
+    the memory then has all its N slots.
+
+    Args:
+        units: int, at least 1, width of the output; None: see `MemoryCell`.
+        memory_slots: int, N, number of slots. Default 65536.
+        slot_size: int, W, width of a slot. Default 32.
+        read_heads: int, R. Default 4.
+        top_k: int K from 1 to N, number of slots that each head reads.
+            Default 4.
+        access_threshold: float in [0, 1), delta: a step accesses a slot if its
+            read and write weights sum to more than this. Default 0.005.
+        key_activation: Keras activation of keys. Default `"linear"`.
+        add_activation: Keras activation of add vectors. Default `"linear"`.
+        strength_activation: Keras activation of strengths, with values above
+            0; or `"oneplus"` (default).
+        norm_epsilon: float, at least 1e-30, added inside the root of each
+            norm. Default None: 1e-8, in float64 1e-16.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Call arguments and further errors: see `MemoryRNN`.
+
+    Example:
+
+    >>> layer = keras_memory.SAMLayer(3, memory_slots=1_000_000,
+    ...                               return_sequences=True)
+    >>> layer(np.zeros((2, 7, 4), "float32")).shape
+    TensorShape([2, 7, 3])
+
+    References:
+        Rae et al. (2016), Scaling Memory-Augmented Neural Networks with Sparse
+        Reads and Writes, https://arxiv.org/abs/1610.09027
+    """
+
+    def __init__(
+        self,
+        units: int | None,
+        memory_slots: int = 65536,
+        slot_size: int = 32,
+        read_heads: int = 4,
+        top_k: int = 4,
+        *,
+        access_threshold: float = 0.005,
+        key_activation: Activation = "linear",
+        add_activation: Activation = "linear",
+        strength_activation: Activation = "oneplus",
+        norm_epsilon: float | None = None,
+        num_layers: int = 1,
+        share_memory: bool = True,
+        controller: str | keras.layers.Layer = "lstm",
+        controller_units: int = 100,
+        controller_layers: int = 1,
+        controller_dropout: float = 0.0,
+        controller_clip: float | None = None,
+        controller_state_clip: float | None = None,
+        initial_controller_state: str | float = "constant",
+        activation: Activation | None = None,
+        clip_value: float | None = None,
+        interface_layer_norm: bool = False,
+        bypass_dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        seed: int | None = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        zero_output_for_mask: bool = False,
+        loop: str = "auto",
+        recompute: int | str | None = None,
+        **kwargs: Unpack[KerasArguments],
+    ):
+        super().__init__(**given(locals()))
+        self.cell: SAMCell

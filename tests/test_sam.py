@@ -1,0 +1,392 @@
+"""Sparse Access Memory, compared with its oracle and with values computed by
+hand. `test_accesses.py` has the checks of all accesses."""
+
+import harness
+import keras
+import numpy as np
+import pytest
+import reference_sam
+from keras import ops
+
+import keras_memory
+from keras_memory.addressing import sparse
+from keras_memory.sam import SAMAccess
+from keras_memory.sam import SAMState
+
+BATCH, TIME = 2, 9
+NORM_EPSILON = 1e-8
+DTYPE = "float32" if harness.BACKEND == "jax" else "float64"
+TOLERANCE = 1e-9 if harness.BACKEND == "tensorflow" else 2e-5
+
+
+def close(actual, expected, tolerance=TOLERANCE):
+    harness.close(ops.convert_to_numpy(actual), expected, tolerance=tolerance)
+
+
+# Against the oracle, which has the names of the paper.
+
+ORACLE = {"key": "query", "add_vector": "word"}
+
+
+def access_of(**sizes):
+    return SAMAccess(**{**SIZES, "norm_epsilon": NORM_EPSILON, **sizes})
+
+
+SIZES = {"memory_slots": 7, "slot_size": 5, "read_heads": 2, "top_k": 3}
+CASES = {
+    "more slots than steps": {"memory_slots": 23},
+    "fewer slots than steps": {},
+    "one slot": {"memory_slots": 1, "top_k": 1},
+    "one head": {"read_heads": 1},
+    "every slot is read": {"memory_slots": 4, "top_k": 4},
+    "high threshold": {"access_threshold": 0.4},
+}
+each_case = pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
+
+
+def inputs(access, seed=3, steps=TIME):
+    """Interfaces (B, T, interface_size) before their activations."""
+    rng = np.random.default_rng(seed)
+    return 1.5 * rng.normal(size=(BATCH, steps, access.interface_size))
+
+
+def parts(access, interface):
+    """The oracle's interfaces."""
+    shape = interface.shape[:2]
+    split = access.split(
+        ops.convert_to_tensor(
+            interface.reshape(-1, access.interface_size), dtype=DTYPE
+        )
+    )
+    named = {
+        ORACLE.get(name, name): ops.convert_to_numpy(part).reshape(
+            *shape, *part.shape[1:]
+        )
+        for name, part in split._asdict().items()
+    }
+    for gate in ("write_gate", "interpolation_gate"):
+        named[gate] = named[gate][..., 0]
+    return named
+
+
+def empty(access):
+    return SAMState(
+        *(
+            None
+            if spec == ()
+            else ops.full((BATCH, *spec.shape), spec.fill, spec.dtype or DTYPE)
+            for spec in access.initial_state
+        )
+    )
+
+
+def filled(access, seed=5):
+    """A state in the middle of a sequence, for layer and oracle."""
+    rng = np.random.default_rng(seed)
+    slots, heads, top_k = access.memory_slots, access.read_heads, access.top_k
+    given = reference_sam.initial_state(BATCH, slots, access.slot_size, heads)
+    given["memory"] = rng.normal(size=given["memory"].shape)
+    given["last_access"] = rng.integers(0, 20, size=(BATCH, slots))
+    given["written"][:] = True
+    given["time"] += 20
+    read_slots = np.stack(
+        [
+            [rng.permutation(slots)[:top_k] for _ in range(heads)]
+            for _ in range(BATCH)
+        ]
+    )
+    weights = rng.dirichlet(np.ones(top_k), size=(BATCH, heads))
+    np.put_along_axis(given["read_weighting"], read_slots, weights, axis=2)
+    given["reads"] = np.einsum(
+        "brn,bnw->brw", given["read_weighting"], given["memory"]
+    )
+    return given, SAMState(
+        reads=ops.convert_to_tensor(given["reads"], dtype=DTYPE),
+        memory=ops.convert_to_tensor(given["memory"], dtype=DTYPE),
+        last_access=ops.convert_to_tensor(given["last_access"], dtype="int32"),
+        read_slots=ops.convert_to_tensor(read_slots, dtype="int32"),
+        read_weights=ops.convert_to_tensor(weights, dtype=DTYPE),
+        time=ops.full((BATCH, 1), 20, "int32"),
+    )
+
+
+def run(access, interface, state):
+    """Runs the steps of an access: a list of (state, inside)."""
+    steps = []
+    for t in range(interface.shape[1]):
+        state, inside = access.step(
+            ops.convert_to_tensor(interface[:, t], dtype=DTYPE), state
+        )
+        steps.append((state, inside))
+    return steps
+
+
+@each_case
+@pytest.mark.parametrize("is_full", [False, True])
+@pytest.mark.every_backend
+def test_steps_equal_the_oracle(sizes, is_full):
+    access = access_of(**sizes)
+    interface = inputs(access)
+    given, state = filled(access) if is_full else (None, empty(access))
+    steps = run(access, interface, state)
+    expected, end = reference_sam.run(
+        parts(access, interface),
+        given,
+        top_k=access.top_k,
+        memory_slots=access.memory_slots,
+        access_threshold=access.access_threshold,
+        norm_epsilon=NORM_EPSILON,
+    )
+    for t, (state, inside) in enumerate(steps):
+        close(state.reads, expected["reads"][:, t])
+        close(state.memory, expected["memory"][:, t])
+        slots = ops.convert_to_numpy(state.read_slots)
+        np.testing.assert_array_equal(slots, expected["read_positions"][:, t])
+        close(state.read_weights, expected["read_weights"][:, t])
+        last_access = ops.convert_to_numpy(state.last_access)
+        np.testing.assert_array_equal(
+            np.maximum(last_access, 0), expected["last_access"][:, t]
+        )
+        np.testing.assert_array_equal(
+            last_access > sparse.UNWRITTEN, expected["written"][:, t]
+        )
+        written = np.zeros(last_access.shape)
+        at = ops.convert_to_numpy(inside["write_slots"])
+        for b, weights in enumerate(
+            ops.convert_to_numpy(inside["write_weights"])
+        ):
+            np.add.at(written[b], at[b], weights)
+        close(written, expected["write_weighting"][:, t])
+        assert (at[:, -1] == expected["lra_slot"][:, t]).all()
+    assert (ops.convert_to_numpy(state.time)[:, 0] == end["time"]).all()
+    # The case is worth its name: slots are written again and read twice.
+    if access.memory_slots < TIME and access.access_threshold < 0.1:
+        assert len(np.unique(expected["lra_slot"][0])) < TIME
+
+
+@each_case
+@pytest.mark.parametrize("is_full", [False, True])
+@harness.needs_tensorflow
+def test_gradients_of_steps_equal_the_oracle(sizes, is_full):
+    import tensorflow as tf
+
+    access, steps = access_of(**sizes), 5
+    interface = inputs(access, steps=steps)
+    given, state = (
+        filled(access)
+        if is_full
+        else (
+            reference_sam.initial_state(
+                BATCH,
+                access.memory_slots,
+                access.slot_size,
+                access.read_heads,
+            ),
+            empty(access),
+        )
+    )
+    upstream = np.random.default_rng(9).normal(
+        size=(BATCH, steps, access.read_heads, access.slot_size)
+    )
+    memory, weights = tf.Variable(state.memory), tf.Variable(state.read_weights)
+    steps_of = [tf.Variable(interface[:, t]) for t in range(steps)]
+    with tf.GradientTape() as tape:
+        now = state._replace(
+            memory=memory.value(), read_weights=weights.value()
+        )
+        loss = 0.0
+        for t, at in enumerate(steps_of):
+            after, _ = access.step(at.value(), now)
+            loss += tf.reduce_sum(after.reads * upstream[:, t])
+            now = after
+    by_steps, by_memory, by_weights = tape.gradient(
+        loss, (steps_of, memory, weights), unconnected_gradients="zero"
+    )
+    expected = reference_sam.loss_gradients(
+        parts(access, interface),
+        given,
+        upstream,
+        top_k=access.top_k,
+        access_threshold=access.access_threshold,
+        norm_epsilon=NORM_EPSILON,
+    )
+    close(by_memory, expected["memory"], 1e-7)
+    at = ops.convert_to_numpy(state.read_slots)
+    if is_full:
+        expected_weights = np.take_along_axis(
+            expected["read_weighting"], at, axis=2
+        )
+        close(by_weights, expected_weights, 1e-7)
+    # The chain from the oracle's interfaces to those before activations.
+    for t, at in enumerate(steps_of):
+        with tf.GradientTape() as tape:
+            split = access.split(at.value())
+            total = sum(
+                tf.reduce_sum(
+                    part
+                    * expected[ORACLE.get(name, name)][:, t].reshape(
+                        tuple(part.shape)
+                    )
+                )
+                for name, part in split._asdict().items()
+            )
+        by_parts = tape.gradient(total, at)
+        size = 1.0 + np.abs(by_parts).max()
+        close(by_steps[t] / size, by_parts / size, 1e-8)
+
+
+# A memory that starts empty.
+
+
+def layer_of(**kwargs):
+    fixed = {"units": 3, "controller_units": 7, "return_sequences": True}
+    return keras_memory.SAMLayer(**{**SIZES, **fixed, **kwargs})
+
+
+def sequences(steps=TIME, batch=BATCH):
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(batch, steps, 4)).astype("float32")
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("slots", [3, TIME, 50])
+def test_an_empty_memory_gives_the_outputs_of_one_with_all_slots(slots):
+    x = sequences()
+    layer = layer_of(memory_slots=slots, num_layers=2)
+    expected = layer(x)
+    whole = layer_of(memory_slots=slots, num_layers=2, return_state=True)
+    whole.build(x.shape)
+    whole.set_weights(layer.get_weights())
+    outputs, *states = whole(x)
+    close(outputs, ops.convert_to_numpy(expected), 1e-6)
+    assert whole.cell.unpack_state(states).memory.shape[1] == slots
+
+
+@harness.needs_tensorflow
+def test_an_empty_memory_of_many_slots_needs_no_space():
+    """A memory of all slots would take 2 TB."""
+    layer = layer_of(memory_slots=2**30, slot_size=512, top_k=4)
+    x = sequences()
+    inside = keras_memory.trace(layer, x)
+    assert inside["memory"].shape == (BATCH, TIME, TIME, 512)
+    model = keras.Sequential([keras.Input(x.shape[1:]), layer])
+    model.compile("sgd", "mse")
+    y = np.zeros((BATCH, TIME, 3))
+    assert np.isfinite(model.train_on_batch(x, y))
+    with pytest.raises(ValueError, match="A state would take"):
+        layer.cell.get_initial_state(BATCH)
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("batch", [BATCH, None])
+@pytest.mark.parametrize("steps", [TIME, None])
+def test_batch_and_time_may_be_unknown(batch, steps):
+    import tensorflow as tf
+
+    layer, x = layer_of(memory_slots=20), sequences()
+
+    @tf.function(input_signature=[tf.TensorSpec((batch, steps, 4))])
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            loss = ops.sum(layer(x, training=True) ** 2)
+        return loss, tape.gradient(loss, layer.trainable_variables)
+
+    loss, found = gradients(x)
+    assert layer.time_loop == "fast"
+    with tf.GradientTape() as tape:
+        expected = ops.sum(layer(x) ** 2)
+    close(loss, expected.numpy(), 1e-5)
+    for one, other in zip(
+        found, tape.gradient(expected, layer.trainable_variables)
+    ):
+        close(one, other.numpy(), 1e-5)
+
+
+# A memory that is full.
+
+
+@pytest.mark.every_backend
+def test_given_contents_are_found_and_kept():
+    layer = layer_of(memory_slots=12, units=None, read_heads=1, top_k=1)
+    x = sequences(steps=3)
+    layer.build(x.shape)
+    rng = np.random.default_rng(2)
+    contents = rng.normal(size=(BATCH, 9, SIZES["slot_size"]))
+    # The key is the third content, and nothing is written.
+    kernel, bias = layer.cell.interfaces[0]
+    kernel.assign(np.zeros(kernel.shape))
+    values = np.zeros(bias.shape)
+    values[: SIZES["slot_size"]] = contents[0, 2]
+    values[-2] = -60.0
+    bias.assign(values)
+    states = layer.cell.state_with(contents.astype("float32"))
+    outputs = ops.convert_to_numpy(layer(x, initial_state=states))
+    reads = outputs[0, :, -SIZES["slot_size"] :]
+    np.testing.assert_allclose(reads, contents[0, [2] * 3], atol=1e-6)
+    record = layer.cell.unpack_state(states)
+    written = ops.convert_to_numpy(record.last_access) > sparse.UNWRITTEN
+    assert written.sum() == 9 * BATCH
+    # The first steps write to the slots behind the contents.
+    inside = keras_memory.trace(layer, x, initial_state=states)
+    assert inside["write_slots"][0, :, -1].tolist() == [9, 9, 9]
+
+
+@pytest.mark.parametrize("shape", [(2, 13, 5), (2, 3, 4), (3, 5), (2, 0, 5)])
+def test_wrong_contents_are_refused(shape):
+    layer = layer_of(memory_slots=12)
+    layer.build((BATCH, TIME, 4))
+    with pytest.raises(ValueError, match="`contents` must"):
+        layer.cell.state_with(np.zeros(shape, "float32"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"top_k": 8}, "`top_k` must be at most `memory_slots`"),
+        ({"top_k": 0}, "`top_k` must be"),
+        ({"memory_slots": 0}, "`memory_slots` must be"),
+        ({"access_threshold": 1.0}, "`access_threshold` must be"),
+        ({"norm_epsilon": 0.0}, "`norm_epsilon` must be"),
+        ({"strength_activation": "tahn"}, "tahn"),
+    ],
+)
+def test_wrong_arguments_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        layer_of(**wrong)
+
+
+@pytest.mark.every_backend
+def test_rows_of_a_batch_are_independent():
+    layer, x = layer_of(memory_slots=4), sequences(batch=3)
+    together = ops.convert_to_numpy(layer(x))
+    for b in range(3):
+        close(layer(x[b : b + 1]), together[b : b + 1], 1e-6)
+
+
+# Serving.
+
+
+@harness.needs_tensorflow
+def test_a_stream_has_the_slots_of_its_steps(tmp_path):
+    import tensorflow as tf
+
+    layer = layer_of(memory_slots=10_000)
+    model = keras.Sequential([keras.Input((None, 4)), layer])
+    x = sequences(8)
+    folder = keras_memory.export.export_for_serving(
+        model, tmp_path / "sam", max_steps=8, warm_up=[(1, 1)]
+    )
+    served = tf.saved_model.load(folder).signatures
+    states = served["initial_state"](inputs=x[:, 0])
+    assert states["memory"].shape == (BATCH, 8 * SIZES["slot_size"])
+    assert states["last_access"].dtype == tf.int32
+    expected = model(x)
+    for t in range(x.shape[1]):
+        states = served["step"](inputs=x[:, t], **states)
+        close(states.pop("outputs"), expected[:, t].numpy(), 1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="max_steps"):
+        served["step"](inputs=x[:, 0], **states)
+    with pytest.raises(ValueError, match="`max_steps` must be"):
+        keras_memory.export.export_for_serving(
+            model, tmp_path / "short", max_steps=4
+        )
