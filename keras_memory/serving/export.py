@@ -27,6 +27,7 @@ from keras_memory.serving.saved_model import appearing_folder
 from keras_memory.serving.saved_model import check_signatures
 from keras_memory.serving.saved_model import save_functions
 from keras_memory.serving.saved_model import write_warm_up
+from keras_memory.serving.streaming import PROBE_STEPS
 from keras_memory.serving.streaming import changed_attributes
 from keras_memory.serving.streaming import take_apart
 from keras_memory.serving.streaming import titled
@@ -49,6 +50,7 @@ def export_for_serving(
     name: str | None = None,
     warm_up: Iterable[Sequence[int]] = ((1, 1), (8, 32)),
     exact_search: bool = False,
+    max_steps: int | None = None,
 ) -> pathlib.Path:
     """Writes a SavedModel that TensorFlow Serving runs without this library.
 
@@ -126,6 +128,11 @@ def export_for_serving(
         exact_search: bool. False (default): a `ScannIndex` searches with
             ScaNN's ops, which the server must have; the export warns. True: it
             compares with all entries, using ops that every server has.
+        max_steps: int, at least 5, or None: the longest stream, for a layer
+            whose memory starts empty (`SAMLayer`). Its states then have only
+            the slots that so many steps can write to, which keeps messages
+            small (gRPC clients receive at most 4 MB by default); a further
+            `step` fails with an error. None (default): all slots.
 
     Returns:
         `pathlib.Path` of the version's folder.
@@ -146,6 +153,8 @@ def export_for_serving(
     _check_name(name)
     warm_up = _as_pairs(warm_up)
     check_bool("exact_search", exact_search)
+    if max_steps is not None:
+        check_size("max_steps", max_steps, PROBE_STEPS, " or None")
     with contextlib.ExitStack() as changes:
         for layer in _by_scann(model):
             if exact_search:
@@ -160,7 +169,7 @@ def export_for_serving(
                     stacklevel=2,
                 )
         temporary = changes.enter_context(appearing_folder(target))
-        functions, probe, expected, obstacle = take_apart(model)
+        functions, probe, expected, obstacle = take_apart(model, max_steps)
         if obstacle:
             warnings.warn(
                 f"{titled(model)} is exported without the signatures `step` "

@@ -157,6 +157,11 @@ def write_warm_up(signatures, name, warm_up, folder):
             )
             for key, spec in specs.items()
         }
+        if signature == "step":  # zeros need not be states
+            function = signatures["initial_state"]
+            _, names = function.structured_input_signature
+            first = served(function, {name: inputs[name] for name in names})
+            inputs.update({k: v for k, v in first.items() if k in inputs})
         for key, value in inputs.items():
             request.inputs[key].CopyFrom(tf.make_tensor_proto(value))
         # A request that fails would keep the server from starting.

@@ -14,9 +14,11 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.recurrent import controllers
+from keras_memory.recurrent.cell_states import CellStates
 from keras_memory.recurrent.state import select
 
 KERAS_NAME = r"(input_layer|keras_tensor)(_\d+)?"  # names that Keras generates
+PROBE_STEPS = 5  # of the random inputs by which models are compared
 TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-1}  # else 1e-5, as for float32
 
 REMEDY = (
@@ -78,8 +80,12 @@ def _allowed(names, taken=()):
 # The functions behind the signatures.
 
 
-def take_apart(model):
+def take_apart(model, max_steps=None):
     """Makes the functions behind the signatures.
+
+    Args:
+        model: a model or layer.
+        max_steps: see `export_for_serving`.
 
     Returns:
         Dict of concrete functions, by signature; dict of probe inputs; dict
@@ -95,7 +101,9 @@ def take_apart(model):
     functions, free = {}, shapes
     if obstacle is None:
         ((name, (shape, dtype)),) = shapes.items()
-        functions = _streaming(model, shapes, calls, names, time_axes)
+        functions = _streaming(
+            model, shapes, calls, names, time_axes, max_steps
+        )
         free = {name: ((None, None, *shape[2:]), dtype)}
     functions["serving_default"] = _serving_default(
         model, [free, shapes], probe, outputs
@@ -123,13 +131,13 @@ def _serving_default(model, choices, probe, expected):
     return _trace(serving_default, last)
 
 
-def _streaming(model, shapes, calls, names, time_axes):
+def _streaming(model, shapes, calls, names, time_axes, max_steps):
     """Makes the functions `step` and `initial_state`."""
     ((inputs, (shape, dtype)),) = shapes.items()
     one_step = {inputs: ((None, *shape[2:]), dtype)}
     states = {
         name: ((None, *state.shape[1:]), state.dtype)
-        for name, state in zip(names, _all_states(calls))
+        for name, state in zip(names, _initial_states(calls, 1, max_steps))
     }
 
     def step(**given):
@@ -144,7 +152,7 @@ def _streaming(model, shapes, calls, names, time_axes):
 
     def initial_state(**given):
         batch = ops.shape(given[inputs])[0]
-        return dict(zip(names, _initial_states(calls, batch)))
+        return dict(zip(names, _initial_states(calls, batch, max_steps)))
 
     return {
         "step": _trace(step, {**one_step, **states}),
@@ -203,7 +211,7 @@ def _probe(model, shapes):
     ] or [0]  # the value that `Embedding(mask_zero=True)` masks
     probe = {}
     for name, (shape, dtype) in shapes.items():
-        shape = filled(shape, batch, 5)
+        shape = filled(shape, batch, PROBE_STEPS)
         values = rng.normal(size=shape)
         if "float" not in dtype:
             values = rng.integers(2, size=shape)  # valid in every vocabulary
@@ -230,11 +238,15 @@ def _all_states(calls):
     return [state for call in calls for state in call.states]
 
 
-def _initial_states(calls, batch):
-    """Initial states of the recurrent layers, in the final states' dtypes."""
+def _initial_states(calls, batch, steps=None):
+    """Initial states of the recurrent layers, in the final states' dtypes, for
+    a stream of at most so many steps."""
     initial = []
     for layer, _, after in calls:
-        states = keras.tree.flatten(layer.get_initial_state(batch))
+        if isinstance(layer.cell, CellStates):
+            states = layer.cell.get_initial_state(batch, steps)
+        else:
+            states = keras.tree.flatten(layer.get_initial_state(batch))
         for held in after[len(states) :]:
             states.append(ops.zeros((batch, *held.shape[1:])))
         initial += [
@@ -294,6 +306,8 @@ def _run(model, inputs, states=None, unroll=False):
                 initial_state = keras.tree.map_structure(
                     lambda _: next(given), initial_state
                 )
+                if isinstance(layer.cell, CellStates):
+                    sequences = _with_room(layer, initial_state, sequences)
             last, whole, after = inner_loop(
                 sequences, initial_state, mask, training, *arguments
             )
@@ -375,6 +389,21 @@ def _at_once(layer, call):
     return at_once
 
 
+def _with_room(layer, states, sequences):
+    """Returns `sequences`, with an error where a memory has no slot left."""
+    has_room = layer.cell.has_room(states)
+    if has_room is None:
+        return sequences
+    import tensorflow as tf
+
+    error = (
+        f"{titled(layer)} was exported with `max_steps`, and a stream has more "
+        "steps: begin a new one, or export the model for longer streams."
+    )
+    with tf.control_dependencies([tf.debugging.Assert(has_room, [error])]):
+        return tf.identity(sequences)
+
+
 def _call(model, inputs):
     inputs = [ops.convert_to_tensor(value) for value in inputs]
     if not _has_graph(model):
@@ -428,7 +457,7 @@ def _try_streaming(model, probe, whole, calls, names):
     (inputs,) = probe.values()
     if inputs.shape[1] == 1:
         return "its input has one time step: use `keras.Input((None, ...))`", ()
-    states = _initial_states(calls, len(inputs))
+    states = _initial_states(calls, *inputs.shape[:2])
     steps = []
     try:
         for time in range(inputs.shape[1]):
