@@ -6,10 +6,12 @@
     python -m benchmarks memory_wrap [--rounds 20] [--json FILE]
     python -m benchmarks retrieval [--cases 2K static] [--json FILE]
     python -m benchmarks esm [--ivy FOLDER] [--rounds 20] [--json FILE]
+    python -m benchmarks sam [--rounds 20] [--json FILE]
 
 The first compares a few cases of recurrent memories. The second varies one
 size at a time, and the third redraws its curves from a file. The others are for
-Memory Wrap, memories of nearest neighbours and Egospheric Spatial Memory.
+Memory Wrap, memories of nearest neighbours, Egospheric Spatial Memory and
+Sparse Access Memory.
 README.md beside this file explains each number.
 """
 
@@ -25,6 +27,7 @@ from benchmarks import memory_wrap
 from benchmarks import neighbours
 from benchmarks import references
 from benchmarks import retrieval
+from benchmarks import sam
 from benchmarks import scaling
 from benchmarks import steps
 
@@ -39,6 +42,8 @@ def main(arguments=None):
         return main_of_retrieval(arguments[1:])
     if arguments[:1] == ["esm"]:
         return main_of_esm(arguments[1:])
+    if arguments[:1] == ["sam"]:
+        return main_of_sam(arguments[1:])
     return main_of_steps(arguments)
 
 
@@ -50,7 +55,8 @@ def main_of_steps(arguments):
             "`python -m benchmarks scaling --help`: over time steps, slots "
             "and batch. `python -m benchmarks memory_wrap --help` and "
             "`python -m benchmarks retrieval --help` and "
-            "`python -m benchmarks esm --help`: likewise."
+            "`python -m benchmarks esm --help` and "
+            "`python -m benchmarks sam --help`: likewise."
         ),
     )
     parser.add_argument(
@@ -157,6 +163,20 @@ def main_of_esm(arguments):
             f"--ivy: {options.ivy} has not the folders {esm.CHECKOUTS}"
         )
     esm.run(options.rounds, options.threads, options.ivy, options.json)
+
+
+def main_of_sam(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks sam",
+        description="Times Sparse Access Memory over the number of slots.",
+    )
+    parser.add_argument(
+        "--threads", type=count, default=1, help="of each process (default: 1)"
+    )
+    parser.add_argument("--json", help="file to write all numbers to")
+    add_rounds(parser, 20)
+    options = checked(parser, parser.parse_args(arguments))
+    sam.run(options.rounds, options.threads, options.json)
 
 
 def main_of_scaling(arguments):

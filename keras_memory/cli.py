@@ -27,15 +27,16 @@ EXAMPLES = """examples:
 
 `keras-memory COMMAND --help` tells more."""
 
+_OF_ALL = "default", "lstm", "dnc", "sam"
 # Presets of each task, the same as in `training.presets.PRESETS`.
 PRESETS = {
-    "copy": ("default", "lstm", "dnc", "paper", "pytorch-dnc", "pytorch-ntm"),
-    "repeat-copy": ("default", "lstm", "dnc", "paper", "pytorch-ntm"),
-    "associative-recall": ("default", "lstm", "dnc", "paper"),
-    "n-grams": ("default", "lstm", "dnc", "paper"),
-    "priority-sort": ("default", "lstm", "dnc", "paper"),
-    "adding": ("default", "lstm", "dnc", "pytorch-dnc"),
-    "argmax": ("default", "lstm", "dnc", "pytorch-dnc"),
+    "copy": (*_OF_ALL, "paper", "pytorch-dnc", "pytorch-ntm"),
+    "repeat-copy": (*_OF_ALL, "paper", "pytorch-ntm"),
+    "associative-recall": (*_OF_ALL, "paper"),
+    "n-grams": (*_OF_ALL, "paper"),
+    "priority-sort": (*_OF_ALL, "paper"),
+    "adding": (*_OF_ALL, "pytorch-dnc"),
+    "argmax": (*_OF_ALL, "pytorch-dnc"),
 }
 
 _KNOWN = ValueError, TypeError, OSError, MemoryError, ImportError, RuntimeError
@@ -118,8 +119,8 @@ def parser():
     command.add_argument(
         "--preset",
         help="named configuration to start from: default (if none is given), "
-        "dnc, lstm, paper (Graves et al. 2014), pytorch-ntm, pytorch-dnc; not "
-        "every task has each",
+        "dnc, sam, lstm, paper (Graves et al. 2014), pytorch-ntm, pytorch-dnc; "
+        "not every task has each",
     )
     command.add_argument(
         "--set",

@@ -15,6 +15,7 @@ from test_benchmarks import lists_of
 from test_benchmarks import memory_wrap
 from test_benchmarks import references
 from test_benchmarks import retrieval
+from test_benchmarks import sam
 from test_benchmarks import scaling
 from test_benchmarks import shrink
 
@@ -40,6 +41,8 @@ SETTINGS = [  # for all runs: module, name and value
     (esm, "VARIANTS", {"a frame, no XLA": (esm.FRAME, False)}),
     (esm, "SIZE", 4),
     (esm, "LARGE", (8, 12)),
+    (sam, "SLOTS", {"1K": 7}),
+    (sam, "STEPS", {"7 steps": (5, 7)}),
     (references, "installed", lambda name: False),
 ]
 RUNS = {  # rows of the last table, and how many are not run
@@ -50,6 +53,7 @@ RUNS = {  # rows of the last table, and how many are not run
     "static": ("retrieval --cases static --data clustered", 5, 4),
     "drift": ("retrieval --cases drift", 3, 0),
     "esm": ("esm", 2, 1),
+    "sam": ("sam", 2, 0),
 }
 
 

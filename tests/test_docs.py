@@ -99,6 +99,7 @@ def parse_benchmarks(arguments, monkeypatch):
         main.memory_wrap,
         main.retrieval,
         main.esm,
+        main.sam,
     ):
         monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(main.scaling, "draw", run)

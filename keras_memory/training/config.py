@@ -50,6 +50,7 @@ from keras_memory.checks import plain
 from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
 from keras_memory.recurrent.cells import check_units
+from keras_memory.sam import SAMLayer
 from keras_memory.training import tasks
 
 MOST_STEPS = 2**31 - 1  # TensorFlow cannot count more
@@ -259,6 +260,7 @@ def _config_of(name, layer):
 
 NTMConfig = _config_of("NTMConfig", NTMLayer)
 DNCConfig = _config_of("DNCConfig", DNCLayer)
+SAMConfig = _config_of("SAMConfig", SAMLayer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +289,12 @@ class LSTMConfig:
         return keras.layers.Dense(units, activation)(inputs)
 
 
-MODELS = {"ntm": NTMConfig, "dnc": DNCConfig, "lstm": LSTMConfig}
+MODELS = {
+    "ntm": NTMConfig,
+    "dnc": DNCConfig,
+    "sam": SAMConfig,
+    "lstm": LSTMConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
