@@ -197,6 +197,8 @@ class SAMAccess:
     def slots_for(self, steps):
         """Number of slots that a memory which starts empty can write to in some
         steps: each step writes to one new slot at most."""
+        if isinstance(steps, int):
+            return min(max(steps, self.top_k), self.memory_slots)
         needed = ops.maximum(steps, self.top_k)
         return ops.minimum(needed, self.memory_slots)
 

@@ -1,5 +1,6 @@
 """Pages of README and docs: Python runs, commands parse, links hold."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -182,3 +183,43 @@ def test_readme_has_the_commands_of_ci():
     assert tests.replace("install", "install -q") in (
         (ROOT / ".ci" / "run").read_text()
     )
+
+
+def scaling_tables():
+    """Numbers of the tables in docs/speed.md, as in benchmarks/scaling.json:
+    (layer, axis, value, variant, quantity) -> number."""
+    text, numbers = (ROOT / "docs" / "speed.md").read_text(), {}
+    sections = re.findall(
+        r"### (NTM|DNC), (\w+) varied.*?\n\n(\|.*?)\n\n", text, re.DOTALL
+    )
+    for layer, axis, table in sections:
+        header, _, *rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in table.splitlines()
+        ]
+        for value, *cells in rows:
+            for title, cell in zip(header[1:], cells, strict=True):
+                variant, unit = title.rsplit(", ", 1)
+                quantity = {"ms": "milliseconds", "MB": "megabytes"}[unit]
+                value = value.replace(",", "")
+                key = layer.lower(), axis, value, variant, quantity
+                numbers[key] = cell
+    return numbers
+
+
+def test_tables_of_scaling_have_the_numbers_of_its_file():
+    path = ROOT / "benchmarks" / "scaling.json"
+    expected = {
+        (r["layer"], r["axis"], str(r["value"]), r["variant"], quantity): r[
+            quantity
+        ]
+        for r in json.loads(path.read_text())["results"]
+        for quantity in ("milliseconds", "megabytes")
+        if quantity in r
+    }
+    found = {
+        key: float(cell.replace(",", ""))
+        for key, cell in scaling_tables().items()
+        if re.fullmatch(r"[\d.,]+", cell)
+    }
+    assert len(found) > 100 and found == expected

@@ -164,7 +164,8 @@ def mark_written(last_access, slots, is_written):
     Args:
         last_access: (B, N) int32.
         slots: (B, P) int32.
-        is_written: (B, P) bool.
+        is_written: (B, P) bool; a slot that occurs several times is written if
+            one of them is.
 
     Returns:
         (B, N) int32.
@@ -172,8 +173,13 @@ def mark_written(last_access, slots, is_written):
 
     def mark(last_access, slots, is_written):
         before = rows_at(last_access[:, :, None], slots)[:, :, 0]
-        after = ops.maximum(before, NEVER_ACCESSED)
-        after = ops.where(is_written, after, before)
+        same = ops.cast(same_slot(slots, slots), "float32")
+        written = ops.cast(is_written, "float32")[:, :, None]
+        after = ops.where(
+            ops.matmul(same, written)[:, :, 0] > 0,
+            ops.maximum(before, NEVER_ACCESSED),
+            before,
+        )
         return replace_rows(last_access[:, :, None], slots, after[:, :, None])[
             :, :, 0
         ]
