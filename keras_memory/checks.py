@@ -411,6 +411,7 @@ def _wanted(name, axes, sizes, kind):
 
 
 def described(array):
+    """Shape and dtype of an array, in words for an error."""
     return f"shape {tuple(array.shape)}, dtype {_dtype_name(array)}"
 
 

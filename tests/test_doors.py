@@ -125,6 +125,10 @@ CALLS = {
         recurrent(keras_memory.DNCLayer),
         {"sequences": real(2, 3, 4)},
     ),
+    "SAMLayer": (
+        recurrent(keras_memory.SAMLayer),
+        {"sequences": real(2, 3, 4)},
+    ),
     "NTMCell": (cell, {"inputs": real(2, 3)}),
     "trace": (traced, {"inputs": real(2, 3, 4)}),
     "MemoryWrapLayer": (
@@ -278,6 +282,7 @@ CALLS = {
 ANY_SIZE = {
     ("NTMLayer", "sequences"),
     ("DNCLayer", "sequences"),
+    ("SAMLayer", "sequences"),
     ("trace", "inputs"),
     ("geometry.pad_sphere", "image"),
     ("geometry.pixels_to_camera", "depth"),
@@ -370,6 +375,7 @@ def test_every_public_callable_is_tested():
         "ESMCell": "ESMLayer",
         "MemoryCell": "NTMCell",
         "MemoryRNN": "NTMLayer",
+        "SAMCell": "NTMCell",
         "MemoryWrapClassifier": "MemoryWrapLayer",
     }
     assert {same.get(name, name) for name in public_callables()} <= told

@@ -961,8 +961,8 @@ def test_files_of_killed_exports_are_removed(tmp_path):
 def test_a_wrong_stream_is_refused(tmp_path, monkeypatch):
     initial = streaming._initial_states
 
-    def shifted(calls, batch):
-        states = initial(calls, batch)
+    def shifted(calls, batch, steps):
+        states = initial(calls, batch, steps)
         traced = tf.is_symbolic_tensor(batch)
         return [state + traced * 1.0 for state in states]
 

@@ -305,9 +305,11 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         if initial_state is not None:
             states = initial_state
         elif states is None:
-            # Without the final states nobody sees how many slots there are.
-            steps = None if self.return_state else ops.shape(sequences)[1]
-            states = self.cell.get_initial_state(ops.shape(sequences)[0], steps)
+            batch_size, steps = ops.shape(sequences)[:2]
+            on_jax = keras.backend.backend() == "jax"  # which knows all sizes
+            if self.return_state or (on_jax and not isinstance(steps, int)):
+                steps = None  # all slots; otherwise nobody sees how many
+            states = self.cell.get_initial_state(batch_size, steps)
         states = self.cell.layout.cast(states, self.cell.compute_dtype)
         # Before the loop, inside of which JAX cannot draw random numbers.
         self.cell.get_dropout_mask(sequences[:, 0])
