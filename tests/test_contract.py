@@ -64,6 +64,13 @@ def new(name, base, **keywords):
         ({"constant": "a"}, "`constant` must"),
         ({"activation": "softmax"}, "`activation` must be a function"),
         ({"into_range": 3}, "`into_range` must be a function"),
+        ({"dtype": "int64"}, '`dtype` must be "int32" or None'),
+        ({"per_slot": 1}, "`per_slot` must be True or"),
+        ({"dtype": "int32", "initial": "learned"}, "must start from a const"),
+        (
+            {"shape": (2, 3), "per_slot": True, "transposed": True},
+            "not be transposed",
+        ),
     ],
     ids=str,
 )
