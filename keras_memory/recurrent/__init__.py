@@ -6,7 +6,7 @@ The call path of `layer(x)`:
     loop.py         run: the portable loop, or `fast_loop.py` in training
     cell.py         MemoryCell.step, for each block of a step:
         controllers.py  step: the controller
-        ntm.py, dnc.py  step of the access: splits the interface
+        ntm.py, dnc.py, sam.py  step of the access: splits the interface
                         (`interface.py`), then `addressing/`
     cell.py         MemoryCell.project: the output, after the loop
 
