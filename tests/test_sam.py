@@ -302,6 +302,24 @@ def test_batch_and_time_may_be_unknown(batch, steps):
         close(one, other.numpy(), 1e-5)
 
 
+@harness.needs_tensorflow
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_segments_work_in_16_bits(dtype):
+    import tensorflow as tf
+
+    def gradients(**kwargs):
+        keras.utils.set_random_seed(1)
+        layer = layer_of(memory_slots=4, dtype=dtype, **kwargs)
+        with tf.GradientTape() as tape:
+            y = layer(sequences(7), training=True)
+            loss = tf.reduce_sum(tf.cast(y, "float32") ** 2)
+        assert layer.time_loop == "fast"
+        return tape.gradient(loss, layer.trainable_variables)
+
+    for whole, parts in zip(gradients(), gradients(recompute=3)):
+        close(parts, ops.convert_to_numpy(whole), 2e-2)
+
+
 # A memory that is full.
 
 

@@ -14,6 +14,10 @@ backward, step t:  state[t] --step with saved results--> vjp
     => gradient of state[t], and of the result of each `linear`
 after the loop  :  grad W = (all inputs)^T @ (all gradients of results)
     one product for each weight
+memories        :  states with a row for each slot (`StateSpec.per_slot`) are
+    not saved, but the rows that a step takes, and its choices; the backward
+    loop carries the gradient of the memory, in which each step changes the rows
+    that it took and put (`addressing/sparse.py`)
 in segments     :  states saved every k steps (`recompute`); the forward pass
     of a segment runs again before its backward pass
 
@@ -263,7 +267,8 @@ class _Loop:
                 grad_results,
             )
 
-        grad_after, grad_memories = self._apart(grad_after)
+        upstream = grad_after
+        grad_after, grad_memories = self._apart(upstream)
         (grad_before, grad_memories, grad_values), (grad_x, grad_results) = (
             scan(
                 once,
@@ -273,7 +278,9 @@ class _Loop:
                 reverse=True,
             )
         )
-        grad_states = self._together(grad_before, grad_memories)
+        grad_states = _cast_like(
+            self._together(grad_before, grad_memories), upstream
+        )
         grad_values = _cast_like(grad_values, values)
         grad_linears = [
             _grad_weights(x, grad_result)[: len(weights)]
