@@ -16,6 +16,7 @@ from keras_memory.sam import SAMState
 BATCH, TIME = 2, 9
 NORM_EPSILON = 1e-8
 DTYPE = "float32" if harness.BACKEND == "jax" else "float64"
+# Keras's products are of float32 on other backends.
 TOLERANCE = 1e-9 if harness.BACKEND == "tensorflow" else 2e-5
 
 

@@ -121,7 +121,8 @@ def nearest(memory, last_access, queries, top_k, norm_epsilon):
             ops.swapaxes(memory, 1, 2), queries, norm_epsilon
         )
         is_written = (last_access > UNWRITTEN)[:, None]
-        slots = largest(ops.where(is_written, similarity, -float("inf")), top_k)
+        # Less than any cosine, but more than what `largest` has found before.
+        slots = largest(ops.where(is_written, similarity, -2.0), top_k)
         heads = slots.shape[1]
         written = rows_at(
             ops.cast(last_access, "int32")[:, :, None],
