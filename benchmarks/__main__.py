@@ -126,15 +126,11 @@ def main_of_retrieval(arguments):
         help="default: both",
     )
     parser.add_argument(
-        "--threads", type=count, default=2, help="of each process (default: 2)"
-    )
-    parser.add_argument(
         "--quick",
         action="store_true",
         help="a few indexes of faiss for the static store, not all",
     )
-    parser.add_argument("--json", help="file to write all numbers to")
-    add_rounds(parser, 15)
+    add_run(parser, threads=2, rounds=15)
     options = checked(parser, parser.parse_args(arguments))
     retrieval.run(
         options.cases,
@@ -151,12 +147,8 @@ def main_of_esm(arguments):
         prog="python -m benchmarks esm",
         description="Times Egospheric Spatial Memory next to ivy_memory.",
     )
-    parser.add_argument(
-        "--threads", type=count, default=2, help="of each process (default: 2)"
-    )
     parser.add_argument("--ivy", help="a folder of ivy and checkouts")
-    parser.add_argument("--json", help="file to write all numbers to")
-    add_rounds(parser, 20)
+    add_run(parser, threads=2, rounds=20)
     options = checked(parser, parser.parse_args(arguments))
     if options.ivy and not esm.is_ivy(options.ivy):
         parser.error(
@@ -170,11 +162,7 @@ def main_of_sam(arguments):
         prog="python -m benchmarks sam",
         description="Times Sparse Access Memory over the number of slots.",
     )
-    parser.add_argument(
-        "--threads", type=count, default=1, help="of each process (default: 1)"
-    )
-    parser.add_argument("--json", help="file to write all numbers to")
-    add_rounds(parser, 20)
+    add_run(parser, threads=1, rounds=20)
     options = checked(parser, parser.parse_args(arguments))
     sam.run(options.rounds, options.threads, options.json)
 
@@ -245,6 +233,18 @@ def add_comparison(parser):
         help="of PyTorch as of TensorFlow; all take turns (default: 1 2)",
     )
     parser.add_argument("--json", help="file to write all numbers to")
+
+
+def add_run(parser, threads, rounds):
+    """The options of a command whose variants all have the same threads."""
+    parser.add_argument(
+        "--threads",
+        type=count,
+        default=threads,
+        help=f"of each process (default: {threads})",
+    )
+    parser.add_argument("--json", help="file to write all numbers to")
+    add_rounds(parser, rounds)
 
 
 def add_rounds(parser, rounds):

@@ -100,43 +100,40 @@ def feed_forward():
     return toy.feed_forward(13)
 
 
-def ntm(name, output_size=3, **kwargs):
-    sizes = {
-        "units": 3,
-        "memory_slots": 11,
-        "slot_size": 5,
-        "controller_units": 13,
-    }
-    return Case(
-        f"ntm-{name}",
-        keras_memory.NTMLayer,
-        {**sizes, **kwargs},
-        output_size=output_size,
-    )
+def maker(prefix, layer, **sizes):
+    """A function that makes cases of a layer: (name, output_size, **kwargs)."""
+
+    def make(name, output_size=3, **kwargs):
+        kwargs = {"units": 3, **sizes, **kwargs}
+        return Case(f"{prefix}-{name}", layer, kwargs, output_size=output_size)
+
+    return make
 
 
-def dnc(name, **kwargs):
-    sizes = {
-        "units": 3,
-        "memory_slots": 7,
-        "slot_size": 5,
-        "read_heads": 2,
-        "controller_units": 11,
-    }
-    return Case(f"dnc-{name}", keras_memory.DNCLayer, {**sizes, **kwargs})
-
-
-def sam(name, **kwargs):
-    sizes = {
-        "units": 3,
-        "memory_slots": 11,
-        "slot_size": 5,
-        "read_heads": 2,
-        "top_k": 3,
-        "controller_units": 13,
-    }
-    return Case(f"sam-{name}", keras_memory.SAMLayer, {**sizes, **kwargs})
-
+ntm = maker(
+    "ntm",
+    keras_memory.NTMLayer,
+    memory_slots=11,
+    slot_size=5,
+    controller_units=13,
+)
+dnc = maker(
+    "dnc",
+    keras_memory.DNCLayer,
+    memory_slots=7,
+    slot_size=5,
+    read_heads=2,
+    controller_units=11,
+)
+sam = maker(
+    "sam",
+    keras_memory.SAMLayer,
+    memory_slots=11,
+    slot_size=5,
+    read_heads=2,
+    top_k=3,
+    controller_units=13,
+)
 
 CASES = [
     ntm("default"),
