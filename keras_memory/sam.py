@@ -147,12 +147,11 @@ class SAMAccess:
             [gamma * read_weights, 1.0 - gamma], axis=1
         )
         # A slot may occur several times: each time with all its weight.
-        same = ops.cast(sparse.same_slot(slots, slots), ops.dtype(weights))
-        weight_of_slot = ops.matmul(same, weights[:, :, None])  # w^W_t
+        weight_of_slot = sparse.sum_over_equal(slots, weights)  # w^W_t
         rows = sparse.take(state.memory, slots)
         rows = ops.where((slots == oldest)[:, :, None], 0.0, rows)
-        rows = rows + weight_of_slot * interface.add_vector[:, None]
-        memory = sparse.put(state.memory, slots, rows)
+        written = weight_of_slot[:, :, None] * interface.add_vector[:, None]
+        memory = sparse.put(state.memory, slots, rows + written)
         is_oldest = ops.ones_like(oldest, dtype="bool")
         is_written = ops.concatenate([read_weights > 0, is_oldest], axis=1)
         last_access = sparse.mark_written(state.last_access, slots, is_written)

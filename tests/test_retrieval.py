@@ -300,8 +300,8 @@ def test_no_slot_is_written_with_two_contents(monkeypatch):
         written.append(arrays_of((slots, new)))
         return write(entries, slots, new)
 
-    write = ring_module._with_rows_at
-    monkeypatch.setattr(ring_module, "_with_rows_at", noted)
+    write = ring_module.replace_rows
+    monkeypatch.setattr(ring_module, "replace_rows", noted)
     both = Pair(retrieval.RingMemory(3, 5, 2), 2)
     for seed, n in enumerate((1, 4, 7, 23)):
         both.fill(n, seed=seed, mask=random(2, n, seed=seed) > [[-0.5], [0.5]])

@@ -236,6 +236,27 @@ def test_gradients_of_steps_equal_the_oracle(sizes, is_full):
         close(by_steps[t] / size, by_parts / size, 1e-8)
 
 
+@pytest.mark.every_backend
+@pytest.mark.parametrize("is_written", [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+def test_a_slot_is_written_if_one_of_its_entries_is(is_written):
+    last_access = ops.convert_to_tensor([[-1, 4, -1]], dtype="int32")
+    slots = ops.convert_to_tensor([[0, 0, 0]], dtype="int32")
+    is_written = ops.convert_to_tensor([is_written]) > 0
+    after = sparse.mark_written(last_access, slots, is_written)
+    assert ops.convert_to_numpy(after).tolist() == [[0, 4, -1]]
+    assert ops.convert_to_numpy(last_access).tolist() == [[-1, 4, -1]]
+
+
+@pytest.mark.every_backend
+def test_weights_of_equal_slots_add_up_to_an_access():
+    last_access = ops.convert_to_tensor([[1, 2, 0]], dtype="int32")
+    slots = ops.convert_to_tensor([[0, 1, 0]], dtype="int32")
+    weights = ops.convert_to_tensor([[0.3, 0.4, 0.2]])
+    time = ops.convert_to_tensor([[7]], dtype="int32")
+    after = sparse.mark_accessed(last_access, slots, weights, 0.45, time)
+    assert ops.convert_to_numpy(after).tolist() == [[7, 2, 0]]
+
+
 # A memory that starts empty.
 
 
@@ -386,10 +407,11 @@ def test_rows_of_a_batch_are_independent():
 
 
 @harness.needs_tensorflow
-def test_a_stream_has_the_slots_of_its_steps(tmp_path):
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_stream_has_the_slots_of_its_steps(blocks, tmp_path):
     import tensorflow as tf
 
-    layer = layer_of(memory_slots=10_000)
+    layer = layer_of(memory_slots=10_000, num_layers=blocks)
     model = keras.Sequential([keras.Input((None, 4)), layer])
     x = sequences(8)
     folder = keras_memory.export.export_for_serving(
@@ -397,7 +419,7 @@ def test_a_stream_has_the_slots_of_its_steps(tmp_path):
     )
     served = tf.saved_model.load(folder).signatures
     states = served["initial_state"](inputs=x[:, 0])
-    assert states["memory"].shape == (BATCH, 8 * SIZES["slot_size"])
+    assert states["memory"].shape == (BATCH, 8 * blocks * SIZES["slot_size"])
     assert states["last_access"].dtype == tf.int32
     expected = model(x)
     for t in range(x.shape[1]):

@@ -1,6 +1,6 @@
 """Addressing, reading and writing of a memory, as pure functions of arrays.
 
-They have no weights and no state. `ntm.py` and `dnc.py` combine them.
+They have no weights and no state. `ntm.py`, `dnc.py` and `sam.py` combine them.
 """
 
 from keras_memory.addressing.activations import (

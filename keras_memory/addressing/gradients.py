@@ -58,17 +58,6 @@ def fast_pass():
     return None if current is PLAIN else current
 
 
-def chosen(function, *arrays):
-    """Returns `function(*arrays)`: arrays without gradient, such as indices.
-
-    The fast loop saves them: its backward pass makes no choice again.
-    """
-    current = fast_pass()
-    if current is not None:
-        return current.chosen(function, *arrays)
-    return keras.tree.map_structure(ops.stop_gradient, function(*arrays))
-
-
 def linear(inputs, kernels, bias=None):
     """Multiplies each input by its kernel, and sums the products and the bias.
 

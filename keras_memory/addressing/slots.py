@@ -142,7 +142,7 @@ def gather(vectors, places):
         (B, P, D).
     """
     flat = ops.reshape(vectors, (-1, vectors.shape[2]))
-    flat = ops.take(flat, in_batch(places, vectors.shape[1]), axis=0)
+    flat = ops.take(flat, _in_batch(places, vectors.shape[1]), axis=0)
     return ops.reshape(flat, (-1, places.shape[1], vectors.shape[2]))
 
 
@@ -165,29 +165,51 @@ def scatter_add(vectors, places, *, size):
     """
     rows, width = ops.shape(vectors)[0], vectors.shape[2]
     flat = ops.reshape(vectors, (-1, width))
-    flat = _sums(flat, in_batch(places, size), rows * size)
+    flat = _sums(flat, _in_batch(places, size), rows * size)
     return ops.reshape(flat, (-1, size, width))
 
 
 def rows_at(vectors, places):
-    """Takes the vectors (B, N, D) at places (B, P) of int32: (B, P, D)."""
-    batch, size, width = ops.shape(vectors)
-    flat = ops.reshape(vectors, (-1, width))
-    flat = ops.take(flat, in_batch(places, size), axis=0)
-    return ops.reshape(flat, (batch, places.shape[1], width))
+    """Takes the vectors (B, N, D) at places (B, ...) of whole numbers: (B, ...,
+    D)."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.gather(vectors, places, batch_dims=1)
+    return vectors[_rows_of(places), ops.cast(places, _index_dtype())]
 
 
 def replace_rows(vectors, places, rows):
-    """Replaces the vectors (B, N, D) at places (B, P) of int32 by rows (B, P,
-    D). Places that occur several times must have equal rows."""
-    batch, size, width = ops.shape(vectors)
-    flat = ops.reshape(vectors, (-1, width))
+    """Replaces the vectors (B, N, D) at places (B, P) of whole numbers by rows
+    (B, P, D). Places that occur several times must have equal rows."""
     if keras.backend.backend() == "numpy":  # where Keras writes in place
-        flat = flat.copy()
-    flat = ops.scatter_update(
-        flat, in_batch(places, size)[:, None], ops.reshape(rows, (-1, width))
+        vectors = vectors.copy()
+    return ops.scatter_update(
+        vectors, *pairs_of(places, rows, vectors.shape[-1])
     )
-    return ops.reshape(flat, (batch, size, width))
+
+
+def pairs_of(places, rows, width):
+    """Indices (B P, 2), of row and place, and the rows (B P, `width`), for
+    updates at places (B, P). A flat index over all rows could exceed 2^31."""
+    indices = [ops.broadcast_to(_rows_of(places), ops.shape(places))]
+    indices.append(ops.cast(places, _index_dtype()))
+    return (
+        ops.reshape(ops.stack(indices, axis=-1), (-1, 2)),
+        ops.reshape(rows, (-1, width)),
+    )
+
+
+def _rows_of(places):
+    """The row index of each of (B, ...) places: (B, 1 ...)."""
+    rows = ops.arange(ops.shape(places)[0], dtype=_index_dtype())
+    return ops.reshape(rows, (-1, *[1] * (len(places.shape) - 1)))
+
+
+def _index_dtype():
+    """int32 in JAX, which lacks int64 by default; else int64, since TensorFlow
+    flattens the pairs to a single index."""
+    return "int32" if keras.backend.backend() == "jax" else "int64"
 
 
 def take_rows(memory, slots):
@@ -205,9 +227,14 @@ def put_rows(memory, slots, rows):
     return replace_rows(memory, slots, ops.cast(rows, ops.dtype(memory)))
 
 
+def same_place(places, others):
+    """(B, P), (B, Q) -> (B, P, Q) bool, True where they are the same place."""
+    return places[:, :, None] == others[:, None]
+
+
 def is_first(places):
     """(B, P) -> (B, P) bool, False where a place has occurred before."""
-    same = ops.cast(places[:, :, None] == places[:, None], "int32")
+    same = ops.cast(same_place(places, places), "int32")
     return ops.sum(ops.tril(same, k=-1), axis=2) == 0
 
 
@@ -239,7 +266,7 @@ def row_sum(x):
     return ops.sum(x, axis=-1, keepdims=True)
 
 
-def in_batch(places, size):
+def _in_batch(places, size):
     """(B, P) places among N each -> (B P,) places among all B N."""
     first = size * ops.arange(ops.shape(places)[0], dtype="int32")
     return ops.reshape(ops.cast(places, "int32") + first[:, None], (-1,))

@@ -10,17 +10,17 @@ know which slots a step takes and puts, so a state with a row for each slot
 (`StateSpec.per_slot`) is only reached by the functions of this module.
 """
 
+import keras
 from keras import ops
 
 from keras_memory.addressing.content import cosine_similarity
-from keras_memory.addressing.gradients import chosen
 from keras_memory.addressing.gradients import fast_pass
 from keras_memory.addressing.scaling import at_least_float32
-from keras_memory.addressing.scaling import in_range
 from keras_memory.addressing.slots import largest
 from keras_memory.addressing.slots import put_rows
 from keras_memory.addressing.slots import replace_rows
 from keras_memory.addressing.slots import rows_at
+from keras_memory.addressing.slots import same_place
 from keras_memory.addressing.slots import take_rows
 
 # Contents of `last_access` at slots that were never accessed.
@@ -62,6 +62,17 @@ def put(memory, slots, rows):
     return put_rows(memory, slots, rows)
 
 
+def chosen(function, *arrays):
+    """Returns `function(*arrays)`: arrays without gradient, such as indices.
+
+    The fast loop saves them: its backward pass makes no choice again.
+    """
+    current = fast_pass()
+    if current is not None:
+        return current.chosen(function, *arrays)
+    return keras.tree.map_structure(ops.stop_gradient, function(*arrays))
+
+
 def changed(function, state, *arrays):
     """Returns `function(state, *arrays)`: a state per slot without gradient."""
     current = fast_pass()
@@ -70,9 +81,11 @@ def changed(function, state, *arrays):
     return function(state, *arrays)
 
 
-def same_slot(slots, others):
-    """(B, P), (B, Q) int32 -> (B, P, Q), True where they are the same slot."""
-    return slots[:, :, None] == others[:, None]
+def sum_over_equal(slots, weights):
+    """Sums weights (B, P) over equal slots (B, P): each of them gets the sum,
+    (B, P)."""
+    same = ops.cast(same_place(slots, slots), ops.dtype(weights))
+    return ops.matmul(same, weights[:, :, None])[:, :, 0]
 
 
 def least_recently_accessed(last_access):
@@ -123,13 +136,7 @@ def nearest(memory, last_access, queries, top_k, norm_epsilon):
         is_written = (last_access > UNWRITTEN)[:, None]
         # Less than any cosine, but more than what `largest` has found before.
         slots = largest(ops.where(is_written, similarity, -2.0), top_k)
-        heads = slots.shape[1]
-        written = rows_at(
-            ops.cast(last_access, "int32")[:, :, None],
-            ops.reshape(slots, (-1, heads * top_k)),
-        )
-        written = ops.reshape(written, (-1, heads, top_k))
-        return ops.where(written > UNWRITTEN, slots, -1)
+        return ops.where(_at(last_access, slots) > UNWRITTEN, slots, -1)
 
     return chosen(search, memory, last_access, queries)
 
@@ -145,18 +152,11 @@ def cosines(queries, rows, norm_epsilon):
     Returns:
         (B, H, K) in [-1, 1].
     """
-    rows, row_scale = in_range(rows, axis=-1)
-    queries, query_scale = in_range(queries[:, :, None], axis=-1)
-
-    def norms(x, scale):
-        squares = ops.sum(x * x, axis=-1, keepdims=True)
-        return ops.sqrt(squares + norm_epsilon * scale * scale)
-
-    product = norms(rows, row_scale) * norms(queries, query_scale)
-    cosine = ops.sum(queries * rows, axis=-1) / product[:, :, :, 0]
-    # Only rounding errors leave [-1, 1]: clip the value, but not the gradient.
-    outside = ops.clip(cosine, -1.0, 1.0) - cosine
-    return cosine + ops.stop_gradient(outside)
+    heads, count, width = rows.shape[1:]
+    rows = ops.swapaxes(ops.reshape(rows, (-1, count, width)), 1, 2)
+    queries = ops.reshape(queries, (-1, 1, width))
+    cosine = cosine_similarity(rows, queries, norm_epsilon)
+    return ops.reshape(cosine, (-1, heads, count))
 
 
 def mark_written(last_access, slots, is_written):
@@ -173,17 +173,12 @@ def mark_written(last_access, slots, is_written):
     """
 
     def mark(last_access, slots, is_written):
-        before = rows_at(last_access[:, :, None], slots)[:, :, 0]
-        same = ops.cast(same_slot(slots, slots), "float32")
-        written = ops.cast(is_written, "float32")[:, :, None]
+        before = _at(last_access, slots)
+        written = sum_over_equal(slots, ops.cast(is_written, "float32"))
         after = ops.where(
-            ops.matmul(same, written)[:, :, 0] > 0,
-            ops.maximum(before, NEVER_ACCESSED),
-            before,
+            written > 0, ops.maximum(before, NEVER_ACCESSED), before
         )
-        return replace_rows(last_access[:, :, None], slots, after[:, :, None])[
-            :, :, 0
-        ]
+        return _with_values(last_access, slots, after)
 
     return changed(mark, last_access, slots, is_written)
 
@@ -206,12 +201,18 @@ def mark_accessed(last_access, slots, weights, threshold, time):
     """
 
     def mark(last_access, slots, weights, time):
-        before = rows_at(last_access[:, :, None], slots)[:, :, 0]
-        same = ops.cast(same_slot(slots, slots), ops.dtype(weights))
-        total = ops.matmul(same, weights[:, :, None])[:, :, 0]
-        after = ops.where(total > threshold, time, before)
-        return replace_rows(last_access[:, :, None], slots, after[:, :, None])[
-            :, :, 0
-        ]
+        total = sum_over_equal(slots, weights)
+        after = ops.where(total > threshold, time, _at(last_access, slots))
+        return _with_values(last_access, slots, after)
 
     return changed(mark, last_access, slots, weights, time)
+
+
+def _at(values, slots):
+    """Values (B, N) at slots (B, ...)."""
+    return rows_at(values[:, :, None], slots)[..., 0]
+
+
+def _with_values(values, slots, new):
+    """Values (B, N) with new ones (B, P) at slots (B, P)."""
+    return replace_rows(values[:, :, None], slots, new[:, :, None])[:, :, 0]

@@ -3,7 +3,7 @@
 import keras
 from keras.src import backend
 
-from keras_memory.addressing.slots import in_batch
+from keras_memory.addressing.slots import pairs_of
 
 
 def scan(step, carried, slices, specs, reverse=False):
@@ -56,19 +56,12 @@ def scan(step, carried, slices, specs, reverse=False):
 def add_rows(vectors, places, rows):
     """Adds rows (B, P, D) to the vectors (B, N, D) at places (B, P) of int32;
     rows at the same place add up."""
+    indices, rows = pairs_of(places, rows, vectors.shape[-1])
     if backend.backend() == "jax":
-        import jax
-
-        return jax.vmap(lambda v, p, r: v.at[p].add(r))(vectors, places, rows)
+        return vectors.at[indices[:, 0], indices[:, 1]].add(rows)
     import tensorflow as tf
 
-    size, width = tf.shape(vectors)[1], vectors.shape[2]
-    flat = tf.tensor_scatter_nd_add(
-        tf.reshape(vectors, (-1, width)),
-        in_batch(places, size)[:, None],
-        tf.reshape(rows, (-1, width)),
-    )
-    return tf.reshape(flat, tf.shape(vectors))
+    return tf.tensor_scatter_nd_add(vectors, indices, rows)
 
 
 def vjp(function, arguments, upstream):

@@ -24,7 +24,6 @@ in segments     :  states saved every k steps (`recompute`); the forward pass
 `replay.py` has the passes over one step.
 """
 
-import itertools
 import math
 
 import keras
@@ -41,16 +40,17 @@ from keras_memory.recurrent.backend import vjp
 
 
 def shape_pass(step, inputs, states, kinds):
-    """Runs a `replay.ShapePass` of a step. Returns it, and `keras.KerasTensor`s
-    like the results of `_forward`."""
+    """Runs a `replay.ShapePass` of a step, and returns it.
+
+    `kinds` has the `StateSpec` of each state.
+    """
     passes = []
 
     def run(inputs, states):
-        passes[:] = [replay.ShapePass()]  # Keras may run this twice
-        per_slot = iter(range(len(states)))
+        passes[:] = [replay.ShapePass(kinds)]  # Keras may run this twice
         states = [
-            replay.Slots(next(per_slot), state) if kind.per_slot else state
-            for state, kind in zip(states, kinds)
+            replay.Slots(index, state) if kind.per_slot else state
+            for index, (state, kind) in enumerate(zip(states, kinds))
         ]
         return _forward(step, passes[0], inputs, states, kinds)
 
@@ -59,7 +59,8 @@ def shape_pass(step, inputs, states, kinds):
         ([x[:, 0] for x in inputs], states),
     )
     specs = backend.compute_output_spec(run, *specs)
-    return passes[0], specs
+    passes[0].specs = specs
+    return passes[0]
 
 
 def _forward(step, run, inputs, states, kinds):
@@ -72,36 +73,28 @@ def _forward(step, run, inputs, states, kinds):
 
 
 def run_fast(
-    step,
-    inputs,
-    states,
-    go_backwards,
-    all_outputs,
-    recompute,
-    kinds,
-    shapes,
-    specs,
+    step, inputs, states, go_backwards, all_outputs, recompute, shapes
 ):
     """Runs the loop with the custom gradient, as a whole or in segments."""
     inputs = [ops.swapaxes(x, 0, 1) for x in inputs]  # time first
     if go_backwards:
         inputs = [ops.flip(x, axis=0) for x in inputs]
-    variables = [v for v in shapes.variables if "float" in v.dtype]
     with backend.AutocastScope(None):
         weights = (
             [
                 _joined(*weights, result.dtype)
-                for weights, result in zip(shapes.linears, specs[2].results)
+                for weights, result in zip(
+                    shapes.linears, shapes.specs[2].results
+                )
             ],
-            [ops.copy(variable) for variable in variables],
+            [ops.copy(variable) for variable in shapes.variables],
         )
-    arguments = step, all_outputs, variables, specs, kinds, shapes
-    loop = _Loop(*arguments)
+    loop = _Loop(step, all_outputs, shapes)
 
     def in_segments(segment):
         # T = first + n segment: the first part runs without recomputation.
         first = (steps - 1) % segment + 1
-        segmented = _LoopInSegments(segment, *arguments)
+        segmented = _LoopInSegments(segment, step, all_outputs, shapes)
         # If T is unknown it might be 1. The second loop, which cannot be
         # compiled empty, then repeats that step, and its result is discarded.
         start = first if known else ops.minimum(first, steps - 1)
@@ -143,44 +136,44 @@ class _Loop:
     needs at every step.
 
     Features are a list of one array, or an empty list if only the last
-    features are wanted. `kinds` has the `StateSpec` of each state. Whole
-    numbers have no gradient. The gradient of a state with a row for each slot
-    is one array, in which each step changes the rows that it took and put.
+    features are wanted. Whole numbers have no gradient. The gradient of a
+    memory, a state with a row for each slot, is one array, in which each step
+    changes the rows that it took and put.
+
+    Args:
+        step: function (inputs, states) -> (features, states).
+        all_outputs: bool.
+        shapes: the `replay.ShapePass` of the step.
     """
 
-    def __init__(self, step, all_outputs, variables, specs, kinds, shapes):
+    def __init__(self, step, all_outputs, shapes):
         self.step = step
         self.all_outputs = int(all_outputs)
-        self.variables = variables
-        _, self.features_spec, self.saved_spec = specs
-        self.kinds = kinds
-        self.takes, self.puts = shapes.takes, shapes.puts
-
-    def _with_gradient(self, states):
-        """Selects the states that have a gradient."""
-        return [s for s, kind in zip(states, self.kinds) if not kind.dtype]
-
-    def _merged(self, with_gradient, others):
-        """Undoes `_with_gradient`; `others` is a list of all states."""
-        given = iter(with_gradient)
-        return [
-            other if kind.dtype else next(given)
-            for other, kind in zip(others, self.kinds)
+        self.shapes = shapes
+        _, self.features_spec, self.saved_spec = shapes.specs
+        # Indices of states: all with a gradient, those among them that are
+        # memories or not, and those that are saved.
+        kinds = [*enumerate(shapes.kinds)]
+        self.with_gradient = [i for i, kind in kinds if not kind.dtype]
+        self.saved = [i for i, kind in kinds if not kind.per_slot]
+        self.memories = [
+            i for i in self.with_gradient if shapes.kinds[i].per_slot
         ]
+        self.others = [i for i in self.with_gradient if i in self.saved]
 
     def run(self, inputs, states, weights):
         """Returns features and states, with the custom gradient."""
 
         def call(x, with_gradient, linears, values):
             steps = [x, *inputs[1:]], linears, values
-            before = self._merged(with_gradient, states)
+            before = _placed(states, self.with_gradient, with_gradient)
             features, after, saved = self.forward(before, *steps)
 
             def gradient(*upstream):
                 upstream = keras.tree.flatten(upstream)  # JAX passes one tuple
                 return _first_only(self.backward)(
                     upstream[: self.all_outputs],
-                    self._with_gradient(upstream[self.all_outputs :]),
+                    _at(upstream[self.all_outputs :], self.with_gradient),
                     saved,
                     *steps,
                 )
@@ -188,7 +181,7 @@ class _Loop:
             return (*features, *after), gradient
 
         results = ops.custom_gradient(call)(
-            inputs[0], self._with_gradient(states), *weights
+            inputs[0], _at(states, self.with_gradient), *weights
         )
         results = list(results)
         return results[: self.all_outputs], results[self.all_outputs :]
@@ -197,9 +190,10 @@ class _Loop:
         """Returns features, states, and the arrays to save."""
 
         def once(states, inputs):
-            run = replay.Forward(linears, zip(self.variables, values))
+            variables = zip(self.shapes.variables, values)
+            run = replay.Forward(linears, variables)
             after, features, saved = _forward(
-                self.step, run, inputs, states, self.kinds
+                self.step, run, inputs, states, self.shapes.kinds
             )
             return after, ([features] * self.all_outputs, saved)
 
@@ -220,27 +214,32 @@ class _Loop:
             grad_features, saved, inputs = slices
             updated = inputs[1] if len(inputs) > 1 else None
             grad_memories, grad_put = dict(grad_memories), []
-            for index, slots in reversed([*zip(self.puts, saved.put_slots)]):
+            for index, slots in reversed(
+                [*zip(self.shapes.puts, saved.put_slots)]
+            ):
                 grad_memories[index], grad = _grad_put(
                     grad_memories[index], slots, updated
                 )
                 grad_put.insert(0, grad)
 
+            states = [replay.Slots(i) for i, _ in enumerate(self.shapes.kinds)]
+            states = _placed(states, self.saved, saved.states)
+
             def again(x, before, pre_activations, zero_rows, values):
                 run = replay.Replay(
                     swapped,
-                    zip(self.variables, values),
+                    zip(self.shapes.variables, values),
                     saved,
                     pre_activations,
                     zero_rows,
                 )
                 with run:
                     features, after = self.step(
-                        [x, *inputs[1:]], self._replayed(before, saved.states)
+                        [x, *inputs[1:]], _placed(states, self.others, before)
                     )
                 return (
                     [features] * self.all_outputs,
-                    self._kept(after),
+                    _at(after, self.others),
                     run.put_rows,
                 )
 
@@ -248,7 +247,7 @@ class _Loop:
                 again,
                 (
                     inputs[0],
-                    self._before(saved.states),
+                    _at(states, self.others),
                     # Zeros whose gradients are those of results and rows.
                     [ops.zeros_like(result) for result in saved.results],
                     _zeros([rows for _, rows in saved.taken]),
@@ -257,7 +256,7 @@ class _Loop:
                 (grad_features, grad_after, grad_put),
             )
             for index, (slots, _), grad in zip(
-                self.takes, saved.taken, grad_taken
+                self.shapes.takes, saved.taken, grad_taken
             ):
                 grad_memories[index] = _grad_take(
                     grad_memories[index], slots, grad
@@ -267,19 +266,24 @@ class _Loop:
                 grad_results,
             )
 
-        upstream = grad_after
-        grad_after, grad_memories = self._apart(upstream)
-        (grad_before, grad_memories, grad_values), (grad_x, grad_results) = (
+        by_index = dict(zip(self.with_gradient, grad_after))
+        (grad_others, grad_memories, grad_values), (grad_x, grad_results) = (
             scan(
                 once,
-                (grad_after, grad_memories, _zeros(values)),
+                (
+                    [by_index[i] for i in self.others],
+                    {i: _widened(by_index[i]) for i in self.memories},
+                    _zeros(values),
+                ),
                 (grad_features, saved, inputs),
                 (_spec(inputs[0][0]), self.saved_spec.results),
                 reverse=True,
             )
         )
+        by_index.update(zip(self.others, grad_others))
+        by_index.update(grad_memories)
         grad_states = _cast_like(
-            self._together(grad_before, grad_memories), upstream
+            [by_index[i] for i in self.with_gradient], grad_after
         )
         grad_values = _cast_like(grad_values, values)
         grad_linears = [
@@ -289,59 +293,6 @@ class _Loop:
             )
         ]
         return grad_x, grad_states, grad_linears, grad_values
-
-    # Lists of states, or of their gradients, in the backward pass.
-
-    def _replayed(self, with_gradient, saved):
-        """All states before a step: `saved` ones, of which those with a
-        gradient are given, and `replay.Slots`."""
-        given, saved = iter(with_gradient), iter(saved)
-        slots, states = itertools.count(), []
-        for kind in self.kinds:
-            if kind.per_slot:
-                states.append(replay.Slots(next(slots)))
-            else:
-                state = next(saved)
-                states.append(state if kind.dtype else next(given))
-        return states
-
-    def _before(self, saved):
-        """The `saved` states that have a gradient."""
-        kinds = [kind for kind in self.kinds if not kind.per_slot]
-        return [s for s, kind in zip(saved, kinds) if not kind.dtype]
-
-    def _kept(self, after):
-        """The states after a step that have a gradient, without memories."""
-        return [
-            state
-            for state, kind in zip(after, self.kinds)
-            if not (kind.per_slot or kind.dtype)
-        ]
-
-    def _apart(self, gradients):
-        """Splits gradients of states: a list, and a dict of those of memories,
-        by their numbers among the states with a row for each slot."""
-        given, slots = iter(gradients), itertools.count()
-        others, memories = [], {}
-        for kind in self.kinds:
-            index = next(slots) if kind.per_slot else None
-            if kind.dtype:
-                continue
-            if kind.per_slot:
-                gradient = next(given)
-                memories[index] = ops.cast(gradient, _sum_dtype(gradient))
-            else:
-                others.append(next(given))
-        return others, memories
-
-    def _together(self, others, memories):
-        """Undoes `_apart`."""
-        others, memories = iter(others), iter(memories.values())
-        return [
-            next(memories if kind.per_slot else others)
-            for kind in self.kinds
-            if not kind.dtype
-        ]
 
 
 class _LoopInSegments(_Loop):
@@ -406,6 +357,18 @@ class _LoopInSegments(_Loop):
         )
 
 
+def _at(states, indices):
+    return [states[index] for index in indices]
+
+
+def _placed(states, indices, replaced):
+    """A list of states with other ones at some indices."""
+    states = list(states)
+    for index, state in zip(indices, replaced):
+        states[index] = state
+    return states
+
+
 def _spec(x, *steps):
     """Shape and dtype like those of `x`, with an axis of `steps` in front."""
     steps = [n if isinstance(n, int) else None for n in steps]
@@ -446,6 +409,10 @@ def _grad_take(gradient, slots, grad_rows):
 
 def _sum_dtype(x):
     return backend.result_type(ops.dtype(x), "float32")
+
+
+def _widened(x):
+    return ops.cast(x, _sum_dtype(x))
 
 
 def _zeros(arrays):

@@ -96,7 +96,7 @@ def run(
         return features, after
 
     if not why:
-        shapes, specs = shape_pass(step, inputs, states, kinds)
+        shapes = shape_pass(step, inputs, states, kinds)
         why = shapes.why_not
         if backend.backend() == "jax" and shapes.scope.changed:
             raise NotImplementedError(
@@ -121,9 +121,7 @@ def run(
             go_backwards,
             all_outputs,
             recompute,
-            kinds,
             shapes,
-            specs,
         )
     if holds and not all_outputs:
         features = states[0]

@@ -17,6 +17,7 @@ from keras_memory.addressing.gradients import current_pass
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.addressing.slots import put_rows
 from keras_memory.addressing.slots import rows_at
+from keras_memory.addressing.slots import same_place
 
 
 class _Pass:
@@ -82,7 +83,7 @@ class Slots:
     state it is.
 
     Attributes:
-        index: int, which of these states.
+        index: int, which of the states.
         array: the state; None in `Replay`, which does not have it.
         puts: list of (slots, rows), what the step has put so far.
     """
@@ -232,7 +233,7 @@ class Replay(_Pass):
         rows = taken + zeros
         for put_slots, new_rows in memory.puts:
             # These rows come from this step, and the later ones count.
-            is_same = slots[:, :, None] == put_slots[:, None]
+            is_same = same_place(slots, put_slots)
             is_first = ops.cumsum(ops.cast(is_same, "int32"), axis=2) == 1
             which = ops.cast(is_same & is_first, ops.dtype(rows))
             new_rows = new_rows - ops.stop_gradient(new_rows)
@@ -255,16 +256,19 @@ class ShapePass(Forward):
     """A run on symbolic arrays, which finds the weights that a step uses.
 
     Attributes:
+        kinds: list, the `StateSpec` of each state.
+        specs: what the run returned, as `keras.KerasTensor`s.
         linears: list of (kernels, bias), one for each call of `linear`.
-        takes, puts: lists of ints, which state with a row for each slot each
-            `take` and each `put` is of.
-        variables: list of the other variables that the step reads.
+        takes, puts: lists of ints, which state each `take` and each `put` is
+            of.
+        variables: list of the other variables of floats that the step reads.
     """
 
     may_change = True
 
-    def __init__(self):
+    def __init__(self, kinds):
         super().__init__([], [], collect_losses=True)
+        self.kinds, self.specs = kinds, None
         self.linears, self.takes, self.puts = [], [], []
 
     def linear(self, inputs, kernels, bias):
@@ -290,7 +294,7 @@ class ShapePass(Forward):
 
     @property
     def variables(self):
-        return self.scope.read
+        return [v for v in self.scope.read if "float" in v.dtype]
 
     @property
     def why_not(self):

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.addressing.slots import replace_rows
+from keras_memory.addressing.slots import rows_at
 from keras_memory.checks import check_array
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_open
@@ -242,10 +244,10 @@ class RingMemory:
         def written(before, entries):
             entries = ops.where(
                 added[:, :, None] > 0,
-                _rows_at(entries, source),
-                _rows_at(before, slots),
+                rows_at(entries, source),
+                rows_at(before, slots),
             )
-            return _with_rows_at(before, slots, entries)
+            return replace_rows(before, slots, entries)
 
         return RingState(
             written(state.keys, keys),
@@ -289,14 +291,14 @@ class RingMemory:
         state = RingState(*map(ops.stop_gradient, state))
         products, slots = self._find(state, ops.stop_gradient(flat), top_k)
         mask = sound & (products > -np.inf)
-        keys = _rows_at(state.keys, slots)
+        keys = rows_at(state.keys, slots)
         scores = similarity_of(flat[:, :, None], keys, self.similarity)
         neighbours = Neighbours(
             ops.where(mask, scores, -np.inf),
             ops.where(mask, slots, -1),
             mask,
             ops.where(mask[..., None], keys, 0),
-            ops.where(mask[..., None], _rows_at(state.values, slots), 0),
+            ops.where(mask[..., None], rows_at(state.values, slots), 0),
         )
         widths = (), (), (), (self.key_dim,), (self.value_dim,)
         return Neighbours(
@@ -316,7 +318,7 @@ class RingMemory:
             queries, keys = unit(queries), unit(keys)
         if self.similarity == "l2":
             places = places_of_sample(ops.maximum(size, 1), ops)
-            sample = _rows_at(keys, places)
+            sample = rows_at(keys, places)
             queries, keys, nearness = about_middle(queries, keys, sample)
             bias = bias + nearness
         keys = ops.swapaxes(keys, 1, 2)
@@ -411,39 +413,3 @@ def _after(count, added, size):
     """
     is_full = added >= size - count
     return (count % size + added % size) % size + ops.where(is_full, size, 0)
-
-
-def _rows_at(entries, slots):
-    """Gathers (B, N, W) entries at (B, ...) slots: (B, ..., W)."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.gather(entries, slots, batch_dims=1)
-    return entries[_rows_of(slots), ops.cast(slots, _index_dtype())]
-
-
-def _with_rows_at(entries, slots, new):
-    """Writes (B, n, W) new entries into (B, N, W) ones at (B, n) slots."""
-    places = [ops.broadcast_to(_rows_of(slots), ops.shape(slots))]
-    places.append(ops.cast(slots, _index_dtype()))
-    return ops.scatter_update(
-        entries,
-        ops.reshape(ops.stack(places, axis=-1), (-1, 2)),
-        ops.reshape(new, (-1, new.shape[-1])),
-    )
-
-
-# Indices are pairs of row and slot: a flat index over all rows could exceed
-# 2^31.
-
-
-def _rows_of(slots):
-    """The row index of each of (B, ...) slots: (B, 1 ...)."""
-    rows = ops.arange(ops.shape(slots)[0], dtype=_index_dtype())
-    return ops.reshape(rows, (-1, *[1] * (len(slots.shape) - 1)))
-
-
-def _index_dtype():
-    """int32 in JAX, which lacks int64 by default; else int64, since TensorFlow
-    flattens the pairs to a single index."""
-    return "int32" if keras.backend.backend() == "jax" else "int64"
