@@ -261,6 +261,20 @@ def test_a_stateful_layer_works_in_a_subclassed_model(x, jit_compile):
     assert differ(first, second)
 
 
+def test_a_layer_may_have_initial_states_of_its_own(x):
+    class Own(keras_memory.NTMLayer):
+        def get_initial_state(self, batch_size):
+            states = super().get_initial_state(batch_size)
+            return [state + 0.5 for state in states]
+
+    layer = Own(2, **SIZES, return_sequences=True)
+    outputs = layer(x)
+    states = layer.get_initial_state(len(x))
+    close(layer(x, initial_state=states), outputs)
+    plain_states = layer.cell.get_initial_state(len(x))
+    assert differ(layer(x, initial_state=plain_states), outputs)
+
+
 @pytest.mark.every_backend
 @pytest.mark.parametrize("batch", [1, BATCH])
 def test_training_a_stateful_layer_keeps_its_initial_state(x, batch):

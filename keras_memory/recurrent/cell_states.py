@@ -122,6 +122,11 @@ class CellStates:
             states = self.layout.flatten(records)
         return states
 
+    @property
+    def starts_empty(self) -> bool:
+        """Whether `get_initial_state(..., steps)` depends on the steps."""
+        return any(spec.per_slot for spec in self.layout.specs)
+
     def has_room(self, states: Sequence[Array]) -> Array | None:
         """Whether memories made for a number of steps have slots for one more.
 

@@ -101,7 +101,8 @@ class StateSpec:
             into the range that steps keep; None if any value is allowed.
 
     Raises:
-        ValueError: `shape`, `initial`, `constant` or `transposed` is wrong.
+        ValueError: `shape`, `initial`, `constant`, `transposed`, `dtype` or
+            `per_slot` is wrong, or they exclude each other.
         TypeError: `activation` or `into_range` is not a function.
     """
 

@@ -307,9 +307,12 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         elif states is None:
             batch_size, steps = ops.shape(sequences)[:2]
             on_jax = keras.backend.backend() == "jax"  # which knows all sizes
-            if self.return_state or (on_jax and not isinstance(steps, int)):
-                steps = None  # all slots; otherwise nobody sees how many
-            states = self.cell.get_initial_state(batch_size, steps)
+            is_known = isinstance(steps, int) or not on_jax
+            if self.cell.starts_empty and not self.return_state and is_known:
+                # Nobody sees how many slots the states have.
+                states = self.cell.get_initial_state(batch_size, steps)
+            else:
+                states = self.get_initial_state(batch_size)
         states = self.cell.layout.cast(states, self.cell.compute_dtype)
         # Before the loop, inside of which JAX cannot draw random numbers.
         self.cell.get_dropout_mask(sequences[:, 0])

@@ -14,7 +14,6 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.recurrent import controllers
-from keras_memory.recurrent.cell_states import CellStates
 from keras_memory.recurrent.state import select
 
 KERAS_NAME = r"(input_layer|keras_tensor)(_\d+)?"  # names that Keras generates
@@ -243,7 +242,7 @@ def _initial_states(calls, batch, steps=None):
     a stream of at most so many steps."""
     initial = []
     for layer, _, after in calls:
-        if isinstance(layer.cell, CellStates):
+        if getattr(layer.cell, "starts_empty", False):
             states = layer.cell.get_initial_state(batch, steps)
         else:
             states = keras.tree.flatten(layer.get_initial_state(batch))
@@ -306,7 +305,7 @@ def _run(model, inputs, states=None, unroll=False):
                 initial_state = keras.tree.map_structure(
                     lambda _: next(given), initial_state
                 )
-                if isinstance(layer.cell, CellStates):
+                if getattr(layer.cell, "starts_empty", False):
                     sequences = _with_room(layer, initial_state, sequences)
             last, whole, after = inner_loop(
                 sequences, initial_state, mask, training, *arguments
