@@ -50,6 +50,8 @@ class SAMState(NamedTuple):
         last_access: (B, N) int32, number of the step that accessed a slot last;
             0 if the slot was written but never accessed (see
             `access_threshold`), -1 if it was never written.
+        block_access: (B, ceil(N / 256)) int32, for each block of 256 slots a
+            number that no last access in it is below, 0 at first.
         read_slots: (B, R, K) int32, the slots of the last step's reads; -1 for
             none.
         read_weights: (B, R, K), their weights; 0 for none.
@@ -61,6 +63,7 @@ class SAMState(NamedTuple):
     reads: Any
     memory: Any
     last_access: Any
+    block_access: Any
     read_slots: Any
     read_weights: Any
     time: Any
@@ -104,7 +107,9 @@ class SAMAccess:
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
         interface = self.split(interface)
-        memory, last_access, writing = self._write(interface, state)
+        memory, last_access, block_access, writing = self._write(
+            interface, state
+        )
         slots, weights, reads = self._read(interface, memory, last_access)
         time = state.time + 1
         last_access = sparse.mark_accessed(
@@ -123,6 +128,7 @@ class SAMAccess:
             reads=reads,  # r_t
             memory=memory,  # M_t
             last_access=last_access,  # U_t
+            block_access=block_access,
             read_slots=slots,
             read_weights=weights,  # w^R_t
             time=time,
@@ -134,7 +140,9 @@ class SAMAccess:
         """M_t = (1 - R_t) o M_{t-1} + w^W_t a_t^T (eq. 3), where R_t erases the
         least recently accessed slot, and
         w^W_t = alpha_t (gamma_t w^R_{t-1} + (1 - gamma_t) I^U_t) (eq. 5)."""
-        oldest = sparse.least_recently_accessed(state.last_access)  # I^U_t
+        oldest, block_access = sparse.least_recently_accessed(
+            state.last_access, state.block_access
+        )  # I^U_t
         read_slots = _flat(state.read_slots)
         read_weights = ops.where(
             read_slots >= 0, _flat(state.read_weights) / self.read_heads, 0.0
@@ -149,13 +157,14 @@ class SAMAccess:
         # A slot may occur several times: each time with all its weight.
         weight_of_slot = sparse.sum_over_equal(slots, weights)  # w^W_t
         rows = sparse.take(state.memory, slots)
-        rows = ops.where((slots == oldest)[:, :, None], 0.0, rows)
+        rows = ops.where(ops.equal(slots, oldest)[:, :, None], 0.0, rows)
         written = weight_of_slot[:, :, None] * interface.add_vector[:, None]
         memory = sparse.put(state.memory, slots, rows + written)
         is_oldest = ops.ones_like(oldest, dtype="bool")
         is_written = ops.concatenate([read_weights > 0, is_oldest], axis=1)
         last_access = sparse.mark_written(state.last_access, slots, is_written)
-        return memory, last_access, {"slots": slots, "weights": weights}
+        writing = {"slots": slots, "weights": weights}
+        return memory, last_access, block_access, writing
 
     def _read(self, interface, memory, last_access):
         """r_t = sum_k w^R_t(s_k) M_t(s_k) over the K nearest slots s_k."""
@@ -269,7 +278,11 @@ class SAMAccess:
                 (self.memory_slots,),
                 constant=sparse.UNWRITTEN,
                 per_slot=True,
-                into_range=lambda x: ops.maximum(x, sparse.UNWRITTEN),
+            ),
+            block_access=whole(
+                (-(-self.memory_slots // sparse.BLOCK),),
+                per_slot=True,
+                slots_per_row=sparse.BLOCK,
             ),
             read_slots=whole(
                 reads,

@@ -633,7 +633,7 @@ SAM = Entry(
         is_positive: "strength",
     },
     learned="initial_controller_state",
-    whole_numbers="last_access read_slots time",
+    whole_numbers="last_access block_access read_slots time",
     weightings=[
         Point("default"),
         Point("few slots", {"memory_slots": 3}),

@@ -105,6 +105,7 @@ def filled(access, seed=5):
         reads=ops.convert_to_tensor(given["reads"], dtype=DTYPE),
         memory=ops.convert_to_tensor(given["memory"], dtype=DTYPE),
         last_access=ops.convert_to_tensor(given["last_access"], dtype="int32"),
+        block_access=ops.zeros((BATCH, -(-slots // sparse.BLOCK)), "int32"),
         read_slots=ops.convert_to_tensor(read_slots, dtype="int32"),
         read_weights=ops.convert_to_tensor(weights, dtype=DTYPE),
         time=ops.full((BATCH, 1), 20, "int32"),
@@ -257,6 +258,39 @@ def test_weights_of_equal_slots_add_up_to_an_access():
     assert ops.convert_to_numpy(after).tolist() == [[7, 2, 0]]
 
 
+@pytest.mark.every_backend
+@pytest.mark.parametrize("slots", [6, 23])
+def test_the_slot_accessed_longest_ago_is_found_in_blocks(slots, monkeypatch):
+    monkeypatch.setattr(sparse, "BLOCK", 4)
+    rng = np.random.default_rng(4)
+    last_access = np.full((BATCH, slots), sparse.UNWRITTEN)
+    bounds = ops.zeros((BATCH, -(-slots // 4)), "int32")
+    for time in range(1, 2 * slots):
+        slot, bounds = sparse.least_recently_accessed(
+            ops.convert_to_tensor(last_access, dtype="int32"), bounds
+        )
+        expected = np.maximum(last_access, 0).argmin(axis=1)
+        assert ops.convert_to_numpy(slot)[:, 0].tolist() == expected.tolist()
+        for row, found in enumerate(expected):
+            last_access[row, [found, *rng.integers(0, slots, 2)]] = time
+        accesses = np.maximum(last_access, 0)
+        for row, of_row in enumerate(ops.convert_to_numpy(bounds)):
+            for block, bound in enumerate(of_row):
+                assert bound <= accesses[row, 4 * block : 4 * block + 4].min()
+
+
+@pytest.mark.every_backend
+def test_blocks_change_nothing_else(monkeypatch):
+    access = access_of(memory_slots=7)
+    interface = inputs(access, steps=20)
+    expected, _ = run(access, interface, filled(access)[1])[-1]
+    monkeypatch.setattr(sparse, "BLOCK", 3)
+    after, _ = run(access, interface, filled(access)[1])[-1]
+    assert after.block_access.shape == (BATCH, 3)
+    for field in set(SAMState._fields) - {"block_access", "controller"}:
+        close(getattr(after, field), getattr(expected, field), 1e-12)
+
+
 # A memory that starts empty.
 
 
@@ -369,6 +403,53 @@ def test_given_contents_are_found_and_kept():
     # The first steps write to the slots behind the contents.
     inside = keras_memory.trace(layer, x, initial_state=states)
     assert inside["write_slots"][0, :, -1].tolist() == [9, 9, 9]
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "slots", [4, 40, 300], ids=["all touched", "some read twice", "many"]
+)
+def test_gradients_of_a_full_memory_equal_automatic_ones(
+    slots, masked, monkeypatch
+):
+    import tensorflow as tf
+
+    monkeypatch.setattr(sparse, "BLOCK", 8)
+    kwargs = {"memory_slots": slots, "return_state": True, "dtype": "float64"}
+    layer = layer_of(num_layers=2, **kwargs)
+    x, rng = sequences().astype("float64"), np.random.default_rng(7)
+    layer.build(x.shape)
+    states = layer.cell.state_with(rng.normal(size=(BATCH, slots, 5)))
+    variables = [tf.Variable(state) for state in states]
+    projections = [
+        rng.normal(size=(BATCH, size)) for size in layer.cell.state_size
+    ]
+    mask = None
+    if masked:
+        mask = rng.random((BATCH, TIME)) < 0.6
+
+    def gradients(loop):
+        layer.loop = loop
+        with tf.GradientTape() as tape:
+            y, *after = layer(
+                x,
+                initial_state=[state.value() for state in variables],
+                mask=mask,
+                training=True,
+            )
+            loss = ops.sum(y**2) + sum(
+                ops.sum(state * projection)
+                for state, projection in zip(after, projections)
+                if state.dtype == "float64"
+            )
+        assert layer.time_loop.startswith(loop)
+        with_gradient = [v for v in variables if v.dtype == "float64"]
+        sources = [*layer.trainable_variables, *with_gradient]
+        return [*after, *tape.gradient(loss, sources)]
+
+    for fast, portable in zip(gradients("fast"), gradients("portable")):
+        close(fast, ops.convert_to_numpy(portable), 1e-10)
 
 
 @pytest.mark.parametrize("shape", [(2, 13, 5), (2, 3, 4), (3, 5), (2, 0, 5)])

@@ -170,8 +170,8 @@ def scatter_add(vectors, places, *, size):
 
 
 def rows_at(vectors, places):
-    """Takes the vectors (B, N, D) at places (B, ...) of whole numbers: (B, ...,
-    D)."""
+    """Takes the entries of (B, N, ...) at places (B, P) of whole numbers: (B,
+    P, ...)."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -180,23 +180,21 @@ def rows_at(vectors, places):
 
 
 def replace_rows(vectors, places, rows):
-    """Replaces the vectors (B, N, D) at places (B, P) of whole numbers by rows
-    (B, P, D). Places that occur several times must have equal rows."""
+    """Replaces the entries of (B, N, ...) at places (B, P) of whole numbers by
+    rows (B, P, ...). Places that occur several times must have equal rows."""
     if keras.backend.backend() == "numpy":  # where Keras writes in place
         vectors = vectors.copy()
-    return ops.scatter_update(
-        vectors, *pairs_of(places, rows, vectors.shape[-1])
-    )
+    return ops.scatter_update(vectors, *pairs_of(places, rows))
 
 
-def pairs_of(places, rows, width):
-    """Indices (B P, 2), of row and place, and the rows (B P, `width`), for
-    updates at places (B, P). A flat index over all rows could exceed 2^31."""
+def pairs_of(places, rows):
+    """Indices (B P, 2), of row and place, and the rows (B P, ...), for updates
+    at places (B, P). A flat index over all rows could exceed 2^31."""
     indices = [ops.broadcast_to(_rows_of(places), ops.shape(places))]
     indices.append(ops.cast(places, _index_dtype()))
     return (
         ops.reshape(ops.stack(indices, axis=-1), (-1, 2)),
-        ops.reshape(rows, (-1, width)),
+        ops.reshape(rows, (-1, *rows.shape[2:])),
     )
 
 
@@ -219,23 +217,31 @@ def take_rows(memory, slots):
 
 
 def put_rows(memory, slots, rows):
-    """`replace_rows` in the dtype of the memory."""
-    if keras.backend.backend() != "jax":
+    """`replace_rows` in the dtype of the memory, with a gradient."""
+    has_gradient = "float" in ops.dtype(memory)
+    if has_gradient and keras.backend.backend() != "jax":
         # These backends give each of equal slots the whole gradient.
         fixed = ops.stop_gradient(rows)
-        rows = ops.where(is_first(slots)[:, :, None], rows, fixed)
+        rows = select(is_first(slots), rows, fixed)
     return replace_rows(memory, slots, ops.cast(rows, ops.dtype(memory)))
+
+
+def select(updated, new, old):
+    """Selects `new` where `updated`, over the first axes, is True, or `old`."""
+    more = len(new.shape) - len(updated.shape)
+    return ops.where(updated[(..., *[None] * more)], new, old)
 
 
 def same_place(places, others):
     """(B, P), (B, Q) -> (B, P, Q) bool, True where they are the same place."""
-    return places[:, :, None] == others[:, None]
+    return ops.equal(places[:, :, None], others[:, None])
 
 
 def is_first(places):
     """(B, P) -> (B, P) bool, False where a place has occurred before."""
-    same = ops.cast(same_place(places, places), "int32")
-    return ops.sum(ops.tril(same, k=-1), axis=2) == 0
+    is_before = np.tri(places.shape[1], k=-1, dtype=bool)
+    is_same = ops.logical_and(same_place(places, places), is_before)
+    return ops.logical_not(ops.any(is_same, axis=2))
 
 
 def largest(x, count):

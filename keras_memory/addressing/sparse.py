@@ -21,11 +21,53 @@ from keras_memory.addressing.slots import put_rows
 from keras_memory.addressing.slots import replace_rows
 from keras_memory.addressing.slots import rows_at
 from keras_memory.addressing.slots import same_place
+from keras_memory.addressing.slots import select
 from keras_memory.addressing.slots import take_rows
 
 # Contents of `last_access` at slots that were never accessed.
 UNWRITTEN = -1
 NEVER_ACCESSED = 0
+LATEST = 2**31 - 1
+# Slots for which `block_access` has one entry.
+BLOCK = 256
+
+
+class Slots:
+    """A state with a row for each slot, within a time loop.
+
+    Args:
+        index: int, which state of the loop.
+        array: (B, N, ...); None where a pass of the fast loop does not have it.
+        updated: (B,) bool or None; False: the row of the batch is masked, and
+            stays as it is.
+        puts: tuple of (slots, rows), what the step has put so far.
+    """
+
+    def __init__(self, index, array, updated=None, puts=()):
+        self.index, self.array = index, array
+        self.updated, self.puts = updated, puts
+
+    def after(self, array, *puts):
+        """The state with another array, and more `puts`."""
+        puts = (*self.puts, *puts)
+        return Slots(self.index, array, self.updated, puts)
+
+    def exchanged(self, array):
+        """The state with a new array."""
+        if self.updated is not None:
+            array = select(self.updated, array, self.array)
+        return self.after(array)
+
+    def replaced(self, slots, rows):
+        """The state with other rows (B, P, ...) at slots (B, P)."""
+        if self.updated is not None:
+            rows = select(self.updated, rows, rows_at(self.array, slots))
+        return self.after(put_rows(self.array, slots, rows))
+
+
+def array_of(state):
+    """The array of a state that may be `Slots`."""
+    return state.array if isinstance(state, Slots) else state
 
 
 def take(memory, slots):
@@ -41,7 +83,7 @@ def take(memory, slots):
     current = fast_pass()
     if current is not None:
         return current.take(memory, slots)
-    return take_rows(memory, slots)
+    return take_rows(array_of(memory), slots)
 
 
 def put(memory, slots, rows):
@@ -59,7 +101,7 @@ def put(memory, slots, rows):
     current = fast_pass()
     if current is not None:
         return current.put(memory, slots, rows)
-    return put_rows(memory, slots, rows)
+    return _replaced(memory, slots, rows)
 
 
 def chosen(function, *arrays):
@@ -68,17 +110,40 @@ def chosen(function, *arrays):
     The fast loop saves them: its backward pass makes no choice again.
     """
     current = fast_pass()
+    arrays = [array_of(array) for array in arrays]
     if current is not None:
         return current.chosen(function, *arrays)
     return keras.tree.map_structure(ops.stop_gradient, function(*arrays))
 
 
-def changed(function, state, *arrays):
-    """Returns `function(state, *arrays)`: a state per slot without gradient."""
+def update(function, state, slots, *arrays):
+    """Changes rows of a state per slot without gradient, such as counters.
+
+    Args:
+        function: (rows before, *arrays) -> rows after, (B, P, ...).
+        state: (B, N, ...).
+        slots: (B, P) int32. A slot may occur several times, with rows after
+            that are equal.
+        *arrays: further arguments of the function.
+
+    Returns:
+        The state after the change.
+    """
+    if _is_replayed():
+        return state
+    before = rows_at(array_of(state), slots)
+    return _replaced(state, slots, function(before, *arrays))
+
+
+def _is_replayed():
     current = fast_pass()
-    if current is not None:
-        return current.changed(function, state, *arrays)
-    return function(state, *arrays)
+    return current is not None and not current.has_arrays
+
+
+def _replaced(state, slots, rows):
+    if isinstance(state, Slots):
+        return state.replaced(slots, rows)
+    return put_rows(state, slots, rows)
 
 
 def sum_over_equal(slots, weights):
@@ -88,25 +153,62 @@ def sum_over_equal(slots, weights):
     return ops.matmul(same, weights[:, :, None])[:, :, 0]
 
 
-def least_recently_accessed(last_access):
+def least_recently_accessed(last_access, block_access):
     """The slot whose last access is the longest ago.
 
     Source: Rae et al. 2016, section 3.2, eq. 6.
 
+    A step must not look at all slots of a large memory. So the memory has
+    blocks of `BLOCK` slots, of which each has a bound: none of its slots was
+    accessed before. Accesses only make last accesses later, so a bound stays
+    true. A search compares the slots of the block with the lowest bound. If all
+    were accessed later, it raises the bound, and compares again.
+
     Args:
         last_access: (B, N) int32, steps of the last access; `UNWRITTEN` and
             `NEVER_ACCESSED` come first, in the order of the slots.
+        block_access: (B, ceil(N / BLOCK)) int32, the bounds.
 
     Returns:
-        (B, 1) int32.
+        The slot, (B, 1) int32, and the bounds after the search.
     """
+    if _is_replayed():
+        return chosen(None), block_access
+    slot, bounds = _search_blocks(array_of(last_access), array_of(block_access))
+    slot = chosen(lambda: slot)
+    if isinstance(block_access, Slots):
+        return slot, block_access.exchanged(bounds)
+    return slot, bounds
 
-    def oldest(last_access):
-        last_access = ops.maximum(last_access, NEVER_ACCESSED)
-        slot = ops.argmin(last_access, axis=1)
-        return ops.cast(slot[:, None], "int32")
 
-    return chosen(oldest, last_access)
+def _search_blocks(last_access, block_access):
+    number = ops.shape(last_access)[1]
+
+    def oldest(slots):
+        """The first slot of the lowest last access, and that access."""
+        accesses = ops.maximum(rows_at(last_access, slots), NEVER_ACCESSED)
+        place = ops.argmin(accesses, axis=1)[:, None]
+        return rows_at(slots, place), ops.min(accesses, axis=1, keepdims=True)
+
+    def compare(bounds, slot, is_behind):
+        block = ops.argmin(bounds, axis=1)[:, None]
+        # The last block may be smaller: it has its last slot several times.
+        slots = block * BLOCK + ops.arange(BLOCK, dtype="int32")
+        slot, lowest = oldest(ops.minimum(slots, number - 1))
+        is_behind = lowest > rows_at(bounds, block)
+        return replace_rows(bounds, block, lowest), slot, is_behind
+
+    first = ops.zeros_like(block_access[:, 0])[:, None]
+    if block_access.shape[1] == 1:
+        slots = ops.arange(number, dtype="int32")
+        slot, _ = oldest(first + slots)
+        return slot, block_access
+    bounds, slot, _ = ops.while_loop(
+        lambda bounds, slot, is_behind: ops.any(is_behind),
+        compare,
+        (block_access, first, first == 0),
+    )
+    return slot, bounds
 
 
 def nearest(memory, last_access, queries, top_k, norm_epsilon):
@@ -136,7 +238,7 @@ def nearest(memory, last_access, queries, top_k, norm_epsilon):
         is_written = (last_access > UNWRITTEN)[:, None]
         # Less than any cosine, but more than what `largest` has found before.
         slots = largest(ops.where(is_written, similarity, -2.0), top_k)
-        return ops.where(_at(last_access, slots) > UNWRITTEN, slots, -1)
+        return ops.where(rows_at(last_access, slots) > UNWRITTEN, slots, -1)
 
     return chosen(search, memory, last_access, queries)
 
@@ -172,15 +274,12 @@ def mark_written(last_access, slots, is_written):
         (B, N) int32.
     """
 
-    def mark(last_access, slots, is_written):
-        before = _at(last_access, slots)
+    def mark(before, is_written):
         written = sum_over_equal(slots, ops.cast(is_written, "float32"))
-        after = ops.where(
-            written > 0, ops.maximum(before, NEVER_ACCESSED), before
-        )
-        return _with_values(last_access, slots, after)
+        after = ops.maximum(before, NEVER_ACCESSED)
+        return ops.where(written > 0, after, before)
 
-    return changed(mark, last_access, slots, is_written)
+    return update(mark, last_access, slots, is_written)
 
 
 def mark_accessed(last_access, slots, weights, threshold, time):
@@ -200,19 +299,8 @@ def mark_accessed(last_access, slots, weights, threshold, time):
         (B, N) int32.
     """
 
-    def mark(last_access, slots, weights, time):
+    def mark(before, weights, time):
         total = sum_over_equal(slots, weights)
-        after = ops.where(total > threshold, time, _at(last_access, slots))
-        return _with_values(last_access, slots, after)
+        return ops.where(total > threshold, time, before)
 
-    return changed(mark, last_access, slots, weights, time)
-
-
-def _at(values, slots):
-    """Values (B, N) at slots (B, ...)."""
-    return rows_at(values[:, :, None], slots)[..., 0]
-
-
-def _with_values(values, slots, new):
-    """Values (B, N) with new ones (B, P) at slots (B, P)."""
-    return replace_rows(values[:, :, None], slots, new[:, :, None])[:, :, 0]
+    return update(mark, last_access, slots, weights, time)

@@ -56,7 +56,7 @@ def scan(step, carried, slices, specs, reverse=False):
 def add_rows(vectors, places, rows):
     """Adds rows (B, P, D) to the vectors (B, N, D) at places (B, P) of int32;
     rows at the same place add up."""
-    indices, rows = pairs_of(places, rows, vectors.shape[-1])
+    indices, rows = pairs_of(places, rows)
     if backend.backend() == "jax":
         return vectors.at[indices[:, 0], indices[:, 1]].add(rows)
     import tensorflow as tf

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.addressing.slots import select
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_size
@@ -15,7 +16,6 @@ from keras_memory.checks import plain
 from keras_memory.hints import Array
 from keras_memory.recurrent import controllers
 from keras_memory.recurrent.state import index_suffix
-from keras_memory.recurrent.state import select
 
 
 class CellStates:
@@ -100,7 +100,7 @@ class CellStates:
             if spec.per_slot and steps is not None:
                 _, *row = spec.shape
                 slots = self.accesses[blocks[0]].slots_for(steps * len(blocks))
-                size = slots * math.prod(row)
+                size = -(-slots // spec.slots_per_row) * math.prod(row)
                 states.append(ops.full((batch_size, size), spec.fill, dtype))
                 continue
             if weight is None:

@@ -6,11 +6,11 @@ import math
 import keras
 from keras import ops
 
+from keras_memory.addressing.sparse import Slots
 from keras_memory.checks import check_size
 from keras_memory.checks import described
 from keras_memory.checks import plain
 from keras_memory.recurrent.interface import StateSpec
-from keras_memory.recurrent.replay import Slots
 
 ATTRIBUTES = ("interface_size", "read_size", "initial_state", "step")
 # Names in a trace that do not come from the dict of a step.
@@ -109,7 +109,7 @@ def check_step(access, before, interface, result):
 
 def _is_like(old, new):
     """Whether a state after a step has the shape and dtype of that before."""
-    if isinstance(old, Slots):  # a memory that the fast loop does not copy
+    if isinstance(old, Slots):
         return isinstance(new, Slots) and new.index == old.index
     olds, news = keras.tree.flatten(old), keras.tree.flatten(new)
     return len(olds) == len(news) and all(

@@ -16,8 +16,8 @@ after the loop  :  grad W = (all inputs)^T @ (all gradients of results)
     one product for each weight
 memories        :  states with a row for each slot (`StateSpec.per_slot`) are
     not saved, but the rows that a step takes, and its choices; the backward
-    loop carries the gradient of the memory, in which each step changes the rows
-    that it took and put (`addressing/sparse.py`)
+    loop carries the gradient of the slots that the loop took or put, in which
+    each step changes the rows of its own (`addressing/sparse.py`)
 in segments     :  states saved every k steps (`recompute`); the forward pass
     of a segment runs again before its backward pass
 
@@ -27,6 +27,7 @@ in segments     :  states saved every k steps (`recompute`); the forward pass
 import math
 
 import keras
+import numpy as np
 from keras import ops
 from keras.src import backend
 
@@ -48,10 +49,6 @@ def shape_pass(step, inputs, states, kinds):
 
     def run(inputs, states):
         passes[:] = [replay.ShapePass(kinds)]  # Keras may run this twice
-        states = [
-            replay.Slots(index, state) if kind.per_slot else state
-            for index, (state, kind) in enumerate(zip(states, kinds))
-        ]
         return _forward(step, passes[0], inputs, states, kinds)
 
     specs = keras.tree.map_structure(
@@ -67,7 +64,6 @@ def _forward(step, run, inputs, states, kinds):
     """Runs a step; also returns the arrays that its gradient needs."""
     with run:
         features, after = step(inputs, states)
-    after = [replay.array_of(state) for state in after]
     before = [s for s, kind in zip(states, kinds) if not kind.per_slot]
     return after, features, run.saved_arrays(before)
 
@@ -136,9 +132,7 @@ class _Loop:
     needs at every step.
 
     Features are a list of one array, or an empty list if only the last
-    features are wanted. Whole numbers have no gradient. The gradient of a
-    memory, a state with a row for each slot, is one array, in which each step
-    changes the rows that it took and put.
+    features are wanted. Whole numbers have no gradient.
 
     Args:
         step: function (inputs, states) -> (features, states).
@@ -222,7 +216,7 @@ class _Loop:
                 )
                 grad_put.insert(0, grad)
 
-            states = [replay.Slots(i) for i, _ in enumerate(self.shapes.kinds)]
+            states = [None] * len(self.shapes.kinds)
             states = _placed(states, self.saved, saved.states)
 
             def again(x, before, pre_activations, zero_rows, values):
@@ -267,12 +261,16 @@ class _Loop:
             )
 
         by_index = dict(zip(self.with_gradient, grad_after))
+        saved, touched = self._touched(saved, by_index)
         (grad_others, grad_memories, grad_values), (grad_x, grad_results) = (
             scan(
                 once,
                 (
                     [by_index[i] for i in self.others],
-                    {i: _widened(by_index[i]) for i in self.memories},
+                    {
+                        i: _widened(slots.take(by_index[i]))
+                        for i, slots in touched.items()
+                    },
                     _zeros(values),
                 ),
                 (grad_features, saved, inputs),
@@ -281,7 +279,8 @@ class _Loop:
             )
         )
         by_index.update(zip(self.others, grad_others))
-        by_index.update(grad_memories)
+        for i, slots in touched.items():
+            by_index[i] = slots.put(by_index[i], grad_memories[i])
         grad_states = _cast_like(
             [by_index[i] for i in self.with_gradient], grad_after
         )
@@ -293,6 +292,82 @@ class _Loop:
             )
         ]
         return grad_x, grad_states, grad_linears, grad_values
+
+    def _touched(self, saved, gradients):
+        """Numbers the slots that the loop touched, memory by memory.
+
+        Args:
+            saved: `replay.Saved` of all steps.
+            gradients: dict from the index of a state to the gradient of the
+                state after the loop.
+
+        Returns:
+            `saved`, with numbers in place of slots, and a dict from the index
+            of each memory to a `_TouchedSlots`.
+        """
+        taken, put_slots = list(saved.taken), list(saved.put_slots)
+        touched = {}
+        for index in self.memories:
+            takes = [i for i, of in enumerate(self.shapes.takes) if of == index]
+            puts = [i for i, of in enumerate(self.shapes.puts) if of == index]
+            touched[index] = slots = _TouchedSlots(
+                [taken[i][0] for i in takes] + [put_slots[i] for i in puts],
+                gradients[index].shape[1],
+            )
+            for i, numbers in zip(takes, slots.numbers):
+                taken[i] = numbers, taken[i][1]
+            for i, numbers in zip(puts, slots.numbers[len(takes) :]):
+                put_slots[i] = numbers
+        return saved._replace(taken=taken, put_slots=put_slots), touched
+
+
+class _TouchedSlots:
+    """Numbers different slots of a memory from 0, in each row of the batch.
+
+    The backward loop then needs rows for these slots only. It needs all slots
+    anyway where the loop touches as many.
+
+    Args:
+        slots: list of (T, B, P) int32.
+        size: int N, or None if it is unknown.
+
+    Attributes:
+        numbers: list of (T, B, P) int32, in place of `slots`.
+    """
+
+    def __init__(self, slots, size):
+        self.numbers, self.slots = slots, None
+        steps = slots[0].shape[0]
+        counts = [part.shape[2] for part in slots]
+        if size is None or (steps is not None and steps * sum(counts) >= size):
+            return
+        joined = ops.swapaxes(ops.concatenate(slots, axis=2), 0, 1)
+        shape = ops.shape(joined)
+        self.slots = ops.reshape(joined, (shape[0], -1))  # (B, T P)
+        order = ops.argsort(self.slots, axis=1)
+        ordered = rows_at(self.slots, order)
+        is_new = ordered[:, 1:] != ordered[:, :-1]
+        number = ops.cumsum(ops.cast(is_new, "int32"), axis=1)
+        number = ops.pad(number, ((0, 0), (1, 0)))
+        none = ops.zeros_like(self.slots)
+        self.number_of_slot = replace_rows(none, order, number)
+        self.slot_of_number = replace_rows(none, number, ordered)
+        numbers = ops.reshape(self.number_of_slot, shape)
+        numbers = ops.swapaxes(numbers, 0, 1)
+        self.numbers = ops.split(numbers, np.cumsum(counts)[:-1], axis=2)
+
+    def take(self, memory):
+        """The rows of the touched slots, by number; of other numbers any."""
+        if self.slots is None:
+            return memory
+        return rows_at(memory, self.slot_of_number)
+
+    def put(self, memory, rows):
+        """The memory with these rows, by number."""
+        if self.slots is None:
+            return rows
+        rows = ops.cast(rows_at(rows, self.number_of_slot), ops.dtype(memory))
+        return replace_rows(memory, self.slots, rows)
 
 
 class _LoopInSegments(_Loop):

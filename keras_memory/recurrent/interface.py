@@ -97,6 +97,8 @@ class StateSpec:
             fast loop then neither copies nor saves it at each step. If it
             starts empty, it may have fewer slots than `shape` says: see
             `MemoryCell.get_initial_state`.
+        slots_per_row: int, at least 1; a state `per_slot` then has a row for
+            each so many slots.
         into_range: function that brings a given state, (B, *`shape_in_step`),
             into the range that steps keep; None if any value is allowed.
 
@@ -114,6 +116,7 @@ class StateSpec:
     transposed: bool = False
     dtype: str | None = None
     per_slot: bool = False
+    slots_per_row: int = 1
     into_range: typing.Callable[..., typing.Any] | None = None
 
     def __post_init__(self) -> None:
@@ -123,6 +126,7 @@ class StateSpec:
         )
         check_bool("transposed", self.transposed)
         check_bool("per_slot", self.per_slot)
+        check_size("slots_per_row", self.slots_per_row)
         if self.dtype not in (None, "int32"):
             raise ValueError(
                 '`dtype` must be "int32" or None, the compute dtype. '

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask
 
+from keras_memory.addressing.slots import select
 from keras_memory.arguments import ArgumentError
 from keras_memory.arguments import Arguments
 from keras_memory.arguments import KerasArguments
@@ -37,7 +38,6 @@ from keras_memory.recurrent.serialization import saved_arguments
 from keras_memory.recurrent.serialization import with_arguments
 from keras_memory.recurrent.state import LayerState
 from keras_memory.recurrent.state import index_suffix
-from keras_memory.recurrent.state import select
 
 # While `trace_model` runs in this thread: a function to call with each layer
 # and the arguments of its `inner_loop`, also for layers that the model makes.
@@ -418,7 +418,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         """
         if (record := recorder.get()) is not None:
             record(self, sequences, initial_state, mask, training, use_memory)
-        if self.stateful:
+        if self.stateful and keras.backend.backend() == "torch":
             # PyTorch writes the next states into the same memory, but the
             # gradient still needs these.
             initial_state = [ops.copy(state) for state in initial_state]

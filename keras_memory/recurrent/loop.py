@@ -9,11 +9,11 @@ import keras
 from keras import ops
 from keras.src import backend
 
+from keras_memory.addressing.slots import select
+from keras_memory.addressing.sparse import Slots
 from keras_memory.recurrent.fast_loop import run_fast
 from keras_memory.recurrent.fast_loop import shape_pass
 from keras_memory.recurrent.interface import StateSpec
-from keras_memory.recurrent.replay import Slots
-from keras_memory.recurrent.state import select
 
 LOOPS = ("auto", "fast", "portable")
 
@@ -78,7 +78,12 @@ def run(
     autocast = getattr(backend.get_autocast_scope(), "dtype", None)
 
     def step(inputs, states):
-        before = list(states[1:] if holds else states)
+        updated = inputs[1] if mask is not None else None
+        states = [
+            Slots(index, state, updated) if kind.per_slot else state
+            for index, (state, kind) in enumerate(zip(states, kinds))
+        ]
+        before = states[1:] if holds else states
         before = keras.tree.pack_sequence_as(records, before)
         with cell.dropping(dropout_masks), backend.AutocastScope(autocast):
             features, after, _ = cell.step(
@@ -87,13 +92,15 @@ def run(
         after = keras.tree.flatten(after)
         if holds:
             after = [features, *after]
-        if mask is not None:
-            after = [
-                new if isinstance(new, Slots) else select(inputs[1], new, old)
-                for old, new in zip(states, after)
-            ]
-            features = after[0]
-        return features, after
+        after = [
+            new.array
+            if isinstance(new, Slots)
+            else new
+            if updated is None
+            else select(updated, new, old)
+            for old, new in zip(states, after)
+        ]
+        return features if updated is None else after[0], after
 
     if not why:
         shapes = shape_pass(step, inputs, states, kinds)

@@ -15,7 +15,6 @@ from keras import ops
 
 from keras_memory.addressing.gradients import current_pass
 from keras_memory.addressing.scaling import at_least_float32
-from keras_memory.addressing.slots import put_rows
 from keras_memory.addressing.slots import rows_at
 from keras_memory.addressing.slots import same_place
 
@@ -25,6 +24,8 @@ class _Pass:
     their order, which is the same in all runs."""
 
     may_change = False
+    # Whether this run has the arrays of states with a row for each slot.
+    has_arrays = True
     # Whether this run is differentiated. Other runs define no custom gradients,
     # as TensorFlow registers each one in a graph forever.
     differentiates = False
@@ -76,24 +77,6 @@ class _Scope(keras.StatelessScope):
     @property
     def changed(self):
         return list(self._changed.values())
-
-
-class Slots:
-    """Stands for a state with a row for each slot, where a pass must know which
-    state it is.
-
-    Attributes:
-        index: int, which of the states.
-        array: the state; None in `Replay`, which does not have it.
-        puts: list of (slots, rows), what the step has put so far.
-    """
-
-    def __init__(self, index, array=None, puts=()):
-        self.index, self.array, self.puts = index, array, puts
-
-    def after(self, array=None, *puts):
-        """The state with changes."""
-        return Slots(self.index, array, (*self.puts, *puts))
 
 
 class Saved(NamedTuple):
@@ -159,16 +142,13 @@ class Forward(_Pass):
         return self.choices[-1]
 
     def take(self, memory, slots):
-        rows = rows_at(memory, slots)
+        rows = rows_at(memory.array, slots)
         self.taken.append((slots, rows))
         return ops.cast(rows, at_least_float32(ops.dtype(rows)))
 
     def put(self, memory, slots, rows):
         self.put_slots.append(slots)
-        return put_rows(memory, slots, rows)
-
-    def changed(self, function, state, *arguments):
-        return function(state, *arguments)
+        return memory.replaced(slots, rows)
 
 
 class Replay(_Pass):
@@ -189,6 +169,7 @@ class Replay(_Pass):
     """
 
     differentiates = True
+    has_arrays = False
 
     def __init__(self, kernels, variables, saved, pre_activations, zero_rows):
         super().__init__(_Scope(variables))
@@ -248,9 +229,6 @@ class Replay(_Pass):
         self.put_rows.append(rows)
         return memory.after(None, (slots, rows))
 
-    def changed(self, function, state, *arguments):
-        return state
-
 
 class ShapePass(Forward):
     """A run on symbolic arrays, which finds the weights that a step uses.
@@ -278,19 +256,13 @@ class ShapePass(Forward):
         self.results.append(ops.zeros((rows, kernels[0].shape[-1]), dtype))
         return self.results[-1]
 
-    def chosen(self, function, *arguments):
-        return super().chosen(function, *map(array_of, arguments))
-
     def take(self, memory, slots):
         self.takes.append(memory.index)
-        return super().take(memory.array, slots)
+        return super().take(memory, slots)
 
     def put(self, memory, slots, rows):
         self.puts.append(memory.index)
-        return memory.after(super().put(memory.array, slots, rows))
-
-    def changed(self, function, state, *arguments):
-        return state.after(function(state.array, *map(array_of, arguments)))
+        return super().put(memory, slots, rows)
 
     @property
     def variables(self):
@@ -305,11 +277,6 @@ class ShapePass(Forward):
         if self.scope.losses:
             return "each step adds a loss"
         return ""
-
-
-def array_of(value):
-    """The array of a state that may be `Slots`."""
-    return value.array if isinstance(value, Slots) else value
 
 
 def _joined(inputs):

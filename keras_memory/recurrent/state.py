@@ -6,12 +6,6 @@ import keras
 from keras import ops
 
 
-def select(updated, new, old):
-    """Selects `new` where `updated`, over the first axes, is True, or `old`."""
-    more = len(new.shape) - len(updated.shape)
-    return ops.where(updated[(..., *[None] * more)], new, old)
-
-
 class StateLayout:
     """Converts the state of a cell between flat tensors and named records.
 

@@ -10,12 +10,12 @@ from keras import ops
 from keras.src.backend import get_keras_mask
 from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 
+from keras_memory.addressing.slots import select
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.hints import Array
 from keras_memory.recurrent.layer import MemoryRNN
 from keras_memory.recurrent.layer import recorder
-from keras_memory.recurrent.state import select
 
 
 class Trace(dict[str, np.ndarray]):

@@ -13,8 +13,8 @@ from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_memory.addressing.scaling import at_least_float32
+from keras_memory.addressing.slots import select
 from keras_memory.recurrent import controllers
-from keras_memory.recurrent.state import select
 
 KERAS_NAME = r"(input_layer|keras_tensor)(_\d+)?"  # names that Keras generates
 PROBE_STEPS = 5  # of the random inputs by which models are compared
