@@ -250,6 +250,7 @@ _CONVERT_OPTIONS = {
     "memory_slots": (int, "DNC: nr_cells or memory_size of the reference"),
     "read_heads": (int, "pytorch-dnc: read_heads of the reference"),
     "nonlinearity": (str, "pytorch-dnc's RNN: relu, if it is not tanh"),
+    "sparse_reads": (int, "pytorch-dnc's SAM: sparse_reads of the reference"),
     "clip": (float, "DNC: if not 20 (pytorch-dnc) or none (deepmind-dnc)"),
 }
 
@@ -521,15 +522,16 @@ def convert(parsed):
         converters.read_pytorch_checkpoint(parsed.checkpoint),
         **{takes[name]: value for name, value in given.items()},
     )
-    name = implementation.split("-")[1]
+    name = type(layer).__name__.removesuffix("Layer")
     cell = layer.cell
     inputs = keras.Input((None, cell.input_size), name="inputs")
     with atomic_write(out) as path:
-        keras.Model(inputs, layer(inputs), name=name).save(path)
+        keras.Model(inputs, layer(inputs), name=name.lower()).save(path)
     print(
-        f"{name.upper()} from {cell.input_size} inputs to {cell.units} "
+        f"{name} from {cell.input_size} inputs to {cell.units} "
         f"outputs: {cell.memory_slots} slots of {cell.slot_size}, "
-        f"{cell.read_heads} read and {cell.write_heads} write heads, "
+        f"{cell.read_heads} read and {getattr(cell, 'write_heads', 1)} write "
+        "heads, "
         f"controller of {cell.controller_units}"
     )
     print(f"model: {out}")

@@ -22,7 +22,7 @@ from test_benchmarks import shrink
 from keras_memory.retrieval import tuning
 from keras_memory.training import tasks
 
-dnc_stability = pytest.importorskip("benchmarks.dnc_stability")
+stability = pytest.importorskip("benchmarks.stability")
 
 pytestmark = pytest.mark.skipif(
     harness.BACKEND != "tensorflow", reason="the benchmarks use TensorFlow"
@@ -78,16 +78,38 @@ def test_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     assert table.count("not run") == missing
 
 
-def test_dnc_stability_counts_nan_values(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", "_ --seeds 1 --steps 1".split())
-    monkeypatch.setattr(dnc_stability, "TASK", tasks.Copy(2, buckets=1))
-    tf.config.run_functions_eagerly(True)  # without XLA
-    try:
-        dnc_stability.main()
-    finally:
-        tf.config.run_functions_eagerly(False)
+@pytest.fixture
+def small_stability(monkeypatch):
+    """The script with short sequences, without XLA."""
+    monkeypatch.setattr(stability, "TASK", tasks.Copy(2, buckets=1))
+    tf.config.run_functions_eagerly(True)
+    yield stability
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.mark.parametrize("name", stability.ARCHITECTURES)
+def test_stability_finds_finite_values(
+    name, small_stability, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", f"_ {name} --seeds 1 --steps 1".split())
+    small_stability.main()
     table, _ = capsys.readouterr().out.rsplit("\n", 1)
     rows = lists_of(table)[2:]
-    assert [row[:5] for row in rows] == [
-        [rate, "1", "0", "0", "0"] for rate in ("0.0001", "0.001", "0.01")
+    assert [row[:6] for row in rows] == [
+        [rate, "1", "0", "0", "0", "0"] for rate in ("0.0001", "0.001", "0.01")
     ]
+
+
+def test_stability_counts_nan_values(small_stability, monkeypatch):
+    """A NaN in the output's bias reaches everything but the states."""
+    made = stability.made
+
+    def broken(name):
+        layer = made(name)
+        _, bias = layer.cell.output_projection
+        bias.assign(float("nan") * bias)
+        return layer
+
+    monkeypatch.setattr(stability, "made", broken)
+    row = small_stability.stability("sam", [0.1], seeds=1, steps=1)[0.1]
+    assert [row[part] for part in stability.CHECKED] == [1, 1, 1, 0]

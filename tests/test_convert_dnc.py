@@ -818,8 +818,11 @@ def pytorch_weights(
     width=5,
     units=7,
     inputs=3,
+    sparse_reads=None,
+    temporal_reads=0,
 ):
-    """Random weights, named as the oracle wants them."""
+    """Random weights, named as the oracle wants them: of a DNC, or of a SAM or
+    SDNC with `sparse_reads`."""
     gates = {"lstm": 4, "gru": 3, "rnn": 1}[kind] * units
     reads_size = reads * width
     shapes = {"output.weight": (inputs, units + reads_size)}
@@ -844,6 +847,14 @@ def pytorch_weights(
         "write_gate": 1,
         "read_modes": 3 * reads,
     }
+    if sparse_reads is not None:
+        visible = reads * sparse_reads + 2 * temporal_reads + 1
+        parts = {
+            "read_query": reads_size,
+            "write_vector": width,
+            "interpolation_gate": visible,
+            "write_gate": 1,
+        }
     linears = {"interface_weights": sum(parts.values())}
     if apart:
         linears = {f"{part}_transform": parts[part] for part in parts}

@@ -7,17 +7,25 @@ import test_convert_dnc as dnc
 from test_convert import CELL
 from test_convert import START
 
+
+def from_pytorch_sam(weights=None, sparse_reads=3, **kwargs):
+    weights = WEIGHTS["pytorch-sam"] if weights is None else weights
+    return dnc.from_pytorch(weights, sparse_reads=sparse_reads, **kwargs)
+
+
 CONVERTERS = {
     "pytorch-ntm": ntm.from_pytorch,
     "collier-ntm": ntm.from_collier,
     "deepmind-dnc": dnc.from_deepmind,
     "pytorch-dnc": dnc.from_pytorch,
+    "pytorch-sam": from_pytorch_sam,
 }
 WEIGHTS = {
     "pytorch-ntm": ntm.pytorch_weights("RW"),
     "collier-ntm": ntm.collier_weights(1, 1),
     "deepmind-dnc": dnc.deepmind_weights(),
     "pytorch-dnc": dnc.pytorch_weights(),
+    "pytorch-sam": dnc.pytorch_weights(sparse_reads=3),
 }
 SHAPES = {
     "pytorch-ntm": {
@@ -48,6 +56,11 @@ SHAPES = {
         "rnn_layer_memory_shared.interface_weights.weight": (38, 7),
         "rnn_layer_memory_shared.interface_weights.bias": (38,),
     },
+    "pytorch-sam": {
+        "lstm_layer_0.bias_hh_l0": (28,),
+        "rnn_layer_memory_shared.interface_weights.weight": (23, 7),
+        "rnn_layer_memory_shared.interface_weights.bias": (23,),
+    },
 }
 EXTRA = {  # weights that no model has
     "pytorch-ntm": ["beta1_power"],
@@ -59,6 +72,7 @@ EXTRA = {  # weights that no model has
         "lstm_layer_0.weight_ih_l0_reverse",
         "rnn_layer_memory_0.interface_weights.bias",
     ],
+    "pytorch-sam": ["more", "lstm_layer_0.weight_hr_l0"],
 }
 
 
@@ -110,6 +124,20 @@ def wrong_weights():
         weights = {**WEIGHTS["pytorch-dnc"], name: np.ones(5)}
         told = [f"Missing: ['{missing}"]
         yield f"one of another model, {name}", "pytorch-dnc", weights, told
+    for apart in (False, True):
+        of_sam = dnc.pytorch_weights(sparse_reads=3, apart=apart)
+        of_sdnc = dnc.pytorch_weights(
+            sparse_reads=3, temporal_reads=2, apart=apart
+        )
+        for given, converter, weights, told in (
+            ("a DNC", "pytorch-sam", dnc.pytorch_weights(apart=apart), "SAM"),
+            ("a SAM", "pytorch-dnc", of_sam, "a SAM needs `sparse_reads`"),
+            ("an SDNC", "pytorch-dnc", of_sdnc, "no layer for an SDNC yet"),
+            ("an SDNC", "pytorch-sam", of_sdnc, "there is no layer for it yet"),
+        ):
+            name = f"{given}{', apart' * apart}"
+            part = "interpolation_gate" if apart else "interface_weights"
+            yield name, converter, weights, [told, part]
     both = dnc.pytorch_weights(kind="gru") | WEIGHTS["pytorch-dnc"]
     told = ["controllers of one kind"]
     yield "controllers of two kinds", "pytorch-dnc", both, told
@@ -136,7 +164,9 @@ REFUSED = {
         "read_heads": [0, -1, 2.0, True, None],
         "nonlinearity": ["sigmoid", None, 1, "relu"],  # relu: for an LSTM
         "clip": [-1.0, NAN, "20", False, True],
+        "sparse_reads": [0, -1, 2.0, True, "3"],
     },
+    "pytorch-sam": {"memory_slots": SLOTS, "sparse_reads": [0, 2.0, True]},
 }
 OF_NTMS = {
     "units": 2,
@@ -196,6 +226,19 @@ DETERMINED = {  # arguments fixed by the weights
     },
     "deepmind-dnc": {**OF_DNCS, "read_heads": 2},
     "pytorch-dnc": {**OF_DNCS, "share_memory": True, "clip_value": 20.0},
+    "pytorch-sam": {
+        "units": 3,
+        "slot_size": 5,
+        "top_k": 3,
+        "controller": "lstm",
+        "num_layers": 1,
+        "share_memory": True,
+        "access_threshold": 0.1,
+        "key_activation": "tanh",
+        "add_activation": "tanh",
+        "strength_activation": "oneplus",
+        "interface_layer_norm": True,
+    },
 }
 
 
@@ -233,6 +276,11 @@ def wrong_arguments():
             given = {"weights": weights, "read_heads": read_heads}
             name = f"{read_heads} read heads{', apart' * apart}"
             yield name, "pytorch-dnc", given, ["read_heads"]
+    for sparse_reads in (1, 2, 4, 11):
+        name, given = f"{sparse_reads=}", {"sparse_reads": sparse_reads}
+        yield name, "pytorch-sam", given, ["interface_weights", name]
+    given = {"memory_slots": 2}  # fewer than 3 reads
+    yield "fewer slots", "pytorch-sam", given, ["memory_slots=2"]
     # One head of width 4 has an interface as long as three of width 1.
     weights = dnc.pytorch_weights(reads=1, width=4)
     given = {"weights": weights, "read_heads": 3}

@@ -86,6 +86,29 @@ def test_commands_parse(path, tmp_path, monkeypatch):
             assert words[0] in known, words
 
 
+def test_the_command_of_pytorch_dnc_for_sam_trains(tmp_path):
+    """With short sequences, few of them and without XLA."""
+    harness.skip_on(*harness.OTHERS, because="runs export SavedModels")
+    page = ROOT / "docs" / "migrating" / "pytorch_dnc.md"
+    (command,) = (
+        words[1:] for words in commands(page) if {"adding", "sam"} <= {*words}
+    )
+    small = "max_length=5", "buckets=1", "batch_size=3", "test_lengths=()"
+    for setting in (*small, "picture_every=0", "jit_compile=False"):
+        command += ["--set", setting]
+    out = tmp_path / "run"
+    assert cli.main([*command, "--steps", "20", "--out", str(out)]) == 0
+    model = json.loads((out / "config.json").read_text())["model"]
+    assert (model["name"], model["top_k"], model["memory_slots"]) == (
+        "sam",
+        4,
+        1000,
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 20
+    assert 0 <= results["absolute_error_of_sum_up_to_5"] < 10
+
+
 def parse_benchmarks(arguments, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     main = pytest.importorskip("benchmarks.__main__")

@@ -58,12 +58,14 @@ def test_each_task_is_learned(task, error, most, tmp_path):
     assert results[error] < most
 
 
-def test_a_dnc_never_gets_a_nan():
+@pytest.mark.parametrize("name", ["dnc", "sam"])
+def test_training_never_gets_a_nan(name):
     benchmark = pathlib.Path(__file__).parents[1] / "benchmarks"
-    benchmark = runpy.run_path(str(benchmark / "dnc_stability.py"))
-    table = benchmark["stability"]((1e-4, 1e-3, 1e-2), seeds=20, steps=500)
+    benchmark = runpy.run_path(str(benchmark / "stability.py"))
+    rates = 1e-4, 1e-3, 1e-2
+    table = benchmark["stability"](name, rates, seeds=20, steps=1000)
     for row in table.values():
-        assert (row["loss"], row["gradients"], row["states"]) == (0, 0, 0)
+        assert [row[part] for part in benchmark["CHECKED"]] == [0, 0, 0, 0]
     assert table[1e-3]["median loss"] < table[1e-4]["median loss"] < 0.69
 
 

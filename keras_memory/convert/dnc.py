@@ -1,8 +1,13 @@
-"""Converts Differentiable Neural Computers of DeepMind and pytorch-dnc."""
+"""Converts Differentiable Neural Computers of DeepMind and pytorch-dnc, and
+pytorch-dnc's Sparse Access Memory."""
 
 import re
+import warnings
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
+from typing import NamedTuple
+from typing import overload
 
 import numpy as np
 
@@ -28,6 +33,8 @@ from keras_memory.convert.weights import torch_shapes
 from keras_memory.dnc import DNCInterface
 from keras_memory.dnc import DNCLayer
 from keras_memory.hints import Array
+from keras_memory.sam import SAMInterface
+from keras_memory.sam import SAMLayer
 
 
 def from_deepmind_dnc(
@@ -146,20 +153,58 @@ def from_deepmind_dnc(
     )
 
 
+@overload
 def from_pytorch_dnc(
     weights: Mapping[str, Array],
     memory_slots: int,
     read_heads: int,
     nonlinearity: str = "tanh",
     clip: float | None = 20.0,
+    *,
+    sparse_reads: None = None,
     **layer_kwargs: Any,
-) -> DNCLayer:
-    """Makes a DNC from the weights of ixaxaar/pytorch-dnc, 1.1.0 or 2.0.0b1.
+) -> DNCLayer: ...
 
-    The layer computes the same as the reference's `DNC`, called one step at a
+
+@overload
+def from_pytorch_dnc(
+    weights: Mapping[str, Array],
+    memory_slots: int,
+    read_heads: int,
+    nonlinearity: str = "tanh",
+    clip: float | None = 20.0,
+    *,
+    sparse_reads: int,
+    **layer_kwargs: Any,
+) -> SAMLayer: ...
+
+
+def from_pytorch_dnc(
+    weights: Mapping[str, Array],
+    memory_slots: int,
+    read_heads: int,
+    nonlinearity: str = "tanh",
+    clip: float | None = 20.0,
+    *,
+    sparse_reads: int | None = None,
+    **layer_kwargs: Any,
+) -> DNCLayer | SAMLayer:
+    """Makes a DNC or SAM from the weights of ixaxaar/pytorch-dnc, 1.1.0 or
+    2.0.0b1.
+
+    The DNC computes the same as the reference's `DNC`, called one step at a
     time with the state of the last step. This includes its differences from
     the paper: strengths are a softplus, without 1 added; keys and write
     vectors pass a tanh.
+
+    The SAM is a start for further training. It has the reference's
+    controllers, keys, add vectors, write gates and output, but its memory is
+    that of the paper, so it computes other reads. A warning lists what is not
+    carried over. The reference has an interpolation gate for each slot that it
+    sees, the layer has one: it starts as their mean, before the sigmoid. The
+    reference has no strengths: they start as 1 for all inputs. A head of the
+    reference weighs the slots of all heads and the least used one, a head of
+    the layer only its own `top_k`.
 
     Departures: within one call the reference never feeds reads back to the
     controller; the layer always does. The reference draws the controller's
@@ -169,21 +214,24 @@ def from_pytorch_dnc(
     its own, which start equal.
 
     Args:
-        weights: dict of arrays, a state dict of `DNC`; names may begin with
-            `module.`.
+        weights: dict of arrays, a state dict of `DNC` or `SAM`; names may
+            begin with `module.`. There is no layer for `SDNC` yet.
         memory_slots: int, at least 1, `nr_cells` of the reference.
         read_heads: int, at least 1, must match the reference. The shapes of
             the weights reject most wrong values, not all.
         nonlinearity: `"tanh"` or `"relu"`, for `rnn_type="rnn"`.
         clip: float, at least 0, `clip` of the reference: clips the
             controllers' outputs; 0 or None does not clip.
-        **layer_kwargs: arguments of `DNCLayer` that the weights do not
+        sparse_reads: None (default) for a DNC. For a SAM, int, at least 1,
+            must match the reference: the number of slots that each head reads.
+            If it is too large, an SDNC can be taken for a SAM.
+        **layer_kwargs: arguments of the layer that the weights do not
             determine: `dtype`, `name`, `stateful`, ... `return_sequences` is
             True by default.
 
     Returns:
-        A built `DNCLayer`. If it is stateful, only its cell is built; the
-        first batch makes the states.
+        A built `DNCLayer` or `SAMLayer`. If it is stateful, only its cell is
+        built; the first batch makes the states.
 
     Raises:
         ValueError: arrays are missing, unexpected or of a wrong shape, or have
@@ -203,6 +251,8 @@ def from_pytorch_dnc(
     check_size("read_heads", read_heads)
     if clip is not None:
         check_closed("clip", clip, 0)
+    if sparse_reads is not None:
+        check_size("sparse_reads", sparse_reads)
     check_one_of("nonlinearity", nonlinearity, ("tanh", "relu"))
     weights = canonical_arrays(weights, torch_name)
     rnns = [
@@ -247,19 +297,13 @@ def from_pytorch_dnc(
         )
     sizes.sources.append(f"read_heads={read_heads}")
     inputs = sizes.rest(f"{first}.weight_ih_l0", 1, reads_size)
-    # In the order of their columns, if they are in one matrix.
-    parts = {
-        "read_key": ("read_keys", read_heads * width),
-        "read_strength": ("read_strengths", read_heads),
-        "write_key": ("write_key", width),
-        "write_strength": ("write_strength", 1),
-        "erase_vector": ("erase_vector", width),
-        "add_vector": ("write_vector", width),
-        "free_gate": ("free_gates", read_heads),
-        "allocation_gate": ("allocation_gate", 1),
-        "write_gate": ("write_gate", 1),
-        "read_mode": ("read_modes", 3 * read_heads),
-    }
+    if sparse_reads is None:
+        memory_kind = _pytorch_dnc(read_heads, width)
+    else:
+        sizes.sources.append(f"{sparse_reads=}, {memory_slots=}")
+        top_k = min(sparse_reads, memory_slots)
+        memory_kind = _pytorch_sam(read_heads, width, top_k)
+    parts = memory_kind.parts
     shapes = {
         "output.weight": (outputs, units + reads_size),
         "output.bias": (outputs,),
@@ -276,7 +320,7 @@ def from_pytorch_dnc(
         for name, size in linears.items():
             shapes[f"{memory}.{name}.weight"] = (size, units)
             shapes[f"{memory}.{name}.bias"] = (size,)
-    check_shapes(weights, shapes, sizes)
+    check_shapes(weights, shapes, sizes, memory_kind.hint)
 
     def interface(memory):
         if apart:
@@ -289,18 +333,16 @@ def from_pytorch_dnc(
                 torch_linear(weights, f"{memory}.interface_weights"),
                 *[size for _, size in parts.values()],
             )
-        columns = DNCInterface(**dict(zip(parts, columns)), **_NO_OPTIONS)
-        return _dnc_interface(columns, read_heads, write_heads=1)
+        return memory_kind.interface(dict(zip(parts, columns)))
 
     layer = make_layer(
-        DNCLayer,
+        memory_kind.layer,
         layer_kwargs,
         determined={
             "units": outputs,
             "memory_slots": memory_slots,
             "slot_size": width,
             "read_heads": read_heads,
-            "write_heads": 1,
             "controller": torch_cells(
                 kind,
                 units,
@@ -316,13 +358,11 @@ def from_pytorch_dnc(
             "clip_value": None,
             "num_layers": layers,
             "share_memory": shared,
-            "usage_gradient": True,
-            "key_activation": "tanh",
-            "add_activation": "tanh",
-            "norm_epsilon": NORM_EPSILON,
-            **_OF_BOTH_DNCS,
+            **memory_kind.arguments,
         },
     )
+    if memory_kind.lost:
+        warnings.warn(memory_kind.lost, stacklevel=2)
     return assign_weights(
         layer,
         inputs,
@@ -334,6 +374,105 @@ def from_pytorch_dnc(
         ],
         [interface(memory) for memory in memories],
         torch_linear(weights, "output"),
+    )
+
+
+class _PytorchMemory(NamedTuple):
+    """A memory of pytorch-dnc, and the layer that its weights become.
+
+    Args:
+        layer: class of the layer.
+        parts: dict from the names of interface parts here to their names there
+            and sizes, in the order of the columns there.
+        interface: function(dict of columns by our names) -> (U + 1, P), the
+            layer's interface.
+        arguments: dict of layer arguments that this kind determines.
+        hint: end of the errors about wrong weights.
+        lost: warning about what is not carried over, or "".
+    """
+
+    layer: type
+    parts: dict[str, tuple[str, int]]
+    interface: Callable
+    arguments: dict
+    hint: str
+    lost: str = ""
+
+
+def _pytorch_dnc(read_heads, width):
+    def interface(columns):
+        columns = DNCInterface(**columns, **_NO_OPTIONS)
+        return _dnc_interface(columns, read_heads, write_heads=1)
+
+    return _PytorchMemory(
+        layer=DNCLayer,
+        parts={
+            "read_key": ("read_keys", read_heads * width),
+            "read_strength": ("read_strengths", read_heads),
+            "write_key": ("write_key", width),
+            "write_strength": ("write_strength", 1),
+            "erase_vector": ("erase_vector", width),
+            "add_vector": ("write_vector", width),
+            "free_gate": ("free_gates", read_heads),
+            "allocation_gate": ("allocation_gate", 1),
+            "write_gate": ("write_gate", 1),
+            "read_mode": ("read_modes", 3 * read_heads),
+        },
+        interface=interface,
+        arguments={
+            "write_heads": 1,
+            "usage_gradient": True,
+            "key_activation": "tanh",
+            "add_activation": "tanh",
+            "norm_epsilon": NORM_EPSILON,
+            **_OF_BOTH_DNCS,
+        },
+        hint=". Without `sparse_reads` the weights must be of a DNC: a SAM "
+        "needs `sparse_reads`, and there is no layer for an SDNC yet",
+    )
+
+
+def _pytorch_sam(read_heads, width, top_k):
+    gates = read_heads * top_k + 1
+
+    def interface(columns):
+        strength = np.zeros((len(columns["key"]), read_heads))
+        strength[-1] = np.log(np.expm1(1.0))  # 1, after the softplus
+        gate = columns.pop("interpolation_gate").mean(axis=1, keepdims=True)
+        columns = SAMInterface(
+            **columns, strength=strength, interpolation_gate=gate
+        )
+        return np.concatenate(columns, axis=1)
+
+    return _PytorchMemory(
+        layer=SAMLayer,
+        parts={
+            "key": ("read_query", read_heads * width),
+            "add_vector": ("write_vector", width),
+            "interpolation_gate": ("interpolation_gate", gates),
+            "write_gate": ("write_gate", 1),
+        },
+        interface=interface,
+        arguments={
+            "top_k": top_k,
+            "access_threshold": 0.005,
+            "key_activation": "linear",
+            "add_activation": "linear",
+            "strength_activation": "softplus",
+            "interface_layer_norm": False,
+            "activation": None,
+        },
+        hint=". With `sparse_reads` the weights must be of a SAM: an SDNC has "
+        "2 temporal_reads more interpolation gates, and there is no layer for "
+        "it yet",
+        lost="The layer has the controllers, keys, add vectors, write gates "
+        "and output of pytorch-dnc's SAM, but the memory of the paper, so it "
+        "reads other vectors: train it further. Not carried over: the "
+        f"interpolation gates of {gates} slots (the layer has one gate, which "
+        "starts as their mean); the softmax over the slots of all heads (a "
+        "head of the layer weighs its own slots only); the search by distance "
+        "(the layer searches by cosine); the choice of the slot to erase; the "
+        "initial value of the memory (the layer's starts empty)",
     )
 
 

@@ -85,15 +85,15 @@ class Sizes:
         return shape[axis] - known
 
 
-def check_shapes(weights, shapes, sizes):
-    """Raises ValueError unless `weights` has these names and shapes, which
-    follow from `sizes`."""
+def check_shapes(weights, shapes, sizes, hint=""):
+    """Raises ValueError, which ends with the hint, unless `weights` has these
+    names and shapes, which follow from `sizes`."""
     missing = sorted(set(shapes) - set(weights))
     extra = sorted(set(weights) - set(shapes))
     if missing or extra:
         raise ValueError(
             "`weights` must have the arrays of the reference implementation, "
-            f"and no others. Missing: {missing}. Unexpected: {extra}"
+            f"and no others. Missing: {missing}. Unexpected: {extra}{hint}"
         )
     wrong = [
         f"{name!r} must have shape {shape}. Received: {weights[name].shape}"
@@ -102,7 +102,7 @@ def check_shapes(weights, shapes, sizes):
     ]
     if wrong:
         raise ValueError(
-            f"{'; '.join(wrong)}. The sizes come from {sizes.sources}"
+            f"{'; '.join(wrong)}. The sizes come from {sizes.sources}{hint}"
         )
 
 

@@ -14,7 +14,9 @@ from keras_memory import ESMLayer
 from keras_memory import KNNMemory
 from keras_memory import NTMCell
 from keras_memory import NTMLayer
+from keras_memory import SAMLayer
 from keras_memory import callbacks
+from keras_memory import convert
 from keras_memory import geometry
 from keras_memory import losses
 from keras_memory import rooms
@@ -56,6 +58,12 @@ assert_type(dnc.num_layers, int)
 dnc(x)
 dnc.reset_state()
 assert_type(dnc.reset_memory(rows=[True, False]), list[Any])
+
+
+def converted(weights: dict[str, np.ndarray]) -> None:  # is not called
+    assert_type(convert.from_pytorch_dnc(weights, 7, 2), DNCLayer)
+    sam = convert.from_pytorch_dnc(weights, 7, 2, sparse_reads=3)
+    assert_type(sam, SAMLayer)
 
 
 class Mine(NTMLayer):
