@@ -50,6 +50,7 @@ class SAMState(NamedTuple):
         last_access: (B, N) int32, number of the step that accessed a slot last;
             0 if the slot was written but never accessed (see
             `access_threshold`), -1 if it was never written.
+        norms: (B, N) float32, of the slots that were written; 0 of the others.
         block_access: (B, ceil(N / 256)) int32, for each block of 256 slots a
             number that no last access in it is below, 0 at first.
         read_slots: (B, R, K) int32, the slots of the last step's reads; -1 for
@@ -62,6 +63,7 @@ class SAMState(NamedTuple):
 
     reads: Any
     memory: Any
+    norms: Any
     last_access: Any
     block_access: Any
     read_slots: Any
@@ -107,39 +109,33 @@ class SAMAccess:
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
         interface = self.split(interface)
-        memory, last_access, block_access, writing = self._write(
-            interface, state
-        )
-        slots, weights, reads = self._read(interface, memory, last_access)
+        state, written, shares = self._write(interface, state)
+        slots, weights, reads = self._read(interface, state)
         time = state.time + 1
         last_access = sparse.mark_accessed(
-            last_access,
-            ops.concatenate(
-                [_flat(slots, at_least=0), writing["slots"]], axis=1
-            ),
+            state.last_access,
+            ops.concatenate([_flat(slots, at_least=0), written], axis=1),
             # Of all heads the mean, as in the write.
-            ops.concatenate(
-                [_flat(weights) / self.read_heads, writing["weights"]], axis=1
-            ),
+            ops.concatenate([_flat(weights) / self.read_heads, shares], axis=1),
             self.access_threshold,
             time,
         )
         after = state._replace(
             reads=reads,  # r_t
-            memory=memory,  # M_t
             last_access=last_access,  # U_t
-            block_access=block_access,
             read_slots=slots,
             read_weights=weights,  # w^R_t
             time=time,
         )
-        inside = {f"write_{name}": part for name, part in writing.items()}
+        inside = {"write_slots": written, "write_weights": shares}
         return after, {**inside, **interface._asdict()}
 
     def _write(self, interface, state):
         """M_t = (1 - R_t) o M_{t-1} + w^W_t a_t^T (eq. 3), where R_t erases the
         least recently accessed slot, and
-        w^W_t = alpha_t (gamma_t w^R_{t-1} + (1 - gamma_t) I^U_t) (eq. 5)."""
+        w^W_t = alpha_t (gamma_t w^R_{t-1} + (1 - gamma_t) I^U_t) (eq. 5).
+
+        Returns the state, the slots (B, R K + 1), and their weights."""
         oldest, block_access = sparse.least_recently_accessed(
             state.last_access, state.block_access
         )  # I^U_t
@@ -158,33 +154,49 @@ class SAMAccess:
         weight_of_slot = sparse.sum_over_equal(slots, weights)  # w^W_t
         rows = sparse.take(state.memory, slots)
         rows = ops.where(ops.equal(slots, oldest)[:, :, None], 0.0, rows)
-        written = weight_of_slot[:, :, None] * interface.add_vector[:, None]
-        memory = sparse.put(state.memory, slots, rows + written)
+        added = weight_of_slot[:, :, None] * interface.add_vector[:, None]
+        memory = sparse.put(state.memory, slots, rows + added)
         is_oldest = ops.ones_like(oldest, dtype="bool")
         is_written = ops.concatenate([read_weights > 0, is_oldest], axis=1)
-        last_access = sparse.mark_written(state.last_access, slots, is_written)
-        writing = {"slots": slots, "weights": weights}
-        return memory, last_access, block_access, writing
-
-    def _read(self, interface, memory, last_access):
-        """r_t = sum_k w^R_t(s_k) M_t(s_k) over the K nearest slots s_k."""
-        epsilon = self.norm_epsilon
-        if epsilon is None:
-            epsilon = NORM_EPSILON[ops.dtype(interface.key)]
-        slots = sparse.nearest(
-            memory, last_access, interface.key, self.top_k, epsilon
+        state = state._replace(
+            memory=memory,  # M_t
+            norms=sparse.update_norms(
+                state.norms, memory, slots, self.epsilon(interface)
+            ),
+            last_access=sparse.mark_written(
+                state.last_access, slots, is_written
+            ),
+            block_access=block_access,
         )
-        rows = sparse.take(memory, _flat(slots, at_least=0))
+        return state, slots, weights
+
+    def _read(self, interface, state):
+        """r_t = sum_k w^R_t(s_k) M_t(s_k) over the K nearest slots s_k (eq. 4).
+
+        Returns the slots, their weights, (B, R, K), and the reads."""
+        slots = sparse.nearest(
+            state.memory,
+            state.norms,
+            state.last_access,
+            interface.key,
+            self.top_k,
+        )
+        rows = sparse.take(state.memory, _flat(slots, at_least=0))
         rows = ops.reshape(
             rows, (-1, self.read_heads, self.top_k, self.slot_size)
         )
-        cosines = sparse.cosines(interface.key, rows, epsilon)
+        cosines = sparse.cosines(interface.key, rows, self.epsilon(interface))
         logits = interface.strength[:, :, None] * cosines  # beta
         is_found = slots >= 0
         weights = softmax(ops.where(is_found, logits, LOWEST_LOGIT))
         weights = ops.where(is_found, weights, 0.0)  # w^R_t
-        reads = ops.sum(weights[:, :, :, None] * rows, axis=2)  # eq. 4
-        return slots, weights, reads
+        return slots, weights, ops.sum(weights[:, :, :, None] * rows, axis=2)
+
+    def epsilon(self, interface):
+        """Added to squared norms."""
+        if self.norm_epsilon is not None:
+            return self.norm_epsilon
+        return NORM_EPSILON[ops.dtype(interface.key)]
 
     def wide_details(self, state, inside):
         """Entries of `trace` with an axis for the slots of a state, which steps
@@ -274,6 +286,9 @@ class SAMAccess:
             memory=StateSpec(
                 (self.memory_slots, self.slot_size), per_slot=True
             ),
+            norms=StateSpec(
+                (self.memory_slots,), dtype="float32", per_slot=True
+            ),
             last_access=whole(
                 (self.memory_slots,),
                 constant=sparse.UNWRITTEN,
@@ -354,20 +369,34 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
                 "`contents` must have 1 to `memory_slots` slots, "
                 f"{self.memory_slots}. Received: shape {tuple(contents.shape)}"
             )
+        contents = ops.cast(contents, self.access_dtype)
+        epsilon = self.norm_epsilon or NORM_EPSILON[self.access_dtype]
+        written = {
+            "memory": contents,
+            "norms": sparse.norms_of(contents, epsilon),
+            "last_access": ops.ones((batch, count)),
+            "time": ops.ones((batch, 1)),
+        }
+        # Blocks of which each slot counts as accessed.
+        blocks = count // sparse.BLOCK + (count == self.memory_slots)
+        blocks = min(blocks, -(-self.memory_slots // sparse.BLOCK))
+        written["block_access"] = ops.ones((batch, blocks))
+
+        def first(record, field, values):
+            before = getattr(record, field)
+            values = ops.cast(values, ops.dtype(before))
+            rest = before[:, values.shape[1] :]
+            return ops.concatenate([values, rest], axis=1)
+
         states = self.get_initial_state(batch_size=batch)
         records = self.layout.unflatten(states)
-
-        def joined(before, first):
-            first = ops.cast(first, ops.dtype(before))
-            return ops.concatenate([first, before[:, count:]], axis=1)
-
-        accessed = ops.ones((batch, count), "int32")
         return self.layout.flatten(
             tuple(
                 record._replace(
-                    memory=joined(record.memory, contents),
-                    last_access=joined(record.last_access, accessed),
-                    time=ops.ones_like(record.time),
+                    **{
+                        field: first(record, field, values)
+                        for field, values in written.items()
+                    }
                 )
                 for record in records
             )

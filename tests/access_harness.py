@@ -110,7 +110,7 @@ class Entry:
             lists of `Point`, for the tests of each kind.
         states: function of a layer that returns states like those in the middle
             of a sequence, where gradients have no kinks.
-        whole_numbers: names of integer-valued states, whose gradient is 0.
+        no_gradient: names of states whose gradient is 0.
         not_tiny: names of `invariants` whose values must not be close to zero:
             there the check would prove nothing.
         gradient_time: int, number of steps to differentiate.
@@ -128,7 +128,7 @@ class Entry:
     zeros: list
     sixteen_bits: list
     states: Callable = reached_states
-    whole_numbers: str = ""
+    no_gradient: str = ""
     not_tiny: str = ""
     gradient_time: int = TIME
 
@@ -485,7 +485,7 @@ DNC = Entry(
     },
     learned="initial_memory initial_controller_state",
     states=dnc_states,
-    whole_numbers="link_columns",
+    no_gradient="link_columns",
     not_tiny="linkage",
     gradient_time=4,
     weightings=[
@@ -633,7 +633,7 @@ SAM = Entry(
         is_positive: "strength",
     },
     learned="initial_controller_state",
-    whole_numbers="last_access block_access read_slots time",
+    no_gradient="norms last_access block_access read_slots time",
     weightings=[
         Point("default"),
         Point("few slots", {"memory_slots": 3}),

@@ -90,7 +90,7 @@ def names_without_gradient(entry, loss, variables, rng):
     without = set()
     for (name, variable), gradient in zip(variables.items(), gradients):
         gradient = ops.convert_to_numpy(gradient)
-        if name in entry.whole_numbers.split():
+        if name in entry.no_gradient.split():
             assert (gradient == 0).all()
             continue
         start = ops.convert_to_numpy(variable).copy()

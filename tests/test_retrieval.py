@@ -18,6 +18,7 @@ from harness import gradient
 from keras import ops
 
 from keras_memory import retrieval
+from keras_memory.addressing import slots as slots_module
 from keras_memory.retrieval import exact as exact_module
 from keras_memory.retrieval import knn_layer
 from keras_memory.retrieval import ring as ring_module
@@ -1491,8 +1492,8 @@ def test_products_stay_exact_where_factors_are_rounded(monkeypatch):
     monkeypatch.setattr(exact_module.ops, "matmul", rounding_matmul)
     errors = []
     for rounds in (False, True):
-        monkeypatch.setattr(exact_module, "_rounds", lambda: rounds)  # noqa: B023
-        found = exact_module.inner_products(
+        monkeypatch.setattr(slots_module, "_rounds", lambda: rounds)  # noqa: B023
+        found = slots_module.precise_products(
             *map(ops.convert_to_tensor, (vectors, columns))
         )
         errors.append(np.abs(ops.convert_to_numpy(found) - exact).max())
@@ -1507,7 +1508,7 @@ def test_products_ask_for_full_precision():
     import jax
 
     zeros = np.zeros((3, 3), "float32")
-    steps = str(jax.make_jaxpr(exact_module.inner_products)(zeros, zeros))
+    steps = str(jax.make_jaxpr(slots_module.precise_products)(zeros, zeros))
     assert "HIGHEST" in steps
 
 
@@ -1548,16 +1549,16 @@ def test_neighbours_stay_exact_where_factors_are_rounded(search, monkeypatch):
     right = found()
     monkeypatch.setattr(exact_module.ops, "matmul", rounding_matmul)
     assert (found() != right).any()
-    monkeypatch.setattr(exact_module, "_rounds", lambda: True)
+    monkeypatch.setattr(slots_module, "_rounds", lambda: True)
     np.testing.assert_array_equal(found(), right)
 
 
 @harness.needs_tensorflow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_products_keep_other_dtypes(dtype, monkeypatch):
-    monkeypatch.setattr(exact_module, "_rounds", lambda: True)
+    monkeypatch.setattr(slots_module, "_rounds", lambda: True)
     ones = ops.ones((2, 2), dtype)
-    found = exact_module.inner_products(ones, ones)
+    found = slots_module.precise_products(ones, ones)
     assert ops.dtype(found) == dtype
     assert (ops.convert_to_numpy(found) == 2).all()
 
@@ -1566,12 +1567,12 @@ def test_products_keep_other_dtypes(dtype, monkeypatch):
 def test_rounding_is_expected_on_gpus_with_tensor_float_32(monkeypatch):
     import tensorflow as tf
 
-    assert not exact_module._rounds() or tf.config.list_physical_devices("GPU")
+    assert not slots_module._rounds() or tf.config.list_physical_devices("GPU")
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
-    assert exact_module._rounds()
+    assert slots_module._rounds()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
-        assert not exact_module._rounds()
+        assert not slots_module._rounds()
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(True)
 

@@ -104,6 +104,9 @@ def filled(access, seed=5):
     return given, SAMState(
         reads=ops.convert_to_tensor(given["reads"], dtype=DTYPE),
         memory=ops.convert_to_tensor(given["memory"], dtype=DTYPE),
+        norms=sparse.norms_of(
+            ops.convert_to_tensor(given["memory"], dtype=DTYPE), NORM_EPSILON
+        ),
         last_access=ops.convert_to_tensor(given["last_access"], dtype="int32"),
         block_access=ops.zeros((BATCH, -(-slots // sparse.BLOCK)), "int32"),
         read_slots=ops.convert_to_tensor(read_slots, dtype="int32"),

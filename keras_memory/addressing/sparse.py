@@ -15,8 +15,9 @@ from keras import ops
 
 from keras_memory.addressing.content import cosine_similarity
 from keras_memory.addressing.gradients import fast_pass
-from keras_memory.addressing.scaling import at_least_float32
+from keras_memory.addressing.scaling import in_range
 from keras_memory.addressing.slots import largest
+from keras_memory.addressing.slots import precise_products
 from keras_memory.addressing.slots import put_rows
 from keras_memory.addressing.slots import replace_rows
 from keras_memory.addressing.slots import rows_at
@@ -27,7 +28,8 @@ from keras_memory.addressing.slots import take_rows
 # Contents of `last_access` at slots that were never accessed.
 UNWRITTEN = -1
 NEVER_ACCESSED = 0
-LATEST = 2**31 - 1
+# Of slots without a write: below any cosine.
+LOWEST_SCORE = -1e30
 # Slots for which `block_access` has one entry.
 BLOCK = 256
 
@@ -132,7 +134,8 @@ def update(function, state, slots, *arrays):
     if _is_replayed():
         return state
     before = rows_at(array_of(state), slots)
-    return _replaced(state, slots, function(before, *arrays))
+    after = function(before, *map(array_of, arrays))
+    return _replaced(state, slots, ops.stop_gradient(after))
 
 
 def _is_replayed():
@@ -211,7 +214,7 @@ def _search_blocks(last_access, block_access):
     return slot, bounds
 
 
-def nearest(memory, last_access, queries, top_k, norm_epsilon):
+def nearest(memory, norms, last_access, queries, top_k):
     """The slots that are nearest to each query by their cosine.
 
     Source: Rae et al. 2016, section 3.1.
@@ -220,27 +223,57 @@ def nearest(memory, last_access, queries, top_k, norm_epsilon):
 
     Args:
         memory: (B, N, W) slot contents.
+        norms: (B, N) float32, of the slots.
         last_access: (B, N) int32; `UNWRITTEN` at slots without a write.
         queries: (B, H, W).
         top_k: int K, from 1 to N.
-        norm_epsilon: float, added to each squared norm.
 
     Returns:
         (B, H, K) int32, the nearest first, the first of equally near slots
         first; -1 where fewer than K slots are written.
     """
 
-    def search(memory, last_access, queries):
-        memory = ops.cast(memory, at_least_float32(ops.dtype(memory)))
-        similarity = cosine_similarity(
-            ops.swapaxes(memory, 1, 2), queries, norm_epsilon
-        )
+    def search(memory, norms, last_access, queries):
+        queries, _ = in_range(queries, axis=-1)
+        memory = ops.cast(memory, ops.dtype(queries))
+        products = precise_products(queries, ops.swapaxes(memory, 1, 2))
+        # The norm of a query does not change the order of its cosines.
+        scores = products * ops.cast(1.0 / norms, ops.dtype(products))[:, None]
         is_written = (last_access > UNWRITTEN)[:, None]
-        # Less than any cosine, but more than what `largest` has found before.
-        slots = largest(ops.where(is_written, similarity, -2.0), top_k)
+        scores = ops.where(is_written, scores, LOWEST_SCORE)
+        # Also where a product of huge numbers is infinite or NaN.
+        scores = ops.where(scores > LOWEST_SCORE, scores, LOWEST_SCORE)
+        slots = largest(scores, top_k)
         return ops.where(rows_at(last_access, slots) > UNWRITTEN, slots, -1)
 
-    return chosen(search, memory, last_access, queries)
+    return chosen(search, memory, norms, last_access, queries)
+
+
+def update_norms(norms, memory, slots, norm_epsilon):
+    """Sets the norms of slots that were written.
+
+    Args:
+        norms: (B, N) float32.
+        memory: (B, N, W) slot contents.
+        slots: (B, P) int32.
+        norm_epsilon: float, added to each squared norm.
+
+    Returns:
+        (B, N) float32.
+    """
+
+    def norm(_, memory):
+        return norms_of(take_rows(memory, slots), norm_epsilon)
+
+    return update(norm, norms, slots, memory)
+
+
+def norms_of(rows, norm_epsilon):
+    """Norms (B, P) float32 of rows (B, P, W), as in `cosines`."""
+    rows, scale = in_range(rows, axis=-1)
+    squares = ops.sum(rows * rows, axis=-1, keepdims=True)
+    norms = ops.sqrt(squares + norm_epsilon * scale * scale) / scale
+    return ops.cast(norms[:, :, 0], "float32")
 
 
 def cosines(queries, rows, norm_epsilon):

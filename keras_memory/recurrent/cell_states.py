@@ -216,7 +216,7 @@ class CellStates:
             check_array(
                 f"{name}[{index}]",
                 state,
-                kind="whole" if spec.dtype else "real",
+                kind=spec.kind,
                 dtype=spec.dtype,
             )
             for index, (state, spec) in enumerate(
@@ -253,7 +253,7 @@ class CellStates:
                 value,
                 ("batch", *spec.shape),
                 sizes,
-                kind="whole" if spec.dtype else "real",
+                kind=spec.kind,
                 dtype=spec.dtype,
             )
             for value, spec, name in zip(given, specs, names)

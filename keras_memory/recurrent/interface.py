@@ -90,8 +90,8 @@ class StateSpec:
         transposed: bool; True: inside a step the last two axes of `shape` are
             swapped, as for a memory, whose slots come last there.
         dtype: `"int32"` for whole numbers, such as counters and indices of
-            slots: they have no gradient, and 16-bit policies do not round
-            them. None: the compute dtype.
+            slots, or `"float32"`: such states have no gradient, and 16-bit
+            policies do not round them. None: the compute dtype.
         per_slot: bool; True: the first axis is the slots, and a step only
             reaches the state by the functions of `addressing/sparse.py`. The
             fast loop then neither copies nor saves it at each step. If it
@@ -127,9 +127,10 @@ class StateSpec:
         check_bool("transposed", self.transposed)
         check_bool("per_slot", self.per_slot)
         check_size("slots_per_row", self.slots_per_row)
-        if self.dtype not in (None, "int32"):
+        if self.dtype not in (None, "int32", "float32"):
             raise ValueError(
-                '`dtype` must be "int32" or None, the compute dtype. '
+                '`dtype` must be "int32", "float32" or None, the compute '
+                "dtype. "
                 f"Received: dtype={self.dtype!r}"
             )
         if (self.per_slot or self.dtype) and (
@@ -175,6 +176,11 @@ class StateSpec:
             return self.shape
         *leading, a, b = self.shape
         return (*leading, b, a)
+
+    @property
+    def kind(self) -> str:
+        """What `check_array` calls such numbers."""
+        return "whole" if self.dtype == "int32" else "real"
 
     @property
     def is_weight(self) -> bool:

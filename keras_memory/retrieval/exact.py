@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.addressing.slots import precise_products
 from keras_memory.checks import check_array
 from keras_memory.checks import check_process
 from keras_memory.checks import check_size
@@ -71,7 +72,7 @@ def nearest(
     if not ops.is_tensor(top_k):
         top_k = check_size("top_k", top_k)
     if not isinstance(number, int) or number <= BLOCK:  # unknown: small
-        products = inner_products(queries, ops.transpose(keys))
+        products = precise_products(queries, ops.transpose(keys))
         if bias is not None:
             products = products + bias
         best, places = ops.top_k(products, top_k)
@@ -83,7 +84,7 @@ def nearest(
         first = ops.minimum(block * BLOCK, number - BLOCK)
         rows = first + ops.arange(BLOCK, dtype="int32")
         block_keys = ops.slice(keys, (first, 0), (BLOCK, keys.shape[1]))
-        products = inner_products(queries, ops.transpose(block_keys))
+        products = precise_products(queries, ops.transpose(block_keys))
         if bias is not None:
             products = products + ops.take(bias, rows, axis=-1)
         is_new = rows >= block * BLOCK
@@ -104,49 +105,6 @@ def nearest(
         lambda block, carried: search(block, *carried),
         (best, places),
     )
-
-
-def inner_products(vectors, columns):
-    """A matrix product in the full precision of its dtype, on accelerators too.
-
-    By default JAX and TensorFlow let a GPU round float32 factors to 11 bits,
-    and a TPU to 8: at least one in two thousand neighbors would be wrong.
-
-    Args:
-        vectors: (..., n, D).
-        columns: (..., D, m), vectors as columns.
-
-    Returns:
-        (..., n, m).
-    """
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        with jax.default_matmul_precision("highest"):
-            return ops.matmul(vectors, columns)
-    dtypes = {ops.dtype(vectors), ops.dtype(columns)}
-    if backend == "tensorflow" and dtypes == {"float32"} and _rounds():
-        (high, low), (columns, rest) = map(_halves, (vectors, columns))
-        small = ops.matmul(high, rest) + ops.matmul(low, columns)
-        return ops.matmul(high, columns) + small
-    return ops.matmul(vectors, columns)
-
-
-def _rounds():
-    import tensorflow as tf
-
-    may = tf.config.experimental.tensor_float_32_execution_enabled()
-    return may and bool(tf.config.list_physical_devices("GPU"))
-
-
-def _halves(x):
-    """Splits x into its leading 11 bits and the remainder (TensorFlow)."""
-    import tensorflow as tf
-
-    bits = tf.bitcast(x, "uint32") & np.uint32(0xFFFFE000)
-    high = tf.bitcast(bits, "float32")
-    return high, x - high
 
 
 def largest(values, top_k):

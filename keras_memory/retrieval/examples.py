@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_memory.retrieval.exact import inner_products
+from keras_memory.addressing.slots import precise_products
 from keras_memory.retrieval.exact import nearest
 from keras_memory.retrieval.similarities import LARGEST
 from keras_memory.retrieval.similarities import about_middle
@@ -103,7 +103,7 @@ def _by_differences(queries, keys):
 def _by_products(queries, keys, mask):
     sample = _sample_of(keys, mask)
     queries, keys, bias = about_middle(queries, keys, sample, LARGEST)
-    return 2.0 * (inner_products(queries, ops.transpose(keys)) + bias)
+    return 2.0 * (precise_products(queries, ops.transpose(keys)) + bias)
 
 
 def _are_few(keys):

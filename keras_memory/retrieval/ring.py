@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.addressing.slots import precise_products
 from keras_memory.addressing.slots import replace_rows
 from keras_memory.addressing.slots import rows_at
 from keras_memory.checks import check_array
@@ -27,7 +28,6 @@ from keras_memory.retrieval.entries import check_dtype
 from keras_memory.retrieval.entries import check_value_dtype
 from keras_memory.retrieval.entries import of_values
 from keras_memory.retrieval.exact import Neighbours
-from keras_memory.retrieval.exact import inner_products
 from keras_memory.retrieval.exact import largest
 from keras_memory.retrieval.similarities import SIMILARITIES
 from keras_memory.retrieval.similarities import about_middle
@@ -324,7 +324,7 @@ class RingMemory:
         keys = ops.swapaxes(keys, 1, 2)
 
         def search(queries):
-            products = inner_products(queries, keys) + bias[:, None]
+            products = precise_products(queries, keys) + bias[:, None]
             largest, slots = self._largest(products, top_k)
             return largest, ops.cast(slots, "int32")
 
