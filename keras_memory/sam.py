@@ -198,20 +198,25 @@ class SAMAccess:
             return self.norm_epsilon
         return NORM_EPSILON[ops.dtype(interface.key)]
 
-    def wide_details(self, state, inside):
-        """Entries of `trace` with an axis for the slots of a state, which steps
-        do not compute."""
-        slots = ops.arange(ops.shape(state.memory)[1])
+    def touched(self, state, inside):
+        """The slots that a step read or wrote, (B, 2 R K + 1)."""
+        return ops.concatenate(
+            [_flat(state.read_slots), inside["write_slots"]], axis=1
+        )
+
+    def wide_details(self, state, inside, slots):
+        """Entries of `trace` with an axis for the slots that it shows."""
 
         def weighting(positions, weights):
-            at = ops.cast(positions[..., None] == slots, ops.dtype(weights))
+            is_at = ops.equal(positions[..., None], slots[:, None, None])
+            at = ops.cast(is_at, ops.dtype(weights))
             return ops.sum(weights[..., None] * at, axis=-2)
 
         return {
             "read_weighting": weighting(state.read_slots, state.read_weights),
             "write_weighting": weighting(
-                inside["write_slots"], inside["write_weights"]
-            )[:, None],
+                inside["write_slots"][:, None], inside["write_weights"][:, None]
+            ),
         }
 
     def slots_for(self, steps):

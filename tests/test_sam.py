@@ -487,6 +487,45 @@ def test_rows_of_a_batch_are_independent():
         close(layer(x[b : b + 1]), together[b : b + 1], 1e-6)
 
 
+@pytest.mark.every_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_trace_shows_the_slots_that_a_sequence_touches(masked):
+    layer, x = layer_of(memory_slots=300, num_layers=2), sequences()
+    layer.build(x.shape)
+    rng = np.random.default_rng(6)
+    states = layer.cell.state_with(rng.normal(size=(BATCH, 300, 5)))
+    mask = np.ones((BATCH, TIME), bool)
+    mask[0, 3] = mask[1, 0] = not masked
+    inside = keras_memory.trace(layer, x, initial_state=states, mask=mask)
+    before = layer.cell.unpack_state(states)
+    layer.return_state = True
+    _, *states = layer(x, initial_state=states, mask=mask)
+    after = layer.cell.unpack_state(states)
+    touched = np.any(
+        ops.convert_to_numpy(after.memory)
+        != ops.convert_to_numpy(before.memory),
+        axis=2,
+    )
+    slots = inside["block1/slots"]
+    for b in range(BATCH):
+        shown = slots[b, 0][slots[b, 0] >= 0]
+        assert (np.diff(shown) > 0).all()
+        assert {*np.flatnonzero(touched[b])} <= {*shown.tolist()}
+        for field in ("memory", "last_access", "norms"):
+            values = inside[f"block1/{field}"][b, -1, : len(shown)]
+            expected = ops.convert_to_numpy(getattr(after, field))[b, shown]
+            close(values, expected, 1e-6)
+    for block in ("block0", "block1"):
+        reads = np.einsum(
+            "btrp,btpw->btrw",
+            inside[f"{block}/read_weighting"],
+            inside[f"{block}/memory"],
+        )
+        close(inside[f"{block}/reads"], reads, 1e-6)
+    assert slots.shape[2] < 200
+    assert "block1/block_access" not in inside
+
+
 # Serving.
 
 

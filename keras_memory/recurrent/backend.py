@@ -1,6 +1,7 @@
-"""Loops and gradients that `keras.ops` does not have, on TensorFlow and JAX."""
+"""Loops and gradients that `keras.ops` does not have."""
 
 import keras
+from keras import ops
 from keras.src import backend
 
 from keras_memory.addressing.slots import pairs_of
@@ -24,9 +25,18 @@ def scan(step, carried, slices, specs, reverse=False):
         import jax
 
         return jax.lax.scan(step, carried, slices, reverse=reverse)
+    first = keras.tree.flatten(slices)[0]
+    if backend.backend() != "tensorflow":
+        times, results = range(first.shape[0]), []
+        for at in reversed(times) if reverse else times:
+            now = keras.tree.map_structure(lambda x: x[at], slices)  # noqa: B023
+            carried, result = step(carried, now)
+            results.append(result)
+        results = reversed(results) if reverse else results
+        stacks = keras.tree.map_structure(lambda *xs: ops.stack(xs), *results)
+        return carried, stacks
     import tensorflow as tf
 
-    first = keras.tree.flatten(slices)[0]
     length = first.shape[0] or tf.shape(first)[0]
     stacks = keras.tree.map_structure(
         lambda spec: tf.TensorArray(
@@ -55,7 +65,7 @@ def scan(step, carried, slices, specs, reverse=False):
 
 def add_rows(vectors, places, rows):
     """Adds rows (B, P, D) to the vectors (B, N, D) at places (B, P) of int32;
-    rows at the same place add up."""
+    rows at the same place add up. On TensorFlow and JAX."""
     indices, rows = pairs_of(places, rows)
     if backend.backend() == "jax":
         return vectors.at[indices[:, 0], indices[:, 1]].add(rows)
@@ -67,7 +77,7 @@ def add_rows(vectors, places, rows):
 def vjp(function, arguments, upstream):
     """Gradients of a function's arguments, from the gradients of its results.
 
-    Arguments, results and gradients are nested arrays.
+    Arguments, results and gradients are nested arrays. On TensorFlow and JAX.
     """
     if backend.backend() == "jax":
         import jax

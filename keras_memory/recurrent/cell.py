@@ -29,6 +29,7 @@ from keras import ops
 from keras_memory.addressing.gradients import custom_gradients
 from keras_memory.addressing.gradients import linear
 from keras_memory.addressing.scaling import at_least_float32
+from keras_memory.addressing.slots import rows_at
 from keras_memory.arguments import Arguments
 from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import checked
@@ -533,32 +534,43 @@ class MemoryCell(
         features = ops.concatenate([inputs, _flat(reads)], axis=-1)
         return features, tuple(records), details
 
-    def _state_fields(self, records, block):
+    def _state_fields(self, records, block, slots):
         """The state after a block, as a dict without the controller."""
-        record = self.layout.transpose(records)[self.memory_of_block[block]]
-        return {
-            name: value
-            for name, value in record._asdict().items()
+        memory = self.memory_of_block[block]
+        record = self.layout.transpose(records)[memory]
+        specs = self.layout.records[memory]._asdict()
+        fields = {} if slots is None else {"slots": slots}
+        for name, value in record._asdict().items():
             # () stands for an unused field
-            if name != "controller" and not isinstance(value, tuple)
-        }
+            if name == "controller" or isinstance(value, tuple):
+                continue
+            spec = specs[name]
+            if slots is None or not spec.per_slot:
+                fields[name] = value
+            elif spec.slots_per_row == 1:
+                fields[name] = rows_at(value, ops.maximum(slots, 0))
+        return fields
 
-    def _wide_details(self, records, block, inside):
+    def _wide_details(self, records, block, inside, slots):
         access = self.accesses[block]
         if not inside or not hasattr(access, "wide_details"):
             return {}
-        return access.wide_details(records[self.memory_of_block[block]], inside)
+        record = records[self.memory_of_block[block]]
+        return access.wide_details(record, inside, slots)
 
-    def _named(self, details):
+    def _named(self, details, slots=None):
         """One dict for all blocks: the state after each and its inner values.
 
         Names start with the number of the block if there are several.
+        `slots`: dict from a memory to the slots, (B, P) int32, of which to
+        give states `per_slot`; -1 for none.
         """
+        slots = [(slots or {}).get(m) for m in self.memory_of_block]
         details = [
             {
-                **self._state_fields(records, block),
+                **self._state_fields(records, block, slots[block]),
                 **inside,
-                **self._wide_details(records, block, inside),
+                **self._wide_details(records, block, inside, slots[block]),
             }
             for block, (records, inside) in enumerate(details)
         ]

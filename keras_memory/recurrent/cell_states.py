@@ -127,6 +127,15 @@ class CellStates:
         """Whether `get_initial_state(..., steps)` depends on the steps."""
         return any(spec.per_slot for spec in self.layout.specs)
 
+    def slots_of(self, records: Sequence[Any], memory: int) -> int | None:
+        """Number of slots of the states per slot of a memory; None if it is
+        unknown while a graph is made."""
+        specs = keras.tree.flatten(self.layout.records[memory])
+        for spec, value in zip(specs, keras.tree.flatten(records[memory])):
+            if spec.per_slot and spec.slots_per_row == 1:
+                return value.shape[1]
+        return None
+
     def has_room(self, states: Sequence[Array]) -> Array | None:
         """Whether memories made for a number of steps have slots for one more.
 

@@ -64,8 +64,11 @@ class Access(typing.Protocol):
 
     # An access may also have
     #
-    # - `wide_details(state, inside)`: a dict of further arrays for `trace`,
-    #   which are too large to compute in each step;
+    # - `wide_details(state, inside, slots)`: a dict of further arrays for
+    #   `trace`, which are too large to compute in each step;
+    # - `touched(state, inside)`: the slots that a step touched, (B, P) int32,
+    #   -1 for none. `trace` then shows `slots`, (B, P), that some step touches,
+    #   instead of all; without it `slots` is None;
     # - `slots_for(steps)`, if its memory starts empty: the number of slots that
     #   so many steps can write to. States `per_slot` have only these, where
     #   nobody sees them;

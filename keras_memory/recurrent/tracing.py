@@ -14,6 +14,7 @@ from keras_memory.addressing.slots import select
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bool
 from keras_memory.hints import Array
+from keras_memory.recurrent.backend import scan
 from keras_memory.recurrent.layer import MemoryRNN
 from keras_memory.recurrent.layer import recorder
 
@@ -77,6 +78,10 @@ def trace(
         the values of the architecture (keys, gates, ...). If a cell has
         several blocks, names start with `"block0/"`, `"block1/"`, ...
 
+        A SAM, which has states per slot, is traced in the slots that the
+        sequence touches: `"slots"` (B, T, P) has them in ascending order, then
+        -1. Weightings and fields per slot have an axis for these P slots.
+
     Raises:
         TypeError: `layer` is not a recurrent layer of this library.
         ValueError: the inputs or states do not fit the layer.
@@ -100,7 +105,15 @@ def trace(
     )
     if initial_state is None:
         initial_state = layer.cell.get_initial_state(*inputs.shape[:2])
-    inside = _inside(layer, inputs, initial_state, mask, training, use_memory)
+    inside = _inside(
+        layer,
+        inputs,
+        initial_state,
+        mask,
+        training,
+        use_memory,
+        trims=True,
+    )
     return Trace(keras.tree.map_structure(ops.convert_to_numpy, inside))
 
 
@@ -159,8 +172,13 @@ def trace_layers(model, inputs, training=False):
     return outputs, traces
 
 
-def _inside(layer, inputs, initial_state, mask, training, use_memory):
-    """The trace of a layer, as a dict of tensors (B, T, ...)."""
+def _inside(
+    layer, inputs, initial_state, mask, training, use_memory, trims=False
+):
+    """The trace of a layer, as a dict of tensors (B, T, ...).
+
+    `trims`: bool, whether the number of slots shown may depend on values.
+    """
     cell = layer.cell
     states = tuple(cell.layout.cast(initial_state, cell.compute_dtype))
     sequences = [inputs]
@@ -171,19 +189,29 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         sequences = [ops.flip(sequence, axis=1) for sequence in sequences]
     sequences = [ops.swapaxes(sequence, 0, 1) for sequence in sequences]
 
-    def step(before, at_step):
-        states, held = before
+    def run(states, at_step):
         features, after, details = cell.step(
             at_step[0], cell.layout.in_range(states), training, use_memory
         )
         after = tuple(cell.layout.flatten(after))
+        if mask is not None:
+            hold = functools.partial(select, at_step[1])
+            after = tuple(map(hold, after, states))
+        return features, after, details
+
+    def touched_in(states, at_step):
+        _, after, details = run(states, at_step)
+        return after, _touched(cell, details)
+
+    def step(before, at_step):
+        states, held = before
+        features, after, details = run(states, at_step)
         output = cell.project(features, training)
-        now = {"output": output, **cell._named(details)}
+        now = {"output": output, **cell._named(details, slots)}
         if mask is not None:
             hold = functools.partial(select, at_step[1])
             now = keras.tree.map_structure(hold, now, held)
-            after = tuple(map(hold, after, states))
-        return (after, now), (after, now)
+        return (after, now), now
 
     cell.get_dropout_mask(inputs)
     cell.get_recurrent_dropout_mask(inputs)
@@ -192,11 +220,17 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         features, _, details = cell.step(
             sequences[0][0], records, training, use_memory
         )
-        shapes = {"output": cell.project(features), **cell._named(details)}
+        slots = _slots_shown(
+            cell, details, touched_in, states, sequences, trims
+        )
+        shapes = {
+            "output": cell.project(features),
+            **cell._named(details, slots),
+        }
         # Before the first valid step all values are 0, except the state.
         held = keras.tree.map_structure(ops.zeros_like, shapes)
-        held.update(cell._named([(records, {})] * len(cell.accesses)))
-        _, (_, inside) = ops.scan(step, (states, held), tuple(sequences))
+        held.update(cell._named([(records, {})] * len(cell.accesses), slots))
+        _, inside = scan(step, (states, held), sequences, _specs(held))
     finally:
         cell.reset_dropout_mask()
         cell.reset_recurrent_dropout_mask()
@@ -205,3 +239,58 @@ def _inside(layer, inputs, initial_state, mask, training, use_memory):
         output, shown = inside["output"], ops.swapaxes(sequences[1], 0, 1)
         inside["output"] = select(shown, output, ops.zeros_like(output))
     return inside
+
+
+def _specs(arrays):
+    return keras.tree.map_structure(
+        lambda x: keras.KerasTensor(x.shape, ops.dtype(x)), arrays
+    )
+
+
+def _touched(cell, details):
+    """Dict from each memory with states per slot to the slots that its blocks
+    touched in a step, (B, P) int32."""
+    touched = {}
+    for block, (records, inside) in enumerate(details):
+        memory = cell.memory_of_block[block]
+        if inside and hasattr(cell.accesses[block], "touched"):
+            slots = cell.accesses[block].touched(records[memory], inside)
+            touched.setdefault(memory, []).append(slots)
+    return {m: ops.concatenate(parts, axis=1) for m, parts in touched.items()}
+
+
+def _slots_shown(cell, details, touched_in, states, sequences, trims):
+    """Dict from each memory with states per slot to the slots that the trace
+    shows, (B, P) int32, ascending; -1 for none.
+
+    These are all slots if the steps may touch as many, else those that they
+    touch, which a first run over the sequence finds.
+    """
+    shown, touched = {}, _touched(cell, details)
+    steps = sequences[0].shape[0]
+    for memory, slots in touched.items():
+        number = cell.slots_of(details[-1][0], memory)
+        if None not in (number, steps) and steps * slots.shape[1] >= number:
+            rows = ops.zeros_like(slots[:, :1])
+            shown[memory] = rows + ops.arange(number, dtype="int32")
+    if touched.keys() != shown.keys():
+        _, touched = scan(touched_in, states, sequences, _specs(touched))
+    for memory in touched.keys() - shown.keys():
+        slots = ops.swapaxes(touched[memory], 0, 1)
+        slots = ops.reshape(slots, (ops.shape(slots)[0], -1))
+        slots = _different(slots)
+        if trims:
+            is_shown = ops.convert_to_numpy(ops.any(slots >= 0, axis=0))
+            slots = slots[:, : max(1, int(is_shown.sum()))]
+        shown[memory] = slots
+    return shown
+
+
+def _different(slots):
+    """The different slots in each row of (B, P), ascending, then -1."""
+    none = np.iinfo("int32").max
+    slots = ops.sort(ops.where(slots >= 0, slots, none), axis=1)
+    is_equal = ops.equal(slots[:, 1:], slots[:, :-1])
+    is_equal = ops.pad(is_equal, ((0, 0), (1, 0)))
+    slots = ops.sort(ops.where(is_equal, none, slots), axis=1)
+    return ops.where(ops.equal(slots, none), -1, slots)
