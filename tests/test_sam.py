@@ -487,6 +487,96 @@ def test_rows_of_a_batch_are_independent():
         close(layer(x[b : b + 1]), together[b : b + 1], 1e-6)
 
 
+def persistent(slots=40, **kwargs):
+    """A stateful layer with a full memory, a layer that is not stateful, with
+    the same weights, and the states."""
+    stateful = layer_of(memory_slots=slots, stateful=True, **kwargs)
+    plain = layer_of(memory_slots=slots, return_state=True, **kwargs)
+    for layer in (stateful, plain):
+        layer.build(sequences().shape)
+    plain.set_weights(stateful.get_weights())
+    contents = np.random.default_rng(8).normal(size=(BATCH, slots, 5))
+    states = plain.cell.state_with(contents.astype("float32"))
+    for variable, state in zip(stateful.states, states):
+        variable.assign(state)
+    return stateful, plain, states
+
+
+def assert_states(layer, expected):
+    for variable, state in zip(layer.states, expected):
+        close(variable, ops.convert_to_numpy(state), 1e-5)
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_passes_without_a_backward_pass_change_the_memory_once(
+    compiled,
+):
+    import tensorflow as tf
+
+    stateful, plain, states = persistent()
+    x = sequences()
+    call = tf.function(
+        lambda x: stateful(x, training=True), jit_compile=compiled
+    )
+    for _ in range(3):
+        outputs, *states = plain(x, initial_state=states)
+        close(call(x), outputs.numpy(), 1e-5)
+        assert_states(stateful, states)
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_forward_passes_before_a_backward_pass(compiled):
+    import tensorflow as tf
+
+    stateful, plain, states = persistent()
+    x, y = sequences(), sequences()[:, ::-1]
+
+    @tf.function(jit_compile=compiled)
+    def gradients(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(stateful(x, training=True) ** 2)
+            stateful(y, training=True)
+        return tape.gradient(loss, stateful.trainable_variables)
+
+    found = gradients(x, y)
+    with tf.GradientTape() as tape:
+        outputs, *states = plain(x, initial_state=states, training=True)
+        loss = tf.reduce_sum(outputs**2)
+    expected = tape.gradient(loss, plain.trainable_variables)
+    for one, other in zip(found, expected):
+        close(one, other.numpy(), 1e-4)
+    _, *states = plain(y, initial_state=states)
+    assert_states(stateful, states)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Failing(keras.layers.GRUCell):
+    """A controller that can fail."""
+
+    fails = False
+
+    def call(self, *args, **kwargs):
+        if self.fails:
+            raise RuntimeError("this step fails")
+        return super().call(*args, **kwargs)
+
+
+@pytest.mark.every_backend
+def test_a_call_that_fails_leaves_the_memory_as_it_was():
+    controller = Failing(7)
+    stateful, plain, states = persistent(controller=controller)
+    controller.fails = True
+    with pytest.raises(RuntimeError, match="this step fails"):
+        stateful(sequences())
+    assert_states(stateful, states)
+    controller.fails = False
+    outputs, *states = plain(sequences(), initial_state=states)
+    close(stateful(sequences()), ops.convert_to_numpy(outputs), 1e-5)
+    assert_states(stateful, states)
+
+
 @pytest.mark.every_backend
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_trace_shows_the_slots_that_a_sequence_touches(masked):
