@@ -7,11 +7,12 @@
     python -m benchmarks retrieval [--cases 2K static] [--json FILE]
     python -m benchmarks esm [--ivy FOLDER] [--rounds 20] [--json FILE]
     python -m benchmarks sam [--rounds 20] [--json FILE]
+    python -m benchmarks curriculum [--minutes 10] [--json FILE]
 
 The first compares a few cases of recurrent memories. The second varies one
 size at a time, and the third redraws its curves from a file. The others are for
 Memory Wrap, memories of nearest neighbours, Egospheric Spatial Memory and
-Sparse Access Memory.
+Sparse Access Memory. The last trains models on tasks whose length doubles.
 README.md beside this file explains each number.
 """
 
@@ -22,6 +23,7 @@ import pathlib
 import sys
 
 from benchmarks import cases
+from benchmarks import curriculum
 from benchmarks import esm
 from benchmarks import memory_wrap
 from benchmarks import neighbours
@@ -44,6 +46,8 @@ def main(arguments=None):
         return main_of_esm(arguments[1:])
     if arguments[:1] == ["sam"]:
         return main_of_sam(arguments[1:])
+    if arguments[:1] == ["curriculum"]:
+        return main_of_curriculum(arguments[1:])
     return main_of_steps(arguments)
 
 
@@ -56,7 +60,8 @@ def main_of_steps(arguments):
             "and batch. `python -m benchmarks memory_wrap --help` and "
             "`python -m benchmarks retrieval --help` and "
             "`python -m benchmarks esm --help` and "
-            "`python -m benchmarks sam --help`: likewise."
+            "`python -m benchmarks sam --help` and "
+            "`python -m benchmarks curriculum --help`: likewise."
         ),
     )
     parser.add_argument(
@@ -165,6 +170,54 @@ def main_of_sam(arguments):
     add_run(parser, threads=1, rounds=20)
     options = checked(parser, parser.parse_args(arguments))
     sam.run(options.rounds, options.threads, options.json)
+
+
+def main_of_curriculum(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks curriculum",
+        description="Trains models on tasks whose length doubles.",
+    )
+    for name, kind, values in (
+        ("tasks", str, curriculum.TASKS),
+        ("models", str, tuple(curriculum.MODELS)),
+        ("seeds", int, curriculum.SEEDS),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=kind,
+            choices=values if kind is str else None,
+            default=values,
+            help=f"default: {' '.join(map(str, values))}",
+        )
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        default=10.0,
+        help="of each training (default: 10)",
+    )
+    parser.add_argument(
+        "--threads", type=count, default=1, help="of a process (default: 1)"
+    )
+    parser.add_argument(
+        "--out",
+        default="runs/curriculum",
+        help="folder for the run folders (default: runs/curriculum)",
+    )
+    parser.add_argument(
+        "--json",
+        help="file to write all numbers to; trainings in it are not repeated",
+    )
+    options = checked(parser, parser.parse_args(arguments))
+    curriculum.run(
+        options.tasks,
+        options.models,
+        options.seeds,
+        options.minutes,
+        options.threads,
+        options.out,
+        options.json,
+    )
 
 
 def main_of_scaling(arguments):

@@ -129,13 +129,10 @@ def parser():
         metavar="NAME=VALUE",
         help="change a value of the configuration; may be repeated",
     )
-    for name, text in (
-        ("seed", "seed of weights and data"),
-        ("steps", "largest number of training steps (batches)"),
-        ("report-every", "steps between reports"),
-        ("checkpoint-every", "steps between checkpoints; 0 for none"),
-    ):
-        command.add_argument(f"--{name}", type=int, help=text)
+    for name, (kind, _, text) in _TRAIN_OPTIONS.items():
+        command.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, help=text
+        )
     command.add_argument(
         "--out",
         metavar="FOLDER",
@@ -157,7 +154,7 @@ def parser():
     command = add(
         evaluate,
         "test a trained model, also on lengths not in the training",
-        "Tests the model of a run on 320 fresh sequences.",
+        "Tests the model of a run on fresh sequences.",
         "runs/copy-1 --length 20 120",
     )
     _add_run(command)
@@ -246,6 +243,15 @@ def parser():
     return top
 
 
+# Option of `train` -> type, least value and help.
+_TRAIN_OPTIONS = {
+    "seed": (int, 0, "seed of weights and data"),
+    "steps": (int, 1, "largest number of training steps (batches)"),
+    "minutes": (float, 0, "time after which the training ends; 0 for none"),
+    "report_every": (int, 1, "steps between reports"),
+    "checkpoint_every": (int, 0, "steps between checkpoints; 0 for none"),
+}
+
 _CONVERT_OPTIONS = {
     "memory_slots": (int, "DNC: nr_cells or memory_size of the reference"),
     "read_heads": (int, "pytorch-dnc: read_heads of the reference"),
@@ -316,7 +322,8 @@ def _check_training(parsed):
             f"the preset of {parsed.task} must be one of: "
             f"{', '.join(presets[parsed.task])}. Received: {parsed.preset}"
         )
-    _check_least(parsed, seed=0, steps=1, report_every=1, checkpoint_every=0)
+    least = {name: least for name, (_, least, _) in _TRAIN_OPTIONS.items()}
+    _check_least(parsed, **least)
     if parsed.out is not None:
         check_new_folder(parsed.out)
 
@@ -346,7 +353,7 @@ def _config(parsed):
     preset = PRESETS[parsed.task][parsed.preset or "default"]
     settings = [
         f"{name}={value}"
-        for name in ("seed", "steps", "report_every", "checkpoint_every")
+        for name in _TRAIN_OPTIONS
         if (value := getattr(parsed, name)) is not None
     ]
     return override(preset, [*parsed.set, *settings])
@@ -370,9 +377,18 @@ def evaluate(parsed):
     steps = int(model.optimizer.iterations)
     _print_training(parsed.folder, config, steps)
     seed = config.seed if parsed.seed is None else parsed.seed
+    longest = runs.longest_trained(parsed.folder, config, steps)
     for length in parsed.length or [None]:
         at = {} if length is None else {"length": length}
-        results = runs.evaluate(model, config.task, seed, **at, **ranges)
+        results = runs.evaluate(
+            model,
+            config.task,
+            seed,
+            longest,
+            config.test_sequences,
+            **at,
+            **ranges,
+        )
         _print_results(results)
 
 

@@ -20,7 +20,9 @@ from test_benchmarks import scaling
 from test_benchmarks import shrink
 
 from keras_memory.retrieval import tuning
+from keras_memory.training import presets
 from keras_memory.training import tasks
+from keras_memory.training.config import override
 
 stability = pytest.importorskip("benchmarks.stability")
 
@@ -76,6 +78,34 @@ def test_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     )
     assert len(lists_of(table)) == 2 + number
     assert table.count("not run") == missing
+
+
+def test_curricula_are_trained_once_and_tested_on_longer_sequences(
+    tmp_path, monkeypatch, capsys
+):
+    shrink(monkeypatch)
+    monkeypatch.setattr(cases, "prepare", lambda threads: None)
+    small = [
+        *("bits=2", "max_length=9", "slot_size=3", "controller_units=3"),
+        *("batch_size=2", "report_every=5", "steps=10", "jit_compile=False"),
+        *("curriculum=(1,)", "curriculum_error=99", "probe_lengths=(2,)"),
+    ]
+    copy = presets.PRESETS["copy"]
+    changed = {**copy, "sam": override(copy["sam"], small)}
+    monkeypatch.setitem(presets.PRESETS, "copy", changed)
+    options = "curriculum --tasks copy --models sam --seeds 3 --minutes 5"
+    path = tmp_path / "numbers.json"
+    options = [*options.split(), "--out", str(tmp_path), "--json", str(path)]
+    command_line.main(options)
+    first, *_ = capsys.readouterr().out.split("\n\n")
+    (row,) = lists_of(first)[2:]
+    assert row[:4] == ["copy", "sam", "3", "10"]
+    assert row[5:7] == ["1", "2"]  # learned, and trained on
+    assert [cell.split(" of ")[1] for cell in row[7:]] == ["4", "8", "20", "40"]
+    result = json.loads(path.read_text())["results"]["copy-sam-3"]
+    assert result["errors"]["5"]["length"] == 10
+    command_line.main(options)  # the run folder is there
+    assert capsys.readouterr().out.split("\n\n")[0] == first
 
 
 @pytest.fixture

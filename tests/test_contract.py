@@ -64,7 +64,7 @@ def new(name, base, **keywords):
         ({"constant": "a"}, "`constant` must"),
         ({"activation": "softmax"}, "`activation` must be a function"),
         ({"into_range": 3}, "`into_range` must be a function"),
-        ({"dtype": "int64"}, '`dtype` must be "int32" or None'),
+        ({"dtype": "int64"}, '`dtype` must be "int32", "float32" or None'),
         ({"per_slot": 1}, "`per_slot` must be True or"),
         ({"dtype": "int32", "initial": "learned"}, "must start from a const"),
         (

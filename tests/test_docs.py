@@ -124,6 +124,7 @@ def parse_benchmarks(arguments, monkeypatch):
         main.retrieval,
         main.esm,
         main.sam,
+        main.curriculum,
     ):
         monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(main.scaling, "draw", run)

@@ -248,6 +248,18 @@ def test_batches_are_padded_to_the_next_bucket_with_zeros(task):
 
 
 @each_task
+def test_without_buckets_time_is_padded_to_powers_of_two(task):
+    free = dataclasses.replace(task, buckets=0)
+    seen = set()
+    for batch in draws(free)[:50]:
+        real, time = without_padding(batch).mask.shape[1], batch.mask.shape[1]
+        assert time in (2, 4, 8, 16, 32, 64) and time / 2 < real <= time
+        assert not any(part[:, real:].any() for part in batch)
+        seen.add(time)
+    assert len(seen) > 1
+
+
+@each_task
 def test_lengths_are_drawn_evenly_from_the_range(task):
     counts = collections.Counter(length_of(task, b) for b in draws(task))
     assert set(counts) == set(range(task.min_length, task.max_length + 1))
@@ -313,7 +325,8 @@ def test_tasks_with_equal_ranges_are_equal(task):
 def test_impossible_tasks_are_refused(task):
     names = [field.name for field in dataclasses.fields(task)]
     assert {"min_length", "max_length", "buckets"} < set(names)
-    wrong = [{name: v} for name in names for v in (0, -1, 2.0, True, "2", None)]
+    wrong = [{name: v} for name in names for v in (-1, 2.0, True, "2", None)]
+    wrong += [{name: 0} for name in names if name != "buckets"]
     wrong.append({"min_length": task.max_length + 1})
     wrong += {
         "repeat-copy": [{"min_repeats": 6}],

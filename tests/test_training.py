@@ -1,6 +1,7 @@
 """Tests of configurations, training and the command, on a small task."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 
 import harness
@@ -70,8 +72,9 @@ def plain(*settings):
 RESUMED = [
     "steps=50",
     "checkpoint_every=10",
-    "curriculum=(1, 3)",
-    "curriculum_steps=15",
+    "curriculum_doubles=True",
+    "curriculum_error=99",
+    "curriculum_reports=3",
     "learning_rate_decay=True",
     "picture_every=10",
 ]
@@ -110,7 +113,7 @@ def test_a_run_writes_all_its_files(run):
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     assert [row["step"] for row in rows] == list(range(5, 51, 5))
     assert [row["sequences"] for row in rows] == list(range(10, 101, 10))
-    assert [row["longest"] for row in rows] == [1] * 3 + [3] * 3 + [4] * 4
+    assert [row["longest"] for row in rows] == [1] * 3 + [2] * 3 + [4] * 4
     assert results["longest_trained"] == 4
     assert results["bits_in_a_sequence_at_7"] == 3 * 7
     assert results["seconds"] == round(rows[-1]["seconds"], 1)
@@ -212,7 +215,7 @@ def test_histories_and_summaries_count_steps(run, monkeypatch, tmp_path):
         "wrong bits per sequence",
     ]
     marks = [text.get_text() for text in learning[0].texts]
-    assert marks == [" up to 3", " up to 4"]  # the curriculum
+    assert marks == [" up to 2", " up to 4"]  # the curriculum
     goal = f"goal: {small(*RESUMED).stop_error:g}"
     assert (goal in learning[1].get_legend_handles_labels()[1]) == (
         small(*RESUMED).stop_error > 0
@@ -332,6 +335,60 @@ def test_the_curriculum_grows_with_steps():
         seen.append(reached(curriculum))
         curriculum.on_epoch_end(epoch, report(loss=9.0))
     assert seen == [1, 1, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    [
+        (["max_length=13"], [1, 2, 4, 8, 13]),
+        (["max_length=12", "curriculum=(2, 3)"], [2, 3, 6, 12]),
+        (["max_length=12", "min_length=5", "curriculum=(3,)"], [5, 10, 12]),
+        (["max_length=4", "min_length=4"], [4]),
+    ],
+)
+def test_lengths_double_up_to_the_longest_of_the_task(settings, longest):
+    assert (
+        curriculum_of("curriculum_doubles=True", *settings).longest == longest
+    )
+
+
+def test_the_curriculum_grows_after_low_errors_in_a_row():
+    curriculum = curriculum_of(
+        "curriculum_doubles=True",
+        "curriculum_error=0.5",
+        "curriculum_reports=2",
+    )
+    seen = []
+    for epoch, error in enumerate((0.4, 0.5, 0.4, 0.4, 0.4, 0.6, 0.1, 0.1)):
+        curriculum.on_epoch_end(epoch, report(loss=9.0, error=error))
+        seen.append(reached(curriculum))
+    assert seen == [1, 1, 1, 2, 2, 2, 2, 4]
+
+
+def test_the_time_limit_ends_a_training_within_a_report(tmp_path, monkeypatch):
+    clock = itertools.count()  # a second passes between two looks
+    monkeypatch.setattr(
+        training.callbacks,
+        "time",
+        types.SimpleNamespace(perf_counter=clock.__next__),
+    )
+    folder = tmp_path / "run"
+    settings = plain(
+        *("steps=500", "minutes=0.25", "buckets=0"),
+        *("curriculum_doubles=True", "curriculum_error=1e-9"),
+    )
+    results = training.train(settings, folder, lambda line: None)
+    assert 5 < results["steps"] < 15 and results["steps"] % 5
+    assert results["seconds"] >= 15
+    *_, last = runs.read_history(folder, settings)
+    assert last["step"] == results["steps"]
+    # The model is tested on what it was trained on, not on the whole task.
+    assert results["longest_trained"] == 1
+    assert {"bits_per_sequence_up_to_1", "bits_per_sequence_at_1"} < set(
+        results
+    )
+    (folder / "results.json").unlink()  # as if it was killed before the end
+    assert training.resume(folder, lambda line: None) == results
 
 
 @pytest.mark.parametrize("preset", ["default", "dnc"])
@@ -531,6 +588,8 @@ def test_evaluation_has_every_length_equally_often():
     assert results["bits_per_sequence_up_to_20"] == 8 * 10.5
     results = runs.evaluate(Model(), tasks.Copy(), length=7)
     assert results["bits_per_sequence_at_7"] == 8 * 7
+    results = runs.evaluate(Model(), tasks.Copy(), longest=6, sequences=48)
+    assert results["bits_per_sequence_up_to_6"] == 8 * 3.5
 
 
 def test_each_architecture_has_a_preset(monkeypatch):
@@ -712,6 +771,15 @@ def test_each_task_trains(task, tmp_path):
         ["train", "argmax", "--set", "test_lengths=(99,)"],
         ["train", "copy", "--set", "clipvalue=1.0"],  # conflicts with clipnorm
         ["train", "copy", "--set", "curriculum_loss=0"],
+        ["train", "copy", "--set", "curriculum_error=-1"],
+        ["train", "copy", "--set", "curriculum_reports=0"],
+        ["train", "copy", "--set", "curriculum_doubles=2"],
+        ["train", "copy", "--set", "curriculum_error=1"]
+        + ["--set", "curriculum_steps=100"],
+        ["train", "copy", "--set", "test_sequences=0"],
+        ["train", "copy", "--set", "buckets=-1"],
+        ["train", "copy", "--set", "minutes=nan"],
+        ["train", "copy", "--minutes", "-1"],
         ["train", "copy", "--preset", "mine"],
         ["train", "copy", "--set", "controller_dropout=1.5"],
         ["train", "copy", "--set", "controller_dropout=-0.5"],
@@ -1198,6 +1266,16 @@ CALLS = [
     ("model", NO_TEXT, lambda x: runs.evaluate(x, tasks.Copy())),
     ("task", NO_TEXT, lambda x: runs.evaluate(len, x)),
     ("seed", NO_TEXT, lambda x: runs.evaluate(len, tasks.Copy(), x)),
+    (
+        "longest",
+        (3.5, "x", 0),
+        lambda x: runs.evaluate(len, tasks.Copy(), longest=x),
+    ),
+    (
+        "sequences",
+        (None, 0, "x"),
+        lambda x: runs.evaluate(len, tasks.Copy(), sequences=x),
+    ),
     ("config", NO_TEXT, runs.probes),
     ("config", NO_TEXT, lambda x: runs.draw(x, len, ".")),
     ("folder", NO_PATH, lambda x: runs.draw(START, len, x)),

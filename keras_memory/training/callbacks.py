@@ -1,6 +1,7 @@
 """Callbacks of a training: reports, checkpoints, curriculum, progress."""
 
 import csv
+import math
 import shutil
 import sys
 import time
@@ -104,13 +105,17 @@ class Curriculum(keras.callbacks.Callback):
         check_training(config)
         self.config = config
         shortest, longest = config.task.min_length, config.task.max_length
-        self.longest = [n for n in config.curriculum if shortest <= n < longest]
-        self.longest.append(longest)
+        lengths = [n for n in config.curriculum if shortest <= n < longest]
+        if config.curriculum_doubles and shortest < longest:
+            lengths = lengths or [shortest]
+            while 2 * lengths[-1] < longest:
+                lengths.append(2 * lengths[-1])
+        self.longest = [*lengths, longest]
         self.error = losses.KINDS[config.task.kind].error
         self.input_size = config.task.input_size
         self.output_size = config.task.output_size
         self.reached = False
-        self._reports = 0  # at the current length
+        self._reports = 0  # that count for the next length
 
     def sample(self, rng, batch_size):
         task = self.config.task
@@ -139,20 +144,25 @@ class Curriculum(keras.callbacks.Callback):
 
     def look(self, logs):
         """Moves to the next length, or notes that the goal is reached."""
-        self._reports += 1
+        config = self.config
         if len(self.longest) == 1:
-            self.reached = logs[self.error] < self.config.stop_error
-        elif (
-            self._reports >= in_reports("curriculum_steps", self.config)
-            if self.config.curriculum_steps
-            else logs["loss"] < self.config.curriculum_loss
-        ):
+            self.reached = logs[self.error] < config.stop_error
+            return
+        if config.curriculum_error:
+            learned = logs[self.error] < config.curriculum_error
+        else:
+            learned = logs["loss"] < config.curriculum_loss
+        reports = in_reports("curriculum_steps", config)
+        self._reports = self._reports + 1 if reports or learned else 0
+        if self._reports >= (reports or config.curriculum_reports):
             self.longest.pop(0)
             self._reports = 0
 
 
 class Progress(keras.callbacks.Callback):
     """Shows a line per report: steps, time left, loss, error, sequences/s.
+
+    Ends the training when its time is over, also within a report.
 
     On a terminal each line overwrites the last; elsewhere each is a new line.
     It also adds the totals so far to the logs of later callbacks: `step`,
@@ -165,6 +175,7 @@ class Progress(keras.callbacks.Callback):
         self.curriculum = curriculum
         self.seconds = seconds
         self.show = show
+        self.limit = 60 * config.minutes or math.inf
         self.in_place = show is print and sys.stdout.isatty()
 
     def on_train_begin(self, logs=None):
@@ -182,18 +193,23 @@ class Progress(keras.callbacks.Callback):
         self.epoch_started = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
+        self.step = self.first_step + batch + 1
+        now = time.perf_counter()
+        if self._total(now) >= self.limit:
+            self.model.stop_training = True
         # The first steps compile, so they say nothing about the time left.
         if not self.marks and 2 * (batch + 1) >= self.config.report_every:
-            now = time.perf_counter()
-            self.marks.append((self.first_step + batch + 1, now))
+            self.marks.append((self.step, now))
+
+    def _total(self, now):
+        return round(self.seconds + now - self.started, 3)
 
     def on_epoch_end(self, epoch, logs=None):
         now = time.perf_counter()
-        config, steps = self.config, self.config.steps
-        step = min(self.first_step + config.report_every, steps)
+        config, steps, step = self.config, self.config.steps, self.step
         logs["step"], logs["sequences"] = step, step * config.batch_size
         logs["longest"] = self.longest
-        logs["seconds"] = round(self.seconds + now - self.started, 3)
+        logs["seconds"] = self._total(now)
         rate = (step - self.first_step) * config.batch_size
         rate /= now - self.epoch_started
         error = self.curriculum.error
@@ -219,6 +235,7 @@ class Progress(keras.callbacks.Callback):
         if step == before:
             return "?:??"
         left = (now - then) / (step - before) * (self.config.steps - step)
+        left = min(left, max(self.limit - self._total(now), 0.0))
         minutes, seconds = divmod(round(left), 60)
         return f"{minutes}:{seconds:02}"
 

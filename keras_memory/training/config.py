@@ -305,6 +305,8 @@ class Training:
         task: a task of `tasks.py`, or another `tasks.Task`.
         model: an architecture of this module, or one in `MODELS`.
         steps: int, at least 1, largest number of training steps (batches).
+        minutes: float, at least 0; training ends after so many minutes,
+            compilation included. 0 runs all steps.
         batch_size: int, at least 1, sequences per step.
         optimizer: name of a Keras optimizer. Default `"adam"`.
         learning_rate: float above 0.
@@ -318,8 +320,15 @@ class Training:
             up to the first length, then up to the next, and at last up to the
             task's `max_length`. Lengths that the task does not have are
             skipped. () trains on all lengths of the task from the start.
+        curriculum_doubles: bool, whether the last length of `curriculum`
+            doubles until it is the task's `max_length`. If `curriculum` is (),
+            the task's `min_length` doubles.
         curriculum_loss: float above 0; a report with a lower loss starts the
             next length.
+        curriculum_error: float, at least 0; instead of the loss, a report with
+            a lower error starts the next length. 0 uses the loss.
+        curriculum_reports: int, at least 1, number of such reports in a row
+            that start the next length.
         curriculum_steps: int, at least 0; instead of the loss, this many steps
             start the next length, rounded up to whole reports. 0 uses the
             loss.
@@ -328,7 +337,9 @@ class Training:
             error is the number of wrong bits per sequence; for `adding` the
             error of the sum; for `argmax` the share of wrong answers.
         test_lengths: tuple of lengths at which the trained model is tested, in
-            addition to the task's own.
+            addition to the longest of the training.
+        test_sequences: int, at least 1, number of fresh sequences of each
+            test, rounded up to whole batches of 8.
         probe_lengths: tuple of lengths; one sequence of each is drawn during
             the training. () draws one of the task's longest.
         report_every: int, at least 1, steps between reports (progress,
@@ -347,6 +358,7 @@ class Training:
     task: tasks.Task
     model: Architecture
     steps: int = 10_000
+    minutes: float = 0.0
     batch_size: int = 16
     optimizer: str = "adam"
     learning_rate: float = 1e-3
@@ -355,10 +367,14 @@ class Training:
     clipnorm: float | None = None
     clipvalue: float | None = None
     curriculum: tuple = ()
+    curriculum_doubles: bool = False
     curriculum_loss: float = 0.1
+    curriculum_error: float = 0.0
+    curriculum_reports: int = 1
     curriculum_steps: int = 0
     stop_error: float = 0.0
     test_lengths: tuple = ()
+    test_sequences: int = 320
     probe_lengths: tuple = ()
     report_every: int = 100
     checkpoint_every: int = 500
@@ -375,13 +391,16 @@ class Training:
             )
         for name, least in (
             ("steps", 1),
+            ("curriculum_reports", 1),
             ("curriculum_steps", 0),
+            ("test_sequences", 1),
             ("report_every", 1),
             ("checkpoint_every", 0),
             ("picture_every", 0),
         ):
             check_whole(name, getattr(self, name), least, MOST_STEPS)
-        for name in ("learning_rate_decay", "jit_compile"):
+        bools = "learning_rate_decay", "curriculum_doubles", "jit_compile"
+        for name in bools:
             check_bool(name, getattr(self, name))
         check_whole("seed", self.seed, 0, MOST_SEED)
         self.task.check_bytes(check_size("batch_size", self.batch_size))
@@ -391,10 +410,18 @@ class Training:
                 raise ValueError(
                     f"`{name}` must be above 0. Received: {name}={value!r}"
                 )
-        if not (is_number(self.stop_error) and self.stop_error >= 0):
+        for name in ("minutes", "curriculum_error", "stop_error"):
+            value = getattr(self, name)
+            if not (is_number(value) and value >= 0):
+                raise ValueError(
+                    f"`{name}` must be at least 0. Received: {name}={value!r}"
+                )
+        if self.curriculum_steps and self.curriculum_error:
             raise ValueError(
-                "`stop_error` must be at least 0. "
-                f"Received: stop_error={self.stop_error!r}"
+                "Only one of `curriculum_steps` and `curriculum_error` can be "
+                "set; the other must be 0. "
+                f"Received: curriculum_steps={self.curriculum_steps}, "
+                f"curriculum_error={self.curriculum_error}"
             )
         if "gradient_accumulation_steps" in self.optimizer_options:
             raise ValueError(

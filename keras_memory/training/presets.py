@@ -7,6 +7,7 @@ from keras_memory.training.config import MODELS
 from keras_memory.training.config import DNCConfig
 from keras_memory.training.config import LSTMConfig
 from keras_memory.training.config import NTMConfig
+from keras_memory.training.config import SAMConfig
 from keras_memory.training.config import Training
 
 
@@ -40,6 +41,19 @@ def _presets():
         "picture_every": 1_000,
     }
     adam = {"learning_rate_decay": True, "clipnorm": 0.2}
+    # Rae et al. 2016, section 4.3. The numbers are ours.
+    doubling = {
+        "learning_rate": 3e-3,
+        "clipnorm": 1.0,
+        "batch_size": 16,
+        "curriculum_doubles": True,
+        "curriculum_error": 1.0,
+        "steps": 1_000_000,
+        "minutes": 10.0,
+        "report_every": 20,
+        "picture_every": 0,
+        "test_sequences": 32,
+    }
     ntm = NTMConfig(initialization="pytorch-ntm")
     # The number of weights is within 1 % of the NTM's.
     dnc = DNCConfig(
@@ -185,6 +199,15 @@ def _presets():
                 pytorch_dnc.model, controller_units=units
             ),
             steps=2_000,
+        )
+    sam = SAMConfig(initialization="pytorch-ntm")
+    long = {"max_length": 4096, "buckets": 0}
+    for task, start in (
+        (tasks.Copy(**long), 8),
+        (tasks.AssociativeRecall(**long), 3),
+    ):
+        made[task.name]["sam"] = Training(
+            task, sam, curriculum=(start,), probe_lengths=(20,), **doubling
         )
     for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
         made[name]["pytorch-ntm"] = dataclasses.replace(

@@ -196,7 +196,8 @@ def _run(config, model, folder, show):
 
     probes = runs.probes(config)
     reports = in_reports("steps", config)
-    if done < reports and not curriculum.reached:
+    progress = Progress(config, curriculum, seconds, show)
+    if done < reports and not curriculum.reached and seconds < progress.limit:
         checkpoint = Checkpoint(
             folder / "checkpoint.keras", in_reports("checkpoint_every", config)
         )
@@ -214,7 +215,7 @@ def _run(config, model, folder, show):
                 shuffle=False,
                 verbose=0,
                 callbacks=[
-                    Progress(config, curriculum, seconds, show),
+                    progress,
                     curriculum,
                     StepsBoard(folder / "logs", write_graph=False),
                     History(folder / "history.csv", rows),
@@ -262,17 +263,18 @@ def _finish(config, model, folder, last, probes):
     with atomic_write(folder / "model.keras") as path:
         model.save(path)
     steps = int(model.optimizer.iterations)
-    task = config.task
+    task, longest = config.task, last["longest"]
+    tested = {"seed": config.seed, "sequences": config.test_sequences}
     results = {
         "steps": steps,
         "sequences": steps * config.batch_size,
         "seconds": round(last["seconds"], 1),
         "parameters": model.count_params(),
-        "longest_trained": last["longest"],
-        **runs.evaluate(model, task, config.seed),
+        "longest_trained": longest,
+        **runs.evaluate(model, task, longest=longest, **tested),
     }
-    for length in (task.max_length, *config.test_lengths):
-        results |= runs.evaluate(model, task, config.seed, length=length)
+    for length in (longest, *config.test_lengths):
+        results |= runs.evaluate(model, task, length=length, **tested)
     runs.draw(config, model, folder, probes)
     shutil.rmtree(folder / "export", ignore_errors=True)
     export_for_serving(model, folder / "export", name=task.name)

@@ -25,13 +25,14 @@ from keras_memory.training.config import check_training
 from keras_memory.training.config import from_json
 from keras_memory.training.config import to_json
 
-EVALUATED_BATCHES, EVALUATED_BATCH_SIZE = 40, 8
+EVALUATED_SEQUENCES, EVALUATED_BATCH_SIZE = 320, 8
 
 COUNTS = "step", "sequences", "longest"  # totals so far, in each report
 
 # Settings that change what is written, not what is learned.
 _REPORTING = (
     "test_lengths",
+    "test_sequences",
     "probe_lengths",
     "report_every",
     "checkpoint_every",
@@ -168,16 +169,26 @@ def sequences_seen(config, reports):
     return steps * config.batch_size
 
 
-def evaluate(model, task, seed=1, **ranges):
-    """Tests a model on 320 fresh sequences.
+def evaluate(
+    model,
+    task,
+    seed=1,
+    longest=None,
+    sequences=EVALUATED_SEQUENCES,
+    **ranges,
+):
+    """Tests a model on fresh sequences.
 
     Args:
         model: a model that `build` made.
         task: a task of `tasks.py`.
         seed: int, at least 0, seed of the sequences. They differ from the
             training sequences of the same seed.
+        longest: int, the largest length; None for the task's `max_length`.
+        sequences: int, at least 1, number of sequences, rounded up to whole
+            batches of 8.
         **ranges: arguments of `task.sample`: `length`, one length for all
-            sequences (default: lengths spread evenly over the task's range);
+            sequences (default: lengths spread evenly up to `longest`);
             `repeats`.
 
     Returns:
@@ -190,6 +201,7 @@ def evaluate(model, task, seed=1, **ranges):
             have the length.
     """
     check_whole("seed", seed, least=0)
+    check_whole("sequences", sequences, least=1)
     if not callable(model):
         raise ValueError(
             "`model` must be a model, as `training.build` makes it. "
@@ -206,7 +218,10 @@ def evaluate(model, task, seed=1, **ranges):
     optimum, bits = [], 0.0
     if isinstance(task, tasks.NGrams):
         optimum.append(losses.BitsPerSequence("optimal_bits_per_sequence"))
-    lengths = np.linspace(task.min_length, task.max_length, EVALUATED_BATCHES)
+    longest = task.max_length if longest is None else longest
+    check_whole("longest", longest, least=task.min_length)
+    batches = -(-sequences // EVALUATED_BATCH_SIZE)
+    lengths = np.linspace(task.min_length, longest, batches)
     for length in lengths.round().astype(int):
         at = {"length": int(length), **ranges}
         batch = task.sample(rng, EVALUATED_BATCH_SIZE, **at)
@@ -217,7 +232,7 @@ def evaluate(model, task, seed=1, **ranges):
         for metric in optimum:
             best = task.optimal_outputs(batch)
             metric.update_state(batch.targets, best, batch.mask)
-    where = f"up_to_{task.max_length}"
+    where = f"up_to_{longest}"
     if "length" in ranges:
         where = f"at_{ranges['length']}"
     if "repeats" in ranges:
@@ -227,8 +242,8 @@ def evaluate(model, task, seed=1, **ranges):
         for metric in metrics + optimum
     }
     if task.kind == "bits":
-        sequences = EVALUATED_BATCHES * EVALUATED_BATCH_SIZE
-        results[f"bits_in_a_sequence_{where}"] = float(bits / sequences)
+        bits /= batches * EVALUATED_BATCH_SIZE
+        results[f"bits_in_a_sequence_{where}"] = float(bits)
     return results
 
 
@@ -343,14 +358,19 @@ def draw_lengths(config, model, folder):
     pictures = _pictures_of(folder)
     task = config.task
     error = losses.KINDS[task.kind].error
-    longest = task.max_length * (1 if task.kind == "class" else 2)
+    trained = longest_trained(folder, config, int(model.optimizer.iterations))
+    longest = trained * (1 if task.kind == "class" else 2)
     lengths = np.unique(
         np.linspace(task.min_length, longest, 12).round().astype(int)
     )
     errors = [
-        evaluate(model, task, config.seed, length=int(length))[
-            f"{error}_at_{length}"
-        ]
+        evaluate(
+            model,
+            task,
+            config.seed,
+            sequences=config.test_sequences,
+            length=int(length),
+        )[f"{error}_at_{length}"]
         for length in lengths
     ]
     picture = visualization.plot_curves(
@@ -358,7 +378,7 @@ def draw_lengths(config, model, folder):
         title=f"{task.name}: error by length",
         x_label="length",
         y_label=error.replace("_", " "),
-        marks={"longest in training": task.max_length},
+        marks={"longest in training": trained},
     )
     return _write_png(pictures / "error_by_length.png", picture)
 

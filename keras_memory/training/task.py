@@ -45,8 +45,9 @@ class Task:
     Args:
         min_length: int, at least 1, in the task's `unit`.
         max_length: int, at least `min_length`.
-        buckets: int, at least 1, number of padded lengths, evenly spaced up
-            to the longest.
+        buckets: int, at least 0, number of padded lengths, evenly spaced up
+            to the longest; 0 pads time to powers of two, for a curriculum whose
+            lengths double.
 
     Raises:
         ValueError: a size is out of its range.
@@ -64,7 +65,8 @@ class Task:
         make_plain(self)
         for field in dataclasses.fields(self):
             if field.type in (int, "int"):
-                check_size(field.name, getattr(self, field.name))
+                least = 0 if field.name == "buckets" else 1
+                check_size(field.name, getattr(self, field.name), least)
         self._check_order("min_length", "max_length")
         self.check_bytes(1)
 
@@ -83,7 +85,7 @@ class Task:
             batch_size: int.
             time: int, number of time steps; None for `time_steps`.
         """
-        time = self.time_steps if time is None else time
+        time = self._padded_time(self.time_steps) if time is None else time
         width = self.input_size + self.output_size + 1
         sizes = ("batch_size", batch_size), ("time steps", time)
         check_bytes(
@@ -142,10 +144,7 @@ class Task:
 
     def _padded(self, batch):
         time = batch.mask.shape[1]
-        # The smallest bucket that holds `time` steps.
-        bucket = (time - 1) * self.buckets // self.time_steps + 1
-        end = -(-bucket * self.time_steps // self.buckets)
-        padding = end - time if bucket <= self.buckets else 0
+        padding = self._padded_time(time) - time
         return Batch(
             *(
                 np.pad(
@@ -154,6 +153,14 @@ class Task:
                 for part in batch
             )
         )
+
+    def _padded_time(self, time):
+        """The smallest bucket that holds `time` steps."""
+        if not self.buckets:
+            return 1 << (time - 1).bit_length()
+        bucket = (time - 1) * self.buckets // self.time_steps + 1
+        end = -(-bucket * self.time_steps // self.buckets)
+        return end if bucket <= self.buckets else time
 
     def _blank(self, batch_size, time):
         self.check_bytes(batch_size, time)
