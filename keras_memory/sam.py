@@ -50,7 +50,7 @@ class SAMState(NamedTuple):
         last_access: (B, N) int32, number of the step that accessed a slot last;
             0 if the slot was written but never accessed (see
             `access_threshold`), -1 if it was never written.
-        norms: (B, N) float32, of the slots that were written; 0 of the others.
+        norms: (B, N) float32, of the slots that were written; 1 of the others.
         block_access: (B, ceil(N / 256)) int32, for each block of 256 slots a
             number that no last access in it is below, 0 at first.
         read_slots: (B, R, K) int32, the slots of the last step's reads; -1 for
@@ -292,7 +292,10 @@ class SAMAccess:
                 (self.memory_slots, self.slot_size), per_slot=True
             ),
             norms=StateSpec(
-                (self.memory_slots,), dtype="float32", per_slot=True
+                (self.memory_slots,),
+                constant=1.0,
+                dtype="float32",
+                per_slot=True,
             ),
             last_access=whole(
                 (self.memory_slots,),
