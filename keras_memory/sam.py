@@ -7,12 +7,14 @@ accessed longest ago, so its cost does not grow with the number of slots.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_memory.addressing import sparse
@@ -20,10 +22,13 @@ from keras_memory.addressing.activations import activation_by_name
 from keras_memory.addressing.activations import not_negative
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.content import NORM_EPSILON
+from keras_memory.addressing.slots import compiles
 from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import given
 from keras_memory.checks import check_array
 from keras_memory.checks import check_closed
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_open
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_size
 from keras_memory.hints import Activation
@@ -35,7 +40,11 @@ from keras_memory.recurrent.interface import check_bytes_of_state
 from keras_memory.recurrent.interface import interface_size
 from keras_memory.recurrent.interface import split_interface
 from keras_memory.recurrent.layer import MemoryRNN
+from keras_memory.retrieval.host_memory import HostMemory
+from keras_memory.retrieval.host_memory import Transaction
+from keras_memory.retrieval.tuning import check_scann
 
+SEARCH_METHODS = ("auto", "exact", "approximate")
 # Logit of a slot that is not there. It is finite, so that a head without slots
 # gives no NaN.
 LOWEST_LOGIT = -1e30
@@ -105,6 +114,8 @@ class SAMAccess:
     add_activation: Activation = "linear"
     strength_activation: Activation = "oneplus"
     norm_epsilon: float | None = None
+    search_method: str = "auto"
+    target_recall: float = 0.9
 
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
@@ -244,7 +255,27 @@ class SAMAccess:
             )
         check_rate("access_threshold", self.access_threshold)
         check_closed("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
+        check_one_of("search_method", self.search_method, SEARCH_METHODS)
+        check_open("target_recall", self.target_recall)
+        if self.search_method == "approximate":
+            check_scann(
+                '`search_method="approximate"`', 'Or use search_method="exact"'
+            )
+            if keras.backend.backend() != "tensorflow":
+                raise ValueError(
+                    "The backend must be TensorFlow for "
+                    'search_method="approximate", whose graph calls the host; '
+                    'or use search_method="exact". Received: '
+                    f"KERAS_BACKEND={keras.backend.backend()}"
+                )
         self.activations  # noqa: B018, raises if one is unknown
+
+    @functools.cached_property
+    def host_memory(self):
+        """The slots, with search_method="approximate"; else None."""
+        if self.search_method != "approximate":
+            return None
+        return HostMemory(self.memory_slots, self.slot_size, self.target_recall)
 
     @functools.cached_property
     def parts(self):
@@ -283,22 +314,7 @@ class SAMAccess:
         reads = (self.read_heads, self.top_k)
         return SAMState(
             reads=StateSpec((self.read_heads, self.slot_size)),
-            memory=StateSpec(
-                (self.memory_slots, self.slot_size), per_slot=True
-            ),
-            norms=StateSpec(
-                (self.memory_slots,), dtype="float32", per_slot=True
-            ),
-            last_access=whole(
-                (self.memory_slots,),
-                constant=sparse.UNWRITTEN,
-                per_slot=True,
-            ),
-            block_access=whole(
-                (-(-self.memory_slots // sparse.BLOCK),),
-                per_slot=True,
-                slots_per_row=sparse.BLOCK,
-            ),
+            **self._states_per_slot,
             read_slots=whole(
                 reads,
                 constant=-1,
@@ -307,6 +323,26 @@ class SAMAccess:
             read_weights=StateSpec(reads, into_range=not_negative),
             time=whole((1,), into_range=lambda x: ops.maximum(x, 0)),
         )
+
+    @property
+    def _states_per_slot(self):
+        whole = functools.partial(StateSpec, dtype="int32", per_slot=True)
+        host, number = self.host_memory, self.memory_slots
+        if host is not None:
+            return {
+                "memory": whole((1,), on_host=(host, "memory")),
+                "norms": (),
+                "last_access": whole((1,), on_host=(host, "last_access")),
+                "block_access": (),
+            }
+        return {
+            "memory": StateSpec((number, self.slot_size), per_slot=True),
+            "norms": StateSpec((number,), dtype="float32", per_slot=True),
+            "last_access": whole((number,), constant=sparse.UNWRITTEN),
+            "block_access": whole(
+                (-(-number // sparse.BLOCK),), slots_per_row=sparse.BLOCK
+            ),
+        }
 
 
 def _flat(x, at_least=None):
@@ -360,15 +396,30 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
         Raises:
             ValueError: the contents have another shape, or more than
-                `memory_slots` slots.
+                `memory_slots` slots; or the memory is on the host.
         """
-        contents = check_array("contents", contents, ("B", "n", self.slot_size))
-        batch, count, _ = contents.shape
-        if not 1 <= count <= self.memory_slots:
+        if self.is_on_host:
+            raise ValueError(
+                "The states of a memory on the host do not have its slots: use "
+                "`layer.set_memory(contents)`. Received: "
+                f"search_method={self.search_method!r}"
+            )
+        return self._state_with(self._check_contents(contents))
+
+    def _check_contents(self, contents, batch_size=None):
+        sizes = {} if batch_size is None else {"B": batch_size}
+        contents = check_array(
+            "contents", contents, ("B", "n", self.slot_size), sizes
+        )
+        if not 1 <= contents.shape[1] <= self.memory_slots:
             raise ValueError(
                 "`contents` must have 1 to `memory_slots` slots, "
                 f"{self.memory_slots}. Received: shape {tuple(contents.shape)}"
             )
+        return contents
+
+    def _state_with(self, contents):
+        batch, count, _ = contents.shape
         contents = ops.cast(contents, self.access_dtype)
         epsilon = self.norm_epsilon or NORM_EPSILON[self.access_dtype]
         written = {
@@ -381,6 +432,8 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
         blocks = count // sparse.BLOCK + (count == self.memory_slots)
         blocks = min(blocks, -(-self.memory_slots // sparse.BLOCK))
         written["block_access"] = ops.ones((batch, blocks))
+        if self.is_on_host:  # which has all but the time
+            written = {"time": written["time"]}
 
         def first(record, field, values):
             before = getattr(record, field)
@@ -435,9 +488,23 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
             0; or `"oneplus"` (default).
         norm_epsilon: float, at least 1e-30, added inside the root of each
             norm. Default None: 1e-8, in float64 1e-16.
+        search_method: `"exact"` compares a key with every slot;
+            `"approximate"` keeps the memory on the host, where ScaNN finds
+            most of the nearest slots; `"auto"` (default) is `"exact"`, since
+            approximate searches give other numbers.
+        target_recall: float in (0, 1), share of the nearest slots that
+            approximate searches should find. Default 0.9.
+
+    `search_method="approximate"` is for a large memory that stays: TensorFlow
+    without XLA, `stateful=True`, float32, no `initial_state`, `return_state`,
+    `recompute` or `unroll`. `set_memory` fills the memory. Gradients are those
+    of the slots found. A call that fails leaves memory and states as they
+    were. Files and exports do not contain the memory.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or not possible with
+            search_method="approximate".
+        ImportError: search_method="approximate", and ScaNN cannot be imported.
 
     Call arguments and further errors: see `MemoryRNN`.
 
@@ -466,6 +533,8 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
         add_activation: Activation = "linear",
         strength_activation: Activation = "oneplus",
         norm_epsilon: float | None = None,
+        search_method: str = "auto",
+        target_recall: float = 0.9,
         num_layers: int = 1,
         share_memory: bool = True,
         controller: str | keras.layers.Layer = "lstm",
@@ -496,3 +565,218 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
     ):
         super().__init__(**given(locals()))
         self.cell: SAMCell
+        self._given_state = False  # whether the last call had `initial_state`
+        self._is_compiled = None  # whether XLA compiled the last call
+        if self.cell.is_on_host:
+            self._check_arguments_of_host()
+            self.supports_jit = False
+            accesses = {id(access): access for access in self.cell.accesses}
+            self._memories = [a.host_memory for a in accesses.values()]
+            self._transaction = Transaction(self._memories)
+
+    def _check_arguments_of_host(self):
+        wanted = {
+            "stateful": (True, "the memory is kept between calls"),
+            "return_state": (False, "states do not have the memory"),
+            "unroll": (False, "calls of the host need the fast time loop"),
+            "recompute": (None, "a step must not write twice"),
+        }
+        wrong = {
+            f"{name}={value}": why
+            for name, (value, why) in wanted.items()
+            if getattr(self, name) != value
+        }
+        if self.loop == "portable":
+            wrong['loop="auto" or "fast"'] = "other loops give no gradients"
+        if self.dtype_policy.name != "float32":
+            wrong['dtype="float32"'] = "ScaNN searches float32"
+        if wrong:
+            whys = "; ".join(f"{name}, since {wrong[name]}" for name in wrong)
+            raise ValueError(
+                f'search_method="approximate" needs {whys}. Or use '
+                f'search_method="exact". Received: stateful={self.stateful}, '
+                f"return_state={self.return_state}, unroll={self.unroll}, "
+                f"recompute={self.recompute!r}, loop={self.loop!r}, "
+                f"dtype={self.dtype_policy.name!r}"
+            )
+
+    def _create_state_variables(self, batch_size):
+        super()._create_state_variables(batch_size)
+        if self.cell.is_on_host:
+            for memory in self._memories:
+                memory.allocate(batch_size)
+
+    def _check_arguments(self, sequences, initial_state, mask):
+        if self.cell.is_on_host and initial_state is not None:
+            raise ValueError(
+                "`initial_state` must be None for search_method="
+                '"approximate": states do not have the memory. '
+                "`set_memory(contents)` fills it, and `reset_state()` clears "
+                f"it. Received: {len(initial_state)} states"
+            )
+        return super()._check_arguments(sequences, initial_state, mask)
+
+    def call(
+        self,
+        sequences: Array,
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> Any:
+        self._given_state = initial_state is not None
+        self._is_compiled = compiles()
+        if self.cell.is_on_host and self._is_compiled:
+            raise ValueError(
+                'search_method="approximate" calls the host, which XLA cannot: '
+                "use `compile(..., jit_compile=False)`, or search_method="
+                '"exact". Received: a call compiled by XLA'
+            )
+        outputs = super().call(
+            sequences, initial_state, mask, training, use_memory
+        )
+        return self._end_call(outputs) if self.cell.is_on_host else outputs
+
+    # The states of a layer whose memory is on the host are variables, and the
+    # memory is not. `Transaction` keeps them together: a call begins before it
+    # reads the states, and ends when it has assigned them.
+
+    def _values_of_state(self):
+        values = super()._values_of_state()
+        if self.cell.is_on_host:
+            return self._call_host(self._transaction.begin, values)
+        return values
+
+    def _end_call(self, outputs):
+        """Ends the transaction when all states are assigned, and before layers
+        behind this one see the outputs."""
+        import tensorflow as tf
+
+        def end(*values):
+            self._transaction.end()
+            return values
+
+        values = self._call_host(end, super()._values_of_state())
+        # The next call begins when it reads the states: then this one ended.
+        for variable, value in zip(self._state.variables, values):
+            variable.assign(value)
+        with tf.control_dependencies(values):
+            return tf.identity(outputs)
+
+    def _call_host(self, function, values):
+        return sparse.call_host(function, values, *values)
+
+    def reset_state(self) -> None:
+        super().reset_state()
+        if self.cell.is_on_host and self.states is not None:
+            self._transaction.end()
+            for memory in self._memories:
+                memory.clear()
+
+    def _reset(self, reset, states, rows):
+        after = super()._reset(reset, states, rows)
+        if self.cell.is_on_host and states is None:
+            self._transaction.end()
+        return after
+
+    def reset_memory(
+        self, states: Sequence[Array] | None = None, rows: Array | None = None
+    ) -> list[Array]:
+        if not self.cell.is_on_host:
+            return super().reset_memory(states, rows)
+        if states is not None:
+            raise ValueError(
+                "`states` must be None for search_method="
+                '"approximate": states do not have the memory. '
+                f"Received: {len(states)} states"
+            )
+        after = super().reset_memory(None, rows)
+        rows = None if rows is None else ops.convert_to_numpy(rows)
+        for memory in self._memories:
+            memory.clear(rows)
+        return after
+
+    def set_memory(self, contents: Array) -> None:
+        """Fills the memory of a stateful layer, as `SAMCell.state_with` does.
+
+        All states begin anew, also those of the controller.
+
+        Args:
+            contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
+                of a `KNNMemory`. Each memory gets them, if there are several.
+
+        Raises:
+            ValueError: the layer has no states of its own; the contents have
+                another shape; or they are not finite, for search_method=
+                "approximate".
+        """
+        contents = self.cell._check_contents(contents, self._batch_size())
+        if self.cell.is_on_host:
+            array = ops.convert_to_numpy(contents).astype("float32")
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    "`contents` must be finite within float32 for "
+                    'search_method="approximate". Received: NaN or infinity'
+                )
+        self.reset_state()
+        states = self.cell._state_with(contents)
+        for variable, value in zip(self.states, states):
+            variable.assign(ops.cast(value, variable.dtype))
+        if self.cell.is_on_host:
+            for memory in self._memories:
+                memory.fill(array)
+
+    def get_memory(self) -> list[np.ndarray]:
+        """The contents of the memory of a stateful layer.
+
+        Returns:
+            List with an array (B, N, W) for each memory, usually one; slots
+            without a write are 0.
+
+        Raises:
+            ValueError: the layer has no states of its own.
+        """
+        self._batch_size()
+        if self.cell.is_on_host:
+            self._transaction.settle()
+            return [memory.memory.copy() for memory in self._memories]
+        records = self.cell.layout.unflatten(self.states)
+        return [ops.convert_to_numpy(record.memory) for record in records]
+
+    def _batch_size(self):
+        if not self.states:
+            raise ValueError(
+                "The layer must be stateful and built to have a memory of its "
+                "own: call it on data or call `build(input_shape)`. Without "
+                "`stateful=True` pass `cell.state_with(contents)` as "
+                f"`initial_state`. Received: stateful={self.stateful}, "
+                f"built={self.built}"
+            )
+        return self.states[0].shape[0]
+
+    @property
+    def engine(self) -> str:
+        """How a call uses the memory: a word and the reason.
+
+        Of the last call, or, without one, of the next call without
+        `initial_state`. Calls of already compiled functions do not count.
+        """
+        if self.cell.is_on_host:
+            return "host: the memory stays on the host, where ScaNN searches it"
+        if not (self._given_state or self.return_state or self.stateful):
+            return (
+                "empty: the memory starts empty in each call, with as many "
+                "slots as steps"
+            )
+        if keras.backend.backend() != "jax" and not self._is_compiled:
+            return (
+                "copied: each step copies the memory; with XLA "
+                "(`jit_compile=True`) on TensorFlow, or on JAX, it does not"
+            )
+        if self._given_state:
+            why = "`initial_state` was given"
+        elif self.stateful:
+            return "in place: steps change the memory of the layer's states"
+        else:
+            why = "`return_state=True` needs all slots"
+        return f"copied: {why}, so each call copies the memory once"

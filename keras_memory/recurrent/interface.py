@@ -99,6 +99,10 @@ class StateSpec:
             `MemoryCell.get_initial_state`.
         slots_per_row: int, at least 1; a state `per_slot` then has a row for
             each so many slots.
+        on_host: None, or a pair for a state `per_slot` whose rows stay on the
+            host: its `HostMemory`, and the name of the array there. The state
+            itself is then a token of shape (1,) and int32, which orders the
+            calls of the host.
         into_range: function that brings a given state, (B, *`shape_in_step`),
             into the range that steps keep; None if any value is allowed.
 
@@ -117,6 +121,7 @@ class StateSpec:
     dtype: str | None = None
     per_slot: bool = False
     slots_per_row: int = 1
+    on_host: typing.Any = None
     into_range: typing.Callable[..., typing.Any] | None = None
 
     def __post_init__(self) -> None:
