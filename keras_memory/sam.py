@@ -35,14 +35,11 @@ from keras_memory.hints import Activation
 from keras_memory.hints import Array
 from keras_memory.recurrent.cell import CellArguments
 from keras_memory.recurrent.cell import MemoryCell
+from keras_memory.recurrent.host_layer import HostRNN
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_bytes_of_state
 from keras_memory.recurrent.interface import interface_size
 from keras_memory.recurrent.interface import split_interface
-from keras_memory.recurrent.layer import MemoryRNN
-from keras_memory.retrieval.host_memory import HostMemory
-from keras_memory.retrieval.host_memory import Transaction
-from keras_memory.retrieval.tuning import check_scann
 
 SEARCH_METHODS = ("auto", "exact", "approximate")
 # Logit of a slot that is not there. It is finite, so that a head without slots
@@ -258,6 +255,9 @@ class SAMAccess:
         check_one_of("search_method", self.search_method, SEARCH_METHODS)
         check_open("target_recall", self.target_recall)
         if self.search_method == "approximate":
+            # Here: other memories do not import all of `retrieval`.
+            from keras_memory.retrieval.tuning import check_scann
+
             check_scann(
                 '`search_method="approximate"`', 'Or use search_method="exact"'
             )
@@ -275,6 +275,8 @@ class SAMAccess:
         """The slots, with search_method="approximate"; else None."""
         if self.search_method != "approximate":
             return None
+        from keras_memory.retrieval.host_memory import HostMemory
+
         return HostMemory(self.memory_slots, self.slot_size, self.target_recall)
 
     @functools.cached_property
@@ -457,7 +459,7 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
+class SAMLayer(HostRNN, SAMArguments, cell=SAMCell):
     """Sparse Access Memory: a step costs the same for any number of slots.
 
     Source: Rae et al. 2016 (arXiv 1610.09027), section 3.
@@ -567,54 +569,7 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
         self.cell: SAMCell
         self._given_state = False  # whether the last call had `initial_state`
         self._is_compiled = None  # whether XLA compiled the last call
-        if self.cell.is_on_host:
-            self._check_arguments_of_host()
-            self.supports_jit = False
-            accesses = {id(access): access for access in self.cell.accesses}
-            self._memories = [a.host_memory for a in accesses.values()]
-            self._transaction = Transaction(self._memories)
-
-    def _check_arguments_of_host(self):
-        wanted = {
-            "stateful": (True, "the memory is kept between calls"),
-            "return_state": (False, "states do not have the memory"),
-            "unroll": (False, "calls of the host need the fast time loop"),
-            "recompute": (None, "a step must not write twice"),
-        }
-        wrong = {
-            f"{name}={value}": why
-            for name, (value, why) in wanted.items()
-            if getattr(self, name) != value
-        }
-        if self.loop == "portable":
-            wrong['loop="auto" or "fast"'] = "other loops give no gradients"
-        if self.dtype_policy.name != "float32":
-            wrong['dtype="float32"'] = "ScaNN searches float32"
-        if wrong:
-            whys = "; ".join(f"{name}, since {wrong[name]}" for name in wrong)
-            raise ValueError(
-                f'search_method="approximate" needs {whys}. Or use '
-                f'search_method="exact". Received: stateful={self.stateful}, '
-                f"return_state={self.return_state}, unroll={self.unroll}, "
-                f"recompute={self.recompute!r}, loop={self.loop!r}, "
-                f"dtype={self.dtype_policy.name!r}"
-            )
-
-    def _create_state_variables(self, batch_size):
-        super()._create_state_variables(batch_size)
-        if self.cell.is_on_host:
-            for memory in self._memories:
-                memory.allocate(batch_size)
-
-    def _check_arguments(self, sequences, initial_state, mask):
-        if self.cell.is_on_host and initial_state is not None:
-            raise ValueError(
-                "`initial_state` must be None for search_method="
-                '"approximate": states do not have the memory. '
-                "`set_memory(contents)` fills it, and `reset_state()` clears "
-                f"it. Received: {len(initial_state)} states"
-            )
-        return super()._check_arguments(sequences, initial_state, mask)
+        self._prepare_host()
 
     def call(
         self,
@@ -626,75 +581,9 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
     ) -> Any:
         self._given_state = initial_state is not None
         self._is_compiled = compiles()
-        if self.cell.is_on_host and self._is_compiled:
-            raise ValueError(
-                'search_method="approximate" calls the host, which XLA cannot: '
-                "use `compile(..., jit_compile=False)`, or search_method="
-                '"exact". Received: a call compiled by XLA'
-            )
-        outputs = super().call(
+        return super().call(
             sequences, initial_state, mask, training, use_memory
         )
-        return self._end_call(outputs) if self.cell.is_on_host else outputs
-
-    # The states of a layer whose memory is on the host are variables, and the
-    # memory is not. `Transaction` keeps them together: a call begins before it
-    # reads the states, and ends when it has assigned them.
-
-    def _values_of_state(self):
-        values = super()._values_of_state()
-        if self.cell.is_on_host:
-            return self._call_host(self._transaction.begin, values)
-        return values
-
-    def _end_call(self, outputs):
-        """Ends the transaction when all states are assigned, and before layers
-        behind this one see the outputs."""
-        import tensorflow as tf
-
-        def end(*values):
-            self._transaction.end()
-            return values
-
-        values = self._call_host(end, super()._values_of_state())
-        # The next call begins when it reads the states: then this one ended.
-        for variable, value in zip(self._state.variables, values):
-            variable.assign(value)
-        with tf.control_dependencies(values):
-            return tf.identity(outputs)
-
-    def _call_host(self, function, values):
-        return sparse.call_host(function, values, *values)
-
-    def reset_state(self) -> None:
-        super().reset_state()
-        if self.cell.is_on_host and self.states is not None:
-            self._transaction.end()
-            for memory in self._memories:
-                memory.clear()
-
-    def _reset(self, reset, states, rows):
-        after = super()._reset(reset, states, rows)
-        if self.cell.is_on_host and states is None:
-            self._transaction.end()
-        return after
-
-    def reset_memory(
-        self, states: Sequence[Array] | None = None, rows: Array | None = None
-    ) -> list[Array]:
-        if not self.cell.is_on_host:
-            return super().reset_memory(states, rows)
-        if states is not None:
-            raise ValueError(
-                "`states` must be None for search_method="
-                '"approximate": states do not have the memory. '
-                f"Received: {len(states)} states"
-            )
-        after = super().reset_memory(None, rows)
-        rows = None if rows is None else ops.convert_to_numpy(rows)
-        for memory in self._memories:
-            memory.clear(rows)
-        return after
 
     def set_memory(self, contents: Array) -> None:
         """Fills the memory of a stateful layer, as `SAMCell.state_with` does.

@@ -8,11 +8,11 @@ from knn import clustered
 from knn import need_scann
 from knn import random
 
+from keras_memory.recurrent.host_layer import Transaction
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.host_memory import BLOCK
 from keras_memory.retrieval.host_memory import UNWRITTEN
 from keras_memory.retrieval.host_memory import HostMemory
-from keras_memory.retrieval.host_memory import Transaction
 from keras_memory.retrieval.similarities import unit
 from keras_memory.retrieval.tuning import closeness
 from keras_memory.retrieval.tuning import recall

@@ -34,7 +34,7 @@ LAYERS = [
     ["recurrent.loop"],
     ["recurrent.cell"],
     ["recurrent.layer"],
-    ["recurrent.tracing"],
+    ["recurrent.host_layer", "recurrent.tracing"],
     ["recurrent"],
     ["ntm", "dnc"],
     ["spatial.tensors"],
