@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_memory.addressing.slots import compiles
@@ -28,8 +29,10 @@ class Transaction:
         Returns:
             The states to begin with; see `settle`.
         """
-        self._states = self.settle(*states)
-        return self._states
+        states = self.settle(*states)
+        # Copies: TensorFlow may reuse the memory of arguments and results.
+        self._states = [np.array(state) for state in states]
+        return states
 
     def settle(self, *states):
         """Undoes the writes of a call that has begun but not ended.
@@ -43,7 +46,7 @@ class Transaction:
             return states
         for memory in self._memories:
             memory.roll_back()
-        return self._states
+        return [state.copy() for state in self._states]
 
     def end(self):
         """Ends a call: it counts."""

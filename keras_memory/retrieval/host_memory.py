@@ -88,7 +88,7 @@ class HostMemory:
             )
         with self._lock:
             before = self.take(name, slots)
-            self._journal.append((name, slots, before))
+            self._journal.append((name, np.array(slots), before))
             if updated is None:
                 updated = np.ones(len(slots), bool)
             more = (1,) * (before.ndim - 1)
