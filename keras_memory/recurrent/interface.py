@@ -99,12 +99,12 @@ class StateSpec:
             `MemoryCell.get_initial_state`.
         slots_per_row: int, at least 1; a state `per_slot` then has a row for
             each so many slots.
+        into_range: function that brings a given state, (B, *`shape_in_step`),
+            into the range that steps keep; None if any value is allowed.
         on_host: None, or a pair for a state `per_slot` whose rows stay on the
             host: its `HostMemory`, and the name of the array there. The state
             itself is then a token of shape (1,) and int32, which orders the
             calls of the host.
-        into_range: function that brings a given state, (B, *`shape_in_step`),
-            into the range that steps keep; None if any value is allowed.
 
     Raises:
         ValueError: `shape`, `initial`, `constant`, `transposed`, `dtype` or
@@ -121,8 +121,8 @@ class StateSpec:
     dtype: str | None = None
     per_slot: bool = False
     slots_per_row: int = 1
-    on_host: typing.Any = None
     into_range: typing.Callable[..., typing.Any] | None = None
+    on_host: typing.Any = None
 
     def __post_init__(self) -> None:
         shape = plain_tuple(self.shape)
