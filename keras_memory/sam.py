@@ -7,12 +7,14 @@ accessed longest ago, so its cost does not grow with the number of slots.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
 from typing import Unpack
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_memory.addressing import sparse
@@ -20,22 +22,26 @@ from keras_memory.addressing.activations import activation_by_name
 from keras_memory.addressing.activations import not_negative
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.content import NORM_EPSILON
+from keras_memory.addressing.slots import compiles
 from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import given
 from keras_memory.checks import check_array
 from keras_memory.checks import check_closed
+from keras_memory.checks import check_one_of
+from keras_memory.checks import check_open
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_size
 from keras_memory.hints import Activation
 from keras_memory.hints import Array
 from keras_memory.recurrent.cell import CellArguments
 from keras_memory.recurrent.cell import MemoryCell
+from keras_memory.recurrent.host_layer import HostRNN
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_bytes_of_state
 from keras_memory.recurrent.interface import interface_size
 from keras_memory.recurrent.interface import split_interface
-from keras_memory.recurrent.layer import MemoryRNN
 
+SEARCH_METHODS = ("auto", "exact", "approximate")
 # Logit of a slot that is not there. It is finite, so that a head without slots
 # gives no NaN.
 LOWEST_LOGIT = -1e30
@@ -105,6 +111,8 @@ class SAMAccess:
     add_activation: Activation = "linear"
     strength_activation: Activation = "oneplus"
     norm_epsilon: float | None = None
+    search_method: str = "auto"
+    target_recall: float = 0.9
 
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
@@ -249,7 +257,32 @@ class SAMAccess:
             )
         check_rate("access_threshold", self.access_threshold)
         check_closed("norm_epsilon", self.norm_epsilon, 1e-30, or_none=True)
+        check_one_of("search_method", self.search_method, SEARCH_METHODS)
+        check_open("target_recall", self.target_recall)
+        if self.search_method == "approximate":
+            # Here: other memories do not import all of `retrieval`.
+            from keras_memory.retrieval.tuning import check_scann
+
+            check_scann(
+                '`search_method="approximate"`', 'Or use search_method="exact"'
+            )
+            if keras.backend.backend() != "tensorflow":
+                raise ValueError(
+                    "The backend must be TensorFlow for "
+                    'search_method="approximate", whose graph calls the host; '
+                    'or use search_method="exact". Received: '
+                    f"KERAS_BACKEND={keras.backend.backend()}"
+                )
         self.activations  # noqa: B018, raises if one is unknown
+
+    @functools.cached_property
+    def host_memory(self):
+        """The slots, with search_method="approximate"; else None."""
+        if self.search_method != "approximate":
+            return None
+        from keras_memory.retrieval.host_memory import HostMemory
+
+        return HostMemory(self.memory_slots, self.slot_size, self.target_recall)
 
     @functools.cached_property
     def parts(self):
@@ -288,25 +321,7 @@ class SAMAccess:
         reads = (self.read_heads, self.top_k)
         return SAMState(
             reads=StateSpec((self.read_heads, self.slot_size)),
-            memory=StateSpec(
-                (self.memory_slots, self.slot_size), per_slot=True
-            ),
-            norms=StateSpec(
-                (self.memory_slots,),
-                constant=1.0,
-                dtype="float32",
-                per_slot=True,
-            ),
-            last_access=whole(
-                (self.memory_slots,),
-                constant=sparse.UNWRITTEN,
-                per_slot=True,
-            ),
-            block_access=whole(
-                (-(-self.memory_slots // sparse.BLOCK),),
-                per_slot=True,
-                slots_per_row=sparse.BLOCK,
-            ),
+            **self._states_per_slot,
             read_slots=whole(
                 reads,
                 constant=-1,
@@ -315,6 +330,28 @@ class SAMAccess:
             read_weights=StateSpec(reads, into_range=not_negative),
             time=whole((1,), into_range=lambda x: ops.maximum(x, 0)),
         )
+
+    @property
+    def _states_per_slot(self):
+        whole = functools.partial(StateSpec, dtype="int32", per_slot=True)
+        host, number = self.host_memory, self.memory_slots
+        if host is not None:
+            return {
+                "memory": whole((1,), on_host=(host, "memory")),
+                "norms": (),
+                "last_access": whole((1,), on_host=(host, "last_access")),
+                "block_access": (),
+            }
+        return {
+            "memory": StateSpec((number, self.slot_size), per_slot=True),
+            "norms": StateSpec(
+                (number,), constant=1.0, dtype="float32", per_slot=True
+            ),
+            "last_access": whole((number,), constant=sparse.UNWRITTEN),
+            "block_access": whole(
+                (-(-number // sparse.BLOCK),), slots_per_row=sparse.BLOCK
+            ),
+        }
 
 
 def _flat(x, at_least=None):
@@ -368,15 +405,30 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
         Raises:
             ValueError: the contents have another shape, or more than
-                `memory_slots` slots.
+                `memory_slots` slots; or the memory is on the host.
         """
-        contents = check_array("contents", contents, ("B", "n", self.slot_size))
-        batch, count, _ = contents.shape
-        if not 1 <= count <= self.memory_slots:
+        if self.is_on_host:
+            raise ValueError(
+                "The states of a memory on the host do not have its slots: use "
+                "`layer.set_memory(contents)`. Received: "
+                f"search_method={self.search_method!r}"
+            )
+        return self._state_with(self._check_contents(contents))
+
+    def _check_contents(self, contents, batch_size=None):
+        sizes = {} if batch_size is None else {"B": batch_size}
+        contents = check_array(
+            "contents", contents, ("B", "n", self.slot_size), sizes
+        )
+        if not 1 <= contents.shape[1] <= self.memory_slots:
             raise ValueError(
                 "`contents` must have 1 to `memory_slots` slots, "
                 f"{self.memory_slots}. Received: shape {tuple(contents.shape)}"
             )
+        return contents
+
+    def _state_with(self, contents):
+        batch, count, _ = contents.shape
         contents = ops.cast(contents, self.access_dtype)
         epsilon = self.norm_epsilon or NORM_EPSILON[self.access_dtype]
         written = {
@@ -389,6 +441,8 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
         blocks = count // sparse.BLOCK + (count == self.memory_slots)
         blocks = min(blocks, -(-self.memory_slots // sparse.BLOCK))
         written["block_access"] = ops.ones((batch, blocks))
+        if self.is_on_host:  # which has all but the time
+            written = {"time": written["time"]}
 
         def first(record, field, values):
             before = getattr(record, field)
@@ -412,7 +466,7 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
+class SAMLayer(HostRNN, SAMArguments, cell=SAMCell):
     """Sparse Access Memory: a step costs the same for any number of slots.
 
     Source: Rae et al. 2016 (arXiv 1610.09027), section 3.
@@ -443,9 +497,23 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
             0; or `"oneplus"` (default).
         norm_epsilon: float, at least 1e-30, added inside the root of each
             norm. Default None: 1e-8, in float64 1e-16.
+        search_method: `"exact"` compares a key with every slot;
+            `"approximate"` keeps the memory on the host, where ScaNN finds
+            most of the nearest slots; `"auto"` (default) is `"exact"`, since
+            approximate searches give other numbers.
+        target_recall: float in (0, 1), share of the nearest slots that
+            approximate searches should find. Default 0.9.
+
+    `search_method="approximate"` is for a large memory that stays: TensorFlow
+    without XLA, `stateful=True`, float32, no `initial_state`, `return_state`,
+    `recompute` or `unroll`. `set_memory` fills the memory. Gradients are those
+    of the slots found. A call that fails leaves memory and states as they
+    were. Files and exports do not contain the memory.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or not possible with
+            search_method="approximate".
+        ImportError: search_method="approximate", and ScaNN cannot be imported.
 
     Call arguments and further errors: see `MemoryRNN`.
 
@@ -474,6 +542,8 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
         add_activation: Activation = "linear",
         strength_activation: Activation = "oneplus",
         norm_epsilon: float | None = None,
+        search_method: str = "auto",
+        target_recall: float = 0.9,
         num_layers: int = 1,
         share_memory: bool = True,
         controller: str | keras.layers.Layer = "lstm",
@@ -504,3 +574,105 @@ class SAMLayer(MemoryRNN, SAMArguments, cell=SAMCell):
     ):
         super().__init__(**given(locals()))
         self.cell: SAMCell
+        self._given_state = False  # whether the last call had `initial_state`
+        self._is_compiled = None  # whether XLA compiled the last call
+        self._prepare_host()
+
+    def call(
+        self,
+        sequences: Array,
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> Any:
+        self._given_state = initial_state is not None
+        self._is_compiled = compiles()
+        return super().call(
+            sequences, initial_state, mask, training, use_memory
+        )
+
+    def set_memory(self, contents: Array) -> None:
+        """Fills the memory of a stateful layer, as `SAMCell.state_with` does.
+
+        All states begin anew, also those of the controller.
+
+        Args:
+            contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
+                of a `KNNMemory`. Each memory gets them, if there are several.
+
+        Raises:
+            ValueError: the layer has no states of its own; the contents have
+                another shape; or they are not finite, for search_method=
+                "approximate".
+        """
+        contents = self.cell._check_contents(contents, self._batch_size())
+        if self.cell.is_on_host:
+            array = ops.convert_to_numpy(contents).astype("float32")
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    "`contents` must be finite within float32 for "
+                    'search_method="approximate". Received: NaN or infinity'
+                )
+        self.reset_state()
+        states = self.cell._state_with(contents)
+        for variable, value in zip(self.states, states):
+            variable.assign(ops.cast(value, variable.dtype))
+        if self.cell.is_on_host:
+            for memory in self._memories:
+                memory.fill(array)
+
+    def get_memory(self) -> list[np.ndarray]:
+        """The contents of the memory of a stateful layer.
+
+        Returns:
+            List with an array (B, N, W) for each memory, usually one; slots
+            without a write are 0.
+
+        Raises:
+            ValueError: the layer has no states of its own.
+        """
+        self._batch_size()
+        if self.cell.is_on_host:
+            self._transaction.settle()
+            return [memory.memory.copy() for memory in self._memories]
+        records = self.cell.layout.unflatten(self.states)
+        return [ops.convert_to_numpy(record.memory) for record in records]
+
+    def _batch_size(self):
+        if not self.states:
+            raise ValueError(
+                "The layer must be stateful and built to have a memory of its "
+                "own: call it on data or call `build(input_shape)`. Without "
+                "`stateful=True` pass `cell.state_with(contents)` as "
+                f"`initial_state`. Received: stateful={self.stateful}, "
+                f"built={self.built}"
+            )
+        return self.states[0].shape[0]
+
+    @property
+    def engine(self) -> str:
+        """How a call uses the memory: a word and the reason.
+
+        Of the last call, or, without one, of the next call without
+        `initial_state`. Calls of already compiled functions do not count.
+        """
+        if self.cell.is_on_host:
+            return "host: the memory stays on the host, where ScaNN searches it"
+        if not (self._given_state or self.return_state or self.stateful):
+            return (
+                "empty: the memory starts empty in each call, with as many "
+                "slots as steps"
+            )
+        if keras.backend.backend() != "jax" and not self._is_compiled:
+            return (
+                "copied: each step copies the memory; with XLA "
+                "(`jit_compile=True`) on TensorFlow, or on JAX, it does not"
+            )
+        if self._given_state:
+            why = "`initial_state` was given"
+        elif self.stateful:
+            return "in place: steps change the memory of the layer's states"
+        else:
+            why = "`return_state=True` needs all slots"
+        return f"copied: {why}, so each call copies the memory once"

@@ -147,20 +147,20 @@ def test_weighting_0_does_not_change_the_memory(parts):
 
 
 @harness.needs_tensorflow
-def test_canary_tensorflow_tells_whether_xla_compiles():
+def test_canary_tensorflow_tells_whether_xlacompiles():
     import tensorflow as tf
 
     found = []
 
     def look():
-        found.append(on_tensors._compiles())
+        found.append(on_tensors.compiles())
 
     look()
     tf.function(look)()
     tf.function(look, jit_compile=True)()
     assert found == [False, False, True], (
         "TensorFlow no longer tells in `GraphOrParentsInXlaContext` whether "
-        "XLA will compile a graph. `access._compiles` asks it that."
+        "XLA will compile a graph. `slots.compiles` asks it that."
     )
 
 

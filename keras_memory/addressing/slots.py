@@ -39,7 +39,7 @@ def read(memory, weighting):
     Returns:
         (B, R, W) read vectors.
     """
-    if not _compiles():
+    if not compiles():
         return ops.matmul(weighting, ops.transpose(memory, (0, 2, 1)))
     heads = [
         ops.matmul(memory, weighting[:, head, :, None])[:, :, 0]
@@ -63,7 +63,7 @@ def inner_products(vectors, memory):
     Returns:
         (B, H, N).
     """
-    if not _compiles():
+    if not compiles():
         return ops.matmul(vectors, memory)
     heads, width = vectors.shape[1:]
     if width > 32:  # more than a sum handles in one pass
@@ -89,7 +89,7 @@ def outer_write(vectors, weighting):
         (B, W, N), the sum over the heads.
     """
     heads = vectors.shape[1]
-    if heads > (4 if _compiles() else 1):
+    if heads > (4 if compiles() else 1):
         return ops.matmul(ops.transpose(vectors, (0, 2, 1)), weighting)
     return sum(
         vectors[:, head, :, None] * weighting[:, head, None]
@@ -303,7 +303,7 @@ def _halves(x):
 
 def row_sum(x):
     """Sums over the last axis and keeps it: (B, H, N) -> (B, H, 1)."""
-    devices = keras.distribution.list_devices() if _compiles() else []
+    devices = keras.distribution.list_devices() if compiles() else []
     if devices and all("cpu" in device.lower() for device in devices):
         # As one product of two matrices: XLA refuses the gradient of others for
         # an unknown batch size.
@@ -331,7 +331,7 @@ def _sums(vectors, places, size):
     return ops.segment_sum(vectors, places, size)
 
 
-def _compiles():
+def compiles():
     """Whether XLA compiles the current computation."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

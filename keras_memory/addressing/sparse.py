@@ -60,11 +60,148 @@ class Slots:
             array = select(self.updated, array, self.array)
         return self.after(array)
 
+    def taken(self, slots):
+        """The rows (B, P, ...) at slots (B, P)."""
+        return rows_at(self.array, slots)
+
     def replaced(self, slots, rows):
         """The state with other rows (B, P, ...) at slots (B, P)."""
         if self.updated is not None:
-            rows = select(self.updated, rows, rows_at(self.array, slots))
+            rows = select(self.updated, rows, self.taken(slots))
         return self.after(put_rows(self.array, slots, rows))
+
+
+class HostSlots(Slots):
+    """A state whose rows stay on the host (`retrieval/host_memory.py`).
+
+    In the graph the state is a token, which each call of the host takes and
+    returns, so that calls run in the order of a step.
+
+    Args:
+        index: int, which state of the loop.
+        calls: the `HostCalls` of the step, shared by states of one memory.
+        name: str, name of the array on the host.
+        puts: as of `Slots`.
+    """
+
+    def __init__(self, index, calls, name, puts=()):
+        self.index, self.calls, self.name = index, calls, name
+        self.puts = puts
+
+    @property
+    def array(self):
+        return self.calls.token
+
+    def after(self, array, *puts):
+        puts = (*self.puts, *puts)
+        return HostSlots(self.index, self.calls, self.name, puts)
+
+    def taken(self, slots):
+        memory = self.calls.memory
+        array = getattr(memory, self.name)
+        shape = (*slots.shape, *array.shape[2:])
+        return self.calls.result(
+            lambda slots: memory.take(self.name, slots),
+            keras.KerasTensor(shape, array.dtype.name),
+            slots,
+        )
+
+    def replaced(self, slots, rows):
+        def replace(*arrays):
+            self.calls.memory.replace(self.name, *arrays)
+
+        updated = self.calls.updated
+        masks = [] if updated is None else [updated]
+        self.calls.run(replace, [], slots, rows, *masks)
+        return self
+
+    def least_recently_accessed(self):
+        memory = self.calls.memory
+        spec = keras.KerasTensor((len(memory.memory), 1), "int32")
+        return self.calls.result(memory.least_recently_accessed, spec)
+
+    def nearest(self, queries, top_k):
+        memory = self.calls.memory
+        shape = (*queries.shape[:2], top_k)
+        return self.calls.result(
+            lambda queries: memory.nearest(queries, top_k),
+            keras.KerasTensor(shape, "int32"),
+            queries,
+        )
+
+
+class HostCalls:
+    """The calls of a memory on the host within one step, in their order.
+
+    Args:
+        memory: a `HostMemory`.
+        token: (B, 1) int32; None where a pass of the fast loop calls nothing.
+        updated: (B,) bool or None, as of `Slots`.
+    """
+
+    def __init__(self, memory, token, updated):
+        self.memory, self.token, self.updated = memory, token, updated
+
+    def run(self, function, specs, *arrays):
+        """Calls a function of NumPy arrays, whose results have these specs."""
+
+        def call(token, *arrays):
+            return (token, *(function(*arrays) or ()))
+
+        specs = [keras.KerasTensor(self.token.shape, "int32"), *specs]
+        self.token, *results = call_host(call, specs, self.token, *arrays)
+        return results
+
+    def result(self, function, spec, *arrays):
+        """Calls a function with one result."""
+        return self.run(lambda *a: (function(*a),), [spec], *arrays)[0]
+
+
+def call_host(function, specs, *arrays):
+    """Calls a function of NumPy arrays from a graph (TensorFlow).
+
+    Args:
+        function: (*arrays) -> list of arrays.
+        specs: list of arrays with shape and dtype of each result.
+        *arrays: tensors.
+
+    Returns:
+        List of tensors.
+    """
+    import tensorflow as tf
+
+    dtypes = [spec.dtype for spec in specs]
+    results = tf.numpy_function(function, arrays, dtypes)
+    return [
+        tf.ensure_shape(result, spec.shape)
+        # A single result is not in a list.
+        for result, spec in zip(keras.tree.flatten(results), specs)
+    ]
+
+
+def with_slots(states, kinds, updated):
+    """Replaces the states that have a row for each slot by `Slots`.
+
+    Args:
+        states: list of arrays.
+        kinds: list with the `StateSpec` of each state.
+        updated: (B,) bool or None, as of `Slots`.
+
+    Returns:
+        List of arrays and `Slots`.
+    """
+    replaced, calls = [], {}
+    for index, (state, kind) in enumerate(zip(states, kinds)):
+        if kind.on_host is not None:
+            memory, name = kind.on_host
+            of_memory = calls.setdefault(
+                id(memory), HostCalls(memory, state, updated)
+            )
+            state = HostSlots(index, of_memory, name)
+        elif kind.per_slot:
+            state = Slots(index, state, updated)
+        replaced.append(state)
+    return replaced
 
 
 def array_of(state):
@@ -133,7 +270,7 @@ def update(function, state, slots, *arrays):
     """
     if _is_replayed():
         return state
-    before = rows_at(array_of(state), slots)
+    before = _rows_at(state, slots)
     after = function(before, *map(array_of, arrays))
     return _replaced(state, slots, ops.stop_gradient(after))
 
@@ -141,6 +278,12 @@ def update(function, state, slots, *arrays):
 def _is_replayed():
     current = fast_pass()
     return current is not None and not current.has_arrays
+
+
+def _rows_at(state, slots):
+    if isinstance(state, Slots):
+        return state.taken(slots)
+    return rows_at(state, slots)
 
 
 def _replaced(state, slots, rows):
@@ -177,6 +320,8 @@ def least_recently_accessed(last_access, block_access):
     """
     if _is_replayed():
         return chosen(None), block_access
+    if isinstance(last_access, HostSlots):
+        return chosen(last_access.least_recently_accessed), block_access
     slot, bounds = _search_blocks(array_of(last_access), array_of(block_access))
     slot = chosen(lambda: slot)
     if isinstance(block_access, Slots):
@@ -246,6 +391,8 @@ def nearest(memory, norms, last_access, queries, top_k):
         slots = largest(scores, top_k)
         return ops.where(rows_at(last_access, slots) > UNWRITTEN, slots, -1)
 
+    if isinstance(memory, HostSlots):
+        return chosen(lambda: memory.nearest(queries, top_k))
     return chosen(search, memory, norms, last_access, queries)
 
 
@@ -261,6 +408,8 @@ def update_norms(norms, memory, slots, norm_epsilon):
     Returns:
         (B, N) float32.
     """
+    if isinstance(memory, HostSlots):
+        return norms  # an index has its own
 
     def norm(_, memory):
         return norms_of(take_rows(memory, slots), norm_epsilon)

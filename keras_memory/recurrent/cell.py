@@ -603,6 +603,7 @@ class MemoryCell(
         use_memory: bool = True,
     ) -> tuple[Array, list[Array]]:
         check_bool("use_memory", use_memory)
+        self.check_not_on_host("A call of a cell")
         inputs = check_array("inputs", inputs, ("batch", self.input_size))
         states = self._check_states(states, inputs.shape[0])
         features, records, _ = self.step(

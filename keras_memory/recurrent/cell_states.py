@@ -136,6 +136,23 @@ class CellStates:
                 return value.shape[1]
         return None
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether a memory stays on the host, so that states do not have it."""
+        return any(spec.on_host for spec in self.layout.specs)
+
+    def check_not_on_host(self, what: str) -> None:
+        """Raises ValueError if a memory is on the host, which only a call of
+        the cell's own layer reaches."""
+        if self.is_on_host:
+            raise ValueError(
+                f"{what} cannot reach a memory on the host: only a call of the "
+                'layer can, such as `SAMLayer`. Use search_method="exact" '
+                "instead. Received: "
+                f"{type(self).__name__} {self.name!r} with "
+                'search_method="approximate"'
+            )
+
     def has_room(self, states: Sequence[Array]) -> Array | None:
         """Whether memories made for a number of steps have slots for one more.
 

@@ -150,9 +150,7 @@ class _Loop:
         kinds = [*enumerate(shapes.kinds)]
         self.with_gradient = [i for i, kind in kinds if not kind.dtype]
         self.saved = [i for i, kind in kinds if not kind.per_slot]
-        self.memories = [
-            i for i in self.with_gradient if shapes.kinds[i].per_slot
-        ]
+        self.memories = sorted({*shapes.takes, *shapes.puts})
         self.others = [i for i in self.with_gradient if i in self.saved]
 
     def run(self, inputs, states, weights):
@@ -269,6 +267,10 @@ class _Loop:
                     [by_index[i] for i in self.others],
                     {
                         i: _widened(slots.take(by_index[i]))
+                        if i in by_index
+                        else slots.zeros(
+                            self.shapes.kinds[i].on_host[0].slot_size
+                        )
                         for i, slots in touched.items()
                     },
                     _zeros(values),
@@ -280,7 +282,8 @@ class _Loop:
         )
         by_index.update(zip(self.others, grad_others))
         for i, slots in touched.items():
-            by_index[i] = slots.put(by_index[i], grad_memories[i])
+            if i in by_index:
+                by_index[i] = slots.put(by_index[i], grad_memories[i])
         grad_states = _cast_like(
             [by_index[i] for i in self.with_gradient], grad_after
         )
@@ -299,7 +302,7 @@ class _Loop:
         Args:
             saved: `replay.Saved` of all steps.
             gradients: dict from the index of a state to the gradient of the
-                state after the loop.
+                state after the loop; without memories on the host.
 
         Returns:
             `saved`, with numbers in place of slots, and a dict from the index
@@ -312,7 +315,7 @@ class _Loop:
             puts = [i for i, of in enumerate(self.shapes.puts) if of == index]
             touched[index] = slots = _TouchedSlots(
                 [taken[i][0] for i in takes] + [put_slots[i] for i in puts],
-                gradients[index].shape[1],
+                gradients[index].shape[1] if index in gradients else math.inf,
             )
             for i, numbers in zip(takes, slots.numbers):
                 taken[i] = numbers, taken[i][1]
@@ -329,7 +332,8 @@ class _TouchedSlots:
 
     Args:
         slots: list of (T, B, P) int32.
-        size: int N, or None if it is unknown.
+        size: int N, or None if it is unknown. Infinity: slots are always
+            numbered.
 
     Attributes:
         numbers: list of (T, B, P) int32, in place of `slots`.
@@ -361,6 +365,10 @@ class _TouchedSlots:
         if self.slots is None:
             return memory
         return rows_at(memory, self.slot_of_number)
+
+    def zeros(self, width):
+        """Zero rows, by number."""
+        return ops.zeros((*ops.shape(self.slots), width), "float32")
 
     def put(self, memory, rows):
         """The memory with these rows, by number."""

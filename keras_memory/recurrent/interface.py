@@ -104,6 +104,10 @@ class StateSpec:
             each so many slots.
         into_range: function that brings a given state, (B, *`shape_in_step`),
             into the range that steps keep; None if any value is allowed.
+        on_host: None, or a pair for a state `per_slot` whose rows stay on the
+            host: its `HostMemory`, and the name of the array there. The state
+            itself is then a token of shape (1,) and int32, which orders the
+            calls of the host.
 
     Raises:
         ValueError: `shape`, `initial`, `constant`, `transposed`, `dtype` or
@@ -121,6 +125,7 @@ class StateSpec:
     per_slot: bool = False
     slots_per_row: int = 1
     into_range: typing.Callable[..., typing.Any] | None = None
+    on_host: typing.Any = None
 
     def __post_init__(self) -> None:
         shape = plain_tuple(self.shape)

@@ -259,6 +259,8 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         )
 
         self.cell: MemoryCell
+        if self.cell_class is None:
+            self.cell.check_not_on_host(f"`{type(self).__name__}(cell)`")
         self.loop = loop
         self.recompute = recompute
         self.time_loop = None
@@ -511,15 +513,20 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         A row without a step yet starts from the current weights, which may
         have been loaded after the layer was built.
         """
-        states = [ops.convert_to_tensor(state) for state in self.states]
-        starts = []
+        number = len(self.cell.state_size)
+        values = self._values_of_state()
+        states, starts = values[:number], []
         if self.cell.weight_states:
             initial = self.get_initial_state(1)
-        for index, start in zip(self.cell.weight_states, self._starts):
+        for index, start in zip(self.cell.weight_states, values[number:]):
             starts.append(ops.cast(initial[index], start.dtype))
             begun = ops.any(states[index] != start, axis=1, keepdims=True)
             states[index] = ops.where(begun, states[index], starts[-1])
         return states, starts
+
+    def _values_of_state(self):
+        """The values of `states`, then of `_starts`, to begin a call with."""
+        return [ops.convert_to_tensor(v) for v in self._state.variables]
 
     def reset_state(self) -> None:
         """Resets the states of a stateful layer to the initial state."""

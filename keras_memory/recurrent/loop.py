@@ -11,6 +11,7 @@ from keras.src import backend
 
 from keras_memory.addressing.slots import select
 from keras_memory.addressing.sparse import Slots
+from keras_memory.addressing.sparse import with_slots
 from keras_memory.recurrent.fast_loop import run_fast
 from keras_memory.recurrent.fast_loop import shape_pass
 from keras_memory.recurrent.interface import StateSpec
@@ -46,7 +47,7 @@ def run(
             the last step only.
         use_memory: bool, as in the cell's call.
         loop: one of `LOOPS`; `"auto"` uses the fast loop in training, if the
-            cell allows it.
+            cell allows it, and for memories on the host.
         recompute: int, "sqrt" or None, see `MemoryRNN`.
 
     Returns:
@@ -60,6 +61,8 @@ def run(
     """
     inputs = [ops.cast(sequences, cell.compute_dtype)]
     states = keras.tree.flatten(records)
+    if loop == "auto" and cell.is_on_host:
+        loop = "fast"  # calls of the host have no gradient in other loops
     why = _why_portable(loop, training, unroll)
     kinds = cell.layout.specs
     # If the loop itself does not return the last features, a state holds them.
@@ -79,10 +82,7 @@ def run(
 
     def step(inputs, states):
         updated = inputs[1] if mask is not None else None
-        states = [
-            Slots(index, state, updated) if kind.per_slot else state
-            for index, (state, kind) in enumerate(zip(states, kinds))
-        ]
+        states = with_slots(states, kinds, updated)
         before = states[1:] if holds else states
         before = keras.tree.pack_sequence_as(records, before)
         with cell.dropping(dropout_masks), backend.AutocastScope(autocast):

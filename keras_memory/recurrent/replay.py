@@ -15,7 +15,6 @@ from keras import ops
 
 from keras_memory.addressing.gradients import current_pass
 from keras_memory.addressing.scaling import at_least_float32
-from keras_memory.addressing.slots import rows_at
 from keras_memory.addressing.slots import same_place
 
 
@@ -142,7 +141,7 @@ class Forward(_Pass):
         return self.choices[-1]
 
     def take(self, memory, slots):
-        rows = rows_at(memory.array, slots)
+        rows = memory.taken(slots)
         self.taken.append((slots, rows))
         return ops.cast(rows, at_least_float32(ops.dtype(rows)))
 

@@ -93,6 +93,7 @@ def trace(
             f"Received: {layer!r}"
         )
     check_bool("use_memory", use_memory)
+    layer.cell.check_not_on_host("A trace")
     mask = get_keras_mask(inputs) if mask is None else mask
     inputs = check_array("inputs", inputs)
     layer._check_sequences(inputs.shape, "inputs")
@@ -153,6 +154,7 @@ def trace_layers(model, inputs, training=False):
     calls, scope = [], get_symbolic_scope()
 
     def record(*call):
+        call[0].cell.check_not_on_host("A trace")
         # Leaves out the calls with symbolic tensors that build a model.
         if get_symbolic_scope() is scope:
             calls.append(call)

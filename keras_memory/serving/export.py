@@ -153,6 +153,9 @@ def export_for_serving(
     _check_name(name)
     warm_up = _as_pairs(warm_up)
     check_bool("exact_search", exact_search)
+    for layer in model._flatten_layers():
+        if hasattr(layer, "check_not_on_host"):
+            layer.check_not_on_host("An export")
     if max_steps is not None:
         check_size("max_steps", max_steps, PROBE_STEPS, " or None")
     with contextlib.ExitStack() as changes:

@@ -1,0 +1,193 @@
+"""A recurrent layer whose memory may stay on the host."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_memory.addressing.slots import compiles
+from keras_memory.addressing.sparse import call_host
+from keras_memory.hints import Array
+from keras_memory.recurrent.layer import MemoryRNN
+
+
+class Transaction:
+    """Makes each call of a layer with memories on the host all or nothing.
+
+    Args:
+        memories: list of `HostMemory`.
+    """
+
+    def __init__(self, memories):
+        self._memories = memories
+        self._states = None  # before a call, until one ends
+
+    def begin(self, *states):
+        """Begins a call with the layer's states, arrays.
+
+        Returns:
+            The states to begin with; see `settle`.
+        """
+        states = self.settle(*states)
+        # Copies: TensorFlow may reuse the memory of arguments and results.
+        self._states = [np.array(state) for state in states]
+        return states
+
+    def settle(self, *states):
+        """Undoes the writes of a call that has begun but not ended.
+
+        Returns:
+            The layer's states, or, until the next call ends, those before the
+            call that was undone.
+        """
+        if self._states is None:
+            self._forget()
+            return states
+        for memory in self._memories:
+            memory.roll_back()
+        return [state.copy() for state in self._states]
+
+    def end(self):
+        """Ends a call: it counts."""
+        self._states = None  # from here on, even if it is interrupted
+        self._forget()
+
+    def _forget(self):
+        for memory in self._memories:
+            memory.forget()
+
+
+class HostRNN(MemoryRNN):
+    """A `MemoryRNN` whose accesses may have a `host_memory`.
+
+    The small states are variables, and the memory is not. A `Transaction` keeps
+    them together: a call begins when it reads the states, and ends when it has
+    assigned them.
+    """
+
+    def _prepare_host(self):
+        """To be called at the end of `__init__`."""
+        if not self.cell.is_on_host:
+            return
+        self._check_own_arguments()
+        self.supports_jit = False
+        accesses = {id(access): access for access in self.cell.accesses}
+        self._memories = [a.host_memory for a in accesses.values()]
+        self._transaction = Transaction(self._memories)
+
+    def _check_own_arguments(self):
+        wanted = {
+            "stateful": (True, "the memory is kept between calls"),
+            "return_state": (False, "states do not have the memory"),
+            "unroll": (False, "calls of the host need the fast time loop"),
+            "recompute": (None, "a step must not write twice"),
+        }
+        wrong = {
+            f"{name}={value}": why
+            for name, (value, why) in wanted.items()
+            if getattr(self, name) != value
+        }
+        if self.loop == "portable":
+            wrong['loop="auto" or "fast"'] = "other loops give no gradients"
+        if self.dtype_policy.name != "float32":
+            wrong['dtype="float32"'] = "ScaNN searches float32"
+        if wrong:
+            whys = "; ".join(f"{name}, since {wrong[name]}" for name in wrong)
+            raise ValueError(
+                f'search_method="approximate" needs {whys}. Or use '
+                f'search_method="exact". Received: stateful={self.stateful}, '
+                f"return_state={self.return_state}, unroll={self.unroll}, "
+                f"recompute={self.recompute!r}, loop={self.loop!r}, "
+                f"dtype={self.dtype_policy.name!r}"
+            )
+
+    def _create_state_variables(self, batch_size):
+        super()._create_state_variables(batch_size)
+        if self.cell.is_on_host:
+            for memory in self._memories:
+                memory.allocate(batch_size)
+
+    def _check_arguments(self, sequences, initial_state, mask):
+        if self.cell.is_on_host and initial_state is not None:
+            raise ValueError(
+                "`initial_state` must be None for search_method="
+                '"approximate": states do not have the memory. '
+                "`set_memory(contents)` fills it, and `reset_state()` clears "
+                f"it. Received: {len(initial_state)} states"
+            )
+        return super()._check_arguments(sequences, initial_state, mask)
+
+    def call(
+        self,
+        sequences: Array,
+        initial_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+        training: bool | None = False,
+        use_memory: bool = True,
+    ) -> Any:
+        if self.cell.is_on_host and compiles():
+            raise ValueError(
+                'search_method="approximate" calls the host, which XLA cannot: '
+                "use `compile(..., jit_compile=False)`, or search_method="
+                '"exact". Received: a call compiled by XLA'
+            )
+        outputs = super().call(
+            sequences, initial_state, mask, training, use_memory
+        )
+        return self._end_call(outputs) if self.cell.is_on_host else outputs
+
+    def _values_of_state(self):
+        values = super()._values_of_state()
+        if self.cell.is_on_host:
+            return self._call_host(self._transaction.begin, values)
+        return values
+
+    def _end_call(self, outputs):
+        """Ends the transaction when all states are assigned, and before layers
+        behind this one see the outputs."""
+        import tensorflow as tf
+
+        def end(*values):
+            self._transaction.end()
+            return values
+
+        values = self._call_host(end, super()._values_of_state())
+        # The next call begins when it reads the states: then this one ended.
+        for variable, value in zip(self._state.variables, values):
+            variable.assign(value)
+        with tf.control_dependencies(values):
+            return tf.identity(outputs)
+
+    def _call_host(self, function, values):
+        return call_host(function, values, *values)
+
+    def reset_state(self) -> None:
+        super().reset_state()
+        if self.cell.is_on_host and self.states is not None:
+            self._transaction.end()
+            for memory in self._memories:
+                memory.clear()
+
+    def _reset(self, reset, states, rows):
+        after = super()._reset(reset, states, rows)
+        if self.cell.is_on_host and states is None:
+            self._transaction.end()
+        return after
+
+    def reset_memory(
+        self, states: Sequence[Array] | None = None, rows: Array | None = None
+    ) -> list[Array]:
+        if not self.cell.is_on_host:
+            return super().reset_memory(states, rows)
+        if states is not None:
+            raise ValueError(
+                "`states` must be None for search_method="
+                '"approximate": states do not have the memory. '
+                f"Received: {len(states)} states"
+            )
+        after = super().reset_memory(None, rows)
+        rows = None if rows is None else ops.convert_to_numpy(rows)
+        for memory in self._memories:
+            memory.clear(rows)
+        return after

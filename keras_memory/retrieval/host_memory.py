@@ -1,0 +1,207 @@
+"""A memory of many slots on the host, in which ScaNN finds the nearest.
+
+A step of a large memory reads and writes few rows. Here the rows stay where
+they are: the graph calls the host instead of carrying the memory.
+"""
+
+import threading
+
+import numpy as np
+
+from keras_memory.checks import check_bytes
+from keras_memory.retrieval.scann_row import Builder
+from keras_memory.retrieval.scann_row import ScannRow
+
+# As in `addressing/sparse.py`.
+UNWRITTEN = -1
+NEVER_ACCESSED = 0
+BLOCK = 256
+
+
+class HostMemory:
+    """The slots of each row of a batch, and an index of each row.
+
+    Slots are written in their order: the written slots of a row are the first
+    ones. Trees are built in the background, so neighbors that a tree misses
+    depend on timing. Until a tree is ready all slots are compared.
+
+    Writes by `replace` are undone by `roll_back`, until `forget`.
+
+    Args:
+        memory_slots: int N, number of slots.
+        slot_size: int W, width of a slot.
+        target_recall: float in (0, 1), recall that trees are tuned for.
+
+    Attributes:
+        memory: (B, N, W) float32, slot contents.
+        last_access: (B, N) int32, as in `SAMState`.
+    """
+
+    def __init__(self, memory_slots, slot_size, target_recall):
+        self.memory_slots, self.slot_size = memory_slots, slot_size
+        self._target_recall = target_recall
+        self._lock = threading.RLock()
+        self._builder = Builder()
+        self._journal = []  # (array, slots, rows before), the oldest first
+
+    def allocate(self, batch_size):
+        """Makes an empty memory for a batch."""
+        slots = ("batch size", batch_size), ("memory_slots", self.memory_slots)
+        sizes = [*slots, ("slot_size", self.slot_size)]
+        check_bytes("The memory", sizes, on_host=True)
+        shape = batch_size, self.memory_slots
+        self.memory = np.zeros((*shape, self.slot_size), "float32")
+        self.last_access = np.full(shape, UNWRITTEN, "int32")
+        # No slot of a block of `BLOCK` slots was accessed before its bound.
+        blocks = -(-self.memory_slots // BLOCK)
+        self._bounds = np.zeros((batch_size, blocks), "int32")
+        self._rows = np.arange(batch_size)[:, None]
+        self._indices = [
+            ScannRow(
+                keys, "cosine", self._target_recall, self._lock, self._builder
+            )
+            for keys in self.memory
+        ]
+        self.forget()
+
+    # What a step does.
+
+    def take(self, name, slots):
+        """The rows of `memory` or `last_access` at slots (B, P)."""
+        return getattr(self, name)[self._rows, slots]
+
+    def replace(self, name, slots, rows, updated=None):
+        """Replaces rows (B, P, ...) at slots (B, P).
+
+        Args:
+            name: "memory" or "last_access".
+            slots: (B, P) int32. A slot may occur several times, with equal
+                rows.
+            rows: (B, P, ...), finite.
+            updated: (B,) bool or None; False: the row of the batch stays.
+        """
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                "A memory on the host must stay finite, since ScaNN crashes on "
+                "NaN and infinity. The memory is as before the call. Received: "
+                "a write of NaN or infinity"
+            )
+        with self._lock:
+            before = self.take(name, slots)
+            self._journal.append((name, np.array(slots), before))
+            if updated is None:
+                updated = np.ones(len(slots), bool)
+            more = (1,) * (before.ndim - 1)
+            rows = np.where(updated.reshape(-1, *more), rows, before)
+            self._set(name, slots, rows)
+            if name == "memory":
+                for row in np.flatnonzero(updated):
+                    self._indices[row].write(np.unique(slots[row]))
+
+    def _set(self, name, slots, rows):
+        getattr(self, name)[self._rows, slots] = rows
+        if name == "last_access":
+            np.minimum.at(self._bounds, (self._rows, slots // BLOCK), rows)
+
+    def least_recently_accessed(self):
+        """The slot of each row whose last access is the longest ago, (B, 1).
+
+        `sparse.least_recently_accessed` explains the search.
+        """
+        with self._lock:
+            slots = [self._oldest(row) for row in range(len(self.memory))]
+        return np.array(slots, "int32")[:, None]
+
+    def _oldest(self, row):
+        bounds = self._bounds[row]
+        while True:
+            block = int(bounds.argmin())
+            first = block * BLOCK
+            accesses = self.last_access[row, first : first + BLOCK]
+            accesses = np.maximum(accesses, NEVER_ACCESSED)
+            place = int(accesses.argmin())
+            if accesses[place] <= bounds[block]:
+                return first + place
+            bounds[block] = accesses[place]
+
+    def nearest(self, queries, top_k):
+        """The slots whose cosines with each query are the largest.
+
+        Args:
+            queries: (B, H, W) float32, finite.
+            top_k: int K.
+
+        Returns:
+            (B, H, K) int32, the nearest first; -1 where fewer were found.
+        """
+        if not np.isfinite(queries).all():
+            raise ValueError(
+                "The keys that a memory on the host is searched for must be "
+                "finite. The memory is as before the call. Received: NaN or "
+                "infinity"
+            )
+        found = np.full((*queries.shape[:2], top_k), -1, "int32")
+        with self._lock:
+            for row, index in enumerate(self._indices):
+                count = min(top_k, index.size)
+                if count:
+                    slots, scores = index.search(queries[row], count)
+                    slots = np.where(
+                        scores > -np.inf, slots.astype("int32"), -1
+                    )
+                    found[row, :, :count] = slots
+        return found
+
+    # Transactions, and changes outside of them.
+
+    def roll_back(self):
+        """Undoes all writes since `forget`.
+
+        It can be repeated: if it is interrupted, the next one completes it.
+        """
+        with self._lock:
+            for name, slots, rows in reversed(self._journal):
+                self._set(name, slots, rows)
+            touched = [s for name, s, _ in self._journal if name == "memory"]
+            if touched:
+                touched = np.concatenate(touched, axis=1)
+                for row, index in enumerate(self._indices):
+                    self._reindex(row, index, np.unique(touched[row]))
+            self.forget()
+
+    def _reindex(self, row, index, touched):
+        size = int(np.sum(self.last_access[row] > UNWRITTEN))
+        if index.size > size:  # ScaNN cannot drop vectors
+            index.clear()
+            touched = np.arange(size)
+        if len(touched):
+            index.write(touched)
+
+    def forget(self):
+        """Keeps all writes so far."""
+        self._journal = []
+
+    def clear(self, rows=None):
+        """Forgets all slots of the rows (B,) of bool; None: of all rows."""
+        with self._lock:
+            for row, index in enumerate(self._indices):
+                if rows is None or rows[row]:
+                    self.memory[row, : index.size] = 0
+                    self.last_access[row] = UNWRITTEN
+                    self._bounds[row] = 0
+                    index.clear()
+
+    def fill(self, contents):
+        """Replaces all slots by contents (B, n, W), and builds the indices.
+
+        Each slot counts as accessed once.
+        """
+        number = contents.shape[1]
+        with self._lock:
+            self.clear()
+            self.memory[:, :number] = contents
+            self.last_access[:, :number] = 1
+            for index in self._indices:
+                index.write(np.arange(number))
+        for index in self._indices:
+            index.wait()

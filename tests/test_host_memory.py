@@ -1,0 +1,200 @@
+"""The slots on the host, compared with a plain model of them."""
+
+import functools
+
+import numpy as np
+import pytest
+from knn import clustered
+from knn import need_scann
+from knn import random
+
+from keras_memory.recurrent.host_layer import Transaction
+from keras_memory.retrieval import tuning
+from keras_memory.retrieval.host_memory import BLOCK
+from keras_memory.retrieval.host_memory import UNWRITTEN
+from keras_memory.retrieval.host_memory import HostMemory
+from keras_memory.retrieval.similarities import unit
+from keras_memory.retrieval.tuning import closeness
+from keras_memory.retrieval.tuning import recall
+
+pytestmark = pytest.mark.scann
+
+BATCH, WIDTH = 2, 5
+
+
+@pytest.fixture(autouse=True)
+def _with_scann():
+    need_scann()
+
+
+def memory_of(slots, batch=BATCH, width=WIDTH):
+    memory = HostMemory(slots, width, 0.9)
+    memory.allocate(batch)
+    return memory
+
+
+def write(memory, rng, time, places=3, updated=None):
+    """What a step does: writes the oldest slot and others, and marks them."""
+    batch = len(memory.memory)
+    oldest = memory.least_recently_accessed()
+    written = (memory.last_access > UNWRITTEN).sum(axis=1)
+    others = [rng.integers(0, max(1, n), places) for n in written]
+    slots = np.concatenate([np.stack(others), oldest], axis=1).astype("int32")
+    rows = random(batch, *slots.shape[1:], memory.slot_size, seed=time)
+    same = slots[:, :, None] == slots[:, None]
+    rows = np.take_along_axis(rows, same.argmax(axis=2)[:, :, None], axis=1)
+    memory.replace("memory", slots, rows, updated)
+    times = np.full(slots.shape, time, "int32")
+    memory.replace("last_access", slots, times, updated)
+    return slots
+
+
+def content(memory):
+    return memory.memory.copy(), memory.last_access.copy()
+
+
+def check(memory, queries, top_k):
+    """A search finds the nearest slots that are written."""
+    found = memory.nearest(queries, top_k)
+    for row, keys in enumerate(memory.memory):
+        number = int((memory.last_access[row] > UNWRITTEN).sum())
+        cosines = unit(queries[row], np) @ unit(keys[:number], np).T
+        expected = np.argsort(-cosines, axis=1)[:, :top_k]
+        short = top_k - expected.shape[1]
+        expected = np.pad(expected, ((0, 0), (0, short)), constant_values=-1)
+        np.testing.assert_array_equal(found[row], expected)
+
+
+@pytest.mark.parametrize("slots", [1, 7, 3 * BLOCK + 5])
+def test_steps_find_the_oldest_and_the_nearest_slots(slots):
+    memory, rng = memory_of(slots), np.random.default_rng(3)
+    check(memory, random(BATCH, 2, WIDTH), 3)  # nothing is written
+    for time in range(1, 40):
+        accesses = np.maximum(memory.last_access, 0)
+        oldest = memory.least_recently_accessed()
+        assert oldest[:, 0].tolist() == accesses.argmin(axis=1).tolist()
+        write(memory, rng, time)
+        check(memory, random(BATCH, 2, WIDTH, seed=time), min(3, slots))
+
+
+def test_masked_rows_stay():
+    memory, rng = memory_of(9), np.random.default_rng(3)
+    for time in range(1, 5):
+        write(memory, rng, time)
+    before, accesses = content(memory)
+    write(memory, rng, 5, updated=np.array([False, True]))
+    after, accesses_after = content(memory)
+    np.testing.assert_array_equal(after[0], before[0])
+    np.testing.assert_array_equal(accesses_after[0], accesses[0])
+    assert (after[1] != before[1]).any()
+    check(memory, random(BATCH, 2, WIDTH), 4)
+
+
+@pytest.mark.parametrize("begun", [0, 4, 30], ids=["empty", "part", "full"])
+def test_a_rollback_restores_slots_bounds_and_indices(begun):
+    memory, rng = memory_of(2 * BLOCK), np.random.default_rng(3)
+    if begun == 30:
+        memory.fill(random(BATCH, 2 * BLOCK, WIDTH))
+    for time in range(2, 2 + begun):
+        write(memory, rng, time)
+    memory.forget()
+    before, oldest = content(memory), memory.least_recently_accessed()
+    for time in range(50, 60):
+        write(memory, rng, time)
+        memory.nearest(random(BATCH, 2, WIDTH), 3)
+    assert (memory.memory != before[0]).any()
+    memory.roll_back()
+    for now, then in zip(content(memory), before):
+        np.testing.assert_array_equal(now, then)
+    np.testing.assert_array_equal(memory.least_recently_accessed(), oldest)
+    check(memory, random(BATCH, 4, WIDTH), 3)
+    write(memory, rng, 70)
+    check(memory, random(BATCH, 4, WIDTH), 3)
+
+
+def test_an_interrupted_rollback_is_completed(monkeypatch):
+    memory, rng = memory_of(12), np.random.default_rng(3)
+    for time in range(1, 6):
+        write(memory, rng, time)
+    transaction, before = Transaction([memory]), content(memory)
+    transaction.end()
+    (state,) = transaction.begin(np.array([1.0]))
+    for time in range(6, 9):
+        write(memory, rng, time)
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_reindex", fail)
+        with pytest.raises(KeyboardInterrupt):
+            transaction.begin(np.array([2.0]))
+    (state,) = transaction.begin(np.array([2.0]))
+    assert state == [1.0]
+    for now, then in zip(content(memory), before):
+        np.testing.assert_array_equal(now, then)
+    check(memory, random(BATCH, 2, WIDTH), 3)
+    transaction.end()
+    assert transaction.begin(np.array([3.0]))[0] == [3.0]
+
+
+def test_some_rows_are_cleared():
+    memory, rng = memory_of(9), np.random.default_rng(3)
+    for time in range(1, 6):
+        write(memory, rng, time)
+    kept = memory.memory[0].copy()
+    memory.clear(np.array([False, True]))
+    np.testing.assert_array_equal(memory.memory[0], kept)
+    assert not memory.memory[1].any()
+    assert (memory.last_access[1] == UNWRITTEN).all()
+    assert memory.least_recently_accessed()[1] == [0]
+    check(memory, random(BATCH, 2, WIDTH), 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(value):
+    memory, rng = memory_of(4), np.random.default_rng(3)
+    write(memory, rng, 1)
+    rows = np.full((BATCH, 1, WIDTH), value, "float32")
+    before = content(memory)
+    with pytest.raises(ValueError, match="must stay finite"):
+        memory.replace("memory", np.zeros((BATCH, 1), "int32"), rows)
+    with pytest.raises(ValueError, match="must be finite"):
+        memory.nearest(rows, 1)
+    np.testing.assert_array_equal(memory.memory, before[0])
+
+
+def test_a_tree_finds_most_of_the_nearest_slots():
+    """Also of slots that were written after the tree was built."""
+    slots, width, top_k = 20_000, 8, 4
+    assert slots > tuning.FLAT
+    memory = memory_of(slots, 1, width)
+    memory.fill(clustered(1, slots, width))
+    index = memory._indices[0]
+    assert index.leaves is not None
+
+    def recall_now(seed):
+        queries = clustered(1, 500, width, seed=seed)
+        near = functools.partial(
+            closeness, queries[0], memory.memory[0], "cosine"
+        )
+        found = memory.nearest(queries, top_k)[0]
+        cosines = unit(queries[0], np) @ unit(memory.memory[0], np).T
+        right = np.argpartition(-cosines, top_k, axis=1)[:, :top_k]
+        retrieved = np.where(found >= 0, near(found), -np.inf)
+        return recall(retrieved, near(right))
+
+    assert recall_now(2) >= 0.85
+    written = clustered(1, 1500, width, seed=9)
+    for time, rows in enumerate(np.split(written, 15, axis=1), start=2):
+        oldest = memory.least_recently_accessed()[0, 0]
+        places = (oldest + np.arange(100, dtype="int32"))[None]
+        memory.replace("memory", places, rows)
+        times = np.full(places.shape, time, "int32")
+        memory.replace("last_access", places, times)
+    index.wait()
+    assert index.leaves is not None
+    np.testing.assert_array_equal(memory.memory[0, :1500], written[0])
+    found = memory.nearest(written, 1)[0, :, 0]
+    assert (found == np.arange(1500)).mean() >= 0.85
+    assert recall_now(3) >= 0.85
