@@ -1,8 +1,9 @@
 """Sparse Access Memory (Rae et al. 2016, arXiv 1610.09027).
 
-Equation numbers refer to section 3. A step reads the `top_k` nearest slots of
-each head, and writes to the slots that it read last and to the one that was
-accessed longest ago, so its cost does not grow with the number of slots.
+Equation numbers are the paper's. Each head reads the `top_k` slots that are
+nearest to its key. A step writes to the slots that it read last and to the one
+that was accessed longest ago. So it reads and writes few slots; only the search
+for the nearest compares the key with all.
 """
 
 import dataclasses
@@ -53,18 +54,23 @@ class SAMState(NamedTuple):
     Args:
         reads: (B, R, W) read vectors of the last step.
         memory: (B, N, W) slot contents.
+        norms: (B, N) float32, norms of the written slots, with `norm_epsilon`
+            inside the root; 1 for unwritten slots.
         last_access: (B, N) int32, number of the step that accessed a slot last;
             0 if the slot was written but never accessed (see
             `access_threshold`), -1 if it was never written.
-        norms: (B, N) float32, of the slots that were written; 1 of the others.
-        block_access: (B, ceil(N / 256)) int32, for each block of 256 slots a
-            number that no last access in it is below, 0 at first.
+        block_access: (B, ceil(N / 256)) int32, a lower bound of the last
+            accesses in each block of 256 slots, where unwritten slots count as
+            0. Zeros are always valid.
         read_slots: (B, R, K) int32, the slots of the last step's reads; -1 for
             none.
         read_weights: (B, R, K), their weights; 0 for none.
         time: (B, 1) int32, number of steps so far. Masked steps do not count.
         controller: tuple with the state of each controller, nested as Keras
             nests it.
+
+    Whoever changes `memory` must change `norms` too; `SAMCell.state_with` makes
+    both.
     """
 
     reads: Any
@@ -85,7 +91,8 @@ class SAMInterface(NamedTuple):
         key: (B, R, W) look-up vectors, q.
         strength: (B, R), above 0, beta.
         add_vector: (B, W), what to write, a.
-        write_gate: (B, 1) in (0, 1), alpha: whether to write at all.
+        write_gate: (B, 1) in (0, 1), alpha: scales what is added. The least
+            recently accessed slot is erased in any case.
         interpolation_gate: (B, 1) in (0, 1), gamma: to the slots that were read
             last (1) or to the least recently accessed one (0).
     """
@@ -117,33 +124,36 @@ class SAMAccess:
     def step(self, interface, state):
         """Writes to the memory, then reads it."""
         interface = self.split(interface)
-        state, written, shares = self._write(interface, state)
+        state, write_slots, write_weights = self._write(interface, state)
         slots, weights, reads = self._read(interface, state)
         time = state.time + 1
         last_access = sparse.mark_accessed(
             state.last_access,
-            ops.concatenate([_flat(slots, at_least=0), written], axis=1),
-            # Of all heads the mean, as in the write.
-            ops.concatenate([_flat(weights) / self.read_heads, shares], axis=1),
+            ops.concatenate([_flat(slots, at_least=0), write_slots], axis=1),
+            # The mean over heads, as in the write.
+            ops.concatenate(
+                [_flat(weights) / self.read_heads, write_weights], axis=1
+            ),
             self.access_threshold,
             time,
         )
         after = state._replace(
             reads=reads,  # r_t
-            last_access=last_access,  # U_t
+            last_access=last_access,  # t - U_t
             read_slots=slots,
             read_weights=weights,  # w^R_t
             time=time,
         )
-        inside = {"write_slots": written, "write_weights": shares}
+        inside = {"write_slots": write_slots, "write_weights": write_weights}
         return after, {**inside, **interface._asdict()}
 
     def _write(self, interface, state):
-        """M_t = (1 - R_t) o M_{t-1} + w^W_t a_t^T (eq. 3), where R_t erases the
-        least recently accessed slot, and
+        """M_t = (1 - R_t) o M_{t-1} + A_t (eq. 3), where R_t erases the least
+        recently accessed slot, A_t = w^W_t a_t^T, and
         w^W_t = alpha_t (gamma_t w^R_{t-1} + (1 - gamma_t) I^U_t) (eq. 5).
 
-        Returns the state, the slots (B, R K + 1), and their weights."""
+        I^U_t is kept as an index, `oldest`. Returns the state, the slots (B,
+        R K + 1), and their weights; those of equal slots are to be summed."""
         oldest, block_access = sparse.least_recently_accessed(
             state.last_access, state.block_access
         )  # I^U_t
@@ -151,29 +161,26 @@ class SAMAccess:
         read_weights = ops.where(
             read_slots >= 0, _flat(state.read_weights) / self.read_heads, 0.0
         )  # w^R_{t-1}: the mean of the heads
-        # Slots that no head has read have no weight, wherever they are.
+        # A missing read has no weight. Its index must be valid.
         read_slots = ops.where(read_slots >= 0, read_slots, oldest)
         slots = ops.concatenate([read_slots, oldest], axis=1)
         alpha, gamma = interface.write_gate, interface.interpolation_gate
         weights = alpha * ops.concatenate(
             [gamma * read_weights, 1.0 - gamma], axis=1
-        )
-        # A slot may occur several times: each time with all its weight.
-        weight_of_slot = sparse.sum_over_equal(slots, weights)  # w^W_t
+        )  # eq. 5
+        # Equal slots have the same row, with their total weight.
+        total = sparse.sum_over_equal(slots, weights)  # w^W_t
+        added = total[:, :, None] * interface.add_vector[:, None]  # A_t
         rows = sparse.take(state.memory, slots)
-        rows = ops.where(ops.equal(slots, oldest)[:, :, None], 0.0, rows)
-        added = weight_of_slot[:, :, None] * interface.add_vector[:, None]
-        memory = sparse.put(state.memory, slots, rows + added)
-        is_oldest = ops.ones_like(oldest, dtype="bool")
-        is_written = ops.concatenate([read_weights > 0, is_oldest], axis=1)
+        is_erased = ops.equal(slots, oldest)  # R_t
+        rows = ops.where(is_erased[:, :, None], 0.0, rows)
+        memory = sparse.put(state.memory, slots, rows + added)  # eq. 3
         state = state._replace(
             memory=memory,  # M_t
             norms=sparse.update_norms(
                 state.norms, memory, slots, self.epsilon(interface)
             ),
-            last_access=sparse.mark_written(
-                state.last_access, slots, is_written
-            ),
+            last_access=sparse.mark_written(state.last_access, slots),
             block_access=block_access,
         )
         return state, slots, weights
@@ -198,7 +205,8 @@ class SAMAccess:
         is_found = slots >= 0
         weights = softmax(ops.where(is_found, logits, LOWEST_LOGIT))
         weights = ops.where(is_found, weights, 0.0)  # w^R_t
-        return slots, weights, ops.sum(weights[:, :, :, None] * rows, axis=2)
+        reads = ops.sum(weights[:, :, :, None] * rows, axis=2)  # eq. 4
+        return slots, weights, reads
 
     def epsilon(self, interface):
         """Added to squared norms."""
@@ -228,16 +236,17 @@ class SAMAccess:
         }
 
     def slots_for(self, steps):
-        """Number of slots that a memory which starts empty can write to in some
-        steps: each step writes to one new slot at most."""
+        """Number of slots that a memory needs which starts empty and runs for
+        some steps: each writes to one new slot at most, and a search needs
+        `top_k` slots."""
         if isinstance(steps, int):
             return min(max(steps, self.top_k), self.memory_slots)
         needed = ops.maximum(steps, self.top_k)
         return ops.minimum(needed, self.memory_slots)
 
     def unwritten(self, state):
-        """Number of slots of a state, and of those without a write, (B,)."""
-        unwritten = ops.cast(state.last_access == sparse.UNWRITTEN, "int32")
+        """Number of slots of a state, and of its unwritten ones, (B,)."""
+        unwritten = ops.cast(state.last_access <= sparse.UNWRITTEN, "int32")
         return state.last_access.shape[1], ops.sum(unwritten, axis=1)
 
     def split(self, interface):
@@ -429,6 +438,7 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
     def _state_with(self, contents):
         batch, count, _ = contents.shape
+        contents = ops.cast(contents, self.compute_dtype)  # as states are kept
         contents = ops.cast(contents, self.access_dtype)
         epsilon = self.norm_epsilon or NORM_EPSILON[self.access_dtype]
         written = {
@@ -467,28 +477,31 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
 @keras.saving.register_keras_serializable(package="keras_memory")
 class SAMLayer(HostRNN, SAMArguments, cell=SAMCell):
-    """Sparse Access Memory: a step costs the same for any number of slots.
+    """Sparse Access Memory: a step reads and writes few of many slots.
 
     Source: Rae et al. 2016 (arXiv 1610.09027), section 3.
-    Departures: a slot that was never written is not read; all of them are
-    equal, so only their order could choose among them. With several heads, the
-    write and the last access see the mean of their read weightings. A strength
-    multiplies the cosine, one for each head. The softmax is over the `top_k`
-    slots that a head reads.
+    Departures: unwritten slots are never read; the paper reads them, but they
+    are all equal. The search is exact, where the paper uses an index (see
+    `search_method`). With several heads, the write and the last access see the
+    mean of their read weightings. A strength multiplies the cosine, one for
+    each head. The softmax is over the `top_k` slots that a head reads. The
+    paper minimizes the time since the last access (eq. 6), which must be meant
+    the other way round.
 
-    The memory starts empty, and each step writes to one new slot at most. So a
-    sequence of T steps needs space and time for T slots, not for N, without
-    `return_state`, `stateful` and `initial_state`. `trace` has these slots
-    only. `cell.state_with(contents)` is an initial state with written slots;
-    the memory then has all its N slots.
+    The memory starts empty, and each step writes to one new slot at most.
+    Unless `return_state`, `stateful` or `initial_state` is used, a sequence of
+    T steps takes space and time for T slots, not for N (times `num_layers`, if
+    layers share the memory). `cell.state_with(contents)` is an initial state
+    with written slots; the memory then has all its N slots, and each step
+    searches them.
 
     Args:
         units: int, at least 1, width of the output; None: see `MemoryCell`.
         memory_slots: int, N, number of slots. Default 65536.
         slot_size: int, W, width of a slot. Default 32.
         read_heads: int, R. Default 4.
-        top_k: int K from 1 to N, number of slots that each head reads.
-            Default 4.
+        top_k: int K from 1 to N, number of slots that each head reads. A step
+            compares the R K slots with each other. Default 4.
         access_threshold: float in [0, 1), delta: a step accesses a slot if its
             read and write weights sum to more than this. Default 0.005.
         key_activation: Keras activation of keys. Default `"linear"`.

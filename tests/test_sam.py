@@ -241,12 +241,10 @@ def test_gradients_of_steps_equal_the_oracle(sizes, is_full):
 
 
 @pytest.mark.every_backend
-@pytest.mark.parametrize("is_written", [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
-def test_a_slot_is_written_if_one_of_its_entries_is(is_written):
+def test_written_slots_are_not_accessed():
     last_access = ops.convert_to_tensor([[-1, 4, -1]], dtype="int32")
-    slots = ops.convert_to_tensor([[0, 0, 0]], dtype="int32")
-    is_written = ops.convert_to_tensor([is_written]) > 0
-    after = sparse.mark_written(last_access, slots, is_written)
+    slots = ops.convert_to_tensor([[0, 0, 1]], dtype="int32")
+    after = sparse.mark_written(last_access, slots)
     assert ops.convert_to_numpy(after).tolist() == [[0, 4, -1]]
     assert ops.convert_to_numpy(last_access).tolist() == [[-1, 4, -1]]
 
@@ -575,6 +573,47 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was():
     outputs, *states = plain(sequences(), initial_state=states)
     close(stateful(sequences()), ops.convert_to_numpy(outputs), 1e-5)
     assert_states(stateful, states)
+
+
+@harness.needs_tensorflow
+def test_a_memory_may_stay_unused():
+    import tensorflow as tf
+
+    layer, x = layer_of(memory_slots=300, return_state=True), sequences()
+    layer.build(x.shape)
+    contents = np.random.default_rng(8).normal(size=(BATCH, 300, 5))
+    states = layer.cell.state_with(contents.astype("float32"))
+    memory = tf.Variable(states[1])
+    with tf.GradientTape() as tape:
+        y, _, after, *_ = layer(
+            x,
+            initial_state=[states[0], memory.value(), *states[2:]],
+            training=True,
+            use_memory=False,
+        )
+        loss = tf.reduce_sum(y**2) + tf.reduce_sum(after)
+    kernel = layer.cell.output_projection[0]
+    by_memory, by_kernel = tape.gradient(loss, [memory, kernel])
+    assert layer.time_loop == "fast"
+    close(by_memory, np.ones(memory.shape))
+    assert np.abs(by_kernel).sum() > 0
+    inside = keras_memory.trace(layer, x, use_memory=False)
+    assert inside["output"].shape == (BATCH, TIME, 3)
+    assert "read_weighting" not in inside
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("slots", [5, 300])
+def test_a_batch_may_be_empty(slots):
+    import tensorflow as tf
+
+    layer = layer_of(memory_slots=slots, return_state=True)
+    with tf.GradientTape() as tape:
+        y, *_ = layer(np.zeros((0, 3, 4), "float32"), training=True)
+        loss = tf.reduce_sum(y)
+    assert y.shape == (0, 3, 3)
+    for gradient in tape.gradient(loss, layer.trainable_variables):
+        assert not np.any(gradient)
 
 
 @pytest.mark.every_backend

@@ -170,8 +170,8 @@ def scatter_add(vectors, places, *, size):
 
 
 def rows_at(vectors, places):
-    """Takes the entries of (B, N, ...) at places (B, P) of whole numbers: (B,
-    P, ...)."""
+    """Takes the entries of (B, N, ...) at places (B, P, ...) of whole numbers:
+    (B, P, ...)."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -216,18 +216,16 @@ def take_rows(memory, slots):
     return ops.cast(rows, at_least_float32(ops.dtype(rows)))
 
 
-def put_rows(memory, slots, rows):
-    """`replace_rows` in the dtype of the memory, with a gradient."""
-    has_gradient = "float" in ops.dtype(memory)
-    if has_gradient and keras.backend.backend() != "jax":
-        # These backends give each of equal slots the whole gradient.
-        fixed = ops.stop_gradient(rows)
-        rows = select(is_first(slots), rows, fixed)
-    return replace_rows(memory, slots, ops.cast(rows, ops.dtype(memory)))
+def with_one_gradient(slots, rows):
+    """Rows (B, P, ...) to replace those of slots (B, P): of rows of equal slots
+    only the first has a gradient."""
+    if keras.backend.backend() == "jax":  # whose update sees to that
+        return rows
+    return select(is_first(slots), rows, ops.stop_gradient(rows))
 
 
 def select(updated, new, old):
-    """Selects `new` where `updated`, over the first axes, is True, or `old`."""
+    """`new` where `updated` is True, else `old`, which have further axes."""
     more = len(new.shape) - len(updated.shape)
     return ops.where(updated[(..., *[None] * more)], new, old)
 

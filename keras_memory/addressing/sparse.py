@@ -1,13 +1,13 @@
 """Sparse reads and writes: a step touches few slots of a large memory.
 
-Source: Rae et al. 2016 (arXiv 1610.09027), section 3. Pure functions without
-weights or state. Axes are always batch B, head H, slots N, slot width W, slots
-that a step touches P. Inside a step slots come before their width, (B, N, W),
-so that a slot is one block of memory.
+Source: Rae et al. 2016 (arXiv 1610.09027), section 3. Functions without
+weights. Axes are always batch B, head H, slots N, slot width W, slots that a
+step touches P. Inside a step slots come before their width, (B, N, W), so that
+a slot is one block of memory.
 
-The fast time loop does not keep a copy of a memory for each step. It needs to
-know which slots a step takes and puts, so a state with a row for each slot
-(`StateSpec.per_slot`) is only reached by the functions of this module.
+The fast time loop does not keep a copy of a memory for each step. It records
+which slots a step takes and puts, so a step reaches a state with a row for each
+slot (`StateSpec.per_slot`) only by the functions of this module.
 """
 
 import keras
@@ -16,204 +16,32 @@ from keras import ops
 from keras_memory.addressing.content import cosine_similarity
 from keras_memory.addressing.gradients import fast_pass
 from keras_memory.addressing.scaling import in_range
+from keras_memory.addressing.slot_states import HostSlotState
+from keras_memory.addressing.slot_states import SlotState
+from keras_memory.addressing.slot_states import array_of
 from keras_memory.addressing.slots import largest
 from keras_memory.addressing.slots import precise_products
-from keras_memory.addressing.slots import put_rows
 from keras_memory.addressing.slots import replace_rows
 from keras_memory.addressing.slots import rows_at
 from keras_memory.addressing.slots import same_place
-from keras_memory.addressing.slots import select
 from keras_memory.addressing.slots import take_rows
+from keras_memory.addressing.slots import with_one_gradient
 
-# Contents of `last_access` at slots that were never accessed.
+# `last_access` of slots that were never written, and of slots that were
+# written, but never accessed.
 UNWRITTEN = -1
 NEVER_ACCESSED = 0
-# Of slots without a write: below any cosine.
+# Score of slots whose products are NaN; that of unwritten slots is lower.
 LOWEST_SCORE = -1e30
 # Slots for which `block_access` has one entry.
 BLOCK = 256
-
-
-class Slots:
-    """A state with a row for each slot, within a time loop.
-
-    Args:
-        index: int, which state of the loop.
-        array: (B, N, ...); None where a pass of the fast loop does not have it.
-        updated: (B,) bool or None; False: the row of the batch is masked, and
-            stays as it is.
-        puts: tuple of (slots, rows), what the step has put so far.
-    """
-
-    def __init__(self, index, array, updated=None, puts=()):
-        self.index, self.array = index, array
-        self.updated, self.puts = updated, puts
-
-    def after(self, array, *puts):
-        """The state with another array, and more `puts`."""
-        puts = (*self.puts, *puts)
-        return Slots(self.index, array, self.updated, puts)
-
-    def exchanged(self, array):
-        """The state with a new array."""
-        if self.updated is not None:
-            array = select(self.updated, array, self.array)
-        return self.after(array)
-
-    def taken(self, slots):
-        """The rows (B, P, ...) at slots (B, P)."""
-        return rows_at(self.array, slots)
-
-    def replaced(self, slots, rows):
-        """The state with other rows (B, P, ...) at slots (B, P)."""
-        if self.updated is not None:
-            rows = select(self.updated, rows, self.taken(slots))
-        return self.after(put_rows(self.array, slots, rows))
-
-
-class HostSlots(Slots):
-    """A state whose rows stay on the host (`retrieval/host_memory.py`).
-
-    In the graph the state is a token, which each call of the host takes and
-    returns, so that calls run in the order of a step.
-
-    Args:
-        index: int, which state of the loop.
-        calls: the `HostCalls` of the step, shared by states of one memory.
-        name: str, name of the array on the host.
-        puts: as of `Slots`.
-    """
-
-    def __init__(self, index, calls, name, puts=()):
-        self.index, self.calls, self.name = index, calls, name
-        self.puts = puts
-
-    @property
-    def array(self):
-        return self.calls.token
-
-    def after(self, array, *puts):
-        puts = (*self.puts, *puts)
-        return HostSlots(self.index, self.calls, self.name, puts)
-
-    def taken(self, slots):
-        memory = self.calls.memory
-        array = getattr(memory, self.name)
-        shape = (*slots.shape, *array.shape[2:])
-        return self.calls.result(
-            lambda slots: memory.take(self.name, slots),
-            keras.KerasTensor(shape, array.dtype.name),
-            slots,
-        )
-
-    def replaced(self, slots, rows):
-        def replace(*arrays):
-            self.calls.memory.replace(self.name, *arrays)
-
-        updated = self.calls.updated
-        masks = [] if updated is None else [updated]
-        self.calls.run(replace, [], slots, rows, *masks)
-        return self
-
-    def least_recently_accessed(self):
-        memory = self.calls.memory
-        spec = keras.KerasTensor((len(memory.memory), 1), "int32")
-        return self.calls.result(memory.least_recently_accessed, spec)
-
-    def nearest(self, queries, top_k):
-        memory = self.calls.memory
-        shape = (*queries.shape[:2], top_k)
-        return self.calls.result(
-            lambda queries: memory.nearest(queries, top_k),
-            keras.KerasTensor(shape, "int32"),
-            queries,
-        )
-
-
-class HostCalls:
-    """The calls of a memory on the host within one step, in their order.
-
-    Args:
-        memory: a `HostMemory`.
-        token: (B, 1) int32; None where a pass of the fast loop calls nothing.
-        updated: (B,) bool or None, as of `Slots`.
-    """
-
-    def __init__(self, memory, token, updated):
-        self.memory, self.token, self.updated = memory, token, updated
-
-    def run(self, function, specs, *arrays):
-        """Calls a function of NumPy arrays, whose results have these specs."""
-
-        def call(token, *arrays):
-            return (token, *(function(*arrays) or ()))
-
-        specs = [keras.KerasTensor(self.token.shape, "int32"), *specs]
-        self.token, *results = call_host(call, specs, self.token, *arrays)
-        return results
-
-    def result(self, function, spec, *arrays):
-        """Calls a function with one result."""
-        return self.run(lambda *a: (function(*a),), [spec], *arrays)[0]
-
-
-def call_host(function, specs, *arrays):
-    """Calls a function of NumPy arrays from a graph (TensorFlow).
-
-    Args:
-        function: (*arrays) -> list of arrays.
-        specs: list of arrays with shape and dtype of each result.
-        *arrays: tensors.
-
-    Returns:
-        List of tensors.
-    """
-    import tensorflow as tf
-
-    dtypes = [spec.dtype for spec in specs]
-    results = tf.numpy_function(function, arrays, dtypes)
-    return [
-        tf.ensure_shape(result, spec.shape)
-        # A single result is not in a list.
-        for result, spec in zip(keras.tree.flatten(results), specs)
-    ]
-
-
-def with_slots(states, kinds, updated):
-    """Replaces the states that have a row for each slot by `Slots`.
-
-    Args:
-        states: list of arrays.
-        kinds: list with the `StateSpec` of each state.
-        updated: (B,) bool or None, as of `Slots`.
-
-    Returns:
-        List of arrays and `Slots`.
-    """
-    replaced, calls = [], {}
-    for index, (state, kind) in enumerate(zip(states, kinds)):
-        if kind.on_host is not None:
-            memory, name = kind.on_host
-            of_memory = calls.setdefault(
-                id(memory), HostCalls(memory, state, updated)
-            )
-            state = HostSlots(index, of_memory, name)
-        elif kind.per_slot:
-            state = Slots(index, state, updated)
-        replaced.append(state)
-    return replaced
-
-
-def array_of(state):
-    """The array of a state that may be `Slots`."""
-    return state.array if isinstance(state, Slots) else state
 
 
 def take(memory, slots):
     """Takes rows of a memory.
 
     Args:
-        memory: (B, N, W).
+        memory: (B, N, W), a state in the compute dtype.
         slots: (B, P) int32 in [0, N).
 
     Returns:
@@ -229,7 +57,7 @@ def put(memory, slots, rows):
     """Replaces rows of a memory.
 
     Args:
-        memory: (B, N, W).
+        memory: (B, N, W), a state in the compute dtype.
         slots: (B, P) int32 in [0, N). A slot may occur several times, with
             rows that are computed alike.
         rows: (B, P, W); their dtype becomes that of the memory.
@@ -240,7 +68,10 @@ def put(memory, slots, rows):
     current = fast_pass()
     if current is not None:
         return current.put(memory, slots, rows)
-    return _replaced(memory, slots, rows)
+    if isinstance(memory, SlotState):
+        return memory.replaced(slots, rows, differentiates=True)
+    rows = with_one_gradient(slots, rows)
+    return replace_rows(memory, slots, ops.cast(rows, ops.dtype(memory)))
 
 
 def chosen(function, *arrays):
@@ -272,7 +103,10 @@ def update(function, state, slots, *arrays):
         return state
     before = _rows_at(state, slots)
     after = function(before, *map(array_of, arrays))
-    return _replaced(state, slots, ops.stop_gradient(after))
+    after = ops.stop_gradient(after)
+    if isinstance(state, SlotState):
+        return state.replaced(slots, after)
+    return replace_rows(state, slots, ops.cast(after, ops.dtype(state)))
 
 
 def _is_replayed():
@@ -281,34 +115,30 @@ def _is_replayed():
 
 
 def _rows_at(state, slots):
-    if isinstance(state, Slots):
+    if isinstance(state, SlotState):
         return state.taken(slots)
     return rows_at(state, slots)
-
-
-def _replaced(state, slots, rows):
-    if isinstance(state, Slots):
-        return state.replaced(slots, rows)
-    return put_rows(state, slots, rows)
 
 
 def sum_over_equal(slots, weights):
     """Sums weights (B, P) over equal slots (B, P): each of them gets the sum,
     (B, P)."""
-    same = ops.cast(same_place(slots, slots), ops.dtype(weights))
-    return ops.matmul(same, weights[:, :, None])[:, :, 0]
+    same = same_place(slots, slots)
+    return ops.sum(ops.where(same, weights[:, None], 0.0), axis=2)
 
 
 def least_recently_accessed(last_access, block_access):
     """The slot whose last access is the longest ago.
 
     Source: Rae et al. 2016, section 3.2, eq. 6.
+    Departure: eq. 6 takes the minimum of the time since the last access, by
+    which the paper must mean the maximum.
 
-    A step must not look at all slots of a large memory. So the memory has
-    blocks of `BLOCK` slots, of which each has a bound: none of its slots was
-    accessed before. Accesses only make last accesses later, so a bound stays
-    true. A search compares the slots of the block with the lowest bound. If all
-    were accessed later, it raises the bound, and compares again.
+    The slots are in blocks of `BLOCK`, each with a lower bound of its last
+    accesses. Accesses only increase them, so that a bound stays valid. A search
+    compares the slots of the block with the lowest bound. If all were accessed
+    later, it raises the bound, and searches again. So it does not look at all
+    slots of a large memory.
 
     Args:
         last_access: (B, N) int32, steps of the last access; `UNWRITTEN` and
@@ -320,11 +150,12 @@ def least_recently_accessed(last_access, block_access):
     """
     if _is_replayed():
         return chosen(None), block_access
-    if isinstance(last_access, HostSlots):
+    if isinstance(last_access, HostSlotState):
         return chosen(last_access.least_recently_accessed), block_access
+    # Not within `chosen`, which would save the bounds of each step.
     slot, bounds = _search_blocks(array_of(last_access), array_of(block_access))
-    slot = chosen(lambda: slot)
-    if isinstance(block_access, Slots):
+    slot = chosen(lambda slot: slot, slot)
+    if isinstance(block_access, SlotState):
         return slot, block_access.exchanged(bounds)
     return slot, bounds
 
@@ -336,7 +167,7 @@ def _search_blocks(last_access, block_access):
         """The first slot of the lowest last access, and that access."""
         accesses = ops.maximum(rows_at(last_access, slots), NEVER_ACCESSED)
         place = ops.argmin(accesses, axis=1)[:, None]
-        return rows_at(slots, place), ops.min(accesses, axis=1, keepdims=True)
+        return rows_at(slots, place), rows_at(accesses, place)
 
     def compare(bounds, slot, is_behind):
         block = ops.argmin(bounds, axis=1)[:, None]
@@ -346,15 +177,14 @@ def _search_blocks(last_access, block_access):
         is_behind = lowest > rows_at(bounds, block)
         return replace_rows(bounds, block, lowest), slot, is_behind
 
-    first = ops.zeros_like(block_access[:, 0])[:, None]
-    if block_access.shape[1] == 1:
-        slots = ops.arange(number, dtype="int32")
-        slot, _ = oldest(first + slots)
+    zeros = ops.zeros_like(block_access[:, 0])[:, None]
+    if block_access.shape[1] == 1:  # comparing once is enough
+        slot, _ = oldest(zeros + ops.arange(number, dtype="int32"))
         return slot, block_access
     bounds, slot, _ = ops.while_loop(
         lambda bounds, slot, is_behind: ops.any(is_behind),
         compare,
-        (block_access, first, first == 0),
+        (block_access, zeros, ops.ones_like(zeros, dtype="bool")),
     )
     return slot, bounds
 
@@ -374,8 +204,8 @@ def nearest(memory, norms, last_access, queries, top_k):
         top_k: int K, from 1 to N.
 
     Returns:
-        (B, H, K) int32, the nearest first, the first of equally near slots
-        first; -1 where fewer than K slots are written.
+        (B, H, K) int32, the nearest first, of equal slots the first; -1 where
+        fewer than K slots are written.
     """
 
     def search(memory, norms, last_access, queries):
@@ -384,14 +214,14 @@ def nearest(memory, norms, last_access, queries, top_k):
         products = precise_products(queries, ops.swapaxes(memory, 1, 2))
         # The norm of a query does not change the order of its cosines.
         scores = products * ops.cast(1.0 / norms, ops.dtype(products))[:, None]
-        is_written = (last_access > UNWRITTEN)[:, None]
-        scores = ops.where(is_written, scores, LOWEST_SCORE)
-        # Also where a product of huge numbers is infinite or NaN.
+        # A product of huge numbers may be NaN.
         scores = ops.where(scores > LOWEST_SCORE, scores, LOWEST_SCORE)
+        is_written = (last_access > UNWRITTEN)[:, None]
+        scores = ops.where(is_written, scores, 2 * LOWEST_SCORE)
         slots = largest(scores, top_k)
         return ops.where(rows_at(last_access, slots) > UNWRITTEN, slots, -1)
 
-    if isinstance(memory, HostSlots):
+    if isinstance(memory, HostSlotState):
         return chosen(lambda: memory.nearest(queries, top_k))
     return chosen(search, memory, norms, last_access, queries)
 
@@ -408,7 +238,7 @@ def update_norms(norms, memory, slots, norm_epsilon):
     Returns:
         (B, N) float32.
     """
-    if isinstance(memory, HostSlots):
+    if isinstance(memory, HostSlotState):
         return norms  # an index has its own
 
     def norm(_, memory):
@@ -443,25 +273,21 @@ def cosines(queries, rows, norm_epsilon):
     return ops.reshape(cosine, (-1, heads, count))
 
 
-def mark_written(last_access, slots, is_written):
-    """Marks slots as written, which are not accessed thereby.
+def mark_written(last_access, slots):
+    """Marks slots as written. This does not count as an access.
 
     Args:
         last_access: (B, N) int32.
         slots: (B, P) int32.
-        is_written: (B, P) bool; a slot that occurs several times is written if
-            one of them is.
 
     Returns:
         (B, N) int32.
     """
 
-    def mark(before, is_written):
-        written = sum_over_equal(slots, ops.cast(is_written, "float32"))
-        after = ops.maximum(before, NEVER_ACCESSED)
-        return ops.where(written > 0, after, before)
+    def mark(before):
+        return ops.maximum(before, NEVER_ACCESSED)
 
-    return update(mark, last_access, slots, is_written)
+    return update(mark, last_access, slots)
 
 
 def mark_accessed(last_access, slots, weights, threshold, time):

@@ -551,9 +551,14 @@ class MemoryCell(
                 fields[name] = rows_at(value, ops.maximum(slots, 0))
         return fields
 
+    @staticmethod
+    def has_accessed(inside):
+        """Whether a block used its memory in a step with these inner values."""
+        return bool(inside.keys() - {"controller_output"})
+
     def _wide_details(self, records, block, inside, slots):
         access = self.accesses[block]
-        if not inside or not hasattr(access, "wide_details"):
+        if not self.has_accessed(inside) or not hasattr(access, "wide_details"):
             return {}
         record = records[self.memory_of_block[block]]
         return access.wide_details(record, inside, slots)

@@ -6,7 +6,7 @@ import math
 import keras
 from keras import ops
 
-from keras_memory.addressing.sparse import Slots
+from keras_memory.addressing.slot_states import SlotState
 from keras_memory.checks import check_size
 from keras_memory.checks import described
 from keras_memory.checks import plain
@@ -109,8 +109,8 @@ def check_step(access, before, interface, result):
 
 def _is_like(old, new):
     """Whether a state after a step has the shape and dtype of that before."""
-    if isinstance(old, Slots):
-        return isinstance(new, Slots) and new.index == old.index
+    if isinstance(old, SlotState):
+        return isinstance(new, SlotState) and new.index == old.index
     olds, news = keras.tree.flatten(old), keras.tree.flatten(new)
     return len(olds) == len(news) and all(
         _is_tensor(after)

@@ -15,9 +15,9 @@ backward, step t:  state[t] --step with saved results--> vjp
 after the loop  :  grad W = (all inputs)^T @ (all gradients of results)
     one product for each weight
 memories        :  states with a row for each slot (`StateSpec.per_slot`) are
-    not saved, but the rows that a step takes, and its choices; the backward
-    loop carries the gradient of the slots that the loop took or put, in which
-    each step changes the rows of its own (`addressing/sparse.py`)
+    not saved; the rows that a step takes, the slots that it puts and its
+    choices are. The backward loop carries the gradients of all slots that the
+    loop touches; each step changes those of its own (`addressing/sparse.py`)
 in segments     :  states saved every k steps (`recompute`); the forward pass
     of a segment runs again before its backward pass
 
@@ -132,7 +132,7 @@ class _Loop:
     needs at every step.
 
     Features are a list of one array, or an empty list if only the last
-    features are wanted. Whole numbers have no gradient.
+    features are wanted. States with a `dtype` have no gradient.
 
     Args:
         step: function (inputs, states) -> (features, states).
@@ -259,7 +259,7 @@ class _Loop:
             )
 
         by_index = dict(zip(self.with_gradient, grad_after))
-        saved, touched = self._touched(saved, by_index)
+        saved, touched = self._numbered(saved, by_index)
         (grad_others, grad_memories, grad_values), (grad_x, grad_results) = (
             scan(
                 once,
@@ -296,7 +296,7 @@ class _Loop:
         ]
         return grad_x, grad_states, grad_linears, grad_values
 
-    def _touched(self, saved, gradients):
+    def _numbered(self, saved, gradients):
         """Numbers the slots that the loop touched, memory by memory.
 
         Args:
@@ -306,14 +306,14 @@ class _Loop:
 
         Returns:
             `saved`, with numbers in place of slots, and a dict from the index
-            of each memory to a `_TouchedSlots`.
+            of each memory to a `_SlotNumbers`.
         """
         taken, put_slots = list(saved.taken), list(saved.put_slots)
         touched = {}
         for index in self.memories:
             takes = [i for i, of in enumerate(self.shapes.takes) if of == index]
             puts = [i for i, of in enumerate(self.shapes.puts) if of == index]
-            touched[index] = slots = _TouchedSlots(
+            touched[index] = slots = _SlotNumbers(
                 [taken[i][0] for i in takes] + [put_slots[i] for i in puts],
                 gradients[index].shape[1] if index in gradients else math.inf,
             )
@@ -324,7 +324,7 @@ class _Loop:
         return saved._replace(taken=taken, put_slots=put_slots), touched
 
 
-class _TouchedSlots:
+class _SlotNumbers:
     """Numbers different slots of a memory from 0, in each row of the batch.
 
     The backward loop then needs rows for these slots only. It needs all slots
@@ -347,21 +347,23 @@ class _TouchedSlots:
             return
         joined = ops.swapaxes(ops.concatenate(slots, axis=2), 0, 1)
         shape = ops.shape(joined)
-        self.slots = ops.reshape(joined, (shape[0], -1))  # (B, T P)
+        # (B, T P)
+        self.slots = ops.reshape(joined, (shape[0], shape[1] * shape[2]))
         order = ops.argsort(self.slots, axis=1)
         ordered = rows_at(self.slots, order)
         is_new = ordered[:, 1:] != ordered[:, :-1]
         number = ops.cumsum(ops.cast(is_new, "int32"), axis=1)
         number = ops.pad(number, ((0, 0), (1, 0)))
         none = ops.zeros_like(self.slots)
-        self.number_of_slot = replace_rows(none, order, number)
+        self.number_at = replace_rows(none, order, number)
         self.slot_of_number = replace_rows(none, number, ordered)
-        numbers = ops.reshape(self.number_of_slot, shape)
+        numbers = ops.reshape(self.number_at, shape)
         numbers = ops.swapaxes(numbers, 0, 1)
         self.numbers = ops.split(numbers, np.cumsum(counts)[:-1], axis=2)
 
     def take(self, memory):
-        """The rows of the touched slots, by number; of other numbers any."""
+        """The rows (B, T P, ...) of the touched slots: row i is that of slot
+        number i. Rows of unused numbers are arbitrary."""
         if self.slots is None:
             return memory
         return rows_at(memory, self.slot_of_number)
@@ -371,10 +373,10 @@ class _TouchedSlots:
         return ops.zeros((*ops.shape(self.slots), width), "float32")
 
     def put(self, memory, rows):
-        """The memory with these rows, by number."""
+        """The memory with rows (B, T P, ...), as from `take`."""
         if self.slots is None:
             return rows
-        rows = ops.cast(rows_at(rows, self.number_of_slot), ops.dtype(memory))
+        rows = ops.cast(rows_at(rows, self.number_at), ops.dtype(memory))
         return replace_rows(memory, self.slots, rows)
 
 

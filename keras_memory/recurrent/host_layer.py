@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_memory.addressing.slot_states import call_host
 from keras_memory.addressing.slots import compiles
-from keras_memory.addressing.sparse import call_host
 from keras_memory.hints import Array
 from keras_memory.recurrent.layer import MemoryRNN
 

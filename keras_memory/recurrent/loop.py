@@ -9,9 +9,9 @@ import keras
 from keras import ops
 from keras.src import backend
 
+from keras_memory.addressing.slot_states import SlotState
+from keras_memory.addressing.slot_states import with_slots
 from keras_memory.addressing.slots import select
-from keras_memory.addressing.sparse import Slots
-from keras_memory.addressing.sparse import with_slots
 from keras_memory.recurrent.fast_loop import run_fast
 from keras_memory.recurrent.fast_loop import shape_pass
 from keras_memory.recurrent.interface import StateSpec
@@ -92,15 +92,13 @@ def run(
         after = keras.tree.flatten(after)
         if holds:
             after = [features, *after]
-        after = [
-            new.array
-            if isinstance(new, Slots)
-            else new
-            if updated is None
-            else select(updated, new, old)
-            for old, new in zip(states, after)
-        ]
+        after = [kept(old, new, updated) for old, new in zip(states, after)]
         return features if updated is None else after[0], after
+
+    def kept(old, new, updated):
+        if isinstance(new, SlotState):  # which does not change masked rows
+            return new.array
+        return new if updated is None else select(updated, new, old)
 
     if not why:
         shapes = shape_pass(step, inputs, states, kinds)

@@ -19,8 +19,8 @@ from keras_memory.addressing.slots import same_place
 
 
 class _Pass:
-    """One run of a step. Calls of `linear` and saved values are matched by
-    their order, which is the same in all runs."""
+    """One run of a step. Products, saved values, choices, takes and puts are
+    matched by their order, which is the same in all runs."""
 
     may_change = False
     # Whether this run has the arrays of states with a row for each slot.
@@ -212,7 +212,8 @@ class Replay(_Pass):
         taken = ops.cast(taken, ops.dtype(zeros))
         rows = taken + zeros
         for put_slots, new_rows in memory.puts:
-            # These rows come from this step, and the later ones count.
+            # This step put rows there before: the last put counts. Their value
+            # is the saved one; only the gradient goes to `new_rows`.
             is_same = same_place(slots, put_slots)
             is_first = ops.cumsum(ops.cast(is_same, "int32"), axis=2) == 1
             which = ops.cast(is_same & is_first, ops.dtype(rows))
@@ -256,12 +257,22 @@ class ShapePass(Forward):
         return self.results[-1]
 
     def take(self, memory, slots):
-        self.takes.append(memory.index)
+        self.takes.append(self._with_gradient(memory))
         return super().take(memory, slots)
 
     def put(self, memory, slots, rows):
-        self.puts.append(memory.index)
+        self.puts.append(self._with_gradient(memory))
         return super().put(memory, slots, rows)
+
+    def _with_gradient(self, memory):
+        kind = self.kinds[getattr(memory, "index", 0)]
+        if not kind.per_slot or (kind.dtype and not kind.on_host):
+            raise ValueError(
+                "`take` and `put` need a state with `per_slot=True` and the "
+                "compute dtype; `update` changes rows without gradient. "
+                f"Received: {kind}"
+            )
+        return memory.index
 
     @property
     def variables(self):

@@ -1,6 +1,7 @@
 """Records the inner values of a recurrent memory, step by step."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,8 +80,9 @@ def trace(
         several blocks, names start with `"block0/"`, `"block1/"`, ...
 
         A SAM, which has states per slot, is traced in the slots that the
-        sequence touches: `"slots"` (B, T, P) has them in ascending order, then
-        -1. Weightings and fields per slot have an axis for these P slots.
+        sequence touches, or in all if it may touch as many: `"slots"` (B, T, P)
+        has them in ascending order, then -1. Weightings and fields per slot
+        have an axis for these P slots. To find them, the cell runs once more.
 
     Raises:
         TypeError: `layer` is not a recurrent layer of this library.
@@ -203,7 +205,13 @@ def _inside(
 
     def touched_in(states, at_step):
         _, after, details = run(states, at_step)
-        return after, _touched(cell, details)
+        touched = _touched(cell, details)
+        if mask is not None:
+            touched = keras.tree.map_structure(
+                lambda slots: select(at_step[1], slots, -ops.ones_like(slots)),
+                touched,
+            )
+        return after, touched
 
     def step(before, at_step):
         states, held = before
@@ -255,7 +263,9 @@ def _touched(cell, details):
     touched = {}
     for block, (records, inside) in enumerate(details):
         memory = cell.memory_of_block[block]
-        if inside and hasattr(cell.accesses[block], "touched"):
+        if cell.has_accessed(inside) and hasattr(
+            cell.accesses[block], "touched"
+        ):
             slots = cell.accesses[block].touched(records[memory], inside)
             touched.setdefault(memory, []).append(slots)
     return {m: ops.concatenate(parts, axis=1) for m, parts in touched.items()}
@@ -279,8 +289,8 @@ def _slots_shown(cell, details, touched_in, states, sequences, trims):
         _, touched = scan(touched_in, states, sequences, _specs(touched))
     for memory in touched.keys() - shown.keys():
         slots = ops.swapaxes(touched[memory], 0, 1)
-        slots = ops.reshape(slots, (ops.shape(slots)[0], -1))
-        slots = _different(slots)
+        rows, *sizes = ops.shape(slots)
+        slots = _different(ops.reshape(slots, (rows, math.prod(sizes))))
         if trims:
             is_shown = ops.convert_to_numpy(ops.any(slots >= 0, axis=0))
             slots = slots[:, : max(1, int(is_shown.sum()))]
