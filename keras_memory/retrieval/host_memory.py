@@ -203,5 +203,9 @@ class HostMemory:
             self.last_access[:, :number] = 1
             for index in self._indices:
                 index.write(np.arange(number))
+        self.wait()
+
+    def wait(self):
+        """Waits for trees that are being built or tuned."""
         for index in self._indices:
             index.wait()
