@@ -6,7 +6,8 @@
     python -m benchmarks memory_wrap [--rounds 20] [--json FILE]
     python -m benchmarks retrieval [--cases 2K static] [--json FILE]
     python -m benchmarks esm [--ivy FOLDER] [--rounds 20] [--json FILE]
-    python -m benchmarks sam [--rounds 20] [--json FILE]
+    python -m benchmarks sam [--pytorch-dnc CHECKOUT] [--json FILE]
+    python -m benchmarks sam --draw FILE
     python -m benchmarks curriculum [--minutes 10] [--json FILE]
 
 The first compares a few cases of recurrent memories. The second varies one
@@ -165,11 +166,31 @@ def main_of_esm(arguments):
 def main_of_sam(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks sam",
-        description="Times Sparse Access Memory over the number of slots.",
+        description=(
+            "Times Sparse Access Memory over slots and time steps, next to "
+            "dense memories and to pytorch-dnc."
+        ),
     )
-    add_run(parser, threads=1, rounds=20)
+    parser.add_argument(
+        "--cases", nargs="+", choices=sam.CASES, help="default: all"
+    )
+    parser.add_argument("--pytorch-dnc", help="a checkout of pytorch-dnc")
+    add_limits(parser, sam.GIGABYTES, sam.SECONDS)
+    add_draw(parser, "a file of --json")
+    add_run(parser, threads=1, rounds=10)
     options = checked(parser, parser.parse_args(arguments))
-    sam.run(options.rounds, options.threads, options.json)
+    if options.draw:
+        draw(parser, options.draw, sam.draw)
+        return
+    check_checkout(parser, "sam", options.pytorch_dnc)
+    sam.run(
+        options.cases or list(sam.CASES),
+        options.rounds,
+        options.threads,
+        {"gigabytes": options.memory_limit, "seconds": options.seconds},
+        options.pytorch_dnc,
+        options.json,
+    )
 
 
 def main_of_curriculum(arguments):
@@ -234,34 +255,16 @@ def main_of_scaling(arguments):
     parser.add_argument(
         "--threads", type=count, default=1, help="of each process (default: 1)"
     )
-    parser.add_argument(
-        "--memory-limit",
-        type=positive,
-        default=16.0,
-        help="gigabytes of a process at which a variant ends (default: 16)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=60.0,
-        help="for a point of a variant, without imports (default: 60)",
-    )
+    add_limits(parser, 16.0, 60.0)
     parser.add_argument(
         "--out",
         default="runs/scaling",
         help="folder to write to (default: runs/scaling)",
     )
-    parser.add_argument(
-        "--draw",
-        metavar="FILE",
-        help="a scaling.json: draws its pictures beside it, measures nothing",
-    )
+    add_draw(parser, "a scaling.json")
     options = parsed(parser, arguments, rounds=5)
     if options.draw:
-        path = pathlib.Path(options.draw)
-        if not path.is_file():
-            parser.error(f"--draw: {path} is not there")
-        scaling.draw(json.loads(path.read_text()), path.parent)
+        draw(parser, options.draw, scaling.draw)
         return
     if pathlib.Path(options.out).is_file():
         parser.error(f"--out: {options.out} is a file, not a folder")
@@ -300,6 +303,43 @@ def add_run(parser, threads, rounds):
     add_rounds(parser, rounds)
 
 
+def add_limits(parser, gigabytes, seconds):
+    parser.add_argument(
+        "--memory-limit",
+        type=positive,
+        default=gigabytes,
+        help=(
+            "gigabytes of a process at which a variant ends "
+            f"(default: {gigabytes:g})"
+        ),
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=seconds,
+        help=(
+            "for the first steps of a variant, without imports "
+            f"(default: {seconds:g})"
+        ),
+    )
+
+
+def add_draw(parser, what):
+    parser.add_argument(
+        "--draw",
+        metavar="FILE",
+        help=f"{what}: draws its pictures beside it, measures nothing",
+    )
+
+
+def draw(parser, path, function):
+    """Draws the numbers of a file beside it."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        parser.error(f"--draw: {path} is not there")
+    function(json.loads(path.read_text()), path.parent)
+
+
 def add_rounds(parser, rounds):
     parser.add_argument(
         "--rounds",
@@ -321,13 +361,19 @@ def parsed(parser, arguments, rounds):
     add_rounds(parser, rounds)
     parser.add_argument("--pytorch-ntm", help="a checkout of pytorch-ntm")
     options = checked(parser, parser.parse_args(arguments))
-    checkout = options.pytorch_ntm
-    if checkout and not references.is_pytorch_ntm(checkout):
-        parser.error(
-            f"--pytorch-ntm: {checkout} is no checkout of "
-            "loudinthecloud/pytorch-ntm, since ntm/aio.py is not there"
-        )
+    check_checkout(parser, "ntm", options.pytorch_ntm)
     return options
+
+
+def check_checkout(parser, kind, checkout):
+    """Ends with an error if a given folder is not a checkout."""
+    reference = references.REFERENCES[kind]
+    path = reference.path
+    if checkout and not (pathlib.Path(checkout) / path).is_file():
+        parser.error(
+            f"{reference.option}: {checkout} is no checkout of "
+            f"{reference.repository}, since {path} is not there"
+        )
 
 
 def count(text):

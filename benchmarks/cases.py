@@ -60,7 +60,6 @@ def prepare(threads):
 def ours(kind, sizes, loop="auto", jit_compile=True):
     """Returns a function that trains one of our layers for one step."""
     import keras
-    import tensorflow as tf
 
     import keras_memory
 
@@ -96,16 +95,29 @@ def ours(kind, sizes, loop="auto", jit_compile=True):
         )
         loss_of = keras.losses.MeanSquaredError()
         optimizer = keras.optimizers.Adam(1e-3, global_clipnorm=50.0)
+    return training_step(layer, loss_of, optimizer, x, y, jit_compile)
+
+
+def training_step(layer, loss_of, optimizer, x, y, jit_compile=True):
+    """Returns a function that trains a layer for one step. Without an optimizer
+    it only computes the loss and the gradients."""
+    import keras
+    import tensorflow as tf
+
     model = keras.Sequential([keras.Input((None, x.shape[-1])), layer])
-    optimizer.build(model.trainable_variables)
+    variables = model.trainable_variables
+    if optimizer is not None:
+        optimizer.build(variables)
     x, y = (tf.constant(a, "float32") for a in (x, y))
 
     @tf.function(jit_compile=jit_compile)
     def step(x, y):
         with tf.GradientTape() as tape:
             loss = loss_of(y, model(x, training=True))
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
-        return loss
+        gradients = tape.gradient(loss, variables)
+        if optimizer is None:
+            return loss, gradients  # XLA leaves out what is not returned
+        optimizer.apply(gradients, variables)
+        return loss, []
 
-    return lambda: float(step(x, y))
+    return lambda: float(step(x, y)[0])

@@ -2,42 +2,83 @@
 
 import functools
 import importlib.util
-import pathlib
 import sys
+import types
+from typing import NamedTuple
 
-NAMES = {"ntm": "pytorch-ntm", "dnc": "pytorch-dnc"}
+HEADS = 4  # read heads of a DNC or SAM
+
+
+class Reference(NamedTuple):
+    """Another implementation of one of our layers.
+
+    Args:
+        name: what tables call it.
+        packages: packages that it needs.
+        modules: modules to import before steps are timed.
+        option: option of the command line for its checkout, if it needs one.
+        repository, path: on GitHub, and a file of a checkout.
+    """
+
+    name: str
+    packages: tuple
+    modules: tuple
+    option: str = ""
+    repository: str = ""
+    path: str = ""
+
+
+REFERENCES = {
+    "ntm": Reference(
+        "pytorch-ntm",
+        packages=("torch",),
+        modules=("ntm.aio",),
+        option="--pytorch-ntm",
+        repository="loudinthecloud/pytorch-ntm",
+        path="ntm/aio.py",
+    ),
+    "dnc": Reference("pytorch-dnc", ("torch", "dnc"), ("dnc",)),
+    "sam": Reference(
+        "pytorch-dnc's SAM",
+        packages=("torch", "faiss"),
+        modules=("dnc", "faiss"),
+        option="--pytorch-dnc",
+        repository="ixaxaar/pytorch-dnc",
+        path="dnc/sparse_memory.py",
+    ),
+}
+NAMES = {kind: one.name for kind, one in REFERENCES.items()}
 
 
 def job(kind, sizes, threads, checkout):
     """Arguments of a `measure.Worker`, or the reason why it cannot run."""
-    prepared = functools.partial(prepare, threads, checkout)
-    if kind == "dnc":
-        if not (installed("torch") and installed("dnc")):
-            return 'needs `pip install -e ".[bench]"`'
-        return prepared, functools.partial(pytorch_dnc, sizes)
-    missing = [] if installed("torch") else ['`pip install -e ".[bench]"`']
-    if not checkout:
-        missing.append("`--pytorch-ntm` with a checkout")
+    reference, missing = REFERENCES[kind], []
+    if not all(map(installed, reference.packages)):
+        missing.append('`pip install -e ".[bench]"`')
+    if not reference.option:
+        checkout = None
+    elif not checkout:
+        missing.append(f"`{reference.option}` with a checkout")
     if missing:
         return f"needs {' and '.join(missing)}"
-    return prepared, functools.partial(pytorch_ntm, sizes)
+    step = {"ntm": pytorch_ntm, "dnc": pytorch_dnc, "sam": pytorch_dnc_sam}
+    return (
+        functools.partial(prepare, threads, checkout, reference.modules),
+        functools.partial(step[kind], sizes),
+    )
 
 
 def not_computed(kind, steps=None):
     """Names the work that our layer does and the reference does not."""
-    if kind == "dnc":
+    if kind != "ntm":
         return "reads are not fed back"
     half = f"last {steps // 2} of {steps}" if steps else "second half of the"
     return f"loss of the {half} steps only"
 
 
-def is_pytorch_ntm(checkout):
-    """Whether the folder is a checkout of loudinthecloud/pytorch-ntm."""
-    return (pathlib.Path(checkout) / "ntm" / "aio.py").is_file()
-
-
-def prepare(threads, checkout):
-    """Imports and starts PyTorch with this number of threads."""
+def prepare(threads, checkout=None, modules=()):
+    """Starts PyTorch with this number of threads, and imports modules, those of
+    a checkout first."""
     import torch
 
     torch.set_num_threads(threads)
@@ -46,9 +87,10 @@ def prepare(threads, checkout):
     torch.zeros(2).requires_grad_().sum().backward()
     if checkout:
         sys.path.insert(0, str(checkout))
-        import ntm.aio  # noqa: F401
-    if installed("dnc"):
-        import dnc  # noqa: F401
+    for name in modules:
+        importlib.import_module(name)
+    if "faiss" in modules:
+        sys.modules["faiss"].omp_set_num_threads(threads)
 
 
 def installed(name):
@@ -90,33 +132,98 @@ def pytorch_ntm(sizes):
 
 
 def pytorch_dnc(sizes):
-    """A step like its `tasks/`: Adam, and gradients clipped to a norm of 50. It
-    does not feed its reads back."""
-    import torch
+    """A step of its DNC, which does not feed its reads back."""
     from dnc import DNC
 
-    net = DNC(
-        input_size=sizes["size"],
-        hidden_size=sizes["units"],
-        rnn_type="lstm",
-        num_layers=1,
-        num_hidden_layers=1,  # of the LSTM; its default is 2
-        nr_cells=sizes["slots"],
-        cell_size=sizes["width"],
-        read_heads=4,
-        batch_first=True,
-        gpu_id=-1,
+    net = DNC(gpu_id=-1, **dnc_arguments(sizes))
+    return adam_step(net, sizes)
+
+
+def pytorch_dnc_sam(sizes):
+    """A step of its SAM, with an exact index. It does not feed its reads
+    back."""
+    import dnc
+
+    # Its memory imports this module when a sequence begins.
+    index = types.SimpleNamespace(FAISSIndex=ExactIndex)
+    sys.modules["dnc.faiss_index"] = index
+    # Its constructor first makes the memory of a DNC, with N x N numbers. So it
+    # gets few slots, and then the memory of all slots.
+    net = dnc.SAM(**dnc_arguments({**sizes, "slots": 2}))
+    net.rnn_layer_memory_shared = dnc.SparseMemory(
+        net.output_size,
+        sizes["slots"],
+        sizes["width"],
+        independent_linears=net.independent_linears,
+        read_heads=HEADS,
+        sparse_reads=sizes["top_k"],
     )
+    net.memories[0] = net.rnn_layer_memory_shared
+    return adam_step(net, sizes, time_first=True)
+
+
+def dnc_arguments(sizes):
+    return {
+        "input_size": sizes["size"],
+        "hidden_size": sizes["units"],
+        "rnn_type": "lstm",
+        "num_layers": 1,
+        "num_hidden_layers": 1,  # of the LSTM; its default is 2
+        "nr_cells": sizes["slots"],
+        "cell_size": sizes["width"],
+        "read_heads": HEADS,
+        "batch_first": True,
+    }
+
+
+def adam_step(net, sizes, time_first=False):
+    """A step like pytorch-dnc's `tasks/`: Adam, and gradients clipped to a norm
+    of 50. `time_first` says that outputs are (T, B, size)."""
+    import torch
+
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     x = torch.rand(sizes["batch"], sizes["steps"], sizes["size"])
+    y = x.transpose(0, 1) if time_first else x
 
     def step():
         optimizer.zero_grad()
         output, _ = net(x, (None, None, None), reset_experience=True)
-        loss = ((output - x) ** 2).mean()
+        loss = ((output - y) ** 2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 50)
         optimizer.step()
         return loss.item()
 
     return step
+
+
+class ExactIndex:
+    """Finds the nearest slots of one row of a batch, for pytorch-dnc's sparse
+    memory. It compares a key with every slot.
+
+    Args:
+        cell_size: int, width of a slot.
+        K: int, number of slots to find.
+        options: those of an approximate index are ignored.
+    """
+
+    def __init__(self, cell_size, K, **options):
+        import faiss
+
+        self.index, self.top_k = faiss.IndexFlatL2(cell_size), K
+
+    def reset(self):
+        """Forgets all slots."""
+        self.index.reset()
+
+    def add(self, memory, last=None):
+        """Adds the slots of a tensor (N, W), or the first `last` ones."""
+        self.index.add(memory[:last].detach().numpy())
+
+    def search(self, keys):
+        """Squared distances and positions (R, K) for a tensor (R, W); a
+        position is -1 if there are fewer than K slots."""
+        import torch
+
+        found = self.index.search(keys.detach().numpy(), self.top_k)
+        return tuple(map(torch.from_numpy, found))

@@ -1,108 +1,251 @@
-"""Training steps of Sparse Access Memory over the number of slots."""
+"""Steps of Sparse Access Memory over slots and over time steps, next to dense
+memories and to pytorch-dnc."""
 
 import functools
+import pathlib
+import sys
 
 import numpy as np
 
 from benchmarks import cases
 from benchmarks import measure
+from benchmarks import references
 from benchmarks import report
+from benchmarks import scaling
 
-SIZES = {"steps": 40, "batch": 4, "inputs": 16, "width": 32, "units": 100}
-HEADS, TOP_K = 4, 4
+ROW = {  # what a row has, unless its case says otherwise
+    "layer": "SAM",  # or "NTM", "DNC", or the reference, by its name
+    "slots": 2**20,
+    "steps": 40,
+    "batch": 4,
+    "size": 16,  # of inputs and outputs
+    "width": 32,
+    "units": 100,
+    "top_k": 4,
+    "arguments": {},  # further ones of the layer
+    "train": True,  # or only the loss and the gradients
+}
 SLOTS = {
     "1K": 2**10,
+    "2K": 2**11,
+    "4K": 2**12,
     "16K": 2**14,
     "64K": 2**16,
+    "256K": 2**18,
     "1M": 2**20,
     "4M": 2**22,
 }
-STEPS = {"1M slots, 1,000 steps": (2**20, 1000)}
-HEADER = "slots", "ms", "times that of 1K", "memory, MB", "that of 1K, MB"
-SECONDS = 300
+REFERENCE = references.NAMES["sam"]
+GIGABYTES, SECONDS = 8.0, 120.0  # limits of a process
+LONG = {"steps": 10_000}
+PAPER = {"steps": 10, "batch": 8, "train": False}
+# Each case has the variant that the others are compared with, and groups of
+# rows. The rows of a group take turns. The largest come first: they reach the
+# limit alone, while later ones would end the others to make room. A variant
+# that did not run is left out of later groups.
+CASES = {
+    "slots": ("1K", [{name: {"slots": n} for name, n in SLOTS.items()}]),
+    "steps": (
+        "T = 40",
+        [
+            {
+                "T = 40": {},
+                "T = 1,000": {"steps": 1000},
+                "T = 10,000": LONG,
+                'T = 10,000, recompute="sqrt"': {
+                    **LONG,
+                    "arguments": {"recompute": "sqrt"},
+                },
+            }
+        ],
+    ),
+    "memories": (
+        "SAM",
+        [
+            {
+                layer: {"layer": layer, "slots": n}
+                for layer in ("DNC", "NTM", REFERENCE, "SAM")
+            }
+            for n in SLOTS.values()
+        ],
+    ),
+    "published": (
+        "SAM",
+        [
+            {
+                "NTM": {"layer": "NTM", "slots": 2**n, **PAPER},
+                "SAM": PAPER,
+            }
+            for n in (14, 16, 17, 18, 19, 20)
+        ],
+    ),
+}
 
 
-def jobs(threads):
-    """Dict from each variant to the arguments of a `measure.Worker`."""
-    variants = {name: (slots, SIZES["steps"]) for name, slots in SLOTS.items()}
-    prepare = functools.partial(cases.prepare, threads)
-    return {
-        name: (prepare, functools.partial(ours, *arguments))
-        for name, arguments in {**variants, **STEPS}.items()
-    }
-
-
-def run(rounds, threads, json=None):
-    """Measures, prints a table, and returns all numbers.
+def run(names, rounds, threads, limits, checkout=None, json=None):
+    """Measures, prints a table of each case, and returns all numbers.
 
     Args:
+        names: list of keys of `CASES`.
         rounds: number of measured steps.
         threads: number of threads of each process.
+        limits: `gigabytes` and `seconds` of a `measure.Worker`.
+        checkout: of pytorch-dnc, if there is one.
         json: path of a file for all numbers, if any.
     """
-    machine = report.machine()
+    numbers = {
+        "machine": report.machine(report.PACKAGES + ("faiss-cpu",)),
+        "threads": threads,
+        "rounds": rounds,
+        "limits": limits,
+        "results": [],
+    }
+    for name in names:
+        base, groups = CASES[name]
+        table, failed, measured = report.Table(header(base)), set(), []
+        for group in groups:
+            rows = {
+                variant: {**ROW, **row}
+                for variant, row in group.items()
+                if variant not in failed
+            }
+            if all(row in measured for row in rows.values()):
+                break  # none is new
+            measured += rows.values()
+            print(f"{name}: {', '.join(rows)} ...", file=sys.stderr, flush=True)
+            before = numbers["results"]
 
-    def write(results):
-        report.write_json(json, {"machine": machine, "results": results})
+            def write(results, rows=rows, before=before, name=name, base=base):
+                found = compared(name, base, rows, results)
+                numbers["results"] = before + found
+                report.write_json(json, numbers)
 
-    results = measure.compare(
-        jobs(threads), rounds, seen=write, seconds=SECONDS
-    )
-    first, rows = next(iter(results.values())), []
-    for variant, result in results.items():
-        if "not_run" in result:
-            rows.append([variant, f"not run: {result['not_run']}", "", "", ""])
-            continue
-        cells = [variant, report.short(result["milliseconds"]), "", "", ""]
-        if "not_run" not in first and variant in SLOTS:
-            quartiles = measure.ratio(first, result)
-            result["ratio_quartiles"] = quartiles
-            cells[2] = report.with_spread(quartiles)
-        for column, of in ((3, result), (4, first)):
-            if of.get("megabytes") is not None:
-                cells[column] = f"{of['megabytes']:.0f}"
-        rows.append(cells)
-    write(results)
-    print(report.table(HEADER, rows) + "\n")
+            jobs = {
+                variant: job(row, threads, checkout)
+                for variant, row in rows.items()
+            }
+            results = measure.compare(jobs, rounds, seen=write, **limits)
+            write(results)
+            failed |= {v for v, one in results.items() if "not_run" in one}
+            table.add(list(map(cells, numbers["results"][len(before) :])))
+        if name == "published":
+            more = extrapolated(numbers["results"])
+            numbers["results"] = numbers["results"] + more
+            report.write_json(json, numbers)
+            table.add(list(map(cells, more)))
+        table.end()
     print(
-        f"A training step of a memory that starts empty: {SIZES['steps']} "
-        f"steps, batch {SIZES['batch']}, LSTM of {SIZES['units']}, slots of "
-        f"{SIZES['width']}, {HEADS} read heads of {TOP_K} slots. Medians of "
-        f"{report.counted(rounds, 'step')} in turn, each variant in a process "
-        f"of its own with {report.counted(threads, 'thread')}; ratios with the "
-        f"middle half.\n{report.on(machine)}."
+        f"Batch {ROW['batch']} ({PAPER['batch']} where published), inputs of "
+        f"{ROW['size']}, LSTM of {ROW['units']}, slots of {ROW['width']}, "
+        f"{references.HEADS} read heads, of {ROW['top_k']} slots if sparse. "
+        f"Medians of {report.counted(rounds, 'step')} in turn, each row in a "
+        f"process of its own with {report.counted(threads, 'thread')}; ratios "
+        f"with the middle half. A process ends at {limits['gigabytes']:g} GB "
+        f"or {limits['seconds']:g} s.\n{report.on(numbers['machine'])}."
     )
-    return results
+    return numbers
 
 
-def ours(slots, steps):
-    """Returns a function that trains a layer for one step."""
+def job(row, threads, checkout):
+    """Arguments of a `measure.Worker`, or the reason why it cannot run."""
+    if row["layer"] == REFERENCE:
+        return references.job("sam", row, threads, checkout)
+    return (
+        functools.partial(cases.prepare, threads),
+        functools.partial(ours, row),
+    )
+
+
+def ours(row):
+    """Returns a function that takes a step of one of our layers."""
     import keras
-    import tensorflow as tf
 
     import keras_memory
 
-    shape = SIZES["batch"], steps, SIZES["inputs"]
-    x = tf.constant(np.random.default_rng(1).normal(size=shape), "float32")
-    layer = keras_memory.SAMLayer(
-        SIZES["inputs"],
-        memory_slots=slots,
-        slot_size=SIZES["width"],
-        read_heads=HEADS,
-        top_k=TOP_K,
-        controller_units=SIZES["units"],
+    arguments = {**row["arguments"]}
+    if row["layer"] == "SAM":
+        arguments["top_k"] = row["top_k"]
+    layer = getattr(keras_memory, f"{row['layer']}Layer")(
+        row["size"],
+        memory_slots=row["slots"],
+        slot_size=row["width"],
+        read_heads=references.HEADS,
+        controller_units=row["units"],
         return_sequences=True,
+        **arguments,
     )
-    model = keras.Sequential([keras.Input((None, shape[-1])), layer])
-    optimizer = keras.optimizers.Adam(1e-3, global_clipnorm=50.0)
-    optimizer.build(model.trainable_variables)
+    adam = keras.optimizers.Adam(1e-3, global_clipnorm=50.0)
+    optimizer = adam if row["train"] else None
+    shape = row["batch"], row["steps"], row["size"]
+    x = np.random.default_rng(1).uniform(size=shape)
+    loss_of = keras.losses.MeanSquaredError()
+    return cases.training_step(layer, loss_of, optimizer, x, x)
 
-    @tf.function(jit_compile=True)
-    def step(x):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((model(x, training=True) - x) ** 2)
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
-        return loss
 
-    return lambda: float(step(x))
+def compared(name, base, rows, results):
+    """Records for the JSON, with ratios of times to those of the base."""
+    records = []
+    for variant, result in results.items():
+        record = {"case": name, "variant": variant, **rows[variant], **result}
+        of_base = results.get(base, {"not_run": "not there yet"})
+        if variant != base and not any(map(is_missing, (result, of_base))):
+            record["ratio_quartiles"] = measure.ratio(of_base, result)
+        records.append(record)
+    return records
+
+
+def is_missing(result):
+    return "not_run" in result
+
+
+def extrapolated(records):
+    """A record of the NTM with as many slots as the SAM, whose time is linear
+    in the slots; none if it ran with so many, or not at all."""
+    ran = [
+        record
+        for record in records
+        if record["case"] == "published"
+        and record["layer"] == "NTM"
+        and not is_missing(record)
+    ]
+    if not ran or ran[-1]["slots"] == ROW["slots"]:
+        return []
+    last = ran[-1]
+    factor = ROW["slots"] / last["slots"]
+    record = {
+        key: last[key] for key in ("case", "layer", "steps", "batch", "train")
+    }
+    record["variant"] = f"NTM, extrapolated from N = {last['slots']:,}"
+    record["slots"] = ROW["slots"]
+    record["milliseconds"] = factor * last["milliseconds"]
+    if "ratio_quartiles" in last:
+        record["ratio_quartiles"] = [
+            factor * x for x in last["ratio_quartiles"]
+        ]
+    return [record]
+
+
+def header(base):
+    return "variant", "N", "T", "ms", f"times as long as {base}", "memory, MB"
+
+
+def cells(record):
+    first = [record["variant"], f"{record['slots']:,}", f"{record['steps']:,}"]
+    if is_missing(record):
+        return [*first, f"not run: {record['not_run']}", "", ""]
+    return [
+        *first,
+        report.short(record["milliseconds"]),
+        report.with_spread(record.get("ratio_quartiles")),
+        report.short(record.get("megabytes")),
+    ]
+
+
+def draw(numbers, folder):
+    """Draws scaling-sam.png, time and memory over slots, from all numbers."""
+    results = [
+        {**one, "layer": "sam", "axis": "N", "value": one["slots"]}
+        for one in numbers["results"]
+        if one["case"] == "memories" and not is_missing(one)
+    ]
+    scaling.draw({"results": results}, pathlib.Path(folder))

@@ -188,7 +188,7 @@ def panel(kind, axis, points, axes):
     for ax, quantity in zip(axes, QUANTITIES):
         unit, title = QUANTITIES[quantity]
         series = {
-            name: (values, [_number(r[name], quantity) for _, r in points])
+            name: (values, [_number(r.get(name), quantity) for _, r in points])
             for name in names
         }
         visualization.plot_curves(
@@ -200,10 +200,18 @@ def panel(kind, axis, points, axes):
             log_x=True,
             log_y=True,
         )
-        ax.set_xticks(values, [f"{value:,}" for value in values])
+        ax.set_xticks(values, list(map(_tick, values)))
         ax.set_xticks([], minor=True)
 
 
+def _tick(value):
+    """20, 1,000, 16K, 4M; K and M are those of powers of 2."""
+    for unit, size in (("M", 2**20), ("K", 2**10)):
+        if value >= 10_000 and value % size == 0:
+            return f"{value // size}{unit}"
+    return f"{value:,}"
+
+
 def _number(result, quantity):
-    number = result.get(quantity)
+    number = (result or {}).get(quantity)
     return np.nan if number is None else max(number, 0.0)

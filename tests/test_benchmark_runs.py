@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
     harness.BACKEND != "tensorflow", reason="the benchmarks use TensorFlow"
 )
 
+OF_REFERENCE = {"layer": sam.REFERENCE}
 NO_XLA = {"no XLA": {"jit_compile": False}}
 SETTINGS = [  # for all runs: module, name and value
     (cases, "CASES", {"ntm-1": ("ntm", TINY, 60)}),
@@ -43,8 +44,12 @@ SETTINGS = [  # for all runs: module, name and value
     (esm, "VARIANTS", {"a frame, no XLA": (esm.FRAME, False)}),
     (esm, "SIZE", 4),
     (esm, "LARGE", (8, 12)),
-    (sam, "SLOTS", {"1K": 7}),
-    (sam, "STEPS", {"7 steps": (5, 7)}),
+    (sam, "ROW", {**sam.ROW, **TINY, "top_k": 2}),
+    (
+        sam,
+        "CASES",
+        {"memories": ("SAM", [{sam.REFERENCE: OF_REFERENCE, "SAM": {}}])},
+    ),
     (references, "installed", lambda name: False),
 ]
 RUNS = {  # rows of the last table, and how many are not run
@@ -55,7 +60,7 @@ RUNS = {  # rows of the last table, and how many are not run
     "static": ("retrieval --cases static --data clustered", 5, 4),
     "drift": ("retrieval --cases drift", 3, 0),
     "esm": ("esm", 2, 1),
-    "sam": ("sam", 2, 0),
+    "sam": ("sam", 2, 1),
 }
 
 

@@ -4,6 +4,7 @@ each benchmark once."""
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -325,6 +326,10 @@ def test_curves_are_drawn_from_the_json_alone(tmp_path):
         ("retrieval --json /nowhere/x.json", "the folder of /nowhere/x.json"),
         ("esm --rounds 0", "at least 1, not 0"),
         ("esm --ivy /nowhere", "/nowhere has not the folders"),
+        ("sam --cases all", "invalid choice: 'all'"),
+        ("sam --pytorch-dnc /nowhere", "/nowhere is no checkout"),
+        ("sam --draw /nowhere.json", "/nowhere.json is not there"),
+        ("sam --seconds 0", "above 0, not 0"),
     ],
 )
 def test_wrong_options_are_refused_at_once(arguments, message, capsys):
@@ -399,6 +404,168 @@ def test_memory_wrap_has_a_job_for_every_variant(monkeypatch):
     jobs = memory_wrap.jobs("answer", (5, 7000), [1])
     assert callable(jobs["memorywrap", 1][1])
     assert jobs["XLA, top_k=32", 1][1].keywords == {"top_k": 32}
+
+
+# Sparse Access Memory.
+
+
+@pytest.fixture
+def small_sam(monkeypatch):
+    monkeypatch.setattr(sam, "ROW", {**sam.ROW, **TINY, "top_k": 2})
+
+
+@harness.needs_tensorflow
+@pytest.mark.parametrize("layer", ["SAM", "NTM", "DNC"])
+def test_steps_next_to_sam_train(layer, small_sam):
+    tf = pytest.importorskip("tensorflow")
+    tf.config.run_functions_eagerly(True)  # without XLA
+    try:
+        losses = {}
+        for train in (True, False):
+            row = {**sam.ROW, "layer": layer, "train": train}
+            step = sam.ours(row)
+            losses[train] = [step() for _ in range(3)]
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert np.isfinite([*losses.values()]).all()
+    assert len(set(losses[True])) == 3
+    assert len(set(losses[False])) == 1
+
+
+def test_sam_has_a_job_for_every_row(monkeypatch):
+    def jobs(checkout):
+        return [
+            (variant, sam.job({**sam.ROW, **row}, 1, checkout))
+            for _, groups in sam.CASES.values()
+            for group in groups
+            for variant, row in group.items()
+        ]
+
+    monkeypatch.setattr(references, "installed", lambda name: True)
+    assert all(callable(job[1]) for _, job in jobs("folder"))
+    is_text = {name: isinstance(job, str) for name, job in jobs(None)}
+    assert [name for name, text in is_text.items() if text] == [sam.REFERENCE]
+    monkeypatch.setattr(references, "installed", lambda name: name != "faiss")
+    texts = {job for _, job in jobs(None) if isinstance(job, str)}
+    assert texts == {
+        'needs `pip install -e ".[bench]"` and `--pytorch-dnc` with a checkout'
+    }
+
+
+@pytest.fixture
+def fake_sam(fakes, monkeypatch):
+    """Steps of SAM take 2 ms, of others a share of their slots."""
+
+    def job(row, threads, checkout):
+        if row["layer"] == sam.REFERENCE:
+            return "needs a checkout"
+        slots = 0 if row["layer"] == "SAM" else row["slots"]
+        return row["layer"], 2.0 + slots / 2**10
+
+    monkeypatch.setattr(sam, "job", job)
+
+
+def test_a_variant_of_sam_ends_at_its_limit(fake_sam, tmp_path, capsys):
+    path = tmp_path / "all.json"
+    arguments = "sam --rounds 2 --cases memories --json"
+    command_line.main([*arguments.split(), str(path)])
+    header, _, *rows = lists_of(capsys.readouterr().out)
+    assert header == list(sam.header("SAM"))
+    assert rows[1][:5] == ["NTM", "1,024", "40", "3", "1.5 (1.5 to 1.5)"]
+    assert rows[2][0] == sam.REFERENCE
+    assert rows[2][3] == "not run: needs a checkout"
+    assert rows[3][:5] == ["SAM", "1,024", "40", "2", ""]
+    reached = {
+        layer: [row[1] for row in rows if row[0] == layer]
+        for layer in (sam.REFERENCE, "SAM", "NTM", "DNC")
+    }
+    slots = [f"{n:,}" for n in sam.SLOTS.values()]
+    assert (
+        reached
+        == {
+            sam.REFERENCE: slots[:1],
+            "SAM": slots,
+            "NTM": slots[:6],  # the last one is over the limit
+            "DNC": slots[:6],
+        }
+    )
+    assert rows[-4][1:4] == ["262,144", "40", "not run: over 120 s"]
+    records = json.loads(path.read_text())["results"]
+    assert len(records) == len(rows)
+    assert records[1]["ratio_quartiles"] == [1.5] * 3
+
+
+def test_the_dense_memory_is_extrapolated(fake_sam, tmp_path, capsys):
+    path = tmp_path / "all.json"
+    arguments = "sam --rounds 2 --cases published --json"
+    command_line.main([*arguments.split(), str(path)])
+    *_, last = lists_of(capsys.readouterr().out)
+    # 66 ms for 2**16 slots; 2**17 are over the limit.
+    assert last[0] == "NTM, extrapolated from N = 65,536"
+    assert last[1:5] == ["1,048,576", "10", "1,056", "528 (528 to 528)"]
+    records = json.loads(path.read_text())["results"]
+    assert [one["slots"] for one in records if one["layer"] == "NTM"] == [
+        2**14,
+        2**16,
+        2**17,
+        2**20,
+    ]
+    last = {**records[2], "slots": 2**20}
+    assert sam.extrapolated([*records[:2], last]) == []
+
+
+def test_curves_of_sam_are_drawn_from_the_json_alone(tmp_path):
+    path = tmp_path / "sam.json"
+    path.write_text((ROOT / "benchmarks/sam.json").read_text())
+    command_line.main(["sam", "--draw", str(path)])
+    assert {one.name for one in tmp_path.iterdir()} == {
+        "sam.json",
+        "scaling-sam.png",
+    }
+    with Image.open(tmp_path / "scaling-sam.png") as image:
+        picture = np.asarray(image.convert("RGB"))
+    for color in LINES[:4]:
+        color = np.round(np.multiply(to_rgb(color), 255))
+        columns = np.all(picture == color, axis=2).any(axis=0)
+        half = len(columns) // 2
+        assert columns[:half].any() and columns[half:].any()
+
+
+def test_ticks_are_short():
+    values = 20, 1000, 4096, 2**14, 2**22, 10_001
+    ticks = ["20", "1,000", "4,096", "16K", "4M", "10,001"]
+    assert list(map(scaling._tick, values)) == ticks
+
+
+def test_an_exact_index_finds_the_nearest_slots():
+    pytest.importorskip("faiss")
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    memory, keys = (
+        rng.normal(size=shape).astype("float32") for shape in ((11, 3), (2, 3))
+    )
+    index = references.ExactIndex(cell_size=3, K=5, probes=7)
+    index.add(torch.from_numpy(memory[::-1].copy()))
+    index.reset()
+    index.add(torch.from_numpy(memory).requires_grad_(), last=7)
+    distances, positions = index.search(torch.from_numpy(keys))
+    expected = ((memory[:7] - keys[:, None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(positions, expected.argsort()[:, :5])
+    np.testing.assert_allclose(
+        distances, np.sort(expected)[:, :5], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_the_reference_of_sam_trains():
+    checkout = os.environ.get("PYTORCH_DNC")
+    if not checkout:
+        pytest.skip("PYTORCH_DNC names no checkout of pytorch-dnc")
+    row = {**sam.ROW, **TINY, "top_k": 2, "slots": 50}
+    prepare, make = references.job("sam", row, 1, checkout)
+    worker = measure.Worker(prepare, make)
+    assert worker.step()[0] > 0
+    worker.end()
 
 
 # Egospheric Spatial Memory.

@@ -127,8 +127,9 @@ def parse_benchmarks(arguments, monkeypatch):
         main.curriculum,
     ):
         monkeypatch.setattr(module, "run", run)
-    monkeypatch.setattr(main.scaling, "draw", run)
-    monkeypatch.setattr(main.references, "is_pytorch_ntm", bool)
+    for module in (main.scaling, main.sam):
+        monkeypatch.setattr(module, "draw", run)
+    monkeypatch.setattr(main, "check_checkout", lambda *given: None)
     with monkeypatch.context() as here:
         here.chdir(ROOT)  # of files that are to be read
         main.main(arguments)
