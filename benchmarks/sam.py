@@ -23,6 +23,8 @@ ROW = {  # what a row has, unless its case says otherwise
     "units": 100,
     "top_k": 4,
     "arguments": {},  # further ones of the layer
+    "full": False,  # whether the memory stays, and all slots are written
+    "search": True,  # or slots that depend on the key are read without one
     "train": True,  # or only the loss and the gradients
 }
 SLOTS = {
@@ -38,6 +40,8 @@ SLOTS = {
 REFERENCE = references.NAMES["sam"]
 GIGABYTES, SECONDS = 8.0, 120.0  # limits of a process
 LONG = {"steps": 10_000}
+FULL = {"full": True}
+UNSEARCHED = {**FULL, "search": False}
 PAPER = {"steps": 10, "batch": 8, "train": False}
 # Each case has the variant that the others are compared with, and groups of
 # rows. The rows of a group take turns. The largest come first: they reach the
@@ -56,6 +60,24 @@ CASES = {
                     **LONG,
                     "arguments": {"recompute": "sqrt"},
                 },
+            }
+        ],
+    ),
+    "full": (
+        "1K",
+        [
+            {
+                name: {**UNSEARCHED, "slots": SLOTS[name]}
+                for name in ("1M", "64K", "16K", "1K")
+            }
+        ],
+    ),
+    "searched": (
+        "16K",
+        [
+            {
+                name: {**FULL, "slots": SLOTS[name]}
+                for name in ("1M", "64K", "16K")
             }
         ],
     ),
@@ -161,10 +183,13 @@ def ours(row):
     import keras
 
     import keras_memory
+    from keras_memory.addressing import sparse
 
     arguments = {**row["arguments"]}
     if row["layer"] == "SAM":
-        arguments["top_k"] = row["top_k"]
+        arguments |= {"top_k": row["top_k"], "stateful": row["full"]}
+    if not row["search"]:
+        sparse.nearest = any_slots
     layer = getattr(keras_memory, f"{row['layer']}Layer")(
         row["size"],
         memory_slots=row["slots"],
@@ -176,10 +201,27 @@ def ours(row):
     )
     adam = keras.optimizers.Adam(1e-3, global_clipnorm=50.0)
     optimizer = adam if row["train"] else None
+    if row["full"]:
+        slots = row["batch"], row["slots"], row["width"]
+        layer.build((row["batch"], None, row["size"]))
+        layer.set_memory(np.random.default_rng(2).standard_normal(slots, "f"))
     shape = row["batch"], row["steps"], row["size"]
     x = np.random.default_rng(1).uniform(size=shape)
     loss_of = keras.losses.MeanSquaredError()
     return cases.training_step(layer, loss_of, optimizer, x, x)
+
+
+def any_slots(memory, norms, last_access, queries, top_k):
+    """In place of `sparse.nearest`: slots that depend on the queries."""
+    from keras import ops
+
+    from keras_memory.addressing import sparse
+
+    def hashed(memory, queries):
+        numbers = ops.floor(ops.abs(queries[:, :, :top_k]) * 1e6)
+        return ops.cast(numbers, "int32") % memory.shape[1]
+
+    return sparse.chosen(hashed, memory, queries)
 
 
 def compared(name, base, rows, results):

@@ -150,7 +150,7 @@ class _Loop:
         kinds = [*enumerate(shapes.kinds)]
         self.with_gradient = [i for i, kind in kinds if not kind.dtype]
         self.saved = [i for i, kind in kinds if not kind.per_slot]
-        self.memories = sorted({*shapes.takes, *shapes.puts})
+        self.memories = sorted({*shapes.takes, *(of for of, _ in shapes.puts)})
         self.others = [i for i in self.with_gradient if i in self.saved]
 
     def run(self, inputs, states, weights):
@@ -206,8 +206,9 @@ class _Loop:
             grad_features, saved, inputs = slices
             updated = inputs[1] if len(inputs) > 1 else None
             grad_memories, grad_put = dict(grad_memories), []
-            for index, slots in reversed(
-                [*zip(self.shapes.puts, saved.put_slots)]
+            put_slots = self.shapes.slots_of_puts(saved)
+            for (index, _), slots in reversed(
+                [*zip(self.shapes.puts, put_slots)]
             ):
                 grad_memories[index], grad = _grad_put(
                     grad_memories[index], slots, updated
@@ -309,10 +310,12 @@ class _Loop:
             of each memory to a `_SlotNumbers`.
         """
         taken, put_slots = list(saved.taken), list(saved.put_slots)
+        # Of the puts, those whose slots are no take's, as in `put_slots`.
+        puts_of = [of for of, take in self.shapes.puts if take is None]
         touched = {}
         for index in self.memories:
             takes = [i for i, of in enumerate(self.shapes.takes) if of == index]
-            puts = [i for i, of in enumerate(self.shapes.puts) if of == index]
+            puts = [i for i, of in enumerate(puts_of) if of == index]
             touched[index] = slots = _SlotNumbers(
                 [taken[i][0] for i in takes] + [put_slots[i] for i in puts],
                 gradients[index].shape[1] if index in gradients else math.inf,

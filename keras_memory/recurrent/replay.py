@@ -104,8 +104,10 @@ class Forward(_Pass):
         results: list of (B, U), the results of each `linear`.
         values: list of lists of arrays, the results of each `saved`.
         choices: list, the results of each `chosen`.
+        takes: list of ints, which state each `take` is of.
         taken: list of (slots, rows), of each `take`.
-        put_slots: list of slots, of each `put`.
+        put_slots: list of slots, of each `put` of other slots than those of a
+            `take` (mostly a step puts what it took).
     """
 
     def __init__(self, linears, variables, **of_scope):
@@ -113,6 +115,7 @@ class Forward(_Pass):
         self.linears = iter(linears)
         self.inputs, self.results, self.values = [], [], []
         self.choices, self.taken, self.put_slots = [], [], []
+        self.takes = []
 
     def saved_arrays(self, states):
         """`Saved` arrays, with the states before the step."""
@@ -142,12 +145,23 @@ class Forward(_Pass):
 
     def take(self, memory, slots):
         rows = memory.taken(slots)
+        self.takes.append(memory.index)
         self.taken.append((slots, rows))
         return ops.cast(rows, at_least_float32(ops.dtype(rows)))
 
     def put(self, memory, slots, rows):
-        self.put_slots.append(slots)
+        if self.take_of(memory, slots) is None:
+            self.put_slots.append(slots)
         return memory.replaced(slots, rows)
+
+    def take_of(self, memory, slots):
+        """Which `take` of the memory had this very array of slots, or None."""
+        for number, (index, (taken, _)) in enumerate(
+            zip(self.takes, self.taken)
+        ):
+            if index == memory.index and taken is slots:
+                return number
+        return None
 
 
 class Replay(_Pass):
@@ -237,8 +251,7 @@ class ShapePass(Forward):
         kinds: list, the `StateSpec` of each state.
         specs: what the run returned, as `keras.KerasTensor`s.
         linears: list of (kernels, bias), one for each call of `linear`.
-        takes, puts: lists of ints, which state each `take` and each `put` is
-            of.
+        puts: list of (which state each `put` is of, `take_of` its slots).
         variables: list of the other variables of floats that the step reads.
     """
 
@@ -247,7 +260,7 @@ class ShapePass(Forward):
     def __init__(self, kinds):
         super().__init__([], [], collect_losses=True)
         self.kinds, self.specs = kinds, None
-        self.linears, self.takes, self.puts = [], [], []
+        self.linears, self.puts = [], []
 
     def linear(self, inputs, kernels, bias):
         self.linears.append((kernels, bias))
@@ -257,14 +270,15 @@ class ShapePass(Forward):
         return self.results[-1]
 
     def take(self, memory, slots):
-        self.takes.append(self._with_gradient(memory))
+        self._check_has_gradient(memory)
         return super().take(memory, slots)
 
     def put(self, memory, slots, rows):
-        self.puts.append(self._with_gradient(memory))
+        self._check_has_gradient(memory)
+        self.puts.append((memory.index, self.take_of(memory, slots)))
         return super().put(memory, slots, rows)
 
-    def _with_gradient(self, memory):
+    def _check_has_gradient(self, memory):
         kind = self.kinds[getattr(memory, "index", 0)]
         if not kind.per_slot or (kind.dtype and not kind.on_host):
             raise ValueError(
@@ -272,7 +286,14 @@ class ShapePass(Forward):
                 "compute dtype; `update` changes rows without gradient. "
                 f"Received: {kind}"
             )
-        return memory.index
+
+    def slots_of_puts(self, saved):
+        """The slots of each `put`, from `Saved` arrays."""
+        others = iter(saved.put_slots)
+        return [
+            next(others) if take is None else saved.taken[take][0]
+            for _, take in self.puts
+        ]
 
     @property
     def variables(self):
