@@ -205,9 +205,9 @@ def panel(kind, axis, points, axes):
 
 
 def _tick(value):
-    """20, 1,000, 16K, 4M; K and M are those of powers of 2."""
+    """20, 1,000, 16K, 4M; K and M are powers of 2."""
     for unit, size in (("M", 2**20), ("K", 2**10)):
-        if value >= 10_000 and value % size == 0:
+        if value % size == 0:
             return f"{value // size}{unit}"
     return f"{value:,}"
 

@@ -533,7 +533,7 @@ def test_curves_of_sam_are_drawn_from_the_json_alone(tmp_path):
 
 def test_ticks_are_short():
     values = 20, 1000, 4096, 2**14, 2**22, 10_001
-    ticks = ["20", "1,000", "4,096", "16K", "4M", "10,001"]
+    ticks = ["20", "1,000", "4K", "16K", "4M", "10,001"]
     assert list(map(scaling._tick, values)) == ticks
 
 
