@@ -3,6 +3,7 @@
 import pathlib
 import runpy
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -48,6 +49,19 @@ def test_dnc_copy_copies_every_length(length):
         batch.targets, outputs["outputs"], batch.mask
     )
     assert float(tf.reduce_mean(wrong)) < 0.1
+
+
+@pytest.mark.parametrize(("length", "most"), [(3, 0.5), (12, 1.5), (96, 6.0)])
+def test_sam_recalls_among_more_items_than_trained_on(length, most):
+    folder = SAVED / "sam_associative_recall"
+    config = runs.read_config(folder)
+    assert type(config.model) is MODELS["sam"]
+    sam = keras.models.load_model(folder / "model.keras")
+    batch = config.task.sample(np.random.default_rng(3), 32, length=length)
+    wrong = losses.wrong_bits_per_sequence(
+        batch.targets, sam(batch.inputs), batch.mask
+    )
+    assert float(tf.reduce_mean(wrong)) < most  # of 18; chance has 9
 
 
 def test_ntm_copy_streams_the_same_outputs(copier):
