@@ -212,7 +212,8 @@ def parser():
         export,
         "export a trained model for TensorFlow Serving",
         "Writes the model of a run as a SavedModel, loads it again and "
-        "compares it with the model.",
+        "compares it with the model. Streams of a SAM have at most 1,000 "
+        "steps.",
         "runs/copy-1 served/copy --version 2",
     )
     _add_run(command)
@@ -434,9 +435,14 @@ def export(parsed):
     config, model = _trained(parsed.folder)
 
     from keras_memory.serving.export import export_for_serving
+    from keras_memory.training import runs
 
     target = export_for_serving(
-        model, parsed.out, version=parsed.version, name=config.task.name
+        model,
+        parsed.out,
+        version=parsed.version,
+        name=config.task.name,
+        max_steps=runs.STREAM_STEPS,
     )
     print(f"SavedModel: {target} (loaded and checked)")
 

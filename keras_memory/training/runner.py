@@ -277,7 +277,12 @@ def _finish(config, model, folder, last, probes):
         results |= runs.evaluate(model, task, length=length, **tested)
     runs.draw(config, model, folder, probes)
     shutil.rmtree(folder / "export", ignore_errors=True)
-    export_for_serving(model, folder / "export", name=task.name)
+    export_for_serving(
+        model,
+        folder / "export",
+        name=task.name,
+        max_steps=runs.STREAM_STEPS,
+    )
     with atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     return results

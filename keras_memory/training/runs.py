@@ -26,6 +26,8 @@ from keras_memory.training.config import from_json
 from keras_memory.training.config import to_json
 
 EVALUATED_SEQUENCES, EVALUATED_BATCH_SIZE = 320, 8
+# The longest stream of an exported memory that starts empty, such as a SAM.
+STREAM_STEPS = 1000
 
 COUNTS = "step", "sequences", "longest"  # totals so far, in each report
 
