@@ -99,6 +99,8 @@ def test_writes_at_given_slots_equal_those_of_pytorch(name):
         state = SAMState(
             reads=None,
             memory=ops.convert_to_tensor(memory[t]),
+            norms=ops.ones((batch, record.slots)),
+            block_access=ops.zeros((batch, 1), "int32"),
             last_access=ops.convert_to_tensor(last_access),
             read_slots=ops.cast(slot[:, None, None], "int32"),
             read_weights=ops.convert_to_tensor(

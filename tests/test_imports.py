@@ -19,6 +19,7 @@ LAYERS = [
     ["arguments"],
     ["addressing.gradients", "addressing.scaling"],
     ["addressing.slots"],
+    ["addressing.slot_states"],
     ["addressing.activations"],
     ["addressing.content", "addressing.location"],
     ["addressing.usage", "addressing.linkage", "addressing.sparse"],

@@ -552,13 +552,17 @@ class MemoryCell(
         return fields
 
     @staticmethod
-    def has_accessed(inside):
+    def _has_accessed(inside):
         """Whether a block used its memory in a step with these inner values."""
         return bool(inside.keys() - {"controller_output"})
 
     def _wide_details(self, records, block, inside, slots):
         access = self.accesses[block]
-        if not self.has_accessed(inside) or not hasattr(access, "wide_details"):
+        if not self._has_accessed(inside) or not hasattr(
+            access, "wide_details"
+        ):
+            return {}
+        if slots is None and hasattr(access, "touched"):
             return {}
         record = records[self.memory_of_block[block]]
         return access.wide_details(record, inside, slots)

@@ -263,7 +263,7 @@ def _touched(cell, details):
     touched = {}
     for block, (records, inside) in enumerate(details):
         memory = cell.memory_of_block[block]
-        if cell.has_accessed(inside) and hasattr(
+        if cell._has_accessed(inside) and hasattr(
             cell.accesses[block], "touched"
         ):
             slots = cell.accesses[block].touched(records[memory], inside)
