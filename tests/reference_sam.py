@@ -36,7 +36,10 @@ Where the paper leaves a choice open, or we read it our own way:
   0 first.
 """
 
+import functools
+
 import numpy as np
+from reference import read
 from reference import softmax
 from reference import stacked
 
@@ -47,7 +50,6 @@ INTERFACE = (
     "write_gate",
     "interpolation_gate",
 )
-CHOICES = ("lra_slot", "read_positions")
 COMPLEX_STEP = 1e-30
 
 
@@ -85,6 +87,71 @@ def read_weights_over(positions, similarity, strength):
     return weights
 
 
+def write(interface, state, lra_slot=None):
+    """(3), (5): one write of one batch item.
+
+    Returns lra_slot, write_weighting (N,), memory (N, W), written (N,).
+    """
+    memory, written = state["memory"], state["written"]
+    slots = len(memory)
+    if lra_slot is None:
+        lra_slot = least_recently_accessed(state["last_access"], written)
+    lra_slot = int(lra_slot)
+    lra = np.eye(slots)[lra_slot]
+    previous = np.mean(state["read_weighting"], 0)
+    alpha, gamma = interface["write_gate"], interface["interpolation_gate"]
+    write_weighting = alpha * (gamma * previous + (1.0 - gamma) * lra)  # (5)
+    written = np.array(
+        [
+            bool(written[slot] or slot == lra_slot or previous[slot].real > 0.0)
+            for slot in range(slots)
+        ]
+    )
+    memory = np.array(  # (3)
+        [
+            (1.0 - lra[slot]) * memory[slot]
+            + write_weighting[slot] * interface["word"]
+            for slot in range(slots)
+        ]
+    )
+    return lra_slot, write_weighting, memory, written
+
+
+def content(interface, memory, written, *, top_k, norm_epsilon, positions=None):
+    """All heads: similarity (R, N), positions (R, K), weights (R, K)."""
+    heads = []
+    for head, query in enumerate(interface["query"]):
+        cosines = np.array(
+            [cosine(query, slot, norm_epsilon) for slot in memory]
+        )
+        if positions is None:
+            slots = nearest(cosines, written, top_k)
+        else:
+            slots = np.asarray(positions)[head]
+        weights = read_weights_over(slots, cosines, interface["strength"][head])
+        heads.append((cosines, slots, weights))
+    return tuple(np.stack(values) for values in zip(*heads, strict=True))
+
+
+def scatter(positions, weights, slots):
+    """positions (K,), -1 for none, weights (K,) -> weighting (N,)."""
+    weighting = np.zeros(slots, weights.dtype)
+    for slot, weight in zip(positions, weights, strict=True):
+        if slot >= 0:
+            weighting[slot] = weight
+    return weighting
+
+
+def accessed(last_access, access, time, access_threshold):
+    """last_access, access (N,) -> last_access after the step."""
+    return np.array(
+        [
+            time if access[slot].real > access_threshold else before
+            for slot, before in enumerate(last_access)
+        ]
+    )
+
+
 def step(
     interface,
     state,
@@ -109,87 +176,48 @@ def step(
     of all slots, read_positions (R, K) with -1 for none, read_weights (R, K)
     at them, and access (N,), which is compared with the threshold.
     """
-    memory, written = state["memory"], state["written"]
-    slots, (heads, width) = len(memory), np.shape(interface["query"])
-
-    # Write.
-    if choices is None:
-        lra_slot = least_recently_accessed(state["last_access"], written)
-    else:
-        lra_slot = int(choices["lra_slot"])
-    lra = np.eye(slots)[lra_slot]
-    previous = np.mean(state["read_weighting"], 0)
-    alpha, gamma = interface["write_gate"], interface["interpolation_gate"]
-    write_weighting = alpha * (gamma * previous + (1.0 - gamma) * lra)  # (5)
-    written = np.array(
+    choices = choices or {}
+    lra_slot, write_weighting, memory, written = write(
+        interface, state, choices.get("lra_slot")
+    )
+    similarity, read_positions, read_weights = content(
+        interface,
+        memory,
+        written,
+        top_k=top_k,
+        norm_epsilon=norm_epsilon,
+        positions=choices.get("read_positions"),
+    )
+    read_weighting = np.array(
         [
-            bool(written[slot] or slot == lra_slot or previous[slot].real > 0.0)
-            for slot in range(slots)
+            scatter(slots, weights, len(memory))
+            for slots, weights in zip(read_positions, read_weights, strict=True)
         ]
     )
-    memory = np.array(  # (3)
-        [
-            (1.0 - lra[slot]) * memory[slot]
-            + write_weighting[slot] * interface["word"]
-            for slot in range(slots)
-        ]
-    )
-
-    # Read.
-    similarity, read_positions, read_weights = [], [], []
-    read_weighting, reads = [], []
-    for head in range(heads):
-        query, strength = interface["query"][head], interface["strength"][head]
-        cosines = np.array(
-            [cosine(query, slot, norm_epsilon) for slot in memory]
-        )
-        if choices is None:
-            positions = nearest(cosines, written, top_k)
-        else:
-            positions = np.asarray(choices["read_positions"])[head]
-        weights = read_weights_over(positions, cosines, strength)
-        dense = np.zeros(slots, weights.dtype)
-        r = np.zeros(width, np.result_type(weights, memory))
-        for slot, weight in zip(positions, weights, strict=True):
-            if slot >= 0:
-                dense[slot] = weight
-                r = r + weight * memory[slot]  # (4)
-        similarity.append(cosines)
-        read_positions.append(positions)
-        read_weights.append(weights)
-        read_weighting.append(dense)
-        reads.append(r)
-
-    # Usage.
-    time = int(state["time"]) + 1
     access = np.mean(read_weighting, 0) + write_weighting
-    last_access = np.array(
-        [
-            time if access[slot].real > access_threshold else before
-            for slot, before in enumerate(state["last_access"])
-        ]
-    )
-
+    time = int(state["time"]) + 1
     state = {
         "memory": memory,
-        "read_weighting": np.stack(read_weighting),
-        "reads": np.stack(reads),
-        "last_access": last_access,
+        "read_weighting": read_weighting,
+        "reads": np.array([read(memory, w) for w in read_weighting]),  # (4)
+        "last_access": accessed(
+            state["last_access"], access, time, access_threshold
+        ),
         "written": written,
         "time": time,
     }
     values = {
         "lra_slot": lra_slot,
         "write_weighting": write_weighting,
-        "similarity": np.stack(similarity),
-        "read_positions": np.stack(read_positions),
-        "read_weights": np.stack(read_weights),
+        "similarity": similarity,
+        "read_positions": read_positions,
+        "read_weights": read_weights,
         "access": access,
     }
     return state, {**state, **values}
 
 
-def masked_step(interface, state, before, top_k):
+def masked_step(state, before, *, top_k):
     """The values of a masked step, which keeps the state.
 
     before: the values of the step before, or None if this is the first.
@@ -229,6 +257,41 @@ def as_numbers(array):
     return array.astype(np.result_type(array, "float64"))
 
 
+def run_steps(step, masked_step, interfaces, state, mask, choices):
+    """All steps of all batch items: `run` with a step of its own.
+
+    step: (interface, state, choices=...) of one batch item -> the state after
+        it, and a dict of values.
+    masked_step: (state, values of the step before or None) -> dict of values.
+    """
+    batch, steps = interfaces["query"].shape[:2]
+    state = {name: np.asarray(value) for name, value in state.items()}
+    state = {
+        name: as_numbers(value) if value.dtype.kind in "fc" else value
+        for name, value in state.items()
+    }
+    mask = np.ones((batch, steps), bool) if mask is None else np.asarray(mask)
+    trace, ends = [], []
+    for b in range(batch):
+        trace.append([])
+        item = {name: value[b] for name, value in state.items()}
+        values = None
+        for t in range(steps):
+            if mask[b, t]:
+                item, values = step(
+                    {name: value[b, t] for name, value in interfaces.items()},
+                    item,
+                    choices=choices
+                    and {name: value[b][t] for name, value in choices.items()},
+                )
+            else:
+                values = masked_step(item, values)
+            trace[-1].append(values)
+        ends.append(item)
+    end = {name: np.array([item[name] for item in ends]) for name in state}
+    return stacked(trace), end
+
+
 def run(
     interfaces,
     state=None,
@@ -258,48 +321,39 @@ def run(
     write_weighting, similarity and access are 0.
     """
     interfaces = {name: as_numbers(interfaces[name]) for name in INTERFACE}
-    batch, steps, heads, width = interfaces["query"].shape
     if state is None:
+        batch, _, heads, width = interfaces["query"].shape
         state = initial_state(batch, memory_slots, width, heads)
-    state = {
-        name: as_numbers(value)
-        if name in ("memory", "read_weighting", "reads")
-        else np.asarray(value)
-        for name, value in state.items()
-    }
-    mask = np.ones((batch, steps), bool) if mask is None else np.asarray(mask)
-    trace, ends = [], []
-    for b in range(batch):
-        trace.append([])
-        item = {name: value[b] for name, value in state.items()}
-        values = None
-        for t in range(steps):
-            interface = {name: interfaces[name][b, t] for name in INTERFACE}
-            if mask[b, t]:
-                of_step = choices and {n: choices[n][b][t] for n in CHOICES}
-                item, values = step(
-                    interface,
-                    item,
-                    top_k=top_k,
-                    access_threshold=access_threshold,
-                    norm_epsilon=norm_epsilon,
-                    choices=of_step,
-                )
-            else:
-                values = masked_step(interface, item, values, top_k)
-            trace[-1].append(values)
-        ends.append(item)
-    end = {name: np.array([item[name] for item in ends]) for name in state}
-    return stacked(trace), end
+    return run_steps(
+        functools.partial(
+            step,
+            top_k=top_k,
+            access_threshold=access_threshold,
+            norm_epsilon=norm_epsilon,
+        ),
+        functools.partial(masked_step, top_k=top_k),
+        interfaces,
+        state,
+        mask,
+        choices,
+    )
 
 
 def loss_gradients(
-    interfaces, state, upstream, mask=None, *, choices=None, **options
+    interfaces,
+    state,
+    upstream,
+    mask=None,
+    *,
+    choices=None,
+    run=run,
+    **options,
 ):
     """Gradients of sum(reads * upstream), one number at a time.
 
     upstream: (B, T, R, W).
     choices, options: as for `run`. Without choices, those of a run.
+    run: `run`, or that of another model, with its interfaces.
 
     The slots that are chosen are held fixed. The method is the complex step:
     f'(x) = imag(f(x + ih)) / h, which is exact to rounding for h as small as
@@ -311,7 +365,7 @@ def loss_gradients(
     """
     if choices is None:
         choices, _ = run(interfaces, state, mask, **options)
-    of = {name: as_numbers(interfaces[name]) for name in INTERFACE}
+    of = {name: as_numbers(value) for name, value in interfaces.items()}
     of |= {
         name: as_numbers(state[name]) for name in ("memory", "read_weighting")
     }
@@ -322,10 +376,10 @@ def loss_gradients(
             moved = {n: value[item].astype(complex) for n, value in of.items()}
             moved[name][(0, *index[1:])] += COMPLEX_STEP * 1j
             trace, _ = run(
-                {n: moved[n] for n in INTERFACE},
+                {n: moved[n] for n in interfaces},
                 {n: moved.get(n, value[item]) for n, value in state.items()},
                 None if mask is None else np.asarray(mask)[item],
-                choices={n: choices[n][item] for n in CHOICES},
+                choices={n: value[item] for n, value in choices.items()},
                 **options,
             )
             loss = np.sum(trace["reads"] * np.asarray(upstream)[item])
