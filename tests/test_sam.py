@@ -407,9 +407,16 @@ def test_given_contents_are_found_and_kept():
 
 
 @harness.needs_tensorflow
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "slots", [4, 40, 300], ids=["all touched", "some read twice", "many"]
+    ("slots", "masked"),
+    [
+        (4, True),
+        pytest.param(4, False, marks=pytest.mark.slow),
+        pytest.param(40, True, marks=pytest.mark.slow),
+        (40, False),
+        (300, True),
+        pytest.param(300, False, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_a_full_memory_equal_automatic_ones(
     slots, masked, monkeypatch
@@ -506,7 +513,9 @@ def assert_states(layer, expected):
 
 
 @harness.needs_tensorflow
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_forward_passes_without_a_backward_pass_change_the_memory_once(
     compiled,
 ):
@@ -524,7 +533,9 @@ def test_forward_passes_without_a_backward_pass_change_the_memory_once(
 
 
 @harness.needs_tensorflow
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_two_forward_passes_before_a_backward_pass(compiled):
     import tensorflow as tf
 

@@ -97,8 +97,20 @@ CASES = {
 
 
 @on_host
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("case", "masked"),
+    [
+        pytest.param(
+            case,
+            masked,
+            id=f"{name}, {'masked' if masked else 'filled'}",
+            # Each case runs with a mask or without; both are slow.
+            marks=[] if number % 2 == masked else pytest.mark.slow,
+        )
+        for number, (name, case) in enumerate(CASES.items())
+        for masked in (False, True)
+    ],
+)
 def test_all_numbers_equal_those_of_the_exact_search(case, masked):
     check_numbers(case, filled=not masked, masked=masked)
 
