@@ -51,7 +51,10 @@ def test_dnc_copy_copies_every_length(length):
     assert float(tf.reduce_mean(wrong)) < 0.1
 
 
-@pytest.mark.parametrize(("length", "most"), [(3, 0.5), (12, 1.5), (96, 6.0)])
+@pytest.mark.parametrize(
+    ("length", "most"),
+    [(3, 0.5), (12, 1.5), pytest.param(96, 6.0, marks=pytest.mark.slow)],
+)
 def test_sam_recalls_among_more_items_than_trained_on(length, most):
     folder = SAVED / "sam_associative_recall"
     config = runs.read_config(folder)
