@@ -1,6 +1,10 @@
 """Sparse Access Memory, compared with its oracle and with values computed by
 hand. `test_accesses.py` has the checks of all accesses."""
 
+import dataclasses
+from typing import Any
+from typing import NamedTuple
+
 import harness
 import keras
 import numpy as np
@@ -10,6 +14,7 @@ from keras import ops
 
 import keras_memory
 from keras_memory.addressing import sparse
+from keras_memory.recurrent.interface import StateSpec
 from keras_memory.sam import SAMAccess
 from keras_memory.sam import SAMState
 
@@ -584,6 +589,138 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was():
     outputs, *states = plain(sequences(), initial_state=states)
     close(stateful(sequences()), ops.convert_to_numpy(outputs), 1e-5)
     assert_states(stateful, states)
+
+
+class PairState(NamedTuple):
+    reads: Any
+    left: Any
+    right: Any
+    counter: Any
+    controller: Any = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairAccess:
+    """Two memories: what it takes from one at some slots, it puts into the
+    other at the same slots."""
+
+    memory_slots: int = 90
+    wrong: bool = False
+    interface_size = 3
+    read_size = 3
+
+    @property
+    def initial_state(self):
+        shape = self.memory_slots, self.interface_size
+        return PairState(
+            reads=StateSpec((1, self.interface_size)),
+            left=StateSpec(shape, per_slot=True),
+            right=StateSpec(shape, per_slot=True),
+            counter=StateSpec(shape[:1], dtype="int32", per_slot=True),
+        )
+
+    def step(self, interface, state):
+        def slots_of(interface):
+            digits = ops.floor(1e4 * ops.abs(interface[:, :2]))
+            return ops.cast(digits, "int32") % self.memory_slots
+
+        first = sparse.chosen(slots_of, interface)
+        second = sparse.chosen(lambda x: (7 * x + 3) % self.memory_slots, first)
+        rows = sparse.take(state.left, first) + interface[:, None]
+        right = sparse.put(state.right, first, rows)
+        left = sparse.put(state.left, second, 0.5 * rows)
+        counter = state.counter
+        if self.wrong:
+            counter = sparse.put(counter, first, first)
+        seen = sparse.take(right, second) * sparse.take(left, second)
+        reads = ops.sum(seen, axis=1, keepdims=True)
+        return PairState(reads, left, right, counter), {}
+
+
+class PairCell(keras_memory.MemoryCell, access=PairAccess):
+    """One step."""
+
+
+class PairLayer(keras_memory.MemoryRNN, cell=PairCell):
+    """`PairCell` over sequences."""
+
+
+@harness.needs_tensorflow
+def test_memories_with_the_same_slots_keep_their_own_gradients():
+    import tensorflow as tf
+
+    layer = PairLayer(3, controller="dense", return_state=True, dtype="float64")
+    x = sequences().astype("float64")
+    layer.build(x.shape)
+    rng = np.random.default_rng(3)
+    states = layer.cell.get_initial_state(BATCH)
+    memories = [tf.Variable(rng.normal(size=s.shape)) for s in states[1:3]]
+
+    def gradients(loop):
+        layer.loop = loop
+        with tf.GradientTape() as tape:
+            given = [states[0], *(m.value() for m in memories), *states[3:]]
+            y, *after = layer(x, initial_state=given, training=True)
+            loss = ops.sum(y**2) + sum(ops.sum(s**2) for s in after[:3])
+        assert layer.time_loop.startswith(loop)
+        return tape.gradient(loss, [*memories, *layer.trainable_variables])
+
+    for fast, portable in zip(gradients("fast"), gradients("portable")):
+        assert np.any(portable)
+        close(fast, portable.numpy(), 1e-10)
+
+
+@pytest.mark.every_backend
+def test_a_memory_without_slots_for_has_all_its_slots():
+    layer, x = PairLayer(3, controller="dense"), sequences()
+    assert layer(x).shape == (BATCH, 3)
+    assert not layer.cell.starts_empty
+    assert keras_memory.trace(layer, x)["left"].shape == (BATCH, TIME, 90, 3)
+
+
+@harness.needs_tensorflow
+def test_rows_of_a_state_without_gradient_are_not_put():
+    layer = PairLayer(3, wrong=True, controller="dense")
+    with pytest.raises(ValueError, match="`update` changes rows without"):
+        layer(sequences(), training=True)
+
+
+@pytest.mark.every_backend
+def test_a_written_slot_is_found_where_products_are_nan():
+    # The products of the first slot are infinity less infinity.
+    memory = ops.convert_to_tensor([[[3e38, -3e38], [0, 0]]], dtype="float32")
+    norms = ops.ones((1, 2), "float32")
+    last_access = ops.convert_to_tensor([[1, sparse.UNWRITTEN]], dtype="int32")
+    key = ops.convert_to_tensor([[[1e9, 1e9]]], dtype="float32")
+    with np.errstate(all="ignore"):
+        slots = sparse.nearest(memory, norms, last_access, key, 2)
+    assert ops.convert_to_numpy(slots).tolist() == [[[0, -1]]]
+
+
+@harness.needs_tensorflow
+def test_norms_of_given_contents_are_those_of_the_memory_in_16_bits():
+    layer = layer_of(memory_slots=9, dtype="mixed_float16")
+    layer.build(sequences().shape)
+    contents = np.random.default_rng(3).normal(size=(BATCH, 9, 5))
+    record = layer.cell.unpack_state(layer.cell.state_with(contents))
+    rows = ops.convert_to_numpy(record.memory)
+    assert rows.dtype == "float16"
+    assert np.any(rows != contents.astype("float32"))
+    expected = np.sqrt((rows.astype("float32") ** 2).sum(axis=2) + NORM_EPSILON)
+    close(record.norms, expected, 1e-6)
+
+
+@pytest.mark.every_backend
+def test_a_trace_leaves_out_the_slots_of_masked_steps():
+    layer, x = layer_of(memory_slots=300), sequences()
+    layer.build(x.shape)
+    contents = np.random.default_rng(6).normal(size=(BATCH, 300, 5))
+    states = layer.cell.state_with(contents.astype("float32"))
+    mask = np.zeros((BATCH, TIME), bool)
+    mask[:, 0] = True
+    masked = keras_memory.trace(layer, x, initial_state=states, mask=mask)
+    alone = keras_memory.trace(layer, x[:, :1], initial_state=states)
+    np.testing.assert_array_equal(masked["slots"][:, 0], alone["slots"][:, 0])
 
 
 @harness.needs_tensorflow

@@ -88,8 +88,10 @@ class CellStates:
         if isinstance(batch_size, (int, float, str, type(None))):
             check_size("batch_size", batch_size, least=0)
             rows = "batch size", batch_size
-            for spec, size in zip(self.layout.specs, self.state_size):
-                if steps is None or not spec.per_slot:
+            for spec, size, blocks in zip(
+                self.layout.specs, self.state_size, self._blocks_of_states()
+            ):
+                if steps is None or not self._starts_empty(spec, blocks):
                     sizes = rows, ("numbers of a row", size)
                     check_bytes("A state", sizes, self.compute_dtype)
         states = []
@@ -97,7 +99,7 @@ class CellStates:
             self.layout.specs, self.start_weights, self._blocks_of_states()
         ):
             dtype = spec.dtype or self.compute_dtype
-            if spec.per_slot and steps is not None:
+            if steps is not None and self._starts_empty(spec, blocks):
                 _, *row = spec.shape
                 slots = self.accesses[blocks[0]].slots_for(steps * len(blocks))
                 size = -(-slots // spec.slots_per_row) * math.prod(row)
@@ -125,7 +127,13 @@ class CellStates:
     @property
     def starts_empty(self) -> bool:
         """Whether `get_initial_state(..., steps)` depends on the steps."""
-        return any(spec.per_slot for spec in self.layout.specs)
+        return any(
+            map(self._starts_empty, self.layout.specs, self._blocks_of_states())
+        )
+
+    def _starts_empty(self, spec, blocks):
+        access = self.accesses[blocks[0]]
+        return spec.per_slot and hasattr(access, "slots_for")
 
     def slots_of(self, records: Sequence[Any], memory: int) -> int | None:
         """Number of slots of the states per slot of a memory; None if it is
