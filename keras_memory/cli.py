@@ -434,16 +434,9 @@ def export(parsed):
     _check_least(parsed, version=1)
     config, model = _trained(parsed.folder)
 
-    from keras_memory.serving.export import export_for_serving
     from keras_memory.training import runs
 
-    target = export_for_serving(
-        model,
-        parsed.out,
-        version=parsed.version,
-        name=config.task.name,
-        max_steps=runs.STREAM_STEPS,
-    )
+    target = runs.export(model, config.task, parsed.out, parsed.version)
     print(f"SavedModel: {target} (loaded and checked)")
 
 

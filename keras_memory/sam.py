@@ -8,7 +8,6 @@ for the nearest compares the key with all.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
@@ -23,7 +22,6 @@ from keras_memory.addressing.activations import activation_by_name
 from keras_memory.addressing.activations import not_negative
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.content import NORM_EPSILON
-from keras_memory.addressing.slots import compiles
 from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import given
 from keras_memory.checks import check_array
@@ -178,7 +176,7 @@ class SAMAccess:
         state = state._replace(
             memory=memory,  # M_t
             norms=sparse.update_norms(
-                state.norms, memory, slots, self.epsilon(interface)
+                state.norms, memory, slots, self.epsilon(ops.dtype(rows))
             ),
             last_access=sparse.mark_written(state.last_access, slots),
             block_access=block_access,
@@ -200,7 +198,8 @@ class SAMAccess:
         rows = ops.reshape(
             rows, (-1, self.read_heads, self.top_k, self.slot_size)
         )
-        cosines = sparse.cosines(interface.key, rows, self.epsilon(interface))
+        epsilon = self.epsilon(ops.dtype(rows))
+        cosines = sparse.cosines(interface.key, rows, epsilon)
         logits = interface.strength[:, :, None] * cosines  # beta
         is_found = slots >= 0
         weights = softmax(ops.where(is_found, logits, LOWEST_LOGIT))
@@ -208,11 +207,11 @@ class SAMAccess:
         reads = ops.sum(weights[:, :, :, None] * rows, axis=2)  # eq. 4
         return slots, weights, reads
 
-    def epsilon(self, interface):
-        """Added to squared norms."""
+    def epsilon(self, dtype):
+        """Added to squared norms of vectors of this dtype."""
         if self.norm_epsilon is not None:
             return self.norm_epsilon
-        return NORM_EPSILON[ops.dtype(interface.key)]
+        return NORM_EPSILON[dtype]
 
     def touched(self, state, inside):
         """The slots that a step read or wrote, (B, 2 R K + 1)."""
@@ -438,21 +437,21 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
     def _state_with(self, contents):
         batch, count, _ = contents.shape
-        contents = ops.cast(contents, self.compute_dtype)  # as states are kept
-        contents = ops.cast(contents, self.access_dtype)
-        epsilon = self.norm_epsilon or NORM_EPSILON[self.access_dtype]
-        written = {
-            "memory": contents,
-            "norms": sparse.norms_of(contents, epsilon),
-            "last_access": ops.ones((batch, count)),
-            "time": ops.ones((batch, 1)),
-        }
-        # Blocks of which each slot counts as accessed.
-        blocks = count // sparse.BLOCK + (count == self.memory_slots)
-        blocks = min(blocks, -(-self.memory_slots // sparse.BLOCK))
-        written["block_access"] = ops.ones((batch, blocks))
-        if self.is_on_host:  # which has all but the time
-            written = {"time": written["time"]}
+        written = {"time": ops.ones((batch, 1))}
+        if not self.is_on_host:  # which has the rest
+            # As states are kept, and then as steps compute.
+            contents = ops.cast(contents, self.compute_dtype)
+            contents = ops.cast(contents, self.access_dtype)
+            epsilon = self.accesses[0].epsilon(self.access_dtype)
+            # Blocks of which each slot counts as accessed.
+            blocks = count // sparse.BLOCK + (count == self.memory_slots)
+            blocks = min(blocks, -(-self.memory_slots // sparse.BLOCK))
+            written |= {
+                "memory": contents,
+                "norms": sparse.norms_of(contents, epsilon),
+                "last_access": ops.ones((batch, count)),
+                "block_access": ops.ones((batch, blocks)),
+            }
 
         def first(record, field, values):
             before = getattr(record, field)
@@ -587,23 +586,7 @@ class SAMLayer(HostRNN, SAMArguments, cell=SAMCell):
     ):
         super().__init__(**given(locals()))
         self.cell: SAMCell
-        self._given_state = False  # whether the last call had `initial_state`
-        self._is_compiled = None  # whether XLA compiled the last call
         self._prepare_host()
-
-    def call(
-        self,
-        sequences: Array,
-        initial_state: Sequence[Array] | None = None,
-        mask: Array | None = None,
-        training: bool | None = False,
-        use_memory: bool = True,
-    ) -> Any:
-        self._given_state = initial_state is not None
-        self._is_compiled = compiles()
-        return super().call(
-            sequences, initial_state, mask, training, use_memory
-        )
 
     def set_memory(self, contents: Array) -> None:
         """Fills the memory of a stateful layer, as `SAMCell.state_with` does.
@@ -662,30 +645,3 @@ class SAMLayer(HostRNN, SAMArguments, cell=SAMCell):
                 f"built={self.built}"
             )
         return self.states[0].shape[0]
-
-    @property
-    def engine(self) -> str:
-        """How a call uses the memory: a word and the reason.
-
-        Of the last call, or, without one, of the next call without
-        `initial_state`. Calls of already compiled functions do not count.
-        """
-        if self.cell.is_on_host:
-            return "host: the memory stays on the host, where ScaNN searches it"
-        if not (self._given_state or self.return_state or self.stateful):
-            return (
-                "empty: the memory starts empty in each call, with as many "
-                "slots as steps"
-            )
-        if keras.backend.backend() != "jax" and not self._is_compiled:
-            return (
-                "copied: each step copies the memory; with XLA "
-                "(`jit_compile=True`) on TensorFlow, or on JAX, it does not"
-            )
-        if self._given_state:
-            why = "`initial_state` was given"
-        elif self.stateful:
-            return "in place: steps change the memory of the layer's states"
-        else:
-            why = "`return_state=True` needs all slots"
-        return f"copied: {why}, so each call copies the memory once"

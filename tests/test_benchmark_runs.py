@@ -85,6 +85,23 @@ def test_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     assert table.count("not run") == missing
 
 
+def test_searches_of_a_full_memory_are_compared(monkeypatch, capsys):
+    pytest.importorskip("scann")
+    from benchmarks import sam_search
+
+    small = {"steps": 2, "size": 3, "width": 4, "units": 3, "top_k": 2}
+    monkeypatch.setattr(sam_search, "ROW", {**sam_search.ROW, **small})
+    monkeypatch.setattr(sam_search, "SLOTS", {"16K": 64, "1M": 128})
+    monkeypatch.setattr(cases, "prepare", lambda threads: None)
+    options = "--rounds 1 --batch 1 --slots 16K --contents clustered"
+    sam_search.main(options.split())
+    rows = lists_of(capsys.readouterr().out.split("\n", 2)[2])[2:]
+    assert [row[:3] for row in rows] == [
+        ["16K", "clustered", method] for method in ("exact", "approximate")
+    ]
+    assert [row[-1] for row in rows] == ["1.000", "1.000"]
+
+
 def test_curricula_are_trained_once_and_tested_on_longer_sequences(
     tmp_path, monkeypatch, capsys
 ):

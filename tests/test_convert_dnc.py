@@ -1097,8 +1097,12 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_converted_layer_trains_and_is_saved(kind, tmp_path):
-    model = keras.Sequential([keras.Input((None, 3)), KINDS[kind]()])
-    x = inputs_of(steps=2).astype("float32")
+    trains_and_is_saved(KINDS[kind](), inputs_of(steps=2), tmp_path)
+
+
+def trains_and_is_saved(layer, x, tmp_path):
+    model = keras.Sequential([keras.Input((None, 3)), layer])
+    x = x.astype("float32")
     if TRAINS:
         before = model.get_weights()
         model.compile("sgd", "mse", run_eagerly=True)

@@ -7,7 +7,6 @@ converts its weights.
 import keras
 import numpy as np
 import pytest
-from harness import TRAINS
 from harness import close
 from harness import golden
 from harness import needs_tensorflow
@@ -17,6 +16,7 @@ from test_convert_dnc import pytorch_weights
 from test_convert_dnc import same_weights
 from test_convert_dnc import stepped
 from test_convert_dnc import swapped
+from test_convert_dnc import trains_and_is_saved
 
 import keras_memory
 from keras_memory import SAMState
@@ -270,19 +270,7 @@ def test_sizes_are_those_of_the_weights(sizes, top_k):
 
 
 def test_a_converted_layer_trains_and_is_saved(tmp_path):
-    model = keras.Sequential([keras.Input((None, 3)), converted()])
-    x = inputs_of(steps=3).astype("float32")
-    if TRAINS:
-        before = model.get_weights()
-        model.compile("sgd", "mse", run_eagerly=True)
-        y = np.ones(model.compute_output_shape(x.shape), "float32")
-        loss = model.fit(x, y, verbose=0).history["loss"]
-        assert np.isfinite(loss).all()
-        for old, new in zip(before, model.get_weights(), strict=True):
-            assert np.isfinite(new).all() and np.any(old != new)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    close(loaded(x), ops.convert_to_numpy(model(x)), 0)
+    trains_and_is_saved(converted(), inputs_of(steps=3), tmp_path)
 
 
 def test_the_command_converts(tmp_path, capsys):

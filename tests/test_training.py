@@ -958,6 +958,20 @@ def test_export_writes_a_run_once_per_version(run, tmp_path, capsys):
     assert "keras-memory: error:" in capsys.readouterr().err
 
 
+def test_an_exported_sam_has_small_states(tmp_path):
+    sizes = ["memory_slots=5000", "slot_size=3", "controller_units=3"]
+    changed = config.override(presets.PRESETS["copy"]["sam"], sizes)
+    model = training.build(changed)
+    folder = runs.export(model, changed.task, tmp_path / "sam")
+    step = tf.saved_model.load(folder).signatures["step"]
+    shapes = {
+        name: spec.shape[1]
+        for name, spec in step.structured_input_signature[1].items()
+    }
+    assert shapes["memory"] == 3 * 1000
+    assert shapes["last_access"] == 1000
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -25,7 +25,6 @@ from keras_memory.addressing.slots import replace_rows
 from keras_memory.addressing.slots import rows_at
 from keras_memory.addressing.slots import same_place
 from keras_memory.addressing.slots import take_rows
-from keras_memory.addressing.slots import with_one_gradient
 
 # `last_access` of slots that were never written, and of slots that were
 # written, but never accessed.
@@ -68,10 +67,7 @@ def put(memory, slots, rows):
     current = fast_pass()
     if current is not None:
         return current.put(memory, slots, rows)
-    if isinstance(memory, SlotState):
-        return memory.replaced(slots, rows, differentiates=True)
-    rows = with_one_gradient(slots, rows)
-    return replace_rows(memory, slots, ops.cast(rows, ops.dtype(memory)))
+    return _with_rows(memory, slots, rows, differentiates=True)
 
 
 def chosen(function, *arrays):
@@ -103,10 +99,7 @@ def update(function, state, slots, *arrays):
         return state
     before = _rows_at(state, slots)
     after = function(before, *map(array_of, arrays))
-    after = ops.stop_gradient(after)
-    if isinstance(state, SlotState):
-        return state.replaced(slots, after)
-    return replace_rows(state, slots, ops.cast(after, ops.dtype(state)))
+    return _with_rows(state, slots, ops.stop_gradient(after))
 
 
 def _is_replayed():
@@ -118,6 +111,12 @@ def _rows_at(state, slots):
     if isinstance(state, SlotState):
         return state.taken(slots)
     return rows_at(state, slots)
+
+
+def _with_rows(state, slots, rows, differentiates=False):
+    if isinstance(state, SlotState):
+        return state.replaced(slots, rows, differentiates)
+    return SlotState(None, state).replaced(slots, rows, differentiates).array
 
 
 def sum_over_equal(slots, weights):

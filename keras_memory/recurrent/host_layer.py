@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -59,7 +60,8 @@ class Transaction:
 
 
 class HostRNN(MemoryRNN):
-    """A `MemoryRNN` whose accesses may have a `host_memory`.
+    """A `MemoryRNN` with states per slot, whose accesses may have a
+    `host_memory`.
 
     The small states are variables, and the memory is not. A `Transaction` keeps
     them together: a call begins when it reads the states, and ends when it has
@@ -68,6 +70,8 @@ class HostRNN(MemoryRNN):
 
     def _prepare_host(self):
         """To be called at the end of `__init__`."""
+        self._given_state = False  # whether the last call had `initial_state`
+        self._is_compiled = None  # whether XLA compiled the last call
         if not self.cell.is_on_host:
             return
         self._check_own_arguments()
@@ -126,7 +130,9 @@ class HostRNN(MemoryRNN):
         training: bool | None = False,
         use_memory: bool = True,
     ) -> Any:
-        if self.cell.is_on_host and compiles():
+        self._given_state = initial_state is not None
+        self._is_compiled = compiles()
+        if self.cell.is_on_host and self._is_compiled:
             raise ValueError(
                 'search_method="approximate" calls the host, which XLA cannot: '
                 "use `compile(..., jit_compile=False)`, or search_method="
@@ -191,3 +197,30 @@ class HostRNN(MemoryRNN):
         for memory in self._memories:
             memory.clear(rows)
         return after
+
+    @property
+    def engine(self) -> str:
+        """How a call uses the memory: a word and the reason.
+
+        Of the last call, or, without one, of the next call without
+        `initial_state`. Calls of already compiled functions do not count.
+        """
+        if self.cell.is_on_host:
+            return "host: the memory stays on the host, where ScaNN searches it"
+        if not (self._given_state or self.return_state or self.stateful):
+            return (
+                "empty: the memory starts empty in each call, with as many "
+                "slots as steps"
+            )
+        if keras.backend.backend() != "jax" and not self._is_compiled:
+            return (
+                "copied: each step copies the memory; with XLA "
+                "(`jit_compile=True`) on TensorFlow, or on JAX, it does not"
+            )
+        if self._given_state:
+            why = "`initial_state` was given"
+        elif self.stateful:
+            return "in place: steps change the memory of the layer's states"
+        else:
+            why = "`return_state=True` needs all slots"
+        return f"copied: {why}, so each call copies the memory once"

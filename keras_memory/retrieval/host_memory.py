@@ -8,14 +8,12 @@ import threading
 
 import numpy as np
 
+from keras_memory.addressing.sparse import BLOCK
+from keras_memory.addressing.sparse import NEVER_ACCESSED
+from keras_memory.addressing.sparse import UNWRITTEN
 from keras_memory.checks import check_bytes
 from keras_memory.retrieval.scann_row import Builder
 from keras_memory.retrieval.scann_row import ScannRow
-
-# As in `addressing/sparse.py`.
-UNWRITTEN = -1
-NEVER_ACCESSED = 0
-BLOCK = 256
 
 
 class HostMemory:

@@ -18,7 +18,6 @@ from keras_memory.files import check_run_folder
 from keras_memory.files import locked
 from keras_memory.hints import PathLike
 from keras_memory.inspection.callbacks import ProbePictures
-from keras_memory.serving.export import export_for_serving
 from keras_memory.training import losses
 from keras_memory.training import runs
 from keras_memory.training import tasks
@@ -277,12 +276,7 @@ def _finish(config, model, folder, last, probes):
         results |= runs.evaluate(model, task, length=length, **tested)
     runs.draw(config, model, folder, probes)
     shutil.rmtree(folder / "export", ignore_errors=True)
-    export_for_serving(
-        model,
-        folder / "export",
-        name=task.name,
-        max_steps=runs.STREAM_STEPS,
-    )
+    runs.export(model, task, folder / "export")
     with atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     return results

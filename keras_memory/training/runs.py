@@ -171,6 +171,19 @@ def sequences_seen(config, reports):
     return steps * config.batch_size
 
 
+def export(model, task, folder, version=1):
+    """Exports a model for TensorFlow Serving; returns the version's folder."""
+    from keras_memory.serving.export import export_for_serving
+
+    return export_for_serving(
+        model,
+        folder,
+        version=version,
+        name=task.name,
+        max_steps=STREAM_STEPS,
+    )
+
+
 def evaluate(
     model,
     task,
