@@ -118,10 +118,9 @@ def run(names, rounds, threads, limits, checkout=None, json=None):
     numbers = {
         "machine": report.machine(report.PACKAGES + ("faiss-cpu",)),
         "threads": threads,
-        "rounds": rounds,
-        "limits": limits,
         "results": [],
     }
+    how = {"run": {"rounds": rounds, "limits": limits}}  # of each record
     for name in names:
         base, groups = CASES[name]
         table, failed, measured = report.Table(header(base)), set(), []
@@ -139,7 +138,7 @@ def run(names, rounds, threads, limits, checkout=None, json=None):
 
             def write(results, rows=rows, before=before, name=name, base=base):
                 found = compared(name, base, rows, results)
-                numbers["results"] = before + found
+                numbers["results"] = before + [{**r, **how} for r in found]
                 report.write_json(json, numbers)
 
             jobs = {
@@ -151,7 +150,7 @@ def run(names, rounds, threads, limits, checkout=None, json=None):
             failed |= {v for v, one in results.items() if "not_run" in one}
             table.add(list(map(cells, numbers["results"][len(before) :])))
         if name == "published":
-            more = extrapolated(numbers["results"])
+            more = [{**r, **how} for r in extrapolated(numbers["results"])]
             numbers["results"] = numbers["results"] + more
             report.write_json(json, numbers)
             table.add(list(map(cells, more)))

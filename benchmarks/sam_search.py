@@ -7,10 +7,10 @@ import time
 import numpy as np
 
 from benchmarks import cases
+from benchmarks import references
 from benchmarks import report
+from benchmarks.sam import ROW
 
-SIZES = {"steps": 40, "batch": 4, "inputs": 16, "width": 32, "units": 100}
-HEADS, TOP_K = 4, 4
 SLOTS = {"16K": 2**14, "1M": 2**20}
 CONTENTS = "clustered", "gaussian"
 METHODS = "exact", "approximate"
@@ -32,44 +32,39 @@ def contents_of(kind, slots, batch, width, seed=1):
     return given
 
 
-def prepared(slots, search_method, kind, sizes=SIZES):
+def prepared(slots, search_method, kind, sizes=ROW):
     """Returns a function that trains a layer for one step, the layer, and the
     seconds that it took to fill the memory."""
     import keras
-    import tensorflow as tf
 
     import keras_memory
 
-    shape = sizes["batch"], sizes["steps"], sizes["inputs"]
-    x = tf.constant(np.random.default_rng(1).normal(size=shape), "float32")
     layer = keras_memory.SAMLayer(
-        sizes["inputs"],
+        sizes["size"],
         memory_slots=slots,
         slot_size=sizes["width"],
-        read_heads=HEADS,
-        top_k=TOP_K,
+        read_heads=references.HEADS,
+        top_k=sizes["top_k"],
         controller_units=sizes["units"],
         return_sequences=True,
         stateful=True,
         search_method=search_method,
     )
-    model = keras.Sequential([keras.Input(batch_shape=shape), layer])
-    optimizer = keras.optimizers.Adam(1e-3, global_clipnorm=50.0)
-    optimizer.build(model.trainable_variables)
+    layer.build((sizes["batch"], None, sizes["size"]))
     given = contents_of(kind, slots, sizes["batch"], sizes["width"])
     begin = time.perf_counter()
     layer.set_memory(given)
     seconds = time.perf_counter() - begin
-
-    @tf.function(jit_compile=search_method == "exact")
-    def step(x):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((model(x, training=True) - x) ** 2)
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
-        return loss
-
-    return lambda: float(step(x)), layer, seconds
+    shape = sizes["batch"], sizes["steps"], sizes["size"]
+    x = np.random.default_rng(1).normal(size=shape)
+    step = cases.training_step(
+        layer,
+        keras.losses.MeanSquaredError(),
+        keras.optimizers.Adam(1e-3, global_clipnorm=50.0),
+        *(x, x),
+        jit_compile=search_method == "exact",
+    )
+    return step, layer, seconds
 
 
 def recall_of(layer, train):
@@ -93,10 +88,12 @@ def recall_of(layer, train):
     keys = np.stack(keys).swapaxes(0, 1)
     keys = keys.reshape(len(memory.memory), -1, keys.shape[-1])
     keys = keys[:, : max(1, SAMPLE // len(keys))]
-    found, shares = nearest(keys, TOP_K), []
+    found, shares = nearest(keys, ROW["top_k"]), []
     for slots, queries, vectors in zip(found, keys, memory.memory):
         cosines = unit(queries, np) @ unit(vectors, np).T
-        right = np.argpartition(-cosines, TOP_K, axis=1)[:, :TOP_K]
+        right = np.argpartition(-cosines, ROW["top_k"], axis=1)[
+            :, : ROW["top_k"]
+        ]
         near = closeness(queries, vectors, "cosine", np.maximum(slots, 0))
         near = np.where(slots >= 0, near, -np.inf)
         expected = closeness(queries, vectors, "cosine", right)
@@ -104,7 +101,7 @@ def recall_of(layer, train):
     return float(np.mean(shares))
 
 
-def measured(slots, search_method, kind, rounds, sizes=SIZES):
+def measured(slots, search_method, kind, rounds, sizes=ROW):
     """Milliseconds of each training step, seconds to fill the memory, and
     recall."""
     train, layer, seconds = prepared(slots, search_method, kind, sizes)
@@ -129,13 +126,13 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=SIZES["batch"])
+    parser.add_argument("--batch", type=int, default=ROW["batch"])
     parser.add_argument("--slots", nargs="+", default=[*SLOTS], choices=SLOTS)
     parser.add_argument("--contents", nargs="+", default=CONTENTS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     options = parser.parse_args(arguments)
     cases.prepare(options.threads)
-    sizes, rows = {**SIZES, "batch": options.batch}, []
+    sizes, rows = {**ROW, "batch": options.batch}, []
     for slots in options.slots:
         for kind in options.contents:
             for method in options.methods:
