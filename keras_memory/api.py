@@ -35,6 +35,9 @@ from keras_memory.retrieval.scann_index import ScannIndex as ScannIndex
 from keras_memory.sam import SAMCell as SAMCell
 from keras_memory.sam import SAMLayer as SAMLayer
 from keras_memory.sam import SAMState as SAMState
+from keras_memory.sdnc import SDNCCell as SDNCCell
+from keras_memory.sdnc import SDNCLayer as SDNCLayer
+from keras_memory.sdnc import SDNCState as SDNCState
 from keras_memory.serving import export as export
 from keras_memory.spatial import geometry as geometry
 from keras_memory.spatial import rgbd as rgbd

@@ -16,9 +16,10 @@ import numpy as np
 from keras import ops
 
 from keras_memory.addressing.activations import activation_by_name
-from keras_memory.addressing.activations import not_negative
+from keras_memory.addressing.activations import into_unit_range
 from keras_memory.addressing.activations import oneplus
 from keras_memory.addressing.activations import softmax
+from keras_memory.addressing.activations import sums_into_unit_range
 from keras_memory.addressing.content import content_weighting
 from keras_memory.addressing.gradients import saved_value
 from keras_memory.addressing.linkage import follow_links
@@ -380,7 +381,7 @@ class DNCAccess:
     def initial_state(self):
         slots, heads = self.memory_slots, self.write_heads
         weighting = functools.partial(
-            StateSpec, into_range=_sums_into_unit_range
+            StateSpec, into_range=sums_into_unit_range
         )
         links, columns = (), ()
         if self.sparse_links is not None:
@@ -403,7 +404,7 @@ class DNCAccess:
                 initializer=keras.initializers.RandomNormal(stddev=0.05),
                 transposed=True,
             ),
-            usage=StateSpec((slots,), into_range=_into_unit_range),
+            usage=StateSpec((slots,), into_range=into_unit_range),
             linkage=links,
             precedence=weighting((heads, slots)) if self.linkage else (),
             read_weighting=weighting((self.read_heads, slots)),
@@ -416,21 +417,8 @@ class DNCAccess:
 # them usage and linkage would grow at each step.
 
 
-def _into_unit_range(x, sums=None):
-    """Brings entries into [0, 1], or, with `sums`, sums to at most 1. Within
-    this range the gradient is 1."""
-    x = not_negative(x)
-    if sums is None:
-        return ops.where(x > 1, ops.ones_like(x), x)
-    return x / ops.stop_gradient(ops.maximum(sums(x), 1.0))
-
-
-def _sums_into_unit_range(x):
-    return _into_unit_range(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
-
-
 def _rows_into_unit_range(x):
-    return _into_unit_range(x, lambda x: ops.sum(x, axis=-2, keepdims=True))
+    return into_unit_range(x, lambda x: ops.sum(x, axis=-2, keepdims=True))
 
 
 def _links_into_unit_range(x):
@@ -439,7 +427,7 @@ def _links_into_unit_range(x):
         largest_sum = ops.max(ops.maximum(rows, columns), axis=-1, initial=0.0)
         return largest_sum[:, :, None, None]
 
-    return _into_unit_range(x, largest)
+    return into_unit_range(x, largest)
 
 
 def _sharpen(weighting, sharpening):

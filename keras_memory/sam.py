@@ -14,7 +14,6 @@ from typing import NamedTuple
 from typing import Unpack
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_memory.addressing import sparse
@@ -24,21 +23,19 @@ from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.content import NORM_EPSILON
 from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import given
-from keras_memory.checks import check_array
 from keras_memory.checks import check_closed
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_open
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_size
 from keras_memory.hints import Activation
-from keras_memory.hints import Array
 from keras_memory.recurrent.cell import CellArguments
-from keras_memory.recurrent.cell import MemoryCell
-from keras_memory.recurrent.host_layer import HostRNN
 from keras_memory.recurrent.interface import StateSpec
 from keras_memory.recurrent.interface import check_bytes_of_state
 from keras_memory.recurrent.interface import interface_size
 from keras_memory.recurrent.interface import split_interface
+from keras_memory.recurrent.sparse_layer import SparseCell
+from keras_memory.recurrent.sparse_layer import SparseRNN
 
 SEARCH_METHODS = ("auto", "exact", "approximate")
 # Logit of a slot that is not there. It is finite, so that a head without slots
@@ -52,8 +49,8 @@ class SAMState(NamedTuple):
     Args:
         reads: (B, R, W) read vectors of the last step.
         memory: (B, N, W) slot contents.
-        norms: (B, N) float32, norms of the written slots, with `norm_epsilon`
-            inside the root; 1 for unwritten slots.
+        norms: (B, N), at least float32: norms of the written slots, with
+            `norm_epsilon` inside the root; 1 for unwritten slots.
         last_access: (B, N) int32, number of the step that accessed a slot last;
             0 if the slot was written but never accessed (see
             `access_threshold`), -1 if it was never written.
@@ -123,14 +120,14 @@ class SAMAccess:
         """Writes to the memory, then reads it."""
         interface = self.split(interface)
         state, write_slots, write_weights = self._write(interface, state)
-        slots, weights, reads = self._read(interface, state)
+        slots, weights, reads, inside = self._read(interface, state)
         time = state.time + 1
         last_access = sparse.mark_accessed(
             state.last_access,
-            ops.concatenate([_flat(slots, at_least=0), write_slots], axis=1),
+            ops.concatenate([flat(slots, at_least=0), write_slots], axis=1),
             # The mean over heads, as in the write.
             ops.concatenate(
-                [_flat(weights) / self.read_heads, write_weights], axis=1
+                [flat(weights) / self.read_heads, write_weights], axis=1
             ),
             self.access_threshold,
             time,
@@ -142,7 +139,7 @@ class SAMAccess:
             read_weights=weights,  # w^R_t
             time=time,
         )
-        inside = {"write_slots": write_slots, "write_weights": write_weights}
+        inside |= {"write_slots": write_slots, "write_weights": write_weights}
         return after, {**inside, **interface._asdict()}
 
     def _write(self, interface, state):
@@ -155,9 +152,9 @@ class SAMAccess:
         oldest, block_access = sparse.least_recently_accessed(
             state.last_access, state.block_access
         )  # I^U_t
-        read_slots = _flat(state.read_slots)
+        read_slots = flat(state.read_slots)
         read_weights = ops.where(
-            read_slots >= 0, _flat(state.read_weights) / self.read_heads, 0.0
+            read_slots >= 0, flat(state.read_weights) / self.read_heads, 0.0
         )  # w^R_{t-1}: the mean of the heads
         # A missing read has no weight. Its index must be valid.
         read_slots = ops.where(read_slots >= 0, read_slots, oldest)
@@ -186,7 +183,15 @@ class SAMAccess:
     def _read(self, interface, state):
         """r_t = sum_k w^R_t(s_k) M_t(s_k) over the K nearest slots s_k (eq. 4).
 
-        Returns the slots, their weights, (B, R, K), and the reads."""
+        Returns the slots, their weights, (B, R, K), the reads, and a dict of
+        other arrays for `trace`."""
+        slots, weights, rows = self._by_content(interface, state)
+        reads = ops.sum(weights[:, :, :, None] * rows, axis=2)  # eq. 4
+        return slots, weights, reads, {}
+
+    def _by_content(self, interface, state):
+        """The slots that are nearest to the key of each head, their weights,
+        (B, R, K), and their contents, (B, R, K, W)."""
         slots = sparse.nearest(
             state.memory,
             state.norms,
@@ -194,18 +199,18 @@ class SAMAccess:
             interface.key,
             self.top_k,
         )
-        rows = sparse.take(state.memory, _flat(slots, at_least=0))
-        rows = ops.reshape(
-            rows, (-1, self.read_heads, self.top_k, self.slot_size)
-        )
+        rows = self._rows_of_heads(state.memory, slots)
         epsilon = self.epsilon(ops.dtype(rows))
         cosines = sparse.cosines(interface.key, rows, epsilon)
         logits = interface.strength[:, :, None] * cosines  # beta
         is_found = slots >= 0
         weights = softmax(ops.where(is_found, logits, LOWEST_LOGIT))
-        weights = ops.where(is_found, weights, 0.0)  # w^R_t
-        reads = ops.sum(weights[:, :, :, None] * rows, axis=2)  # eq. 4
-        return slots, weights, reads
+        return slots, ops.where(is_found, weights, 0.0), rows  # w^R_t
+
+    def _rows_of_heads(self, memory, slots):
+        rows = sparse.take(memory, flat(slots, at_least=0))
+        shape = (-1, self.read_heads, self.top_k, self.slot_size)
+        return ops.reshape(rows, shape)
 
     def epsilon(self, dtype):
         """Added to squared norms of vectors of this dtype."""
@@ -216,22 +221,17 @@ class SAMAccess:
     def touched(self, state, inside):
         """The slots that a step read or wrote, (B, 2 R K + 1)."""
         return ops.concatenate(
-            [_flat(state.read_slots), inside["write_slots"]], axis=1
+            [flat(state.read_slots), inside["write_slots"]], axis=1
         )
 
     def wide_details(self, state, inside, slots):
         """Entries of `trace` with an axis for the slots that it shows."""
-
-        def weighting(positions, weights):
-            is_at = ops.equal(positions[..., None], slots[:, None, None])
-            at = ops.cast(is_at, ops.dtype(weights))
-            return ops.sum(weights[..., None] * at, axis=-2)
-
+        writes = inside["write_slots"], inside["write_weights"]
         return {
-            "read_weighting": weighting(state.read_slots, state.read_weights),
-            "write_weighting": weighting(
-                inside["write_slots"][:, None], inside["write_weights"][:, None]
+            "read_weighting": weighting(
+                state.read_slots, state.read_weights, slots
             ),
+            "write_weighting": weighting(*(x[:, None] for x in writes), slots),
         }
 
     def slots_for(self, steps):
@@ -324,7 +324,6 @@ class SAMAccess:
 
     @property
     def initial_state(self):
-        last = self.memory_slots - 1
         whole = functools.partial(StateSpec, dtype="int32")
         reads = (self.read_heads, self.top_k)
         return SAMState(
@@ -333,11 +332,14 @@ class SAMAccess:
             read_slots=whole(
                 reads,
                 constant=-1,
-                into_range=lambda x: ops.minimum(ops.maximum(x, -1), last),
+                into_range=self._existing_slots,
             ),
             read_weights=StateSpec(reads, into_range=not_negative),
             time=whole((1,), into_range=lambda x: ops.maximum(x, 0)),
         )
+
+    def _existing_slots(self, slots):
+        return ops.clip(slots, -1, self.memory_slots - 1)
 
     @property
     def _states_per_slot(self):
@@ -362,7 +364,13 @@ class SAMAccess:
         }
 
 
-def _flat(x, at_least=None):
+def weighting(positions, weights, slots):
+    """Weights (B, H, K) at slots (B, H, K), as (B, H, S) over slots (B, S)."""
+    is_at = ops.equal(positions[..., None], slots[:, None, None])
+    return ops.sum(ops.where(is_at, weights[..., None], 0.0), axis=-2)
+
+
+def flat(x, at_least=None):
     """(B, R, K) -> (B, R K), with entries raised to `at_least`."""
     x = ops.reshape(x, (-1, x.shape[1] * x.shape[2]))
     return x if at_least is None else ops.maximum(x, at_least)
@@ -378,7 +386,7 @@ else:
 
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
+class SAMCell(SparseCell, SAMArguments, access=SAMAccess):
     """One step of a Sparse Access Memory, for `SAMLayer` or Keras's `RNN`.
 
     For arguments, equations, state and departures see `SAMLayer`, which passes
@@ -397,85 +405,9 @@ class SAMCell(MemoryCell, SAMArguments, access=SAMAccess):
 
         def __init__(self, units: int | None, *args: Any, **kwargs: Any): ...
 
-    def state_with(self, contents: Array) -> list[Array]:
-        """The initial state with slots that are already written.
-
-        The first slots get the contents, and count as accessed once, so that
-        unwritten slots are written first.
-
-        Args:
-            contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
-                of a `KNNMemory`.
-
-        Returns:
-            List of (B, size), for `initial_state`. If the cell has several
-            memories, each has these contents.
-
-        Raises:
-            ValueError: the contents have another shape, or more than
-                `memory_slots` slots; or the memory is on the host.
-        """
-        if self.is_on_host:
-            raise ValueError(
-                "The states of a memory on the host do not have its slots: use "
-                "`layer.set_memory(contents)`. Received: "
-                f"search_method={self.search_method!r}"
-            )
-        return self._state_with(self._check_contents(contents))
-
-    def _check_contents(self, contents, batch_size=None):
-        sizes = {} if batch_size is None else {"B": batch_size}
-        contents = check_array(
-            "contents", contents, ("B", "n", self.slot_size), sizes
-        )
-        if not 1 <= contents.shape[1] <= self.memory_slots:
-            raise ValueError(
-                "`contents` must have 1 to `memory_slots` slots, "
-                f"{self.memory_slots}. Received: shape {tuple(contents.shape)}"
-            )
-        return contents
-
-    def _state_with(self, contents):
-        batch, count, _ = contents.shape
-        written = {"time": ops.ones((batch, 1))}
-        if not self.is_on_host:  # which has the rest
-            # As states are kept, and then as steps compute.
-            contents = ops.cast(contents, self.compute_dtype)
-            contents = ops.cast(contents, self.access_dtype)
-            epsilon = self.accesses[0].epsilon(self.access_dtype)
-            # Blocks of which each slot counts as accessed.
-            blocks = count // sparse.BLOCK + (count == self.memory_slots)
-            blocks = min(blocks, -(-self.memory_slots // sparse.BLOCK))
-            written |= {
-                "memory": contents,
-                "norms": sparse.norms_of(contents, epsilon),
-                "last_access": ops.ones((batch, count)),
-                "block_access": ops.ones((batch, blocks)),
-            }
-
-        def first(record, field, values):
-            before = getattr(record, field)
-            values = ops.cast(values, ops.dtype(before))
-            rest = before[:, values.shape[1] :]
-            return ops.concatenate([values, rest], axis=1)
-
-        states = self.get_initial_state(batch_size=batch)
-        records = self.layout.unflatten(states)
-        return self.layout.flatten(
-            tuple(
-                record._replace(
-                    **{
-                        field: first(record, field, values)
-                        for field, values in written.items()
-                    }
-                )
-                for record in records
-            )
-        )
-
 
 @keras.saving.register_keras_serializable(package="keras_memory")
-class SAMLayer(HostRNN, SAMArguments, cell=SAMCell):
+class SAMLayer(SparseRNN, SAMArguments, cell=SAMCell):
     """Sparse Access Memory: a step reads and writes few of many slots.
 
     Source: Rae et al. 2016 (arXiv 1610.09027), section 3.
@@ -587,61 +519,3 @@ class SAMLayer(HostRNN, SAMArguments, cell=SAMCell):
         super().__init__(**given(locals()))
         self.cell: SAMCell
         self._prepare_host()
-
-    def set_memory(self, contents: Array) -> None:
-        """Fills the memory of a stateful layer, as `SAMCell.state_with` does.
-
-        All states begin anew, also those of the controller.
-
-        Args:
-            contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
-                of a `KNNMemory`. Each memory gets them, if there are several.
-
-        Raises:
-            ValueError: the layer has no states of its own; the contents have
-                another shape; or they are not finite, for search_method=
-                "approximate".
-        """
-        contents = self.cell._check_contents(contents, self._batch_size())
-        if self.cell.is_on_host:
-            array = ops.convert_to_numpy(contents).astype("float32")
-            if not np.isfinite(array).all():
-                raise ValueError(
-                    "`contents` must be finite within float32 for "
-                    'search_method="approximate". Received: NaN or infinity'
-                )
-        self.reset_state()
-        states = self.cell._state_with(contents)
-        for variable, value in zip(self.states, states):
-            variable.assign(ops.cast(value, variable.dtype))
-        if self.cell.is_on_host:
-            for memory in self._memories:
-                memory.fill(array)
-
-    def get_memory(self) -> list[np.ndarray]:
-        """The contents of the memory of a stateful layer.
-
-        Returns:
-            List with an array (B, N, W) for each memory, usually one; slots
-            without a write are 0.
-
-        Raises:
-            ValueError: the layer has no states of its own.
-        """
-        self._batch_size()
-        if self.cell.is_on_host:
-            self._transaction.settle()
-            return [memory.memory.copy() for memory in self._memories]
-        records = self.cell.layout.unflatten(self.states)
-        return [ops.convert_to_numpy(record.memory) for record in records]
-
-    def _batch_size(self):
-        if not self.states:
-            raise ValueError(
-                "The layer must be stateful and built to have a memory of its "
-                "own: call it on data or call `build(input_shape)`. Without "
-                "`stateful=True` pass `cell.state_with(contents)` as "
-                f"`initial_state`. Received: stateful={self.stateful}, "
-                f"built={self.built}"
-            )
-        return self.states[0].shape[0]

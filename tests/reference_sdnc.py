@@ -48,11 +48,12 @@ Where the paper leaves a choice open, or we read it our own way:
   normalized again. Forward and backward weightings alone are not cut. The lower
   index comes first among equal entries. Only slots that content or a link
   names are kept, also if their weight is 0 because of a mode of 0.
-- Nothing bounds a forward or backward weighting: column sums of both matrices
-  may be above 1, since no link fades when its predecessor is written again. So
-  a read weighting may sum to more than 1, and its slots' weights may be above
-  1. Then a write weighting may be, too, which makes 1 - w of (11), (19) and
-  (20) negative. Nothing here prevents it.
+- Nothing in the paper bounds a forward or backward weighting: column sums of
+  both matrices may be above 1, since no link fades when its predecessor is
+  written again. So a read weighting may sum to more than 1, and its slots'
+  weights may be above 1. Then a write weighting may be, too, which makes 1 - w
+  of (11), (19) and (20) negative. `bounded` scales such a weighting down to a
+  sum of 1, as the layer does.
 - Links to or from unwritten slots are only in an initial state. They stay, but
   an unwritten slot is not read.
 - Links and precedence are constants for gradients: the paper passes none
@@ -117,9 +118,11 @@ def backward_linked(links, precedence, write_weighting, sparse_links):
     return after
 
 
-def follow(links, weighting):
+def follow(links, weighting, bounded=False):
     """(21), (22): links (N, N), a head's previous weighting (N,) -> (N,)."""
-    return np.array([np.sum(row * weighting) for row in links])
+    followed = np.array([np.sum(row * weighting) for row in links])
+    total = np.sum(followed)
+    return followed / total if bounded and total.real > 1.0 else followed
 
 
 def kept_slots(mixture, candidates, top_k):
@@ -136,6 +139,7 @@ def step(
     sparse_links,
     access_threshold=0.005,
     norm_epsilon=1e-16,
+    bounded=False,
     choices=None,
 ):
     """One step of one batch item.
@@ -146,6 +150,7 @@ def step(
         backward_links (N, N), precedence (N,).
     sparse_links: the number of entries that a row of links and the precedence
         keep.
+    bounded: whether forward and backward weightings sum to at most 1.
     choices: None, or lra_slot, content_positions (R, K) and read_positions
         (R, K) to use instead of the own choices.
 
@@ -183,9 +188,9 @@ def step(
     for head in range(heads):
         previous = state["read_weighting"][head]
         weightings = (
-            follow(backward_links, previous),
+            follow(backward_links, previous, bounded),
             scatter(content_positions[head], content_weights[head], slots),
-            follow(forward_links, previous),
+            follow(forward_links, previous, bounded),
         )
         mixture = sum(
             mode * weighting
@@ -286,6 +291,7 @@ def run(
     memory_slots=None,
     access_threshold=0.005,
     norm_epsilon=1e-16,
+    bounded=False,
     choices=None,
 ):
     """All steps of all batch items.
@@ -314,6 +320,7 @@ def run(
             sparse_links=sparse_links,
             access_threshold=access_threshold,
             norm_epsilon=norm_epsilon,
+            bounded=bounded,
         ),
         functools.partial(masked_step, top_k=top_k),
         interfaces,

@@ -8,7 +8,7 @@ from knn import clustered
 from knn import need_scann
 from knn import random
 
-from keras_memory.recurrent.host_layer import Transaction
+from keras_memory.recurrent.sparse_layer import Transaction
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.host_memory import BLOCK
 from keras_memory.retrieval.host_memory import UNWRITTEN

@@ -35,7 +35,7 @@ LAYERS = [
     ["recurrent.loop"],
     ["recurrent.cell"],
     ["recurrent.layer"],
-    ["recurrent.host_layer", "recurrent.tracing"],
+    ["recurrent.sparse_layer", "recurrent.tracing"],
     ["recurrent"],
     ["ntm", "dnc"],
     ["spatial.tensors"],

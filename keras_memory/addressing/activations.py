@@ -14,6 +14,19 @@ def not_negative(x):
     return ops.where(x < 0, ops.zeros_like(x), x)
 
 
+def into_unit_range(x, sums=None):
+    """Brings entries into [0, 1], or, with `sums`, sums to at most 1. Within
+    this range the gradient is 1."""
+    x = not_negative(x)
+    if sums is None:
+        return ops.where(x > 1, ops.ones_like(x), x)
+    return x / ops.stop_gradient(ops.maximum(sums(x), 1.0))
+
+
+def sums_into_unit_range(x):
+    return into_unit_range(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
+
+
 def softmax(logits):
     """Softmax over the last axis.
 

@@ -11,6 +11,7 @@ slot (`StateSpec.per_slot`) only by the functions of this module.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_memory.addressing.content import cosine_similarity
@@ -32,6 +33,8 @@ UNWRITTEN = -1
 NEVER_ACCESSED = 0
 # Score of slots whose products are NaN; that of unwritten slots is lower.
 LOWEST_SCORE = -1e30
+# More than any slot.
+NO_SLOT = np.iinfo("int32").max
 # Slots for which `block_access` has one entry.
 BLOCK = 256
 
@@ -67,7 +70,7 @@ def put(memory, slots, rows):
     current = fast_pass()
     if current is not None:
         return current.put(memory, slots, rows)
-    return _with_rows(memory, slots, rows, differentiates=True)
+    return with_rows(memory, slots, rows, differentiates=True)
 
 
 def chosen(function, *arrays):
@@ -95,25 +98,30 @@ def update(function, state, slots, *arrays):
     Returns:
         The state after the change.
     """
-    if _is_replayed():
+    if is_replayed():
         return state
-    before = _rows_at(state, slots)
+    before = rows_of(state, slots)
     after = function(before, *map(array_of, arrays))
-    return _with_rows(state, slots, ops.stop_gradient(after))
+    return with_rows(state, slots, ops.stop_gradient(after))
 
 
-def _is_replayed():
+def is_replayed():
+    """Whether this is the backward pass of the fast loop, which has no states
+    with a row for each slot, and makes no choice again."""
     current = fast_pass()
     return current is not None and not current.has_arrays
 
 
-def _rows_at(state, slots):
+def rows_of(state, slots):
+    """Takes rows (B, P, ...) of a state per slot without gradient."""
     if isinstance(state, SlotState):
         return state.taken(slots)
     return rows_at(state, slots)
 
 
-def _with_rows(state, slots, rows, differentiates=False):
+def with_rows(state, slots, rows, differentiates=False):
+    """Replaces rows of a state per slot, as `put`, but only the backend
+    differentiates it, and only if `differentiates`."""
     if isinstance(state, SlotState):
         return state.replaced(slots, rows, differentiates)
     return SlotState(None, state).replaced(slots, rows, differentiates).array
@@ -124,6 +132,38 @@ def sum_over_equal(slots, weights):
     (B, P)."""
     same = same_place(slots, slots)
     return ops.sum(ops.where(same, weights[:, None], 0.0), axis=2)
+
+
+def largest_sums(slots, weights, count):
+    """The slots whose weights sum to most.
+
+    Args:
+        slots: (B, H, n) int32; -1 for none. A slot may occur several times,
+            and its weights are summed.
+        weights: (B, H, n), not negative.
+        count: int K.
+
+    Returns:
+        (B, H, K) int32, the largest sum first, of equal ones the lowest slot;
+        -1 where there are fewer than K different slots.
+    """
+
+    def choose(slots, weights):
+        is_same = ops.equal(slots[..., None], slots[:, :, None])
+        sums = ops.sum(ops.where(is_same, weights[:, :, None], 0.0), axis=3)
+        sums = ops.where(slots >= 0, sums, -1.0)
+        found = []
+        for _ in range(count):
+            largest = ops.max(sums, axis=2, keepdims=True)
+            is_largest = ops.logical_and(ops.equal(sums, largest), sums >= 0.0)
+            slot = ops.min(
+                ops.where(is_largest, slots, NO_SLOT), axis=2, keepdims=True
+            )
+            sums = ops.where(ops.equal(slots, slot), -1.0, sums)
+            found.append(ops.where(ops.equal(slot, NO_SLOT), -1, slot))
+        return ops.concatenate(found, axis=2)
+
+    return chosen(choose, slots, weights)
 
 
 def least_recently_accessed(last_access, block_access):
@@ -147,7 +187,7 @@ def least_recently_accessed(last_access, block_access):
     Returns:
         The slot, (B, 1) int32, and the bounds after the search.
     """
-    if _is_replayed():
+    if is_replayed():
         return chosen(None), block_access
     if isinstance(last_access, HostSlotState):
         return chosen(last_access.least_recently_accessed), block_access
@@ -197,7 +237,7 @@ def nearest(memory, norms, last_access, queries, top_k):
 
     Args:
         memory: (B, N, W) slot contents.
-        norms: (B, N) float32, of the slots.
+        norms: (B, N), at least float32, of the slots.
         last_access: (B, N) int32; `UNWRITTEN` at slots without a write.
         queries: (B, H, W).
         top_k: int K, from 1 to N.
@@ -229,13 +269,13 @@ def update_norms(norms, memory, slots, norm_epsilon):
     """Sets the norms of slots that were written.
 
     Args:
-        norms: (B, N) float32.
+        norms: (B, N), at least float32.
         memory: (B, N, W) slot contents.
         slots: (B, P) int32.
         norm_epsilon: float, added to each squared norm.
 
     Returns:
-        (B, N) float32.
+        (B, N).
     """
     if isinstance(memory, HostSlotState):
         return norms  # an index has its own
@@ -247,11 +287,11 @@ def update_norms(norms, memory, slots, norm_epsilon):
 
 
 def norms_of(rows, norm_epsilon):
-    """Norms (B, P) float32 of rows (B, P, W), as in `cosines`."""
+    """Norms (B, P) of rows (B, P, W), at least float32, as in `cosines`."""
     rows, scale = in_range(rows, axis=-1)
     squares = ops.sum(rows * rows, axis=-1, keepdims=True)
     norms = ops.sqrt(squares + norm_epsilon * scale * scale) / scale
-    return ops.cast(norms[:, :, 0], "float32")
+    return norms[:, :, 0]
 
 
 def cosines(queries, rows, norm_epsilon):

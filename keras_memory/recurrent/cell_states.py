@@ -98,7 +98,7 @@ class CellStates:
         for spec, weight, blocks in zip(
             self.layout.specs, self.start_weights, self._blocks_of_states()
         ):
-            dtype = spec.dtype or self.compute_dtype
+            dtype = spec.dtype_in(self.compute_dtype)
             if steps is not None and self._starts_empty(spec, blocks):
                 _, *row = spec.shape
                 slots = self.accesses[blocks[0]].slots_for(steps * len(blocks))
@@ -251,7 +251,7 @@ class CellStates:
                 f"{name}[{index}]",
                 state,
                 kind=spec.kind,
-                dtype=spec.dtype,
+                dtype=spec.dtype and spec.dtype_in(self.compute_dtype),
             )
             for index, (state, spec) in enumerate(
                 zip(states, self.layout.specs)
@@ -288,7 +288,7 @@ class CellStates:
                 ("batch", *spec.shape),
                 sizes,
                 kind=spec.kind,
-                dtype=spec.dtype,
+                dtype=spec.dtype and spec.dtype_in(self.compute_dtype),
             )
             for value, spec, name in zip(given, specs, names)
         ]

@@ -93,8 +93,9 @@ class StateSpec:
         transposed: bool; True: inside a step the last two axes of `shape` are
             swapped, as for a memory, whose slots come last there.
         dtype: `"int32"` for whole numbers, such as counters and indices of
-            slots, or `"float32"`: such states have no gradient, and 16-bit
-            policies do not round them. None: the compute dtype.
+            slots, or `"float32"`, which is float64 under a float64 policy: such
+            states have no gradient, and 16-bit policies do not round them.
+            None: the compute dtype.
         per_slot: bool; True: the first axis is the slots, and a step only
             reaches the state by the functions of `addressing/sparse.py`. The
             fast loop then neither copies nor saves it at each step. If it
@@ -184,6 +185,13 @@ class StateSpec:
             return self.shape
         *leading, a, b = self.shape
         return (*leading, b, a)
+
+    def dtype_in(self, compute_dtype: str) -> str:
+        """The dtype of the state under a policy with this compute dtype."""
+        if self.dtype == "int32":
+            return "int32"
+        is_wide = self.dtype is None or compute_dtype == "float64"
+        return compute_dtype if is_wide else "float32"
 
     @property
     def kind(self) -> str:

@@ -353,7 +353,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         # Keras gives all results the compute dtype.
         output, *states = spec
         return output, *(
-            keras.KerasTensor(state.shape, own.dtype or state.dtype)
+            keras.KerasTensor(state.shape, own.dtype_in(state.dtype))
             for state, own in zip(states, self.cell.layout.specs)
         )
 
@@ -473,7 +473,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
                 (
                     f"{name}{index_suffix(number)}",
                     (rows, self.cell.state_size[index]),
-                    self.cell.layout.specs[index].dtype or self.variable_dtype,
+                    self.cell.layout.specs[index].dtype_in(self.variable_dtype),
                     functools.partial(initial, index),
                 )
                 for number, index in enumerate(indices)

@@ -51,7 +51,7 @@ class StateLayout:
         """Casts a flat list to `dtype`, or to the dtypes of the `StateSpec`s
         that have one."""
         return [
-            ops.cast(state, spec.dtype or dtype)
+            ops.cast(state, spec.dtype_in(dtype))
             for state, spec in zip(states, self.specs)
         ]
 

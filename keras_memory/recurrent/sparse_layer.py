@@ -1,4 +1,5 @@
-"""A recurrent layer whose memory may stay on the host."""
+"""Cell and layer of memories with a row for each slot, of which a step touches
+few. Such a memory is in the graph, or stays on the host."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_memory.addressing import sparse
 from keras_memory.addressing.slot_states import call_host
 from keras_memory.addressing.slots import compiles
+from keras_memory.checks import check_array
 from keras_memory.hints import Array
+from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.layer import MemoryRNN
 
 
@@ -59,7 +63,90 @@ class Transaction:
             memory.forget()
 
 
-class HostRNN(MemoryRNN):
+class SparseCell(MemoryCell):
+    """A `MemoryCell` whose accesses have the states of a SAM, and maybe more.
+
+    Their `epsilon(dtype)` is added to squared norms.
+    """
+
+    def state_with(self, contents: Array) -> list[Array]:
+        """The initial state with slots that are already written.
+
+        The first slots get the contents, and count as accessed once, so that
+        unwritten slots are written first.
+
+        Args:
+            contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
+                of a `KNNMemory`.
+
+        Returns:
+            List of (B, size), for `initial_state`. If the cell has several
+            memories, each has these contents.
+
+        Raises:
+            ValueError: the contents have another shape, or more than
+                `memory_slots` slots; or the memory is on the host.
+        """
+        if self.is_on_host:
+            raise ValueError(
+                "The states of a memory on the host do not have its slots: use "
+                "`layer.set_memory(contents)`. Received: "
+                f"search_method={self.search_method!r}"
+            )
+        return self._state_with(self._check_contents(contents))
+
+    def _check_contents(self, contents, batch_size=None):
+        sizes = {} if batch_size is None else {"B": batch_size}
+        contents = check_array(
+            "contents", contents, ("B", "n", self.slot_size), sizes
+        )
+        if not 1 <= contents.shape[1] <= self.memory_slots:
+            raise ValueError(
+                "`contents` must have 1 to `memory_slots` slots, "
+                f"{self.memory_slots}. Received: shape {tuple(contents.shape)}"
+            )
+        return contents
+
+    def _state_with(self, contents):
+        batch, count, _ = contents.shape
+        written = {"time": ops.ones((batch, 1))}
+        if not self.is_on_host:  # which has the rest
+            # As states are kept, and then as steps compute.
+            contents = ops.cast(contents, self.compute_dtype)
+            contents = ops.cast(contents, self.access_dtype)
+            epsilon = self.accesses[0].epsilon(self.access_dtype)
+            # Blocks of which each slot counts as accessed.
+            blocks = count // sparse.BLOCK + (count == self.memory_slots)
+            blocks = min(blocks, -(-self.memory_slots // sparse.BLOCK))
+            written |= {
+                "memory": contents,
+                "norms": sparse.norms_of(contents, epsilon),
+                "last_access": ops.ones((batch, count)),
+                "block_access": ops.ones((batch, blocks)),
+            }
+
+        def first(record, field, values):
+            before = getattr(record, field)
+            values = ops.cast(values, ops.dtype(before))
+            rest = before[:, values.shape[1] :]
+            return ops.concatenate([values, rest], axis=1)
+
+        states = self.get_initial_state(batch_size=batch)
+        records = self.layout.unflatten(states)
+        return self.layout.flatten(
+            tuple(
+                record._replace(
+                    **{
+                        field: first(record, field, values)
+                        for field, values in written.items()
+                    }
+                )
+                for record in records
+            )
+        )
+
+
+class SparseRNN(MemoryRNN):
     """A `MemoryRNN` with states per slot, whose accesses may have a
     `host_memory`.
 
@@ -224,3 +311,61 @@ class HostRNN(MemoryRNN):
         else:
             why = "`return_state=True` needs all slots"
         return f"copied: {why}, so each call copies the memory once"
+
+    def set_memory(self, contents: Array) -> None:
+        """Fills the memory of a stateful layer, as `SAMCell.state_with` does.
+
+        All states begin anew, also those of the controller.
+
+        Args:
+            contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
+                of a `KNNMemory`. Each memory gets them, if there are several.
+
+        Raises:
+            ValueError: the layer has no states of its own; the contents have
+                another shape; or they are not finite, for search_method=
+                "approximate".
+        """
+        contents = self.cell._check_contents(contents, self._batch_size())
+        if self.cell.is_on_host:
+            array = ops.convert_to_numpy(contents).astype("float32")
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    "`contents` must be finite within float32 for "
+                    'search_method="approximate". Received: NaN or infinity'
+                )
+        self.reset_state()
+        states = self.cell._state_with(contents)
+        for variable, value in zip(self.states, states):
+            variable.assign(ops.cast(value, variable.dtype))
+        if self.cell.is_on_host:
+            for memory in self._memories:
+                memory.fill(array)
+
+    def get_memory(self) -> list[np.ndarray]:
+        """The contents of the memory of a stateful layer.
+
+        Returns:
+            List with an array (B, N, W) for each memory, usually one; slots
+            without a write are 0.
+
+        Raises:
+            ValueError: the layer has no states of its own.
+        """
+        self._batch_size()
+        if self.cell.is_on_host:
+            self._transaction.settle()
+            return [memory.memory.copy() for memory in self._memories]
+        records = self.cell.layout.unflatten(self.states)
+        return [ops.convert_to_numpy(record.memory) for record in records]
+
+    def _batch_size(self):
+        if not self.states:
+            raise ValueError(
+                "The layer must be stateful and built to have a memory of its "
+                "own: call it on data or call `build(input_shape)`. Without "
+                "`stateful=True` pass `cell.state_with(contents)` as "
+                f"`initial_state`. Received: stateful={self.stateful}, "
+                f"built={self.built}"
+            )
+        return self.states[0].shape[0]
