@@ -685,4 +685,45 @@ SAM = Entry(
     ],
 )
 
-ENTRIES = [NTM, DNC, SAM]
+# The sparse DNC. What does not depend on links is tested with SAM.
+
+SDNC_ALL = {
+    f"all {word}": {**dict.fromkeys(SAM_GATES, value), "read_mode": modes}
+    for word, value, modes in (
+        ("on, forward", 60, (-60, -60, 60)),
+        ("off, backward", -60, (60, -60, -60)),
+    )
+}
+ONE_LINK = {**ONE_SLOT, "sparse_links": 1}
+
+SDNC = dataclasses.replace(
+    SAM,
+    name="sdnc",
+    layer=keras_memory.SDNCLayer,
+    sizes={**SAM.sizes, "sparse_links": 3},
+    invariants={
+        **SAM.invariants,
+        sums_to_at_most_one: "read_weights write_weights precedence_weights "
+        "link_weights content_weights forward_weights backward_weights",
+        sums_to_one: "read_mode",
+    },
+    no_gradient=SAM.no_gradient + " predecessors link_weights successors "
+    "precedence_slots precedence_weights",
+    not_tiny="link_weights precedence_weights",
+    weightings=[
+        Point("default"),
+        Point("few slots", {"memory_slots": 3}, slow=True),
+        Point("two layers", {"num_layers": 2}, slow=True),
+    ],
+    gradients=[],  # links have none: `test_sdnc.py` compares an oracle
+    saturated=[Point(name, {}, bias) for name, bias in SDNC_ALL.items()],
+    singular=[
+        Point("default", dtype="mixed_float16"),
+        Point("one slot", ONE_LINK),
+        Point("every slot is read", {"memory_slots": 3}, slow=True),
+    ],
+    zeros=[Point("default")],
+    sixteen_bits=[Point("default", dtype="float16")],
+)
+
+ENTRIES = [NTM, DNC, SAM, SDNC]

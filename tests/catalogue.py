@@ -134,6 +134,16 @@ sam = maker(
     top_k=3,
     controller_units=13,
 )
+sdnc = maker(
+    "sdnc",
+    keras_memory.SDNCLayer,
+    memory_slots=5,  # fewer than steps, so slots are written again
+    slot_size=5,
+    read_heads=2,
+    top_k=2,
+    sparse_links=3,
+    controller_units=13,
+)
 
 CASES = [
     ntm("default"),
@@ -253,6 +263,7 @@ CASES = [
         strength_activation="softplus",
         norm_epsilon=1e-4,
     ),
+    sdnc("default"),
     Case(
         "memory-rnn",
         keras_memory.MemoryRNN,

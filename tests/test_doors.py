@@ -376,6 +376,8 @@ def test_every_public_callable_is_tested():
         "MemoryCell": "NTMCell",
         "MemoryRNN": "NTMLayer",
         "SAMCell": "NTMCell",
+        "SDNCCell": "NTMCell",
+        "SDNCLayer": "SAMLayer",
         "MemoryWrapClassifier": "MemoryWrapLayer",
     }
     assert {same.get(name, name) for name in public_callables()} <= told
