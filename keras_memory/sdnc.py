@@ -19,6 +19,7 @@ from keras import ops
 from keras_memory.addressing import sparse
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.activations import sums_into_unit_range
+from keras_memory.addressing.slots import rows_at
 from keras_memory.addressing.sparse_linkage import Links
 from keras_memory.addressing.sparse_linkage import Precedence
 from keras_memory.addressing.sparse_linkage import linked_slots
@@ -189,7 +190,7 @@ class SDNCAccess(SAMAccess):
         for name in ("backward", "content", "forward"):
             parts = inside[f"{name}_slots"], inside[f"{name}_weights"]
             wide[f"{name}_weighting"] = weighting(*parts, slots)
-        return wide
+        return {**wide, **_links_between(state, slots)}
 
     def __post_init__(self):
         super().__post_init__()
@@ -240,6 +241,19 @@ class SDNCAccess(SAMAccess):
                 (self.sparse_links,), into_range=sums_into_unit_range
             ),
         )
+
+
+def _links_between(state, slots):
+    """The links between slots (B, S), as a DNC with sparse links has them, for
+    `addressing.dense_linkage`: weights (B, 1, S, K_L), and the places of the
+    earlier slots in `slots`."""
+    rows = ops.maximum(slots, 0)
+    before = rows_at(state.predecessors, rows)
+    is_at = ops.equal(before[..., None], slots[:, None, None])  # (B, S, K_L, S)
+    is_shown = ops.logical_and(ops.any(is_at, axis=3), slots[:, :, None] >= 0)
+    weights = ops.where(is_shown, rows_at(state.link_weights, rows), 0.0)
+    places = ops.argmax(ops.cast(is_at, "int32"), axis=3)
+    return {"linkage": weights[:, None], "link_columns": places[:, None]}
 
 
 if TYPE_CHECKING:
