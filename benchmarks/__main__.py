@@ -8,12 +8,15 @@
     python -m benchmarks esm [--ivy FOLDER] [--rounds 20] [--json FILE]
     python -m benchmarks sam [--pytorch-dnc CHECKOUT] [--json FILE]
     python -m benchmarks sam --draw FILE
+    python -m benchmarks sam_search [--batch 4] [--json FILE]
+    python -m benchmarks xla_memory [--slots 2048] [--json FILE]
     python -m benchmarks curriculum [--minutes 10] [--json FILE]
 
 The first compares a few cases of recurrent memories. The second varies one
 size at a time, and the third redraws its curves from a file. The others are for
 Memory Wrap, memories of nearest neighbours, Egospheric Spatial Memory and
-Sparse Access Memory. The last trains models on tasks whose length doubles.
+Sparse Access Memory, with its searches; `xla_memory` compiles steps and counts
+bytes. The last trains models on tasks whose length doubles.
 README.md beside this file explains each number.
 """
 
@@ -31,25 +34,26 @@ from benchmarks import neighbours
 from benchmarks import references
 from benchmarks import retrieval
 from benchmarks import sam
+from benchmarks import sam_search
 from benchmarks import scaling
 from benchmarks import steps
+from benchmarks import xla_memory
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["scaling"]:
-        return main_of_scaling(arguments[1:])
-    if arguments[:1] == ["memory_wrap"]:
-        return main_of_memory_wrap(arguments[1:])
-    if arguments[:1] == ["retrieval"]:
-        return main_of_retrieval(arguments[1:])
-    if arguments[:1] == ["esm"]:
-        return main_of_esm(arguments[1:])
-    if arguments[:1] == ["sam"]:
-        return main_of_sam(arguments[1:])
-    if arguments[:1] == ["curriculum"]:
-        return main_of_curriculum(arguments[1:])
-    return main_of_steps(arguments)
+    mains = {
+        "scaling": main_of_scaling,
+        "memory_wrap": main_of_memory_wrap,
+        "retrieval": main_of_retrieval,
+        "esm": main_of_esm,
+        "sam": main_of_sam,
+        "sam_search": main_of_sam_search,
+        "xla_memory": main_of_xla_memory,
+        "curriculum": main_of_curriculum,
+    }
+    name, *rest = arguments or [None]
+    return mains[name](rest) if name in mains else main_of_steps(arguments)
 
 
 def main_of_steps(arguments):
@@ -62,6 +66,8 @@ def main_of_steps(arguments):
             "`python -m benchmarks retrieval --help` and "
             "`python -m benchmarks esm --help` and "
             "`python -m benchmarks sam --help` and "
+            "`python -m benchmarks sam_search --help` and "
+            "`python -m benchmarks xla_memory --help` and "
             "`python -m benchmarks curriculum --help`: likewise."
         ),
     )
@@ -191,6 +197,68 @@ def main_of_sam(arguments):
         options.pytorch_dnc,
         options.json,
     )
+
+
+def main_of_sam_search(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks sam_search",
+        description=(
+            "Times Sparse Access Memory on a full, stateful memory, with an "
+            "exact and an approximate search."
+        ),
+    )
+    for name, values in (
+        ("slots", list(sam_search.SLOTS)),
+        ("contents", list(sam_search.CONTENTS)),
+        ("methods", list(sam_search.METHODS)),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            choices=values,
+            default=values,
+            help="default: all",
+        )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        default=sam.ROW["batch"],
+        help="sequences of a step (default: %(default)s)",
+    )
+    add_run(parser, threads=1, rounds=5)
+    options = checked(parser, parser.parse_args(arguments))
+    sam_search.run(
+        options.slots,
+        options.contents,
+        options.methods,
+        options.batch,
+        options.rounds,
+        options.threads,
+        options.json,
+    )
+
+
+def main_of_xla_memory(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks xla_memory",
+        description="Counts the bytes that XLA reserves for a training step.",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        choices=xla_memory.LAYERS,
+        default=xla_memory.LAYERS,
+        help="default: all",
+    )
+    parser.add_argument(
+        "--slots",
+        type=count,
+        default=2048,
+        help="number of slots (default: %(default)s)",
+    )
+    parser.add_argument("--json", help="file to write all numbers to")
+    options = checked(parser, parser.parse_args(arguments))
+    xla_memory.run(options.layers, options.slots, options.json)
 
 
 def main_of_curriculum(arguments):

@@ -1,7 +1,8 @@
 """How far models get when the length of a task doubles as they learn it.
 
 Source: Rae et al. 2016, section 4.3. Each model has the same time, and the
-settings of the preset `sam`. Tests have lengths never trained on.
+settings of the preset `sam`. It is tested at the longest length that it was
+trained on, and at multiples of that length.
 """
 
 import dataclasses
@@ -9,10 +10,11 @@ import json
 import pathlib
 
 from benchmarks import cases
+from benchmarks import measure
 from benchmarks import report
-from benchmarks import static_store
 
 TASKS = "associative-recall", "copy"
+# The preset of each model.
 MODELS = {"sam": "sam", "lstm": "lstm", "ntm": "default", "dnc": "dnc"}
 SEEDS = 1, 2, 3
 FACTORS = 2, 5, 10  # lengths of tests, times the longest of the training
@@ -28,7 +30,8 @@ def run(tasks, models, seeds, minutes, threads, folder, path):
     """Trains, prints a table, and returns all numbers.
 
     Args:
-        tasks, models, seeds: what to train, in the order of the seeds.
+        tasks, models, seeds: what to train: for each seed all tasks, for each
+            task all models.
         minutes: time of each training.
         threads: number of threads of each process.
         folder: folder for the run folders of the trainings.
@@ -45,7 +48,7 @@ def run(tasks, models, seeds, minutes, threads, folder, path):
             for model in models:
                 name = f"{task}-{model}-{seed}"
                 if "steps" not in results.get(name, {}):
-                    results[name] = static_store.alone(
+                    results[name] = measure.alone(
                         train,
                         *(task, model, seed, minutes, threads),
                         str(pathlib.Path(folder) / name),
@@ -117,10 +120,10 @@ def _row(name, result):
         return cells + [""] * (len(HEADER) - 2)
     tests = [result, *result["errors"].values()]
     return [
-        *(result[name] for name in ("task", "model", "seed")),
+        *(result[key] for key in ("task", "model", "seed")),
         f"{result['steps']:,}",
         report.short(result["minutes"]),
-        *(result[name] for name in ("learned", "longest")),
+        *(result[key] for key in ("learned", "longest")),
         *(
             f"{report.short(test['error'])} of {test['bits']:,.0f}"
             for test in tests

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent import futures
 
 import numpy as np
 
@@ -302,3 +303,14 @@ def ratio(result, other):
     pairs = zip(result["rounds"], other["rounds"])
     ratios = [theirs[0] / own[0] for own, theirs in pairs]
     return np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+
+
+def alone(function, *arguments):
+    """The result of a function run in a separate process, or its error."""
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".replace("|", "/")
+            return {"not_run": " ".join(text.split())[:200]}

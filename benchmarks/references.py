@@ -47,6 +47,9 @@ REFERENCES = {
         path="dnc/sparse_memory.py",
     ),
 }
+REFERENCES["sdnc"] = REFERENCES["sam"]._replace(
+    name="pytorch-dnc's SDNC", path="dnc/sparse_temporal_memory.py"
+)
 NAMES = {kind: one.name for kind, one in REFERENCES.items()}
 
 
@@ -61,7 +64,12 @@ def job(kind, sizes, threads, checkout):
         missing.append(f"`{reference.option}` with a checkout")
     if missing:
         return f"needs {' and '.join(missing)}"
-    step = {"ntm": pytorch_ntm, "dnc": pytorch_dnc, "sam": pytorch_dnc_sam}
+    step = {
+        "ntm": pytorch_ntm,
+        "dnc": pytorch_dnc,
+        "sam": pytorch_dnc_sparse,
+        "sdnc": functools.partial(pytorch_dnc_sparse, links=8),
+    }
     return (
         functools.partial(prepare, threads, checkout, reference.modules),
         functools.partial(step[kind], sizes),
@@ -139,18 +147,23 @@ def pytorch_dnc(sizes):
     return adam_step(net, sizes)
 
 
-def pytorch_dnc_sam(sizes):
-    """A step of its SAM, with an exact index. It does not feed its reads
-    back."""
+def pytorch_dnc_sparse(sizes, links=None):
+    """A step of its SAM, or of its SDNC with this number of links, with an
+    exact index. It does not feed its reads back."""
     import dnc
+    from dnc.sparse_temporal_memory import SparseTemporalMemory
 
     # Its memory imports this module when a sequence begins.
     index = types.SimpleNamespace(FAISSIndex=ExactIndex)
     sys.modules["dnc.faiss_index"] = index
     # Its constructor first makes the memory of a DNC, with N x N numbers. So it
     # gets few slots, and then the memory of all slots.
-    net = dnc.SAM(**dnc_arguments({**sizes, "slots": 2}))
-    net.rnn_layer_memory_shared = dnc.SparseMemory(
+    few = dnc_arguments({**sizes, "slots": 2})
+    net, memory = dnc.SAM(**few), dnc.SparseMemory
+    if links is not None:
+        net = dnc.SDNC(**few)
+        memory = functools.partial(SparseTemporalMemory, temporal_reads=links)
+    net.rnn_layer_memory_shared = memory(
         net.output_size,
         sizes["slots"],
         sizes["width"],

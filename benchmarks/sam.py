@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks import scaling
 
 ROW = {  # what a row has, unless its case says otherwise
-    "layer": "SAM",  # or "NTM", "DNC", or the reference, by its name
+    "layer": "SAM",  # or "SDNC", "NTM", "DNC", or a reference, by its name
     "slots": 2**20,
     "steps": 40,
     "batch": 4,
@@ -24,8 +24,8 @@ ROW = {  # what a row has, unless its case says otherwise
     "top_k": 4,
     "arguments": {},  # further ones of the layer
     "full": False,  # whether the memory stays, and all slots are written
-    "search": True,  # or slots that depend on the key are read without one
-    "train": True,  # or only the loss and the gradients
+    "search": True,  # False: each head reads slots hashed from its key
+    "train": True,  # False: loss and gradients only, no optimizer
 }
 SLOTS = {
     "1K": 2**10,
@@ -38,15 +38,17 @@ SLOTS = {
     "4M": 2**22,
 }
 REFERENCE = references.NAMES["sam"]
+SPARSE = "SAM", "SDNC"
+LINKED = references.NAMES["sdnc"]
 GIGABYTES, SECONDS = 8.0, 120.0  # limits of a process
 LONG = {"steps": 10_000}
 FULL = {"full": True}
 UNSEARCHED = {**FULL, "search": False}
 PAPER = {"steps": 10, "batch": 8, "train": False}
-# Each case has the variant that the others are compared with, and groups of
-# rows. The rows of a group take turns. The largest come first: they reach the
-# limit alone, while later ones would end the others to make room. A variant
-# that did not run is left out of later groups.
+# Each case: the variant that others are compared with, and groups of rows. The
+# rows of a group take turns. Groups whose rows fill the memory have the largest
+# first: where a new process exceeds the limit together with older ones, the
+# older ones are ended. A variant that did not run is left out of later groups.
 CASES = {
     "slots": ("1K", [{name: {"slots": n} for name, n in SLOTS.items()}]),
     "steps": (
@@ -91,6 +93,38 @@ CASES = {
             for n in SLOTS.values()
         ],
     ),
+    # The sparse DNC, whose links are compared with those of a DNC.
+    "links": (
+        "SDNC",
+        [
+            {
+                layer: {"layer": layer, "slots": slots}
+                for layer in (*others, "SDNC")
+            }
+            for slots, others in (
+                (SLOTS["2K"], ("DNC",)),
+                (SLOTS["64K"], (LINKED, "SAM")),
+            )
+        ],
+    ),
+    "linked slots": (
+        "1K",
+        [
+            {
+                name: {"layer": "SDNC", "slots": SLOTS[name]}
+                for name in ("1K", "16K", "64K", "1M")
+            }
+        ],
+    ),
+    "linked, full": (
+        "1K",
+        [
+            {
+                name: {**UNSEARCHED, "layer": "SDNC", "slots": SLOTS[name]}
+                for name in ("1M", "64K", "16K", "1K")
+            }
+        ],
+    ),
     "published": (
         "SAM",
         [
@@ -120,7 +154,7 @@ def run(names, rounds, threads, limits, checkout=None, json=None):
         "threads": threads,
         "results": [],
     }
-    how = {"run": {"rounds": rounds, "limits": limits}}  # of each record
+    settings = {"run": {"rounds": rounds, "limits": limits}}  # of a record
     for name in names:
         base, groups = CASES[name]
         table, failed, measured = report.Table(header(base)), set(), []
@@ -131,14 +165,14 @@ def run(names, rounds, threads, limits, checkout=None, json=None):
                 if variant not in failed
             }
             if all(row in measured for row in rows.values()):
-                break  # none is new
+                break  # "published": only the row of SAM is left
             measured += rows.values()
             print(f"{name}: {', '.join(rows)} ...", file=sys.stderr, flush=True)
-            before = numbers["results"]
+            earlier = numbers["results"]
 
-            def write(results, rows=rows, before=before, name=name, base=base):
-                found = compared(name, base, rows, results)
-                numbers["results"] = before + [{**r, **how} for r in found]
+            def write(results, of=(name, base, rows), earlier=earlier):
+                records = [{**r, **settings} for r in compared(*of, results)]
+                numbers["results"] = earlier + records
                 report.write_json(json, numbers)
 
             jobs = {
@@ -148,9 +182,10 @@ def run(names, rounds, threads, limits, checkout=None, json=None):
             results = measure.compare(jobs, rounds, seen=write, **limits)
             write(results)
             failed |= {v for v, one in results.items() if "not_run" in one}
-            table.add(list(map(cells, numbers["results"][len(before) :])))
+            table.add(list(map(cells, numbers["results"][len(earlier) :])))
         if name == "published":
-            more = [{**r, **how} for r in extrapolated(numbers["results"])]
+            more = extrapolated(numbers["results"])
+            more = [{**record, **settings} for record in more]
             numbers["results"] = numbers["results"] + more
             report.write_json(json, numbers)
             table.add(list(map(cells, more)))
@@ -169,8 +204,9 @@ def run(names, rounds, threads, limits, checkout=None, json=None):
 
 def job(row, threads, checkout):
     """Arguments of a `measure.Worker`, or the reason why it cannot run."""
-    if row["layer"] == REFERENCE:
-        return references.job("sam", row, threads, checkout)
+    for kind, name in (("sam", REFERENCE), ("sdnc", LINKED)):
+        if row["layer"] == name:
+            return references.job(kind, row, threads, checkout)
     return (
         functools.partial(cases.prepare, threads),
         functools.partial(ours, row),
@@ -185,10 +221,11 @@ def ours(row):
     from keras_memory.addressing import sparse
 
     arguments = {**row["arguments"]}
-    if row["layer"] == "SAM":
+    if row["layer"] in SPARSE:
         arguments |= {"top_k": row["top_k"], "stateful": row["full"]}
     if not row["search"]:
-        sparse.nearest = any_slots
+        # Each row has a process of its own, so this changes no other row.
+        sparse.nearest = hashed_slots
     layer = getattr(keras_memory, f"{row['layer']}Layer")(
         row["size"],
         memory_slots=row["slots"],
@@ -206,12 +243,13 @@ def ours(row):
         layer.set_memory(np.random.default_rng(2).standard_normal(slots, "f"))
     shape = row["batch"], row["steps"], row["size"]
     x = np.random.default_rng(1).uniform(size=shape)
-    loss_of = keras.losses.MeanSquaredError()
-    return cases.training_step(layer, loss_of, optimizer, x, x)
+    loss = keras.losses.MeanSquaredError()
+    return cases.training_step(layer, loss, optimizer, x, x)
 
 
-def any_slots(memory, norms, last_access, queries, top_k):
-    """In place of `sparse.nearest`: slots that depend on the queries."""
+def hashed_slots(memory, norms, last_access, queries, top_k):
+    """Replaces `sparse.nearest`: slots (B, H, K) int32, hashed from the first K
+    numbers of each query (B, H, W). It does not read the memory."""
     from keras import ops
 
     from keras_memory.addressing import sparse
@@ -228,9 +266,10 @@ def compared(name, base, rows, results):
     records = []
     for variant, result in results.items():
         record = {"case": name, "variant": variant, **rows[variant], **result}
-        of_base = results.get(base, {"not_run": "not there yet"})
-        if variant != base and not any(map(is_missing, (result, of_base))):
-            record["ratio_quartiles"] = measure.ratio(of_base, result)
+        compared_with = results.get(base, {"not_run": "not there yet"})
+        both = result, compared_with
+        if variant != base and not any(map(is_missing, both)):
+            record["ratio_quartiles"] = measure.ratio(compared_with, result)
         records.append(record)
     return records
 
@@ -240,8 +279,9 @@ def is_missing(result):
 
 
 def extrapolated(records):
-    """A record of the NTM with as many slots as the SAM, whose time is linear
-    in the slots; none if it ran with so many, or not at all."""
+    """A list with one record: the largest NTM that ran, its time scaled to the
+    SAM's number of slots as if it were linear in N. It is empty if that NTM has
+    so many slots, or none ran."""
     ran = [
         record
         for record in records
@@ -249,9 +289,9 @@ def extrapolated(records):
         and record["layer"] == "NTM"
         and not is_missing(record)
     ]
-    if not ran or ran[-1]["slots"] == ROW["slots"]:
+    last = max(ran, key=lambda record: record["slots"], default=ROW)
+    if last["slots"] == ROW["slots"]:
         return []
-    last = ran[-1]
     factor = ROW["slots"] / last["slots"]
     record = {
         key: last[key] for key in ("case", "layer", "steps", "batch", "train")

@@ -1,7 +1,9 @@
-"""Training steps of Sparse Access Memory on a full memory that stays, with an
+"""Training steps of Sparse Access Memory on a full, stateful memory, with an
 exact search under XLA and with ScaNN on the host."""
 
-import argparse
+import json as json_module
+import pathlib
+import sys
 import time
 
 import numpy as np
@@ -14,16 +16,73 @@ from benchmarks.sam import ROW
 SLOTS = {"16K": 2**14, "1M": 2**20}
 CONTENTS = "clustered", "gaussian"
 METHODS = "exact", "approximate"
-CENTERS = 1000
-WARM_UP = 4  # training steps before those that are measured
-# Keys compared with all slots, to measure recall.
-SAMPLE = 500
-HEADER = "slots", "contents", "search", "ms", "fill, s", "recall"
+CENTERS = 1000  # of the clusters
+# Training steps before those that are measured. ScaNN's trees are tuned again
+# with their keys.
+TUNING_STEPS = 4
+SAMPLE = 500  # keys that are compared with all slots, to measure recall
+HEADER = "slots", "contents", "search", "batch", "ms", "fill, s", "recall"
 
 
-def contents_of(kind, slots, batch, width, seed=1):
-    """(B, N, W) float32: Gaussian, or in clusters, which suit a tree."""
-    rng = np.random.default_rng(seed)
+def run(slots, contents, methods, batch, rounds, threads, json=None):
+    """Measures, prints a table, and returns all numbers.
+
+    Args:
+        slots, contents, methods: lists of keys of `SLOTS`, of `CONTENTS` and of
+            `METHODS`.
+        batch: int, sequences of a step.
+        rounds: number of measured steps.
+        threads: number of threads.
+        json: path of a file for all numbers, if any. It keeps the records of
+            other cases that are in it.
+    """
+    cases.prepare(threads)
+    sizes, table = {**ROW, "batch": batch}, report.Table(HEADER)
+    numbers = {"machine": report.machine(), "results": []}
+    if json is not None and pathlib.Path(json).exists():
+        text = pathlib.Path(json).read_text()
+        numbers["results"] = json_module.loads(text)["results"]
+    for name in slots:
+        for kind in contents:
+            for method in methods:
+                case = {
+                    "slots": SLOTS[name],
+                    "contents": kind,
+                    "search": method,
+                    "batch": batch,
+                    "rounds": rounds,
+                    "threads": threads,
+                }
+                print(f"{name}, {kind}, {method} ...", file=sys.stderr)
+                result = measured(SLOTS[name], method, kind, rounds, sizes)
+                others = [
+                    record
+                    for record in numbers["results"]
+                    if any(record[key] != case[key] for key in case)
+                ]
+                numbers["results"] = [*others, {**case, **result}]
+                report.write_json(json, numbers)
+                table.add([cells({**case, **result})])
+    table.end()
+    print(f"{report.on(numbers['machine'])}.")
+    return numbers
+
+
+def cells(record):
+    return [
+        f"{record['slots']:,}",
+        record["contents"],
+        record["search"],
+        record["batch"],
+        report.short(float(np.median(record["milliseconds"]))),
+        report.short(record["fill_seconds"]),
+        f"{record['recall']:.3f}",
+    ]
+
+
+def make_contents(kind, slots, batch, width):
+    """(B, N, W) float32: Gaussian, or clustered, where a tree helps."""
+    rng = np.random.default_rng(1)
     given = rng.standard_normal((batch, slots, width), "float32")
     if kind == "clustered":
         centers = np.random.default_rng(0).standard_normal((CENTERS, width))
@@ -51,7 +110,7 @@ def prepared(slots, search_method, kind, sizes=ROW):
         search_method=search_method,
     )
     layer.build((sizes["batch"], None, sizes["size"]))
-    given = contents_of(kind, slots, sizes["batch"], sizes["width"])
+    given = make_contents(kind, slots, sizes["batch"], sizes["width"])
     begin = time.perf_counter()
     layer.set_memory(given)
     seconds = time.perf_counter() - begin
@@ -61,20 +120,20 @@ def prepared(slots, search_method, kind, sizes=ROW):
         layer,
         keras.losses.MeanSquaredError(),
         keras.optimizers.Adam(1e-3, global_clipnorm=50.0),
-        *(x, x),
+        x,
+        x,
         jit_compile=search_method == "exact",
     )
     return step, layer, seconds
 
 
-def recall_of(layer, train):
-    """The share of the nearest slots that the heads find in a training step:
-    a sample of their keys, compared with all slots after the step."""
+def measure_recall(memory, train, top_k):
+    """Searches the keys of one training step again after it. Returns the share
+    of the nearest slots that are found, for the first `SAMPLE` keys."""
     from keras_memory.retrieval.similarities import unit
     from keras_memory.retrieval.tuning import closeness
     from keras_memory.retrieval.tuning import recall
 
-    (memory,) = layer._memories
     keys, nearest = [], memory.nearest
 
     def recorded(queries, top_k):
@@ -88,12 +147,10 @@ def recall_of(layer, train):
     keys = np.stack(keys).swapaxes(0, 1)
     keys = keys.reshape(len(memory.memory), -1, keys.shape[-1])
     keys = keys[:, : max(1, SAMPLE // len(keys))]
-    found, shares = nearest(keys, ROW["top_k"]), []
+    found, shares = nearest(keys, top_k), []
     for slots, queries, vectors in zip(found, keys, memory.memory):
         cosines = unit(queries, np) @ unit(vectors, np).T
-        right = np.argpartition(-cosines, ROW["top_k"], axis=1)[
-            :, : ROW["top_k"]
-        ]
+        right = np.argpartition(-cosines, top_k, axis=1)[:, :top_k]
         near = closeness(queries, vectors, "cosine", np.maximum(slots, 0))
         near = np.where(slots >= 0, near, -np.inf)
         expected = closeness(queries, vectors, "cosine", right)
@@ -105,11 +162,11 @@ def measured(slots, search_method, kind, rounds, sizes=ROW):
     """Milliseconds of each training step, seconds to fill the memory, and
     recall."""
     train, layer, seconds = prepared(slots, search_method, kind, sizes)
-    is_exact, times = search_method == "exact", []
-    for _ in range(WARM_UP):
+    memory, times = layer.cell.accesses[0].host_memory, []
+    for _ in range(TUNING_STEPS):
         train()
-        if not is_exact:  # trees are tuned with the keys of the heads
-            layer._memories[0].wait()
+        if memory is not None:
+            memory.wait()
     for _ in range(rounds):
         begin = time.perf_counter()
         train()
@@ -117,41 +174,7 @@ def measured(slots, search_method, kind, rounds, sizes=ROW):
     return {
         "milliseconds": times,
         "fill_seconds": seconds,
-        "recall": 1.0 if is_exact else recall_of(layer, train),
+        "recall": 1.0
+        if memory is None
+        else measure_recall(memory, train, sizes["top_k"]),
     }
-
-
-def main(arguments=None):
-    """Measures the chosen cases, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=ROW["batch"])
-    parser.add_argument("--slots", nargs="+", default=[*SLOTS], choices=SLOTS)
-    parser.add_argument("--contents", nargs="+", default=CONTENTS)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    options = parser.parse_args(arguments)
-    cases.prepare(options.threads)
-    sizes, rows = {**ROW, "batch": options.batch}, []
-    for slots in options.slots:
-        for kind in options.contents:
-            for method in options.methods:
-                result = measured(
-                    SLOTS[slots], method, kind, options.rounds, sizes
-                )
-                rows.append(
-                    [
-                        slots,
-                        kind,
-                        method,
-                        f"{np.median(result['milliseconds']):.0f}",
-                        f"{result['fill_seconds']:.0f}",
-                        f"{result['recall']:.3f}",
-                    ]
-                )
-                print(*rows[-1], flush=True)
-    print(report.table(HEADER, rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,9 @@
 """Compares ScaNN with faiss and exact search on a store without changes."""
 
 import functools
-import multiprocessing
 import sys
 import tempfile
 import time
-from concurrent import futures
 
 import numpy as np
 
@@ -78,13 +76,13 @@ def run(kind, rounds, threads, quick=False, seen=lambda numbers: None):
 
     with tempfile.TemporaryDirectory(prefix="static-") as folder:
         _say(kind, "right neighbours")
-        alone(prepare_data, folder, kind, threads)
+        measure.alone(prepare_data, folder, kind, threads)
         grid, exact_ones = numbers["grid"], numbers["exact"]
         for spec in QUICK if quick else GRID:
             _say(kind, spec)
             result = {"not_run": 'needs `pip install -e ".[bench]"`'}
             if references.installed("faiss"):
-                result = alone(of_grid, folder, spec, threads)
+                result = measure.alone(of_grid, folder, spec, threads)
             found("grid", spec, result)
             table.add(grid_rows(kind, {spec: result}))
         table.end()
@@ -92,7 +90,7 @@ def run(kind, rounds, threads, quick=False, seen=lambda numbers: None):
             _say(kind, f"exact, {name}")
             result = {"not_run": "is not installed"}
             if name == "NumPy" or references.installed(name.lower()):
-                result = alone(of_exact, folder, name, threads)
+                result = measure.alone(of_exact, folder, name, threads)
             found("exact", name, result)
         _say(kind, "in turn")
         choice = chosen(grid, exact_ones)
@@ -117,17 +115,6 @@ def run(kind, rounds, threads, quick=False, seen=lambda numbers: None):
 
 def _say(kind, what):
     print(f"static, {kind}: {what} ...", file=sys.stderr, flush=True)
-
-
-def alone(function, *arguments):
-    """The result of a function run in a separate process, or its error."""
-    context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(1, context) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}".replace("|", "/")
-            return {"not_run": " ".join(text.split())[:200]}
 
 
 # Functions that run in separate processes.

@@ -121,8 +121,8 @@ class SDNCAccess(SAMAccess):
         return state, slots, weights
 
     def _read(self, interface, state):
-        """w^R_t = pi_1 b_t + pi_2 c_t + pi_3 f_t, of which the K largest weights
-        are kept, and r_t = sum_k w^R_t(s_k) M_t(s_k)."""
+        """w^R_t = pi_1 b_t + pi_2 c_t + pi_3 f_t, whose K largest weights are
+        kept, and r_t = sum_k w^R_t(s_k) M_t(s_k)."""
         content_slots, content, _ = self._by_content(interface, state)  # c_t
         links = Links(state.predecessors, state.link_weights, state.successors)
         before, to_before, after, to_after = linked_slots(

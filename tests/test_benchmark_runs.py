@@ -85,7 +85,7 @@ def test_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     assert table.count("not run") == missing
 
 
-def test_searches_of_a_full_memory_are_compared(monkeypatch, capsys):
+def test_searches_of_a_full_memory_are_compared(tmp_path, monkeypatch, capsys):
     pytest.importorskip("scann")
     from benchmarks import sam_search
 
@@ -93,13 +93,29 @@ def test_searches_of_a_full_memory_are_compared(monkeypatch, capsys):
     monkeypatch.setattr(sam_search, "ROW", {**sam_search.ROW, **small})
     monkeypatch.setattr(sam_search, "SLOTS", {"16K": 64, "1M": 128})
     monkeypatch.setattr(cases, "prepare", lambda threads: None)
-    options = "--rounds 1 --batch 1 --slots 16K --contents clustered"
-    sam_search.main(options.split())
-    rows = lists_of(capsys.readouterr().out.split("\n", 2)[2])[2:]
-    assert [row[:3] for row in rows] == [
-        ["16K", "clustered", method] for method in ("exact", "approximate")
-    ]
-    assert [row[-1] for row in rows] == ["1.000", "1.000"]
+    options = "--rounds 1 --batch 1 --slots 16K --contents clustered --json"
+    path = tmp_path / "all.json"
+    for methods in (["--methods", "exact"], []):
+        command_line.main(["sam_search", *options.split(), str(path), *methods])
+        table = capsys.readouterr().out.split("\n\n")[0]
+        rows = lists_of(table)[2:]
+        assert rows[0][:4] == ["64", "clustered", "exact", "1"]
+        assert [row[-1] for row in rows] == ["1.000"] * len(rows)
+    records = json.loads(path.read_text())["results"]
+    # A case that was measured again has one record.
+    assert [one["search"] for one in records] == ["exact", "approximate"]
+
+
+@pytest.mark.slow
+def test_xla_reserves_less_for_sparse_links(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("jax")
+    path, options = tmp_path / "all.json", "xla_memory --slots 256 --json"
+    command_line.main([*options.split(), str(path), "--layers", "SDNC", "DNC"])
+    records = json.loads(path.read_text())["results"]
+    sparse, dense = (record["bytes"] for record in records)
+    assert 0 < 10 * sparse < dense
+    rows = lists_of(capsys.readouterr().out.split("\n\n")[0])[2:]
+    assert [row[0] for row in rows] == ["SDNC", "DNC"]
 
 
 def test_curricula_are_trained_once_and_tested_on_longer_sequences(

@@ -415,7 +415,10 @@ def small_sam(monkeypatch):
 
 
 @harness.needs_tensorflow
-@pytest.mark.parametrize("layer", ["SAM", "NTM", "DNC"])
+@pytest.mark.parametrize(
+    "layer",
+    ["SAM", pytest.param("SDNC", marks=pytest.mark.slow), "NTM", "DNC"],
+)
 def test_steps_next_to_sam_train(layer, small_sam):
     tf = pytest.importorskip("tensorflow")
     tf.config.run_functions_eagerly(True)  # without XLA
@@ -444,7 +447,8 @@ def test_sam_has_a_job_for_every_row(monkeypatch):
     monkeypatch.setattr(references, "installed", lambda name: True)
     assert all(callable(job[1]) for _, job in jobs("folder"))
     is_text = {name: isinstance(job, str) for name, job in jobs(None)}
-    assert [name for name, text in is_text.items() if text] == [sam.REFERENCE]
+    needy = [name for name, text in is_text.items() if text]
+    assert needy == [sam.REFERENCE, sam.LINKED]
     monkeypatch.setattr(references, "installed", lambda name: name != "faiss")
     texts = {job for _, job in jobs(None) if isinstance(job, str)}
     assert texts == {
@@ -557,12 +561,13 @@ def test_an_exact_index_finds_the_nearest_slots():
 
 
 @pytest.mark.slow
-def test_the_reference_of_sam_trains():
+@pytest.mark.parametrize("kind", ["sam", "sdnc"])
+def test_the_reference_of_sam_trains(kind):
     checkout = os.environ.get("PYTORCH_DNC")
     if not checkout:
         pytest.skip("PYTORCH_DNC names no checkout of pytorch-dnc")
     row = {**sam.ROW, **TINY, "top_k": 2, "slots": 50}
-    prepare, make = references.job("sam", row, 1, checkout)
+    prepare, make = references.job(kind, row, 1, checkout)
     worker = measure.Worker(prepare, make)
     assert worker.step()[0] > 0
     worker.end()
@@ -676,7 +681,7 @@ def shrink(monkeypatch):
     harness.skip_on(*harness.OTHERS, because="the benchmarks use TensorFlow")
     monkeypatch.setattr(measure, "Worker", InProcess)
     monkeypatch.setattr(measure, "forget_peak", int)  # takes a second here
-    monkeypatch.setattr(static_store, "alone", lambda do, *given: do(*given))
+    monkeypatch.setattr(measure, "alone", lambda do, *given: do(*given))
     for module, sizes in (
         (neighbours, {"CLUSTERS": 13}),
         (retrieval, {"HEADS": 3, "QUERIES": 5, "TOP_K": 7, "ADDED": 11}),
@@ -917,7 +922,7 @@ def test_a_static_store_without_faiss_is_compared_with_numpy(
 
 def test_failures_in_a_process_of_their_own_are_reported():
     with_bar = functools.partial(math.sqrt, -1)
-    told = static_store.alone(with_bar)
+    told = measure.alone(with_bar)
     assert told == {"not_run": "ValueError: math domain error"}
 
 
@@ -1053,7 +1058,7 @@ def test_an_interrupted_run_of_a_static_store_keeps_its_results(
             raise KeyboardInterrupt
         return {"not_run": f"{name}, as a test"}
 
-    monkeypatch.setattr(static_store, "alone", alone)
+    monkeypatch.setattr(measure, "alone", alone)
     monkeypatch.setattr(references, "installed", lambda name: True)
     monkeypatch.setattr(report, "machine", lambda *rest: {})
     path = tmp_path / "all.json"
