@@ -124,6 +124,8 @@ def parse_benchmarks(arguments, monkeypatch):
         main.retrieval,
         main.esm,
         main.sam,
+        main.sam_search,
+        main.xla_memory,
         main.curriculum,
     ):
         monkeypatch.setattr(module, "run", run)
