@@ -584,9 +584,10 @@ def test_the_engine_depends_on_xla():
     states = layer.cell.state_with(contents())
     assert engine(layer, compiled=True, initial_state=states) == "copied"
     assert "`initial_state` was given" in layer.engine
-    layer = layer_of("exact", stateful=False, return_state=True)
-    assert engine(layer, compiled=True) == "copied"
-    assert "`return_state=True`" in layer.engine
+    for stateful in (False, True):
+        layer = layer_of("exact", stateful=stateful, return_state=True)
+        assert engine(layer, compiled=True) == "copied"
+        assert "`return_state=True`" in layer.engine
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the engine of JAX")

@@ -18,10 +18,12 @@ class SlotState:
 
     Args:
         index: int, which state of the loop.
-        array: (B, N, ...); None where a pass of the fast loop does not have it.
+        array: (B, N, ...); None in the backward pass of the fast loop, which
+            does not have it.
         updated: (B,) bool or None; False: the row of the batch is masked, and
             stays as it is.
-        puts: tuple of (slots, rows), what the step has put so far.
+        puts: tuple of (slots, rows), what the step has put so far, for the
+            backward pass.
     """
 
     def __init__(self, index, array, updated=None, puts=()):
@@ -46,7 +48,8 @@ class SlotState:
     def replaced(self, slots, rows, differentiates=False):
         """The state with other rows (B, P, ...) at slots (B, P).
 
-        `differentiates`: bool, whether the backend differentiates it.
+        `differentiates`: bool; True: the backend takes the gradient, so only
+        the first of equal slots may have one.
         """
         rows = ops.cast(rows, ops.dtype(self.array))
         if self.updated is not None:
@@ -60,7 +63,8 @@ class HostSlotState(SlotState):
     """A state whose rows stay on the host (`retrieval/host_memory.py`).
 
     In the graph the state is a token, which each call of the host takes and
-    returns, so that calls run in the order of a step.
+    returns, so that calls run in the order of a step. `calls` has the token of
+    all states of a memory.
 
     Args:
         index: int, which state of the loop.
@@ -120,7 +124,8 @@ class HostCalls:
 
     Args:
         memory: a `HostMemory`.
-        token: (B, 1) int32; None where a pass of the fast loop calls nothing.
+        token: (B, 1) int32; None in the backward pass of the fast loop, which
+            calls nothing.
         updated: (B,) bool or None, as of `SlotState`.
     """
 
@@ -128,7 +133,8 @@ class HostCalls:
         self.memory, self.token, self.updated = memory, token, updated
 
     def run(self, function, specs, *arrays):
-        """Calls a function of NumPy arrays, whose results have these specs."""
+        """Calls a function of NumPy arrays, whose results have these specs. It
+        may return None if there are none."""
 
         def call(token, *arrays):
             return (token, *(function(*arrays) or ()))
@@ -143,11 +149,12 @@ class HostCalls:
 
 
 def call_host(function, specs, *arrays):
-    """Calls a function of NumPy arrays from a graph (TensorFlow).
+    """Calls a function of NumPy arrays from a graph (TensorFlow). The call has
+    no gradient, and XLA cannot compile it.
 
     Args:
-        function: (*arrays) -> list of arrays.
-        specs: list of arrays with shape and dtype of each result.
+        function: (*arrays) -> list or tuple of arrays.
+        specs: list of objects with the shape and dtype of each result.
         *arrays: tensors.
 
     Returns:

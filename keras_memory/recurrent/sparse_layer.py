@@ -147,16 +147,16 @@ class SparseCell(MemoryCell):
 
 
 class SparseRNN(MemoryRNN):
-    """A `MemoryRNN` with states per slot, whose accesses may have a
-    `host_memory`.
+    """A `MemoryRNN` of a `SparseCell`.
 
-    The small states are variables, and the memory is not. A `Transaction` keeps
-    them together: a call begins when it reads the states, and ends when it has
-    assigned them.
+    If its accesses have a `host_memory`, the small states are variables, and
+    the memory is not. A `Transaction` keeps them together: a call begins when
+    it reads the states, and ends when it has assigned them.
     """
 
     def _prepare_host(self):
-        """To be called at the end of `__init__`."""
+        """Prepares calls; to be called at the end of `__init__`, when the cell
+        and all arguments are set."""
         self._given_state = False  # whether the last call had `initial_state`
         self._is_compiled = None  # whether XLA compiled the last call
         if not self.cell.is_on_host:
@@ -287,10 +287,11 @@ class SparseRNN(MemoryRNN):
 
     @property
     def engine(self) -> str:
-        """How a call uses the memory: a word and the reason.
+        """How the last call used the memory: a word and the reason.
 
-        Of the last call, or, without one, of the next call without
-        `initial_state`. Calls of already compiled functions do not count.
+        A call of an already compiled function does not change it. Before the
+        first call it is that of a call without `initial_state` and, on
+        TensorFlow, without XLA.
         """
         if self.cell.is_on_host:
             return "host: the memory stays on the host, where ScaNN searches it"
@@ -306,10 +307,10 @@ class SparseRNN(MemoryRNN):
             )
         if self._given_state:
             why = "`initial_state` was given"
-        elif self.stateful:
-            return "in place: steps change the memory of the layer's states"
+        elif self.return_state:
+            why = "`return_state=True` returns all slots"
         else:
-            why = "`return_state=True` needs all slots"
+            return "in place: steps change the memory of the layer's states"
         return f"copied: {why}, so each call copies the memory once"
 
     def set_memory(self, contents: Array) -> None:
