@@ -257,7 +257,14 @@ _CONVERT_OPTIONS = {
     "memory_slots": (int, "DNC: nr_cells or memory_size of the reference"),
     "read_heads": (int, "pytorch-dnc: read_heads of the reference"),
     "nonlinearity": (str, "pytorch-dnc's RNN: relu, if it is not tanh"),
-    "sparse_reads": (int, "pytorch-dnc's SAM: sparse_reads of the reference"),
+    "sparse_reads": (
+        int,
+        "pytorch-dnc's SAM and SDNC: sparse_reads of the reference",
+    ),
+    "temporal_reads": (
+        int,
+        "pytorch-dnc's SDNC: temporal_reads of the reference",
+    ),
     "clip": (float, "DNC: if not 20 (pytorch-dnc) or none (deepmind-dnc)"),
 }
 

@@ -13,12 +13,18 @@ def from_pytorch_sam(weights=None, sparse_reads=3, **kwargs):
     return dnc.from_pytorch(weights, sparse_reads=sparse_reads, **kwargs)
 
 
+def from_pytorch_sdnc(weights=None, temporal_reads=2, **kwargs):
+    weights = WEIGHTS["pytorch-sdnc"] if weights is None else weights
+    return from_pytorch_sam(weights, temporal_reads=temporal_reads, **kwargs)
+
+
 CONVERTERS = {
     "pytorch-ntm": ntm.from_pytorch,
     "collier-ntm": ntm.from_collier,
     "deepmind-dnc": dnc.from_deepmind,
     "pytorch-dnc": dnc.from_pytorch,
     "pytorch-sam": from_pytorch_sam,
+    "pytorch-sdnc": from_pytorch_sdnc,
 }
 WEIGHTS = {
     "pytorch-ntm": ntm.pytorch_weights("RW"),
@@ -26,6 +32,7 @@ WEIGHTS = {
     "deepmind-dnc": dnc.deepmind_weights(),
     "pytorch-dnc": dnc.pytorch_weights(),
     "pytorch-sam": dnc.pytorch_weights(sparse_reads=3),
+    "pytorch-sdnc": dnc.pytorch_weights(sparse_reads=3, temporal_reads=2),
 }
 SHAPES = {
     "pytorch-ntm": {
@@ -61,6 +68,10 @@ SHAPES = {
         "rnn_layer_memory_shared.interface_weights.weight": (23, 7),
         "rnn_layer_memory_shared.interface_weights.bias": (23,),
     },
+    "pytorch-sdnc": {
+        "rnn_layer_memory_shared.interface_weights.weight": (27, 7),
+        "rnn_layer_memory_shared.interface_weights.bias": (27,),
+    },
 }
 EXTRA = {  # weights that no model has
     "pytorch-ntm": ["beta1_power"],
@@ -73,6 +84,7 @@ EXTRA = {  # weights that no model has
         "rnn_layer_memory_0.interface_weights.bias",
     ],
     "pytorch-sam": ["more", "lstm_layer_0.weight_hr_l0"],
+    "pytorch-sdnc": ["more", "lstm_layer_0.weight_hr_l0"],
 }
 
 
@@ -125,15 +137,18 @@ def wrong_weights():
         told = [f"Missing: ['{missing}"]
         yield f"one of another model, {name}", "pytorch-dnc", weights, told
     for apart in (False, True):
+        of_dnc = dnc.pytorch_weights(apart=apart)
         of_sam = dnc.pytorch_weights(sparse_reads=3, apart=apart)
         of_sdnc = dnc.pytorch_weights(
             sparse_reads=3, temporal_reads=2, apart=apart
         )
         for given, converter, weights, told in (
-            ("a DNC", "pytorch-sam", dnc.pytorch_weights(apart=apart), "SAM"),
+            ("a DNC", "pytorch-sam", of_dnc, "weights must be of a SAM"),
+            ("a DNC", "pytorch-sdnc", of_dnc, "weights must be of an SDNC"),
             ("a SAM", "pytorch-dnc", of_sam, "a SAM needs `sparse_reads`"),
-            ("an SDNC", "pytorch-dnc", of_sdnc, "no layer for an SDNC yet"),
-            ("an SDNC", "pytorch-sam", of_sdnc, "there is no layer for it yet"),
+            ("a SAM", "pytorch-sdnc", of_sam, "weights must be of an SDNC"),
+            ("an SDNC", "pytorch-dnc", of_sdnc, "an SDNC needs both"),
+            ("an SDNC", "pytorch-sam", of_sdnc, "`temporal_reads` too"),
         ):
             name = f"{given}{', apart' * apart}"
             part = "interpolation_gate" if apart else "interface_weights"
@@ -165,8 +180,14 @@ REFUSED = {
         "nonlinearity": ["sigmoid", None, 1, "relu"],  # relu: for an LSTM
         "clip": [-1.0, NAN, "20", False, True],
         "sparse_reads": [0, -1, 2.0, True, "3"],
+        "temporal_reads": [0, -1, 2, 2.0, True, "3"],  # 2: no sparse_reads
     },
     "pytorch-sam": {"memory_slots": SLOTS, "sparse_reads": [0, 2.0, True]},
+    "pytorch-sdnc": {
+        "memory_slots": SLOTS,
+        "sparse_reads": [0, 2.0, True],
+        "temporal_reads": [0, -1, 2.0, True, "3"],
+    },
 }
 OF_NTMS = {
     "units": 2,
@@ -212,6 +233,19 @@ OF_DNCS = {
     "product_epsilon": 0.0,
     "usage_epsilon": 1e-5,
 }
+OF_SAM = {
+    "units": 3,
+    "slot_size": 5,
+    "top_k": 3,
+    "controller": "lstm",
+    "num_layers": 1,
+    "share_memory": True,
+    "access_threshold": 0.1,
+    "key_activation": "tanh",
+    "add_activation": "tanh",
+    "strength_activation": "oneplus",
+    "interface_layer_norm": True,
+}
 DETERMINED = {  # arguments fixed by the weights
     "pytorch-ntm": {
         **OF_NTMS,
@@ -226,19 +260,8 @@ DETERMINED = {  # arguments fixed by the weights
     },
     "deepmind-dnc": {**OF_DNCS, "read_heads": 2},
     "pytorch-dnc": {**OF_DNCS, "share_memory": True, "clip_value": 20.0},
-    "pytorch-sam": {
-        "units": 3,
-        "slot_size": 5,
-        "top_k": 3,
-        "controller": "lstm",
-        "num_layers": 1,
-        "share_memory": True,
-        "access_threshold": 0.1,
-        "key_activation": "tanh",
-        "add_activation": "tanh",
-        "strength_activation": "oneplus",
-        "interface_layer_norm": True,
-    },
+    "pytorch-sam": OF_SAM,
+    "pytorch-sdnc": {**OF_SAM, "sparse_links": 4},
 }
 
 
@@ -279,8 +302,16 @@ def wrong_arguments():
     for sparse_reads in (1, 2, 4, 11):
         name, given = f"{sparse_reads=}", {"sparse_reads": sparse_reads}
         yield name, "pytorch-sam", given, ["interface_weights", name]
+    for temporal_reads in (1, 3, 11):
+        name, given = f"{temporal_reads=}", {"temporal_reads": temporal_reads}
+        yield name, "pytorch-sdnc", given, ["interface_weights", name]
     given = {"memory_slots": 2}  # fewer than 3 reads
     yield "fewer slots", "pytorch-sam", given, ["memory_slots=2"]
+    for given, name in (
+        ({"memory_slots": 1}, "memory_slots=1"),  # fewer than 2 temporal reads
+        ({"sparse_reads": 4}, "sparse_reads=4"),
+    ):
+        yield f"other {name}", "pytorch-sdnc", given, [name]
     # One head of width 4 has an interface as long as three of width 1.
     weights = dnc.pytorch_weights(reads=1, width=4)
     given = {"weights": weights, "read_heads": 3}

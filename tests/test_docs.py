@@ -86,27 +86,50 @@ def test_commands_parse(path, tmp_path, monkeypatch):
             assert words[0] in known, words
 
 
-def test_the_command_of_pytorch_dnc_for_sam_trains(tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "number", "sizes", "error", "largest"),
+    [
+        (
+            "sam",
+            0,
+            {"memory_slots": 1000, "top_k": 4},
+            "absolute_error_of_sum",
+            10,
+        ),
+        (
+            "sdnc",
+            0,
+            {"memory_slots": 100, "top_k": 10, "sparse_links": 4},
+            "wrong_bits_per_sequence",
+            25,
+        ),
+        (
+            "sdnc",
+            1,
+            {"memory_slots": 100, "top_k": 4, "sparse_links": 8},
+            "wrong_bits_per_sequence",
+            25,
+        ),
+    ],
+)
+def test_the_commands_of_pytorch_dnc_for_sparse_memories_train(
+    preset, number, sizes, error, largest, tmp_path
+):
     """With short sequences, few of them and without XLA."""
     harness.skip_on(*harness.OTHERS, because="runs export SavedModels")
     page = ROOT / "docs" / "migrating" / "pytorch_dnc.md"
-    (command,) = (
-        words[1:] for words in commands(page) if {"adding", "sam"} <= {*words}
-    )
+    command = [words[1:] for words in commands(page) if preset in words][number]
     small = "max_length=5", "buckets=1", "batch_size=3", "test_lengths=()"
     for setting in (*small, "picture_every=0", "jit_compile=False"):
         command += ["--set", setting]
     out = tmp_path / "run"
     assert cli.main([*command, "--steps", "20", "--out", str(out)]) == 0
     model = json.loads((out / "config.json").read_text())["model"]
-    assert (model["name"], model["top_k"], model["memory_slots"]) == (
-        "sam",
-        4,
-        1000,
-    )
+    assert model["name"] == preset
+    assert {name: model[name] for name in sizes} == sizes
     results = json.loads((out / "results.json").read_text())
     assert results["steps"] == 20
-    assert 0 <= results["absolute_error_of_sum_up_to_5"] < 10
+    assert 0 <= results[f"{error}_up_to_5"] < largest
 
 
 def parse_benchmarks(arguments, monkeypatch):

@@ -1,5 +1,5 @@
 """Converts Differentiable Neural Computers of DeepMind and pytorch-dnc, and
-pytorch-dnc's Sparse Access Memory."""
+pytorch-dnc's Sparse Access Memory and Sparse DNC."""
 
 import re
 import warnings
@@ -35,6 +35,7 @@ from keras_memory.dnc import DNCLayer
 from keras_memory.hints import Array
 from keras_memory.sam import SAMInterface
 from keras_memory.sam import SAMLayer
+from keras_memory.sdnc import SDNCLayer
 
 
 def from_deepmind_dnc(
@@ -162,6 +163,7 @@ def from_pytorch_dnc(
     clip: float | None = 20.0,
     *,
     sparse_reads: None = None,
+    temporal_reads: None = None,
     **layer_kwargs: Any,
 ) -> DNCLayer: ...
 
@@ -175,8 +177,23 @@ def from_pytorch_dnc(
     clip: float | None = 20.0,
     *,
     sparse_reads: int,
+    temporal_reads: None = None,
     **layer_kwargs: Any,
 ) -> SAMLayer: ...
+
+
+@overload
+def from_pytorch_dnc(
+    weights: Mapping[str, Array],
+    memory_slots: int,
+    read_heads: int,
+    nonlinearity: str = "tanh",
+    clip: float | None = 20.0,
+    *,
+    sparse_reads: int,
+    temporal_reads: int,
+    **layer_kwargs: Any,
+) -> SDNCLayer: ...
 
 
 def from_pytorch_dnc(
@@ -187,24 +204,32 @@ def from_pytorch_dnc(
     clip: float | None = 20.0,
     *,
     sparse_reads: int | None = None,
+    temporal_reads: int | None = None,
     **layer_kwargs: Any,
-) -> DNCLayer | SAMLayer:
-    """Makes a DNC or SAM from the weights of ixaxaar/pytorch-dnc, 1.1.0 or
-    2.0.0b1.
+) -> DNCLayer | SAMLayer | SDNCLayer:
+    """Makes a DNC, SAM or SDNC from the weights of ixaxaar/pytorch-dnc, 1.1.0
+    or 2.0.0b1.
 
     The DNC computes the same as the reference's `DNC`, called one step at a
     time with the state of the last step. This includes its differences from
     the paper: strengths are a softplus, without 1 added; keys and write
     vectors pass a tanh.
 
-    The SAM is a start for further training. It has the reference's
-    controllers, keys, add vectors, write gates and output, but its memory is
-    that of the paper, so it computes other reads. A warning lists what is not
-    carried over. The reference has an interpolation gate for each slot that it
-    sees, the layer has one: it starts as their mean, before the sigmoid. The
-    reference has no strengths: they start as 1 for all inputs. A head of the
-    reference weighs the slots of all heads and the least used one, a head of
-    the layer only its own `top_k`.
+    The SAM and the SDNC are starts for further training. They have the
+    reference's controllers, keys, add vectors, write gates and output, but
+    their memory is that of the paper, so they compute other reads. A warning
+    lists what is not carried over. The reference has an interpolation gate for
+    each slot that it sees, the layer has one: it starts as their mean, before
+    the sigmoid. The reference has no strengths: they start as 1 for all
+    inputs. A head of the reference weighs the slots of all heads and the least
+    used one, a head of the layer only its own `top_k`.
+
+    The reference's SDNC has no read modes: its heads weigh linked slots by
+    content, like all others. Read modes start as 0.1 backward, 0.8 content and
+    0.1 forward, for all inputs: close to reads by content, and the modes can
+    still learn. A slot of the reference has 2 `temporal_reads` links in each
+    direction. `sparse_links` is the same number, or `memory_slots` if that is
+    less.
 
     Departures: within one call the reference never feeds reads back to the
     controller; the layer always does. The reference draws the controller's
@@ -214,29 +239,35 @@ def from_pytorch_dnc(
     its own, which start equal.
 
     Args:
-        weights: dict of arrays, a state dict of `DNC` or `SAM`; names may
-            begin with `module.`. There is no layer for `SDNC` yet.
+        weights: dict of arrays, a state dict of `DNC`, `SAM` or `SDNC`; names
+            may begin with `module.`.
         memory_slots: int, at least 1, `nr_cells` of the reference.
         read_heads: int, at least 1, must match the reference. The shapes of
             the weights reject most wrong values, not all.
         nonlinearity: `"tanh"` or `"relu"`, for `rnn_type="rnn"`.
         clip: float, at least 0, `clip` of the reference: clips the
             controllers' outputs; 0 or None does not clip.
-        sparse_reads: None (default) for a DNC. For a SAM, int, at least 1,
-            must match the reference: the number of slots that each head reads.
-            If it is too large, an SDNC can be taken for a SAM.
+        sparse_reads: None (default) for a DNC. For a SAM or SDNC, int, at
+            least 1, must match the reference: the number of slots that each
+            head finds by its key.
+        temporal_reads: None (default) for a DNC or SAM. For an SDNC, int, at
+            least 1, must match the reference: the number of slots that its
+            heads read forward, and backward. The shapes only tell
+            `read_heads * sparse_reads + 2 * temporal_reads`, so wrong values
+            with the same sum are not rejected.
         **layer_kwargs: arguments of the layer that the weights do not
             determine: `dtype`, `name`, `stateful`, ... `return_sequences` is
             True by default.
 
     Returns:
-        A built `DNCLayer` or `SAMLayer`. If it is stateful, only its cell is
-        built; the first batch makes the states.
+        A built `DNCLayer`, `SAMLayer` or `SDNCLayer`. If it is stateful, only
+        its cell is built; the first batch makes the states.
 
     Raises:
         ValueError: arrays are missing, unexpected or of a wrong shape, or have
             values that are not finite numbers; an argument is out of its
-            range, or the weights determine it.
+            range, or the weights determine it; `temporal_reads` without
+            `sparse_reads`.
 
     Example:
 
@@ -253,6 +284,14 @@ def from_pytorch_dnc(
         check_closed("clip", clip, 0)
     if sparse_reads is not None:
         check_size("sparse_reads", sparse_reads)
+    if temporal_reads is not None:
+        check_size("temporal_reads", temporal_reads)
+        if sparse_reads is None:
+            raise ValueError(
+                "`temporal_reads` needs `sparse_reads`: an SDNC has both. "
+                f"Received: temporal_reads={temporal_reads!r}, "
+                "sparse_reads=None"
+            )
     check_one_of("nonlinearity", nonlinearity, ("tanh", "relu"))
     weights = canonical_arrays(weights, torch_name)
     rnns = [
@@ -300,9 +339,16 @@ def from_pytorch_dnc(
     if sparse_reads is None:
         memory_kind = _pytorch_dnc(read_heads, width)
     else:
-        sizes.sources.append(f"{sparse_reads=}, {memory_slots=}")
-        top_k = min(sparse_reads, memory_slots)
-        memory_kind = _pytorch_sam(read_heads, width, top_k)
+        sizes.sources.append(
+            f"{sparse_reads=}, {temporal_reads=}, {memory_slots=}"
+        )
+        # As in the reference, both are at most the number of slots.
+        sizes_of_reads = read_heads, width, min(sparse_reads, memory_slots)
+        if temporal_reads is None:
+            memory_kind = _pytorch_sam(*sizes_of_reads)
+        else:
+            linked = 2 * min(temporal_reads, memory_slots)
+            memory_kind = _pytorch_sdnc(*sizes_of_reads, linked, memory_slots)
     parts = memory_kind.parts
     shapes = {
         "output.weight": (outputs, units + reads_size),
@@ -362,7 +408,14 @@ def from_pytorch_dnc(
         },
     )
     if memory_kind.lost:
-        warnings.warn(memory_kind.lost, stacklevel=2)
+        name = memory_kind.layer.__name__.removesuffix("Layer")
+        warnings.warn(
+            "The layer has the controllers, keys, add vectors, write gates and "
+            f"output of pytorch-dnc's {name}, but the memory of the paper, so "
+            "it reads other vectors: train it further. Not carried over: "
+            f"{'; '.join(memory_kind.lost)}",
+            stacklevel=2,
+        )
     return assign_weights(
         layer,
         inputs,
@@ -388,7 +441,7 @@ class _PytorchMemory(NamedTuple):
             layer's interface.
         arguments: dict of layer arguments that this kind determines.
         hint: end of the errors about wrong weights.
-        lost: warning about what is not carried over, or "".
+        lost: tuple of texts: what is not carried over.
     """
 
     layer: type
@@ -396,7 +449,7 @@ class _PytorchMemory(NamedTuple):
     interface: Callable
     arguments: dict
     hint: str
-    lost: str = ""
+    lost: tuple[str, ...] = ()
 
 
 def _pytorch_dnc(read_heads, width):
@@ -427,13 +480,14 @@ def _pytorch_dnc(read_heads, width):
             "norm_epsilon": NORM_EPSILON,
             **_OF_BOTH_DNCS,
         },
-        hint=". Without `sparse_reads` the weights must be of a DNC: a SAM "
-        "needs `sparse_reads`, and there is no layer for an SDNC yet",
+        hint=". Without `sparse_reads` and `temporal_reads` the weights must "
+        "be of a DNC: a SAM needs `sparse_reads`, an SDNC needs both",
     )
 
 
-def _pytorch_sam(read_heads, width, top_k):
-    gates = read_heads * top_k + 1
+def _pytorch_sam(read_heads, width, top_k, linked=0):
+    """linked: number of slots that the reference's SDNC sees beyond a SAM's."""
+    gates = read_heads * top_k + linked + 1
 
     def interface(columns):
         strength = np.zeros((len(columns["key"]), read_heads))
@@ -462,17 +516,43 @@ def _pytorch_sam(read_heads, width, top_k):
             "interface_layer_norm": False,
             "activation": None,
         },
-        hint=". With `sparse_reads` the weights must be of a SAM: an SDNC has "
-        "2 temporal_reads more interpolation gates, and there is no layer for "
-        "it yet",
-        lost="The layer has the controllers, keys, add vectors, write gates "
-        "and output of pytorch-dnc's SAM, but the memory of the paper, so it "
-        "reads other vectors: train it further. Not carried over: the "
-        f"interpolation gates of {gates} slots (the layer has one gate, which "
-        "starts as their mean); the softmax over the slots of all heads (a "
-        "head of the layer weighs its own slots only); the search by distance "
-        "(the layer searches by cosine); the choice of the slot to erase; the "
-        "initial value of the memory (the layer's starts empty)",
+        hint=". With `sparse_reads` alone the weights must be of a SAM: an "
+        "SDNC needs `temporal_reads` too",
+        lost=(
+            f"the interpolation gates of {gates} slots (the layer has one "
+            "gate, which starts as their mean)",
+            "the softmax over the slots of all heads (a head of the layer "
+            "weighs its own slots only)",
+            "the search by distance (the layer searches by cosine)",
+            "the choice of the slot to erase",
+            "the initial value of the memory (the layer's starts empty)",
+        ),
+    )
+
+
+def _pytorch_sdnc(read_heads, width, top_k, linked, memory_slots):
+    sam = _pytorch_sam(read_heads, width, top_k, linked)
+
+    def interface(columns):
+        columns = sam.interface(columns)
+        modes = np.zeros((len(columns), read_heads, 3))
+        modes[-1] = np.log([0.1, 0.8, 0.1])  # backward, content, forward
+        modes = modes.reshape(len(columns), -1)
+        return np.concatenate([columns, modes], axis=1)
+
+    return sam._replace(
+        layer=SDNCLayer,
+        interface=interface,
+        arguments={**sam.arguments, "sparse_links": min(linked, memory_slots)},
+        hint=". With `sparse_reads` and `temporal_reads` the weights must be "
+        "of an SDNC",
+        lost=(
+            *sam.lost,
+            "the weights of linked slots, by content (the layer has read "
+            "modes, which start as 0.1 backward, 0.8 content and 0.1 forward)",
+            "the links (the reference keeps only the diagonals of its link "
+            "matrices)",
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from keras_memory import KNNMemory
 from keras_memory import NTMCell
 from keras_memory import NTMLayer
 from keras_memory import SAMLayer
+from keras_memory import SDNCLayer
 from keras_memory import callbacks
 from keras_memory import convert
 from keras_memory import geometry
@@ -64,6 +65,10 @@ def converted(weights: dict[str, np.ndarray]) -> None:  # is not called
     assert_type(convert.from_pytorch_dnc(weights, 7, 2), DNCLayer)
     sam = convert.from_pytorch_dnc(weights, 7, 2, sparse_reads=3)
     assert_type(sam, SAMLayer)
+    sdnc = convert.from_pytorch_dnc(
+        weights, 7, 2, sparse_reads=3, temporal_reads=2
+    )
+    assert_type(sdnc, SDNCLayer)
 
 
 class Mine(NTMLayer):

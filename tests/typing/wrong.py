@@ -64,6 +64,8 @@ callbacks.pictures(3)  # error: reportArgumentType
 export.export_for_serving("model", "served")  # error: reportArgumentType
 convert.from_pytorch_ntm(x)  # error: reportArgumentType
 convert.from_deepmind_dnc({}, "5")  # error: reportArgumentType
+dnc_of = convert.from_pytorch_dnc
+dnc_of({}, 7, 2, temporal_reads=2)  # error: reportArgumentType
 controllers.get("lstm", "3", 1)  # error: reportArgumentType
 tasks.dataset("copy", 3)  # error: reportArgumentType
 training.train("copy", "run")  # error: reportArgumentType
