@@ -131,6 +131,7 @@ class HostCalls:
         """Calls a function of NumPy arrays, whose results have these specs."""
 
         def call(token, *arrays):
+            self.memory.check_call(token)
             return (token, *(function(*arrays) or ()))
 
         specs = [keras.KerasTensor(self.token.shape, "int32"), *specs]
