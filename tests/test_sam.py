@@ -265,6 +265,17 @@ def test_weights_of_equal_slots_add_up_to_an_access():
 
 
 @pytest.mark.every_backend
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_a_weight_of_the_threshold_is_no_access(threshold):
+    last_access = ops.convert_to_tensor([[1, 2]], dtype="int32")
+    slots = ops.convert_to_tensor([[0, 1]], dtype="int32")
+    weights = ops.convert_to_tensor([[threshold, threshold + 0.25]])
+    time = ops.convert_to_tensor([[7]], dtype="int32")
+    after = sparse.mark_accessed(last_access, slots, weights, threshold, time)
+    assert ops.convert_to_numpy(after).tolist() == [[1, 7]]
+
+
+@pytest.mark.every_backend
 @pytest.mark.parametrize("slots", [6, 23])
 def test_the_slot_accessed_longest_ago_is_found_in_blocks(slots, monkeypatch):
     monkeypatch.setattr(sparse, "BLOCK", 4)
