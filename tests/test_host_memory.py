@@ -13,6 +13,7 @@ from knn import random
 
 from keras_memory.addressing import sparse
 from keras_memory.recurrent.host_layer import Transaction
+from keras_memory.retrieval import host_memory
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.host_memory import BLOCK
 from keras_memory.retrieval.host_memory import UNWRITTEN
@@ -130,6 +131,21 @@ def test_a_rollback_restores_slots_bounds_and_indices(begun):
     check(memory, random(BATCH, 4, WIDTH), 3)
     write(memory, rng, 70)
     check(memory, random(BATCH, 4, WIDTH), 3)
+
+
+def test_a_rollback_and_a_reset_lower_the_bounds_of_blocks(monkeypatch):
+    monkeypatch.setattr(host_memory, "BLOCK", 4)
+    memory, rng = memory_of(12), np.random.default_rng(3)
+    for time in range(1, 20):
+        write(memory, rng, time)
+    memory.forget()
+    for time in range(50, 90):
+        write(memory, rng, time)
+    memory.roll_back()
+    accesses = memory.last_access.reshape(BATCH, 3, 4)
+    assert (memory._bounds <= accesses.min(axis=2)).all()
+    memory.clear()
+    assert not memory.least_recently_accessed().any()
 
 
 def test_an_interrupted_rollback_is_completed(monkeypatch):

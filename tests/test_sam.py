@@ -297,6 +297,20 @@ def test_the_slot_accessed_longest_ago_is_found_in_blocks(slots, monkeypatch):
 
 
 @pytest.mark.every_backend
+@pytest.mark.parametrize("count", [1, 4, 6, 11, 12])
+def test_the_first_unwritten_slot_is_found_in_given_states(count, monkeypatch):
+    monkeypatch.setattr(sparse, "BLOCK", 4)
+    cell = keras_memory.SAMCell(3, memory_slots=12, slot_size=5, top_k=2)
+    cell.build((BATCH, 4))
+    states = cell.state_with(np.ones((BATCH, count, 5), "float32"))
+    (record,) = cell.layout.unflatten(states)
+    slot, _ = sparse.least_recently_accessed(
+        record.last_access, record.block_access
+    )
+    assert (ops.convert_to_numpy(slot) == count % 12).all()
+
+
+@pytest.mark.every_backend
 def test_blocks_change_nothing_else(monkeypatch):
     access = access_of(memory_slots=7)
     interface = inputs(access, steps=20)
