@@ -200,6 +200,31 @@ def test_a_call_that_is_undone_while_it_runs_gets_an_error():
         memory.check_call(third)
 
 
+ONE = np.zeros((BATCH, 1), "int32")
+LOCKED = {
+    "replace": ("memory", ONE, np.ones((BATCH, 1, WIDTH), "float32")),
+    "least_recently_accessed": (),
+    "nearest": (np.ones((BATCH, 1, WIDTH), "float32"), 1),
+    "roll_back": (),
+    "clear": (),
+    "fill": (np.ones((BATCH, 2, WIDTH), "float32"),),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), LOCKED.items(), ids=LOCKED)
+def test_a_method_waits_for_the_lock(name, arguments):
+    """The thread that builds trees holds it to swap them."""
+    memory = memory_of(9)
+    method = getattr(memory, name)
+    thread = threading.Thread(target=method, args=arguments, daemon=True)
+    with memory._lock:
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+        assert not memory.memory.any()
+    thread.join()
+
+
 def test_a_write_that_leaves_out_a_slot_is_refused():
     memory = memory_of(9)
     slots = np.array([[0, 1], [0, 0]], "int32")
