@@ -290,7 +290,12 @@ class SAMAccess:
             return None
         from keras_memory.retrieval.host_memory import HostMemory
 
-        return HostMemory(self.memory_slots, self.slot_size, self.target_recall)
+        return HostMemory(
+            self.memory_slots,
+            self.slot_size,
+            self.target_recall,
+            self.epsilon("float32"),
+        )
 
     @functools.cached_property
     def parts(self):

@@ -1,14 +1,19 @@
 """The slots on the host, compared with a plain model of them."""
 
 import functools
+import os
+import threading
 
 import numpy as np
 import pytest
+from keras import ops
 from knn import clustered
 from knn import need_scann
 from knn import random
 
+from keras_memory.addressing import sparse
 from keras_memory.recurrent.sparse_layer import Transaction
+from keras_memory.retrieval import host_memory
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.host_memory import BLOCK
 from keras_memory.retrieval.host_memory import UNWRITTEN
@@ -27,8 +32,8 @@ def _with_scann():
     need_scann()
 
 
-def memory_of(slots, batch=BATCH, width=WIDTH):
-    memory = HostMemory(slots, width, 0.9)
+def memory_of(slots, batch=BATCH, width=WIDTH, norm_epsilon=1e-8):
+    memory = HostMemory(slots, width, 0.9, norm_epsilon)
     memory.allocate(batch)
     return memory
 
@@ -77,6 +82,22 @@ def test_steps_find_the_oldest_and_the_nearest_slots(slots):
         check(memory, random(BATCH, 2, WIDTH, seed=time), min(3, slots))
 
 
+@pytest.mark.parametrize("norm_epsilon", [1e-8, 0.5])
+def test_slots_of_small_numbers_are_as_near_as_in_an_exact_search(norm_epsilon):
+    memory = memory_of(60, norm_epsilon=norm_epsilon)
+    scales = 10.0 ** np.random.default_rng(3).integers(-12, 9, (BATCH, 60, 1))
+    rows = (random(BATCH, 60, WIDTH) * scales).astype("float32")
+    queries = random(BATCH, 4, WIDTH, seed=5)
+    memory.fill(rows)
+    norms = sparse.norms_of(ops.convert_to_tensor(rows), norm_epsilon)
+    accesses = ops.ones((BATCH, 60), "int32")
+    expected = sparse.nearest(
+        ops.convert_to_tensor(rows), norms, accesses, queries, 6
+    )
+    found = memory.nearest(queries, 6)
+    np.testing.assert_array_equal(found, ops.convert_to_numpy(expected))
+
+
 def test_masked_rows_stay():
     memory, rng = memory_of(9), np.random.default_rng(3)
     for time in range(1, 5):
@@ -112,6 +133,21 @@ def test_a_rollback_restores_slots_bounds_and_indices(begun):
     check(memory, random(BATCH, 4, WIDTH), 3)
 
 
+def test_a_rollback_and_a_reset_lower_the_bounds_of_blocks(monkeypatch):
+    monkeypatch.setattr(host_memory, "BLOCK", 4)
+    memory, rng = memory_of(12), np.random.default_rng(3)
+    for time in range(1, 20):
+        write(memory, rng, time)
+    memory.forget()
+    for time in range(50, 90):
+        write(memory, rng, time)
+    memory.roll_back()
+    accesses = memory.last_access.reshape(BATCH, 3, 4)
+    assert (memory._bounds <= accesses.min(axis=2)).all()
+    memory.clear()
+    assert not memory.least_recently_accessed().any()
+
+
 def test_an_interrupted_rollback_is_completed(monkeypatch):
     memory, rng = memory_of(12), np.random.default_rng(3)
     for time in range(1, 6):
@@ -136,6 +172,95 @@ def test_an_interrupted_rollback_is_completed(monkeypatch):
     check(memory, random(BATCH, 2, WIDTH), 3)
     transaction.end()
     assert transaction.begin(np.array([3.0]))[0] == [3.0]
+
+
+def test_a_call_that_is_undone_while_it_runs_gets_an_error():
+    """As if three threads called a layer, the first being the slowest."""
+    memory = memory_of(12)
+    transaction = Transaction([memory], tokens=[1])
+    token = np.zeros((BATCH, 1), "int32")
+    _, first = transaction.begin(np.array([1.0]), token)
+    memory.check_call(first)
+    write(memory, np.random.default_rng(3), 1)
+    state, second = transaction.begin(np.array([1.0]), token)
+    assert state == [1.0]
+    assert not memory.memory.any()
+    with pytest.raises(RuntimeError, match="one call at a time"):
+        memory.check_call(first)
+    memory.check_call(second)
+    assert (transaction.end(np.array([2.0]), second)[1] == token).all()
+    # The first call has assigned its states, and now ends.
+    with pytest.raises(RuntimeError, match="one call at a time"):
+        transaction.end(np.array([9.0]), first)
+    assert transaction.begin(np.array([9.0]), token)[0] == [2.0]
+    # Another thread reads the memory.
+    _, third = transaction.begin(np.array([2.0]), token)
+    transaction.settle()
+    with pytest.raises(RuntimeError, match="one call at a time"):
+        memory.check_call(third)
+
+
+ONE = np.zeros((BATCH, 1), "int32")
+LOCKED = {
+    "replace": ("memory", ONE, np.ones((BATCH, 1, WIDTH), "float32")),
+    "least_recently_accessed": (),
+    "nearest": (np.ones((BATCH, 1, WIDTH), "float32"), 1),
+    "roll_back": (),
+    "clear": (),
+    "fill": (np.ones((BATCH, 2, WIDTH), "float32"),),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), LOCKED.items(), ids=LOCKED)
+def test_a_method_waits_for_the_lock(name, arguments):
+    """The thread that builds trees holds it to swap them."""
+    memory = memory_of(9)
+    method = getattr(memory, name)
+    thread = threading.Thread(target=method, args=arguments, daemon=True)
+    with memory._lock:
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+        assert not memory.memory.any()
+    thread.join()
+
+
+def test_a_write_that_leaves_out_a_slot_is_refused():
+    memory = memory_of(9)
+    slots = np.array([[0, 1], [0, 0]], "int32")
+    rows = np.ones((BATCH, 2, WIDTH), "float32")
+    with pytest.raises(ValueError, match="slot 1 of a memory with 0 written"):
+        memory.replace("memory", slots, rows)
+    assert not memory.memory.any()
+    memory.replace("memory", slots, rows, np.array([False, True]))
+    assert not memory.memory[0].any()
+    memory.replace("memory", slots[::-1], rows, np.array([True, True]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_waits_for_no_thread():
+    memory, is_held = memory_of(9), threading.Event()
+    memory.fill(random(BATCH, 5, WIDTH))
+
+    def hold():  # as a thread that builds a tree
+        with memory._lock:
+            is_held.set()
+            threading.Event().wait(0.2)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if not child:
+        try:
+            is_free = memory._lock.acquire(timeout=1)
+            found = memory.nearest(memory.memory[:, :5], 1)[:, :, 0]
+            os._exit(7 if is_free and (found == np.arange(5)).all() else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    thread.join()
 
 
 def test_some_rows_are_cleared():

@@ -265,6 +265,17 @@ def test_weights_of_equal_slots_add_up_to_an_access():
 
 
 @pytest.mark.every_backend
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_a_weight_of_the_threshold_is_no_access(threshold):
+    last_access = ops.convert_to_tensor([[1, 2]], dtype="int32")
+    slots = ops.convert_to_tensor([[0, 1]], dtype="int32")
+    weights = ops.convert_to_tensor([[threshold, threshold + 0.25]])
+    time = ops.convert_to_tensor([[7]], dtype="int32")
+    after = sparse.mark_accessed(last_access, slots, weights, threshold, time)
+    assert ops.convert_to_numpy(after).tolist() == [[1, 7]]
+
+
+@pytest.mark.every_backend
 @pytest.mark.parametrize("slots", [6, 23])
 def test_the_slot_accessed_longest_ago_is_found_in_blocks(slots, monkeypatch):
     monkeypatch.setattr(sparse, "BLOCK", 4)
@@ -283,6 +294,20 @@ def test_the_slot_accessed_longest_ago_is_found_in_blocks(slots, monkeypatch):
         for row, of_row in enumerate(ops.convert_to_numpy(bounds)):
             for block, bound in enumerate(of_row):
                 assert bound <= accesses[row, 4 * block : 4 * block + 4].min()
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("count", [1, 4, 6, 11, 12])
+def test_the_first_unwritten_slot_is_found_in_given_states(count, monkeypatch):
+    monkeypatch.setattr(sparse, "BLOCK", 4)
+    cell = keras_memory.SAMCell(3, memory_slots=12, slot_size=5, top_k=2)
+    cell.build((BATCH, 4))
+    states = cell.state_with(np.ones((BATCH, count, 5), "float32"))
+    (record,) = cell.layout.unflatten(states)
+    slot, _ = sparse.least_recently_accessed(
+        record.last_access, record.block_access
+    )
+    assert (ops.convert_to_numpy(slot) == count % 12).all()
 
 
 @pytest.mark.every_backend
@@ -686,15 +711,27 @@ def test_rows_of_a_state_without_gradient_are_not_put():
 
 
 @pytest.mark.every_backend
-def test_a_written_slot_is_found_where_products_are_nan():
-    # The products of the first slot are infinity less infinity.
-    memory = ops.convert_to_tensor([[[3e38, -3e38], [0, 0]]], dtype="float32")
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_written_slot_is_found_where_products_are_nan(written):
+    memory, last_access = np.zeros((1, 2, 2)), np.full((1, 2), sparse.UNWRITTEN)
+    memory[0, written] = [3e38, -3e38]  # products: infinity less infinity
+    last_access[0, written] = 1
+    memory = ops.convert_to_tensor(memory, dtype="float32")
     norms = ops.ones((1, 2), "float32")
-    last_access = ops.convert_to_tensor([[1, sparse.UNWRITTEN]], dtype="int32")
+    last_access = ops.convert_to_tensor(last_access, dtype="int32")
     key = ops.convert_to_tensor([[[1e9, 1e9]]], dtype="float32")
     with np.errstate(all="ignore"):
         slots = sparse.nearest(memory, norms, last_access, key, 2)
-    assert ops.convert_to_numpy(slots).tolist() == [[[0, -1]]]
+    assert ops.convert_to_numpy(slots).tolist() == [[[written, -1]]]
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("size", [1e15, 1e30])
+def test_norms_of_huge_rows_have_the_epsilon(size):
+    rows = np.random.default_rng(3).normal(size=(1, 4, 5)) * size
+    given = ops.convert_to_tensor(rows, dtype="float32")
+    norms = ops.convert_to_numpy(sparse.norms_of(given, 1e30))
+    close(norms / np.sqrt((rows**2).sum(axis=2) + 1e30), np.ones((1, 4)), 1e-6)
 
 
 @harness.needs_tensorflow

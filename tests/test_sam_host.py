@@ -3,6 +3,8 @@
 With few slots the search on the host is exact, so it equals the other engine.
 """
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from knn import need_scann
 from knn import random
 
 import keras_memory
+from keras_memory import checks
 from keras_memory.retrieval import tuning
 from keras_memory.retrieval.scann_row import ScannRow
 
@@ -83,7 +86,7 @@ def gradients(layer, x, mask=None, compiled=False):
 
 
 CASES = {
-    "one memory": {},
+    "one memory": {"norm_epsilon": 0.5},
     "two blocks": {"num_layers": 2},
     "two memories": {"num_layers": 2, "share_memory": False},
     "one row": {"batch": 1},
@@ -306,6 +309,41 @@ def test_a_call_counts_if_a_later_layer_fails(eager):
 
 
 @on_host
+def test_a_call_during_another_ends_that_one(monkeypatch):
+    """As if two threads called the layer."""
+    layer, twin = layer_of(), layer_of()
+    for one in (layer, twin):
+        one(inputs(seed=1))
+    x, search, calls = inputs(3, seed=2), ScannRow.search, []
+
+    def search_after_a_call(self, *arguments):
+        calls.append(0)
+        if len(calls) == 4:
+            close(layer(x).numpy(), twin(x).numpy(), tolerance=1e-6)
+        return search(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScannRow, "search", search_after_a_call)
+        with pytest.raises(RuntimeError, match="one call at a time"):
+            layer(inputs(seed=3))
+    assert_same(content(layer), content(twin))
+
+
+@on_host
+def test_states_without_their_memory_are_refused():
+    layer = layer_of()
+    layer(inputs())
+    states = [ops.convert_to_numpy(state).copy() for state in layer.states]
+    layer.reset_state()
+    for variable, state in zip(layer.states, states):
+        variable.assign(state)
+    with pytest.raises(ValueError, match="states that write to slot"):
+        layer(inputs())
+    layer.reset_state()
+    assert_same(content(layer), content(layer_of()))
+
+
+@on_host
 def test_two_calls_in_one_graph_keep_their_order():
     import tensorflow as tf
 
@@ -339,6 +377,22 @@ def test_nan_is_refused_before_it_reaches_the_memory():
 
 
 # Filling and resetting.
+
+
+@on_host
+def test_a_reset_clears_what_a_failed_call_wrote(monkeypatch):
+    layer = layer_of()
+
+    def fail(*arguments):
+        raise Failing("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScannRow, "write", fail)
+        with pytest.raises(Failing, match="injected"):
+            layer(inputs())
+    assert layer._memories[0].memory.any()
+    layer.reset_state()
+    assert_same(content(layer), content(layer_of()))
 
 
 @on_host
@@ -476,11 +530,39 @@ def test_uses_without_the_memory_are_refused(tmp_path):
             layer.cell
         ),
         "XLA cannot": lambda: tf.function(layer, jit_compile=True)(x),
+        "A SavedModel cannot reach": lambda: model.export(
+            tmp_path / "sam", verbose=False
+        ),
     }
     for words, call in refused.items():
         with pytest.raises(ValueError, match=words):
             call()
     assert_same(content(layer), before)
+
+
+@on_host
+def test_calls_that_would_write_twice_are_refused(monkeypatch):
+    import tensorflow as tf
+
+    with keras.RematScope(mode="full"):
+        layer = layer_of()
+        with pytest.raises(ValueError, match="RematScope"):
+            layer(inputs())
+    layer = layer_of()
+    strategy = types.SimpleNamespace(num_replicas_in_sync=2)
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
+    with pytest.raises(ValueError, match="Received: 2 replicas"):
+        layer(inputs())
+    assert not layer.get_memory()[0].any()
+
+
+@on_host
+def test_a_fork_resets_no_states(monkeypatch):
+    layer = layer_of()
+    monkeypatch.setattr(checks, "_forked_from", 1)
+    for call in (layer.reset_state, layer.reset_memory):
+        with pytest.raises(RuntimeError, match="in a fork"):
+            call()
 
 
 @on_host

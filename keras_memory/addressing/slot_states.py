@@ -137,6 +137,7 @@ class HostCalls:
         may return None if there are none."""
 
         def call(token, *arrays):
+            self.memory.check_call(token)
             return (token, *(function(*arrays) or ()))
 
         specs = [keras.KerasTensor(self.token.shape, "int32"), *specs]

@@ -328,10 +328,7 @@ class MemoryRNN(Arguments, keras.layers.RNN):
         outputs = ops.cast(outputs, self.compute_dtype)
         states = self.cell.layout.cast(states, self.compute_dtype)
         if self.stateful:
-            for variable, value in zip(
-                [*self.states, *self._starts], [*states, *starts]
-            ):
-                variable.assign(value)
+            self._assign_states([*states, *starts])
             outputs = with_rows_of(outputs, given)
         return (outputs, *states) if self.return_state else outputs
 
@@ -527,6 +524,11 @@ class MemoryRNN(Arguments, keras.layers.RNN):
     def _values_of_state(self):
         """The values of `states`, then of `_starts`, to begin a call with."""
         return [ops.convert_to_tensor(v) for v in self._state.variables]
+
+    def _assign_states(self, values):
+        """Assigns values to `states`, then to `_starts`, to end a call."""
+        for variable, value in zip([*self.states, *self._starts], values):
+            variable.assign(value)
 
     def reset_state(self) -> None:
         """Resets the states of a stateful layer to the initial state."""

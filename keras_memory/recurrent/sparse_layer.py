@@ -1,6 +1,7 @@
 """Cell and layer of memories with a row for each slot, of which a step touches
 few. Such a memory is in the graph, or stays on the host."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +13,31 @@ from keras_memory.addressing import sparse
 from keras_memory.addressing.slot_states import call_host
 from keras_memory.addressing.slots import compiles
 from keras_memory.checks import check_array
+from keras_memory.checks import check_process
 from keras_memory.hints import Array
 from keras_memory.recurrent.cell import MemoryCell
 from keras_memory.recurrent.layer import MemoryRNN
+
+LAST_CALL = 2**31 - 1  # calls are numbered in int32
 
 
 class Transaction:
     """Makes each call of a layer with memories on the host all or nothing.
 
+    Calls are numbered. A call that is undone while another thread still runs it
+    gets an error at its next step.
+
     Args:
         memories: list of `HostMemory`.
+        tokens: indices of the states that have the number of the call.
     """
 
-    def __init__(self, memories):
-        self._memories = memories
+    def __init__(self, memories, tokens=()):
+        self._memories, self._tokens = memories, tokens
         self._states = None  # before a call, until one ends
+        self._ended = None  # after the last call that ended
+        self._call = 0
+        self._lock = threading.RLock()
 
     def begin(self, *states):
         """Begins a call with the layer's states, arrays.
@@ -34,10 +45,12 @@ class Transaction:
         Returns:
             The states to begin with; see `settle`.
         """
-        states = self.settle(*states)
-        # Copies: TensorFlow may reuse the memory of arguments and results.
-        self._states = [np.array(state) for state in states]
-        return states
+        with self._lock:
+            states = self.settle(*states)
+            self._next_call()
+            # Copies: TensorFlow may reuse the memory of arguments and results.
+            self._states = _copies(states)
+            return self._with_tokens(states, self._call)
 
     def settle(self, *states):
         """Undoes the writes of a call that has begun but not ended.
@@ -46,21 +59,53 @@ class Transaction:
             The layer's states, or, until the next call ends, those before the
             call that was undone.
         """
-        if self._states is None:
+        with self._lock:
+            if self._states is None:
+                self._forget()
+                return states
+            self._next_call()
+            for memory in self._memories:
+                memory.roll_back()
+            return _copies(self._states)
+
+    def end(self, *states):
+        """Ends a call with the states after it: it counts.
+
+        Returns:
+            The states.
+        """
+        with self._lock:
+            try:
+                for index in self._tokens if states else ():
+                    self._memories[0].check_call(states[index])
+            except RuntimeError:
+                # It may have assigned its states after the call that ended.
+                self._states = self._states or self._ended
+                raise
+            states = self._with_tokens(states, 0) if states else []
+            self._ended = _copies(states) or None
+            self._states = None  # from here on, even if it is interrupted
             self._forget()
             return states
-        for memory in self._memories:
-            memory.roll_back()
-        return [state.copy() for state in self._states]
 
-    def end(self):
-        """Ends a call: it counts."""
-        self._states = None  # from here on, even if it is interrupted
-        self._forget()
+    def _next_call(self):
+        self._call = self._call % LAST_CALL + 1
+        for memory in self._memories:
+            memory.call = self._call
+
+    def _with_tokens(self, states, call):
+        states = list(states)
+        for index in self._tokens:
+            states[index] = np.full_like(states[index], call)
+        return states
 
     def _forget(self):
         for memory in self._memories:
             memory.forget()
+
+
+def _copies(states):
+    return [np.array(state) for state in states]
 
 
 class SparseCell(MemoryCell):
@@ -165,7 +210,9 @@ class SparseRNN(MemoryRNN):
         self.supports_jit = False
         accesses = {id(access): access for access in self.cell.accesses}
         self._memories = [a.host_memory for a in accesses.values()]
-        self._transaction = Transaction(self._memories)
+        specs = enumerate(self.cell.layout.specs)
+        tokens = [index for index, spec in specs if spec.on_host]
+        self._transaction = Transaction(self._memories, tokens)
 
     def _check_own_arguments(self):
         wanted = {
@@ -198,6 +245,13 @@ class SparseRNN(MemoryRNN):
         if self.cell.is_on_host:
             for memory in self._memories:
                 memory.allocate(batch_size)
+            for variable in self._state.variables:
+                # Every call reads the states, so that TensorFlow asks them to
+                # be saved with each graph that has a call.
+                variable.value._export_to_saved_model_graph = self._refuse
+
+    def _refuse(self, *arguments, **options):
+        self.cell.check_not_on_host("A SavedModel")
 
     def _check_arguments(self, sequences, initial_state, mask):
         if self.cell.is_on_host and initial_state is not None:
@@ -219,16 +273,36 @@ class SparseRNN(MemoryRNN):
     ) -> Any:
         self._given_state = initial_state is not None
         self._is_compiled = compiles()
-        if self.cell.is_on_host and self._is_compiled:
+        if self.cell.is_on_host:
+            self._check_call()
+        outputs = super().call(
+            sequences, initial_state, mask, training, use_memory
+        )
+        return self._after_call(outputs) if self.cell.is_on_host else outputs
+
+    def _check_call(self):
+        import tensorflow as tf
+
+        if self._is_compiled:
             raise ValueError(
                 'search_method="approximate" calls the host, which XLA cannot: '
                 "use `compile(..., jit_compile=False)`, or search_method="
                 '"exact". Received: a call compiled by XLA'
             )
-        outputs = super().call(
-            sequences, initial_state, mask, training, use_memory
-        )
-        return self._end_call(outputs) if self.cell.is_on_host else outputs
+        if self._remat_mode is not None:
+            raise ValueError(
+                'search_method="approximate" cannot compute a call twice, as '
+                "`keras.RematScope` does: a step would write twice. Make the "
+                'layer outside of the scope, or use search_method="exact" with '
+                f"`recompute`. Received: mode={self._remat_mode.mode!r}"
+            )
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                'search_method="approximate" needs a strategy with one '
+                "replica, since replicas would write to the same memory: use "
+                f'search_method="exact". Received: {replicas} replicas'
+            )
 
     def _values_of_state(self):
         values = super()._values_of_state()
@@ -236,31 +310,34 @@ class SparseRNN(MemoryRNN):
             return self._call_host(self._transaction.begin, values)
         return values
 
-    def _end_call(self, outputs):
-        """Ends the transaction when all states are assigned, and before layers
-        behind this one see the outputs."""
+    def _assign_states(self, values):
+        super()._assign_states(values)
+        if self.cell.is_on_host:
+            # Ends when all states are assigned. The next call begins when it
+            # reads the states, and so after these assignments.
+            values = self._call_host(self._transaction.end, values)
+            super()._assign_states(values)
+
+    def _after_call(self, outputs):
+        """Lets layers behind this one wait for the end of the call."""
         import tensorflow as tf
 
-        def end(*values):
-            self._transaction.end()
-            return values
-
-        values = self._call_host(end, super()._values_of_state())
-        # The next call begins when it reads the states: then this one ended.
-        for variable, value in zip(self._state.variables, values):
-            variable.assign(value)
-        with tf.control_dependencies(values):
+        with tf.control_dependencies(super()._values_of_state()):
             return tf.identity(outputs)
 
     def _call_host(self, function, values):
         return call_host(function, values, *values)
 
     def reset_state(self) -> None:
+        is_on_host = self.cell.is_on_host and self.states is not None
+        if is_on_host:
+            check_process(type(self).__name__)
+            self._transaction.settle()
         super().reset_state()
-        if self.cell.is_on_host and self.states is not None:
-            self._transaction.end()
+        if is_on_host:
             for memory in self._memories:
                 memory.clear()
+            self._transaction.end()
 
     def _reset(self, reset, states, rows):
         after = super()._reset(reset, states, rows)
@@ -273,6 +350,7 @@ class SparseRNN(MemoryRNN):
     ) -> list[Array]:
         if not self.cell.is_on_host:
             return super().reset_memory(states, rows)
+        check_process(type(self).__name__)
         if states is not None:
             raise ValueError(
                 "`states` must be None for search_method="

@@ -12,8 +12,10 @@ from keras_memory.addressing.sparse import BLOCK
 from keras_memory.addressing.sparse import NEVER_ACCESSED
 from keras_memory.addressing.sparse import UNWRITTEN
 from keras_memory.checks import check_bytes
+from keras_memory.retrieval import forks
 from keras_memory.retrieval.scann_row import Builder
 from keras_memory.retrieval.scann_row import ScannRow
+from keras_memory.retrieval.similarities import unit
 
 
 class HostMemory:
@@ -29,18 +31,24 @@ class HostMemory:
         memory_slots: int N, number of slots.
         slot_size: int W, width of a slot.
         target_recall: float in (0, 1), recall that trees are tuned for.
+        norm_epsilon: float above 0, added to the squared norm of each slot.
 
     Attributes:
         memory: (B, N, W) float32, slot contents.
         last_access: (B, N) int32, as in `SAMState`.
+        call: int, the number of the call that may use the memory.
     """
 
-    def __init__(self, memory_slots, slot_size, target_recall):
+    def __init__(self, memory_slots, slot_size, target_recall, norm_epsilon):
         self.memory_slots, self.slot_size = memory_slots, slot_size
+        self.call = 0
         self._target_recall = target_recall
+        self._norm_epsilon = norm_epsilon
         self._lock = threading.RLock()
         self._builder = Builder()
         self._journal = []  # (array, slots, rows before), the oldest first
+        self._indices = []
+        forks.register(self)
 
     def allocate(self, batch_size):
         """Makes an empty memory for a batch."""
@@ -55,14 +63,30 @@ class HostMemory:
         self._bounds = np.zeros((batch_size, blocks), "int32")
         self._rows = np.arange(batch_size)[:, None]
         self._indices = [
-            ScannRow(
-                keys, "cosine", self._target_recall, self._lock, self._builder
+            _NormedRow(
+                keys,
+                self._norm_epsilon,
+                self._target_recall,
+                self._lock,
+                self._builder,
             )
             for keys in self.memory
         ]
         self.forget()
 
     # What a step does.
+
+    def check_call(self, token):
+        """Raises RuntimeError unless an array of int32 has the number of the
+        running call."""
+        if token.size and token.flat[0] != self.call:
+            raise RuntimeError(
+                "A memory on the host takes one call at a time: before this "
+                "call ended, another thread called or reset the layer, or read "
+                "its memory. This call changes nothing. Use a lock around the "
+                "calls of several threads. Received: call "
+                f"{token.flat[0]} during call {self.call}"
+            )
 
     def take(self, name, slots):
         """The rows of `memory` or `last_access` at slots (B, P)."""
@@ -84,17 +108,31 @@ class HostMemory:
                 "NaN and infinity. The memory is as before the call. Received: "
                 "a write of NaN or infinity"
             )
+        if updated is None:
+            updated = np.ones(len(slots), bool)
         with self._lock:
+            if name == "memory":
+                self._check_slots(slots, updated)
             before = self.take(name, slots)
             self._journal.append((name, np.array(slots), before))
-            if updated is None:
-                updated = np.ones(len(slots), bool)
             more = (1,) * (before.ndim - 1)
             rows = np.where(updated.reshape(-1, *more), rows, before)
             self._set(name, slots, rows)
             if name == "memory":
                 for row in np.flatnonzero(updated):
                     self._indices[row].write(np.unique(slots[row]))
+
+    def _check_slots(self, slots, updated):
+        """Raises ValueError if a write would leave out a slot."""
+        for row in np.flatnonzero(updated):
+            last, size = slots[row].max(initial=0), self._indices[row].size
+            if last > size:
+                raise ValueError(
+                    "The states of a layer must be those of its memory on the "
+                    "host, which they do not contain: `reset_state()` resets "
+                    f"both. Received: states that write to slot {last} of a "
+                    f"memory with {size} written slots"
+                )
 
     def _set(self, name, slots, rows):
         getattr(self, name)[self._rows, slots] = rows
@@ -138,6 +176,7 @@ class HostMemory:
                 "finite. The memory is as before the call. Received: NaN or "
                 "infinity"
             )
+        queries = unit(queries, np)
         found = np.full((*queries.shape[:2], top_k), -1, "int32")
         with self._lock:
             for row, index in enumerate(self._indices):
@@ -207,3 +246,30 @@ class HostMemory:
         """Waits for trees that are being built or tuned."""
         for index in self._indices:
             index.wait()
+
+    # Forks, which lack the thread that builds trees.
+
+    def _before_fork(self):
+        self._lock.acquire()
+
+    def _after_fork(self, is_child):
+        if is_child:
+            self._builder.after_fork()
+            for index in self._indices:
+                index.after_fork()
+        self._lock.release()
+
+
+class _NormedRow(ScannRow):
+    """A `ScannRow` of cosines, with an epsilon in the norms of keys: small keys
+    are as far from each query as in `sparse.nearest`."""
+
+    def __init__(self, keys, norm_epsilon, *arguments):
+        self._norm_epsilon = norm_epsilon
+        super().__init__(keys, "dot", *arguments)
+
+    def _vectors(self, slots):
+        keys = super()._vectors(slots)
+        squares = np.einsum("nd,nd->n", keys, keys, dtype="float64")
+        norms = np.sqrt(squares + self._norm_epsilon)[:, None]
+        return np.divide(keys, norms, out=keys, casting="same_kind")

@@ -7,7 +7,6 @@ V width of values, K neighbors.
 
 import contextlib
 import math
-import os
 import threading
 import weakref
 from typing import Any
@@ -23,6 +22,7 @@ from keras_memory.checks import check_open
 from keras_memory.checks import check_size
 from keras_memory.checks import has_accelerator
 from keras_memory.hints import Array
+from keras_memory.retrieval import forks
 from keras_memory.retrieval.durable import STORED
 from keras_memory.retrieval.durable import Durable
 from keras_memory.retrieval.entries import KEY_REMEDY
@@ -186,7 +186,6 @@ class KNNMemory(Arguments, Durable):
         if search_method == "approximate" and background:
             self._builder = Builder()
             weakref.finalize(self, self._builder.close)
-        _MEMORIES.add(self)
         self._indexes = [self._index(row) for row in range(num_rows)]
         if keep_statistics:
             self._searches = np.zeros(num_rows, "int64")
@@ -197,6 +196,7 @@ class KNNMemory(Arguments, Durable):
         self._file = self._mode = None
         self._stored_count = np.zeros(num_rows, "int64")  # `_count` in the file
         self._is_cleared = np.zeros(num_rows, bool)  # cleared since the flush
+        forks.register(self)
 
     def _index(self, row):
         if self.search_method == "exact":
@@ -552,6 +552,18 @@ class KNNMemory(Arguments, Durable):
 
     # Files.
 
+    def _before_fork(self):
+        self._lock.acquire()
+        if self._file is not None:
+            self._file.disconnect()
+
+    def _after_fork(self, is_child):
+        if is_child and self._builder is not None:
+            self._builder.after_fork()
+            for index in self._indexes:
+                index.after_fork()
+        self._lock.release()
+
     def __reduce__(self) -> Any:
         raise TypeError(
             "A `KNNMemory` cannot be pickled or copied: use `save` and `load`. "
@@ -587,47 +599,6 @@ class KNNMemory(Arguments, Durable):
         if rows.min() < 0 or rows.max() >= self.num_rows:
             raise ValueError(wanted)
         return rows
-
-
-# A fork lacks the other threads, such as those that build trees, and would
-# wait forever for locks that they hold. So the forking thread takes all locks.
-
-_MEMORIES = weakref.WeakSet()
-_forking = threading.RLock()  # one thread at a time
-_held = []
-
-
-def _before_fork():
-    _forking.acquire()
-    _held[:] = list(_MEMORIES)
-    for memory in _held:
-        memory._lock.acquire()
-        if memory._file is not None:
-            memory._file.disconnect()
-
-
-def _after_fork():
-    for memory in _held:
-        memory._lock.release()
-    _held.clear()
-    _forking.release()
-
-
-def _after_fork_in_child():
-    for memory in _held:
-        if memory._builder is not None:
-            memory._builder.after_fork()
-            for index in memory._indexes:
-                index.after_fork()
-    _after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork,
-        after_in_child=_after_fork_in_child,
-    )
 
 
 def _flat(queries):
