@@ -283,6 +283,9 @@ class SAMAccess:
                 )
         self.activations  # noqa: B018, raises if one is unknown
 
+    # Arrays of a `HostMemory`, beside memory and last access.
+    more_on_host = {}
+
     @functools.cached_property
     def host_memory(self):
         """The slots, with search_method="approximate"; else None."""
@@ -295,6 +298,7 @@ class SAMAccess:
             self.slot_size,
             self.target_recall,
             self.epsilon("float32"),
+            self.more_on_host,
         )
 
     @functools.cached_property

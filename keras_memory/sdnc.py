@@ -223,7 +223,6 @@ class SDNCAccess(SAMAccess):
     @property
     def initial_state(self):
         state = super().initial_state._asdict()
-        of_slots = (self.memory_slots, self.sparse_links)
         whole = functools.partial(StateSpec, constant=-1, dtype="int32")
         weight = functools.partial(StateSpec, dtype="float32")
         state["read_weights"] = dataclasses.replace(
@@ -231,9 +230,7 @@ class SDNCAccess(SAMAccess):
         )
         return SDNCState(
             **state,
-            predecessors=whole(of_slots, per_slot=True),
-            link_weights=weight(of_slots, per_slot=True),
-            successors=whole(of_slots, per_slot=True),
+            **self._links_per_slot,
             precedence_slots=whole(
                 (self.sparse_links,), into_range=self._existing_slots
             ),
@@ -241,6 +238,37 @@ class SDNCAccess(SAMAccess):
                 (self.sparse_links,), into_range=sums_into_unit_range
             ),
         )
+
+    @property
+    def _links_per_slot(self):
+        def spec(name, size, dtype, initial):
+            if self.host_memory is not None:
+                on_host = self.host_memory, name
+                return StateSpec(
+                    (1,), dtype="int32", per_slot=True, on_host=on_host
+                )
+            return StateSpec(
+                (self.memory_slots, size),
+                constant=initial,
+                dtype=dtype,
+                per_slot=True,
+            )
+
+        return {
+            name: spec(name, *array)
+            for name, array in self.more_on_host.items()
+        }
+
+    @property
+    def more_on_host(self):
+        """Arrays of a `HostMemory`, beside those of a SAM: size of a row, dtype
+        and initial value."""
+        count = self.sparse_links
+        return {
+            "predecessors": (count, "int32", -1),
+            "link_weights": (count, "float32", 0.0),
+            "successors": (count, "int32", -1),
+        }
 
 
 def _links_between(state, slots):
@@ -305,7 +333,7 @@ class SDNCLayer(SparseRNN, SDNCArguments, cell=SDNCCell):
     slots with the largest sums are read. No gradient passes through links.
 
     Memory, cost and calls are those of `SAMLayer`. Each slot keeps
-    `sparse_links` links in each direction, which take 12 bytes each.
+    `sparse_links` links in each direction, which take 12 bytes together.
 
     Args:
         units: int, at least 1, width of the output; None: see `MemoryCell`.
@@ -319,10 +347,12 @@ class SDNCLayer(SparseRNN, SDNCArguments, cell=SDNCCell):
             in each direction, and of slots that count as written last.
             Default 8.
 
-    Other arguments: see `SAMLayer`.
+    Other arguments, and `search_method="approximate"`: see `SAMLayer`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or not possible with
+            search_method="approximate".
+        ImportError: search_method="approximate", and ScaNN cannot be imported.
 
     Call arguments and further errors: see `MemoryRNN`.
 

@@ -36,11 +36,16 @@ def _with_scann():
     need_scann()
 
 
-def layer_of(search_method="approximate", batch=BATCH, **kwargs):
+def layer_of(
+    search_method="approximate",
+    batch=BATCH,
+    layer=keras_memory.SAMLayer,
+    **kwargs,
+):
     """A built stateful layer; all have the same weights."""
     keras.utils.set_random_seed(5)
     fixed = {"units": 3, "controller_units": 7, "return_sequences": True}
-    layer = keras_memory.SAMLayer(
+    layer = layer(
         **{**SIZES, **fixed, "stateful": True, **kwargs},
         search_method=search_method,
     )
@@ -96,6 +101,7 @@ CASES = {
     "last output": {"return_sequences": False},
     "backwards": {"go_backwards": True},
     "learned states": {"initial_controller_state": "learned"},
+    "links": {"layer": keras_memory.SDNCLayer, "memory_slots": 8},
 }
 
 
@@ -146,14 +152,17 @@ def check_numbers(case, filled, masked, compiled=False):
 
 
 def _compare_states(layer, exact):
-    """States that both layers have: all but memories and their tokens."""
+    """States of both layers, on the host or not; all but the memories."""
     names = zip(exact.cell.state_names, exact.states)
     expected = {name: state.numpy() for name, state in names}
     memories = iter(layer._memories)
     for name, state in zip(layer.cell.state_names, layer.states):
         if name.endswith("last_access"):
-            accesses = next(memories).last_access
-            np.testing.assert_array_equal(accesses, expected[name])
+            memory = next(memories)
+            np.testing.assert_array_equal(memory.last_access, expected[name])
+        elif name.endswith(("predecessors", "link_weights", "successors")):
+            links = getattr(memory, name).reshape(expected[name].shape)
+            close(links, expected[name], tolerance=1e-5)
         elif not name.endswith("memory"):
             close(state.numpy(), expected[name], tolerance=1e-5)
 

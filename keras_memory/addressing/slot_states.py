@@ -45,6 +45,12 @@ class SlotState:
         """The rows (B, P, ...) at slots (B, P)."""
         return rows_at(self.array, slots)
 
+    def entries(self, numbers):
+        """The entries (B, ...) at numbers (B, ...) of a state (B, N, K): entry
+        k of slot i has the number i K + k."""
+        rows, slots, count = ops.shape(self.array)
+        return rows_at(ops.reshape(self.array, (rows, slots * count)), numbers)
+
     def replaced(self, slots, rows, differentiates=False):
         """The state with other rows (B, P, ...) at slots (B, P).
 
@@ -93,6 +99,15 @@ class HostSlotState(SlotState):
             lambda slots: memory.take(self.name, slots),
             keras.KerasTensor(shape, array.dtype.name),
             slots,
+        )
+
+    def entries(self, numbers):
+        memory = self.calls.memory
+        dtype = getattr(memory, self.name).dtype.name
+        return self.calls.result(
+            lambda numbers: memory.take_entries(self.name, numbers),
+            keras.KerasTensor(numbers.shape, dtype),
+            numbers,
         )
 
     def replaced(self, slots, rows, differentiates=False):

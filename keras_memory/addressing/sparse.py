@@ -119,6 +119,13 @@ def rows_of(state, slots):
     return rows_at(state, slots)
 
 
+def entries_of(state, numbers):
+    """Takes entries (B, ...) of a state per slot (B, N, K) without gradient:
+    entry k of slot i has the number i K + k."""
+    state = state if isinstance(state, SlotState) else SlotState(None, state)
+    return state.entries(numbers)
+
+
 def with_rows(state, slots, rows, differentiates=False):
     """Replaces rows of a state per slot, as `put`, but only the backend
     differentiates it, and only if `differentiates`."""

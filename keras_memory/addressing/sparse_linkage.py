@@ -22,9 +22,7 @@ import numpy as np
 from keras import ops
 
 from keras_memory.addressing import sparse
-from keras_memory.addressing.slot_states import array_of
 from keras_memory.addressing.slots import is_first
-from keras_memory.addressing.slots import rows_at
 from keras_memory.addressing.slots import same_place
 
 
@@ -243,18 +241,13 @@ def _links_of_numbers(links, numbers, slots):
     Returns:
         The slots (B, P, K), and the weights; 0 for void links.
     """
-    count = numbers.shape[2]
-
-    def entries(state):
-        state = array_of(state)
-        rows, size, _ = ops.shape(state)
-        flat = ops.reshape(state, (rows, size * count))
-        return rows_at(flat, ops.clip(numbers, 0, size * count - 1))
-
-    is_own = ops.equal(entries(links.predecessors), slots[:, :, None])
+    at = ops.maximum(numbers, 0)
+    is_own = ops.equal(
+        sparse.entries_of(links.predecessors, at), slots[:, :, None]
+    )
     is_link = ops.logical_and(numbers >= 0, is_own)
-    weights = ops.where(is_link, entries(links.weights), 0.0)
-    return numbers // count, weights
+    weights = ops.where(is_link, sparse.entries_of(links.weights, at), 0.0)
+    return numbers // numbers.shape[2], weights
 
 
 def _strongest(places, weights, count):

@@ -21,29 +21,32 @@ from keras_memory.retrieval.similarities import unit
 class HostMemory:
     """The slots of each row of a batch, and an index of each row.
 
-    Slots are written in their order: the written slots of a row are the first
-    ones. Trees are built in the background, so neighbors that a tree misses
-    depend on timing. Until a tree is ready all slots are compared.
-
-    Writes by `replace` are undone by `roll_back`, until `forget`.
+    Slots are first written in ascending order: the written slots of a row are 0
+    to n - 1. ScaNN's trees are built in the background, so which neighbors they
+    miss depends on timing. Without a tree a search compares all written slots.
+    `roll_back` undoes all writes by `replace` since the last `forget`.
 
     Args:
         memory_slots: int N, number of slots.
         slot_size: int W, width of a slot.
         target_recall: float in (0, 1), recall that trees are tuned for.
         norm_epsilon: float above 0, added to the squared norm of each slot.
+        more: dict with further arrays that have a row for each slot: from the
+            name to the size of a row, the dtype and the initial value.
 
-    Attributes:
+    Attributes: those of `more`, (B, N, size), and, set by `allocate`:
         memory: (B, N, W) float32, slot contents.
         last_access: (B, N) int32, as in `SAMState`.
         call: int, the number of the call that may use the memory.
     """
 
-    def __init__(self, memory_slots, slot_size, target_recall, norm_epsilon):
+    def __init__(
+        self, memory_slots, slot_size, target_recall, norm_epsilon, more=()
+    ):
         self.memory_slots, self.slot_size = memory_slots, slot_size
         self.call = 0
         self._target_recall = target_recall
-        self._norm_epsilon = norm_epsilon
+        self._norm_epsilon, self._more = norm_epsilon, dict(more)
         self._lock = threading.RLock()
         self._builder = Builder()
         self._journal = []  # (array, slots, rows before), the oldest first
@@ -51,13 +54,20 @@ class HostMemory:
         forks.register(self)
 
     def allocate(self, batch_size):
-        """Makes an empty memory for a batch."""
+        """Makes an empty memory for a batch.
+
+        Raises:
+            ValueError: it would not fit into the machine's memory.
+        """
         slots = ("batch size", batch_size), ("memory_slots", self.memory_slots)
         sizes = [*slots, ("slot_size", self.slot_size)]
         check_bytes("The memory", sizes, on_host=True)
         shape = batch_size, self.memory_slots
         self.memory = np.zeros((*shape, self.slot_size), "float32")
         self.last_access = np.full(shape, UNWRITTEN, "int32")
+        for name, (size, dtype, initial) in self._more.items():
+            check_bytes("The memory", [*slots, (name, size)], on_host=True)
+            setattr(self, name, np.full((*shape, size), initial, dtype))
         # No slot of a block of `BLOCK` slots was accessed before its bound.
         blocks = -(-self.memory_slots // BLOCK)
         self._bounds = np.zeros((batch_size, blocks), "int32")
@@ -74,7 +84,7 @@ class HostMemory:
         ]
         self.forget()
 
-    # What a step does.
+    # Reads and writes of a step.
 
     def check_call(self, token):
         """Raises RuntimeError unless an array of int32 has the number of the
@@ -89,18 +99,30 @@ class HostMemory:
             )
 
     def take(self, name, slots):
-        """The rows of `memory` or `last_access` at slots (B, P)."""
+        """A copy of the rows of an array at slots (B, P): (B, P, ...)."""
         return getattr(self, name)[self._rows, slots]
+
+    def take_entries(self, name, numbers):
+        """The entries of an array (B, N, size) at numbers (B, ...): entry k of
+        slot i has the number i size + k."""
+        array = getattr(self, name)
+        array = array.reshape(len(array), -1)
+        return np.take_along_axis(
+            array, numbers.reshape(len(array), -1), axis=1
+        ).reshape(numbers.shape)
 
     def replace(self, name, slots, rows, updated=None):
         """Replaces rows (B, P, ...) at slots (B, P).
 
         Args:
-            name: "memory" or "last_access".
+            name: "memory", "last_access", or a name in `more`.
             slots: (B, P) int32. A slot may occur several times, with equal
                 rows.
             rows: (B, P, ...), finite.
             updated: (B,) bool or None; False: the row of the batch stays.
+
+        Raises:
+            ValueError: rows are not finite, or leave out a slot.
         """
         if not np.isfinite(rows).all():
             raise ValueError(
@@ -208,9 +230,12 @@ class HostMemory:
 
     def _reindex(self, row, index, touched):
         size = int(np.sum(self.last_access[row] > UNWRITTEN))
-        if index.size > size:  # ScaNN cannot drop vectors
+        if index.size != size:
+            # ScaNN cannot drop vectors, and `clear` may have been interrupted
+            # behind.
             index.clear()
             touched = np.arange(size)
+        touched = touched[touched < size]
         if len(touched):
             index.write(touched)
 
@@ -219,19 +244,24 @@ class HostMemory:
         self._journal = []
 
     def clear(self, rows=None):
-        """Forgets all slots of the rows (B,) of bool; None: of all rows."""
+        """Empties the memory of the rows (B,) of bool; None: of all rows."""
         with self._lock:
             for row, index in enumerate(self._indices):
                 if rows is None or rows[row]:
                     self.memory[row, : index.size] = 0
                     self.last_access[row] = UNWRITTEN
+                    for name, (_, _, initial) in self._more.items():
+                        getattr(self, name)[row, : index.size] = initial
                     self._bounds[row] = 0
                     index.clear()
 
     def fill(self, contents):
-        """Replaces all slots by contents (B, n, W), and builds the indices.
+        """Replaces all slots by contents, and builds the indices.
 
-        Each slot counts as accessed once.
+        Each slot counts as accessed once. `roll_back` does not undo this.
+
+        Args:
+            contents: (B, n, W) float32, finite, n from 1 to N.
         """
         number = contents.shape[1]
         with self._lock:
