@@ -33,6 +33,7 @@ PRESETS = {
     "copy": (*_OF_ALL, "paper", "pytorch-dnc", "pytorch-ntm"),
     "repeat-copy": (*_OF_ALL, "paper", "pytorch-ntm"),
     "associative-recall": (*_OF_ALL, "paper"),
+    "chain": _OF_ALL,
     "n-grams": (*_OF_ALL, "paper"),
     "priority-sort": (*_OF_ALL, "paper"),
     "adding": (*_OF_ALL, "pytorch-dnc"),

@@ -120,6 +120,17 @@ def _presets():
             paper={},
             test_lengths=(10, 15, 20),
         ),
+        "chain": presets(
+            tasks.Chain(),
+            {
+                **adam,
+                "clipnorm": 1.0,
+                "batch_size": 16,
+                "learning_rate": 1e-3,
+                "steps": 5_000,
+            },
+            test_lengths=(32,),
+        ),
         "n-grams": presets(
             tasks.NGrams(),
             {
