@@ -8,6 +8,7 @@ from keras_memory.training.config import DNCConfig
 from keras_memory.training.config import LSTMConfig
 from keras_memory.training.config import NTMConfig
 from keras_memory.training.config import SAMConfig
+from keras_memory.training.config import SDNCConfig
 from keras_memory.training.config import Training
 
 
@@ -211,15 +212,20 @@ def _presets():
             ),
             steps=2_000,
         )
-    sam = SAMConfig(initialization="pytorch-ntm")
     long = {"max_length": 4096, "buckets": 0}
     for task, start in (
         (tasks.Copy(**long), 8),
         (tasks.AssociativeRecall(**long), 3),
     ):
-        made[task.name]["sam"] = Training(
-            task, sam, curriculum=(start,), probe_lengths=(20,), **doubling
-        )
+        for name, architecture in (("sam", SAMConfig), ("sdnc", SDNCConfig)):
+            model = architecture(initialization="pytorch-ntm")
+            made[task.name][name] = Training(
+                task,
+                model,
+                curriculum=(start,),
+                probe_lengths=(20,),
+                **doubling,
+            )
     for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
         made[name]["pytorch-ntm"] = dataclasses.replace(
             made[name]["paper"],
