@@ -619,6 +619,13 @@ def test_presets_of_sparse_memories_double_the_length(task):
     assert sam.task.max_length > 100 * sam.curriculum[0]
 
 
+def test_sparse_memories_of_a_chain_read_with_one_head():
+    chain = presets.PRESETS["chain"]
+    for name in ("sam", "sdnc"):
+        model = config.MODELS[name](read_heads=1)
+        assert chain[name] == dataclasses.replace(chain["lstm"], model=model)
+
+
 def test_invalid_resumes_are_refused(run, tmp_path, capsys):
     assert cli.main(["train"]) == 2
     assert "the task must be one of: copy" in capsys.readouterr().err

@@ -127,8 +127,8 @@ def _presets():
                 **adam,
                 "clipnorm": 1.0,
                 "batch_size": 16,
-                "learning_rate": 1e-3,
-                "steps": 5_000,
+                "learning_rate": 3e-3,
+                "steps": 4_000,
             },
             test_lengths=(32,),
         ),
@@ -226,6 +226,12 @@ def _presets():
                 probe_lengths=(20,),
                 **doubling,
             )
+    # A query of `chain` asks for one item, which one head reads.
+    for name in ("sam", "sdnc"):
+        start = made["chain"][name]
+        made["chain"][name] = dataclasses.replace(
+            start, model=dataclasses.replace(start.model, read_heads=1)
+        )
     for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
         made[name]["pytorch-ntm"] = dataclasses.replace(
             made[name]["paper"],
