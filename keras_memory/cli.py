@@ -27,12 +27,13 @@ EXAMPLES = """examples:
 
 `keras-memory COMMAND --help` tells more."""
 
-_OF_ALL = "default", "lstm", "dnc", "sam"
+_OF_ALL = "default", "lstm", "dnc", "sam", "sdnc"
 # Presets of each task, the same as in `training.presets.PRESETS`.
 PRESETS = {
     "copy": (*_OF_ALL, "paper", "pytorch-dnc", "pytorch-ntm"),
     "repeat-copy": (*_OF_ALL, "paper", "pytorch-ntm"),
     "associative-recall": (*_OF_ALL, "paper"),
+    "chain": _OF_ALL,
     "n-grams": (*_OF_ALL, "paper"),
     "priority-sort": (*_OF_ALL, "paper"),
     "adding": (*_OF_ALL, "pytorch-dnc"),
@@ -119,8 +120,8 @@ def parser():
     command.add_argument(
         "--preset",
         help="named configuration to start from: default (if none is given), "
-        "dnc, sam, lstm, paper (Graves et al. 2014), pytorch-ntm, pytorch-dnc; "
-        "not every task has each",
+        "dnc, sam, sdnc, lstm, paper (Graves et al. 2014), pytorch-ntm, "
+        "pytorch-dnc; not every task has each",
     )
     command.add_argument(
         "--set",
@@ -212,8 +213,8 @@ def parser():
         export,
         "export a trained model for TensorFlow Serving",
         "Writes the model of a run as a SavedModel, loads it again and "
-        "compares it with the model. Streams of a SAM have at most 1,000 "
-        "steps.",
+        "compares it with the model. Streams of a SAM or SDNC have at most "
+        "1,000 steps.",
         "runs/copy-1 served/copy --version 2",
     )
     _add_run(command)

@@ -656,6 +656,8 @@ def test_too_many_layers_over_all_blocks_are_refused():
 def test_too_large_batches_are_refused_before_they_are_drawn(small_machine):
     rng = np.random.default_rng(1)
     for task in (task() for task in tasks.TASKS.values()):
+        if task.name == "chain":  # its items are different
+            task = dataclasses.replace(task, bits=31)
         with pytest.raises(ValueError, match="batch_size=.*|must be|longer"):
             task.sample(rng, 2**31 - 1)
         if task.name != "argmax":

@@ -58,6 +58,12 @@ def test_each_task_is_learned(task, error, most, tmp_path):
     assert results[error] < most
 
 
+def test_a_sparse_dnc_follows_the_links_of_a_chain(tmp_path):
+    results = train(presets.PRESETS["chain"]["sdnc"], tmp_path / "run")
+    assert results["wrong_bits_per_sequence_up_to_16"] < 0.05 * 32
+    assert results["wrong_bits_per_sequence_at_32"] < 0.05 * 32
+
+
 @pytest.mark.parametrize("name", ["dnc", "sam"])
 def test_training_never_gets_a_nan(name):
     benchmark = pathlib.Path(__file__).parents[1] / "benchmarks"

@@ -27,6 +27,7 @@ SMALL = {
     "associative-recall": tasks.AssociativeRecall(
         2, 7, buckets=5, bits=11, vectors=3
     ),
+    "chain": tasks.Chain(3, 11, buckets=3, bits=5, queries=2),
     "n-grams": tasks.NGrams(5, 13, buckets=3, context=3),
     "priority-sort": tasks.PrioritySort(
         3, 11, buckets=3, bits=5, sorted_vectors=7
@@ -122,6 +123,28 @@ def answer_of_associative_recall(task, row):
     return len(items), dict(enumerate(items[place + 1], end + 1))
 
 
+def queries_of(task, row):
+    """All items, and for each query its step, the place of the queried item
+    and the step from there to the answer."""
+    start = next(t for t, step in enumerate(row) if any(step[task.bits :]))
+    items = [step[: task.bits] for step in row[:start]]
+    assert len({tuple(item) for item in items}) == start
+    queries = []
+    for time in range(start, start + 2 * task.queries, 2):
+        *item, before, after = row[time]
+        assert {before, after} == {0.0, 1.0}
+        queries.append((time, items.index(item), -1 if before else 1))
+        assert blank([row[time + 1]])
+    return items, queries
+
+
+def answer_of_chain(task, row):
+    items, queries = queries_of(task, row)
+    assert all(0 <= place + step for _, place, step in queries)
+    answers = {time + 1: items[place + step] for time, place, step in queries}
+    return len(items), answers
+
+
 def answer_of_n_grams(task, row):
     bits = dict(enumerate(row[1:]))
     steps = range(task.context - 1, len(row))
@@ -195,6 +218,7 @@ def test_every_task_is_in_the_table():
         "copy": (41, 9, 8),
         "repeat-copy": (10 + 2 + 10 * 10 + 1, 10, 9),
         "associative-recall": (6 * (1 + 3) + 5 + 3, 8, 6),
+        "chain": (16 + 2 * 4, 10, 8),
         "n-grams": (199, 1, 1),
         "priority-sort": (20 + 1 + 16, 10, 8),
         "adding": (101, 6, 1),
@@ -331,6 +355,7 @@ def test_impossible_tasks_are_refused(task):
     wrong += {
         "repeat-copy": [{"min_repeats": 6}],
         "associative-recall": [{"min_length": 1}],
+        "chain": [{"min_length": 1}, {"bits": 3}, {"max_length": 33}],
         "n-grams": [{"min_length": 3}, {"context": 5}],
         "priority-sort": [{"sorted_vectors": 12}],
     }.get(task.name, [])
@@ -346,6 +371,7 @@ def test_lengths_that_the_task_cannot_have_are_refused(task):
     wrong += {
         "repeat-copy": [{"length": 3, "repeats": n} for n in (0, 2.0, True)],
         "associative-recall": [{"length": 1}],
+        "chain": [{"length": 1}, {"length": 33}],
         "n-grams": [{"length": 1}, {"length": 3}],
     }.get(task.name, [])
     for change in wrong:
@@ -452,6 +478,47 @@ def test_every_item_but_the_last_is_asked_for(length):
     )
     assert set(places) == set(range(length - 1))
     assert min(places.values()) > 200 / (length - 1) / 2
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_every_neighbor_is_asked_for(length):
+    task = SMALL["chain"]
+    batch = draw(task, rows=400, length=length)
+    of_rows = [queries_of(task, row.tolist())[1] for row in batch.inputs]
+    pairs = [(place, place + step) for row in of_rows for _, place, step in row]
+    neighbors = [(n, n + 1) for n in range(length - 1)]
+    neighbors += [(n + 1, n) for n in range(length - 1)]
+    counts = collections.Counter(pairs)
+    assert set(counts) == set(neighbors)
+    assert min(counts.values()) > 800 / len(neighbors) / 2
+    # The queries of a sequence do not depend on each other.
+    both = {tuple(query[1:] for query in row) for row in of_rows}
+    assert len(both) > 0.8 * len(neighbors) ** 2
+
+
+def test_a_chain_may_have_all_items_that_there_are():
+    task = tasks.Chain(max_length=8, bits=3)
+    batch = draw(task, rows=200, length=8)
+    check_answers(task, batch)
+    numbers = batch.inputs[:, :8, :3] @ [4, 2, 1]
+    np.testing.assert_array_equal(np.sort(numbers), [range(8)] * 200)
+    counts = np.array([np.bincount(column) for column in numbers.T.astype(int)])
+    assert counts.min() > 25 - 4 * 5  # each number at each place
+
+
+def test_items_of_a_chain_may_have_more_bits_than_an_integer():
+    task = tasks.Chain(bits=70)
+    batch = draw(task, rows=300, length=5)
+    check_answers(task, batch)
+    means = batch.inputs[:, :5, :70].mean(axis=(0, 1))
+    assert np.abs(means - 0.5).max() < 5 * 0.5 / math.sqrt(5 * 300)
+
+
+def test_a_chain_of_too_few_bits_names_both_sizes():
+    with pytest.raises(ValueError, match="max_length=17, bits=4"):
+        tasks.Chain(max_length=17, bits=4)
+    with pytest.raises(ValueError, match="length=17, bits=4"):
+        draw(tasks.Chain(bits=4), length=17)
 
 
 def contexts(task, batch):

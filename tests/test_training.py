@@ -604,10 +604,26 @@ def test_each_architecture_has_a_preset(monkeypatch):
     made = presets._presets()
     assert {*made} == {*presets.PRESETS}
     for task, named in made.items():
-        of_all = ["default", "lstm", "dnc", "sam", "small"]
+        of_all = ["default", "lstm", "dnc", "sam", "sdnc", "small"]
         assert [*named][: len(of_all)] == of_all
         assert named.pop("small").model == Small()
         assert named == presets.PRESETS[task]
+
+
+@pytest.mark.parametrize("task", ["copy", "associative-recall"])
+def test_presets_of_sparse_memories_double_the_length(task):
+    sam, sdnc = (presets.PRESETS[task][name] for name in ("sam", "sdnc"))
+    assert type(sdnc.model) is config.SDNCConfig
+    assert sdnc == dataclasses.replace(sam, model=sdnc.model)
+    assert sam.curriculum_doubles
+    assert sam.task.max_length > 100 * sam.curriculum[0]
+
+
+def test_sparse_memories_of_a_chain_read_with_one_head():
+    chain = presets.PRESETS["chain"]
+    for name in ("sam", "sdnc"):
+        model = config.MODELS[name](read_heads=1)
+        assert chain[name] == dataclasses.replace(chain["lstm"], model=model)
 
 
 def test_invalid_resumes_are_refused(run, tmp_path, capsys):

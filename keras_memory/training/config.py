@@ -51,6 +51,7 @@ from keras_memory.dnc import DNCLayer
 from keras_memory.ntm import NTMLayer
 from keras_memory.recurrent.cells import check_units
 from keras_memory.sam import SAMLayer
+from keras_memory.sdnc import SDNCLayer
 from keras_memory.training import tasks
 
 MOST_STEPS = 2**31 - 1  # TensorFlow cannot count more
@@ -261,6 +262,7 @@ def _config_of(name, layer):
 NTMConfig = _config_of("NTMConfig", NTMLayer)
 DNCConfig = _config_of("DNCConfig", DNCLayer)
 SAMConfig = _config_of("SAMConfig", SAMLayer)
+SDNCConfig = _config_of("SDNCConfig", SDNCLayer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +295,7 @@ MODELS = {
     "ntm": NTMConfig,
     "dnc": DNCConfig,
     "sam": SAMConfig,
+    "sdnc": SDNCConfig,
     "lstm": LSTMConfig,
 }
 

@@ -8,6 +8,7 @@ from keras_memory.training.config import DNCConfig
 from keras_memory.training.config import LSTMConfig
 from keras_memory.training.config import NTMConfig
 from keras_memory.training.config import SAMConfig
+from keras_memory.training.config import SDNCConfig
 from keras_memory.training.config import Training
 
 
@@ -120,6 +121,17 @@ def _presets():
             paper={},
             test_lengths=(10, 15, 20),
         ),
+        "chain": presets(
+            tasks.Chain(),
+            {
+                **adam,
+                "clipnorm": 1.0,
+                "batch_size": 16,
+                "learning_rate": 3e-3,
+                "steps": 4_000,
+            },
+            test_lengths=(32,),
+        ),
         "n-grams": presets(
             tasks.NGrams(),
             {
@@ -200,14 +212,25 @@ def _presets():
             ),
             steps=2_000,
         )
-    sam = SAMConfig(initialization="pytorch-ntm")
     long = {"max_length": 4096, "buckets": 0}
     for task, start in (
         (tasks.Copy(**long), 8),
         (tasks.AssociativeRecall(**long), 3),
     ):
-        made[task.name]["sam"] = Training(
-            task, sam, curriculum=(start,), probe_lengths=(20,), **doubling
+        for name, architecture in (("sam", SAMConfig), ("sdnc", SDNCConfig)):
+            model = architecture(initialization="pytorch-ntm")
+            made[task.name][name] = Training(
+                task,
+                model,
+                curriculum=(start,),
+                probe_lengths=(20,),
+                **doubling,
+            )
+    # A query of `chain` asks for one item, which one head reads.
+    for name in ("sam", "sdnc"):
+        start = made["chain"][name]
+        made["chain"][name] = dataclasses.replace(
+            start, model=dataclasses.replace(start.model, read_heads=1)
         )
     for name, steps in (("copy", 50_000), ("repeat-copy", 250_000)):
         made[name]["pytorch-ntm"] = dataclasses.replace(

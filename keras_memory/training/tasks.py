@@ -250,6 +250,106 @@ class AssociativeRecall(_Bits):
 
 
 @dataclasses.dataclass(frozen=True)
+class Chain(_Bits):
+    """Recall the item written before or after a queried item.
+
+    The inputs are the items, one a time step; then `queries` queries. A query
+    is an item together with a 1 in one of two channels, "before" or "after",
+    then a blank. The target, during the blank, is the item that was before or
+    after the queried one. The queries of a sequence are independent. The item
+    before the first one and the item after the last one are never asked for.
+
+    All items of a sequence are different, so each query has one answer. It
+    depends on the order in which the items were written, which the temporal
+    links of a DNC keep.
+
+    Args:
+        min_length: int, at least 2, number of items. Default 4.
+        max_length: int, at most 2 ** `bits`, number of items. Default 16.
+        buckets: int, number of padded lengths. Default 1.
+        bits: int, at least 1, width of an item. Default 8.
+        queries: int, at least 1, queries of a sequence. Default 4.
+
+    Example:
+
+    >>> task = keras_memory.tasks.Chain()
+    >>> batch = task.sample(np.random.default_rng(1), batch_size=2, length=5)
+    >>> batch.inputs.shape, batch.targets.shape  # 5 + 2 * 4 steps
+    ((2, 13, 10), (2, 13, 8))
+    >>> batch.mask[0].astype(int)
+    array([0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1])
+    """
+
+    min_length: int = 4
+    max_length: int = 16
+    buckets: int = 1
+    queries: int = 4
+
+    name: ClassVar[str] = "chain"
+    unit: ClassVar[str] = "items"
+    signals: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_size("min_length", self.min_length, least=2)
+        self._check_different("max_length", self.max_length)
+
+    def _check_different(self, name, length):
+        if length > 2 ** min(self.bits, 62):
+            raise ValueError(
+                f"`{name}` must be at most 2 ** `bits`, as all items of a "
+                "sequence of the task chain are different. "
+                f"Received: {name}={length}, bits={self.bits}"
+            )
+
+    @property
+    def time_steps(self) -> int:
+        return self.max_length + 2 * self.queries
+
+    def sequences(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        length: int,
+        longest: int | None = None,
+    ) -> Batch:
+        """A `Batch` with T = length + 2 queries."""
+        check_size("length", length, least=2)
+        self._check_different("length", length)
+        time = length + 2 * self.queries
+        inputs, targets, mask = self._blank(batch_size, time)
+        rows = np.arange(batch_size)[:, None]
+        items = self._items(rng, batch_size, length)
+        asked, step = self._questions(rng, batch_size, length)
+        inputs[:, :length, : self.bits] = items
+        inputs[:, length::2, : self.bits] = items[rows, asked]
+        inputs[:, length::2, self.bits] = step < 0
+        inputs[:, length::2, self.bits + 1] = step > 0
+        targets[:, length + 1 :: 2] = items[rows, asked + step]
+        mask[:, length + 1 :: 2] = 1.0
+        return Batch(inputs, targets, mask)
+
+    def _items(self, rng, batch_size, length):
+        """(B, length, bits), all different in a sequence."""
+        items = rng.integers(0, 2, (batch_size, length, self.bits))
+        bits = min(self.bits, 62)  # more do not fit in an int64
+        numbers = [
+            rng.choice(2**bits, length, replace=False)
+            for _ in range(batch_size)
+        ]
+        items[:, :, :bits] = np.stack(numbers)[:, :, None] >> np.arange(bits)
+        return items & 1
+
+    def _questions(self, rng, batch_size, length):
+        """(B, queries) places of the queried items, and steps of -1 or 1 to
+        the items that are asked for; all pairs of neighbors are as likely."""
+        shape = batch_size, self.queries
+        before = rng.integers(0, length - 1, shape)
+        backward = rng.integers(0, 2, shape)
+        return before + backward, 1 - 2 * backward
+
+
+@dataclasses.dataclass(frozen=True)
 class NGrams(Task):
     """Predict the next bit of a random source, a new one for each sequence.
 
@@ -583,6 +683,7 @@ TASKS = {
         Copy,
         RepeatCopy,
         AssociativeRecall,
+        Chain,
         NGrams,
         PrioritySort,
         Adding,
