@@ -709,7 +709,6 @@ SDNC = dataclasses.replace(
     },
     no_gradient=SAM.no_gradient + " predecessors link_weights successors "
     "precedence_slots precedence_weights",
-    not_tiny="link_weights precedence_weights",
     weightings=[
         Point("default"),
         Point("few slots", {"memory_slots": 3}, slow=True),

@@ -235,7 +235,7 @@ def test_weightings_that_would_grow_are_scaled_down():
     assert expected[1].max() <= 1.0 + 1e-9
 
 
-@cases("few slots are read-full", "one slot-empty")
+@cases("few slots are read-full")
 @harness.needs_tensorflow
 def test_gradients_of_steps_equal_the_oracle(sizes, is_full):
     import tensorflow as tf
