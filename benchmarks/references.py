@@ -148,8 +148,9 @@ def pytorch_dnc(sizes):
 
 
 def pytorch_dnc_sparse(sizes, links=None):
-    """A step of its SAM, or of its SDNC with this number of links, with an
-    exact index. It does not feed its reads back."""
+    """A step of its SAM, or of its SDNC with this number of links a slot (its
+    `temporal_reads` makes twice as many), with an exact index. It does not feed
+    its reads back."""
     import dnc
     from dnc.sparse_temporal_memory import SparseTemporalMemory
 
@@ -162,7 +163,9 @@ def pytorch_dnc_sparse(sizes, links=None):
     net, memory = dnc.SAM(**few), dnc.SparseMemory
     if links is not None:
         net = dnc.SDNC(**few)
-        memory = functools.partial(SparseTemporalMemory, temporal_reads=links)
+        memory = functools.partial(
+            SparseTemporalMemory, temporal_reads=links // 2
+        )
     net.rnn_layer_memory_shared = memory(
         net.output_size,
         sizes["slots"],

@@ -58,7 +58,7 @@ def run(slots, contents, methods, batch, rounds, threads, json=None):
                 others = [
                     record
                     for record in numbers["results"]
-                    if any(record[key] != case[key] for key in case)
+                    if any(record.get(key) != case[key] for key in case)
                 ]
                 numbers["results"] = [*others, {**case, **result}]
                 report.write_json(json, numbers)

@@ -1,9 +1,10 @@
-"""Bytes that XLA's CPU compiler reserves for a training step (JAX)."""
+"""Temporary bytes that XLA reserves for loss and gradients (JAX on the CPU)."""
 
 import contextlib
 import os
 
 from benchmarks import measure
+from benchmarks import references
 from benchmarks import report
 from benchmarks.sam import ROW
 
@@ -40,24 +41,26 @@ def run(layers, slots, json=None):
         table.add([[record["layer"], f"{slots:,}", *cells]])
     table.end()
     print(
-        f"T = {ROW['steps']}, batch {ROW['batch']}, as `memory_analysis` of "
-        f"JAX says.\n{report.on(numbers['machine'])}."
+        f"Loss and gradients, T = {ROW['steps']}, batch {ROW['batch']}, as "
+        "JAX's `memory_analysis` says. SAM and SDNC start empty, with "
+        f"{ROW['steps']} slots.\n{report.on(numbers['machine'])}."
     )
     return numbers
 
 
 @contextlib.contextmanager
 def on_jax():
-    """Context in which processes start with Keras's JAX backend."""
-    before = os.environ.get("KERAS_BACKEND")
-    os.environ["KERAS_BACKEND"] = "jax"
+    """Context in which processes start with Keras's JAX backend, on the CPU."""
+    wanted = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["KERAS_BACKEND"]
-        else:
-            os.environ["KERAS_BACKEND"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def temporary_bytes(layer, slots):
@@ -68,7 +71,9 @@ def temporary_bytes(layer, slots):
 
     import keras_memory
 
-    of_sparse = {"top_k": ROW["top_k"]} if layer in ("SAM", "SDNC") else {}
+    sparse_arguments = (
+        {"top_k": ROW["top_k"]} if layer in ("SAM", "SDNC") else {}
+    )
     model = keras.Sequential(
         [
             keras.Input((ROW["steps"], ROW["size"])),
@@ -76,10 +81,10 @@ def temporary_bytes(layer, slots):
                 ROW["size"],
                 memory_slots=slots,
                 slot_size=ROW["width"],
-                read_heads=4,
+                read_heads=references.HEADS,
                 controller_units=ROW["units"],
                 return_sequences=True,
-                **of_sparse,
+                **sparse_arguments,
             ),
         ]
     )

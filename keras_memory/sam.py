@@ -283,8 +283,8 @@ class SAMAccess:
                 )
         self.activations  # noqa: B018, raises if one is unknown
 
-    # Arrays of a `HostMemory`, beside memory and last access.
-    more_on_host = {}
+    # Further states per slot: size of a row, dtype and initial value.
+    more_per_slot = {}
 
     @functools.cached_property
     def host_memory(self):
@@ -298,7 +298,7 @@ class SAMAccess:
             self.slot_size,
             self.target_recall,
             self.epsilon("float32"),
-            self.more_on_host,
+            self.more_per_slot,
         )
 
     @functools.cached_property

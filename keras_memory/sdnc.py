@@ -46,16 +46,21 @@ class SDNCState(NamedTuple):
         reads, memory, norms, last_access, block_access, read_slots,
             read_weights, time, controller: as in `SAMState`.
         predecessors: (B, N, K_L) int32, the slots that each slot was written
-            after; -1 for none. These are the places of the paper's N.
-        link_weights: (B, N, K_L), at least float32, in [0, 1]: how much it was;
-            0 for none. These are the entries of N; a row sums to at most 1.
-        successors: (B, N, K_L) int32, the links to later slots: i K_L + k is
-            link k of slot i; -1 for none. The paper's P. An entry is void if
-            that link comes from another slot by now.
+            after, columns of the paper's N; -1 for none.
+        link_weights: (B, N, K_L), at least float32, in [0, 1]: how much the
+            slot was written right after each of them, entries of N; 0 for
+            none. A row sums to at most 1.
+        successors: (B, N, K_L) int32, numbers of links to later slots, columns
+            of the paper's P; -1 for none. Number i K_L + k is the link
+            `predecessors[:, i, k]`, which leads to slot i. An entry is void if
+            that link starts at another slot now.
         precedence_slots: (B, K_L) int32, the slots that were written last,
             then -1 for none.
         precedence_weights: (B, K_L), at least float32, in [0, 1]: how much each
             was; 0 for none. They sum to at most 1.
+
+    Links and precedence of a state from outside are not checked: they must be
+    those of a step.
     """
 
     reads: Any
@@ -130,9 +135,9 @@ class SDNCAccess(SAMAccess):
         )
         previous = state.read_weights  # w^R_{t-1}
         slots = {
-            "backward": self._of_heads(before),
+            "backward": self._per_head(before),
             "content": content_slots,
-            "forward": self._of_heads(after),
+            "forward": self._per_head(after),
         }
         weights = {
             "backward": self._follow(to_before, previous),  # b_t (eq. 22)
@@ -144,6 +149,7 @@ class SDNCAccess(SAMAccess):
         mixed = ops.concatenate(
             [mode * part for mode, part in zip(modes, weights.values())], axis=2
         )
+        # A mode of 0 still reads a slot; a weighting of 0 does not.
         is_read = ops.concatenate(list(weights.values()), axis=2) > 0.0
         read_slots = sparse.largest_sums(
             ops.where(is_read, mixed_slots, -1), mixed, self.top_k
@@ -153,7 +159,7 @@ class SDNCAccess(SAMAccess):
         read_weights = ops.sum(
             ops.where(is_at, mixed[:, :, None], 0.0), axis=3
         )  # w^R_t
-        rows = self._rows_of_heads(state.memory, read_slots)
+        rows = self._rows_per_head(state.memory, read_slots)
         reads = ops.sum(read_weights[..., None] * rows, axis=2)  # eq. 4 of SAM
         inside = {f"{name}_slots": value for name, value in slots.items()}
         inside |= {f"{name}_weights": value for name, value in weights.items()}
@@ -165,22 +171,21 @@ class SDNCAccess(SAMAccess):
 
         They may sum to more than 1, since links do not fade when the slot that
         they start from is written again. Then they are scaled down."""
-        links = self._of_heads(links)
+        links = self._per_head(links)
         links = ops.cast(links, ops.dtype(previous))
         shape = (-1, self.read_heads, self.top_k, self.sparse_links)
         weights = ops.reshape(links, shape) * previous[..., None]
         weights = ops.reshape(weights, (-1, *links.shape[1:]))
-        return weights / ops.maximum(
-            ops.sum(weights, axis=2, keepdims=True), 1.0
-        )
+        total = ops.sum(weights, axis=2, keepdims=True)
+        return weights / ops.where(total > 1.0, total, 1.0)
 
-    def _of_heads(self, linked):
+    def _per_head(self, linked):
         """(B, R K, K_L) -> (B, R, K K_L)."""
         shape = (-1, self.read_heads, self.top_k * self.sparse_links)
         return ops.reshape(linked, shape)
 
     def touched(self, state, inside):
-        """The slots that a step read, wrote or linked."""
+        """The slots that a step read or wrote, and the precedence after it."""
         slots = super().touched(state, inside)
         return ops.concatenate([slots, state.precedence_slots], axis=1)
 
@@ -241,6 +246,8 @@ class SDNCAccess(SAMAccess):
 
     @property
     def _links_per_slot(self):
+        """Specs of the links: arrays, or tokens of a memory on the host."""
+
         def spec(name, size, dtype, initial):
             if self.host_memory is not None:
                 on_host = self.host_memory, name
@@ -256,13 +263,12 @@ class SDNCAccess(SAMAccess):
 
         return {
             name: spec(name, *array)
-            for name, array in self.more_on_host.items()
+            for name, array in self.more_per_slot.items()
         }
 
     @property
-    def more_on_host(self):
-        """Arrays of a `HostMemory`, beside those of a SAM: size of a row, dtype
-        and initial value."""
+    def more_per_slot(self):
+        """Size of a row, dtype and initial value of each state of the links."""
         count = self.sparse_links
         return {
             "predecessors": (count, "int32", -1),
@@ -319,13 +325,16 @@ class SDNCLayer(SparseRNN, SDNCArguments, cell=SDNCCell):
     """Sparse Differentiable Neural Computer: SAM with temporal links.
 
     Source: Rae et al. 2016 (arXiv 1610.09027), Supplementary D.
-    Departures: those of `SAMLayer`. Links are followed by the rows of the
-    paper's matrices: a forward reading goes along the row of P (in the paper,
-    along a column of N, which may have any number of entries), a backward one
-    along the row of N. Forward and backward weightings that sum to more than 1
-    are scaled down to 1: in the paper they could grow without bound, since
-    links do not fade when the slot that they start from is written again. A
-    link that N has lost is lost in P too.
+    Departures: those of `SAMLayer`. Links are followed along rows: forward
+    along the row of P, backward along the row of N, so that each slot leads to
+    at most `sparse_links` others. The paper takes columns, of N forward and of
+    P backward, which may have any number of entries. Forward and backward
+    weightings that sum to more than 1 are scaled down to 1: in the paper they
+    could grow without bound, since links do not fade when the slot that they
+    start from is written again. P has the weights of N: see
+    `addressing/sparse_linkage.py`. Where the paper is silent: no slot is linked
+    with itself; of equally strong links the older ones stay; the weights of the
+    slots that a head reads are not normalized after the cut.
 
     A step reads the slots that are nearest to the key of a head, those that
     were written right after the slots that it read in the step before, and
@@ -341,8 +350,10 @@ class SDNCLayer(SparseRNN, SDNCArguments, cell=SDNCCell):
         slot_size: int, W, width of a slot. Default 32.
         read_heads: int, R. Default 4.
         top_k: int K from 1 to N, number of slots that each head finds by its
-            key, and number of slots that it reads. A step compares R K slots
-            with each other, and in each head K (2 K_L + 1). Default 4.
+            key, and number of slots that it reads. A step compares each with
+            each: the R K + 1 written slots, K (2 K_L + 1) slots in each head,
+            2 K_L links of each written slot, and R K + K_L + 1 of each slot of
+            the precedence. Default 4.
         sparse_links: int K_L from 1 to N, number of links that each slot keeps
             in each direction, and of slots that count as written last.
             Default 8.

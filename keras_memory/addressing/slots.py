@@ -231,8 +231,9 @@ def select(updated, new, old):
 
 
 def same_place(places, others):
-    """(B, P), (B, Q) -> (B, P, Q) bool, True where they are the same place."""
-    return ops.equal(places[:, :, None], others[:, None])
+    """(..., P), (..., Q) -> (..., P, Q) bool, True where they are the same
+    place."""
+    return ops.equal(places[..., None], others[..., None, :])
 
 
 def is_first(places):

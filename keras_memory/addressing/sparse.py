@@ -106,8 +106,8 @@ def update(function, state, slots, *arrays):
 
 
 def is_replayed():
-    """Whether this is the backward pass of the fast loop, which has no states
-    with a row for each slot, and makes no choice again."""
+    """Whether this is the backward pass of the fast loop. It has no states with
+    a row for each slot, and takes the choices that the forward pass saved."""
     current = fast_pass()
     return current is not None and not current.has_arrays
 
@@ -127,8 +127,11 @@ def entries_of(state, numbers):
 
 
 def with_rows(state, slots, rows, differentiates=False):
-    """Replaces rows of a state per slot, as `put`, but only the backend
-    differentiates it, and only if `differentiates`."""
+    """Replaces rows (B, P, ...) of a state per slot.
+
+    `differentiates`: bool; True: the backend takes the gradient of the rows, so
+    of equal slots only the first may have one.
+    """
     if isinstance(state, SlotState):
         return state.replaced(slots, rows, differentiates)
     return SlotState(None, state).replaced(slots, rows, differentiates).array
@@ -156,7 +159,7 @@ def largest_sums(slots, weights, count):
     """
 
     def choose(slots, weights):
-        is_same = ops.equal(slots[..., None], slots[:, :, None])
+        is_same = same_place(slots, slots)
         sums = ops.sum(ops.where(is_same, weights[:, :, None], 0.0), axis=3)
         sums = ops.where(slots >= 0, sums, -1.0)
         found = []

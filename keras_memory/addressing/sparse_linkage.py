@@ -30,13 +30,15 @@ class Links(NamedTuple):
     """The links of all slots: states with a row for each slot.
 
     Args:
-        predecessors: (B, N, K) int32, the slots that a slot was written after,
-            at most once each; -1 for none. The places of the paper's N.
-        weights: (B, N, K) in [0, 1], how much it was; 0 for none. The entries
-            of the paper's N; a row sums to at most 1.
-        successors: (B, N, K) int32, the links to later slots, as numbers: i K
-            + k is link k of slot i. -1 for none. The paper's P. An entry is
-            void if that link comes from another slot by now.
+        predecessors: (B, N, K) int32, the slots that each slot was written
+            after, columns of the paper's N, at most once each; -1 for none.
+        weights: (B, N, K) in [0, 1], how much the slot was written right after
+            each of them, entries of the paper's N; 0 for none. A row sums to
+            at most 1.
+        successors: (B, N, K) int32, numbers of links to later slots, columns of
+            the paper's P; -1 for none. Number i K + k is the link
+            `predecessors[:, i, k]`, which leads to slot i. An entry is void if
+            that link starts at another slot now.
     """
 
     predecessors: Any
@@ -92,11 +94,12 @@ def precedence_after_write(precedence, slots, weights):
 def links_after_write(links, precedence, slots, weights):
     """Links the slots that a step writes to with those written before.
 
-    Source: Rae et al. 2016, Supplementary D, eqs. 19 and 20. A slot keeps its
-    K strongest links to earlier slots, and those to the K later slots that are
-    strongest among them.
-    Departure: in the paper P has its own weights. They would differ from those
-    of N only for links that N has lost, which P loses here.
+    Source: Rae et al. 2016, Supplementary D, eqs. 19 and 20. Each slot
+    keeps its K strongest links to earlier slots. Of the links so kept, each
+    slot also keeps the K strongest to later slots.
+    Departure: in the paper P has its own weights. Here a link has one weight,
+    that of N: P loses a link that N loses, and a link that P gets back has its
+    weight in N.
 
     Args:
         links: `Links`.
@@ -110,7 +113,7 @@ def links_after_write(links, precedence, slots, weights):
     """
     if sparse.is_replayed():
         return links
-    predecessors, weights = _after_write(
+    predecessors, weights = _predecessors_after_write(
         sparse.rows_of(links.predecessors, slots),
         sparse.rows_of(links.weights, slots),
         precedence,
@@ -124,12 +127,12 @@ def links_after_write(links, precedence, slots, weights):
     count = predecessors.shape[2]
     numbers = slots[:, :, None] * count + ops.arange(count, dtype="int32")
     # Where the links of the written slots come from the precedence.
-    is_link = _is_same(predecessors, precedence.slots[:, None])
+    is_link = same_place(predecessors, precedence.slots[:, None])
     is_once = ops.logical_and(weights > 0.0, is_first(slots)[:, :, None])
     is_link = ops.logical_and(is_link, is_once[..., None])  # (B, P, K, Q)
     new = _sum_where(is_link, numbers[..., None], axis=2)
     new_weights = _sum_where(is_link, weights[..., None], axis=2)
-    successors = _with_successors(
+    successors = _successors_after_write(
         links,
         precedence.slots,
         ops.swapaxes(new, 1, 2),
@@ -138,7 +141,7 @@ def links_after_write(links, precedence, slots, weights):
     return links._replace(successors=successors)
 
 
-def _after_write(before, weights_before, precedence, slots, total):
+def _predecessors_after_write(before, weights_before, precedence, slots, total):
     """Rows of N after a write: N_t(i, j) = (1 - w(i)) N_{t-1}(i, j) + w(i) p(j)
     (eq. 19). A link keeps its place in the row; new links take the places of
     lost ones.
@@ -153,10 +156,10 @@ def _after_write(before, weights_before, precedence, slots, total):
     """
     count = before.shape[2]
     w, p = total[:, :, None], precedence.weights[:, None]
-    is_same = _is_same(before, precedence.slots[:, None])  # (B, P, K, Q)
+    is_same = same_place(before, precedence.slots[:, None])  # (B, P, K, Q)
     strengthened = _sum_where(is_same, p[:, :, None], axis=3)
     old = (1.0 - w) * weights_before + w * strengthened
-    earlier = precedence.slots[:, None] + ops.zeros_like(slots)[:, :, None]
+    earlier = ops.repeat(precedence.slots[:, None], slots.shape[1], axis=1)
     is_known = ops.logical_or(
         ops.any(is_same, axis=2), ops.equal(earlier, slots[:, :, None])
     )
@@ -167,7 +170,7 @@ def _after_write(before, weights_before, precedence, slots, total):
     is_free = ops.logical_not(stays)
     takes = ops.logical_and(
         ops.logical_and(is_free[..., None], enters[:, :, None]),
-        _is_same(_ordinal(is_free), _ordinal(enters)),
+        same_place(_ordinal(is_free), _ordinal(enters)),
     )
     earlier = _sum_where(takes, earlier[:, :, None] + 1, axis=3) - 1
     return (
@@ -176,7 +179,7 @@ def _after_write(before, weights_before, precedence, slots, total):
     )
 
 
-def _with_successors(links, slots, new, new_weights):
+def _successors_after_write(links, slots, new, new_weights):
     """`Links.successors` after a write.
 
     Args:
@@ -185,14 +188,15 @@ def _with_successors(links, slots, new, new_weights):
         new: (B, Q, P), numbers of links from these slots to written ones.
         new_weights: (B, Q, P), their weights; 0 for none.
     """
-    # Entries without a slot change the row of the first one, likewise.
+    # An entry of -1 repeats the first slot with its links, so that equal slots
+    # get equal rows.
     is_slot = (slots >= 0)[:, :, None]
     new = ops.where(is_slot, new, new[:, :1])
     new_weights = ops.where(is_slot, new_weights, new_weights[:, :1])
     slots = ops.where(slots >= 0, slots, ops.maximum(slots[:, :1], 0))
     old = sparse.rows_of(links.successors, slots)
-    _, old_weights = _links_of_numbers(links, old, slots)
-    is_known = _is_same(new, ops.where(old_weights > 0.0, old, -1))
+    _, old_weights = _links_at(links, old, slots)
+    is_known = same_place(new, ops.where(old_weights > 0.0, old, -1))
     new_weights = ops.where(ops.any(is_known, axis=3), 0.0, new_weights)
     joined, count = _join(old, new), old.shape[2]
     is_kept = _strongest(joined, _join(old_weights, new_weights), count)
@@ -218,7 +222,7 @@ def linked_slots(links, slots):
         before = sparse.rows_of(links.predecessors, rows)
         before_weights = sparse.rows_of(links.weights, rows)
         numbers = sparse.rows_of(links.successors, rows)
-        after, after_weights = _links_of_numbers(links, numbers, rows)
+        after, after_weights = _links_at(links, numbers, rows)
         is_slot = (slots >= 0)[:, :, None]
         return (
             before,
@@ -230,7 +234,7 @@ def linked_slots(links, slots):
     return sparse.chosen(linked)
 
 
-def _links_of_numbers(links, numbers, slots):
+def _links_at(links, numbers, slots):
     """The later slots and weights of links by number.
 
     Args:
@@ -253,8 +257,8 @@ def _links_of_numbers(links, numbers, slots):
 def _strongest(places, weights, count):
     """Which entries of the last axis are the `count` largest, and above 0.
 
-    Of equal ones the first `count`, which were there before, are preferred,
-    then those of the lowest place.
+    The first `count` entries were there before, if only as void links. Of equal
+    weights these come first, then those of the lowest place.
 
     Args:
         places: (..., n) int32, at least -1.
@@ -283,11 +287,6 @@ def _first_kept(is_kept, count, values):
         ops.equal(_ordinal(is_kept)[..., None, :], ordinal[:, None]),
     )
     return _sum_where(is_at, values[..., None, :], axis=-1)
-
-
-def _is_same(a, b):
-    """(..., n), (..., m) -> (..., n, m) bool, True where they are equal."""
-    return ops.equal(a[..., None], b[..., None, :])
 
 
 def _ordinal(is_one):

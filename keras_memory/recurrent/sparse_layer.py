@@ -109,16 +109,14 @@ def _copies(states):
 
 
 class SparseCell(MemoryCell):
-    """A `MemoryCell` whose accesses have the states of a SAM, and maybe more.
-
-    Their `epsilon(dtype)` is added to squared norms.
-    """
+    """A `MemoryCell` whose accesses have the fields of `SAMState`, maybe more,
+    and a method `epsilon(dtype)`: the number added to squared norms."""
 
     def state_with(self, contents: Array) -> list[Array]:
         """The initial state with slots that are already written.
 
         The first slots get the contents, and count as accessed once, so that
-        unwritten slots are written first.
+        unwritten slots are written first. A sparse DNC starts without links.
 
         Args:
             contents: (B, n, W), n from 1 to `memory_slots`, such as the keys
