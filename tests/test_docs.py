@@ -96,19 +96,21 @@ def test_commands_parse(path, tmp_path, monkeypatch):
             "absolute_error_of_sum_up_to_5",
             10,
         ),
-        (
+        pytest.param(
             "sdnc",
             0,
             {"memory_slots": 100, "top_k": 10, "sparse_links": 4},
             "wrong_bits_per_sequence_up_to_5",
             25,
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "sdnc",
             1,
             {"memory_slots": 100, "top_k": 4, "sparse_links": 8},
             "wrong_bits_per_sequence_up_to_4",  # of the curriculum
             20,
+            marks=pytest.mark.slow,
         ),
     ],
 )
