@@ -199,7 +199,7 @@ class SAMAccess:
             interface.key,
             self.top_k,
         )
-        rows = self._rows_of_heads(state.memory, slots)
+        rows = self._rows_per_head(state.memory, slots)
         epsilon = self.epsilon(ops.dtype(rows))
         cosines = sparse.cosines(interface.key, rows, epsilon)
         logits = interface.strength[:, :, None] * cosines  # beta
@@ -207,7 +207,7 @@ class SAMAccess:
         weights = softmax(ops.where(is_found, logits, LOWEST_LOGIT))
         return slots, ops.where(is_found, weights, 0.0), rows  # w^R_t
 
-    def _rows_of_heads(self, memory, slots):
+    def _rows_per_head(self, memory, slots):
         rows = sparse.take(memory, flat(slots, at_least=0))
         shape = (-1, self.read_heads, self.top_k, self.slot_size)
         return ops.reshape(rows, shape)

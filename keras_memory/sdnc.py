@@ -59,8 +59,8 @@ class SDNCState(NamedTuple):
         precedence_weights: (B, K_L), at least float32, in [0, 1]: how much each
             was; 0 for none. They sum to at most 1.
 
-    Links and precedence of a state from outside are not checked: they must be
-    those of a step.
+    Links and precedence of a state from outside are not checked for agreement:
+    they should be those of a step.
     """
 
     reads: Any
@@ -135,9 +135,9 @@ class SDNCAccess(SAMAccess):
         )
         previous = state.read_weights  # w^R_{t-1}
         slots = {
-            "backward": self._per_head(before),
+            "backward": self._per_head(self._existing_slots(before)),
             "content": content_slots,
-            "forward": self._per_head(after),
+            "forward": self._per_head(self._existing_slots(after)),
         }
         weights = {
             "backward": self._follow(to_before, previous),  # b_t (eq. 22)

@@ -49,7 +49,9 @@ class SlotState:
         """The entries (B, ...) at numbers (B, ...) of a state (B, N, K): entry
         k of slot i has the number i K + k."""
         rows, slots, count = ops.shape(self.array)
-        return rows_at(ops.reshape(self.array, (rows, slots * count)), numbers)
+        flat = ops.reshape(self.array, (rows, slots * count))
+        # A state from outside may hold any numbers.
+        return rows_at(flat, ops.clip(numbers, 0, slots * count - 1))
 
     def replaced(self, slots, rows, differentiates=False):
         """The state with other rows (B, P, ...) at slots (B, P).

@@ -121,7 +121,7 @@ def rows_of(state, slots):
 
 def entries_of(state, numbers):
     """Takes entries (B, ...) of a state per slot (B, N, K) without gradient:
-    entry k of slot i has the number i K + k."""
+    entry k of slot i has the number i K + k. Other numbers give any entry."""
     state = state if isinstance(state, SlotState) else SlotState(None, state)
     return state.entries(numbers)
 

@@ -245,12 +245,12 @@ def _links_at(links, numbers, slots):
     Returns:
         The slots (B, P, K), and the weights; 0 for void links.
     """
-    at = ops.maximum(numbers, 0)
     is_own = ops.equal(
-        sparse.entries_of(links.predecessors, at), slots[:, :, None]
+        sparse.entries_of(links.predecessors, numbers), slots[:, :, None]
     )
     is_link = ops.logical_and(numbers >= 0, is_own)
-    weights = ops.where(is_link, sparse.entries_of(links.weights, at), 0.0)
+    weights = sparse.entries_of(links.weights, numbers)
+    weights = ops.where(is_link, weights, 0.0)
     return numbers // numbers.shape[2], weights
 
 

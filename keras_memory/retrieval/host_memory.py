@@ -107,9 +107,8 @@ class HostMemory:
         slot i has the number i size + k."""
         array = getattr(self, name)
         array = array.reshape(len(array), -1)
-        return np.take_along_axis(
-            array, numbers.reshape(len(array), -1), axis=1
-        ).reshape(numbers.shape)
+        flat = np.clip(numbers.reshape(len(array), -1), 0, array.shape[1] - 1)
+        return np.take_along_axis(array, flat, axis=1).reshape(numbers.shape)
 
     def replace(self, name, slots, rows, updated=None):
         """Replaces rows (B, P, ...) at slots (B, P).
