@@ -167,6 +167,7 @@ def dense_links(state, slots):
     "few slots are read-full",
     "one slot-empty",
 )
+@pytest.mark.few_backends
 @pytest.mark.every_backend
 def test_steps_equal_the_oracle(sizes, is_full):
     access = access_of(**sizes)
@@ -327,6 +328,7 @@ def links_of_row(links, row):
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.few_backends
 @pytest.mark.every_backend
 def test_the_strongest_links_are_kept_in_both_directions(count):
     """P keeps the strongest links of N to later slots. A link that P has lost

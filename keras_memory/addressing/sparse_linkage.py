@@ -269,7 +269,7 @@ def _strongest(places, weights, count):
         (..., n) bool.
     """
     is_old = np.arange(places.shape[-1]) < count
-    order = places - np.where(is_old, np.iinfo("int32").max, 0).astype("int32")
+    order = ops.where(is_old, places - np.iinfo("int32").max, places)
     is_larger = weights[..., None, :] > weights[..., None]
     is_equal = ops.equal(weights[..., None, :], weights[..., None])
     is_before = ops.logical_and(

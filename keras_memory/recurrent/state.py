@@ -72,9 +72,10 @@ class StateLayout:
 
     def in_range(self, states):
         """Converts a given flat list to records, and brings them into the
-        ranges that steps keep."""
+        ranges that steps keep. Those with a dtype of their own get no
+        gradient."""
         return self._packed(
-            spec.into_range(value) if spec.into_range else value
+            _in_range(value, spec)
             for value, spec in self._with_specs(self.unflatten(states))
         )
 
@@ -91,6 +92,11 @@ class StateLayout:
 
     def _packed(self, values):
         return keras.tree.pack_sequence_as(self.records, list(values))
+
+
+def _in_range(value, spec):
+    value = spec.into_range(value) if spec.into_range else value
+    return ops.stop_gradient(value) if spec.dtype else value
 
 
 def _shape_in_step(state, spec):
