@@ -1,7 +1,8 @@
-"""Counts NaN values of a DNC or SAM on the copy task, for many seeds.
+"""Counts NaN values on the copy task, for many seeds.
 
     python benchmarks/stability.py dnc --steps 500
     python benchmarks/stability.py sam
+    python benchmarks/stability.py sdnc
 
 Every step checks the loss, the gradients, the weights after the update, and all
 states after the sequence: a NaN at an earlier time step would persist in them.
@@ -25,6 +26,7 @@ ARCHITECTURES = {
     "dnc": (keras_memory.DNCLayer, {}),
     # Fewer slots than time steps, so that slots are erased and used again.
     "sam": (keras_memory.SAMLayer, {"memory_slots": 16}),
+    "sdnc": (keras_memory.SDNCLayer, {"memory_slots": 16}),
 }
 CHECKED = "loss", "gradients", "weights", "states"
 

@@ -67,6 +67,19 @@ def test_sam_recalls_among_more_items_than_trained_on(length, most):
     assert float(tf.reduce_mean(wrong)) < most  # of 18; chance has 9
 
 
+@pytest.mark.parametrize("length", [16, 32])
+def test_sdnc_follows_a_chain(length):
+    folder = SAVED / "sdnc_chain"
+    config = runs.read_config(folder)
+    assert type(config.model) is MODELS["sdnc"]
+    sdnc = keras.models.load_model(folder / "model.keras")
+    batch = config.task.sample(np.random.default_rng(3), 32, length=length)
+    wrong = losses.wrong_bits_per_sequence(
+        batch.targets, sdnc(batch.inputs), batch.mask
+    )
+    assert float(tf.reduce_mean(wrong)) < 1.6  # 5 % of 32; chance has 16
+
+
 def test_ntm_copy_streams_the_same_outputs(copier):
     batch = tasks.Copy().sample(np.random.default_rng(3), 5, length=7)
     inputs = tf.constant(batch.inputs)
