@@ -426,6 +426,8 @@ def test_steps_next_to_sam_train(layer, small_sam):
         losses = {}
         for train in (True, False):
             row = {**sam.ROW, "layer": layer, "train": train}
+            if layer == "SDNC":
+                row["arguments"] = {"sparse_links": 2}
             step = sam.ours(row)
             losses[train] = [step() for _ in range(3)]
     finally:
