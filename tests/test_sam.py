@@ -56,8 +56,8 @@ def inputs(access, seed=3, steps=TIME):
     return 1.5 * rng.normal(size=(BATCH, steps, access.interface_size))
 
 
-def parts(access, interface):
-    """The oracle's interfaces."""
+def parts(access, interface, names=ORACLE):
+    """The oracle's interfaces; `names` has those that differ there."""
     shape = interface.shape[:2]
     split = access.split(
         ops.convert_to_tensor(
@@ -65,7 +65,7 @@ def parts(access, interface):
         )
     )
     named = {
-        ORACLE.get(name, name): ops.convert_to_numpy(part).reshape(
+        names.get(name, name): ops.convert_to_numpy(part).reshape(
             *shape, *part.shape[1:]
         )
         for name, part in split._asdict().items()
@@ -73,6 +73,29 @@ def parts(access, interface):
     for gate in ("write_gate", "interpolation_gate"):
         named[gate] = named[gate][..., 0]
     return named
+
+
+def assert_gradients(access, interfaces, gradients, expected, names=ORACLE):
+    """Compares the gradients of interfaces, lists of a (B, interface_size) for
+    each step, with those by the parts of the oracle's."""
+    import tensorflow as tf
+
+    for t, (at, by_step) in enumerate(zip(interfaces, gradients)):
+        # The chain from the oracle's interfaces to those before activations.
+        with tf.GradientTape() as tape:
+            split = access.split(at.value())
+            total = sum(
+                tf.reduce_sum(
+                    part
+                    * expected[names.get(name, name)][:, t].reshape(
+                        tuple(part.shape)
+                    )
+                )
+                for name, part in split._asdict().items()
+            )
+        by_parts = tape.gradient(total, at)
+        size = 1.0 + np.abs(by_parts).max()
+        close(by_step / size, by_parts / size, 1e-8)
 
 
 def empty(access):
@@ -227,22 +250,7 @@ def test_gradients_of_steps_equal_the_oracle(sizes, is_full):
             expected["read_weighting"], at, axis=2
         )
         close(by_weights, expected_weights, 1e-7)
-    # The chain from the oracle's interfaces to those before activations.
-    for t, at in enumerate(steps_of):
-        with tf.GradientTape() as tape:
-            split = access.split(at.value())
-            total = sum(
-                tf.reduce_sum(
-                    part
-                    * expected[ORACLE.get(name, name)][:, t].reshape(
-                        tuple(part.shape)
-                    )
-                )
-                for name, part in split._asdict().items()
-            )
-        by_parts = tape.gradient(total, at)
-        size = 1.0 + np.abs(by_parts).max()
-        close(by_steps[t] / size, by_parts / size, 1e-8)
+    assert_gradients(access, steps_of, by_steps, expected)
 
 
 @pytest.mark.every_backend

@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 import reference_sdnc
 from keras import ops
+from test_sam import DTYPE
+from test_sam import NORM_EPSILON
+from test_sam import assert_gradients
+from test_sam import close
+from test_sam import parts
 
 import keras_memory
 from keras_memory.addressing import sparse
@@ -17,14 +22,6 @@ from keras_memory.sdnc import SDNCAccess
 from keras_memory.sdnc import SDNCState
 
 BATCH, TIME = 2, 8
-NORM_EPSILON = 1e-8
-DTYPE = "float32" if harness.BACKEND == "jax" else "float64"
-# Keras's products are of float32 on other backends.
-TOLERANCE = 1e-9 if harness.BACKEND == "tensorflow" else 2e-5
-
-
-def close(actual, expected, tolerance=TOLERANCE):
-    harness.close(ops.convert_to_numpy(actual), expected, tolerance=tolerance)
 
 
 def tensor(x, dtype=DTYPE):
@@ -73,21 +70,6 @@ def inputs(access, seed=3, steps=TIME):
     """Interfaces (B, T, interface_size) before their activations."""
     rng = np.random.default_rng(seed)
     return 1.5 * rng.normal(size=(BATCH, steps, access.interface_size))
-
-
-def parts(access, interface):
-    """The oracle's interfaces."""
-    shape = interface.shape[:2]
-    split = access.split(tensor(interface.reshape(-1, access.interface_size)))
-    named = {
-        ORACLE.get(name, name): ops.convert_to_numpy(part).reshape(
-            *shape, *part.shape[1:]
-        )
-        for name, part in split._asdict().items()
-    }
-    for gate in ("write_gate", "interpolation_gate"):
-        named[gate] = named[gate][..., 0]
-    return named
 
 
 def starts(access, is_full):
@@ -174,7 +156,7 @@ def test_steps_equal_the_oracle(sizes, is_full):
     interface, slots = inputs(access), access.memory_slots
     given, state = starts(access, is_full)
     expected, end = reference_sdnc.run(
-        parts(access, interface),
+        parts(access, interface, ORACLE),
         given,
         top_k=access.top_k,
         sparse_links=access.sparse_links,
@@ -223,7 +205,7 @@ def test_some_weightings_of_the_oracle_are_scaled_down():
     given, _ = starts(access, True)
     expected = [
         reference_sdnc.run(
-            parts(access, inputs(access)),
+            parts(access, inputs(access), ORACLE),
             given,
             top_k=access.top_k,
             sparse_links=access.sparse_links,
@@ -260,7 +242,7 @@ def test_gradients_of_steps_equal_the_oracle(sizes, is_full):
         loss, (variables, memory, weights), unconnected_gradients="zero"
     )
     expected = reference_sdnc.loss_gradients(
-        parts(access, interface),
+        parts(access, interface, ORACLE),
         given,
         upstream,
         top_k=access.top_k,
@@ -276,22 +258,7 @@ def test_gradients_of_steps_equal_the_oracle(sizes, is_full):
             expected["read_weighting"], at, axis=2
         )
         close(by_weights, expected_weights, 1e-7)
-    # The chain from the oracle's interfaces to those before activations.
-    for t, at in enumerate(variables):
-        with tf.GradientTape() as tape:
-            split = access.split(at.value())
-            total = sum(
-                tf.reduce_sum(
-                    part
-                    * expected[ORACLE.get(name, name)][:, t].reshape(
-                        tuple(part.shape)
-                    )
-                )
-                for name, part in split._asdict().items()
-            )
-        by_parts = tape.gradient(total, at)
-        size = 1.0 + np.abs(by_parts).max()
-        close(by_steps[t] / size, by_parts / size, 1e-8)
+    assert_gradients(access, variables, by_steps, expected, ORACLE)
 
 
 # Links that are cut, compared with dense matrices.
