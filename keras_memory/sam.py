@@ -21,6 +21,7 @@ from keras_memory.addressing.activations import activation_by_name
 from keras_memory.addressing.activations import not_negative
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.content import NORM_EPSILON
+from keras_memory.addressing.slots import same_place
 from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import given
 from keras_memory.checks import check_closed
@@ -375,7 +376,7 @@ class SAMAccess:
 
 def weighting(positions, weights, slots):
     """Weights (B, H, K) at slots (B, H, K), as (B, H, S) over slots (B, S)."""
-    is_at = ops.equal(positions[..., None], slots[:, None, None])
+    is_at = same_place(positions, slots[:, None])
     return ops.sum(ops.where(is_at, weights[..., None], 0.0), axis=-2)
 
 

@@ -20,6 +20,7 @@ from keras_memory.addressing import sparse
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.activations import sums_into_unit_range
 from keras_memory.addressing.slots import rows_at
+from keras_memory.addressing.slots import same_place
 from keras_memory.addressing.sparse_linkage import Links
 from keras_memory.addressing.sparse_linkage import Precedence
 from keras_memory.addressing.sparse_linkage import linked_slots
@@ -154,7 +155,7 @@ class SDNCAccess(SAMAccess):
         read_slots = sparse.largest_sums(
             ops.where(is_read, mixed_slots, -1), mixed, self.top_k
         )
-        is_at = ops.equal(read_slots[..., None], mixed_slots[:, :, None])
+        is_at = same_place(read_slots, mixed_slots)
         is_at = ops.logical_and(is_at, is_read[:, :, None])
         read_weights = ops.sum(
             ops.where(is_at, mixed[:, :, None], 0.0), axis=3
@@ -283,7 +284,7 @@ def _links_between(state, slots):
     earlier slots in `slots`."""
     rows = ops.maximum(slots, 0)
     before = rows_at(state.predecessors, rows)
-    is_at = ops.equal(before[..., None], slots[:, None, None])  # (B, S, K_L, S)
+    is_at = same_place(before, slots[:, None])  # (B, S, K_L, S)
     is_shown = ops.logical_and(ops.any(is_at, axis=3), slots[:, :, None] >= 0)
     weights = ops.where(is_shown, rows_at(state.link_weights, rows), 0.0)
     places = ops.argmax(ops.cast(is_at, "int32"), axis=3)

@@ -114,16 +114,13 @@ def is_replayed():
 
 def rows_of(state, slots):
     """Takes rows (B, P, ...) of a state per slot without gradient."""
-    if isinstance(state, SlotState):
-        return state.taken(slots)
-    return rows_at(state, slots)
+    return _wrapped(state).taken(slots)
 
 
 def entries_of(state, numbers):
     """Takes entries (B, ...) of a state per slot (B, N, K) without gradient:
     entry k of slot i has the number i K + k. Other numbers give any entry."""
-    state = state if isinstance(state, SlotState) else SlotState(None, state)
-    return state.entries(numbers)
+    return _wrapped(state).entries(numbers)
 
 
 def with_rows(state, slots, rows, differentiates=False):
@@ -132,9 +129,12 @@ def with_rows(state, slots, rows, differentiates=False):
     `differentiates`: bool; True: the backend takes the gradient of the rows, so
     of equal slots only the first may have one.
     """
-    if isinstance(state, SlotState):
-        return state.replaced(slots, rows, differentiates)
-    return SlotState(None, state).replaced(slots, rows, differentiates).array
+    after = _wrapped(state).replaced(slots, rows, differentiates)
+    return after if isinstance(state, SlotState) else after.array
+
+
+def _wrapped(state):
+    return state if isinstance(state, SlotState) else SlotState(None, state)
 
 
 def sum_over_equal(slots, weights):
