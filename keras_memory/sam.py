@@ -353,25 +353,34 @@ class SAMAccess:
 
     @property
     def _states_per_slot(self):
-        whole = functools.partial(StateSpec, dtype="int32", per_slot=True)
-        host, number = self.host_memory, self.memory_slots
-        if host is not None:
-            return {
-                "memory": whole((1,), on_host=(host, "memory")),
-                "norms": (),
-                "last_access": whole((1,), on_host=(host, "last_access")),
-                "block_access": (),
-            }
-        return {
-            "memory": StateSpec((number, self.slot_size), per_slot=True),
-            "norms": StateSpec(
-                (number,), constant=1.0, dtype="float32", per_slot=True
-            ),
-            "last_access": whole((number,), constant=sparse.UNWRITTEN),
-            "block_access": whole(
-                (-(-number // sparse.BLOCK),), slots_per_row=sparse.BLOCK
+        number = self.memory_slots
+        states = {
+            "memory": self._per_slot("memory", (self.slot_size,)),
+            "last_access": self._per_slot(
+                "last_access", (), constant=sparse.UNWRITTEN, dtype="int32"
             ),
         }
+        if self.host_memory is not None:  # which has norms and blocks
+            return {**states, "norms": (), "block_access": ()}
+        norms = StateSpec(
+            (number,), constant=1.0, dtype="float32", per_slot=True
+        )
+        blocks = StateSpec(
+            (-(-number // sparse.BLOCK),),
+            dtype="int32",
+            per_slot=True,
+            slots_per_row=sparse.BLOCK,
+        )
+        return {**states, "norms": norms, "block_access": blocks}
+
+    def _per_slot(self, name, row, **options):
+        """The spec of a state with rows of this shape, or of its token if the
+        memory is on the host."""
+        if self.host_memory is None:
+            shape = (self.memory_slots, *row)
+            return StateSpec(shape, per_slot=True, **options)
+        on_host = self.host_memory, name
+        return StateSpec((1,), dtype="int32", per_slot=True, on_host=on_host)
 
 
 def weighting(positions, weights, slots):

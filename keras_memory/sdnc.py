@@ -236,7 +236,12 @@ class SDNCAccess(SAMAccess):
         )
         return SDNCState(
             **state,
-            **self._links_per_slot,
+            **{
+                name: self._per_slot(
+                    name, (size,), constant=initial, dtype=dtype
+                )
+                for name, (size, dtype, initial) in self.more_per_slot.items()
+            },
             precedence_slots=whole(
                 (self.sparse_links,), into_range=self._existing_slots
             ),
@@ -244,28 +249,6 @@ class SDNCAccess(SAMAccess):
                 (self.sparse_links,), into_range=sums_into_unit_range
             ),
         )
-
-    @property
-    def _links_per_slot(self):
-        """Specs of the links: arrays, or tokens of a memory on the host."""
-
-        def spec(name, size, dtype, initial):
-            if self.host_memory is not None:
-                on_host = self.host_memory, name
-                return StateSpec(
-                    (1,), dtype="int32", per_slot=True, on_host=on_host
-                )
-            return StateSpec(
-                (self.memory_slots, size),
-                constant=initial,
-                dtype=dtype,
-                per_slot=True,
-            )
-
-        return {
-            name: spec(name, *array)
-            for name, array in self.more_per_slot.items()
-        }
 
     @property
     def more_per_slot(self):
