@@ -1,7 +1,5 @@
 """ScaNN's ops, or the exact search instead, in models and SavedModels."""
 
-import gc
-import os
 import pathlib
 import sys
 import tempfile
@@ -490,32 +488,46 @@ def test_the_exact_search_compiles():
     close(compiled(queries).scores, index(queries).scores, 1e-6)
 
 
+# Of its own process, whose size nothing else changes.
+RENEWED = """
+import gc, os, pathlib, sys
+import numpy as np
+import tensorflow as tf
+from keras_memory import ScannIndex
+
+keys = np.random.default_rng(0).normal(size=(3000, 400))  # 4.8 MB in float32
+index = ScannIndex(3000, top_k=2, value_dim=0)
+
+def renew():
+    np.negative(keys, keys)
+    index.set_memory(keys)
+    is_compiled = sys.argv[1] == "compiled"
+    search = tf.function(lambda x: index(x)) if is_compiled else index
+    assert search(keys[:3].astype("float32")).indices[2, 0] == 2
+
 def memory_in_use():
-    """Resident size of this process in bytes."""
     gc.collect()
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
+for _ in range(3):
+    renew()
+before = memory_in_use()
+for _ in range(20):
+    renew()
+# Some memory is given back late: a leak is in all of these, such memory is not.
+more = []
+for _ in range(5):
+    renew()
+    more.append(memory_in_use() - before)
+print(min(more))
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for memory")
 @pytest.mark.parametrize(
-    "is_compiled", [pytest.param(one, marks=needs_scann) for one in (0, 1)]
+    "how",
+    [pytest.param(how, marks=needs_scann) for how in ("eager", "compiled")],
 )
-def test_setting_entries_repeatedly_leaks_no_memory(is_compiled):
-    import tensorflow as tf
-
-    keys = np.random.default_rng(0).normal(size=(3000, 400))  # 4.8 MB
-    index = ScannIndex(3000, top_k=2, value_dim=0)
-
-    def renew():
-        np.negative(keys, keys)
-        index.set_memory(keys)
-        search = tf.function(lambda x: index(x)) if is_compiled else index
-        assert search(keys[:3].astype("float32")).indices[2, 0] == 2
-
-    for _ in range(3):
-        renew()
-    before = memory_in_use()
-    for _ in range(20):
-        renew()
-    assert memory_in_use() - before < 40e6
+def test_setting_entries_repeatedly_leaks_no_memory(how):
+    assert int(programs.output(RENEWED, how, timeout=300)) < 40e6

@@ -24,6 +24,8 @@ def into_unit_range(x, sums=None):
 
 
 def sums_into_unit_range(x):
+    """Scales rows whose entries sum to more than 1, so that they sum to 1, and
+    replaces negative entries by 0, as `into_unit_range` does."""
     return into_unit_range(x, lambda x: ops.sum(x, axis=-1, keepdims=True))
 
 
