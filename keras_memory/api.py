@@ -2,6 +2,10 @@
 
 from keras_memory import convert as convert
 from keras_memory import retrieval as retrieval
+from keras_memory.causal_attention import CausalAttention as CausalAttention
+from keras_memory.causal_attention import (
+    CausalAttentionState as CausalAttentionState,
+)
 from keras_memory.dnc import DNCCell as DNCCell
 from keras_memory.dnc import DNCLayer as DNCLayer
 from keras_memory.dnc import DNCState as DNCState
@@ -11,6 +15,11 @@ from keras_memory.esm import ESMMap as ESMMap
 from keras_memory.inspection import callbacks as callbacks
 from keras_memory.inspection import explanations as explanations
 from keras_memory.inspection.plotting import plot as plot
+from keras_memory.knn_attention import KNNAttention as KNNAttention
+from keras_memory.knn_attention import KNNAttentionState as KNNAttentionState
+from keras_memory.memorizing_transformer import (
+    MemorizingTransformer as MemorizingTransformer,
+)
 from keras_memory.memory_wrap import BaselineMemory as BaselineMemory
 from keras_memory.memory_wrap import MemoryWrapLayer as MemoryWrapLayer
 from keras_memory.memory_wrap_classifier import (
@@ -27,6 +36,9 @@ from keras_memory.recurrent.interface import StateSpec as StateSpec
 from keras_memory.recurrent.layer import MemoryRNN as MemoryRNN
 from keras_memory.recurrent.tracing import trace as trace
 from keras_memory.recurrent.tracing import trace_model as trace_model
+from keras_memory.relative_positions import (
+    RelativePositionBias as RelativePositionBias,
+)
 from keras_memory.retrieval.exact import Neighbours as Neighbours
 from keras_memory.retrieval.knn_layer import KNNMemoryLayer as KNNMemoryLayer
 from keras_memory.retrieval.knn_memory import KNNMemory as KNNMemory

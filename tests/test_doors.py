@@ -168,6 +168,27 @@ CALLS = {
             "values": real(2, 5, 3),
         },
     ),
+    "CausalAttention": (
+        lambda x: keras_memory.CausalAttention(2, 3)(x),
+        {"x": real(2, 4, 3)},
+    ),
+    "KNNAttention": (
+        lambda x: keras_memory.KNNAttention(2, 3, 7, 2)(x),
+        {"x": real(2, 4, 3)},
+    ),
+    "RelativePositionBias": (
+        lambda distances: keras_memory.RelativePositionBias(2)(distances),
+        {"distances": np.arange(6).reshape(2, 3)},
+    ),
+    "MemorizingTransformer": (
+        lambda **arrays: keras_memory.MemorizingTransformer(
+            7, 4, 1, 2, 3, memory_size=7, top_k=2, stateful=False
+        )(**arrays),
+        {
+            "tokens": np.arange(6).reshape(2, 3),
+            "labels": np.arange(6).reshape(2, 3),
+        },
+    ),
     "KNNMemory.add": (
         knn("add"),
         {"keys": real(2, 4, 3), "values": real(2, 4, 3)},
@@ -284,13 +305,20 @@ ANY_SIZE = {
     ("DNCLayer", "sequences"),
     ("SAMLayer", "sequences"),
     ("trace", "inputs"),
+    ("CausalAttention", "x"),
+    ("KNNAttention", "x"),
+    ("RelativePositionBias", "distances"),
     ("geometry.pad_sphere", "image"),
     ("geometry.pixels_to_camera", "depth"),
     ("KNNMemoryLayer", "values"),
     ("ScannIndex.set_memory", "keys"),
 }
 
-OPTIONAL = {("KNNMemoryLayer", "keys"), ("KNNMemoryLayer", "values")}
+OPTIONAL = {
+    ("KNNMemoryLayer", "keys"),
+    ("KNNMemoryLayer", "values"),
+    ("MemorizingTransformer", "labels"),
+}
 
 # Arguments that may be bools or integers.
 ALSO_BOOL = {"mask", "y"}

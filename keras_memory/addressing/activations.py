@@ -64,6 +64,16 @@ def activation_by_name(name):
     return oneplus if is_own else keras.activations.get(name)
 
 
+@keras.saving.register_keras_serializable(package="keras_memory")
+def gelu(x):
+    """x times the standard normal distribution function of x.
+
+    Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415), section 2. TensorFlow's
+    `tf.nn.gelu`, which Keras calls, has only the digits of float32 in float64.
+    """
+    return 0.5 * x * (1.0 + ops.erf(x * 0.5**0.5))
+
+
 # Without registration, a loaded model would use Keras's own sparsemax.
 @keras.saving.register_keras_serializable(package="keras_memory")
 def sparsemax(logits, axis=-1):

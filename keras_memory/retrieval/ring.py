@@ -187,7 +187,9 @@ class RingMemory:
         """
         state, sizes = self._checked(state)
         rows = check_array("rows", rows, ("B",), sizes, "bool")
-        return state._replace(count=ops.where(rows, 0, state.count))
+        return state._replace(
+            count=ops.where(rows, ops.zeros_like(state.count), state.count)
+        )
 
     def add(
         self,
@@ -313,7 +315,7 @@ class RingMemory:
         keys = ops.cast(state.keys, "float32")
         slots = ops.arange(self.memory_size, dtype="int32")
         size = ops.minimum(state.count, self.memory_size)[:, None]
-        bias = ops.where(slots < size, 0.0, -np.inf)
+        bias = ops.where(slots < size, ops.cast(0.0, "float32"), -np.inf)
         if self.similarity == "cosine":
             queries, keys = unit(queries), unit(keys)
         if self.similarity == "l2":
@@ -412,4 +414,6 @@ def _after(count, added, size):
     No intermediate sum exceeds 2 N, so nothing overflows.
     """
     is_full = added >= size - count
-    return (count % size + added % size) % size + ops.where(is_full, size, 0)
+    # Python's numbers would become int64 where `floatx` is float64.
+    full = ops.cast(is_full, "int32") * size
+    return (count % size + added % size) % size + full
