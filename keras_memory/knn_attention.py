@@ -24,6 +24,7 @@ from keras_memory.hints import Config
 from keras_memory.hints import Shape
 from keras_memory.retrieval.entries import FLOATS
 from keras_memory.retrieval.entries import check_dtype
+from keras_memory.retrieval.entries import check_top_k
 from keras_memory.retrieval.ring import RingMemory
 from keras_memory.retrieval.ring import RingState
 from keras_memory.retrieval.similarities import unit
@@ -155,12 +156,7 @@ class KNNAttention(CausalAttention):
     ):
         super().__init__(num_heads, key_dim, **kwargs)
         self.memory_size = check_size("memory_size", memory_size)
-        self.top_k = check_size("top_k", top_k)
-        if top_k > memory_size:
-            raise ValueError(
-                "`top_k` must be at most `memory_size`, the most entries that "
-                f"exist. Received: top_k={top_k}, memory_size={memory_size}"
-            )
+        self.top_k = check_top_k(top_k, memory_size)
         self.mixing = check_one_of("mixing", mixing, MIXINGS)
         self.similarity = check_one_of(
             "similarity", similarity, ("cosine", "dot")

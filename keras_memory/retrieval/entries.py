@@ -7,6 +7,7 @@ from keras import ops
 from keras_memory.checks import check_array
 from keras_memory.checks import check_bytes
 from keras_memory.checks import check_exact
+from keras_memory.checks import check_size
 from keras_memory.retrieval.similarities import LARGEST
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -81,6 +82,17 @@ def of_values(value_dtype, dtype=None):
     kind = "real" if value_dtype in (None, *FLOATS) else "integer"
     dtype = value_dtype or dtype
     return {"kind": kind, "dtype": dtype, "remedy": VALUE_REMEDY}
+
+
+def check_top_k(top_k, memory_size):
+    """Returns `top_k`; ValueError unless so many entries may exist."""
+    check_size("top_k", top_k)
+    if top_k > memory_size:
+        raise ValueError(
+            "`top_k` must be at most `memory_size`, the most entries that "
+            f"exist. Received: top_k={top_k}, memory_size={memory_size}"
+        )
+    return top_k
 
 
 def let_in(name, value, *arguments, **options):

@@ -13,7 +13,6 @@ from keras_memory.checks import check_batch
 from keras_memory.checks import check_exact
 from keras_memory.checks import check_one_of
 from keras_memory.checks import check_process
-from keras_memory.checks import check_size
 from keras_memory.checks import with_rows_of
 from keras_memory.hints import Array
 from keras_memory.hints import Config
@@ -23,6 +22,7 @@ from keras_memory.retrieval.entries import KEY_REMEDY
 from keras_memory.retrieval.entries import OF_INTEGERS
 from keras_memory.retrieval.entries import VALUE_REMEDY
 from keras_memory.retrieval.entries import check_dtype
+from keras_memory.retrieval.entries import check_top_k
 from keras_memory.retrieval.entries import let_in
 from keras_memory.retrieval.entries import of_values
 from keras_memory.retrieval.exact import Neighbours
@@ -117,12 +117,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
             value_dtype,
         )
         self.memory_size = ring.memory_size
-        self.top_k = check_size("top_k", top_k)
-        if top_k > memory_size:
-            raise ValueError(
-                "`top_k` must be at most `memory_size`, the most entries that "
-                f"exist. Received: top_k={top_k}, memory_size={memory_size}"
-            )
+        self.top_k = check_top_k(top_k, memory_size)
         self.similarity = similarity
         self.search_method = search_method
         self.target_recall = target_recall

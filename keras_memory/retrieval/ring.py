@@ -25,6 +25,7 @@ from keras_memory.retrieval.entries import KEY_REMEDY
 from keras_memory.retrieval.entries import OF_INTEGERS
 from keras_memory.retrieval.entries import check_bytes_of_entries
 from keras_memory.retrieval.entries import check_dtype
+from keras_memory.retrieval.entries import check_top_k
 from keras_memory.retrieval.entries import check_value_dtype
 from keras_memory.retrieval.entries import of_values
 from keras_memory.retrieval.exact import Neighbours
@@ -274,13 +275,7 @@ class RingMemory:
         Raises:
             ValueError: wrong shapes or dtypes, or `top_k` out of range.
         """
-        check_size("top_k", top_k)
-        if top_k > self.memory_size:
-            raise ValueError(
-                "`top_k` must be at most `memory_size`, the most entries that "
-                f"exist. Received: top_k={top_k}, "
-                f"memory_size={self.memory_size}"
-            )
+        check_top_k(top_k, self.memory_size)
         state, sizes = self._checked(state)
         queries = check_array(
             "queries", queries, ("B", ..., self.key_dim), sizes, dtype="float32"

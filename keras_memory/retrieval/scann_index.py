@@ -35,6 +35,7 @@ from keras_memory.retrieval import tuning
 from keras_memory.retrieval.entries import KEY_REMEDY
 from keras_memory.retrieval.entries import VALUE_REMEDY
 from keras_memory.retrieval.entries import check_bytes_of_entries
+from keras_memory.retrieval.entries import check_top_k
 from keras_memory.retrieval.entries import check_value_dtype
 from keras_memory.retrieval.entries import let_in
 from keras_memory.retrieval.entries import of_values
@@ -129,12 +130,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.memory_size = check_size("memory_size", memory_size)
-        self.top_k = check_size("top_k", top_k)
-        if top_k > memory_size:
-            raise ValueError(
-                "`top_k` must be at most `memory_size`, the most entries that "
-                f"exist. Received: top_k={top_k}, memory_size={memory_size}"
-            )
+        self.top_k = check_top_k(top_k, memory_size)
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
         check_open("target_recall", target_recall)
