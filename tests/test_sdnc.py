@@ -485,6 +485,15 @@ def test_an_empty_memory_gives_the_outputs_of_one_with_all_slots(slots):
     assert whole.cell.unpack_state(states).successors.shape == (BATCH, slots, 3)
 
 
+@harness.needs_tensorflow
+def test_an_empty_batch_gives_empty_outputs():
+    layer = layer_of(return_state=True)
+    outputs, *states = layer(np.zeros((0, 1, 4), "float32"))
+    assert tuple(outputs.shape) == (0, 1, 3)
+    sizes = [(0, size) for size in layer.cell.state_size]
+    assert [tuple(state.shape) for state in states] == sizes
+
+
 @pytest.mark.slow
 @harness.needs_tensorflow
 def test_a_memory_that_stays_has_the_gradients_of_the_portable_loop():
