@@ -494,6 +494,17 @@ def test_an_empty_batch_gives_empty_outputs():
     assert [tuple(state.shape) for state in states] == sizes
 
 
+# States from outside.
+
+
+@pytest.mark.every_backend
+def test_negative_links_do_not_cancel_others():
+    access = access_of(memory_slots=4, read_heads=1, top_k=1, sparse_links=2)
+    links = tensor([[[3.0, -2.9]]])
+    weights = access._follow(links, tensor([[[1.0]]]))
+    close(weights, [[[1.0, 0.0]]])
+
+
 @pytest.mark.slow
 @harness.needs_tensorflow
 def test_a_memory_that_stays_has_the_gradients_of_the_portable_loop():
