@@ -17,6 +17,7 @@ import keras
 from keras import ops
 
 from keras_memory.addressing import sparse
+from keras_memory.addressing.activations import not_negative
 from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.activations import sums_into_unit_range
 from keras_memory.addressing.slots import rows_at
@@ -172,7 +173,8 @@ class SDNCAccess(SAMAccess):
 
         They may sum to more than 1, since links do not fade when the slot that
         they start from is written again. Then they are scaled down."""
-        links = self._per_head(links)
+        # Links of a given state may be negative, and would cancel others.
+        links = not_negative(self._per_head(links))
         links = ops.cast(links, ops.dtype(previous))
         shape = (-1, self.read_heads, self.top_k, self.sparse_links)
         weights = ops.reshape(links, shape) * previous[..., None]

@@ -20,6 +20,7 @@ from keras_memory.addressing.sparse_linkage import Links
 from keras_memory.addressing.sparse_linkage import Precedence
 from keras_memory.sdnc import SDNCAccess
 from keras_memory.sdnc import SDNCState
+from keras_memory.sdnc import _links_between
 
 BATCH, TIME = 2, 8
 
@@ -485,6 +486,99 @@ def test_an_empty_memory_gives_the_outputs_of_one_with_all_slots(slots):
     assert whole.cell.unpack_state(states).successors.shape == (BATCH, slots, 3)
 
 
+@harness.needs_tensorflow
+def test_an_empty_batch_gives_empty_outputs():
+    layer = layer_of(return_state=True)
+    outputs, *states = layer(np.zeros((0, 1, 4), "float32"))
+    assert tuple(outputs.shape) == (0, 1, 3)
+    sizes = [(0, size) for size in layer.cell.state_size]
+    assert [tuple(state.shape) for state in states] == sizes
+
+
+# States from outside.
+
+
+@pytest.mark.every_backend
+def test_given_precedence_and_read_weights_are_brought_into_range():
+    cell = layer_of().cell
+    cell.build((BATCH, 4))
+    state = cell.unpack_state(cell.get_initial_state(BATCH))
+    states = cell.pack_state(
+        state._replace(
+            read_weights=np.full((BATCH, 2, 2), 3.0),
+            precedence_slots=np.tile([99, 0, -7], (BATCH, 1)),
+            precedence_weights=np.tile([1.0, 3.0, -2.0], (BATCH, 1)),
+        )
+    )
+    (found,) = cell.layout.in_range(states)
+    close(found.read_weights, np.full((BATCH, 2, 2), 0.5))
+    close(found.precedence_slots, np.tile([5, 0, -1], (BATCH, 1)))
+    close(found.precedence_weights, np.tile([0.25, 0.75, 0.0], (BATCH, 1)))
+
+
+@pytest.mark.parametrize("direction", ["backward", "forward"])
+def test_given_links_to_no_slot_lead_to_the_last(direction):
+    """Beyond the slots a gather would be an error on a CPU."""
+    access = access_of(sparse_links=3)
+    _, state = starts(access_of(), True)
+    before, numbers = (99, -1) if direction == "backward" else (0, 10**9)
+    links = np.ones((BATCH, 6, 3))
+    state = state._replace(
+        predecessors=tensor(before * links, "int32"),
+        link_weights=tensor(0.3 * links),
+        successors=tensor(numbers * links, "int32"),
+        precedence_slots=tensor(-links[:, 0], "int32"),
+        precedence_weights=tensor(0.0 * links[:, 0]),
+    )
+    interface = tensor(inputs(access, steps=1)[:, 0])
+    after, inside = access.step(interface, state)
+    weights = ops.convert_to_numpy(inside[f"{direction}_weights"])
+    slots = ops.convert_to_numpy(inside[f"{direction}_slots"])
+    assert weights.max() > 0
+    assert (slots[weights > 0] == 5).all()
+    assert np.isfinite(ops.convert_to_numpy(after.reads)).all()
+
+
+@pytest.mark.every_backend
+def test_negative_links_do_not_cancel_others():
+    access = access_of(memory_slots=4, read_heads=1, top_k=1, sparse_links=2)
+    links = tensor([[[3.0, -2.9]]])
+    weights = access._follow(links, tensor([[[1.0]]]))
+    close(weights, [[[1.0, 0.0]]])
+
+
+def test_void_links_are_not_read():
+    access = access_of(memory_slots=6, read_heads=1, top_k=3, sparse_links=2)
+    _, state = starts(access, False)
+    successors = np.full((BATCH, 6, 2), -1)
+    successors[:, 1, 0] = 4 * 2  # but slot 4 has no links
+    read_slots = np.tile([1, -1, -1], (BATCH, 1, 1))
+    state = state._replace(
+        successors=tensor(successors, "int32"),
+        read_slots=tensor(read_slots, "int32"),
+        read_weights=tensor(np.tile([1.0, 0.0, 0.0], (BATCH, 1, 1))),
+    )
+    interface = tensor(inputs(access, steps=1)[:, 0])
+    after, _ = access.step(interface, state)
+    found = np.sort(ops.convert_to_numpy(after.read_slots))
+    # Content finds the slots 0 and 1, which the step has written.
+    np.testing.assert_array_equal(found[:, 0], [[-1, 0, 1]] * BATCH)
+
+
+@harness.needs_tensorflow
+def test_links_and_precedence_have_no_gradient():
+    import tensorflow as tf
+
+    access = access_of(top_k=2)
+    _, state = starts(access, True)
+    interface = tf.Variable(inputs(access, steps=1)[:, 0])
+    with tf.GradientTape() as tape:
+        after, _ = access.step(interface.value(), state)
+        loss = tf.reduce_sum(after.link_weights**2)
+        loss += tf.reduce_sum(after.precedence_weights**2)
+    assert tape.gradient(loss, interface) is None
+
+
 @pytest.mark.slow
 @harness.needs_tensorflow
 def test_a_memory_that_stays_has_the_gradients_of_the_portable_loop():
@@ -534,6 +628,35 @@ def test_a_trace_shows_the_links_between_its_slots():
         close(linkage[row, -1, 0], expected, 1e-7)
     assert inside["forward_weighting"].shape == (BATCH, time, 2, time)
     keras_memory.visualization.plot_linkage(linkage[0])
+
+
+def test_a_trace_shows_the_slots_of_the_precedence():
+    access = access_of(memory_slots=9, top_k=1, sparse_links=2)
+    _, state = starts(access, False)
+    state = state._replace(
+        precedence_slots=tensor(np.tile([7, -1], (BATCH, 1)), "int32"),
+        precedence_weights=tensor(np.tile([1.0, 0.0], (BATCH, 1))),
+    )
+    interface = tensor(inputs(access, steps=1)[:, 0])
+    touched = ops.convert_to_numpy(
+        access.touched(*access.step(interface, state))
+    )
+    assert (touched == 7).any(axis=1).all()
+
+
+def test_a_trace_shows_no_links_of_missing_slots():
+    _, state = starts(access_of(memory_slots=4, sparse_links=2, top_k=2), False)
+    before = np.full((BATCH, 4, 2), -1)
+    before[:, 0, 0] = 2
+    state = state._replace(
+        predecessors=tensor(before, "int32"),
+        link_weights=tensor(np.where(before >= 0, 0.5, 0.0)),
+    )
+    slots = np.tile([0, 2, -1], (BATCH, 1))
+    links = _links_between(state, tensor(slots, "int32"))
+    expected = np.zeros((BATCH, 1, 3, 2))
+    expected[:, 0, 0, 0] = 0.5
+    close(links["linkage"], expected)
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,14 @@ def largest_sums(slots, weights, count):
         sums = ops.where(slots >= 0, sums, -1.0)
         found = []
         for _ in range(count):
-            largest = ops.max(sums, axis=2, keepdims=True)
+            # Without `initial`, Keras rejects the extremes of an empty batch.
+            largest = ops.max(sums, axis=2, keepdims=True, initial=-1.0)
             is_largest = ops.logical_and(ops.equal(sums, largest), sums >= 0.0)
             slot = ops.min(
-                ops.where(is_largest, slots, NO_SLOT), axis=2, keepdims=True
+                ops.where(is_largest, slots, NO_SLOT),
+                axis=2,
+                keepdims=True,
+                initial=NO_SLOT,
             )
             sums = ops.where(ops.equal(slots, slot), -1.0, sums)
             found.append(ops.where(ops.equal(slot, NO_SLOT), -1, slot))
