@@ -14,7 +14,9 @@ from typing import Unpack
 
 import keras
 from keras import ops
+from keras.src.backend import get_keras_mask
 
+from keras_memory.addressing.activations import softmax
 from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.addressing.slots import rows_at
 from keras_memory.arguments import Arguments
@@ -88,7 +90,7 @@ class CausalAttention(Arguments, keras.layers.Layer):
     the layer with `stateful=True`.
 
     Masking and dtype: masked tokens are neither attended to nor kept, and do
-    not count in distances; their own outputs have no meaning. Logits and
+    not count in distances; their own outputs are undefined. Logits and
     softmax are computed in float32 under 16-bit policies.
 
     Args:
@@ -194,7 +196,7 @@ class CausalAttention(Arguments, keras.layers.Layer):
         self._dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
     def _check_position_bias(self, value):
-        if value in (None, "t5"):
+        if value is None or (isinstance(value, str) and value == "t5"):
             return value
         if not isinstance(value, RelativePositionBias):
             raise ValueError(
@@ -321,12 +323,15 @@ class CausalAttention(Arguments, keras.layers.Layer):
     def reset_state(self) -> None:
         """Empties the state of a stateful layer."""
         for variable in self._state.variables if self._state else ():
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
 
     # The call.
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Any:
         x = check_array("x", x, (None, None, None), result="given")
+        # Keras passes a mask on only if `x` is the only tensor.
+        if kwargs.get("mask") is None and get_keras_mask(x) is not None:
+            kwargs["mask"] = get_keras_mask(x)
         return super().__call__(x, *args, **kwargs)
 
     def call(
@@ -346,6 +351,9 @@ class CausalAttention(Arguments, keras.layers.Layer):
         self, given, initial_state, mask, documents, training, shift, **options
     ):
         segment, state = self._checked(given, initial_state, mask, *documents)
+        if shift is not None:
+            sizes = {"B": state.xl_count.shape[0]}
+            shift = check_array("shift", shift, ("B",), sizes, "integer")
         query, key, value = self._project(segment.x)
         keys = self._join(state.xl_keys, key)
         values = self._join(state.xl_values, value)
@@ -362,8 +370,7 @@ class CausalAttention(Arguments, keras.layers.Layer):
             outputs = rows_at(outputs, ops.argsort(segment.order, axis=1))
         if self.stateful and initial_state is None:
             for variable, value in zip(self._state.variables, after):
-                if value is not None:
-                    variable.assign(value)
+                variable.assign(value)
         outputs = with_rows_of(outputs, given)
         return (outputs, after) if self.return_state else outputs
 
@@ -412,7 +419,6 @@ class CausalAttention(Arguments, keras.layers.Layer):
         return Segment(x, count, documents, following, order), state
 
     def _given_state(self, initial_state, x, sizes):
-        shapes = self._state_shapes()
         if initial_state is None:
             if not self.stateful:
                 return self.get_initial_state(ops.shape(x)[0])
@@ -422,23 +428,27 @@ class CausalAttention(Arguments, keras.layers.Layer):
                 # gradient still needs this one.
                 values = [ops.copy(value) for value in values]
             return self.state_class(*values)
-        given = [part for part in initial_state if part is not None]
-        if len(given) != len(shapes):
+        return self._check_state("initial_state", initial_state, sizes)
+
+    def _check_state(self, name, given, sizes):
+        shapes = self._state_shapes()
+        if not isinstance(given, (tuple, list)) or len(given) != len(shapes):
+            got = len(given) if isinstance(given, (tuple, list)) else given
             raise ValueError(
-                f"`initial_state` must have {len(shapes)} tensors: "
-                f"{', '.join(shapes)}. Received: {len(given)}"
+                f"`{name}` must have {len(shapes)} tensors: "
+                f"{', '.join(shapes)}. Received: {got}"
             )
         return self.state_class(
             *(
                 check_array(
-                    f"initial_state.{name}",
+                    f"{name}.{field}",
                     part,
                     ("B", *shape),
                     sizes,
                     "integer" if dtype == "int32" else "real",
                     dtype,
                 )
-                for part, (name, (shape, dtype)) in zip(given, shapes.items())
+                for part, (field, (shape, dtype)) in zip(given, shapes.items())
             )
         )
 
@@ -473,8 +483,9 @@ class CausalAttention(Arguments, keras.layers.Layer):
         batch, _, time, width = ops.shape(query)
         groups = self._key_heads
         query = ops.reshape(query, (batch, groups, -1, width))
+        query = ops.cast(query, self._wide_dtype)
+        keys = ops.cast(keys, self._wide_dtype)
         products = ops.matmul(query, ops.swapaxes(keys, 2, 3))
-        products = ops.cast(products, self._wide_dtype)
         return ops.reshape(products, (batch, self.num_heads, time, -1))
 
     def _weigh(self, weights, values):
@@ -522,7 +533,7 @@ class CausalAttention(Arguments, keras.layers.Layer):
 
     def _attend(self, query, logits, values, segment, state, training):
         """(B, H, T, V), the attended values."""
-        weights = self._dropout(ops.softmax(logits), training=training)
+        weights = self._dropout(softmax(logits), training=training)
         return self._weigh(weights, values)
 
     def _output(self, outputs):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_memory.addressing.activations import softmax
 from keras_memory.causal_attention import MASKED
 from keras_memory.causal_attention import CausalAttention
 from keras_memory.checks import check_bool
@@ -27,6 +28,7 @@ from keras_memory.retrieval.entries import check_dtype
 from keras_memory.retrieval.entries import check_top_k
 from keras_memory.retrieval.ring import RingMemory
 from keras_memory.retrieval.ring import RingState
+from keras_memory.retrieval.similarities import is_sound
 from keras_memory.retrieval.similarities import unit
 
 MIXINGS = ("gate", "informed_gate", "joint_softmax")
@@ -42,16 +44,14 @@ class KNNAttentionState(NamedTuple):
         memory_keys: (B, G, N, D), of length 1; 0 until a slot is first written.
         memory_values: (B, G, N, V), likewise.
         memory_count: (B,) int32, see `RingState`.
-
-    With `store="host"` the state ends with `xl_count`.
     """
 
     xl_keys: Any
     xl_values: Any
     xl_count: Any
-    memory_keys: Any = None
-    memory_values: Any = None
-    memory_count: Any = None
+    memory_keys: Any
+    memory_values: Any
+    memory_count: Any
 
 
 class Retrieved(NamedTuple):
@@ -74,6 +74,9 @@ class Retrieved(NamedTuple):
 @keras.saving.register_keras_serializable(package="keras_memory")
 class KNNAttention(CausalAttention):
     """Causal attention that also attends to the nearest tokens of a memory.
+
+    Without `stateful=True` or `initial_state`, the memory is empty in every
+    call.
 
     Source: Wu et al. 2022 (arXiv 2203.08913), section 3. Each query attends to
     the keys of its segment, and to the K keys in the memory that are nearest
@@ -259,20 +262,20 @@ class KNNAttention(CausalAttention):
         searched=None,
     ):
         found = self._retrieve(
-            unit(query), segment, state if searched is None else searched
+            unit(query), segment, self._searched(searched, state)
         )
         memory_logits = ops.where(
             found.is_found, found.cosines * self._scale(), MASKED
         )
         if self.mixing == "joint_softmax":
             both = ops.concatenate([memory_logits, logits], axis=3)
-            weights = ops.softmax(both)
+            weights = softmax(both)
             of_memory = weights[..., : self.top_k]
             local = weights[..., self.top_k :]
         else:
             gate = self._gate(found)  # g
-            of_memory = gate * ops.softmax(memory_logits)
-            local = (1.0 - gate) * ops.softmax(logits)
+            of_memory = gate * softmax(memory_logits)
+            local = (1.0 - gate) * softmax(logits)
         # Where nothing was found, the softmax is uniform.
         of_memory = ops.where(found.is_found, of_memory, 0.0)
         of_memory = self._memory_dropout(of_memory, training=training)
@@ -280,6 +283,17 @@ class KNNAttention(CausalAttention):
         of_memory = ops.cast(of_memory, self.compute_dtype)
         attended = ops.sum(of_memory[..., None] * found.values, axis=3)
         return attended + self._weigh(local, values)
+
+    def _searched(self, searched, state):
+        if searched is None:
+            return state
+        if not isinstance(searched, KNNAttentionState):
+            raise ValueError(
+                "`searched` must be a `KNNAttentionState`. Received: "
+                f"{type(searched).__name__}"
+            )
+        sizes = {"B": state.xl_count.shape[0]}
+        return self._check_state("searched", searched, sizes)
 
     def _gate(self, found):
         """(B, H, T, 1), the share of the memory, 0 where nothing was found."""
@@ -375,6 +389,10 @@ class KNNAttention(CausalAttention):
         def rows(array):  # entries behind these stay in the state
             return ops.reshape(array[:, :, :time], (-1, time, array.shape[3]))
 
+        # A token enters the memories of all heads or of none.
+        for array in (keys, values):
+            is_kept = ops.all(is_sound(array[:, :, :time]), axis=1)
+            enters = ops.logical_and(enters, is_kept)
         ring = self._ring.add(
             ring, unit(rows(keys)), rows(values), per_row(enters)
         )

@@ -12,6 +12,7 @@ from keras import ops
 from keras.src.backend import set_keras_mask
 
 from keras_memory.addressing.activations import gelu
+from keras_memory.addressing.scaling import at_least_float32
 from keras_memory.arguments import Arguments
 from keras_memory.arguments import KerasArguments
 from keras_memory.arguments import given
@@ -23,6 +24,7 @@ from keras_memory.checks import check_process
 from keras_memory.checks import check_rate
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
+from keras_memory.checks import is_number
 from keras_memory.hints import Array
 from keras_memory.hints import Config
 from keras_memory.hints import Shape
@@ -49,6 +51,12 @@ class MemorizingTransformer(Arguments, keras.Model):
     Evaluation, and validation in `fit`, start from an empty memory, write to it
     as they go through the documents, and drop it: the model's own stays as it
     was. `evaluate(..., write=False)` searches the model's own instead.
+
+    `fit` does not empty the memory between epochs: without `clear_on_token`, a
+    second epoch finds its own targets of the first. Call `reset_memory` then.
+
+    Every batch has the size of the first one, also in `predict`. For other
+    sizes use `stateful=False` and `state=`.
 
     Files do not contain the memory, except those of `save(..., memory=True)`,
     which a model of the same batch size loads.
@@ -94,7 +102,8 @@ class MemorizingTransformer(Arguments, keras.Model):
         tokens: (B, T) integers in [0, C).
         state: from `create_memories`, or from the last call; None for the
             model's own, or an empty one if it has none.
-        labels: (B, T) integers in [0, C); None for none.
+        labels: (B, T) integers in [0, C), the token behind each token; None
+            for none.
         training: bool.
         write: bool, whether the memory is written. True by default.
 
@@ -167,6 +176,12 @@ class MemorizingTransformer(Arguments, keras.Model):
         for name in ("pad_id", "clear_on_token", "clear_on_end_token"):
             if arguments[name] is not None:
                 check_whole(name, arguments[name], 0, num_tokens - 1)
+        for name in ("clear_on_token", "clear_on_end_token"):
+            if pad_id is not None and arguments[name] == pad_id:
+                raise ValueError(
+                    f"`pad_id` must differ from `{name}`: padding is ignored. "
+                    f"Received: {pad_id} for both"
+                )
         for name in ("shift_memories_down", "shift_xl_down"):
             check_size(name, arguments[name], least=0)
         if memorizing_layers is None:
@@ -259,6 +274,8 @@ class MemorizingTransformer(Arguments, keras.Model):
     def build(self, input_shape: Shape) -> None:
         shape = (*input_shape, self.dim)
         self.embedding.build(input_shape)
+        for bias in (self.position_bias, self.knn_position_bias):
+            bias.build()
         layers = self.norms, self.attentions, self.feed_forwards
         for layer in (*sum(layers, []), self.final_norm, self.to_logits):
             layer.build(shape)
@@ -325,11 +342,12 @@ class MemorizingTransformer(Arguments, keras.Model):
         if rows is not None:
             rows = check_array("rows", rows, (size,), kind="bool")
         for variable in self._state.variables:
-            zeros = ops.zeros_like(variable)
+            value = ops.convert_to_tensor(variable)
+            after = ops.zeros_like(value)
             if rows is not None:
-                shape = (-1, *[1] * (len(variable.shape) - 1))
-                zeros = ops.where(ops.reshape(rows, shape), zeros, variable)
-            variable.assign(zeros)
+                shape = (-1, *[1] * (len(value.shape) - 1))
+                after = ops.where(ops.reshape(rows, shape), after, value)
+            variable.assign(after)
 
     # The call.
 
@@ -426,14 +444,16 @@ class MemorizingTransformer(Arguments, keras.Model):
         return self._packed(values)
 
     def _cross_entropy(self, logits, labels):
+        logits = ops.cast(logits, at_least_float32(ops.dtype(logits)))
         losses = keras.losses.sparse_categorical_crossentropy(
             labels, logits, from_logits=True
         )
         if self.pad_id is None:
             return ops.mean(losses)
-        is_scored = ops.cast(labels != self.pad_id, losses.dtype)
-        total = ops.maximum(ops.sum(is_scored), 1.0)
-        return ops.sum(losses * is_scored) / total
+        is_scored = labels != self.pad_id
+        total = ops.sum(ops.cast(is_scored, losses.dtype))
+        losses = ops.where(is_scored, losses, 0.0)
+        return ops.sum(losses) / ops.maximum(total, 1.0)
 
     # Training and evaluation.
 
@@ -522,7 +542,7 @@ class MemorizingTransformer(Arguments, keras.Model):
 
 def check_layer_numbers(name, value, depth):
     """Layer numbers as a sorted tuple of ints from 1 to `depth`, each once."""
-    numbers = [value] if isinstance(value, int) else list(value)
+    numbers = [value] if is_number(value) else list(value)
     if len(set(numbers)) < len(numbers) or any(
         isinstance(number, bool)
         or not isinstance(number, int)

@@ -104,7 +104,7 @@ class RelativePositionBias(Arguments, keras.layers.Layer):
             number / (self.num_buckets - single)
         )
         # The first distance of each further bucket.
-        first = np.ceil(first - 1e-9).astype("int32")
+        first = ops.convert_to_tensor(np.ceil(first - 1e-9), "int32")
         is_beyond = ops.cast(distances[..., None] >= first, "int32")
         return ops.clip(distances, 0, single) + ops.sum(is_beyond, axis=-1)
 

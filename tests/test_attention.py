@@ -505,6 +505,49 @@ def test_16_bits(name, policy):
         assert ops.dtype(outputs) == layer.compute_dtype
         outputs = ops.convert_to_numpy(ops.cast(outputs, "float32"))
         assert np.isfinite(outputs).all()
+    if not harness.TRAINS:
+        return
+    x = segments()
+    x[:, 2] = 0.0  # a token of zeros, and one that is masked
+    mask = np.arange(5)[None].repeat(3, 0) < 4
+
+    def loss(x):
+        outputs, _ = layer(x, initial_state=state, mask=mask)
+        return ops.sum(ops.cast(outputs, "float32")[:, :4] ** 2)
+
+    assert np.isfinite(harness.gradient(loss, x)).all()
+
+
+def test_the_mask_of_a_layer_before_counts():
+    tokens = np.array([[3, 4, 5, 0], [3, 4, 0, 0]])
+    embedding = keras.layers.Embedding(6, 7, mask_zero=True)
+    layer = CausalAttention(2, 5, xl_size=8, return_state=True)
+    _, state = layer(embedding(tokens))
+    _, state = layer(embedding(tokens), initial_state=state)
+    close(state.xl_count, [6, 4], 0)
+
+
+def test_a_token_enters_the_memories_of_all_heads_or_none():
+    layer, x = made("joint", output_gate=False), segments()
+    kernel = ops.convert_to_numpy(layer.value_kernel)
+    kernel[0, -1] = 1e15  # of the second head
+    layer.value_kernel.assign(kernel)
+    x[:, :, 0] = 0.0
+    x[0, 2, 0] = 100.0
+    _, state = layer(x)
+    close(state.memory_count, [4, 5, 5], 0)
+    keys = np.linalg.norm(ops.convert_to_numpy(state.memory_keys), axis=3)
+    close(keys[0, :, :5], [[1, 1, 1, 1, 0]] * 2, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gate", "joint"])
+def test_one_token_and_one_neighbor(name):
+    """Keras warns about a softmax over one entry; warnings are errors."""
+    layer = made(name, top_k=1)
+    state = None
+    for x in segments(3)[:, :, :1]:
+        outputs, state = layer(x, initial_state=state)
+    assert np.isfinite(ops.convert_to_numpy(outputs)).all()
 
 
 @most
@@ -591,6 +634,14 @@ def test_calls_are_checked():
         layer(x, clear=np.zeros((3, 4), bool))
     with pytest.raises(ValueError, match="write"):
         layer(x, write=1)
+    with pytest.raises(ValueError, match="`initial_state`.*Received: 5"):
+        layer(x, initial_state=5)
+    with pytest.raises(ValueError, match="`searched` must be a `KNNAtt"):
+        layer(x, searched=state[:3])
+    with pytest.raises(ValueError, match="searched.memory_keys"):
+        layer(x, searched=state._replace(memory_keys=state.xl_keys))
+    with pytest.raises(ValueError, match="`shift`"):
+        layer(x, shift=np.zeros(1, "int32"))
     stateful = made("gate", stateful=True)
     with pytest.raises(ValueError, match="batch size"):
         stateful(x[:2])

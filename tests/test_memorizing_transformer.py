@@ -117,6 +117,17 @@ def test_right_positions_after_conversion():
     assert np.abs(ops.convert_to_numpy(a - b)).max() > 1e-3
 
 
+def test_a_model_whose_layers_all_remember_is_converted():
+    _, weights, _ = harness.golden("mt__transformer_a")
+    weights = {n: w for n, w in weights.items() if "layers.0." not in n}
+    weights = {n.replace("layers.1", "layers.0"): w for n, w in weights.items()}
+    model = convert.from_memorizing_transformers(
+        weights, memory_size=9, top_k=2
+    )
+    assert model.memorizing_layers == (1,)
+    assert model(np.ones((2, 3), int)).shape == (2, 3, 11)
+
+
 def test_weights_for_conversion_are_checked():
     _, weights, _ = harness.golden("mt__transformer_a")
     with pytest.raises(ValueError, match="`depth` must be 2"):
@@ -334,6 +345,7 @@ def test_it_learns(mixing):
         ({"xl_size": 2, "xl_layers": (5,)}, "xl_layers"),
         ({"pad_id": 11}, "pad_id"),
         ({"clear_on_token": -1}, "clear_on_token"),
+        ({"pad_id": 1, "clear_on_end_token": 1}, "`pad_id` must differ"),
         ({"depth": 0}, "depth"),
         ({"ff_dropout": 1.0}, "ff_dropout"),
         ({"top_k": 18}, "top_k=18, memory_size=17"),

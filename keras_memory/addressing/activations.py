@@ -35,9 +35,9 @@ def softmax(logits):
     Keras warns about an axis of one entry, which is valid here: there may be
     one slot, or one shift.
     """
-    return (
-        ops.softmax(logits) if logits.shape[-1] > 1 else ops.ones_like(logits)
-    )
+    if logits.shape[-1] == 1:  # None if the size is unknown
+        return ops.ones_like(logits)
+    return ops.softmax(logits)
 
 
 def oneplus(x):

@@ -10,6 +10,11 @@ LARGEST = 1e15  # bound of components, so that products are finite in float32
 SAMPLE = 63  # keys whose median is the origin of distances
 
 SIMILARITIES = ("dot", "cosine", "l2")
+# The smallest normal numbers.
+TINY = {
+    "float16": float(np.finfo("float16").tiny),
+    "float32": float(np.finfo("float32").tiny),
+}
 
 
 def is_sound(vectors):
@@ -26,8 +31,10 @@ def unit(vectors, xp=ops):
     largest = xp.max(xp.abs(vectors), axis=-1, keepdims=True, initial=0)
     if xp is ops:  # the result does not depend on the scale
         largest = ops.stop_gradient(largest)
-    # Subnormal numbers have few bits, and some devices flush them to 0.
-    is_zero = largest < np.finfo("float32").tiny
+    # Subnormal numbers have few bits, and some devices flush them to 0. In
+    # float16 the bound of float32 would be 0.
+    dtype = ops.dtype(vectors) if xp is ops else str(vectors.dtype)
+    is_zero = largest < TINY.get(dtype, TINY["float32"])
     vectors = vectors / xp.where(is_zero, 1, largest)
     squares = xp.sum(vectors * vectors, axis=-1, keepdims=True)
     return xp.where(
