@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference_attention
+from catalogue import few_backends_unless
 from catalogue import slow_unless
 from harness import close
 from keras import ops
@@ -32,7 +33,13 @@ LAYERS = {
 each = pytest.mark.parametrize("name", LAYERS)
 # Of checks that hardly depend on the options, the others are slow.
 most = pytest.mark.parametrize(
-    "name", [slow_unless(name in ("latest", "gate"), name) for name in LAYERS]
+    "name",
+    [
+        few_backends_unless(n == "gate", n)
+        if n in ("gate", "latest")
+        else slow_unless(False, n)
+        for n in LAYERS
+    ],
 )
 remembering = pytest.mark.parametrize(
     "name", [slow_unless(n == "gate", n) for n in LAYERS if n not in PLAIN]
@@ -266,6 +273,7 @@ def test_golden_of_relative_positions(number, in_float64):
             close(layer.of_segment(queries, keys, shift), expected, 1e-12)
 
 
+@pytest.mark.few_backends
 @most
 def test_a_later_token_changes_nothing_before_it(name):
     layer, (before, x) = made(name), segments(2)
@@ -278,6 +286,7 @@ def test_a_later_token_changes_nothing_before_it(name):
     assert np.abs(ops.convert_to_numpy(a - b)[:, 3:]).max() > 1e-3
 
 
+@pytest.mark.few_backends
 def test_one_segment_equals_two():
     layer, x = made("latest"), segments(shape=(3, 10, 7))
     whole, after = layer(x)
@@ -288,6 +297,7 @@ def test_one_segment_equals_two():
     close(state.xl_count, [10] * 3, 0)
 
 
+@pytest.mark.few_backends
 def test_biases_are_weights_of_a_constant_input():
     layer, x = made("gate", use_bias=True), segments()
     one = np.ones((*x.shape[:2], 1), "float32")
@@ -308,6 +318,7 @@ def test_biases_are_weights_of_a_constant_input():
     close(state.memory_values, other.memory_values)
 
 
+@pytest.mark.few_backends
 @most
 def test_rows_are_independent(name):
     layer, (before, x) = made(name), segments(2)
@@ -338,6 +349,7 @@ def test_padding_counts_nowhere(name):
     )
 
 
+@pytest.mark.few_backends
 @most
 def test_all_padding_changes_no_state(name):
     layer, (before, x) = made(name), segments(2)
@@ -381,6 +393,7 @@ def test_a_document_sees_nothing_older(name):
     close(rows[2], going_on[2])
 
 
+@pytest.mark.few_backends
 @most
 def test_a_document_ends(name):
     layer, (before, x) = made(name), segments(2)
@@ -405,6 +418,7 @@ def test_a_document_ends(name):
         assert list(ours[[0, 2]]) == list(other[[0, 2]])
 
 
+@pytest.mark.few_backends
 @remembering
 def test_the_memory_has_the_newest_tokens(name):
     """A segment may have more tokens than the memory."""
@@ -424,6 +438,7 @@ def test_the_memory_has_the_newest_tokens(name):
     close(stored[:, :, slots], newest)
 
 
+@pytest.mark.few_backends
 @remembering
 def test_without_writing_the_memory_stays(name):
     layer, (before, x) = made(name), segments(2)
@@ -434,6 +449,7 @@ def test_without_writing_the_memory_stays(name):
         close(getattr(after, field), getattr(state, field), 0)
 
 
+@pytest.mark.few_backends
 @remembering
 def test_an_empty_memory_is_plain_attention(name):
     """Nothing of the memory, and no gate, enters the outputs."""
@@ -478,6 +494,7 @@ def test_stateful_is_state_in_and_out(name):
     close(stateful(x)[0], layer(x)[0])
 
 
+@pytest.mark.few_backends
 @most
 def test_no_gradient_enters_the_state(name):
     if not harness.TRAINS:
@@ -492,6 +509,7 @@ def test_no_gradient_enters_the_state(name):
     assert (harness.gradient(loss, before) == 0).all()
 
 
+@pytest.mark.few_backends
 @most
 @pytest.mark.parametrize(
     "policy",
@@ -518,6 +536,7 @@ def test_16_bits(name, policy):
     assert np.isfinite(harness.gradient(loss, x)).all()
 
 
+@pytest.mark.few_backends
 def test_the_mask_of_a_layer_before_counts():
     tokens = np.array([[3, 4, 5, 0], [3, 4, 0, 0]])
     embedding = keras.layers.Embedding(6, 7, mask_zero=True)
@@ -527,6 +546,7 @@ def test_the_mask_of_a_layer_before_counts():
     close(state.xl_count, [6, 4], 0)
 
 
+@pytest.mark.few_backends
 def test_a_token_enters_the_memories_of_all_heads_or_none():
     layer, x = made("joint", output_gate=False), segments()
     kernel = ops.convert_to_numpy(layer.value_kernel)
@@ -540,6 +560,7 @@ def test_a_token_enters_the_memories_of_all_heads_or_none():
     close(keys[0, :, :5], [[1, 1, 1, 1, 0]] * 2, 1e-5)
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize("name", ["gate", "joint"])
 def test_one_token_and_one_neighbor(name):
     """Keras warns about a softmax over one entry; warnings are errors."""
@@ -550,6 +571,7 @@ def test_one_token_and_one_neighbor(name):
     assert np.isfinite(ops.convert_to_numpy(outputs)).all()
 
 
+@pytest.mark.few_backends
 @most
 def test_zeros_have_finite_gradients(name):
     if not harness.TRAINS:
@@ -582,6 +604,7 @@ def test_in_a_model(name, tmp_path):
     close(loaded(x[0]), expected, 0)
 
 
+@pytest.mark.few_backends
 def test_layers_share_a_position_bias():
     bias = RelativePositionBias(2, num_buckets=4, max_distance=8)
     layers = [made("plain", position_bias=bias) for _ in range(2)]
@@ -601,6 +624,7 @@ def test_buckets_of_distances():
     ]
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
@@ -623,6 +647,7 @@ def test_arguments_are_checked(kwargs, words):
         KNNAttention(**kwargs)
 
 
+@pytest.mark.few_backends
 def test_calls_are_checked():
     layer, x = made("gate"), segments()
     with pytest.raises(ValueError, match="6 tensors: xl_keys"):

@@ -98,6 +98,7 @@ def test_golden_over_segments(name, in_float64):
         close(grad.reshape(expected.shape), expected, 1e-9)
 
 
+@pytest.mark.few_backends
 def test_right_positions_after_conversion():
     arrays, weights, _ = harness.golden("mt__transformer_a")
     kwargs = {"memory_size": 9, "top_k": 2, "xl_size": 4}
@@ -117,6 +118,7 @@ def test_right_positions_after_conversion():
     assert np.abs(ops.convert_to_numpy(a - b)).max() > 1e-3
 
 
+@pytest.mark.few_backends
 def test_a_model_whose_layers_all_remember_is_converted():
     _, weights, _ = harness.golden("mt__transformer_a")
     weights = {n: w for n, w in weights.items() if "layers.0." not in n}
@@ -128,6 +130,7 @@ def test_a_model_whose_layers_all_remember_is_converted():
     assert model(np.ones((2, 3), int)).shape == (2, 3, 11)
 
 
+@pytest.mark.few_backends
 def test_weights_for_conversion_are_checked():
     _, weights, _ = harness.golden("mt__transformer_a")
     with pytest.raises(ValueError, match="`depth` must be 2"):
@@ -158,6 +161,7 @@ def test_own_memory_is_state_in_and_out():
     assert own.count_params() == model.count_params()
 
 
+@pytest.mark.few_backends
 def test_the_middle_layer_remembers_by_default():
     assert MemorizingTransformer(5, depth=6).memorizing_layers == (3,)
     assert MemorizingTransformer(5, depth=1).memorizing_layers == (1,)
@@ -195,6 +199,7 @@ def test_documents_start_and_end():
                 assert list(ops.convert_to_numpy(value)) == [0, 0]
 
 
+@pytest.mark.few_backends
 def test_padding_is_neither_remembered_nor_scored():
     model = made(pad_id=PAD, xl_size=2)
     segment = tokens(length=6)
@@ -257,6 +262,7 @@ def test_evaluation_leaves_the_memory():
     close(first, np.mean(losses), 1e-5)
 
 
+@pytest.mark.few_backends
 def test_files_have_the_memory_on_demand(tmp_path):
     model = made(stateful=True)
     for segment in tokens(2):
@@ -273,6 +279,7 @@ def test_files_have_the_memory_on_demand(tmp_path):
     assert expected.shape == (2, 5, 11)
 
 
+@pytest.mark.few_backends
 def test_a_layer_searches_the_memory_above():
     layers = {"depth": 2, "memorizing_layers": (1, 2)}
     model, shifted = made(**layers), made(shift_memories_down=1, **layers)
@@ -296,6 +303,7 @@ def test_a_layer_searches_the_memory_above():
     close(after[0].memory_keys[:, :, :5], state[0].memory_keys[:, :, :5], 0)
 
 
+@pytest.mark.few_backends
 def test_a_layer_has_the_latest_tokens_of_the_layer_above():
     options = {"xl_size": 4, "xl_layers": (2, 3)}
     model, shifted = made(**options), made(shift_xl_down=1, **options)
@@ -315,6 +323,7 @@ def test_a_layer_has_the_latest_tokens_of_the_layer_above():
     close(found, expected)
 
 
+@pytest.mark.few_backends
 @pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["informed_gate", "joint_softmax"])
 def test_it_learns(mixing):
@@ -335,6 +344,7 @@ def test_it_learns(mixing):
     assert np.isfinite(history).all()
 
 
+@pytest.mark.few_backends
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
@@ -357,6 +367,7 @@ def test_arguments_are_checked(kwargs, words):
         MemorizingTransformer(**{**SIZES, **kwargs})
 
 
+@pytest.mark.few_backends
 def test_calls_are_checked():
     model = made(stateful=True)
     with pytest.raises(ValueError, match="`tokens` must be"):
