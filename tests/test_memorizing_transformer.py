@@ -168,6 +168,7 @@ def test_the_middle_layer_remembers_by_default():
     assert made(memorizing_layers=(3, 1)).memorizing_layers == (1, 3)
 
 
+@pytest.mark.few_backends
 def test_documents_start_and_end():
     model = made(
         xl_size=3,

@@ -326,7 +326,8 @@ class RingMemory:
             return largest, ops.cast(slots, "int32")
 
         number = queries.shape[1]
-        if number is None or number <= QUERIES:
+        # JAX has expressions for unknown sizes.
+        if not isinstance(number, int) or number <= QUERIES:
             return search(queries)
         blocks = -(-number // QUERIES)
         more = blocks * QUERIES - number
