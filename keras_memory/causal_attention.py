@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any
 from typing import NamedTuple
+from typing import Self
 from typing import Unpack
 
 import keras
@@ -602,7 +603,7 @@ class CausalAttention(Arguments, keras.layers.Layer):
         return {**super().get_config(), **config}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         if isinstance(config.get("position_bias"), dict):
             bias = keras.saving.deserialize_keras_object(
                 config["position_bias"]

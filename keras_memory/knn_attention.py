@@ -159,7 +159,7 @@ class KNNAttention(CausalAttention):
     ):
         super().__init__(num_heads, key_dim, **kwargs)
         self.memory_size = check_size("memory_size", memory_size)
-        self.top_k = check_top_k(top_k, memory_size)
+        self.top_k: int = check_top_k(top_k, memory_size)
         self.mixing = check_one_of("mixing", mixing, MIXINGS)
         self.similarity = check_one_of(
             "similarity", similarity, ("cosine", "dot")

@@ -187,12 +187,14 @@ class MemorizingTransformer(Arguments, keras.Model):
         if memorizing_layers is None:
             memorizing_layers = max(1, depth // 2)
         self.num_tokens = num_tokens
-        self.memorizing_layers = check_layer_numbers(
+        self.memorizing_layers: tuple[int, ...] = check_layer_numbers(
             "memorizing_layers", memorizing_layers, depth
         )
         if xl_layers is None:
             xl_layers = range(1, depth + 1)
-        self.xl_layers = check_layer_numbers("xl_layers", xl_layers, depth)
+        self.xl_layers: tuple[int, ...] = check_layer_numbers(
+            "xl_layers", xl_layers, depth
+        )
         if not check_size("xl_size", xl_size, least=0):
             self.xl_layers = ()
         self.pad_id = pad_id
@@ -214,7 +216,9 @@ class MemorizingTransformer(Arguments, keras.Model):
             *bias, name="knn_position_bias", **own
         )
         # Of each block, in the order of a call.
-        self.norms, self.attentions, self.feed_forwards = [], [], []
+        self.norms: list[keras.layers.Layer] = []
+        self.attentions: list[CausalAttention] = []
+        self.feed_forwards: list[keras.layers.Layer] = []
         for number in range(1, depth + 1):
             shared = {
                 "num_heads": num_heads,
@@ -458,8 +462,13 @@ class MemorizingTransformer(Arguments, keras.Model):
     # Training and evaluation.
 
     def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
         if self.pad_id is not None and y is not None:
             # The mask of the outputs leaves padding out of loss and metrics.
             set_keras_mask(y_pred, y != self.pad_id)
@@ -505,7 +514,7 @@ class MemorizingTransformer(Arguments, keras.Model):
 
     def save(
         self, filepath: Any, *args: Any, memory: bool = False, **kwargs: Any
-    ):
+    ) -> None:
         """As `keras.Model.save`.
 
         Args:

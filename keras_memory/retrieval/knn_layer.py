@@ -117,7 +117,7 @@ class KNNMemoryLayer(Arguments, keras.layers.Layer):
             value_dtype,
         )
         self.memory_size = ring.memory_size
-        self.top_k = check_top_k(top_k, memory_size)
+        self.top_k: int = check_top_k(top_k, memory_size)
         self.similarity = similarity
         self.search_method = search_method
         self.target_recall = target_recall

@@ -130,7 +130,7 @@ class ScannIndex(Arguments, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.memory_size = check_size("memory_size", memory_size)
-        self.top_k = check_top_k(top_k, memory_size)
+        self.top_k: int = check_top_k(top_k, memory_size)
         self.value_dim = check_size("value_dim", value_dim, least=0)
         self.similarity = check_one_of("similarity", similarity, SIMILARITIES)
         check_open("target_recall", target_recall)
