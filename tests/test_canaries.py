@@ -134,6 +134,17 @@ def test_canary_tensors_carry_their_mask():
     assert ops.convert_to_numpy(mask).tolist() == expected
 
 
+def test_canary_the_mask_of_outputs_leaves_entries_out_of_the_loss():
+    y, outputs = np.zeros((2, 2)), np.array([[[1.0], [3.0]], [[5.0], [7.0]]])
+    outputs = ops.convert_to_tensor(outputs, "float32")
+    backend.set_keras_mask(outputs, ops.convert_to_tensor([[1, 1], [1, 0]]))
+    loss = keras.losses.MeanSquaredError()(y[..., None], outputs)
+    assert np.isclose(ops.convert_to_numpy(loss), (1 + 9 + 25) / 3), (
+        "keras.src.backend.set_keras_mask no longer leaves entries out of the "
+        "loss. `MemorizingTransformer` leaves out padding so."
+    )
+
+
 def test_canary_symbolic_scopes_mark_calls_that_build_a_model():
     scopes = []
 
