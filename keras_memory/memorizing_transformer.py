@@ -25,6 +25,7 @@ from keras_memory.checks import check_rate
 from keras_memory.checks import check_size
 from keras_memory.checks import check_whole
 from keras_memory.checks import is_number
+from keras_memory.checks import plain_tuple
 from keras_memory.hints import Array
 from keras_memory.hints import Config
 from keras_memory.hints import Shape
@@ -195,6 +196,10 @@ class MemorizingTransformer(Arguments, keras.Model):
         self.xl_layers: tuple[int, ...] = check_layer_numbers(
             "xl_layers", xl_layers, depth
         )
+        # As `get_config` gives them, so that any sequence can be saved.
+        for name in ("memorizing_layers", "xl_layers"):
+            if self._arguments[name] is not None:
+                self._arguments[name] = list(getattr(self, name))
         if not check_size("xl_size", xl_size, least=0):
             self.xl_layers = ()
         self.pad_id = pad_id
@@ -520,8 +525,17 @@ class MemorizingTransformer(Arguments, keras.Model):
         Args:
             memory: bool, whether the file contains the model's own memory.
                 False by default.
+
+        Raises:
+            ValueError: `memory=True`, and the model has no memory of its own.
         """
-        self._saves_memory = check_bool("memory", memory)
+        if check_bool("memory", memory) and self._state is None:
+            raise ValueError(
+                "`memory=True` needs a model with a memory of its own, which "
+                "has been called. Received: "
+                f"stateful={self.stateful}, built={self.built}"
+            )
+        self._saves_memory = memory
         try:
             return super().save(filepath, *args, **kwargs)
         finally:
@@ -551,7 +565,7 @@ class MemorizingTransformer(Arguments, keras.Model):
 
 def check_layer_numbers(name, value, depth):
     """Layer numbers as a sorted tuple of ints from 1 to `depth`, each once."""
-    numbers = [value] if is_number(value) else list(value)
+    numbers = [value] if is_number(value) else list(plain_tuple(value))
     if len(set(numbers)) < len(numbers) or any(
         isinstance(number, bool)
         or not isinstance(number, int)

@@ -166,6 +166,9 @@ def test_the_middle_layer_remembers_by_default():
     assert MemorizingTransformer(5, depth=6).memorizing_layers == (3,)
     assert MemorizingTransformer(5, depth=1).memorizing_layers == (1,)
     assert made(memorizing_layers=(3, 1)).memorizing_layers == (1, 3)
+    model = made(memorizing_layers=range(2, 4))
+    assert model.get_config()["memorizing_layers"] == [2, 3]
+    assert made(memorizing_layers=np.array([2])).memorizing_layers == (2,)
 
 
 @pytest.mark.few_backends
@@ -381,3 +384,5 @@ def test_calls_are_checked():
         model(tokens(), labels=tokens()[:, :3])
     with pytest.raises(ValueError, match="known batch size"):
         MemorizingTransformer(**SIZES).build((None, 5))
+    with pytest.raises(ValueError, match="of its own.*stateful=False"):
+        made().save("model.keras", memory=True)
