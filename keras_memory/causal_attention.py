@@ -370,8 +370,7 @@ class CausalAttention(Arguments, keras.layers.Layer):
         if segment.order is not None:
             outputs = rows_at(outputs, ops.argsort(segment.order, axis=1))
         if self.stateful and initial_state is None:
-            for variable, value in zip(self._state.variables, after):
-                variable.assign(value)
+            self._state.assign(after)
         outputs = with_rows_of(outputs, given)
         return (outputs, after) if self.return_state else outputs
 
@@ -423,12 +422,7 @@ class CausalAttention(Arguments, keras.layers.Layer):
         if initial_state is None:
             if not self.stateful:
                 return self.get_initial_state(ops.shape(x)[0])
-            values = [ops.convert_to_tensor(v) for v in self._state.variables]
-            if keras.backend.backend() == "torch":
-                # The next state is written into the same memory, but the
-                # gradient still needs this one.
-                values = [ops.copy(value) for value in values]
-            return self.state_class(*values)
+            return self.state_class(*self._state.values())
         return self._check_state("initial_state", initial_state, sizes)
 
     def _check_state(self, name, given, sizes):

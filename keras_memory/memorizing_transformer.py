@@ -419,10 +419,7 @@ class MemorizingTransformer(Arguments, keras.Model):
             after.append(layer_state)
         logits = self.to_logits(self.final_norm(x))
         if is_own:
-            for variable, value in zip(
-                self._state.variables, [v for s in after for v in s]
-            ):
-                variable.assign(value)
+            self._state.assign(part for parts in after for part in parts)
         result = logits
         if labels is not None:
             labels = check_array("labels", labels, ("B", "T"), sizes, "integer")
@@ -447,10 +444,7 @@ class MemorizingTransformer(Arguments, keras.Model):
             )
         if self._state is None:
             return self.create_memories(ops.shape(tokens)[0])
-        values = [ops.convert_to_tensor(v) for v in self._state.variables]
-        if keras.backend.backend() == "torch":
-            values = [ops.copy(value) for value in values]
-        return self._packed(values)
+        return self._packed(self._state.values())
 
     def _cross_entropy(self, logits, labels):
         logits = ops.cast(logits, at_least_float32(ops.dtype(logits)))
@@ -502,8 +496,7 @@ class MemorizingTransformer(Arguments, keras.Model):
             if not write:
                 self._writes, self.test_function = True, None
             if before is not None:
-                for variable, value in zip(self._state.variables, before):
-                    variable.assign(value)
+                self._state.assign(before)
             else:
                 self.reset_memory()
 
@@ -543,7 +536,7 @@ class MemorizingTransformer(Arguments, keras.Model):
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
-        if self._saves_memory and self._state is not None:
+        if self._saves_memory:
             for index, variable in enumerate(self._state.variables):
                 store[f"{MEMORY}{index}"] = ops.convert_to_numpy(variable)
 

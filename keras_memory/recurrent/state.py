@@ -151,6 +151,20 @@ class LayerState(keras.layers.Layer):
     def weights(self):
         return []
 
+    def values(self):
+        """The values of the variables, to begin a call with."""
+        values = [ops.convert_to_tensor(v) for v in self.variables]
+        if keras.backend.backend() == "torch":
+            # `assign` writes into the same memory, but the gradient of the
+            # call still needs these values.
+            values = [ops.copy(value) for value in values]
+        return values
+
+    def assign(self, values):
+        """Assigns values to the variables, to end a call."""
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
+
     def save_own_variables(self, store):
         """Saves nothing."""
 
